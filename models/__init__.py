@@ -1,0 +1,30 @@
+"""Networks: `DiT`, and `build_model` which makes one from the `model` section of a config."""
+
+from .dit import DiT
+
+MODELS = {"DiT": DiT}
+
+__all__ = ["MODELS", "DiT", "build_model"]
+
+
+def build_model(config, **overrides):
+    """Builds the network that a config describes, with the official initialisation.
+
+    Args:
+        config: the `model` section (`type` and constructor keywords), or a whole config that has it.
+        overrides: constructor keywords that win over the config's, such as `fused_attention`.
+
+    Raises:
+        ValueError: an unknown type or keyword, or a size that can't be.
+    """
+    keywords = dict(config["model"] if "model" in config else config)
+    name = keywords.pop("type", "DiT")
+    if name not in MODELS:
+        raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
+    keywords.update(overrides)
+    try:
+        return MODELS[name](**keywords)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise ValueError(f"model type {name}: {str(error).split('()')[-1].strip()}") from None
+        raise

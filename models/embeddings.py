@@ -1,0 +1,126 @@
+"""Patch, timestep and label embeddings, and the fixed sin-cos position table of DiT and SiT.
+
+Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width, p patch size.
+"""
+
+import math
+
+import numpy as np
+import paddle
+from paddle import nn
+
+
+def get_1d_sincos_pos_embed_from_grid(embed_dim, pos):
+    """Sine and cosine features of positions, float64 `(M, embed_dim)`, sines first (MAE, He et al. 2022).
+
+    Args:
+        embed_dim: width of the output, even.
+        pos: positions, any shape with M entries.
+    """
+    if embed_dim % 2 != 0:
+        raise ValueError(f"embed_dim of a sin-cos embedding must be even, got {embed_dim}")
+    half = embed_dim // 2
+    omega = 1.0 / 10000 ** (np.arange(half, dtype=np.float64) / half)
+    angles = np.outer(np.asarray(pos).reshape(-1), omega)  # (M, embed_dim / 2)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
+    """Fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official `get_2d_sincos_pos_embed`.
+
+    The first half of the width encodes the column, the second half the row.
+
+    Args:
+        embed_dim: hidden width, a multiple of 4.
+        grid_size: tokens along one side.
+        cls_token, extra_tokens: with `cls_token`, `extra_tokens` zero rows are put in front.
+    """
+    if embed_dim % 4 != 0:
+        raise ValueError(f"the hidden width must be a multiple of 4 for the 2-D position table, got {embed_dim}")
+    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
+    table = np.concatenate(
+        [
+            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, columns),
+            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, rows),
+        ],
+        axis=1,
+    )
+    if cls_token and extra_tokens > 0:
+        table = np.concatenate([np.zeros([extra_tokens, embed_dim]), table], axis=0)
+    return table
+
+
+class PatchEmbed(nn.Layer):
+    """Latents `(N, C, H, W)` to patch tokens `(N, T, D)`, T = (H / p) * (W / p), by a convolution of stride p."""
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid_size = input_size // patch_size
+        self.num_patches = self.grid_size**2
+        self.proj = nn.Conv2D(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        x = self.proj(x)  # (N, D, H/p, W/p)
+        return x.flatten(2).transpose([0, 2, 1])  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Layer):
+    """Timesteps `(N,)` to vectors `(N, D)`: sinusoidal features, then a two-layer MLP."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.Silu(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """Sinusoidal features of t, float32 `(N, dim)`, cosines first; an odd `dim` ends in a zero column.
+
+        Args:
+            t: `(N,)`, integer or fractional timesteps.
+            max_period: the longest period, in timesteps (GLIDE's `timestep_embedding`).
+        """
+        half = dim // 2
+        # float32 exp is off by an ulp here and there, and t = 999 multiplies it: round float64's instead.
+        exponents = paddle.arange(half, dtype="float32") * (-math.log(max_period) / half)
+        freqs = paddle.exp(exponents.astype("float64")).astype("float32")
+        args = t.astype("float32").unsqueeze(1) * freqs.unsqueeze(0)  # (N, half)
+        features = [paddle.cos(args), paddle.sin(args)]
+        if dim % 2:
+            features.append(paddle.zeros_like(args[:, :1]))
+        return paddle.concat(features, axis=-1)
+
+    def forward(self, t):
+        features = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(features.astype(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Layer):
+    """Class labels `(N,)` to vectors `(N, D)`, with label dropout for classifier-free guidance.
+
+    The table has one row more than there are classes, the null class `num_classes`, if `dropout_prob > 0`.
+    """
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def token_drop(self, labels, force_drop_ids=None):
+        """Replaces labels by the null class: where `force_drop_ids` is 1, else with probability `dropout_prob`."""
+        if force_drop_ids is None:
+            drop = paddle.rand([labels.shape[0]]) < self.dropout_prob
+        else:
+            drop = force_drop_ids.astype("int64") == 1
+        return paddle.where(drop, paddle.full_like(labels, self.num_classes), labels)
+
+    def forward(self, labels, train, force_drop_ids=None):
+        if self.dropout_prob > 0 and (train or force_drop_ids is not None):
+            labels = self.token_drop(labels, force_drop_ids)
+        return self.embedding_table(labels)

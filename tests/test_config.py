@@ -1,0 +1,100 @@
+"""Configs: the shipped ones, defaults, flat files, and one line for each mistake."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from training.arguments import notrainer_parser, resolve_training, trainer_parser
+from training.config import load_config, resolve_config
+
+SMALL = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+# Sizes of the paper (Table 1): layers, width, heads.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_shipped_configs_have_the_papers_sizes(size, patch):
+    model = load_config(ROOT / "config" / f"DiT_{size}_patch{patch}.json")["model"]
+    width = model["num_attention_heads"] * model["attention_head_dim"]
+    assert (model["num_layers"], width, model["num_attention_heads"]) == SIZES[size]
+    assert (model["patch_size"], model["sample_size"], model["num_classes"]) == (patch, 32, 1000)
+
+
+def test_every_shipped_config_is_valid():
+    paths = sorted((ROOT / "config").glob("*.json"))
+    assert {"DiT_XL_patch2.json", "DiT_XL_patch2_512.json", "DiT_digits.json"} <= {path.name for path in paths}
+    for path in paths:
+        load_config(path)
+    assert load_config(ROOT / "config/DiT_XL_patch2_512.json")["model"]["sample_size"] == 64
+
+
+def test_flat_file_is_the_model_section(tmp_path):
+    path = tmp_path / "DiT_tiny.json"
+    path.write_text(json.dumps(SMALL))
+    config = load_config(path)
+    assert config["model"]["type"] == "DiT"
+    assert config["model"]["class_dropout_prob"] == 0.1
+    assert config["training"]["ema_decay"] == 0.9999
+    assert config["objective"]["type"] == "diffusion"
+    assert resolve_config(config) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {"sample_size": 8,}}', r"DiT_x.json: broken JSON at line 1, column \d+"),
+        ('{"modle": {}}', "DiT_x.json: model: unknown key 'modle'"),
+        ('{"model": {}, "trainig": {}}', "DiT_x.json: unknown section 'trainig'; known: model, objective, training"),
+        ('{"model": {"sample_siz": 8}}', "DiT_x.json: model: unknown key 'sample_siz'; known: .*sample_size"),
+        ({"model": {**SMALL, "num_layers": "12"}}, 'model: num_layers must be a positive integer, got "12"'),
+        ({"model": {**SMALL, "learn_sigma": 1}}, "model: learn_sigma must be true or false, got 1"),
+        ({"model": {**SMALL, "patch_size": 3}}, "patch_size must divide sample_size 8, got 3"),
+        ({"model": {**SMALL, "attention_head_dim": 7}}, "must be a multiple of 4, got 14"),
+        ({"model": {**SMALL, "class_dropout_prob": 1.5}}, "class_dropout_prob must be a number from 0 to below 1"),
+        ({"model": {"sample_size": 8}}, "model: patch_size is missing; expected a positive integer"),
+        ({"model": {**SMALL, "type": "DitX"}}, 'model type must be one of DiT.*, got "DitX"'),
+        ({"model": SMALL, "objective": {"noise_schedule": "cosine"}}, "one of linear, squaredcos_cap_v2"),
+        (
+            {"model": SMALL, "training": {"ema_decay": 2}},
+            "training: ema_decay must be a number from 0 to below 1, got 2",
+        ),
+        ({"model": SMALL, "training": {"amp_dtype": "fp16"}}, "one of float32, float16, bfloat16"),
+        ("[1, 2]", "expected a JSON object"),
+    ],
+)
+def test_mistakes_name_file_key_and_what_was_expected(tmp_path, text, message):
+    path = tmp_path / "DiT_x.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("parser", [trainer_parser, notrainer_parser])
+def test_command_line_over_json_over_default(tmp_path, parser):
+    path = tmp_path / "DiT_x.json"
+    path.write_text(
+        json.dumps({"model": SMALL, "training": {"ema_decay": 0.5, "recompute": True, "amp_dtype": "bfloat16"}})
+    )
+    args = parser().parse_args(["--config_file", str(path), "--recompute", "False", "--learning_rate", "1e-3"])
+    training = resolve_training(args)["training"]
+    assert training["recompute"] is False and training["learning_rate"] == 1e-3  # command line
+    assert training["ema_decay"] == 0.5 and training["amp_dtype"] == "bfloat16"  # JSON
+    assert training["weight_decay"] == 0.0 and training["use_ema"] is True  # defaults
+    args = parser().parse_args(["--config_file", str(path), "--bf16", "False"])
+    assert resolve_training(args)["training"]["amp_dtype"] == "float32"
+    args = parser().parse_args(["--config_file", str(path), "--fp16", "--fp16_opt_level", "O2"])
+    assert resolve_training(args)["training"]["amp_dtype"] == "float16"
+    args = parser().parse_args(["--config_file", str(path), "--fp16", "--bf16", "True"])
+    with pytest.raises(ValueError, match="at most one of --bf16 and --fp16"):
+        resolve_training(args)
+    args = parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
+    with pytest.raises(ValueError, match="command line: learning_rate must be a number above 0, got -1.0"):
+        resolve_training(args)

@@ -1,0 +1,216 @@
+"""DiT: parity with the official network, its initialisation tensor by tensor, attention backends, recompute."""
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+from conftest import GOLDEN, load_golden, relative_error
+
+from models import DiT, build_model
+from models.attention import attention_backend
+from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
+from models.weights import load_weights, official_to_paddle
+
+TINY = {
+    "type": "DiT",
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_classes": 10,
+}
+RESIDUAL = ("x_embedder.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
+
+
+def golden_model(scale=None, **overrides):
+    model = build_model(TINY, **overrides)
+    state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
+    assert list(state) == [name for name, _ in model.named_parameters()]
+    if scale is not None:
+        state = {name: value * scale if any(r in name for r in RESIDUAL) else value for name, value in state.items()}
+    for name, parameter in model.named_parameters():
+        parameter.set_value(state[name])
+    model.eval()
+    return model
+
+
+def inputs(arrays, prefix=""):
+    return [paddle.to_tensor(arrays[prefix + key]) for key in "xty"]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_forward_is_the_official_one(fused):
+    arrays = load_golden("dit_forward")
+    model = golden_model(fused_attention=fused)
+    assert relative_error(model(*inputs(arrays)), arrays["out"]) < 6e-5
+    # A residual stream of 0.01 shows the norms' epsilon.
+    small = golden_model(scale=np.float32(0.01), fused_attention=fused)
+    assert relative_error(small(*inputs(arrays)), arrays["out_small"]) < 6e-5
+
+
+@pytest.mark.parametrize("scale", [4, 1])
+def test_guidance_is_the_official_one(scale):
+    arrays = load_golden("dit_forward")
+    model = golden_model()
+    x, t, y = inputs(arrays, "cfg_")
+    out = model.forward_with_cfg(x, t, y, float(scale))
+    assert relative_error(out, arrays[f"cfg_out_{scale}"]) < 6e-5
+    garbage = paddle.to_tensor(arrays["cfg_x_garbage"])
+    np.testing.assert_array_equal(model.forward_with_cfg(garbage, t, y, float(scale)), out)
+
+
+def test_guidance_of_all_channels():
+    arrays = load_golden("dit_forward")
+    model = golden_model()
+    x, t, y = inputs(arrays, "cfg_")
+    half = x.shape[0] // 2
+    cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
+    out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
+    expected = uncond[:, :4] + 2.5 * (cond[:, :4] - uncond[:, :4])
+    assert relative_error(out[:half, :4], expected) < 1e-6
+    np.testing.assert_array_equal(out[:half, 4:], cond[:, 4:])
+    np.testing.assert_array_equal(out[half:, 4:], uncond[:, 4:])
+
+
+def test_embeddings_are_the_official_ones():
+    arrays = load_golden("embeddings")
+    np.testing.assert_allclose(get_2d_sincos_pos_embed(64, 4), arrays["pos_embed_64_4"], atol=1e-6)
+    np.testing.assert_allclose(get_2d_sincos_pos_embed(48, 3), arrays["pos_embed_48_3"], atol=1e-6)
+    with_token = get_2d_sincos_pos_embed(16, 2, cls_token=True, extra_tokens=1)
+    np.testing.assert_allclose(with_token, arrays["pos_embed_16_2_cls"], atol=1e-6)
+    t = paddle.to_tensor(arrays["t"])
+    for dim, name in ((256, "t_freq_256"), (7, "t_freq_odd_7")):
+        np.testing.assert_allclose(TimestepEmbedder.timestep_embedding(t, dim), arrays[name], atol=3e-4)
+    model = golden_model()
+    assert relative_error(model.t_embedder(t), arrays["t_emb"]) < 6e-5
+    assert relative_error(model.t_embedder(paddle.to_tensor(arrays["t_int"])), arrays["t_emb_int"]) < 6e-5
+
+
+def test_label_dropout_is_the_official_one(monkeypatch):
+    arrays = load_golden("embeddings")
+    embedder = golden_model().y_embedder
+    labels = paddle.to_tensor(arrays["labels"])
+    np.testing.assert_array_equal(embedder(labels, False), arrays["y_emb_eval"])
+    forced = embedder(labels, False, paddle.to_tensor(arrays["force_drop_ids"]))
+    np.testing.assert_array_equal(forced, arrays["y_emb_forced"])
+    monkeypatch.setattr(paddle, "rand", lambda *args, **kwargs: paddle.to_tensor(arrays["drop_rand"]))
+    np.testing.assert_array_equal(embedder(labels, True), arrays["y_emb_train"])
+
+
+def test_no_null_class_without_dropout():
+    embedder = LabelEmbedder(10, 8, 0.0)
+    assert embedder.embedding_table.weight.shape == [10, 8]
+    labels = paddle.arange(10)
+    np.testing.assert_array_equal(embedder(labels, True), embedder(labels, False))
+
+
+def test_initialisation_tensor_by_tensor():
+    paddle.seed(0)
+    model = DiT(16, 4, 3, 2, 4, 32, mlp_ratio=2.0, num_classes=500)
+    width, hidden, patch = 128, 256, 3 * 4 * 4
+    xavier = {
+        "x_embedder.proj.weight": (patch, width),
+        "attn.qkv.weight": (width, 3 * width),
+        "attn.proj.weight": (width, width),
+        "mlp.fc1.weight": (width, hidden),
+        "mlp.fc2.weight": (hidden, width),
+    }
+    normal = ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight")
+    seen = 0
+    for name, parameter in model.named_parameters():
+        value = parameter.numpy()
+        fans = next((fans for ending, fans in xavier.items() if name.endswith(ending)), None)
+        if name == "pos_embed":
+            np.testing.assert_allclose(value[0], get_2d_sincos_pos_embed(width, 4), atol=1e-6)
+            assert parameter.stop_gradient
+        elif fans:
+            std, limit = math.sqrt(2 / sum(fans)), math.sqrt(6 / sum(fans))
+            assert value.std() == pytest.approx(std, rel=0.03), name
+            assert np.abs(value).max() <= limit and np.abs(value).max() > 0.98 * limit, name
+        elif name in normal:
+            assert value.std() == pytest.approx(0.02, rel=0.03), name
+            assert np.abs(value).max() > 0.06, name
+        else:
+            assert name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight", name
+            assert not value.any(), name
+        seen += 1
+    assert seen == 10 + 2 * 10 + 2
+    x = paddle.randn([2, 3, 16, 16])
+    assert not model(x, paddle.to_tensor([1, 2]), paddle.to_tensor([0, 500])).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "out_channels"),
+    [
+        ({"learn_sigma": False}, 4),
+        ({"sample_size": 8, "patch_size": 8, "in_channels": 3}, 6),
+        ({"class_dropout_prob": 0.0, "num_classes": 3, "mlp_ratio": 1.5}, 8),
+        ({"sample_size": 6, "patch_size": 1}, 8),
+    ],
+)
+def test_other_sizes(settings, out_channels):
+    config = {**TINY, **settings}
+    model = build_model(config)
+    size, channels = config["sample_size"], config["in_channels"]
+    labels = paddle.to_tensor(
+        [0, config["num_classes"] - (config["class_dropout_prob"] == 0.0 if "class_dropout_prob" in config else 0)]
+    )
+    out = model(paddle.randn([2, channels, size, size]), paddle.to_tensor([3, 999]), labels)
+    assert out.shape == [2, out_channels, size, size]
+
+
+def test_attention_backend_choice():
+    choose = attention_backend
+    assert choose(fused=False, device="gpu:0", dtype="bfloat16", compute_capability=(8, 0)) == "plain"
+    assert choose(fused=True, device="gpu:0", dtype="bfloat16", compute_capability=(8, 0)) == "flash"
+    assert choose(fused=True, device="gpu:0", dtype="float16", compute_capability=(9, 0)) == "flash"
+    # FlashAttention has no float32 and needs Ampere.
+    assert choose(fused=True, device="gpu:0", dtype="float32", compute_capability=(8, 0)) == "memory_efficient"
+    assert choose(fused=True, device="gpu:0", dtype="float16", compute_capability=(7, 0)) == "memory_efficient"
+    assert choose(fused=True, device="cpu", dtype="float32") == "flash"
+
+
+@pytest.mark.parametrize("change", [{"enable_recompute": True}, {"fused_attention": True}], ids=["recompute", "fused"])
+def test_same_gradients(change):
+    arrays = load_golden("dit_forward")
+    drop = paddle.to_tensor([0, 1, 0, 0, 1])
+    gradients, outputs = [], []
+    for overrides in ({}, change):
+        model = golden_model(**overrides)
+        model.train()
+        out = model(*inputs(arrays), drop)
+        out.square().mean().backward()
+        outputs.append(out.numpy())
+        gradients.append({name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient})
+    assert relative_error(outputs[1], outputs[0]) < 1e-6
+    for name, gradient in gradients[0].items():
+        assert relative_error(gradients[1][name], gradient) < 1e-5, name
+
+
+def test_recompute_draws_the_same_random_numbers():
+    arrays = load_golden("dit_forward")
+    after = []
+    for recompute in (False, True):
+        model = golden_model(enable_recompute=recompute)
+        model.train()
+        paddle.seed(7)
+        model(*inputs(arrays)).mean().backward()
+        after.append((paddle.rand([4]).numpy(), model.y_embedder.embedding_table.weight.grad.numpy()))
+    np.testing.assert_array_equal(after[0][0], after[1][0])
+    np.testing.assert_allclose(after[0][1], after[1][1], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "DyT"}, "unknown model type 'DyT'; known: DiT"),
+        ({"sample_size": 9}, "sample_size 9 is not divisible by patch_size 2"),
+        ({"depth": 3}, "unexpected keyword argument 'depth'"),
+    ],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        build_model({**TINY, **change})

@@ -1,0 +1,220 @@
+"""Command-line flags of both training loops. Standard library only, so that `--help` answers at once.
+
+A flag that is not given is None: then the config's JSON decides, then the defaults of `training.config`.
+"""
+
+import argparse
+import math
+
+from training.config import LR_SCHEDULES, load_config, override_training
+
+
+def str2bool(text):
+    """`True`, `true`, `1`, `yes`, ... to bool; argparse turns the error into one line."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "1", "yes", "y", "on"):
+        return True
+    if lowered in ("false", "f", "0", "no", "n", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def _none_or_str(text):
+    return None if text in ("None", "none", "") else text
+
+
+def _add_bool(group, name, **options):
+    group.add_argument(name, type=str2bool, nargs="?", const=True, default=None, metavar="True|False", **options)
+
+
+def _add_optimizer_flags(parser):
+    group = parser.add_argument_group("optimizer (AdamW); defaults stand in the config's `training` section")
+    group.add_argument("--learning_rate", type=float, metavar="LR", help="peak learning rate [1e-4]")
+    group.add_argument("--weight_decay", type=float, help="AdamW's weight decay [0]")
+    group.add_argument("--adam_beta1", type=float, help="[0.9]")
+    group.add_argument("--adam_beta2", type=float, help="[0.999]")
+    group.add_argument("--adam_epsilon", type=float, help="[1e-8]")
+    group.add_argument("--max_grad_norm", type=float, help="clip gradients to this global norm; 0 or less: off [-1]")
+    group.add_argument("--lr_scheduler_type", choices=LR_SCHEDULES, help="learning-rate schedule [constant]")
+    group.add_argument("--warmup_steps", type=int, help="linear warm-up from 0 over this many steps [0]")
+    group.add_argument("--num_cycles", type=float, help="waves of the cosine schedule [0.5]")
+    group.add_argument("--lr_end", type=float, help="last learning rate of the polynomial schedule [1e-7]")
+    group.add_argument("--power", type=float, help="power of the polynomial schedule [1]")
+    group.add_argument("--max_steps", type=int, help="optimizer steps of the run; -1: count in epochs [-1]")
+    group.add_argument("--gradient_accumulation_steps", type=int, metavar="N", help="micro-batches a step [1]")
+
+
+def _add_model_flags(parser):
+    group = parser.add_argument_group("EMA, precision, memory; they win over the config's `training` section")
+    _add_bool(group, "--use_ema", help="keep an exponential moving average of the weights")
+    group.add_argument("--ema_decay", type=float, help="its decay [0.9999]")
+    _add_bool(group, "--ema_warmup", help="let the decay grow from 0.1 in the first updates")
+    _add_bool(group, "--recompute", help="recompute blocks in the backward pass: less memory, same gradients")
+    _add_bool(group, "--bf16", help="bfloat16 mixed precision (a GPU of compute capability 8.0 or newer)")
+    _add_bool(group, "--fp16", help="float16 mixed precision with loss scaling (a GPU)")
+    group.add_argument("--fp16_opt_level", choices=("O1", "O2"), help="O1: float32 weights; O2: half, float32 masters")
+    _add_bool(
+        group,
+        "--enable_xformers_memory_efficient_attention",
+        help="fused attention where device and dtype allow; same numbers",
+    )
+
+
+def _add_preview_flags(parser):
+    group = parser.add_argument_group("preview images")
+    group.add_argument(
+        "--image_logging_steps",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="sample a grid from the EMA weights every N steps; -1: never, and no autoencoder is loaded [-1]",
+    )
+    group.add_argument(
+        "--vae_name_or_path",
+        default="stabilityai/sd-vae-ft-mse",
+        metavar="VAE",
+        help="AutoencoderKL folder or hub name for the previews [%(default)s]",
+    )
+    group.add_argument("--num_inference_steps", type=int, default=25, metavar="N", help="steps of a preview [25]")
+    group.add_argument("--cfg_scale", type=float, default=4.0, help="guidance scale of a preview [4.0]")
+
+
+def trainer_parser():
+    """Flags of `train_image_generation_trainer.py`: those of PaddleMIX's example and of PaddleNLP that it uses."""
+    parser = argparse.ArgumentParser(
+        description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
+        epilog="Any other flag of paddlenlp.trainer.TrainingArguments is accepted too and passed on. On several GPUs: "
+        "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ...",
+        allow_abbrev=False,
+    )
+    _add_bool(parser, "--do_train", help="train; the only mode, accepted for PaddleNLP's sake")
+    parser.add_argument("--config_file", default="config/DiT_XL_patch2.json", help="JSON config [%(default)s]")
+    parser.add_argument(
+        "--feature_path",
+        default="./data/fastdit_imagenet256",
+        help="folder with NAME_features and NAME_labels [%(default)s]",
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="image size, picks imagenet{N}_features [256]")
+    parser.add_argument("--output_dir", default="output_dir", help="checkpoints and logs go here [%(default)s]")
+    _add_bool(
+        parser,
+        "--overwrite_output_dir",
+        help="start anew in a folder that holds a run: the earlier run is moved to output_dir/previous-DATE, not deleted. "
+        "Without it the run there is resumed",
+    )
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        type=_none_or_str,
+        metavar="PATH",
+        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt, or auto; None: the newest in "
+        "output_dir if there is one",
+    )
+    parser.add_argument("--seed", type=int, help="seed of weights, data order and noise [0]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
+    group = parser.add_argument_group("batches")
+    group.add_argument(
+        "--per_device_train_batch_size", type=int, default=8, metavar="N", help="micro-batch a device [8]"
+    )
+    group.add_argument("--num_train_epochs", type=float, metavar="E", help="epochs, if max_steps is -1 [1400]")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=1, metavar="N", help="loader processes a device [1]"
+    )
+    _add_optimizer_flags(parser)
+    _add_model_flags(parser)
+    group = parser.add_argument_group("logs and checkpoints")
+    group.add_argument("--logging_dir", help="VisualDL log [output_dir/tb_log]")
+    group.add_argument("--logging_steps", type=int, default=50, metavar="N", help="steps between reports [50]")
+    group.add_argument("--save_steps", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
+    group.add_argument("--save_total_limit", type=int, metavar="N", help="keep the newest N checkpoints [all]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_preview_flags(parser)
+    group = parser.add_argument_group("parallel degrees")
+    group.add_argument("--dp_degree", type=int, metavar="N", help="data parallel; follows from the others [all ranks]")
+    group.add_argument("--sharding", default="", help="stage1: optimizer state split over the sharding ranks ['']")
+    for name in ("sharding", "tensor", "pipeline", "sep"):
+        group.add_argument(f"--{name}_parallel_degree", type=int, default=1, metavar="N", help=f"{name} parallel [1]")
+    return parser
+
+
+def notrainer_parser():
+    """Flags of `train_image_generation_notrainer.py`: those of PaddleMIX's example and the official train.py."""
+    parser = argparse.ArgumentParser(
+        description="Trains a class-conditional diffusion transformer on latent features with a hand-written loop.",
+        epilog="On several GPUs: python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config_file", default="config/DiT_XL_patch2.json", help="JSON config [%(default)s]")
+    parser.add_argument(
+        "--feature_path",
+        default="data/fastdit_imagenet256",
+        help="folder with NAME_features and NAME_labels [%(default)s]",
+    )
+    parser.add_argument("--image_size", type=int, default=256, help="image size, picks imagenet{N}_features [256]")
+    parser.add_argument(
+        "--results_dir", default="output_notrainer", help="experiments NNN-CONFIG are made in it [%(default)s]"
+    )
+    parser.add_argument(
+        "--resume",
+        type=_none_or_str,
+        metavar="PATH",
+        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest checkpoint of "
+        "this config in results_dir, if there is one",
+    )
+    parser.add_argument("--global_seed", type=int, help="seed of weights, data order and noise [0]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
+    group = parser.add_argument_group("batches")
+    group.add_argument("--global_batch_size", type=int, metavar="N", help="over all ranks and micro-batches [256]")
+    group.add_argument("--epochs", type=float, help="epochs, if max_steps is -1 [1400]")
+    group.add_argument("--num_workers", type=int, default=1, metavar="N", help="loader processes a device [1]")
+    _add_optimizer_flags(parser)
+    _add_model_flags(parser)
+    group = parser.add_argument_group("logs and checkpoints")
+    group.add_argument("--log_every", type=int, default=50, metavar="N", help="steps between reports [50]")
+    group.add_argument("--ckpt_every", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
+    group.add_argument("--save_total_limit", type=int, metavar="N", help="keep the newest N checkpoints [all]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
+    _add_preview_flags(parser)
+    parser.add_argument("--vae", choices=("ema", "mse"), help="the reference's short name of the previews' autoencoder")
+    return parser
+
+
+def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
+    """The config of a run: command line over JSON over defaults.
+
+    Args:
+        args: parsed flags of either loop.
+        global_batch_size, epochs, seed: where the loop's flags have other names.
+
+    Raises:
+        ValueError: names the file or "command line", the key, and what was expected.
+    """
+    if args.bf16 and args.fp16:
+        raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
+    amp_dtype = None
+    if args.bf16 is not None or args.fp16 is not None:
+        amp_dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    given = {
+        name: getattr(args, name)
+        for name in (
+            "use_ema ema_decay ema_warmup recompute learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
+            "max_grad_norm lr_scheduler_type warmup_steps num_cycles lr_end power max_steps gradient_accumulation_steps"
+        ).split()
+    }
+    given.update(
+        amp_dtype=amp_dtype,
+        amp_level=args.fp16_opt_level,
+        fused_attention=args.enable_xformers_memory_efficient_attention,
+        global_batch_size=global_batch_size,
+        epochs=epochs,
+        seed=seed,
+    )
+    return override_training(load_config(args.config_file), given)
+
+
+def check_positive(args, *names):
+    """Raises `ValueError` for a flag among `names` that is not a positive number."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"command line: --{name} must be above 0, got {value}")

@@ -1,0 +1,225 @@
+"""JSON configs: sections `model`, `objective` and `training`, checked key by key. Standard library only.
+
+The resolved config is what a run prints once and saves in every checkpoint: command line over JSON over the defaults
+that stand here.
+"""
+
+import json
+import math
+import os
+import re
+from collections import namedtuple
+
+# What a key accepts: `check(value)` decides, `expected` is the text of the error.
+Key = namedtuple("Key", "default check expected")
+REQUIRED = object()
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive_int(default=REQUIRED):
+    return Key(default, lambda v: _is_int(v) and v > 0, "a positive integer")
+
+
+def _int_from(least, default):
+    return Key(default, lambda v: _is_int(v) and v >= least, f"an integer of {least} or more")
+
+
+def _bool(default):
+    return Key(default, lambda v: isinstance(v, bool), "true or false")
+
+
+def _number(default, least=0.0):
+    return Key(default, lambda v: _is_number(v) and v >= least, f"a number of {least:g} or more")
+
+
+def _positive(default):
+    return Key(default, lambda v: _is_number(v) and v > 0, "a number above 0")
+
+
+def _probability(default):
+    return Key(default, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+
+
+def _choice(default, *values):
+    return Key(default, lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values))
+
+
+DIT_KEYS = {
+    "sample_size": _positive_int(),
+    "patch_size": _positive_int(),
+    "in_channels": _positive_int(4),
+    "num_layers": _positive_int(),
+    "num_attention_heads": _positive_int(),
+    "attention_head_dim": _positive_int(),
+    "mlp_ratio": _positive(4.0),
+    "num_classes": _positive_int(1000),
+    "class_dropout_prob": _probability(0.1),
+    "learn_sigma": _bool(True),
+}
+MODEL_KEYS = {"DiT": DIT_KEYS}
+
+OBJECTIVE_KEYS = {
+    "diffusion": {
+        "noise_schedule": _choice("linear", "linear", "squaredcos_cap_v2"),
+        "diffusion_steps": _positive_int(1000),
+        "predict_xstart": _bool(False),
+        "sigma_small": _bool(False),
+        "use_kl": _bool(False),
+        "rescale_learned_sigmas": _bool(False),
+        "timestep_sampler": _choice("uniform", "uniform", "loss-second-moment"),
+    },
+}
+DEFAULT_OBJECTIVE = {"DiT": "diffusion"}
+
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+TRAINING_KEYS = {
+    # Switched from the JSON, as the user asked.
+    "use_ema": _bool(True),
+    "ema_decay": Key(0.9999, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "ema_warmup": _bool(False),
+    "recompute": _bool(False),
+    "amp_dtype": _choice("float32", "float32", "float16", "bfloat16"),
+    "amp_level": _choice("O1", "O1", "O2"),
+    "fused_attention": _bool(False),
+    # The optimizer: the defaults are the official train.py's.
+    "learning_rate": _positive(1e-4),
+    "weight_decay": _number(0.0),
+    "adam_beta1": _probability(0.9),
+    "adam_beta2": _probability(0.999),
+    "adam_epsilon": _positive(1e-8),
+    "max_grad_norm": Key(-1.0, _is_number, "a number; 0 or less turns clipping off"),
+    "lr_scheduler_type": _choice("constant", *LR_SCHEDULES),
+    "warmup_steps": _int_from(0, 0),
+    "lr_end": _number(1e-7),
+    "num_cycles": _positive(0.5),
+    "power": _positive(1.0),
+    # The run.
+    "max_steps": Key(-1, lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs"),
+    "epochs": _positive(1400),
+    "global_batch_size": _positive_int(256),
+    "gradient_accumulation_steps": _positive_int(1),
+    "seed": _int_from(0, 0),
+}
+
+SECTIONS = ("model", "objective", "training")
+
+
+def check_value(keys, name, value, where):
+    """Checks one value against a table of keys; raises `ValueError` naming place, key and what was expected."""
+    if name not in keys:
+        raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(keys))}")
+    if not keys[name].check(value):
+        raise ValueError(f"{where}: {name} must be {keys[name].expected}, got {json.dumps(value)}")
+    # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
+    return float(value) if isinstance(keys[name].default, float) else value
+
+
+def _section(keys, given, where):
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected an object {{...}}, got {json.dumps(given)[:60]}")
+    values = {name: check_value(keys, name, value, where) for name, value in given.items()}
+    resolved = {}
+    for name, key in keys.items():
+        if name not in values and key.default is REQUIRED:
+            raise ValueError(f"{where}: {name} is missing; expected {key.expected}")
+        resolved[name] = values.get(name, key.default)
+    return resolved
+
+
+def _typed_section(tables, given, default_type, where, what):
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected an object {{...}}, got {json.dumps(given)[:60]}")
+    given = dict(given)
+    kind = given.pop("type", default_type)
+    if not isinstance(kind, str) or kind not in tables:
+        raise ValueError(f"{where}: {what} type must be one of {', '.join(tables)}, got {json.dumps(kind)}")
+    return {"type": kind, **_section(tables[kind], given, where)}
+
+
+def _type_from_file_name(path):
+    name = os.path.basename(path)
+    for kind in sorted(MODEL_KEYS, key=len, reverse=True):
+        if re.match(rf"{kind}(?![A-Za-z])", name, re.IGNORECASE):
+            return kind
+    return "DiT"
+
+
+def resolve_config(raw, *, source="config", file_name=""):
+    """Checks a raw config and fills in the defaults.
+
+    Args:
+        raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files).
+        source: named in errors.
+        file_name: gives a flat file its model type.
+
+    Returns:
+        `{"model": {...}, "objective": {...}, "training": {...}}`, every key present.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {json.dumps(raw)[:60]}")
+    if "model" not in raw and not set(raw) & set(SECTIONS):
+        raw = {"model": {"type": _type_from_file_name(file_name), **raw}}
+    for name in raw:
+        if name not in SECTIONS:
+            raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
+    if "model" not in raw:
+        raise ValueError(f"{source}: the section 'model' is missing")
+    model = _typed_section(MODEL_KEYS, raw["model"], "DiT", f"{source}: model", "model")
+    objective = _typed_section(
+        OBJECTIVE_KEYS, raw.get("objective", {}), DEFAULT_OBJECTIVE[model["type"]], f"{source}: objective", "objective"
+    )
+    if model["sample_size"] % model["patch_size"]:
+        raise ValueError(
+            f"{source}: model: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
+        )
+    width = model["num_attention_heads"] * model["attention_head_dim"]
+    if width % 4:
+        raise ValueError(
+            f"{source}: model: num_attention_heads * attention_head_dim must be a multiple of 4, got {width}"
+        )
+    training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
+    return {"model": model, "objective": objective, "training": training}
+
+
+def read_json(path):
+    """Reads a JSON file; raises `ValueError` with one line naming the file, and the line and column of an error."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+
+
+def load_config(path):
+    """Reads, checks and completes a config file; see `resolve_config`."""
+    return resolve_config(read_json(path), source=str(path), file_name=str(path))
+
+
+def write_json(path, value):
+    """Writes a value as indented JSON text."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def override_training(config, given, where="command line"):
+    """The config with the `training` values of the command line put over it; None means not given."""
+    training = dict(config["training"])
+    for name, value in given.items():
+        if value is not None:
+            training[name] = check_value(TRAINING_KEYS, name, value, where)
+    return {**config, "training": training}

@@ -1,0 +1,109 @@
+"""Process set-up: runtime flags before Paddle is imported, device, process group, step seeds, one-line errors.
+
+Importing this module does not import Paddle.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+import warnings
+
+DEVICES = ("auto", "cpu", "gpu")
+
+
+def configure_runtime():
+    """Sets what Paddle reads at import; call it first. Each setting can be overridden from the environment.
+
+    - `OMP_NUM_THREADS`: Paddle's CPU build computes on one thread unless it is set: the cores over the local processes.
+    - `FLAGS_use_stride_kernel=0`: strided views make later operators copy element by element on a CPU.
+    - glibc's malloc thresholds: large buffers are kept instead of being mapped and unmapped at each use.
+    """
+    processes = max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("FLAGS_use_stride_kernel", "0")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    # Noise of Paddle's import that tells a user of this project nothing.
+    warnings.filterwarnings("ignore", message="No ccache found")
+    warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            m_trim_threshold, m_mmap_threshold, gigabyte = -1, -3, 1 << 30
+            libc.mallopt(m_mmap_threshold, gigabyte)
+            libc.mallopt(m_trim_threshold, gigabyte)
+
+
+def run_cli(main):
+    """Runs a command: a user's mistake (`ValueError`) becomes one line on stderr and exit code 2.
+
+    `TRACEBACK=1` in the environment shows where it came from.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("TRACEBACK") == "1":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(2) if _other_threads() else sys.exit(2)
+
+
+def one_line(error):
+    """The message of an error, the last line of one that a DataLoader worker wrapped in its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    prefix = "ValueError: "
+    return text[len(prefix) :] if text.startswith(prefix) else text
+
+
+def _other_threads():
+    # A rank of a process group, or a loader's prefetching thread, would keep a failed process from ending.
+    import threading
+
+    return threading.active_count() > 1 or "paddle" in sys.modules
+
+
+def resolve_device(requested):
+    """`auto`, `cpu`, `gpu` or `gpu:N` to what Paddle takes; raises `ValueError` for a GPU that is not there."""
+    import paddle
+
+    kind = requested.split(":")[0]
+    if kind not in DEVICES:
+        raise ValueError(f"device must be auto, cpu, gpu or gpu:N, got {requested!r}")
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if kind == "auto":
+        kind = requested = "gpu" if gpus else "cpu"
+    if kind == "gpu" and not gpus:
+        raise ValueError(
+            "device gpu was asked for, but Paddle sees no GPU here; use --device cpu, or install paddlepaddle-gpu"
+        )
+    if requested == "gpu":
+        requested = f"gpu:{int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0])}"
+    return requested
+
+
+def compute_capability(device):
+    """`(major, minor)` of a GPU, None for other devices."""
+    import paddle
+
+    return tuple(paddle.device.cuda.get_device_capability(device)) if device.startswith("gpu") else None
+
+
+def init_distributed():
+    """Joins the process group of `paddle.distributed.launch`; returns `(rank, world_size)`."""
+    import paddle.distributed as dist
+
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        dist.init_parallel_env()
+    return dist.get_rank(), dist.get_world_size()
+
+
+def seed_step(seed, step):
+    """Seeds Paddle's generators for an optimizer step: a resumed run draws the same noise as an unbroken one.
+
+    All ranks take the same seed: each draws for the whole global batch and keeps its rows (`objectives.Rows`).
+    """
+    import numpy as np
+    import paddle
+
+    paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

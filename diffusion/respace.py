@@ -1,0 +1,105 @@
+"""Respacing: a diffusion process on a subset of another one's timesteps (Sec. 4 of Improved DDPM)."""
+
+import paddle
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """The timesteps kept from a process of `num_timesteps` steps.
+
+    Args:
+        num_timesteps: steps of the original process.
+        section_counts: the process is cut into as many equal sections as there are counts, and each keeps that many
+            evenly spaced steps. A list of integers, a string of them ("10,20,30"), one integer (25 or "25"); or "ddimN"
+            for N steps at a constant integer stride, as in the DDIM paper.
+
+    Returns:
+        set of integers in [0, num_timesteps).
+
+    Raises:
+        ValueError: a string of another form, or more steps than there are.
+    """
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _constant_stride(num_timesteps, section_counts)
+    counts = _section_counts(section_counts)
+
+    size, extra = divmod(num_timesteps, len(counts))
+    kept, start = set(), 0
+    for i, count in enumerate(counts):
+        section = size + (1 if i < extra else 0)
+        if count > section:
+            raise ValueError(
+                f"timestep respacing {section_counts!r}: section {i + 1} has {section} of the {num_timesteps} steps,"
+                f" {count} can't be taken from it"
+            )
+        # A running sum rounded half to even, as in the official code: a product would pick other steps.
+        stride = (section - 1) / (count - 1) if count > 1 else 1
+        position = 0.0
+        for _ in range(count):
+            kept.add(start + round(position))
+            position += stride
+        start += section
+    return kept
+
+
+def _refuse(section_counts):
+    raise ValueError(
+        f"timestep respacing {section_counts!r} is not understood; accepted: '' for all steps, a number of steps such"
+        " as '250', numbers per section such as '10,15,20' (or a list of them), 'ddimN' such as 'ddim25'"
+    )
+
+
+def _constant_stride(num_timesteps, name):
+    digits = name[len("ddim") :]
+    if not digits.isdecimal():
+        _refuse(name)
+    for stride in range(1, num_timesteps):
+        steps = range(0, num_timesteps, stride)
+        if len(steps) == int(digits):
+            return set(steps)
+    raise ValueError(f"timestep respacing {name!r}: no integer stride takes exactly {digits} of {num_timesteps} steps")
+
+
+def _section_counts(value):
+    counts = [value] if type(value) is int else value
+    if isinstance(counts, str):
+        counts = [int(part) if part.strip().isdecimal() else None for part in counts.split(",")]
+    is_list = isinstance(counts, (list, tuple))
+    if not is_list or not all(type(count) is int and count >= 0 for count in counts) or sum(counts) == 0:
+        _refuse(value)
+    return counts
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A process over the timesteps `use_timesteps` of the one that `betas` describe.
+
+    The betas are chosen so that the noise levels at the kept steps stay the same; the model (and a `cond_fn`) is called
+    with the original timesteps.
+
+    Args:
+        use_timesteps: original timesteps to keep.
+        betas, model_mean_type, model_var_type, loss_type: of the original process, see `GaussianDiffusion`.
+
+    Attributes:
+        timestep_map: list, the original timestep of each step.
+        original_num_steps: number of steps of the original process.
+    """
+
+    def __init__(self, use_timesteps, *, betas, **kwargs):
+        original = GaussianDiffusion(betas=betas, **kwargs)
+        self.use_timesteps = set(use_timesteps)
+        self.original_num_steps = original.num_timesteps
+        self.timestep_map = sorted(self.use_timesteps)
+        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < self.original_num_steps:
+            raise ValueError(f"use_timesteps must hold timesteps of 0 to {self.original_num_steps - 1}, at least one")
+
+        new_betas, last_alpha_cumprod = [], 1.0
+        for t in self.timestep_map:
+            new_betas.append(1 - original.alphas_cumprod[t] / last_alpha_cumprod)
+            last_alpha_cumprod = original.alphas_cumprod[t]
+        super().__init__(betas=new_betas, **kwargs)
+        self._is_whole = self.num_timesteps == self.original_num_steps
+
+    def _model_timesteps(self, t):
+        return t if self._is_whole else paddle.gather(self._table("timestep_map", t.place, "int64"), t)

@@ -1,0 +1,72 @@
+"""Gaussian likelihoods and KL terms of the variational bound (Ho et al. 2020, Nichol and Dhariwal 2021)."""
+
+import functools
+import math
+
+import paddle
+
+if not hasattr(paddle, "randn_like"):  # Paddle 2.6 has none
+    paddle.randn_like = lambda x: paddle.randn(x.shape, dtype=x.dtype)
+
+
+def full_precision(function):
+    """The function's own operations are not autocast. It must not call the user's network."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with paddle.amp.auto_cast(enable=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def at_least_float32(x):
+    """`x`, widened to float32 if it is float16 or bfloat16: schedules span more than half precision can hold."""
+    return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
+
+
+def mean_flat(tensor):
+    """Mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    return tensor.mean(axis=list(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
+
+    The arguments are tensors or numbers that broadcast together; at least one is a tensor.
+    """
+    arguments = (mean1, logvar1, mean2, logvar2)
+    tensor = next((v for v in arguments if isinstance(v, paddle.Tensor)), None)
+    if tensor is None:
+        raise ValueError("normal_kl needs at least one tensor among its arguments, got numbers only")
+    mean1, logvar1, mean2, logvar2 = (
+        v if isinstance(v, paddle.Tensor) else paddle.full([1] * tensor.ndim, v, dtype=tensor.dtype) for v in arguments
+    )
+    distance = paddle.square(mean1 - mean2) * paddle.exp(-logvar2)
+    return 0.5 * (logvar2 - 1.0 - logvar1 + paddle.exp(-(logvar2 - logvar1)) + distance)
+
+
+def approx_standard_normal_cdf(x):
+    """Cumulative distribution of N(0, 1) by the tanh approximation of Page (1977), as the official code uses it."""
+    return 0.5 * (1.0 + paddle.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+    """Log likelihood of 8-bit images under a Gaussian integrated over each grey level's bin.
+
+    Args:
+        x: targets, uint8 levels rescaled to [-1, 1]. The first and the last bin reach to -inf and +inf.
+        means: Gaussian means, shape of `x`.
+        log_scales: logarithm of the standard deviations, shape of `x`.
+
+    Returns:
+        Log probabilities in nats, shape of `x`.
+    """
+    centered = x - means
+    inv_std = paddle.exp(-log_scales)
+    cdf_upper = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
+    cdf_lower = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
+
+    inside = cdf_upper - cdf_lower
+    probability = paddle.where(x < -0.999, cdf_upper, paddle.where(x > 0.999, 1.0 - cdf_lower, inside))
+    return paddle.log(paddle.clip(probability, min=1e-12))

@@ -1,0 +1,123 @@
+"""What a training loop optimises and a sampler inverts, behind one interface.
+
+`build_objective(config)` returns an object with
+
+- `training_losses(model, x, y, rows=None) -> dict` of per-sample tensors with the key `loss`,
+- `end_step()`, called once after each optimizer step,
+- `sample(denoiser, noise, *, num_steps, ...) -> latents`,
+- `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
+
+The loops know nothing else, so neither of them asks which model it trains.
+"""
+
+from collections import namedtuple
+
+import paddle
+
+from diffusion import create_diffusion, create_named_schedule_sampler
+
+# Where a rank's micro-batch stands in the global batch of an optimizer step: rows [start, stop) of `total`.
+Rows = namedtuple("Rows", "start stop total")
+
+
+def _draw(sampler, rows):
+    """Rows [start, stop) of a draw for the whole global batch.
+
+    Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the global
+    batch only, not on the number of ranks or of accumulation steps.
+    """
+    numbers = sampler(rows.total)
+    return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]
+
+
+class DiffusionObjective:
+    """Gaussian diffusion (Ho et al. 2020; Nichol and Dhariwal 2021) as DiT uses it.
+
+    Args:
+        config: a resolved config: the `objective` section and, of `model`, `learn_sigma` and `class_dropout_prob`.
+    """
+
+    def __init__(self, config):
+        settings = dict(config["objective"])
+        settings.pop("type")
+        timestep_sampler = settings.pop("timestep_sampler")
+        self._settings = {**settings, "learn_sigma": config["model"]["learn_sigma"]}
+        self._class_dropout_prob = config["model"]["class_dropout_prob"]
+        self.diffusion = create_diffusion("", **self._settings)
+        self.timestep_sampler = create_named_schedule_sampler(timestep_sampler, self.diffusion)
+        self._learns = bool(self.timestep_sampler.state_dict())
+        self._seen = []
+
+    def training_losses(self, model, x, y, rows=None):
+        """Losses at random timesteps.
+
+        Args:
+            model: called as `model(x_t, t, y, force_drop_ids=...)`.
+            x: clean latents `(N, C, H, W)`, scaled to about unit variance.
+            y: labels `(N,)`, int64.
+            rows: where these N samples stand in the global batch; None if they are all of it.
+
+        Returns:
+            dict of `(N,)` tensors: `loss`, and its parts (`mse`, `vb`) where there are any.
+        """
+        rows = rows or Rows(0, x.shape[0], x.shape[0])
+        t, weights = self.timestep_sampler.sample(rows.total)
+        t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
+        noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
+        model_kwargs = {"y": y}
+        if self._class_dropout_prob > 0:
+            model_kwargs["force_drop_ids"] = (
+                _draw(lambda total: paddle.rand([total]), rows) < self._class_dropout_prob
+            ).astype("int64")
+        losses = self.diffusion.training_losses(model, x, t, model_kwargs, noise=noise)
+        if self._learns:
+            self._seen.append((t, losses["loss"].detach()))
+            # Importance weights keep the mean loss what it is under uniform timesteps.
+            losses["loss"] = losses["loss"].astype("float32") * weights
+        return losses
+
+    def end_step(self):
+        """Lets the timestep sampler learn from the step's losses: all micro-batches drew from the same distribution."""
+        if self._seen:
+            t, losses = (paddle.concat(parts) for parts in zip(*self._seen, strict=True))
+            self._seen = []
+            self.timestep_sampler.update_with_losses(t, losses)
+
+    def sample(self, denoiser, noise, *, num_steps=250, method="ddpm", eta=0.0, clip_denoised=False, progress=False):
+        """Noise to latents, by the schedule that is trained.
+
+        Args:
+            denoiser: `denoiser(x, t) -> (N, C or 2C, H, W)`, guidance included.
+            noise: `(N, C, H, W)`, standard normal.
+            num_steps: network evaluations.
+            method: `ddpm` (ancestral) or `ddim`.
+            eta: DDIM's noise, 0 for none.
+            clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
+            progress: show a bar.
+        """
+        if method not in ("ddpm", "ddim"):
+            raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
+        if not 1 <= num_steps <= self.diffusion.num_timesteps:
+            raise ValueError(f"num_steps must be 1..{self.diffusion.num_timesteps}, got {num_steps}")
+        # Evenly spaced: "ddimN" needs an integer stride, which not every N has.
+        spaced = create_diffusion(str(num_steps), **self._settings)
+        options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
+        if method == "ddim":
+            return spaced.ddim_sample_loop(denoiser, noise.shape, eta=eta, **options)
+        return spaced.p_sample_loop(denoiser, noise.shape, **options)
+
+    def state_dict(self):
+        """The state of the timestep sampler; empty for the uniform one."""
+        return self.timestep_sampler.state_dict()
+
+    def set_state_dict(self, state):
+        """Restores what `state_dict` returned."""
+        self.timestep_sampler.set_state_dict(state)
+
+
+OBJECTIVES = {"diffusion": DiffusionObjective}
+
+
+def build_objective(config):
+    """The objective that a resolved config (`training.config.load_config`) names."""
+    return OBJECTIVES[config["objective"]["type"]](config)

@@ -1,0 +1,157 @@
+"""Both loops on the same run: equal losses and weights, on one process and two, resumed or not."""
+
+import numpy as np
+import pytest
+from conftest import (
+    TINY_MODELS,
+    checkpoint_path,
+    launch,
+    loop_arguments,
+    read_losses,
+    write_config,
+)
+
+from models.weights import safe_load
+
+LOOPS = ("trainer", "notrainer")
+KINDS = tuple(TINY_MODELS)
+
+
+def weights(loop, output, step, name="model_state.pdparams"):
+    return safe_load(checkpoint_path(loop, output, step) / name)
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=tolerance, atol=tolerance, err_msg=str(key))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def reference(request, features, tmp_path_factory):
+    """An unbroken run of ten steps in each loop, one process."""
+    kind = request.param
+    folder = tmp_path_factory.mktemp(f"reference-{kind}")
+    config = write_config(folder / "Tiny.json", kind)
+    outputs = {}
+    with pytest.MonkeyPatch.context() as patch:
+        from conftest import run_in_process
+
+        for loop in LOOPS:
+            outputs[loop] = folder / loop
+            arguments = loop_arguments(
+                loop, config=config, features=features, output=outputs[loop], steps=10, save_every=4
+            )
+            run_in_process(loop, arguments, patch)
+    return {"config": config, **outputs}
+
+
+def test_loops_agree_bit_for_bit(reference):
+    losses = [read_losses(reference[loop]) for loop in LOOPS]
+    assert list(losses[0]) == list(range(1, 11))
+    assert losses[0] == losses[1]
+    assert len(set(losses[0].values())) == 10
+    for name in ("model_state.pdparams", "ema_state.pdparams"):
+        trainer, notrainer = (weights(loop, reference[loop], 10, name) for loop in LOOPS)
+        assert_same(trainer, notrainer)
+    assert any((trainer[key] != weights("trainer", reference["trainer"], 4)[key]).any() for key in trainer)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("source", LOOPS)
+def test_resume_continues_with_the_same_losses(reference, features, tmp_path, run_loop, loop, source):
+    arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path / "out", steps=10)
+    resume = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
+    run_loop(loop, [*arguments, resume, checkpoint_path(source, reference[source], 4)])
+    expected = {step: loss for step, loss in read_losses(reference["trainer"]).items() if step > 4}
+    assert read_losses(tmp_path / "out") == expected
+    for name in ("model_state.pdparams", "ema_state.pdparams"):
+        assert_same(weights(loop, tmp_path / "out", 10, name), weights("trainer", reference["trainer"], 10, name))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_run_again_goes_on_where_it_stopped(reference, features, tmp_path, run_loop, loop):
+    arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=4)
+    extra = ["--resume", "auto"] if loop == "notrainer" else []
+    run_loop(loop, [*arguments, *extra])
+    arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=10)
+    run_loop(loop, [*arguments, *extra])
+    assert read_losses(tmp_path) == read_losses(reference[loop])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_accumulation_gives_the_losses_of_whole_batches(reference, features, tmp_path, run_loop, loop):
+    run_loop(
+        loop,
+        loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=10, accumulation=2),
+    )
+    expected = read_losses(reference[loop])
+    for step, loss in read_losses(tmp_path).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    assert_same(weights(loop, tmp_path, 10), weights(loop, reference[loop], 10), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_recompute_changes_nothing(reference, features, tmp_path, run_loop, loop):
+    arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=3)
+    run_loop(loop, [*arguments, "--recompute", "True"])
+    expected = read_losses(reference[loop])
+    assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("loop", "extra"),
+    [
+        ("trainer", []),
+        ("trainer", ["--sharding", "stage1", "--sharding_parallel_degree", "2"]),
+        ("trainer", ["--recompute", "True"]),
+        ("notrainer", []),
+        ("notrainer", ["--recompute", "True"]),
+        ("notrainer", ["--gradient_accumulation_steps", "2"]),
+    ],
+    ids=[
+        "trainer-dp",
+        "trainer-sharding1",
+        "trainer-recompute",
+        "notrainer-dp",
+        "notrainer-recompute",
+        "notrainer-acc",
+    ],
+)
+def test_two_processes_give_the_single_process_losses(reference, features, tmp_path, loop, extra):
+    output = tmp_path / "out"
+    arguments = loop_arguments(
+        loop, config=reference["config"], features=features, output=output, steps=10, ranks=2, save_every=4
+    )
+    done = launch(2, f"train_image_generation_{loop}.py", [*arguments, *extra], tmp_path / "log")
+    logs = "".join(path.read_text() for path in sorted((tmp_path / "log").glob("workerlog.*")))
+    assert done.returncode == 0, logs[-3000:]
+    expected = read_losses(reference[loop])
+    losses = read_losses(output)
+    assert list(losses) == list(expected)
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    for name in ("model_state.pdparams", "ema_state.pdparams"):
+        assert_same(weights(loop, output, 10, name), weights(loop, reference[loop], 10, name), tolerance=1e-4)
+    optimizers = [weights(loop, folder, 10, "optimizer.pdopt") for folder in (output, reference[loop])]
+    assert optimizers[0].keys() == optimizers[1].keys()
+    for name, accumulators in optimizers[1].items():
+        assert_same(optimizers[0][name], accumulators, tolerance=1e-4)
+
+
+def test_one_process_resumes_what_two_began(reference, features, tmp_path, run_loop):
+    arguments = loop_arguments(
+        "trainer", config=reference["config"], features=features, output=tmp_path / "two", steps=4, ranks=2
+    )
+    extra = ["--sharding", "stage1", "--sharding_parallel_degree", "2"]
+    done = launch(2, "train_image_generation_trainer.py", [*arguments, *extra], tmp_path / "log")
+    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = loop_arguments(
+        "notrainer", config=reference["config"], features=features, output=tmp_path / "one", steps=10
+    )
+    run_loop("notrainer", [*arguments, "--resume", tmp_path / "two"])
+    expected = read_losses(reference["notrainer"])
+    losses = read_losses(tmp_path / "one")
+    assert list(losses) == [5, 6, 7, 8, 9, 10]
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)

@@ -1,0 +1,411 @@
+"""The parts both loops share: EMA, data order, optimizer, schedules, precision, checkpoints, logs."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+from conftest import (
+    GOLDEN,
+    checkpoint_path,
+    load_golden,
+    loop_arguments,
+    read_losses,
+    relative_error,
+    write_config,
+)
+from paddle import nn
+
+from models import build_model
+from training import EMA
+from training import checkpoint as ckpt
+from training.config import resolve_config
+from training.data import MicroBatchSampler, SampleStream, total_steps
+from training.optimizer import build_lr_scheduler, build_optimizer, lr_factor, optimizer_state, set_optimizer_state
+from training.precision import Precision, resolve_precision
+
+# EMA.
+
+
+class Toy(nn.Layer):
+    """The network of the official EMA vectors: two parameters, a frozen one, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = self.create_parameter([5, 7])
+        self.b = self.create_parameter([7], is_bias=True)
+        self.frozen = self.create_parameter([3])
+        self.frozen.stop_gradient = True
+        self.register_buffer("buf", paddle.zeros([2]))
+
+    def set(self, arrays, prefix):
+        for name, parameter in self.named_parameters():
+            parameter.set_value(arrays[f"{prefix}_{name}"])
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.9])
+def test_ema_is_the_official_update(decay):
+    arrays = load_golden("ema")
+    toy = Toy()
+    toy.set(arrays, "ema0")
+    ema = EMA(toy, decay=decay)
+    for step in range(1, 6):
+        toy.set(arrays, f"model{step}")
+        ema.update(toy)
+        state = ema.state_dict()
+        assert sorted(state) == ["b", "frozen", "w"]
+        for name, value in state.items():
+            expected = arrays[f"ema{step}_d{str(decay).replace('.', 'p')}_{name}"]
+            np.testing.assert_allclose(value, expected, atol=2e-7, rtol=0)
+            assert value.dtype == paddle.float32
+
+
+def test_ema_prefers_master_weights_and_warms_up():
+    toy = Toy()
+    ema = EMA(toy, decay=0.5)
+    start = toy.b.numpy().copy()
+    ema.update(toy, {toy.b.name: paddle.full([7], 3.0)})
+    np.testing.assert_allclose(ema.state_dict()["b"], 0.5 * start + 1.5)
+    warm = EMA(toy, decay=0.9999, warmup=True)
+    decays = []
+    for _ in range(3):
+        decays.append(warm.current_decay())
+        warm.update(toy)
+    assert decays == [1 / 10, 2 / 11, 3 / 12]
+
+
+# Order of the data.
+
+
+def test_every_sample_once_an_epoch_over_all_ranks():
+    samplers = [
+        MicroBatchSampler(25, global_batch_size=10, accumulation_steps=1, rank=rank, world_size=2, seed=3, last_step=5)
+        for rank in range(2)
+    ]
+    steps = [sum(parts, []) for parts in zip(*samplers, strict=True)]
+    stream = sum(steps, [])
+    assert all(len(step) == 10 for step in steps)
+    first, second = stream[:25], stream[25:]
+    assert sorted(first) == sorted(second) == list(range(25))
+    assert first != second and first != sorted(first)
+    assert SampleStream(25, seed=3).indices(0, 50) == stream
+    assert SampleStream(25, seed=4).indices(0, 25) != first
+
+
+def test_batches_do_not_depend_on_ranks_or_accumulation():
+    def global_batches(world, accumulation):
+        samplers = [
+            iter(
+                MicroBatchSampler(
+                    30,
+                    global_batch_size=12,
+                    accumulation_steps=accumulation,
+                    rank=rank,
+                    world_size=world,
+                    seed=0,
+                    last_step=4,
+                )
+            )
+            for rank in range(world)
+        ]
+        return [
+            [index for _ in range(accumulation) for sampler in samplers for index in next(sampler)] for _ in range(4)
+        ]
+
+    expected = global_batches(1, 1)
+    assert global_batches(2, 1) == global_batches(3, 2) == global_batches(1, 4) == expected
+
+
+def test_resuming_continues_the_stream_without_reading_what_went_before():
+    def make():
+        return MicroBatchSampler(
+            30, global_batch_size=8, accumulation_steps=2, rank=0, world_size=1, seed=0, last_step=10
+        )
+
+    whole, resumed = make(), make()
+    resumed.resume(7, 56)
+    assert list(resumed) == list(whole)[14:] and len(resumed) == 6
+    assert resumed.epoch(10) == whole.epoch(10) == 80 / 30
+    # A run that goes on with another batch size goes on in the stream where it stopped.
+    resumed.resume(7, 20)
+    assert next(iter(resumed)) == whole.stream.indices(20, 24)
+
+
+def test_length_of_a_run():
+    assert total_steps(100, global_batch_size=32, max_steps=7, epochs=2) == 7
+    assert total_steps(100, global_batch_size=32, max_steps=-1, epochs=2) == 6
+    with pytest.raises(ValueError, match="global batch size 10 is not divisible by 4 data-parallel ranks"):
+        MicroBatchSampler(9, global_batch_size=10, accumulation_steps=1, rank=0, world_size=4, seed=0, last_step=1)
+
+
+# Optimizer and schedules.
+
+
+def test_learning_rate_schedules():
+    def factors(kind, steps=(0, 5, 10, 55, 100), **options):
+        return [round(lr_factor(kind, step, warmup_steps=10, total_steps=100, **options), 6) for step in steps]
+
+    assert factors("constant") == [0, 0.5, 1, 1, 1]
+    assert factors("linear") == [0, 0.5, 1, 0.5, 0]
+    assert factors("cosine") == [0, 0.5, 1, 0.5, 0]
+    assert factors("polynomial", power=2.0, lr_end=1e-3, learning_rate=1e-2) == [0, 0.5, 1, 0.325, 0.1]
+
+
+def test_schedules_are_those_of_paddlenlp():
+    from paddlenlp.trainer.trainer_utils import get_scheduler
+
+    for kind in ("constant", "constant_with_warmup", "linear", "cosine", "polynomial"):
+        theirs = get_scheduler(kind, learning_rate=2e-4, num_warmup_steps=5, num_training_steps=40, lr_end=1e-5)
+        training = {"learning_rate": 2e-4, "lr_scheduler_type": kind, "warmup_steps": 5, "num_cycles": 0.5}
+        ours = build_lr_scheduler({**training, "lr_end": 1e-5, "power": 1.0}, 40)
+        for step in range(41):
+            if kind != "constant":  # theirs ignores the warm-up
+                assert ours.get_lr() == pytest.approx(theirs.get_lr(), rel=1e-6, abs=1e-12), (kind, step)
+            ours.step()
+            theirs.step()
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_clipping_and_schedule_in_the_loops(loop, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=6)
+    run_loop(loop, [*arguments, "--max_grad_norm=0.01", "--lr_scheduler_type=linear", "--warmup_steps=2"])
+    path = tmp_path / "out/metrics.jsonl" if loop == "trainer" else next(tmp_path.glob("out/*/metrics.jsonl"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert rows[0]["grad_norm"] > 0.1  # reported before clipping
+    state = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "out", 6)).optimizer
+    # moment1 after six steps of gradients clipped to a global norm of 0.01.
+    norm = sum((entry["moment1"] ** 2).sum() for entry in state.values()) ** 0.5
+    assert 0 < norm <= 0.01 * (1 - 0.9**6) * 1.01
+
+
+# Official training checkpoints.
+
+TRAIN_CONFIG = {
+    "type": "DiT",
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_classes": 10,
+}
+
+
+def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatch):
+    from diffusion import create_diffusion
+
+    arrays = load_golden("dit_train_steps")
+    config = resolve_config({"model": TRAIN_CONFIG})
+    checkpoint = ckpt.open_checkpoint(GOLDEN / "dit_tiny_train_ckpt.pt", config)
+    assert checkpoint.progress["global_step"] == 2
+    model = build_model(config)
+    ema = EMA(model)
+    ckpt.restore_model(checkpoint, model, ema)
+    training = config["training"]
+    optimizer = build_optimizer(model, training, build_lr_scheduler(training, 4))
+    set_optimizer_state(optimizer, model, checkpoint.optimizer)
+
+    model.eval()
+    x, t, y = paddle.to_tensor(arrays["x"][0]), paddle.to_tensor(arrays["t"][1]), paddle.to_tensor(arrays["fwd_y"])
+    assert relative_error(model(x, t, y), arrays["fwd_model2"]) < 6e-5
+
+    model.train()
+    diffusion = create_diffusion("")
+    for step in (2, 3):
+        drop = paddle.to_tensor(arrays["drop_rand"][step])
+        monkeypatch.setattr(paddle, "rand", lambda *args, drop=drop, **kwargs: drop)
+        x0, t, y, noise = (paddle.to_tensor(arrays[key][step]) for key in ("x", "t", "y", "noise"))
+        loss = diffusion.training_losses(model, x0, t, {"y": y}, noise=noise)["loss"]
+        np.testing.assert_allclose(loss, arrays["loss"][step], rtol=6e-5)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        ema.update(model)
+
+    from models.weights import official_to_paddle
+
+    for prefix, state in (("p4", dict(model.named_parameters())), ("ema4", ema.state_dict())):
+        for key, value in arrays.items():
+            if key.startswith(prefix + ":"):
+                name = key.split(":", 1)[1]
+                expected = official_to_paddle({name: value})[name]
+                assert relative_error(state[name], expected) < 6e-5, key
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_loops_resume_an_official_training_checkpoint(loop, features, tmp_path, run_loop):
+    path = tmp_path / "DiT_official.json"
+    path.write_text(json.dumps({"model": TRAIN_CONFIG}))
+    arguments = loop_arguments(loop, config=str(path), features=features, output=tmp_path / "out", steps=4)
+    resume = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
+    run_loop(loop, [*arguments, resume, GOLDEN / "dit_tiny_train_ckpt.pt"])
+    assert list(read_losses(tmp_path / "out")) == [3, 4]
+
+
+def test_optimizer_state_does_not_depend_on_paddles_names():
+    config = resolve_config({"model": TRAIN_CONFIG})
+
+    def make():
+        model = build_model(config)
+        return model, build_optimizer(model, config["training"], build_lr_scheduler(config["training"], 4))
+
+    def step(model, optimizer):
+        paddle.seed(5)
+        labels, times = paddle.to_tensor([1, 2]), paddle.to_tensor([4, 5])
+        model(paddle.randn([2, 4, 8, 8]), times, labels).square().mean().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+    first, second = make(), make()
+    second[0].set_state_dict(first[0].state_dict())
+    step(*first)
+    second[0].set_state_dict(first[0].state_dict())
+    set_optimizer_state(second[1], second[0], optimizer_state(first[1], first[0]))
+    step(*first)
+    step(*second)
+    for (name, a), b in zip(first[0].named_parameters(), second[0].parameters(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    with pytest.raises(ValueError, match="the optimizer state has no moment1 of x_embedder.proj.weight"):
+        set_optimizer_state(first[1], first[0], {})
+
+
+# Precision.
+
+
+def test_cpu_computes_in_float32_and_says_so():
+    precision, note = resolve_precision("bfloat16", "O2", device="cpu")
+    assert precision.dtype == "float32" and not precision.low_precision_weights
+    assert "Paddle on a CPU computes in float32" in note
+    assert resolve_precision("float32", "O1", device="cpu") == (Precision(), None)
+
+
+def test_half_precision_on_gpus():
+    assert resolve_precision("bfloat16", "O1", device="gpu:0", compute_capability=(8, 0))[0].dtype == "bfloat16"
+    assert resolve_precision("float16", "O2", device="gpu:0", compute_capability=(7, 0))[0].low_precision_weights
+    with pytest.raises(ValueError, match=r"bfloat16 needs a GPU of compute capability 8.0 or newer.*7.0; use float16"):
+        resolve_precision("bfloat16", "O1", device="gpu:0", compute_capability=(7, 0))
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+@pytest.mark.parametrize(
+    "flags", [["--bf16", "True"], ["--fp16", "True", "--fp16_opt_level", "O2"]], ids=["bf16", "fp16"]
+)
+def test_half_precision_asked_for_on_a_cpu_trains_in_float32(loop, flags, features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    plain = loop_arguments(loop, config=config, features=features, output=tmp_path / "plain", steps=3)
+    run_loop(loop, plain)
+    assert "float32" not in capsys.readouterr().out.replace('"amp_dtype": "float32"', "")
+    asked = loop_arguments(loop, config=config, features=features, output=tmp_path / "asked", steps=3)
+    run_loop(loop, [*asked, *flags])
+    assert capsys.readouterr().out.count("Paddle on a CPU computes in float32 whatever AMP says") == 1
+    assert read_losses(tmp_path / "asked") == read_losses(tmp_path / "plain")
+
+
+# Checkpoints and output folders.
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_checkpoint_folder_and_rotation(loop, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=11, save_every=2)
+    run_loop(loop, [*arguments, "--save_total_limit", "2"])
+    last = checkpoint_path(loop, tmp_path / "out", 11)
+    assert [path.rsplit("/")[-1] for path in ckpt.list_checkpoints(last.parent)] == (
+        ["checkpoint-10", "checkpoint-11"] if loop == "trainer" else ["0000010", "0000011"]
+    )
+    names = {path.name for path in last.iterdir()}
+    assert names == {
+        "config.json",
+        "model_state.pdparams",
+        "ema_state.pdparams",
+        "optimizer.pdopt",
+        "trainer_state.json",
+    }
+    model = paddle.load(str(last / "model_state.pdparams"))
+    average = paddle.load(str(last / "ema_state.pdparams"))
+    assert list(model) == list(average)
+    assert "pos_embed" in model and not any(key.startswith("transformer.") for key in model)
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert (state["global_step"], state["samples_seen"], state["epoch"]) == (11, 88, 2.2)
+    assert json.loads((last / "config.json").read_text())["training"]["max_steps"] == 11
+
+
+def test_no_ema_no_ema_file(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json", use_ema=False)
+    run_loop(
+        "notrainer", loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=1)
+    )
+    assert not (checkpoint_path("notrainer", tmp_path / "out", 1) / "ema_state.pdparams").exists()
+
+
+def test_overwrite_puts_the_earlier_run_aside(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=3)
+    run_loop("trainer", arguments)
+    before = (output / "checkpoint-3/model_state.pdparams").read_bytes()
+    run_loop("trainer", [*arguments, "--overwrite_output_dir", "True", "--seed", "5"])
+    (aside,) = output.glob("previous-*")
+    assert (aside / "checkpoint-3/model_state.pdparams").read_bytes() == before
+    assert (output / "checkpoint-3/model_state.pdparams").read_bytes() != before
+    assert list(read_losses(output)) == list(read_losses(aside)) == [1, 2, 3]
+
+
+def test_resuming_an_older_checkpoint_puts_the_later_ones_aside(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=6, save_every=2)
+    run_loop("trainer", arguments)
+    run_loop("trainer", [*arguments, "--resume_from_checkpoint", output / "checkpoint-2"])
+    (aside,) = output.glob("previous-*")
+    assert sorted(path.name for path in aside.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_each_new_experiment_gets_its_own_folder(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=2)
+    for _ in range(2):
+        run_loop("notrainer", arguments)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000-Tiny", "001-Tiny"]
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_visualdl_log_holds_the_metrics(loop, features, tmp_path, run_loop):
+    from visualdl.reader.reader import LogReader  # the reader behind VisualDL's own server
+
+    config = write_config(tmp_path / "Tiny.json")
+    run_loop(
+        loop,
+        [
+            *loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=3),
+            f"--logging_dir={tmp_path / 'vdl'}",
+        ],
+    )
+    (log,) = (tmp_path / "vdl").glob("*.log")
+    reader = LogReader(file_path=str(log))
+    tags = (
+        {tag for tags in reader.get_tags().values() for tag in tags}
+        if hasattr(reader, "get_tags")
+        else set(reader.tags())
+    )
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/samples_per_second"} <= tags
+    assert {"train/steps_per_second", "train/peak_memory_gib"} <= tags
+    losses = [record.value for record in reader.get_data("scalar", "train/loss")]
+    assert losses == pytest.approx(list(read_losses(tmp_path / "out").values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_loss_aware_timesteps_survive_a_resume(loop, features, tmp_path, run_loop):
+    objective = {"timestep_sampler": "loss-second-moment", "diffusion_steps": 21}
+    run = {"config": write_config(tmp_path / "Tiny.json", objective=objective), "features": features, "batch": 64}
+    run_loop(loop, loop_arguments(loop, **run, output=tmp_path / "whole", steps=12, save_every=8))
+    learned = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "whole", 8)).objective
+    assert learned["loss_counts"].min() >= 10  # past its warm-up: timesteps are drawn by their losses
+    resumed = loop_arguments(loop, **run, output=tmp_path / "resumed", steps=12)
+    flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
+    run_loop(loop, [*resumed, flag, checkpoint_path(loop, tmp_path / "whole", 8)])
+    expected = {step: loss for step, loss in read_losses(tmp_path / "whole").items() if step > 8}
+    assert read_losses(tmp_path / "resumed") == expected

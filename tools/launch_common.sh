@@ -1,0 +1,32 @@
+# What the numbered launch scripts share (POSIX sh, sourced): the interpreter, the processes a node, the launcher.
+# Several nodes: the same TRAINERS_NUM and MASTER (host:port of one of them) on each; ranks are given out by the master.
+
+if [ -z "${PYTHON:-}" ]; then
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=python
+    elif [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python
+    else PYTHON=python3
+    fi
+fi
+
+count_gpus() {
+    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU'
+}
+
+TRAINER_INSTANCES=${TRAINER_INSTANCES:-127.0.0.1}
+TRAINERS_NUM=${TRAINERS_NUM:-1}                       # nodes
+GPUS_FOUND=$(count_gpus || true)
+if [ "${GPUS_FOUND:-0}" -gt 0 ]; then PROCESSES_FOUND=$GPUS_FOUND; else PROCESSES_FOUND=1; fi
+TRAINING_GPUS_PER_NODE=${TRAINING_GPUS_PER_NODE:-$PROCESSES_FOUND}  # processes a node: its GPUs, else one
+
+# launch LOG_DIR SCRIPT FLAGS...
+launch() {
+    log_dir=$1
+    shift
+    set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$@"
+    # A master is only needed between nodes; without one, several runs can share a machine.
+    if [ "$TRAINERS_NUM" -gt 1 ] || [ -n "${MASTER:-}" ]; then
+        set -- --master "${MASTER:-127.0.0.1:8080}" --ips "$TRAINER_INSTANCES" "$@"
+    fi
+    if [ -n "${GPUS:-}" ]; then set -- --gpus "$GPUS" "$@"; fi
+    exec "$PYTHON" -u -m paddle.distributed.launch "$@"
+}

@@ -1,0 +1,58 @@
+# The Trainer's launch line (POSIX sh, sourced by N_run_train_*_trainer.sh, which sets config_file and OUTPUT_DIR).
+
+. tools/launch_common.sh
+
+TRAINING_MODEL_RESUME=${TRAINING_MODEL_RESUME:-None}  # a checkpoint; None: the newest in OUTPUT_DIR, if there is one
+MP_DEGREE=${MP_DEGREE:-1}                             # tensor_parallel_degree
+SHARDING_DEGREE=${SHARDING_DEGREE:-1}                 # sharding_parallel_degree
+DP_DEGREE=${DP_DEGREE:-$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE / SHARDING_DEGREE))}
+
+feature_path=${feature_path:-./data/fastdit_imagenet256}
+batch_size=${batch_size:-32}                          # per GPU
+num_workers=${num_workers:-8}
+max_steps=${max_steps:-7000000}
+logging_steps=${logging_steps:-50}
+save_steps=${save_steps:-5000}
+image_logging_steps=${image_logging_steps:--1}
+seed=${seed:-0}
+
+USE_AMP=${USE_AMP:-True}
+FP16_OPT_LEVEL=${FP16_OPT_LEVEL:-O1}
+recompute=${recompute:-True}
+enable_xformers=${enable_xformers:-True}
+
+launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
+    --do_train \
+    --feature_path "$feature_path" \
+    --output_dir "$OUTPUT_DIR" \
+    --resume_from_checkpoint "$TRAINING_MODEL_RESUME" \
+    --per_device_train_batch_size "$batch_size" \
+    --gradient_accumulation_steps "${gradient_accumulation_steps:-1}" \
+    --learning_rate "${learning_rate:-1e-4}" \
+    --weight_decay "${weight_decay:-0.0}" \
+    --max_steps "$max_steps" \
+    --lr_scheduler_type "${lr_scheduler_type:-constant}" \
+    --warmup_steps "${warmup_steps:-0}" \
+    --image_logging_steps "$image_logging_steps" \
+    --logging_dir "$OUTPUT_DIR/tb_log" \
+    --logging_steps "$logging_steps" \
+    --save_steps "$save_steps" \
+    --save_total_limit "${save_total_limit:-50}" \
+    --dataloader_num_workers "$num_workers" \
+    --vae_name_or_path "${vae_name_or_path:-stabilityai/sd-vae-ft-mse}" \
+    --config_file "$config_file" \
+    --num_inference_steps "${num_inference_steps:-25}" \
+    --use_ema "${use_ema:-True}" \
+    --max_grad_norm "${max_grad_norm:--1}" \
+    --disable_tqdm "${disable_tqdm:-True}" \
+    --fp16_opt_level "$FP16_OPT_LEVEL" \
+    --seed "$seed" \
+    --recompute "$recompute" \
+    --enable_xformers_memory_efficient_attention "$enable_xformers" \
+    --bf16 "$USE_AMP" \
+    --dp_degree "$DP_DEGREE" \
+    --tensor_parallel_degree "$MP_DEGREE" \
+    --sharding_parallel_degree "$SHARDING_DEGREE" \
+    --pipeline_parallel_degree 1 \
+    --sep_parallel_degree 1 \
+    "$@"

@@ -1,0 +1,192 @@
+"""Trains a class-conditional diffusion transformer with a loop to read and edit; `--help` lists the flags."""
+
+from training.runtime import configure_runtime, run_cli
+
+configure_runtime()  # before Paddle is imported
+
+
+def main():
+    from training.arguments import check_positive, notrainer_parser, resolve_training
+
+    args = notrainer_parser().parse_args()
+    check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
+    config = resolve_training(args, global_batch_size=args.global_batch_size, epochs=args.epochs, seed=args.global_seed)
+    train(args, config)
+
+
+def train(args, config):
+    import contextlib
+    import os
+    import time
+
+    import paddle
+    from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+    from objectives import Rows, build_objective
+    from training import checkpoint as ckpt
+    from training import setup
+    from training.data import MicroBatchSampler, build_loader, total_steps
+    from training.metrics import TrainingLog
+    from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
+    from training.preview import Preview, log_preview
+    from training.runtime import init_distributed, resolve_device, seed_step
+
+    # Device, process group, precision.
+    settings = config["training"]
+    device = paddle.set_device(resolve_device(args.device)) and paddle.get_device()
+    rank, world_size = init_distributed()
+    precision, note = setup.setup_precision(config, device)
+    accumulation_steps = settings["gradient_accumulation_steps"]
+
+    # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
+    dataset = setup.build_dataset(config, args.feature_path, args.image_size)
+    last_step = total_steps(
+        len(dataset),
+        global_batch_size=settings["global_batch_size"],
+        max_steps=settings["max_steps"],
+        epochs=settings["epochs"],
+    )
+    sampler = MicroBatchSampler(
+        len(dataset),
+        global_batch_size=settings["global_batch_size"],
+        accumulation_steps=accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=settings["seed"],
+        last_step=last_step,
+    )
+
+    # Checkpoint to resume, and the experiment's folder.
+    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config)
+    checkpoints_dir = os.path.join(folder, "checkpoints")
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint.progress["global_step"]
+        sampler.resume(first_step, checkpoint.progress["samples_seen"])
+
+    # Network, objective, EMA, optimizer.
+    model = setup.build_network(config)
+    objective = build_objective(config)
+    ema = setup.build_ema(config, model)
+    if checkpoint is not None:
+        ckpt.restore_model(checkpoint, model, ema)
+    precision.decorate(model)
+    lr_scheduler = build_lr_scheduler(settings, last_step)
+    optimizer = build_optimizer(model, settings, lr_scheduler, multi_precision=precision.low_precision_weights)
+    scaler = precision.scaler()
+    if checkpoint is not None:
+        ckpt.restore_training(
+            checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
+        )
+    preview = None
+    if args.image_logging_steps > 0:
+        vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae else args.vae_name_or_path
+        preview = Preview(
+            objective, config, vae=vae, num_inference_steps=args.num_inference_steps, cfg_scale=args.cfg_scale
+        )
+
+    # Gradients are averaged over the ranks by DataParallel's hooks, during the backward pass; recompute runs backward
+    # passes inside the backward pass, which the hooks can't follow: then in one go after it.
+    network, reduce_after = model, False
+    if world_size > 1:
+        reduce_after = settings["recompute"]
+        network = model if reduce_after else paddle.DataParallel(model)
+
+    if rank == 0:
+        setup.describe_run(
+            config,
+            folder=folder,
+            dataset=dataset,
+            model=model,
+            device=device,
+            world_size=world_size,
+            last_step=last_step,
+            notes=[note],
+        )
+        if checkpoint is not None:
+            print(f"resumed {checkpoint.source} at step {first_step}", flush=True)
+    log = TrainingLog(
+        folder,
+        visualdl_dir=args.logging_dir or os.path.join(folder, "tb_log"),
+        log_every=args.log_every,
+        first_step=first_step,
+        last_step=last_step,
+        global_batch_size=settings["global_batch_size"],
+        show_bar=not args.disable_tqdm,
+        rank=rank,
+    )
+
+    def save(step):
+        start = time.perf_counter()
+        path = os.path.join(checkpoints_dir, f"{step:07d}")
+        ckpt.save_checkpoint(
+            path,
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            scaler=scaler,
+            ema=ema,
+            objective=objective,
+            progress=setup.progress_state(
+                config,
+                step=step,
+                samples_seen=sampler.samples_seen(step),
+                num_samples=len(dataset),
+                world_size=world_size,
+            ),
+        )
+        ckpt.rotate_checkpoints(checkpoints_dir, args.save_total_limit)
+        log.print(f"saved {path}")
+        log.pause(time.perf_counter() - start)
+
+    model.train()  # label dropout is on
+    batches = iter(build_loader(dataset, sampler, num_workers=args.num_workers))
+    for step in range(first_step + 1, last_step + 1):
+        # Forward and backward, micro-batch by micro-batch.
+        for micro_step in range(accumulation_steps):
+            x, y = next(batches)  # (n, C, h, w), (n,)
+            seed_step(settings["seed"], step)
+            last_micro_step = micro_step == accumulation_steps - 1
+            keep_local = network is not model and not last_micro_step
+            with network.no_sync() if keep_local else contextlib.nullcontext():
+                with precision.autocast():
+                    loss = objective.training_losses(network, x, y, Rows(*sampler.rows(micro_step)))["loss"].mean()
+                scaler.scale(loss / accumulation_steps).backward()
+            log.add(loss.detach())
+        if reduce_after:
+            fused_allreduce_gradients(list(model.parameters()), None)
+
+        # Optimizer, learning rate, EMA.
+        grad_square = squared_grad_norm(model.parameters()) if log.will_report(step) else None
+        scale = scaler._scale.clone() if precision.dtype == "float16" and grad_square is not None else None
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad()
+        lr = optimizer.get_lr()
+        lr_scheduler.step()
+        objective.end_step()
+        if ema is not None:
+            ema.update(model, master_weights(optimizer))
+
+        # Report, preview, checkpoint.
+        if log.step_done(step):
+            grad_norm = float(grad_square) ** 0.5 / (float(scale) if scale is not None else 1.0)
+            log.report(lr=lr, grad_norm=grad_norm, epoch=sampler.epoch(step))
+        if preview is not None and step % args.image_logging_steps == 0:
+            images_dir = os.path.join(folder, "images")
+            log_preview(
+                preview, model=model, ema=ema, optimizer=optimizer, log=log, folder=images_dir, step=step, rank=rank
+            )
+        if step % args.ckpt_every == 0 or step == last_step:
+            save(step)
+
+    log.close()
+    if rank == 0:
+        print(
+            f"done: step {max(first_step, last_step)}, checkpoints in {checkpoints_dir}, VisualDL log in {log.visualdl_dir}"
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

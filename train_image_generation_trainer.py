@@ -1,0 +1,113 @@
+"""Trains a class-conditional diffusion transformer with the PaddleNLP Trainer; `--help` lists the flags."""
+
+from training.runtime import configure_runtime, run_cli
+
+configure_runtime()  # before Paddle is imported
+
+
+def main():
+    from training.arguments import check_positive, resolve_training, trainer_parser
+
+    args, others = trainer_parser().parse_known_args()
+    check_positive(
+        args,
+        *("resolution", "per_device_train_batch_size", "logging_steps", "save_steps", "num_inference_steps"),
+        *("save_total_limit", "sharding_parallel_degree", "tensor_parallel_degree"),
+        *("pipeline_parallel_degree", "sep_parallel_degree"),
+    )
+    config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+    train(args, others, config)
+
+
+def train(args, others, config):
+    import paddle
+
+    from training.runtime import resolve_device
+
+    device = paddle.set_device(resolve_device(args.device)) and paddle.get_device()
+
+    from objectives import build_objective
+    from training import checkpoint as ckpt
+    from training import setup
+    from training.data import MicroBatchSampler, total_steps
+    from training.preview import Preview
+    from training.trainer import LatentDiffusionTrainer
+    from training.trainer_arguments import check_degrees, training_arguments
+
+    # What is asked of the process group, before it is made.
+    world_size = paddle.distributed.get_world_size()
+    degree_note = check_degrees(args, world_size)
+    settings = config["training"]
+    settings["global_batch_size"] = (
+        args.per_device_train_batch_size * settings["gradient_accumulation_steps"] * world_size
+    )
+    precision, note = setup.setup_precision(config, device)
+
+    # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
+    dataset = setup.build_dataset(config, args.feature_path, args.resolution)
+    last_step = total_steps(
+        len(dataset),
+        global_batch_size=settings["global_batch_size"],
+        max_steps=settings["max_steps"],
+        epochs=settings["epochs"],
+    )
+    sampler = MicroBatchSampler(
+        len(dataset),
+        global_batch_size=settings["global_batch_size"],
+        accumulation_steps=settings["gradient_accumulation_steps"],
+        rank=paddle.distributed.get_rank(),
+        world_size=world_size,
+        seed=settings["seed"],
+        last_step=last_step,
+    )
+
+    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
+    training_args = training_arguments(args, others, config, precision, max_steps=last_step)
+    checkpoint = ckpt.open_output_dir(
+        args.output_dir, config, resume=args.resume_from_checkpoint, overwrite=bool(args.overwrite_output_dir)
+    )
+
+    # Network, objective, trainer.
+    model = setup.build_network(config)
+    objective = build_objective(config)
+    preview = None
+    if args.image_logging_steps > 0:
+        preview = Preview(
+            objective,
+            config,
+            vae=args.vae_name_or_path,
+            num_inference_steps=args.num_inference_steps,
+            cfg_scale=args.cfg_scale,
+        )
+    if paddle.distributed.get_rank() == 0:
+        setup.describe_run(
+            config,
+            folder=args.output_dir,
+            dataset=dataset,
+            model=model,
+            device=device,
+            world_size=world_size,
+            last_step=last_step,
+            notes=[degree_note, note],
+        )
+        if checkpoint is not None:
+            print(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}", flush=True)
+    trainer = LatentDiffusionTrainer(
+        model=model,
+        args=training_args,
+        config=config,
+        objective=objective,
+        train_dataset=dataset,
+        sampler=sampler,
+        precision=precision,
+        preview=preview,
+        image_logging_steps=args.image_logging_steps,
+        checkpoint=checkpoint,
+        show_bar=not args.disable_tqdm,
+    )
+    trainer.train()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)

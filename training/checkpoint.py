@@ -1,0 +1,441 @@
+"""Training checkpoints: one folder, the same from both loops, whole tensors whatever the parallel degrees were.
+
+    config.json             the resolved config
+    model_state.pdparams    weights, float32, official names
+    ema_state.pdparams      their averages, same keys
+    optimizer.pdopt         AdamW's moments by parameter name
+    trainer_state.json      step, data position, LR schedule, loss scaler, random generators of Python and numpy
+    objective.pdparams      only if the objective has a state (the loss-aware timestep sampler)
+
+The random numbers of a step are a function of (seed, step), so that resuming needs no generator state of Paddle's.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import paddle
+
+from models.weights import check_state, official_to_paddle, safe_load
+from training.config import read_json, resolve_config, write_json
+from training.optimizer import master_weights, optimizer_state, set_optimizer_state
+
+CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
+OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
+_CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
+_EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
+
+
+@dataclass
+class Checkpoint:
+    """What was read of a checkpoint: arrays by name, and `progress` with `global_step` and `samples_seen`."""
+
+    source: str
+    config: dict | None
+    model: dict
+    ema: dict | None
+    optimizer: dict | None
+    objective: dict = field(default_factory=dict)
+    progress: dict = field(default_factory=dict)
+
+
+def is_checkpoint(folder):
+    """Whether `folder` is a complete training checkpoint."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, MODEL, STATE))
+
+
+def list_checkpoints(folder):
+    """The checkpoints `checkpoint-N` or `N` directly in `folder`, oldest step first, as paths."""
+    if not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in os.scandir(folder):
+        match = _CHECKPOINT_NAME.match(entry.name)
+        if match and entry.is_dir() and is_checkpoint(entry.path):
+            found.append((int(match.group(1)), entry.path))
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(folder, experiment_name=None):
+    """The newest checkpoint in a run's folder, or None.
+
+    Args:
+        folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
+            `checkpoints/`; or a results folder of experiments `NNN-NAME`, of which the newest with a checkpoint counts.
+        experiment_name: consider experiments of this NAME only.
+    """
+    if is_checkpoint(folder):
+        return folder
+    for place in (folder, os.path.join(folder, "checkpoints")):
+        found = list_checkpoints(place)
+        if found:
+            return found[-1]
+    for _, path in reversed(list_experiments(folder, experiment_name)):
+        found = list_checkpoints(os.path.join(path, "checkpoints"))
+        if found:
+            return found[-1]
+    return None
+
+
+def list_experiments(folder, experiment_name=None):
+    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
+    if not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in os.scandir(folder):
+        match = _EXPERIMENT_NAME.match(entry.name)
+        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
+            found.append((int(match.group(1)), entry.path))
+    return sorted(found)
+
+
+class Shares:
+    """Which parameters' optimizer state and averages this rank holds, and how to gather them whole.
+
+    Without sharding every rank holds everything. With sharding stage 1 each parameter has one owner in the sharding group.
+    """
+
+    def __init__(self, model, optimizer=None):
+        self.names = None
+        sharding = optimizer
+        while sharding is not None and "_param2rank" not in vars(sharding):
+            sharding = vars(sharding).get("_inner_opt")
+        if sharding is None:
+            return
+        group = sharding._hcg.get_sharding_parallel_group()
+        self.group, self._ranks, self._rank = group, group.ranks, sharding._sharding_rank
+        self._owner = {
+            name: sharding._param2rank.get(parameter.name, 0) for name, parameter in model.named_parameters()
+        }
+        self.names = {name for name, owner in self._owner.items() if owner == self._rank}
+
+    def whole(self, tensors, reference):
+        """`{name: float32 array}` of every parameter, of a dict that holds this rank's share of them.
+
+        With sharding a collective: every rank calls it; each tensor is sent by its owner.
+
+        Args:
+            tensors: by parameter name.
+            reference: `{name: tensor}` of all parameters; gives the shapes of those that other ranks hold.
+        """
+        if self.names is None:
+            return {name: tensors[name].astype("float32").numpy() for name in reference if name in tensors}
+        result = {}
+        for name, like in reference.items():
+            own = self._owner[name] == self._rank
+            value = tensors[name].astype("float32") if own else paddle.zeros(like.shape, dtype="float32")
+            value = value.clone()
+            paddle.distributed.broadcast(value, src=self._ranks[self._owner[name]], group=self.group)
+            result[name] = value.numpy()
+        return result
+
+
+def _random_state():
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def _set_random_state(state):
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype="uint32"), *rest))
+
+
+def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
+    """Writes a checkpoint; every rank calls it, rank 0 writes.
+
+    It is written beside and renamed when complete: a folder of this name is a whole checkpoint or is not there.
+
+    Args:
+        folder: its path; an existing one of the same step is replaced.
+        model: the network, not wrapped.
+        ema: an `EMA`, or None.
+        progress: `global_step`, `samples_seen` and what else is worth knowing, JSON values.
+    """
+    shares = Shares(model, optimizer)
+    parameters = dict(model.named_parameters())
+    masters = master_weights(optimizer)
+    own = {
+        name: masters.get(parameter.name, parameter)
+        for name, parameter in parameters.items()
+        if shares.names is None or name in shares.names
+    }
+    # Under O2 the masters are the weights; the low-precision copies that the network computes with follow from them.
+    gather = masters or shares.names is None
+    model_state = shares.whole(own, parameters) if gather else Shares(model).whole(parameters, parameters)
+    ema_state = shares.whole(ema.state_dict(), parameters) if ema is not None else None
+    optimizer_tensors = optimizer_state(optimizer, model, shares.names)
+    optimizer_arrays = {name: {} for name, parameter in parameters.items() if not parameter.stop_gradient}
+    scalar = paddle.zeros([1])
+    keys = ["moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *(["master_weight"] if masters else [])]
+    for key in keys:
+        reference = {name: scalar if key.endswith("pow_acc") else parameters[name] for name in optimizer_arrays}
+        mine = {name: state[key] for name, state in optimizer_tensors.items() if key in state}
+        for name, array in shares.whole(mine, reference).items():
+            optimizer_arrays[name][key] = array
+
+    if paddle.distributed.get_rank() == 0:
+        parent, name = os.path.split(os.path.abspath(folder))
+        partial = os.path.join(parent, f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        write_json(os.path.join(partial, CONFIG), config)
+        paddle.save(model_state, os.path.join(partial, MODEL))
+        if ema_state is not None:
+            paddle.save(ema_state, os.path.join(partial, EMA_STATE))
+        paddle.save(optimizer_arrays, os.path.join(partial, OPTIMIZER))
+        objective_state = {key: value.numpy() for key, value in objective.state_dict().items()}
+        if objective_state:
+            paddle.save(objective_state, os.path.join(partial, OBJECTIVE))
+        state = {
+            **progress,
+            "ema_updates": ema.num_updates if ema is not None else 0,
+            "lr_scheduler": {key: value for key, value in lr_scheduler.state_dict().items() if _is_plain(value)},
+            "scaler": _plain_scaler(scaler),
+            "random": _random_state(),
+        }
+        with open(os.path.join(partial, STATE), "w", encoding="utf-8") as file:
+            json.dump(state, file)
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.barrier()
+
+
+def _is_plain(value):
+    return isinstance(value, (int, float, str, bool))
+
+
+def _plain_scaler(scaler):
+    state = scaler.state_dict() if scaler is not None else {}
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
+
+
+def rotate_checkpoints(folder, save_total_limit):
+    """Deletes the oldest checkpoints in `folder` until `save_total_limit` are left; None or 0 keeps all. Rank 0 only."""
+    if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
+        for path in list_checkpoints(folder)[:-save_total_limit]:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint folder (or a run's folder: its newest one), or an official `train.py` file `.pt`.
+
+    Nothing that the files hold is executed.
+
+    Raises:
+        ValueError: one line: nothing there, not a checkpoint, an unreadable file.
+    """
+    path = str(path)
+    if os.path.isfile(path):
+        return _load_official(path)
+    folder = latest_checkpoint(path)
+    if folder is None:
+        raise ValueError(
+            f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's folder "
+            "of such, or an official .pt file"
+        )
+
+    def optional(name):
+        file = os.path.join(folder, name)
+        return safe_load(file) if os.path.isfile(file) else None
+
+    return Checkpoint(
+        source=folder,
+        config=resolve_config(read_json(os.path.join(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
+        model=safe_load(os.path.join(folder, MODEL)),
+        ema=optional(EMA_STATE),
+        optimizer=optional(OPTIMIZER),
+        objective=optional(OBJECTIVE) or {},
+        progress=read_json(os.path.join(folder, STATE)),
+    )
+
+
+def _load_official(path):
+    """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
+    raw = safe_load(path)
+    if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
+        raise ValueError(
+            f"{path}: not a training checkpoint: the official layout has 'model', 'ema', 'opt'; weights alone can't be "
+            "resumed (convert them with tools/convert_official_weights.py)"
+        )
+    names = list(raw["model"])
+    group = raw["opt"]["param_groups"][0]
+    beta1, beta2 = group["betas"]
+    moments, step = {}, 0
+    for index, entry in raw["opt"]["state"].items():
+        step = int(np.asarray(entry["step"]).reshape(-1)[0])
+        turned = official_to_paddle({names[index]: np.asarray(entry["exp_avg"])})[names[index]]
+        squared = official_to_paddle({names[index]: np.asarray(entry["exp_avg_sq"])})[names[index]]
+        # Paddle keeps beta^(n + 1) after n steps.
+        moments[names[index]] = {
+            "moment1": turned,
+            "moment2": squared,
+            "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
+            "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
+        }
+    return Checkpoint(
+        source=path,
+        config=None,
+        model=official_to_paddle(raw["model"]),
+        ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
+        optimizer=moments,
+        progress={"global_step": step},
+    )
+
+
+def open_experiment(resume, results_dir, config_file, config):
+    """The checkpoint to resume (or None) and the experiment folder `results_dir/NNN-CONFIG` of the hand-written loop.
+
+    A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other gets a
+    new one, so that nothing is overwritten. All ranks get the same answer.
+
+    Args:
+        resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
+        config_file: its name without `.json` names the experiment.
+    """
+    name = os.path.splitext(os.path.basename(config_file))[0]
+    path = latest_checkpoint(results_dir, name) if resume == "auto" else resume
+    checkpoint = open_checkpoint(path, config) if path else None
+    answer = [None]
+    if paddle.distributed.get_rank() == 0:
+        folder = None
+        for _, experiment in list_experiments(results_dir, name):
+            newest = latest_checkpoint(experiment)
+            if checkpoint is not None and newest and os.path.samefile(newest, checkpoint.source):
+                folder = experiment
+        if folder is None:
+            index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
+            folder = os.path.join(results_dir, f"{index:03d}-{name}")
+            os.makedirs(folder)
+        answer = [folder]
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.broadcast_object_list(answer, src=0)
+    return checkpoint, answer[0]
+
+
+def open_output_dir(output_dir, config, *, resume, overwrite):
+    """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
+
+    Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
+    With `overwrite` the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces or
+    later ones than the resumed, are first moved to `output_dir/previous-DATE`.
+
+    Raises:
+        ValueError: the folder holds another run, or something else than a run.
+    """
+    if resume and resume != "auto":
+        checkpoint = open_checkpoint(resume, config)
+    else:
+        path = None if overwrite else latest_checkpoint(output_dir)
+        try:
+            checkpoint = open_checkpoint(path, config) if path else None
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
+            ) from None
+    if paddle.distributed.get_rank() == 0:
+        _put_aside(output_dir, checkpoint, overwrite)
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.barrier()
+    return checkpoint
+
+
+_RUN_FILES = {"config.json", "metrics.jsonl", "tb_log", "images", "launch_log"}
+
+
+def _put_aside(output_dir, checkpoint, overwrite):
+    existing = list_checkpoints(output_dir)
+    here = checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing)
+    if here:
+        step = checkpoint.progress["global_step"]
+        moved = [path for path in existing if int(_CHECKPOINT_NAME.match(os.path.basename(path)).group(1)) > step]
+    else:
+        moved = existing
+        foreign = (
+            [] if not os.path.isdir(output_dir) else sorted(name for name in os.listdir(output_dir) if not _ours(name))
+        )
+        if (foreign or existing) and not overwrite and not (checkpoint is not None and not existing and not foreign):
+            what = "checkpoints of another run" if existing else f"files of something else ({', '.join(foreign[:3])})"
+            raise ValueError(
+                f"output_dir {output_dir}: holds {what}; choose another folder, or put them aside: --overwrite_output_dir"
+            )
+        if overwrite and os.path.isdir(output_dir):
+            moved = [
+                os.path.join(output_dir, name) for name in os.listdir(output_dir) if not name.startswith("previous-")
+            ]
+    if moved:
+        aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
+        os.makedirs(aside)
+        for path in moved:
+            shutil.move(path, os.path.join(aside, os.path.basename(path)))
+        print(f"moved {len(moved)} item(s) of the earlier run to {aside}", flush=True)
+
+
+def _ours(name):
+    return name in _RUN_FILES or name.startswith(("previous-", ".")) or bool(_CHECKPOINT_NAME.match(name))
+
+
+def open_checkpoint(path, config):
+    """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
+    checkpoint = load_checkpoint(path)
+    check_same_model(checkpoint, config)
+    checkpoint.progress.setdefault("global_step", 0)
+    checkpoint.progress.setdefault(
+        "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]
+    )
+    return checkpoint
+
+
+def check_same_model(checkpoint, config):
+    """Raises `ValueError` if the checkpoint's model or objective section is not the run's, naming the keys."""
+    if checkpoint.config is None:
+        return
+    for section in ("model", "objective"):
+        theirs, ours = checkpoint.config[section], config[section]
+        different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+        if different:
+            listed = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
+            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
+
+
+@paddle.no_grad()
+def restore_model(checkpoint, model, ema=None):
+    """Gives a model (not wrapped) and its EMA a checkpoint's weights; the EMA falls back to the weights.
+
+    Raises:
+        ValueError: weights of another architecture.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_state(checkpoint.model, shapes, source=checkpoint.source)
+    for name, parameter in model.named_parameters():
+        parameter.set_value(paddle.to_tensor(checkpoint.model[name]).astype(parameter.dtype))
+    if ema is not None:
+        check_state(checkpoint.ema or checkpoint.model, shapes, source=checkpoint.source)
+        ema.set_state_dict(checkpoint.ema or checkpoint.model)
+        ema.num_updates = checkpoint.progress.get("ema_updates", checkpoint.progress.get("global_step", 0))
+
+
+def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, objective):
+    """Gives optimizer, LR schedule, loss scaler, objective and generators a checkpoint's state.
+
+    Call it after the model has its weights and the optimizer its wrappers.
+    """
+    if checkpoint.optimizer is not None:
+        set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer).names)
+    progress = checkpoint.progress
+    lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
+    scaler_state = progress.get("scaler") or {}
+    if scaler is not None and scaler_state and getattr(scaler, "_enable", False):
+        scaler.load_state_dict({**scaler_state, "scale": np.float32(scaler_state["scale"])})
+    if checkpoint.objective:
+        objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})
+    if "random" in progress:
+        _set_random_state(progress["random"])

@@ -1,0 +1,70 @@
+"""Exponential moving average of a model's parameters."""
+
+import paddle
+
+
+class EMA:
+    """Averages `ema = decay * ema + (1 - decay) * parameter`, in float32, by parameter name.
+
+    Covers what the official `update_ema` covers: every parameter, frozen ones (`pos_embed`) included, and no buffer.
+    Where the model's own weights are low precision (AMP O2), the optimizer's float32 master weights are averaged.
+
+    Args:
+        model: the layer to follow, not wrapped in `DataParallel`.
+        decay: 0.9999 as in the papers.
+        warmup: use `min(decay, (1 + n) / (10 + n))` at update n, so that a short run forgets its start.
+        names: follow these parameters only (a rank's share); None for all.
+    """
+
+    def __init__(self, model, decay=0.9999, *, warmup=False, names=None):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"ema_decay must be from 0 to 1, got {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        with paddle.no_grad():
+            self.shadow = {
+                name: parameter.astype("float32").clone().detach()
+                for name, parameter in model.named_parameters()
+                if names is None or name in names
+            }
+
+    def current_decay(self):
+        """The decay of the next update."""
+        if self.warmup:
+            return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        return self.decay
+
+    @paddle.no_grad()
+    def update(self, model, master_weights=None):
+        """One step towards the model. Enqueues device work only: nothing waits for the host.
+
+        Args:
+            model: the layer given to the constructor.
+            master_weights: float32 copies by `parameter.name` (`optimizer._master_weights`), used where they exist.
+        """
+        decay = self.current_decay()
+        master_weights = master_weights or {}
+        for name, parameter in model.named_parameters():
+            shadow = self.shadow.get(name)
+            if shadow is not None:
+                value = master_weights.get(parameter.name, parameter)
+                if value.dtype != shadow.dtype:
+                    value = value.astype("float32")
+                shadow.scale_(decay).add_(value * (1.0 - decay))
+        self.num_updates += 1
+
+    def state_dict(self):
+        """The averages by parameter name: the tensors themselves, float32."""
+        return dict(self.shadow)
+
+    @paddle.no_grad()
+    def set_state_dict(self, state):
+        """Takes averages by parameter name (tensors or arrays); every name must be there, with its shape."""
+        for name, shadow in self.shadow.items():
+            if name not in state:
+                raise ValueError(f"the EMA state has no {name!r}")
+            value = paddle.to_tensor(state[name]).astype("float32")
+            if list(value.shape) != list(shadow.shape):
+                raise ValueError(f"the EMA state's {name!r} has shape {list(value.shape)}, not {list(shadow.shape)}")
+            paddle.assign(value, output=shadow)

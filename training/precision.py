@@ -1,0 +1,69 @@
+"""Which precision a run computes in: what was asked for, and what the device can do."""
+
+import contextlib
+from dataclasses import dataclass
+
+import paddle
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Resolved mixed precision: `dtype` float32 means that AMP is off; `level` is O1 or O2."""
+
+    dtype: str = "float32"
+    level: str = "O1"
+
+    @property
+    def enabled(self):
+        return self.dtype != "float32"
+
+    @property
+    def low_precision_weights(self):
+        """Whether the model's own weights are cast, with float32 masters in the optimizer (O2)."""
+        return self.enabled and self.level == "O2"
+
+    def autocast(self):
+        """Context for the forward pass and the loss."""
+        if not self.enabled:
+            return contextlib.nullcontext()
+        return paddle.amp.auto_cast(True, level=self.level, dtype=self.dtype)
+
+    def decorate(self, model):
+        """Casts the model's weights for O2, in place; otherwise does nothing."""
+        if self.low_precision_weights:
+            paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
+        return model
+
+    def scaler(self):
+        """A loss scaler for float16; one that does nothing otherwise."""
+        return paddle.amp.GradScaler(enable=self.dtype == "float16", init_loss_scaling=2.0**15)
+
+
+def resolve_precision(dtype, level, *, device, compute_capability=None):
+    """What can be done of what was asked for.
+
+    Args:
+        dtype: `float32`, `float16` or `bfloat16`.
+        level: `O1` (weights stay float32) or `O2` (weights are cast, with float32 masters).
+        device: `cpu`, `gpu:0`, ...
+        compute_capability: `(major, minor)` of the GPU.
+
+    Returns:
+        `(Precision, note)`: note is a sentence to print once when the device computes otherwise than asked, else None.
+
+    Raises:
+        ValueError: a GPU that has no bfloat16.
+    """
+    if dtype == "float32":
+        return Precision("float32", level), None
+    if device.startswith("cpu"):
+        return Precision("float32", level), (
+            f"amp_dtype {dtype} was asked for, but Paddle on a CPU computes in float32 whatever AMP says: "
+            "this run is float32 throughout."
+        )
+    if dtype == "bfloat16" and device.startswith("gpu") and compute_capability and compute_capability < (8, 0):
+        raise ValueError(
+            f"amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
+            f"{compute_capability[0]}.{compute_capability[1]}; use float16 or float32"
+        )
+    return Precision(dtype, level), None

@@ -1,0 +1,82 @@
+"""What both loops build in the same way before their first step."""
+
+import json
+import os
+import random
+
+import numpy as np
+import paddle
+
+from models import build_model
+from training.config import write_json
+from training.data import FeatureDataset
+from training.ema import EMA
+from training.precision import resolve_precision
+from training.runtime import compute_capability
+
+
+def setup_precision(config, device):
+    """The `Precision` of a run, a note to print or None, and the config as it will really be computed."""
+    training = config["training"]
+    precision, note = resolve_precision(
+        training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
+    )
+    return precision, note
+
+
+def build_network(config):
+    """The network of a run, in float32, from the run's seed: the same weights on every rank and in either loop."""
+    training = config["training"]
+    random.seed(training["seed"])
+    np.random.seed(training["seed"] % 2**32)
+    paddle.seed(training["seed"])
+    return build_model(
+        config["model"], fused_attention=training["fused_attention"], enable_recompute=training["recompute"]
+    )
+
+
+def build_ema(config, model, names=None):
+    """The run's `EMA`, or None; build it while the model's weights are still float32."""
+    training = config["training"]
+    if not training["use_ema"]:
+        return None
+    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"], names=names)
+
+
+def build_dataset(config, feature_path, resolution):
+    """The run's `FeatureDataset`, with the shape and the classes of the config's model."""
+    model = config["model"]
+    return FeatureDataset(
+        feature_path,
+        resolution=resolution,
+        sample_shape=(model["in_channels"], model["sample_size"], model["sample_size"]),
+        num_classes=model["num_classes"],
+    )
+
+
+def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
+    """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
+    print(json.dumps(config, indent=2))
+    for note in filter(None, notes):
+        print(f"note: {note}")
+    parameters = sum(parameter.size for parameter in model.parameters())
+    print(
+        f"{config['model']['type']} with {parameters:,} parameters on {device}, {world_size} process(es); "
+        f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}",
+        flush=True,
+    )
+    os.makedirs(folder, exist_ok=True)
+    write_json(os.path.join(folder, "config.json"), config)
+
+
+def progress_state(config, *, step, samples_seen, num_samples, world_size):
+    """The `progress` of a checkpoint."""
+    return {
+        "global_step": step,
+        "samples_seen": samples_seen,
+        "epoch": samples_seen / num_samples,
+        "seed": config["training"]["seed"],
+        "global_batch_size": config["training"]["global_batch_size"],
+        "world_size": world_size,
+        "num_samples": num_samples,
+    }

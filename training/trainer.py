@@ -1,0 +1,256 @@
+"""`LatentDiffusionTrainer`: the PaddleNLP Trainer around the same objective, data, EMA and checkpoints as our own loop."""
+
+import os
+import time
+
+import paddle
+from paddlenlp.trainer import Trainer, TrainerCallback
+
+from objectives import Rows
+from training import checkpoint as ckpt
+from training import setup
+from training.data import build_loader
+from training.metrics import TrainingLog
+from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
+from training.preview import log_preview
+from training.runtime import seed_step
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer just before and after the optimizer's step."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_optimizer_begin(self, args, state, control, **kwargs):
+        self.trainer.before_optimizer()
+
+    def on_optimizer_end(self, args, state, control, **kwargs):
+        self.trainer.after_optimizer()
+
+
+class LatentDiffusionTrainer(Trainer):
+    """Trains a bare network on `(latents, labels)` batches.
+
+    What PaddleNLP does: the loop, AMP, data parallel and sharding wrappers, gradient accumulation, callbacks.
+    What comes from this project, so that either loop resumes the other: loss and its random numbers, order of the data,
+    optimizer, LR schedule, EMA, log and checkpoints.
+
+    Args:
+        model: the network.
+        args: `paddlenlp.trainer.TrainingArguments`; `max_steps` must be set.
+        config: the resolved config.
+        objective: from `objectives.build_objective`.
+        train_dataset: `FeatureDataset`.
+        sampler: `MicroBatchSampler` of this rank.
+        precision: the resolved `Precision`; `args.fp16`, `args.bf16` must agree.
+        preview: a `Preview`, or None; drawn every `image_logging_steps`.
+        checkpoint: what to resume, from `open_checkpoint`, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        model,
+        args,
+        config,
+        objective,
+        train_dataset,
+        sampler,
+        precision,
+        preview=None,
+        image_logging_steps=-1,
+        checkpoint=None,
+        show_bar=True,
+    ):
+        # Averages and resumed weights are taken before AMP O2 casts the model.
+        self.ema = setup.build_ema(config, model)
+        if checkpoint is not None:
+            ckpt.restore_model(checkpoint, model, self.ema)
+        super().__init__(model=model, args=args, train_dataset=train_dataset)
+        # PaddleNLP's own printers and bars give way to TrainingLog, which both loops share.
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                self.remove_callback(callback)
+        self.config = config
+        self.objective = objective
+        self.sampler = sampler
+        self.precision = precision
+        self.preview = preview
+        self.image_logging_steps = image_logging_steps
+        self.resumed = checkpoint
+        self._micro_step = 0
+        self._last_saved = self._last_done = None
+        self._grad_square = None
+        self._lr = None
+        first_step = checkpoint.progress["global_step"] if checkpoint is not None else 0
+        if checkpoint is not None:
+            sampler.resume(first_step, checkpoint.progress["samples_seen"])
+        self.log_writer = TrainingLog(
+            args.output_dir,
+            visualdl_dir=args.logging_dir,
+            log_every=args.logging_steps,
+            first_step=first_step,
+            last_step=args.max_steps,
+            global_batch_size=sampler.global_batch_size,
+            show_bar=show_bar,
+            rank=paddle.distributed.get_rank(),
+        )
+
+    # Data.
+
+    def get_train_dataloader(self):
+        """Our stream: it starts at the resumed data position, and shuffles by itself."""
+        return build_loader(self.train_dataset, self.sampler, num_workers=self.args.dataloader_num_workers)
+
+    # Optimizer.
+
+    def create_scheduler(self, num_training_steps):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_lr_scheduler(self.config["training"], num_training_steps)
+        return self.lr_scheduler
+
+    def create_optimizer(self, lr_scheduler=None):
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(
+                self.model,
+                self.config["training"],
+                lr_scheduler or self.lr_scheduler,
+                multi_precision=self.precision.low_precision_weights,
+            )
+        return self.optimizer
+
+    # Loss.
+
+    def training_step(self, model, inputs, step_control=0):
+        """Forward and backward of one micro-batch; returns its detached loss."""
+        model.train()
+        micro_step = self._micro_step % self.args.gradient_accumulation_steps
+        self._micro_step += 1
+        seed_step(self.config["training"]["seed"], self.state.global_step + 1)
+        with self.autocast_smart_context_manager():
+            loss = self.compute_loss(model, inputs, Rows(*self.sampler.rows(micro_step)))
+        scaled = loss / self.args.gradient_accumulation_steps
+        (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
+        self.log_writer.add(loss.detach())
+        return loss.detach()
+
+    def compute_loss(self, model, inputs, rows=None, return_outputs=False):
+        """Mean loss of a micro-batch `(latents (n, C, h, w), labels (n,))`."""
+        x, y = inputs
+        losses = self.objective.training_losses(model, x, y, rows)
+        loss = losses["loss"].mean()
+        return (loss, losses) if return_outputs else loss
+
+    def _check_loss_valid(self, loss):
+        """PaddleNLP reads the loss back at every step here: no host sync between reports."""
+
+    # Around a step.
+
+    def train(self, **kwargs):
+        """Trains up to `args.max_steps`; see `Trainer.train`. Resuming is ours: the constructor's `checkpoint`."""
+        if self.sampler.first_step >= self.args.max_steps:
+            self.log_writer.print(f"nothing to do: step {self.sampler.first_step} of {self.args.max_steps} is reached")
+            return None
+        self.add_callback(_StepCallback(self))
+        return super().train(**kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Called once the optimizer has its wrappers: gives it its state, and the loop its step."""
+        shares = ckpt.Shares(self.model, self.optimizer)
+        if self.ema is not None and shares.names is not None:
+            # With sharding a rank averages only the parameters whose optimizer state it holds.
+            self.ema.shadow = {name: value for name, value in self.ema.shadow.items() if name in shares.names}
+        if self.resumed is not None:
+            ckpt.restore_training(
+                self.resumed,
+                model=self.model,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_scheduler,
+                scaler=self.scaler if self.do_grad_scaling else None,
+                objective=self.objective,
+            )
+            self.state.global_step = self.resumed.progress["global_step"]
+
+    def before_optimizer(self):
+        """Gradients are whole here: their norm, if this step is reported."""
+        self._grad_square = None
+        if self.log_writer.will_report(self.state.global_step + 1):
+            shares = ckpt.Shares(self.model, self.optimizer)
+            parameters = [
+                parameter
+                for name, parameter in self.model.named_parameters()
+                if shares.names is None or name in shares.names
+            ]
+            self._grad_square = squared_grad_norm(parameters)
+            if self.do_grad_scaling:
+                self._grad_square = self._grad_square / self.scaler._scale**2
+            if shares.names is not None:
+                paddle.distributed.all_reduce(self._grad_square, group=shares.group)
+        self._lr = self.optimizer.get_lr()
+
+    def after_optimizer(self):
+        """EMA, as soon as the weights are new; and the objective's own learning."""
+        self.objective.end_step()
+        if self.ema is not None:
+            self.ema.update(self.model, master_weights(self.optimizer))
+
+    def _maybe_log_save_evaluate(self, tr_loss, model, epoch, ignore_keys_for_eval, **kwargs):
+        step = self.state.global_step
+        if self._last_done != step and self.log_writer.step_done(step):
+            self.state.epoch = self.sampler.epoch(step)
+            self.log_writer.report(lr=self._lr, grad_norm=float(self._grad_square) ** 0.5, epoch=self.state.epoch)
+        if self._last_done != step and self.preview is not None and step % self.image_logging_steps == 0:
+            log_preview(
+                self.preview,
+                model=self.model,
+                ema=self.ema,
+                optimizer=self.optimizer,
+                log=self.log_writer,
+                folder=os.path.join(self.args.output_dir, "images"),
+                step=step,
+                rank=paddle.distributed.get_rank(),
+            )
+        self._last_done = step
+        if (self.control.should_save or step == self.args.max_steps) and self._last_saved != step:
+            self._save_checkpoint(model)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control.should_log = self.control.should_save = False
+
+    def _save_checkpoint(self, model, metrics=None):
+        """Our checkpoint folder, `output_dir/checkpoint-N`; a collective."""
+        start = time.perf_counter()
+        step = self.state.global_step
+        path = os.path.join(self.args.output_dir, f"checkpoint-{step}")
+        ckpt.save_checkpoint(
+            path,
+            config=self.config,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            scaler=self.scaler if self.do_grad_scaling else None,
+            ema=self.ema,
+            objective=self.objective,
+            progress=setup.progress_state(
+                self.config,
+                step=step,
+                samples_seen=self.sampler.samples_seen(step),
+                num_samples=len(self.train_dataset),
+                world_size=paddle.distributed.get_world_size(),
+            ),
+        )
+        ckpt.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self._last_saved = step
+        self.log_writer.print(f"saved {path}")
+        self.log_writer.pause(time.perf_counter() - start)
+
+    def log(self, logs, **kwargs):
+        """PaddleNLP's closing summary; TrainingLog has reported everything in it."""
+
+    def close(self):
+        """Ends the log and says where everything went."""
+        self.log_writer.print(
+            f"done: step {max(self.sampler.first_step, self.args.max_steps)}, checkpoints in {self.args.output_dir}, "
+            f"VisualDL log in {self.log_writer.visualdl_dir}"
+        )
+        self.log_writer.close()

@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Make .venv in the repository's root with everything the project needs; do nothing when it is there already.
+#
+#     bash tools/setup_env.sh            make or update .venv
+#     bash tools/setup_env.sh --print    only say what would be installed
+#
+# From the environment:
+#     PYTHON            the Python to make .venv with (3.10 to 3.13); default: python3, or the first that fits
+#     PADDLE_PACKAGE    default: paddlepaddle, or paddlepaddle-gpu where an NVIDIA driver answers, at the pinned version
+#     PADDLE_INDEX_URL  where paddlepaddle-gpu comes from; default: Paddle's own index, CUDA 12.6
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+stamp=$venv/installed.txt # what this script has put into .venv: written last
+
+say() { echo "setup: $*"; }
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+case "${1:-}" in
+"" | --print) ;;
+*) fail "tools/setup_env.sh: unknown argument '$1'; it takes none, or --print" ;;
+esac
+
+# Choose the Python: the one .venv has, or $PYTHON, or the first of the usual names that Paddle has wheels for.
+supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+if [ -d $venv ]; then
+    python=$venv/bin/python
+    supported $python || fail "$venv has no working Python 3.10 to 3.13: move it away and run this again"
+elif [ -n "${PYTHON:-}" ]; then
+    python=$PYTHON
+    supported "$python" || fail "PYTHON=$PYTHON: not a working Python 3.10 to 3.13"
+else
+    for python in python3 python3.12 python3.11 python3.10 python3.13 none; do
+        if supported $python; then break; fi
+    done
+    [ $python != none ] || fail "no Python 3.10 to 3.13 found: install one (sudo apt-get install python3), or set PYTHON"
+fi
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+constraints=constraints.txt
+if [ "$version" = 3.13 ]; then constraints=constraints-py313.txt; fi
+
+# Choose Paddle: the CPU build, unless an NVIDIA driver answers.
+pinned=$(sed -n 's/^paddlepaddle==\([^ ;]*\).*/\1/p' $constraints)
+if [ -n "${PADDLE_PACKAGE:-}" ]; then
+    paddle=$PADDLE_PACKAGE
+elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    paddle=paddlepaddle-gpu==$pinned
+else
+    paddle=paddlepaddle==$pinned
+fi
+index=""
+case "$paddle" in
+paddlepaddle-gpu*) index=${PADDLE_INDEX_URL-https://www.paddlepaddle.org.cn/packages/stable/cu126/} ;;
+esac
+
+# The packages to install: every pin but Paddle's, and but those that ppdiffusers and paddlenlp ask for and never import
+# here: ligo-segments and onnxoptimizer need a compiler, paddle2onnx is for export. opencv-python needs a desktop's
+# libGL; opencv-python-headless is the same cv2 without windows.
+packages=$(sed -E -e '/^(#|paddlepaddle==|ligo-segments==|onnxoptimizer==|paddle2onnx==)/d' \
+    -e 's/^opencv-python==/opencv-python-headless==/' $constraints)
+wanted="# $paddle ${index:+from $index}
+$packages"
+
+if [ "${1:-}" = --print ]; then
+    say "$python is Python $version"
+    say "$paddle${index:+ from $index}"
+    say "requirements.txt and requirements-dev.txt as pinned in $constraints"
+    exit 0
+fi
+installed() { [ -f $stamp ] && [ "$(cat $stamp)" = "$wanted" ]; }
+if installed; then exit 0; fi
+
+# One set-up at a time: a second call waits for the first, and finds its work done.
+if command -v flock >/dev/null; then
+    exec 9<tools/setup_env.sh
+    flock 9
+    if installed; then exit 0; fi
+fi
+
+# System packages: Debian keeps Python's venv apart, and Paddle is linked to libgomp.
+missing=()
+if [ ! -d $venv ]; then
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("python$version-venv")
+fi
+"$python" -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || missing+=(libgomp1)
+if [ ${#missing[@]} -gt 0 ]; then
+    ask="system packages are missing: run 'sudo apt-get install ${missing[*]}', then this again"
+    sudo=""
+    if [ "$(id -u)" != 0 ]; then
+        sudo="sudo -n"
+        $sudo true 2>/dev/null || fail "$ask"
+    fi
+    say "installing system packages with ${sudo:+$sudo }apt-get: ${missing[*]}"
+    if ! { $sudo apt-get update -qq &&
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
+        >/dev/null; then
+        fail "$ask"
+    fi
+fi
+
+if [ ! -d $venv ]; then
+    say "making $venv with $python (Python $version)"
+    "$python" -m venv $venv || { rm -rf $venv; fail "'$python -m venv $venv' failed: see above"; }
+elif ! $venv/bin/python -c 'import pip' 2>/dev/null; then
+    $venv/bin/python -m ensurepip >/dev/null || fail "$venv has no pip: move it away and run this again"
+fi
+pip() { $venv/bin/python -m pip --disable-pip-version-check --no-input "$@"; }
+
+# The CPU and the GPU build are the same module under two names: never both.
+case "$paddle" in
+paddlepaddle-gpu*) other=paddlepaddle ;;
+*) other=paddlepaddle-gpu ;;
+esac
+if pip show -q $other 2>/dev/null; then pip uninstall -y -q paddlepaddle paddlepaddle-gpu 2>/dev/null; fi
+rm -f $stamp
+
+# Show on one line of the terminal how far pip is.
+progress() {
+    if [ -t 1 ]; then
+        awk '/^Collecting/ { printf "\rsetup: package %d of about 160: %-40.40s", ++n, $2; fflush() }
+            /^Installing/ { printf "\r%-80s\rsetup: unpacking ...", ""; fflush() } END { print "" }'
+    else
+        cat >/dev/null
+    fi
+}
+log=$venv/pip.log
+say "installing $paddle and the pinned packages into $venv (about 2.5 GB, a few minutes); details in $log"
+echo "$packages" >$venv/packages.txt
+SECONDS=0
+# Everything is pinned, so pip has nothing to resolve: --no-deps. --no-compile: Python compiles what is imported.
+install() {
+    pip install --no-compile --progress-bar off "$@" 2>&1 | tee -a $log | progress && return
+    grep '^ERROR' $log >&2 || true
+    fail "pip could not install everything: see above and $log; running this again goes on from there"
+}
+: >$log
+if [ -z "$index" ] && [ -z "${PADDLE_PACKAGE:-}" ]; then
+    install --no-deps -r $venv/packages.txt "$paddle"
+else
+    install --no-deps -r $venv/packages.txt
+    # The GPU build brings CUDA libraries of its own, from the same index.
+    say "installing $paddle${index:+ from $index} (PADDLE_PACKAGE and PADDLE_INDEX_URL choose another)"
+    install -c $venv/packages.txt ${index:+--extra-index-url "$index"} "$paddle"
+fi
+say "importing it once"
+$venv/bin/python -c 'import paddle, paddlenlp.trainer, ppdiffusers, visualdl' >>$log 2>&1 ||
+    fail "$paddle with the pinned packages does not import: see the end of $log"
+printf '%s\n' "$wanted" >$stamp
+say "done in $SECONDS s"

@@ -23,8 +23,8 @@ Rows = namedtuple("Rows", "start stop total")
 def _draw(sampler, rows):
     """Rows [start, stop) of a draw for the whole global batch.
 
-    Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the global
-    batch only, not on the number of ranks or of accumulation steps.
+    Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the
+    global batch only, not on the number of ranks or of accumulation steps.
     """
     numbers = sampler(rows.total)
     return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]

@@ -25,7 +25,7 @@ def train(args, config):
     from objectives import Rows, build_objective
     from training import checkpoint as ckpt
     from training import setup
-    from training.data import MicroBatchSampler, build_loader, total_steps
+    from training.data import FeatureLoader, MicroBatchSampler, total_steps
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
     from training.preview import Preview, log_preview
@@ -141,7 +141,7 @@ def train(args, config):
         log.pause(time.perf_counter() - start)
 
     model.train()  # label dropout is on
-    batches = iter(build_loader(dataset, sampler, num_workers=args.num_workers))
+    batches = iter(FeatureLoader(dataset, sampler, num_workers=args.num_workers))
     for step in range(first_step + 1, last_step + 1):
         # Forward and backward, micro-batch by micro-batch.
         for micro_step in range(accumulation_steps):
@@ -184,7 +184,8 @@ def train(args, config):
     log.close()
     if rank == 0:
         print(
-            f"done: step {max(first_step, last_step)}, checkpoints in {checkpoints_dir}, VisualDL log in {log.visualdl_dir}"
+            f"done: step {max(first_step, last_step)}, checkpoints in {checkpoints_dir}, "
+            f"VisualDL log in {log.visualdl_dir}"
         )
 
 

@@ -99,15 +99,15 @@ def trainer_parser():
     _add_bool(
         parser,
         "--overwrite_output_dir",
-        help="start anew in a folder that holds a run: the earlier run is moved to output_dir/previous-DATE, not deleted. "
-        "Without it the run there is resumed",
+        help="start anew in a folder that holds a run: the earlier run is moved to output_dir/previous-DATE, "
+        "not deleted; without it the run there is resumed",
     )
     parser.add_argument(
         "--resume_from_checkpoint",
         type=_none_or_str,
         metavar="PATH",
-        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt, or auto; None: the newest in "
-        "output_dir if there is one",
+        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt, or auto; None: the newest "
+        "in output_dir if there is one",
     )
     parser.add_argument("--seed", type=int, help="seed of weights, data order and noise [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
@@ -140,7 +140,8 @@ def notrainer_parser():
     """Flags of `train_image_generation_notrainer.py`: those of PaddleMIX's example and the official train.py."""
     parser = argparse.ArgumentParser(
         description="Trains a class-conditional diffusion transformer on latent features with a hand-written loop.",
-        epilog="On several GPUs: python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ...",
+        epilog="On several GPUs: "
+        "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ...",
         allow_abbrev=False,
     )
     parser.add_argument("--config_file", default="config/DiT_XL_patch2.json", help="JSON config [%(default)s]")
@@ -157,8 +158,8 @@ def notrainer_parser():
         "--resume",
         type=_none_or_str,
         metavar="PATH",
-        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest checkpoint of "
-        "this config in results_dir, if there is one",
+        help="a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest "
+        "checkpoint of this config in results_dir, if there is one",
     )
     parser.add_argument("--global_seed", type=int, help="seed of weights, data order and noise [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")

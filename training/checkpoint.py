@@ -97,7 +97,7 @@ def list_experiments(folder, experiment_name=None):
 class Shares:
     """Which parameters' optimizer state and averages this rank holds, and how to gather them whole.
 
-    Without sharding every rank holds everything. With sharding stage 1 each parameter has one owner in the sharding group.
+    Without sharding every rank holds everything. With sharding stage 1 each parameter has one owner in the group.
     """
 
     def __init__(self, model, optimizer=None):
@@ -219,7 +219,7 @@ def _plain_scaler(scaler):
 
 
 def rotate_checkpoints(folder, save_total_limit):
-    """Deletes the oldest checkpoints in `folder` until `save_total_limit` are left; None or 0 keeps all. Rank 0 only."""
+    """Deletes the oldest checkpoints in `folder` until `save_total_limit` are left (None: all). Rank 0 only."""
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         for path in list_checkpoints(folder)[:-save_total_limit]:
             shutil.rmtree(path)
@@ -239,8 +239,8 @@ def load_checkpoint(path):
     folder = latest_checkpoint(path)
     if folder is None:
         raise ValueError(
-            f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's folder "
-            "of such, or an official .pt file"
+            f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
+            "folder of such, or an official .pt file"
         )
 
     def optional(name):
@@ -294,8 +294,8 @@ def _load_official(path):
 def open_experiment(resume, results_dir, config_file, config):
     """The checkpoint to resume (or None) and the experiment folder `results_dir/NNN-CONFIG` of the hand-written loop.
 
-    A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other gets a
-    new one, so that nothing is overwritten. All ranks get the same answer.
+    A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
+    gets a new one, so that nothing is overwritten. All ranks get the same answer.
 
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
@@ -325,11 +325,11 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
     """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
 
     Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
-    With `overwrite` the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces or
-    later ones than the resumed, are first moved to `output_dir/previous-DATE`.
+    With `overwrite` the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces
+    or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
     Raises:
-        ValueError: the folder holds another run, or something else than a run.
+        ValueError: the folder holds another run.
     """
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
@@ -348,39 +348,33 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
     return checkpoint
 
 
-_RUN_FILES = {"config.json", "metrics.jsonl", "tb_log", "images", "launch_log"}
+_RUN_FILES = ("config.json", "metrics.jsonl", "tb_log", "images")
 
 
 def _put_aside(output_dir, checkpoint, overwrite):
+    """Moves what an earlier run left and this one would meet to `output_dir/previous-DATE`; no other file."""
     existing = list_checkpoints(output_dir)
-    here = checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing)
-    if here:
+    if checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing):
         step = checkpoint.progress["global_step"]
-        moved = [path for path in existing if int(_CHECKPOINT_NAME.match(os.path.basename(path)).group(1)) > step]
-    else:
-        moved = existing
-        foreign = (
-            [] if not os.path.isdir(output_dir) else sorted(name for name in os.listdir(output_dir) if not _ours(name))
+        moved = [path for path in existing if _step_of(path) > step]
+    elif existing and not overwrite:
+        raise ValueError(
+            f"output_dir {output_dir}: holds checkpoints of another run; choose another folder, or put them aside: "
+            "--overwrite_output_dir"
         )
-        if (foreign or existing) and not overwrite and not (checkpoint is not None and not existing and not foreign):
-            what = "checkpoints of another run" if existing else f"files of something else ({', '.join(foreign[:3])})"
-            raise ValueError(
-                f"output_dir {output_dir}: holds {what}; choose another folder, or put them aside: --overwrite_output_dir"
-            )
-        if overwrite and os.path.isdir(output_dir):
-            moved = [
-                os.path.join(output_dir, name) for name in os.listdir(output_dir) if not name.startswith("previous-")
-            ]
+    else:
+        moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
+    moved = [path for path in moved if os.path.exists(path)]
     if moved:
         aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
         os.makedirs(aside)
         for path in moved:
-            shutil.move(path, os.path.join(aside, os.path.basename(path)))
+            shutil.move(path, aside)
         print(f"moved {len(moved)} item(s) of the earlier run to {aside}", flush=True)
 
 
-def _ours(name):
-    return name in _RUN_FILES or name.startswith(("previous-", ".")) or bool(_CHECKPOINT_NAME.match(name))
+def _step_of(path):
+    return int(_CHECKPOINT_NAME.match(os.path.basename(path)).group(1))
 
 
 def open_checkpoint(path, config):

@@ -1,7 +1,7 @@
 """Latent features on disk, and the order in which they are trained on.
 
-The seed's layout: `FEATURE_PATH/NAME_features/*.npy` with latents `(1, C, h, w)` or `(C, h, w)`, already multiplied by the
-autoencoder's scaling factor, and `FEATURE_PATH/NAME_labels/*.npy` with one class id under the same file name.
+The seed's layout: `FEATURE_PATH/NAME_features/*.npy` with latents `(1, C, h, w)` or `(C, h, w)`, already multiplied by
+the autoencoder's scaling factor, and `FEATURE_PATH/NAME_labels/*.npy` with one class id under the same file name.
 """
 
 import os
@@ -62,8 +62,9 @@ class FeatureDataset:
     Items are `(latent float32 (C, h, w), label int64)`.
 
     Raises:
-        ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of another
-            shape, a label outside the classes. Names and the first pair are checked at once, the others when read.
+        ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of
+            another shape, a label outside the classes. Names and the first pair are checked at once, the others when
+            read.
     """
 
     def __init__(self, feature_path, *, resolution=256, sample_shape, num_classes):
@@ -92,8 +93,8 @@ class FeatureDataset:
             latent = latent[0]
         if latent.shape != self.sample_shape or latent.dtype.kind != "f":
             raise ValueError(
-                f"{path}: holds {latent.dtype} of shape {latent.shape}, the config's model takes float latents of shape "
-                f"{self.sample_shape} (in_channels, sample_size, sample_size)"
+                f"{path}: holds {latent.dtype} of shape {latent.shape}, the config's model takes float latents of "
+                f"shape {self.sample_shape} (in_channels, sample_size, sample_size)"
             )
         path = os.path.join(self.labels_dir, name)
         label = _load_npy(path)
@@ -108,8 +109,8 @@ class FeatureDataset:
 class SampleStream:
     """The endless order of training samples: one seeded permutation of the dataset after another.
 
-    Position k of the stream is sample `permutation(seed, k // n)[k % n]`: each sample once per epoch, another order every
-    epoch, the same for the same seed, whatever the number of ranks. The optimizer step s takes positions
+    Position k of the stream is sample `permutation(seed, k // n)[k % n]`: each sample once per epoch, another order
+    every epoch, the same for the same seed, whatever the number of ranks. The optimizer step s takes positions
     `[s * G, (s + 1) * G)`, G the global batch, so that a batch may hold the end of one epoch and the start of the next,
     and the data position of a checkpoint is one number.
     """
@@ -141,8 +142,8 @@ class SampleStream:
 class MicroBatchSampler:
     """Dataset indices of one rank's micro-batches, from optimizer step `first_step` up to `last_step`.
 
-    The global batch is laid out as accumulation step, then rank: row `m * world * b + rank * b + i` is sample i of micro-
-    batch m. `rows(m)` tells where a micro-batch stands, for the objective's random numbers.
+    The global batch is laid out as accumulation step, then rank: row `m * world * b + rank * b + i` is sample i of
+    micro-batch m. `rows(m)` tells where a micro-batch stands, for the objective's random numbers.
     """
 
     def __init__(self, num_samples, *, global_batch_size, accumulation_steps, rank, world_size, seed, last_step):
@@ -193,19 +194,72 @@ def total_steps(num_samples, *, global_batch_size, max_steps, epochs):
 
 
 def collate(samples):
-    """`(latents float32 (N, C, h, w), labels int64 (N,))` as arrays: DataLoader workers must not make tensors."""
+    """`(latents float32 (N, C, h, w), labels int64 (N,))` as arrays: DataLoader workers must not make tensors.
+
+    A sample that could not be read (an exception) makes the batch `(message as bytes,)`; `FeatureLoader` raises it.
+    """
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return (np.frombuffer(str(sample).encode(), dtype="uint8"),)
     latents, labels = zip(*samples, strict=True)
     return np.stack(latents), np.asarray(labels, dtype="int64")
 
 
-def build_loader(dataset, sampler, *, num_workers):
-    """A `paddle.io.DataLoader` over the sampler's micro-batches."""
-    from paddle.io import DataLoader
+class _Guarded:
+    """A dataset whose unreadable samples come out as their exceptions.
 
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        use_shared_memory=num_workers > 0,
-    )
+    An exception inside Paddle's DataLoader is lost: the loop waits for ever without workers, and gets a traceback of
+    another process with them.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except ValueError as error:
+            return error
+
+
+class FeatureLoader:
+    """Iterates over `(latents (n, C, h, w), labels (n,))` tensors, micro-batch by micro-batch.
+
+    Args:
+        dataset: a `FeatureDataset`.
+        sampler: a `MicroBatchSampler`.
+        num_workers: processes that read ahead; 0 reads in the training process, between steps.
+
+    Raises, while iterating:
+        ValueError: what the dataset raised for a sample.
+    """
+
+    def __init__(self, dataset, sampler, *, num_workers):
+        self.sampler = sampler
+        self._dataset = _Guarded(dataset)
+        self._num_workers = num_workers
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def _batches(self):
+        if self._num_workers > 0:
+            from paddle.io import DataLoader
+
+            yield from DataLoader(
+                self._dataset, batch_sampler=self.sampler, collate_fn=collate, num_workers=self._num_workers
+            )
+            return
+        import paddle
+
+        for indices in self.sampler:
+            yield [paddle.to_tensor(array) for array in collate([self._dataset[index] for index in indices])]
+
+    def __iter__(self):
+        for batch in self._batches():
+            if len(batch) == 1:
+                raise ValueError(batch[0].numpy().tobytes().decode())
+            yield batch

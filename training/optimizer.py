@@ -9,8 +9,8 @@ from paddle import nn
 def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
     """Factor on the learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule `kind`.
 
-    The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves, polynomial
-    of `power` to `lr_end`.
+    The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves,
+    polynomial of `power` to `lr_end`.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)

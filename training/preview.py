@@ -12,7 +12,7 @@ from training.checkpoint import Shares
 
 @contextlib.contextmanager
 def ema_weights(model, ema, optimizer=None):
-    """Lends a model its averages: evaluation mode inside, its own weights and mode again after. Collective if sharded."""
+    """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
     parameters = dict(model.named_parameters())
     own = {name: parameter.clone() for name, parameter in parameters.items()}
     was_training = model.training

@@ -5,6 +5,7 @@ Importing this module does not import Paddle.
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import sys
 import warnings
@@ -45,22 +46,16 @@ def run_cli(main):
         if os.environ.get("TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        os._exit(2) if _other_threads() else sys.exit(2)
+        sys.stdout.flush()
+        # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(2)
 
 
 def one_line(error):
-    """The message of an error, the last line of one that a DataLoader worker wrapped in its traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
-    prefix = "ValueError: "
-    return text[len(prefix) :] if text.startswith(prefix) else text
-
-
-def _other_threads():
-    # A rank of a process group, or a loader's prefetching thread, would keep a failed process from ending.
-    import threading
-
-    return threading.active_count() > 1 or "paddle" in sys.modules
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
 
 
 def resolve_device(requested):

@@ -1,4 +1,4 @@
-"""`LatentDiffusionTrainer`: the PaddleNLP Trainer around the same objective, data, EMA and checkpoints as our own loop."""
+"""`LatentDiffusionTrainer`: the PaddleNLP Trainer around the objective, data, EMA and checkpoints of our own loop."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from paddlenlp.trainer import Trainer, TrainerCallback
 from objectives import Rows
 from training import checkpoint as ckpt
 from training import setup
-from training.data import build_loader
+from training.data import FeatureLoader
 from training.metrics import TrainingLog
 from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
 from training.preview import log_preview
@@ -101,7 +101,7 @@ class LatentDiffusionTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Our stream: it starts at the resumed data position, and shuffles by itself."""
-        return build_loader(self.train_dataset, self.sampler, num_workers=self.args.dataloader_num_workers)
+        return FeatureLoader(self.train_dataset, self.sampler, num_workers=self.args.dataloader_num_workers)
 
     # Optimizer.
 

@@ -13,6 +13,7 @@ this module, and any other name ends the reading with an error. Neither PyTorch 
 
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -77,9 +78,15 @@ class _Tensor:
         if last >= storage.numel:
             raise ValueError(f"a tensor of shape {self.size} that reaches past the end of its data")
         flat = storage.data[self.offset :]
+        if self.stride == _contiguous_stride(self.size):
+            return _widen(flat[: math.prod(self.size)].reshape(self.size), storage.dtype)
         strides = tuple(s * flat.itemsize for s in self.stride)
         view = np.lib.stride_tricks.as_strided(flat, self.size, strides, writeable=False)
         return _widen(np.array(view, order="C"), storage.dtype)
+
+
+def _contiguous_stride(size):
+    return tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
 
 
 class _DType:
@@ -281,12 +288,12 @@ def _read_safetensors(file):
         if entry["dtype"] not in _SAFETENSORS_TYPES:
             raise ValueError(f"{name} is of type {entry['dtype']}")
         dtype, (start, end) = _SAFETENSORS_TYPES[entry["dtype"]], entry["data_offsets"]
-        numel = int(np.prod(entry["shape"], dtype=np.int64))
+        numel = math.prod(entry["shape"])
         if start < 0 or end - start != numel * _itemsize(dtype) or 8 + length + end > size:
             raise ValueError(f"the data of {name} ends early")
         file.seek(8 + length + start)
         flat = _flat(file.read(end - start), dtype, False)
-        state[name] = _widen(flat.reshape(entry["shape"]).copy(), dtype)
+        state[name] = _widen(flat.reshape(entry["shape"]), dtype)
     return state
 
 
@@ -358,7 +365,8 @@ def _itemsize(dtype):
 
 def _flat(data, dtype, big_endian):
     stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
-    return np.frombuffer(data, stored).astype(stored.newbyteorder("="), copy=False)  # (numel,)
+    # From a bytearray, so that the arrays can be written to.
+    return np.frombuffer(bytearray(data), stored).astype(stored.newbyteorder("="), copy=False)  # (numel,)
 
 
 def _widen(array, dtype):
@@ -518,10 +526,9 @@ def _torch_pickle(tensors):
     empty_dict = name_of("collections", "OrderedDict") + b")R"
     parts = [b"\x80\x02", empty_dict, b"("]
     for index, (name, shape, storage_class) in enumerate(tensors):
-        numel = int(np.prod(shape, dtype=np.int64))
-        stride = [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
+        numel = math.prod(shape)
         storage = [string("storage"), name_of("torch", storage_class), string(str(index)), string("cpu")]
         storage_id = b"(" + b"".join(storage) + integer(numel) + b"tQ"
-        args = [storage_id, integer(0), numbers(shape), numbers(stride), b"\x89", empty_dict]
+        args = [storage_id, integer(0), numbers(shape), numbers(_contiguous_stride(shape)), b"\x89", empty_dict]
         parts += [string(name), name_of("torch._utils", "_rebuild_tensor_v2"), b"(", *args, b"tR"]
     return b"".join(parts) + b"u."

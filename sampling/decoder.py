@@ -1,0 +1,57 @@
+"""Latents to pixels. The scale factor, and the step from [-1, 1] to 8 bits, live here only."""
+
+import os
+
+import numpy as np
+import paddle
+
+
+def load_vae(name_or_path):
+    """The `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub, in eval mode.
+
+    Raises:
+        ValueError: one line: no VAE there, or the download failed, and what to do without a network.
+    """
+    from ppdiffusers import AutoencoderKL
+
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise ValueError(f"{name_or_path}: no config.json in this folder; expected an AutoencoderKL")
+    try:
+        vae = AutoencoderKL.from_pretrained(name_or_path)
+    except Exception as error:  # the hub clients raise a dozen unrelated types
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        raise ValueError(
+            f"VAE {name_or_path}: cannot be loaded or downloaded ({reason}). Without a network, copy the VAE here "
+            "from a machine that has one and give its folder, which holds config.json and model_state.pdparams"
+        ) from None
+    vae.eval()
+    return vae
+
+
+class LatentDecoder:
+    """Latents, as networks see them, to images.
+
+    Args:
+        vae: an `AutoencoderKL`; its `scaling_factor` is what the latents were multiplied by.
+        batch_size: latents decoded at once.
+    """
+
+    def __init__(self, vae, batch_size=16):
+        self.vae = vae
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, batch_size=16):
+        """With the VAE of a folder or of the hub; see `load_vae`."""
+        return cls(load_vae(name_or_path), batch_size)
+
+    @paddle.no_grad()
+    def __call__(self, latents):
+        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`."""
+        images = []
+        for start in range(0, latents.shape[0], self.batch_size):
+            batch = latents[start : start + self.batch_size] / self.vae.config.scaling_factor
+            decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
+            decoded = (decoded.astype("float32") / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1])
+            images.append((decoded * 255).round().astype("uint8").numpy())
+        return np.concatenate(images)

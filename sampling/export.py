@@ -1,0 +1,418 @@
+"""Export of a DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
+
+Where the stock classes differ from DiT, and what is done about it:
+
+* Classes. The pipeline's null class is the literal 1000. The table is laid out in 1001 rows, the null class in the last
+  one; fewer than 1000 classes fit, more do not. Without a null class (class_dropout_prob 0) the last rows are NaN:
+  sample with `guidance_scale=1`; guidance, which such a network can't do, then shows at once.
+* Timesteps. `Transformer2DModel` spaces the 128 frequencies of its sinusoidal features by 127, the official DiT by 128:
+  with the weights as they are the timestep embedding is another one, and the network's output with it. The embedding
+  is a small MLP of a scalar, so it is fitted anew, see `fit_timestep_embedding`.
+* Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one are refused.
+* MLP. Its width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
+* Guidance. The pipeline guides all latent channels, the official `forward_with_cfg` the first three.
+* A learned variance is ignored by both schedulers: the pipeline cuts it off.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import paddle
+
+from models.embeddings import TimestepEmbedder
+from models.weights import check_state, expected_shapes
+
+NULL_CLASS = 1000  # of the stock DiTPipeline
+NUM_FREQUENCIES = 256
+SCHEDULERS = ("ddim", "dpm")
+TREE = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "transformer/model_state.pdparams",
+    "vae/config.json",
+    "vae/model_state.pdparams",
+)
+
+
+def make_scheduler(objective, name="ddim"):
+    """The ppdiffusers scheduler for the diffusion that an `objective` section describes.
+
+    "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
+    number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
+
+    Raises:
+        ValueError: unknown name, or an objective that is no diffusion.
+    """
+    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
+    if objective["type"] != "diffusion":
+        raise ValueError(f"the objective {objective['type']!r} has no scheduler in DiTPipeline; expected 'diffusion'")
+    steps = objective["diffusion_steps"]
+    settings = {
+        "num_train_timesteps": steps,
+        "beta_start": 1e-4 * 1000 / steps,
+        "beta_end": 0.02 * 1000 / steps,
+        "beta_schedule": objective["noise_schedule"],  # the same two names
+        "prediction_type": "sample" if objective["predict_xstart"] else "epsilon",
+        "steps_offset": 0,
+    }
+    if name == "ddim":
+        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", **settings)
+    if objective["noise_schedule"] == "squaredcos_cap_v2":
+        settings["lambda_min_clipped"] = -5.1  # its last steps are noise alone: the solver needs them cut
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing", **settings)
+    # Not its own: for whoever makes a DDIMScheduler from this config, which clips latents by default.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
+
+
+def transformer_config(model):
+    """Constructor keywords of the `Transformer2DModel` for a DiT's `model` section; ValueError where it can't be."""
+    hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
+    if model["type"] != "DiT":
+        raise ValueError(f"a model of type {model['type']!r} can't be a DiTPipeline; expected 'DiT'")
+    if model["num_classes"] > NULL_CLASS:
+        raise ValueError(
+            f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
+            f"{NULL_CLASS} classes can be exported; sample such a model from its checkpoint"
+        )
+    if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
+        raise ValueError(
+            f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
+            "be exported; sample such a model from its checkpoint"
+        )
+    return {
+        "sample_size": model["sample_size"],
+        "patch_size": model["patch_size"],
+        "in_channels": model["in_channels"],
+        "out_channels": model["in_channels"] * (2 if model["learn_sigma"] else 1),
+        "num_layers": model["num_layers"],
+        "num_attention_heads": model["num_attention_heads"],
+        "attention_head_dim": model["attention_head_dim"],
+        "num_embeds_ada_norm": NULL_CLASS,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+    }
+
+
+def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
+    """DiT's weights under `Transformer2DModel`'s names.
+
+    Args:
+        model: the `model` section. state: `{name: array}`, Paddle layout.
+        timestep_embedding: what `fit_timestep_embedding` returned, or None to keep DiT's own MLP.
+        source: for messages.
+
+    Returns:
+        `{name: float32 array}`.
+    """
+    state = {name: np.asarray(value, "float32") for name, value in state.items()}
+    check_state(state, expected_shapes(model), source=source)
+    _check_pos_embed(model, state["pos_embed"], source)
+
+    mlp = timestep_embedding or {name: state[f"t_embedder.mlp.{name}"] for name in _TIMESTEP_MLP}
+    embedding = {
+        "timestep_embedder.linear_1.weight": mlp["0.weight"],
+        "timestep_embedder.linear_1.bias": mlp["0.bias"],
+        "timestep_embedder.linear_2.weight": mlp["2.weight"],
+        "timestep_embedder.linear_2.bias": mlp["2.bias"],
+        "class_embedder.embedding_table.weight": _class_table(model, state["y_embedder.embedding_table.weight"]),
+    }
+    result = {}
+
+    def linear(to, name):
+        result[f"{to}.weight"], result[f"{to}.bias"] = state[f"{name}.weight"], state[f"{name}.bias"]
+
+    linear("pos_embed.proj", "x_embedder.proj")
+    for i in range(model["num_layers"]):
+        to, block = f"transformer_blocks.{i}", f"blocks.{i}"
+        result.update({f"{to}.norm1.emb.{name}": value for name, value in embedding.items()})
+        linear(f"{to}.norm1.linear", f"{block}.adaLN_modulation.1")
+        for part, weight, bias in zip(
+            "qkv",
+            np.split(state[f"{block}.attn.qkv.weight"], 3, axis=1),  # [D, 3D] -> 3 x [D, D]
+            np.split(state[f"{block}.attn.qkv.bias"], 3),
+            strict=True,
+        ):
+            result[f"{to}.attn1.to_{part}.weight"], result[f"{to}.attn1.to_{part}.bias"] = weight, bias
+        linear(f"{to}.attn1.to_out.0", f"{block}.attn.proj")
+        linear(f"{to}.ff.net.0.proj", f"{block}.mlp.fc1")
+        linear(f"{to}.ff.net.2", f"{block}.mlp.fc2")
+        # gelu(0) = 0: hidden units of zeros change nothing.
+        hidden_size, width = state[f"{block}.mlp.fc1.weight"].shape
+        missing = 4 * hidden_size - width
+        for name, padding in (
+            ("ff.net.0.proj.weight", [(0, 0), (0, missing)]),
+            ("ff.net.0.proj.bias", [(0, missing)]),
+            ("ff.net.2.weight", [(0, missing), (0, 0)]),
+        ):
+            if missing:
+                result[f"{to}.{name}"] = np.pad(result[f"{to}.{name}"], padding)
+    linear("proj_out_1", "final_layer.adaLN_modulation.1")
+    linear("proj_out_2", "final_layer.linear")
+    return result
+
+
+def _class_table(model, table):
+    """Rows 0..num_classes-1 the classes, all others (row 1000 among them) the null class."""
+    null = table[-1] if model["class_dropout_prob"] > 0 else np.full_like(table[0], np.nan)
+    rows = np.tile(null, (NULL_CLASS + 1, 1))  # (1001, D)
+    rows[: model["num_classes"]] = table[: model["num_classes"]]
+    return rows
+
+
+def _check_pos_embed(model, pos_embed, source):
+    from ppdiffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    grid_size = model["sample_size"] // model["patch_size"]
+    scale = max(model["sample_size"] // 64, 1)  # Transformer2DModel's interpolation_scale
+    stock = get_2d_sincos_pos_embed(
+        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=scale
+    )  # (T, D)
+    difference = np.abs(stock - pos_embed[0]).max()
+    if difference > 1e-5:
+        raise ValueError(
+            f"{source}: pos_embed differs by up to {difference:.2g} from the sin-cos table that Transformer2DModel "
+            "computes itself and can't be given; such a model can't be a DiTPipeline, sample it from its checkpoint"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The timestep embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
+# Numbers of sampling steps whose timesteps are fitted first, as far as the hidden width allows: the pipeline's default
+# is 50, the demo's 25.
+_STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
+
+
+def fit_timestep_embedding(state, scheduler):
+    """A timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
+
+    DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
+    has i/127 there and no setting for it. Only the integers 0..999 ever occur as t. So W1 and b1 are drawn at random
+    (a random-feature basis of D functions of t) and W2, b2 solved by least squares. A hidden width D of 1000 or more
+    gives every timestep to float32 rounding. A smaller one can't: there the timesteps that the scheduler visits in 25,
+    50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the others are approximated.
+
+    Args:
+        state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
+
+    Returns:
+        `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
+        sampling steps of those above at all of whose timesteps the embedding is right to 1e-4 of its largest entry;
+        `all_timesteps`, whether every timestep is; `max_error` and `kept_error`, the largest error at any timestep, in
+        that unit, with these weights and with DiT's own kept.
+    """
+    from ppdiffusers.models.embeddings import get_timestep_embedding
+
+    num_timesteps = scheduler.config.num_train_timesteps
+    t = paddle.arange(num_timesteps)
+    official = TimestepEmbedder.timestep_embedding(t, NUM_FREQUENCIES).numpy()  # (1000, 256)
+    stock = get_timestep_embedding(t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
+    own = {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
+    target = _timestep_mlp(official, own)  # (1000, D)
+    hidden_size = target.shape[1]
+
+    # Which timesteps must be right.
+    visited = {n: _timesteps(scheduler, n) for n in _STEPS_FIRST if n <= num_timesteps}
+    first = np.zeros(num_timesteps, bool)
+    for steps in visited.values():
+        more = first.copy()
+        more[steps] = True
+        if more.sum() <= 0.95 * (hidden_size + 1):
+            first = more
+    weight = np.where(first, 1.0, 1e-5)[:, None]  # (1000, 1)
+
+    random = np.random.RandomState(0)
+    mlp = {
+        "0.weight": random.normal(0, 0.1, [NUM_FREQUENCIES, hidden_size]).astype("float32"),
+        "0.bias": random.normal(0, 1, [hidden_size]).astype("float32"),
+    }
+    basis = _silu(stock @ mlp["0.weight"] + mlp["0.bias"])
+    basis = np.concatenate([basis, np.ones([num_timesteps, 1])], axis=1)  # (1000, D + 1)
+    solution = np.linalg.lstsq(basis * weight, target * weight, rcond=1e-12)[0].astype("float32")
+    mlp["2.weight"], mlp["2.bias"] = solution[:-1], solution[-1]
+
+    unit = np.abs(target).max()
+    error = np.abs(_timestep_mlp(stock, mlp) - target).max(axis=1) / unit  # (1000,)
+    report = {
+        "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
+        "all_timesteps": bool(error.max() < 1e-4),
+        "max_error": float(error.max()),
+        "kept_error": float(np.abs(_timestep_mlp(stock, own) - target).max() / unit),
+    }
+    return mlp, report
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x.astype("float64")))
+
+
+def _timestep_mlp(features, mlp):
+    hidden = _silu(features.astype("float64") @ mlp["0.weight"] + mlp["0.bias"])
+    return hidden @ mlp["2.weight"] + mlp["2.bias"]
+
+
+def _timesteps(scheduler, num_steps):
+    scheduler.set_timesteps(num_steps)
+    return scheduler.timesteps.numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export_dit_pipeline(
+    config,
+    state,
+    vae,
+    output_dir,
+    *,
+    scheduler="ddim",
+    id2label=None,
+    overwrite=False,
+    timestep_embedding="fit",
+    source="weights",
+):
+    """Write a DiT and a VAE as a `ppdiffusers.DiTPipeline` folder.
+
+    The tree is that of `TREE`, nothing else. It is written beside `output_dir` and renamed when it is complete.
+
+    Args:
+        config: resolved config; its `model` and `objective` sections are used.
+        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
+        scheduler: "ddim" or "dpm", see `make_scheduler`.
+        id2label: `{class id: label}`; None names the classes by their numbers.
+        overwrite: replace `output_dir` if it is a pipeline folder.
+        timestep_embedding: "fit" for `fit_timestep_embedding`, "keep" for DiT's own weights as they are.
+        source: where the weights come from, for messages.
+
+    Returns:
+        list of sentences that the user should read: what the exported pipeline does differently.
+
+    Raises:
+        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+    """
+    model = config["model"]
+    settings = transformer_config(model)
+    the_scheduler = make_scheduler(config["objective"], scheduler)
+    if timestep_embedding not in ("fit", "keep"):
+        raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
+    labels = check_id2label(id2label, model["num_classes"])
+    check_output(output_dir, overwrite)
+    if vae.config.latent_channels != model["in_channels"]:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the config's in_channels is "
+            f"{model['in_channels']}"
+        )
+    state = {name: np.asarray(value, "float32") for name, value in state.items()}
+    check_state(state, expected_shapes(model), source=source)
+    mlp, report = fit_timestep_embedding(state, the_scheduler)
+    weights = transformer_state(
+        model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
+    )
+
+    folder, name = os.path.split(os.path.abspath(output_dir))
+    partial, old = os.path.join(folder, f".{name}.partial"), os.path.join(folder, f".{name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, settings, weights, the_scheduler, vae, labels)
+        if os.path.isdir(output_dir):  # empty, or a pipeline that check_output allowed to replace
+            os.replace(output_dir, old)
+        os.replace(partial, output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return _notes(model, scheduler, timestep_embedding, report)
+
+
+def _write(folder, settings, weights, scheduler, vae, labels):
+    from ppdiffusers.version import VERSION
+
+    os.makedirs(os.path.join(folder, "transformer"))
+    _write_json(
+        os.path.join(folder, "transformer", "config.json"),
+        {"_class_name": "Transformer2DModel", "_ppdiffusers_version": VERSION, **settings},
+    )
+    tensors = {name: paddle.to_tensor(value, place=paddle.CPUPlace()) for name, value in weights.items()}
+    paddle.save(tensors, os.path.join(folder, "transformer", "model_state.pdparams"))
+    vae.save_pretrained(os.path.join(folder, "vae"), safe_serialization=False, to_diffusers=False)
+    scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+    _write_json(
+        os.path.join(folder, "model_index.json"),
+        {
+            "_class_name": "DiTPipeline",
+            "_ppdiffusers_version": VERSION,
+            "id2label": labels,
+            "scheduler": ["ppdiffusers", type(scheduler).__name__],
+            "transformer": ["ppdiffusers", "Transformer2DModel"],
+            "vae": ["ppdiffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def _write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def check_id2label(id2label, num_classes):
+    """`{"0": label, ...}` for classes 0..num_classes-1 in order; names by number for None; ValueError if one lacks."""
+    if id2label is None:
+        return {str(i): str(i) for i in range(num_classes)}
+    given = {str(key): value for key, value in id2label.items()}
+    missing = [str(i) for i in range(num_classes) if str(i) not in given]
+    extra = [key for key in given if key not in {str(i) for i in range(num_classes)}]
+    odd = [key for key, value in given.items() if not isinstance(value, str) or not value.strip()]
+    for names, what in ((missing, "no label for class"), (extra, "a label for class"), (odd, "no text for class")):
+        if names:
+            raise ValueError(f"id2label: {what} {', '.join(names[:5])}; expected one for each of 0..{num_classes - 1}")
+    return {str(i): given[str(i)] for i in range(num_classes)}
+
+
+def check_output(output_dir, overwrite=False):
+    """Raise ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
+    if os.path.isfile(output_dir):
+        raise ValueError(f"{output_dir}: is a file; expected a folder to write the pipeline to")
+    if not os.path.isdir(output_dir) or not os.listdir(output_dir):
+        return
+    if not overwrite:
+        raise ValueError(f"{output_dir}: is not empty; give another folder, or --overwrite to replace a pipeline")
+    for root, _, names in os.walk(output_dir):
+        for name in names:
+            path = os.path.relpath(os.path.join(root, name), output_dir)
+            if path not in TREE:
+                raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
+
+
+def _notes(model, scheduler, timestep_embedding, report):
+    notes = ["DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three."]
+    if model["class_dropout_prob"] == 0:
+        notes.append("This model has no null class: sample it with guidance_scale=1; any other gives NaN.")
+    if timestep_embedding == "keep":
+        notes.append(
+            "The stock transformer embeds timesteps by other frequencies than DiT: with DiT's weights kept, its "
+            f"timestep embedding is off by up to {report['kept_error']:.0%}."
+        )
+    elif report["all_timesteps"]:
+        notes.append("The timestep embedding was fitted to the stock transformer's frequencies: exact everywhere.")
+    else:
+        steps = ", ".join(map(str, report["exact_steps"])) or "no number of"
+        notes.append(
+            f"The timestep embedding was fitted to the stock transformer's frequencies: exact when this {scheduler} "
+            f"scheduler samples in {steps} steps; this network is too narrow for all timesteps (off by up to "
+            f"{report['max_error']:.1%} at others)."
+        )
+    return notes

@@ -1,0 +1,43 @@
+"""Classifier-free guidance (Ho and Salimans 2022) as a denoiser for any sampler.
+
+Which channels are guided differs between the codes that DiT users know. The official `forward_with_cfg` guides the
+first three latent channels and leaves the others (and the learned variance) as the class gave them; `DiTPipeline` of
+ppdiffusers guides all latent channels. The published DiT figures belong to the first.
+"""
+
+import paddle
+
+from models.guidance import combine_guidance
+
+
+def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
+    """A `denoiser(x, t)` that asks a class-conditional network with and without the class in one batch of 2N.
+
+    Args:
+        model: called as `model(x, t, y)`, `(N, C, H, W) -> (N, C or 2C, H, W)`.
+        y: labels `(N,)`, int64.
+        cfg_scale: guidance scale; 1 for none, which calls the network once with the labels alone.
+        channels: how many leading latent channels are guided: 3 as in the official code, None for all. The others,
+            and the variance's where the network learns it, keep the output with the class.
+        null_class: the label that stands for "no class", `num_classes`.
+        interval: `(lowest, highest)` timesteps, both included, between which guidance is on; None for all
+            (Kynkaanniemi et al., arXiv:2404.07724).
+
+    Returns:
+        `denoiser(x, t)` with x `(N, C, H, W)`, t `(N,)`.
+    """
+    null = paddle.full_like(y, null_class)
+    labels = paddle.concat([y, null])  # (2N,)
+
+    def denoiser(x, t):
+        if cfg_scale == 1 or not _inside(interval, t):
+            return model(x, t, y)
+        cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
+        latent_channels = x.shape[1]
+        return combine_guidance(cond, uncond, cfg_scale, min(channels or latent_channels, latent_channels))
+
+    return denoiser
+
+
+def _inside(interval, t):
+    return interval is None or interval[0] <= float(t[0]) <= interval[1]  # one timestep for the whole batch

@@ -1,0 +1,517 @@
+"""Conversion of official weights and back, export to ppdiffusers, extraction: files in, files out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from conftest import GOLDEN, ROOT, command_environment, relative_error
+
+from diffusion import create_diffusion
+from models import build_model
+from models.weights import load_weights, official_to_paddle, safe_load
+from sampling.export import TREE, export_dit_pipeline, fit_timestep_embedding, make_scheduler, transformer_state
+from sampling.guidance import guided
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
+from training.config import resolve_config
+
+SCRIPTS = [
+    "tools/convert_official_weights.py",
+    "tools/convert_dit_to_ppdiffusers.py",
+    "tools/extract_weights.py",
+    "infer_demo_dit.py",
+]
+
+
+def make_config(objective=None, **model):
+    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
+    return resolve_config({"model": {"type": "DiT", **sizes, "num_classes": 10, **model}, "objective": objective or {}})
+
+
+def make_model(config, seed=0):
+    """A DiT whose every weight is random (adaLN-Zero's zeros hide errors), pos_embed the plain table."""
+    model = build_model(config)
+    random = np.random.RandomState(seed)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            parameter.set_value(random.normal(0, 0.06, parameter.shape).astype("float32"))
+    model.eval()
+    return model
+
+
+def state_of(model):
+    return {name: parameter.numpy() for name, parameter in model.named_parameters()}
+
+
+def make_vae(latent_channels=4):
+    from ppdiffusers import AutoencoderKL
+
+    paddle.seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=latent_channels, sample_size=8, scaling_factor=0.5
+    )
+    vae.eval()
+    return vae
+
+
+def tree_of(folder):
+    return sorted(
+        os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names
+    )
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    make_vae().save_pretrained(str(folder), safe_serialization=False)
+    return str(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A training checkpoint folder whose weights and averages differ; (folder, model's state, ema's state)."""
+    config = make_config()
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+    states = [state_of(make_model(config, seed)) for seed in (1, 2)]
+    for name, state in zip(("model_state", "ema_state"), states, strict=True):
+        paddle.save({key: paddle.to_tensor(value) for key, value in state.items()}, str(folder / f"{name}.pdparams"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "trainer_state.json").write_text("{}")
+    return folder, *states
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """The flat config of the golden dit_tiny.pt."""
+    path = tmp_path / "DiT_tiny.json"
+    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16}
+    path.write_text(json.dumps({**sizes, "num_classes": 10}))
+    return path
+
+
+class TestOfficialConverter:
+    def run(self, *arguments):
+        convert_official_weights.main([str(argument) for argument in arguments])
+
+    def test_there_and_back_gives_the_same_bits(self, tmp_path, config_file):
+        source, there, back = GOLDEN / "dit_tiny.pt", tmp_path / "dit.pdparams", tmp_path / "back.pt"
+        self.run("--config_file", config_file, "--weights", source, "--output", there)
+        loaded = paddle.load(str(there))
+        assert all(value.dtype == paddle.float32 for value in loaded.values())
+        official = load_weights(source)
+        np.testing.assert_array_equal(loaded["blocks.1.mlp.fc1.weight"].numpy(), official["blocks.1.mlp.fc1.weight"].T)
+        np.testing.assert_array_equal(loaded["pos_embed"].numpy(), official["pos_embed"])
+
+        self.run("--reverse", "--config_file", config_file, "--weights", there, "--output", back)
+        again = load_weights(back)
+        assert list(again) == list(official)
+        assert all(again[name].tobytes() == official[name].tobytes() for name in official)
+        assert sorted(os.listdir(tmp_path)) == sorted(["DiT_tiny.json", "dit.pdparams", "back.pt"])
+
+    @pytest.mark.parametrize("key", [None, "model", "ema"])
+    def test_training_checkpoint(self, tmp_path, key):
+        config = tmp_path / "DiT.json"
+        sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8}
+        config.write_text(json.dumps({"model": {"type": "DiT", "num_classes": 10, **sizes}}))
+        source = GOLDEN / "dit_tiny_train_ckpt.pt"
+        flags = ["--key", key] if key else []
+        self.run("--config_file", config, "--weights", source, "--output", tmp_path / "y.pdparams", *flags)
+        expected = official_to_paddle(load_weights(source, key=key or "ema"))
+        state = safe_load(tmp_path / "y.pdparams")
+        assert all(np.array_equal(state[name], expected[name]) for name in expected)
+
+    def test_our_checkpoint_folder_to_official(self, tmp_path, checkpoint):
+        folder, _, ema = checkpoint
+        config = folder / "config.json"
+        self.run("--reverse", "--config_file", config, "--weights", folder, "--output", tmp_path / "x.pt")
+        state = official_to_paddle(load_weights(tmp_path / "x.pt"))
+        assert all(np.array_equal(state[name], ema[name]) for name in ema)
+
+    def test_weights_of_another_network(self, tmp_path, config_file):
+        other = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps({**other, "num_layers": 2}))
+        with pytest.raises(ValueError, match=r"dit_tiny\.pt: these weights do not fit.*unexpected: blocks\.2\."):
+            self.run("--config_file", config_file, "--weights", GOLDEN / "dit_tiny.pt", "--output", tmp_path / "y")
+        config_file.write_text(json.dumps({**other, "num_classes": 11}))
+        with pytest.raises(ValueError, match=r"embedding_table\.weight is \[11, 64\], expected \[12, 64\]"):
+            self.run("--config_file", config_file, "--weights", GOLDEN / "dit_tiny.pt", "--output", tmp_path / "y")
+        assert not (tmp_path / "y").exists()
+
+    def test_an_existing_output_stays(self, tmp_path, config_file):
+        output = tmp_path / "y.pdparams"
+        output.write_text("mine")
+        flags = ["--config_file", config_file, "--weights", GOLDEN / "dit_tiny.pt", "--output", output]
+        with pytest.raises(ValueError, match="exists already"):
+            self.run(*flags)
+        assert output.read_text() == "mine"
+        self.run(*flags, "--overwrite")
+        assert len(safe_load(output)) == 42
+
+    def test_exit_code_and_one_line(self, tmp_path, config_file):
+        command = [sys.executable, SCRIPTS[0], "--config_file", config_file, "--weights", tmp_path / "no.pt"]
+        result = subprocess.run(
+            [*map(str, command), "--output", str(tmp_path / "y")],
+            cwd=ROOT,
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2
+        assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'no.pt'}: there is no such file"
+        assert "Traceback" not in result.stderr
+
+
+class TestTransformer:
+    """The exported `Transformer2DModel` gives the DiT's own output."""
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            {},
+            {"patch_size": 4, "learn_sigma": False},
+            {"patch_size": 1, "num_classes": 7, "in_channels": 3},
+            {"patch_size": 8, "mlp_ratio": 2.5},
+            {"num_classes": 1000},
+            {"sample_size": 16, "class_dropout_prob": 0.0},
+        ],
+    )
+    def test_same_output(self, tmp_path, sizes):
+        from ppdiffusers import Transformer2DModel
+
+        config = make_config(**sizes)
+        settings = config["model"]
+        model = make_model(config)
+        export_dit_pipeline(config, state_of(model), make_vae(settings["in_channels"]), tmp_path / "out")
+        exported = Transformer2DModel.from_pretrained(str(tmp_path / "out" / "transformer"))
+        exported.eval()
+
+        t = paddle.arange(0, 1000, 20)  # the timesteps of 50 steps, in which 25 and 10 are contained
+        x = paddle.to_tensor(
+            np.random.RandomState(0)
+            .standard_normal([50, settings["in_channels"], settings["sample_size"], settings["sample_size"]])
+            .astype("float32")
+        )
+        y = paddle.arange(50) % settings["num_classes"]
+        with paddle.no_grad():
+            expected = model(x, t, y).numpy()
+            out = exported(x, timestep=t, class_labels=y).sample.numpy()
+            assert out.shape == expected.shape
+            assert relative_error(out, expected) < 1e-5
+            null = exported(x, timestep=t, class_labels=paddle.full_like(y, 1000)).sample.numpy()
+            if settings["class_dropout_prob"] > 0:
+                expected = model(x, t, paddle.full_like(y, settings["num_classes"])).numpy()
+                assert relative_error(null, expected) < 1e-5
+            else:
+                assert np.isnan(null).all()  # there is no null class: guidance must not look as if it worked
+
+    def test_timestep_embedding_of_a_wide_network_is_right_everywhere(self):
+        random = np.random.RandomState(0)
+        shapes = {"0.weight": (256, 1024), "0.bias": (1024,), "2.weight": (1024, 1024), "2.bias": (1024,)}
+        state = {f"t_embedder.mlp.{name}": random.normal(0, 0.02, shape) for name, shape in shapes.items()}
+        _, report = fit_timestep_embedding(state, make_scheduler(make_config()["objective"]))
+        assert report["all_timesteps"] and report["max_error"] < 3e-5
+        assert report["kept_error"] > 0.1  # why it is fitted at all
+
+    def test_timestep_embedding_of_a_narrow_one_says_where_it_is_right(self):
+        state = state_of(make_model(make_config()))
+        _, report = fit_timestep_embedding(state, make_scheduler(make_config()["objective"]))
+        assert {10, 25, 50} <= set(report["exact_steps"]) and 1000 not in report["exact_steps"]
+        assert not report["all_timesteps"]
+
+    def test_keep_copies_the_weights(self):
+        config = make_config()
+        state = state_of(make_model(config))
+        exported = transformer_state(config["model"], state)
+        for i in range(2):
+            name = f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.weight"
+            np.testing.assert_array_equal(exported[name], state["t_embedder.mlp.0.weight"])
+
+    @pytest.mark.parametrize(
+        "sizes, message",
+        [
+            ({"num_classes": 1001}, "num_classes 1001: DiTPipeline takes class 1000 for the null class"),
+            ({"mlp_ratio": 5.0}, "mlp_ratio 5.0"),
+        ],
+    )
+    def test_refusals(self, tmp_path, sizes, message):
+        config = make_config(**sizes)
+        with pytest.raises(ValueError, match=message):
+            export_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
+        assert tree_of(tmp_path) == []
+
+    def test_another_pos_embed_is_refused(self, tmp_path):
+        config = make_config(num_layers=3)  # dit_tiny.pt, whose table is not the plain one
+        state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
+        with pytest.raises(ValueError, match="pos_embed differs by up to 0.0"):
+            export_dit_pipeline(config, state, make_vae(), tmp_path / "out")
+        assert tree_of(tmp_path) == []
+
+    def test_another_vae_is_refused(self, tmp_path):
+        config = make_config()
+        with pytest.raises(ValueError, match="the VAE has 3 latent channels"):
+            export_dit_pipeline(config, state_of(make_model(config)), make_vae(3), tmp_path / "out")
+
+
+class TestPipeline:
+    def sample_both(self, folder, config, model, steps, guidance_scale):
+        """Final latents by the stock pipeline, and by `ddim_sample_loop`, from the same noise."""
+        from ppdiffusers import DiTPipeline
+        from ppdiffusers.utils.paddle_utils import randn_tensor
+
+        pipe = DiTPipeline.from_pretrained(str(folder))
+        pipe.set_progress_bar_config(disable=True)
+        decoded, decode = [], pipe.vae.decode
+        pipe.vae.decode = lambda latents: decoded.append(latents) or decode(latents)
+        pipe(
+            class_labels=[1, 2],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=paddle.Generator().manual_seed(3),
+            output_type="numpy",
+        )
+        latents = decoded[0].numpy() * pipe.vae.config.scaling_factor
+
+        noise = randn_tensor((2, 4, 8, 8), generator=paddle.Generator().manual_seed(3), dtype="float32")
+        objective = {key: config["objective"][key] for key in ("noise_schedule", "predict_xstart")}
+        diffusion = create_diffusion(f"ddim{steps}", learn_sigma=config["model"]["learn_sigma"], **objective)
+        denoiser = guided(model, paddle.to_tensor([1, 2]), guidance_scale, channels=None, null_class=10)
+        with paddle.no_grad():
+            expected = diffusion.ddim_sample_loop(denoiser, noise.shape, noise=noise, clip_denoised=False)
+        return latents, expected.numpy()
+
+    @pytest.mark.parametrize(
+        "sizes, objective, steps, guidance_scale",
+        [
+            ({}, {}, 25, 4.0),
+            ({"learn_sigma": False}, {}, 50, 1.0),
+            ({"patch_size": 4}, {"predict_xstart": True}, 10, 3.0),
+            ({}, {"noise_schedule": "squaredcos_cap_v2"}, 25, 2.0),
+        ],
+    )
+    def test_ddim_gives_ddim_sample_loops_latents(self, tmp_path, sizes, objective, steps, guidance_scale):
+        config = make_config(objective, **sizes)
+        model = make_model(config)
+        export_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
+        latents, expected = self.sample_both(tmp_path / "out", config, model, steps, guidance_scale)
+        # ppdiffusers multiplies 1000 alphas in float32, ours are float64: the cosine schedule's last ones are tiny.
+        assert relative_error(latents, expected) < (1e-3 if objective.get("noise_schedule") else 3e-5)
+
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    def test_tree_schedulers_and_labels(self, tmp_path, scheduler):
+        from ppdiffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+
+        config = make_config()
+        labels = {i: f"class {i}, alias {i}" for i in range(10)}
+        out = tmp_path / "out"
+        state = state_of(make_model(config))
+        notes = export_dit_pipeline(config, state, make_vae(), out, scheduler=scheduler, id2label=labels)
+        assert tree_of(tmp_path) == sorted(f"out/{name}" for name in TREE)
+        assert any("guides all latent channels" in note for note in notes)
+        index = json.loads((out / "model_index.json").read_text())
+        assert index["id2label"]["3"] == "class 3, alias 3" and len(index["id2label"]) == 10
+
+        pipe = DiTPipeline.from_pretrained(str(out))
+        assert type(pipe.scheduler) is {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[scheduler]
+        assert pipe.get_label_ids(["alias 7"]) == [7]
+        assert pipe.scheduler.config.prediction_type == "epsilon"
+        # As in the usual demo, whatever was exported; a DDIMScheduler that clips would ruin latents.
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        assert pipe.scheduler.config.clip_sample is False
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(class_labels=[0], num_inference_steps=3, output_type="numpy").images
+        assert images.shape == (1, 8, 8, 3) and np.isfinite(images).all()
+
+    def test_an_existing_folder_stays(self, tmp_path):
+        config, vae = make_config(), make_vae()
+        state = state_of(make_model(config))
+        out = tmp_path / "out"
+        out.mkdir()  # empty: free
+        export_dit_pipeline(config, state, vae, out)
+        before = (out / "model_index.json").read_bytes()
+        with pytest.raises(ValueError, match="is not empty"):
+            export_dit_pipeline(config, state, vae, out, scheduler="dpm")
+        assert (out / "model_index.json").read_bytes() == before
+        export_dit_pipeline(config, state, vae, out, scheduler="dpm", overwrite=True)
+        assert b"DPMSolver" in (out / "model_index.json").read_bytes()
+        (out / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="holds notes.txt, which is no part of a pipeline"):
+            export_dit_pipeline(config, state, vae, out, overwrite=True)
+        assert tree_of(tmp_path) == sorted([*(f"out/{name}" for name in TREE), "out/notes.txt"])
+
+
+class TestPipelineConverter:
+    def run(self, vae_folder, *arguments):
+        convert_dit_to_ppdiffusers.main([*map(str, arguments), "--vae_model", vae_folder])
+
+    @pytest.mark.parametrize("key", [None, "model", "ema"])
+    def test_checkpoint_folder(self, tmp_path, checkpoint, vae_folder, key):
+        folder, model_state, ema_state = checkpoint
+        flags = ["--key", key] if key else []
+        self.run(vae_folder, "--model_weights", folder, "--checkpoint_path", tmp_path / "out", *flags)
+        exported = safe_load(tmp_path / "out" / "transformer" / "model_state.pdparams")
+        expected = model_state if key == "model" else ema_state
+        np.testing.assert_array_equal(exported["pos_embed.proj.weight"], expected["x_embedder.proj.weight"])
+
+    @pytest.mark.parametrize("layout", ["torch", "paddle"])
+    def test_official_file_and_pdparams(self, tmp_path, vae_folder, layout):
+        config = tmp_path / "DiT.json"
+        sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8}
+        config.write_text(json.dumps({**sizes, "num_classes": 10}))
+        weights = GOLDEN / "dit_train_init.pt"
+        if layout == "paddle":
+            weights = tmp_path / "init.pdparams"
+            convert_official_weights.main(
+                ["--config_file", str(config), "--weights", str(GOLDEN / "dit_train_init.pt"), "--output", str(weights)]
+            )
+        out = tmp_path / "out"
+        self.run(vae_folder, "--config_file", config, "--model_weights", weights, "--checkpoint_path", out)
+        exported = safe_load(out / "transformer" / "model_state.pdparams")
+        official = load_weights(GOLDEN / "dit_train_init.pt")
+        np.testing.assert_array_equal(
+            exported["transformer_blocks.1.attn1.to_out.0.weight"], official["blocks.1.attn.proj.weight"].T
+        )
+
+    def test_imagenet_labels(self, tmp_path, vae_folder):
+        from ppdiffusers import DiTPipeline
+
+        config = make_config(num_classes=1000)
+        (tmp_path / "c.json").write_text(json.dumps(config))
+        state = state_of(make_model(config))
+        paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(tmp_path / "w.pdparams"))
+        flags = ["--config_file", tmp_path / "c.json", "--model_weights", tmp_path / "w.pdparams"]
+        self.run(vae_folder, *flags, "--checkpoint_path", tmp_path / "out")
+        pipe = DiTPipeline.from_pretrained(str(tmp_path / "out"))
+        assert pipe.get_label_ids(["golden retriever"]) == [207]
+        assert pipe.get_label_ids(["Siberian husky", "toilet paper"]) == [250, 999]
+
+    def test_labels_file(self, tmp_path, checkpoint, vae_folder, capsys):
+        folder = checkpoint[0]
+        labels = tmp_path / "labels.json"
+        flags = ["--model_weights", folder, "--id2label", labels, "--checkpoint_path", tmp_path / "out"]
+        labels.write_text(json.dumps({"id2label": {str(i): f"digit {i}" for i in range(9)}}))
+        with pytest.raises(ValueError, match="no label for class 9; expected one for each of 0..9"):
+            self.run(vae_folder, *flags)
+        assert not (tmp_path / "out").exists()
+        labels.write_text(json.dumps({str(i): f"digit {i}" for i in range(10)}))
+        self.run(vae_folder, *flags)
+        index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+        assert index["id2label"]["9"] == "digit 9"
+        assert "named '0'" not in capsys.readouterr().out
+
+        self.run(vae_folder, "--model_weights", folder, "--checkpoint_path", tmp_path / "out2")
+        assert "No --id2label: the classes are named '0' to '9'." in capsys.readouterr().out
+
+    def test_save_false_writes_nothing(self, tmp_path, checkpoint, vae_folder):
+        before = tree_of(tmp_path)
+        out = tmp_path / "out"
+        self.run(vae_folder, "--model_weights", checkpoint[0], "--save", "False", "--checkpoint_path", out)
+        assert tree_of(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--scheduler", "ddmi"], "--scheduler ddmi: unknown; known: ddim, dpm"),
+            (["--model_weights", "no_such.pdparams"], "no_such.pdparams: there is no such file"),
+            (["--id2label", "no_such.json"], "no_such.json: no such file"),
+            (["--config_file", str(ROOT / "config" / "DiT_S_patch8.json")], "these weights do not fit the config"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, checkpoint, vae_folder, flags, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(vae_folder, "--model_weights", checkpoint[0], "--checkpoint_path", tmp_path / "out", *flags)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_run_folder_names_the_checkpoint_in_it(self, checkpoint, vae_folder):
+        folder = checkpoint[0]
+        with pytest.raises(ValueError, match="not a training checkpoint.*did you mean .*checkpoint-7?"):
+            self.run(vae_folder, "--config_file", folder / "config.json", "--model_weights", folder.parent)
+
+    def test_a_vae_that_cannot_be_had(self, tmp_path, checkpoint):
+        with pytest.raises(ValueError, match="Without a network, copy the VAE here .* give its folder"):
+            self.run("no-such-owner/no-such-vae", "--model_weights", checkpoint[0], "--checkpoint_path", tmp_path / "o")
+        assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+    @pytest.mark.parametrize("patch_size", [2, 4, 8])
+    def test_model_names_are_the_configs(self, size, patch_size):
+        named = convert_dit_to_ppdiffusers.named_config(f"DiT_{size}_{patch_size}", 256)
+        file = json.loads((ROOT / "config" / f"DiT_{size}_patch{patch_size}.json").read_text())
+        assert named["model"] == file["model"]
+
+    @pytest.mark.parametrize("name", ["DiT_S_3", "DiT_XXL_2", "DiT-XL-2", "SiT_XL_2"])
+    def test_unknown_model_names(self, name):
+        with pytest.raises(ValueError, match=f"--model_name {name}: unknown; known: DiT_XL_2"):
+            convert_dit_to_ppdiffusers.named_config(name, 256)
+
+
+class TestExtractWeights:
+    def run(self, *arguments):
+        extract_weights.main([str(argument) for argument in arguments])
+
+    @pytest.fixture
+    def reference_file(self, tmp_path):
+        """As PaddleMIX's Trainer saves it: prefixed names, averages without dots, a VAE."""
+        weights = {"blocks.0.fc.weight": 1.0, "blocks.0.fc.bias": 2.0, "pos_embed": 3.0}
+        state = {f"transformer.{name}": paddle.full([2], value) for name, value in weights.items()}
+        state["model_ema.blocks0fcweight"] = paddle.full([2], 10.0)
+        state["model_ema.blocks0fcbias"] = paddle.full([2], 20.0)
+        state["model_ema.decay"] = paddle.full([], 0.99)
+        state["vae.conv.weight"] = paddle.zeros([2])
+        paddle.save(state, str(tmp_path / "model_state.pdparams"))
+        return tmp_path / "model_state.pdparams"
+
+    @pytest.mark.parametrize("text, expected", [("False", 1.0), ("false", 1.0), ("True", 10.0), ("1", 10.0)])
+    def test_save_ema_is_a_boolean(self, tmp_path, reference_file, text, expected):
+        out = tmp_path / "out.pdparams"
+        self.run("--model_file", reference_file, "--checkpoint_path", out, "--save_ema", text)
+        state = safe_load(out)
+        assert set(state) == {"blocks.0.fc.weight", "blocks.0.fc.bias", "pos_embed"}
+        assert state["blocks.0.fc.weight"][0] == expected and state["pos_embed"][0] == 3.0
+
+    def test_no_boolean(self, tmp_path, reference_file, capsys):
+        with pytest.raises(SystemExit):
+            self.run("--model_file", reference_file, "--checkpoint_path", tmp_path / "o", "--save_ema", "maybe")
+        assert "expected True or False, got 'maybe'" in capsys.readouterr().err
+
+    def test_dtype(self, tmp_path, reference_file):
+        out = tmp_path / "out.pdparams"
+        self.run("--model_file", reference_file, "--checkpoint_path", out, "--dtype", "float16")
+        assert paddle.load(str(out))["pos_embed"].dtype == paddle.float16
+
+    def test_our_checkpoint_folder(self, tmp_path, checkpoint):
+        folder, model_state, ema_state = checkpoint
+        for save_ema, expected in (("False", model_state), ("True", ema_state)):
+            out = tmp_path / f"{save_ema}.pdparams"
+            self.run("--model_file", folder, "--checkpoint_path", out, "--save_ema", save_ema)
+            state = safe_load(out)
+            assert all(np.array_equal(state[name], expected[name]) for name in expected)
+
+    def test_mistakes(self, tmp_path, reference_file, checkpoint):
+        with pytest.raises(ValueError, match="--model_file is missing"):
+            self.run("--checkpoint_path", tmp_path / "o.pdparams")
+        with pytest.raises(ValueError, match="exists already"):
+            self.run("--model_file", reference_file, "--checkpoint_path", reference_file)
+        plain = checkpoint[0] / "model_state.pdparams"
+        with pytest.raises(ValueError, match="holds no averages"):
+            self.run("--model_file", plain, "--checkpoint_path", tmp_path / "o.pdparams", "--save_ema", "True")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_paddle(script):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "heavy = {'paddle', 'paddlenlp', 'ppdiffusers', 'torch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=command_environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage:")

@@ -1,0 +1,294 @@
+"""Weight files: what is read, what is refused, and both layouts. PyTorch is not needed."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from conftest import GOLDEN, load_golden, relative_error
+
+from models import DiT
+from models.weights import (
+    check_state,
+    expected_shapes,
+    load_weights,
+    official_to_paddle,
+    paddle_to_official,
+    safe_load,
+    save_torch,
+)
+
+DATA = Path(__file__).parent / "data"
+SMALL = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_attention_heads": 4, "num_classes": 10}
+
+
+def build(state, **sizes):
+    model = DiT(**SMALL, **sizes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_state(state, shapes, source="test")
+    model.set_state_dict(state)
+    model.eval()
+    return model
+
+
+class TestOfficialFiles:
+    def test_state_dict_gives_the_official_output(self):
+        state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
+        model = build(state, num_layers=3, attention_head_dim=16)
+        case = load_golden("dit_forward")
+        with paddle.no_grad():
+            out = model(*(paddle.to_tensor(case[name]) for name in ("x", "t", "y")))
+        assert relative_error(out.numpy(), case["out"]) < 6e-5
+
+    @pytest.mark.parametrize("key", ["model", "ema"])
+    def test_training_checkpoint_holds_both_sets(self, key):
+        state = official_to_paddle(load_weights(GOLDEN / "dit_tiny_train_ckpt.pt", key=key))
+        model = build(state, num_layers=2, attention_head_dim=8)
+        case = load_golden("dit_train_steps")
+        x, t, y = (paddle.to_tensor(a) for a in (case["x"][0], case["t"][1], case["fwd_y"]))
+        with paddle.no_grad():
+            out = model(x, t, y)
+        assert relative_error(out.numpy(), case[f"fwd_{key}2"]) < 6e-5
+
+    def test_training_checkpoint_is_read_whole(self):
+        tree = safe_load(GOLDEN / "dit_tiny_train_ckpt.pt")
+        assert tree["args"]["global_batch_size"] == 6  # an argparse.Namespace
+        assert tree["opt"]["param_groups"][0]["betas"] == (0.9, 0.999)
+        assert tree["opt"]["state"][1]["step"] == 2 and 0 not in tree["opt"]["state"]
+
+    def test_keys_are_asked_for(self):
+        path = GOLDEN / "dit_tiny_train_ckpt.pt"
+        with pytest.raises(ValueError, match="several sets of weights; choose a key of: model, ema"):
+            load_weights(path)
+        with pytest.raises(ValueError, match="no weights under the key 'best'"):
+            load_weights(path, key="best")
+        with pytest.raises(ValueError, match="a plain state dict"):
+            load_weights(GOLDEN / "dit_tiny.pt", key="ema")
+        ema, auto = load_weights(path, key="ema"), load_weights(path, key="auto")
+        assert all(np.array_equal(ema[name], auto[name]) for name in ema)
+
+    @pytest.mark.parametrize("name", ["torch_views.pt", "torch_views_legacy.pt"])
+    def test_views_and_dtypes(self, name):
+        tree = safe_load(DATA / name)
+        assert tree["args"] == {"lr": 1e-4, "name": "x"} and tree["step"] == 3
+        expected = dict(np.load(DATA / "torch_views.npz"))
+        assert set(tree["model"]) == set(expected)
+        for key, value in tree["model"].items():
+            assert value.shape == expected[key].shape, key
+            np.testing.assert_array_equal(value.astype("float64"), expected[key], err_msg=key)
+        kinds = {key: str(value.dtype) for key, value in tree["model"].items()}
+        assert kinds["bfloat16"] == "float32" and kinds["half"] == "float16" and kinds["int64"] == "int64"
+
+    def test_module_prefix_of_ddp_is_taken_off(self, tmp_path):
+        save_torch({"module.a.weight": np.ones([2, 3], "float32")}, tmp_path / "ddp.pt")
+        assert list(load_weights(tmp_path / "ddp.pt")) == ["a.weight"]
+
+
+class TestOtherFormats:
+    def test_paddle_files_as_paddle_load_reads_them(self, tmp_path):
+        layer = paddle.nn.Linear(3, 4)
+        paddle.save(layer.state_dict(), str(tmp_path / "m.pdparams"))
+        state = load_weights(tmp_path / "m.pdparams")
+        assert list(state) == ["weight", "bias"]
+        np.testing.assert_array_equal(state["weight"], layer.weight.numpy())
+
+        nested = {"a": {"x": paddle.arange(6).reshape([2, 3])}, "n": 3, "f": np.float64(0.5), "l": [paddle.ones([2])]}
+        nested["bf16"] = paddle.to_tensor([1.0, -2.5]).astype("bfloat16")
+        paddle.save(nested, str(tmp_path / "n.pdparams"))
+        tree = safe_load(tmp_path / "n.pdparams")
+        np.testing.assert_array_equal(tree["a"]["x"], [[0, 1, 2], [3, 4, 5]])
+        np.testing.assert_array_equal(tree["bf16"], np.array([1.0, -2.5], "float32"))
+        assert tree["n"] == 3 and tree["f"] == 0.5 and tree["l"][0].shape == (2,)
+
+    def test_optimizer_state(self, tmp_path):
+        layer = paddle.nn.Linear(3, 4)
+        optimizer = paddle.optimizer.AdamW(parameters=layer.parameters())
+        layer(paddle.ones([2, 3])).sum().backward()
+        optimizer.step()
+        paddle.save(optimizer.state_dict(), str(tmp_path / "o.pdopt"))
+        tree, loaded = safe_load(tmp_path / "o.pdopt"), paddle.load(str(tmp_path / "o.pdopt"))
+        arrays = {name: value.numpy() for name, value in loaded.items() if paddle.is_tensor(value)}
+        assert len(arrays) >= 8
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(tree[name], value, err_msg=name)
+
+    def test_safetensors(self, tmp_path):
+        from safetensors.numpy import save_file
+
+        state = {
+            "a": np.arange(6, dtype="float32").reshape(2, 3),
+            "b": np.array(7, "int64"),
+            "h": np.ones(3, "float16"),
+        }
+        save_file(state, str(tmp_path / "s.safetensors"), metadata={"format": "pt"})
+        loaded = load_weights(tmp_path / "s.safetensors")
+        assert set(loaded) == set(state)
+        for name, value in state.items():
+            np.testing.assert_array_equal(loaded[name], value)
+
+    def test_safetensors_bfloat16(self, tmp_path):
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+        data = struct.pack("<HH", 0x3F80, 0xC020)  # 1.0, -2.5
+        (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+        np.testing.assert_array_equal(load_weights(tmp_path / "b.safetensors")["w"], np.array([1.0, -2.5], "float32"))
+
+
+class Hostile:
+    """Would make a file if it were unpickled as pickle does."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class Getattr:
+    def __reduce__(self):
+        return getattr, ("text", "upper")
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize("kind", ["zip", "pickle"])
+    def test_nothing_is_run(self, tmp_path, kind):
+        path, mark = tmp_path / "weights.pt", tmp_path / "was_run"
+        data = pickle.dumps({"model": {"w": Hostile(mark)}}, protocol=2)
+        if kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("archive/data.pkl", data)
+        else:
+            path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"weights\.pt: refused: it asks to import (posix|nt)\.mkdir"):
+            safe_load(path)
+        assert not mark.exists()
+
+    @pytest.mark.parametrize("payload", [Getattr(), np.load, np.random.RandomState, zipfile.ZipFile, eval])
+    def test_other_names_are_refused(self, tmp_path, payload):
+        path = tmp_path / "weights.pdparams"
+        path.write_bytes(pickle.dumps({"w": payload}, protocol=4))
+        with pytest.raises(ValueError, match="refused: it asks to import"):
+            safe_load(path)
+
+    def test_object_arrays_are_refused(self, tmp_path):
+        path = tmp_path / "weights.pdparams"
+        path.write_bytes(pickle.dumps({"w": np.array([None, "x"], dtype=object)}, protocol=4))
+        with pytest.raises(ValueError, match="not a readable weight file"):
+            safe_load(path)
+
+    def test_a_view_past_its_storage_is_refused(self, tmp_path):
+        path = tmp_path / "weights.pt"
+        save_torch({"w": np.arange(4, dtype="float32")}, path)
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        offset_zero = b"J\x00\x00\x00\x00"
+        assert parts["archive/data.pkl"].count(offset_zero) == 1
+        parts["archive/data.pkl"] = parts["archive/data.pkl"].replace(offset_zero, b"J\x01\x00\x00\x00")
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                archive.writestr(name, data)
+        with pytest.raises(ValueError, match="reaches past the end"):
+            safe_load(path)
+
+
+class TestBrokenFiles:
+    def make(self, folder, kind):
+        state = {"a.weight": np.arange(600, dtype="float32").reshape(20, 30), "a.bias": np.ones(20, "float32")}
+        path = folder / f"weights.{kind}"
+        if kind == "pt":
+            save_torch(state, path)
+        elif kind == "pdparams":
+            paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(path))
+        elif kind == "safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(state, str(path))
+        else:
+            path.write_bytes((DATA / "torch_views_legacy.pt").read_bytes())
+        return path
+
+    @pytest.mark.parametrize("kind", ["pt", "pdparams", "safetensors", "legacy"])
+    @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+    def test_truncated(self, tmp_path, kind, share):
+        path = self.make(tmp_path, kind)
+        safe_load(path)
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ValueError, match=f"weights.{kind}: ") as error:
+            safe_load(path)
+        assert "\n" not in str(error.value)
+
+    def test_flipped_bit_in_the_data(self, tmp_path):
+        path = self.make(tmp_path, "pt")
+        data = bytearray(path.read_bytes())
+        data[data.index(np.arange(600, dtype="float32").tobytes()) + 100] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="not a readable weight file"):
+            safe_load(path)
+
+    @pytest.mark.parametrize("content", [b"", b"hello, this is no weight file", b"PK\x03\x04 nor is this"])
+    def test_no_weight_file(self, tmp_path, content):
+        path = tmp_path / "x.pt"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.pt: not a"):
+            load_weights(path)
+
+    def test_absent_and_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="there is no such file"):
+            load_weights(tmp_path / "none.pt")
+        with pytest.raises(ValueError, match="is a folder"):
+            load_weights(tmp_path)
+
+
+class TestLayouts:
+    def test_there_and_back_is_bit_exact(self):
+        official = load_weights(GOLDEN / "dit_tiny.pt")
+        paddle_state = official_to_paddle(official)
+        back = paddle_to_official(paddle_state)
+        assert list(back) == list(official)
+        assert all(back[name].tobytes() == official[name].tobytes() for name in official)
+
+        turned = {name for name in official if paddle_state[name].shape != official[name].shape}
+        assert "blocks.0.attn.qkv.weight" in turned and "final_layer.linear.weight" in turned
+        # Square ones are turned as well, embeddings never.
+        name = "blocks.0.attn.proj.weight"
+        np.testing.assert_array_equal(paddle_state[name], official[name].T)
+        for name in ("y_embedder.embedding_table.weight", "x_embedder.proj.weight", "pos_embed"):
+            np.testing.assert_array_equal(paddle_state[name], official[name])
+
+    def test_written_torch_file_is_read_back_bit_exact(self, tmp_path):
+        state = load_weights(GOLDEN / "dit_tiny.pt")
+        state["scalar"] = np.array(2.5, "float64")
+        state["strided"] = np.arange(12, dtype=">f4").reshape(3, 4).T
+        save_torch(state, tmp_path / "out.pt")
+        back = load_weights(tmp_path / "out.pt")
+        assert list(back) == list(state)
+        for name, value in state.items():
+            assert back[name].dtype == value.dtype.newbyteorder("=")
+            np.testing.assert_array_equal(back[name], value)
+
+
+class TestCheckState:
+    def test_expected_shapes_are_the_networks(self):
+        sizes = {**SMALL, "num_layers": 3, "attention_head_dim": 16}
+        model = DiT(**sizes)
+        own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert expected_shapes({"type": "DiT", **sizes}) == own
+
+    def test_every_difference_is_said(self):
+        expected = {"a.weight": [2, 3], "a.bias": [3], "b": [1]}
+        good = {name: np.zeros(shape, "float32") for name, shape in expected.items()}
+        check_state(good, expected, source="x.pt")
+        cases = [
+            ({"a.weight": good["a.weight"], "a.bias": good["a.bias"]}, "x.pt: .*1 missing: b"),
+            ({**good, "c": good["b"]}, "1 unexpected: c"),
+            ({**good, "a.weight": good["a.weight"].T}, r"a\.weight is \[3, 2\], expected \[2, 3\]"),
+        ]
+        for state, message in cases:
+            with pytest.raises(ValueError, match=message) as error:
+                check_state(state, expected, source="x.pt")
+            assert "\n" not in str(error.value)

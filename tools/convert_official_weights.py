@@ -1,0 +1,87 @@
+"""Convert official PyTorch checkpoints of DiT to Paddle weights, or back (--reverse), without PyTorch.
+
+    python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
+        --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
+
+--weights is a plain state dict or a checkpoint of the official train.py, whose averages (ema) are taken unless --key
+says model. Nothing in the file is executed. Names and shapes must be exactly those of the config's network. Names stay
+the official ones; Linear weights are turned from [out, in] to [in, out]; all weights are written as float32.
+
+With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
+--output a .pt that torch.load reads. There and back gives the same bits.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from training.runtime import configure_runtime, run_cli  # noqa: E402
+
+
+def convert(args):
+    """Reads, checks and writes one file, as the flags say; ValueError for whatever can't be."""
+    from training.config import load_config
+
+    model = load_config(args.config_file)["model"]
+    check_output(args.output, args.overwrite)
+
+    configure_runtime()
+    from models.weights import check_state, expected_shapes, paddle_to_official, save_torch
+    from sampling.checkpoint import read_weights
+
+    print(f"reading {args.weights}", flush=True)
+    layout = "paddle" if args.reverse else "torch"
+    state, source = read_weights(args.weights, key=args.key, layout=layout)
+    check_state(state, expected_shapes(model), source=source)
+    if args.reverse:
+        write_beside(args.output, lambda path: save_torch(paddle_to_official(state), path))
+    else:
+        write_beside(args.output, lambda path: save_paddle(state, path))
+    print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
+
+
+def check_output(path, overwrite=False):
+    """Raises ValueError if `path` is there already and may not be replaced, or its folder is not there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder; expected the name of a file")
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"{path}: exists already; give another name, or --overwrite")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path}: there is no folder {folder}")
+
+
+def write_beside(path, write):
+    """`write(temporary path)`, then a rename: `path` is never half a file."""
+    partial = f"{path}.partial"
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def save_paddle(state, path, dtype="float32"):
+    """`paddle.save` of {name: array} as tensors of `dtype`."""
+    import paddle
+
+    place = paddle.CPUPlace()
+    paddle.save({name: paddle.to_tensor(value, place=place).astype(dtype) for name, value in state.items()}, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_file", required=True, help="JSON of the network that the weights belong to")
+    parser.add_argument("--weights", required=True, help=".pt, .pth, .safetensors; with --reverse .pdparams or folder")
+    parser.add_argument("--output", required=True, help="file to write: .pdparams; with --reverse .pt")
+    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    convert(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,79 @@
+"""Take the network's plain weights out of a training checkpoint.
+
+    python tools/extract_weights.py --model_file output/checkpoint-10000 --save_ema True --checkpoint_path DiT.pdparams
+
+--model_file is a training checkpoint folder of this project, or a `.pdparams` as PaddleMIX's DiT example saves it:
+names begin with `transformer.` (the network) and `model_ema.` (its averages, whose names have lost their dots); a VAE
+in it is left out. The file is read without executing anything it holds.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools.convert_official_weights import check_output, save_paddle, write_beside  # noqa: E402
+from training.arguments import str2bool  # noqa: E402
+from training.runtime import configure_runtime, run_cli  # noqa: E402
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+NETWORK, AVERAGES = "transformer.", "model_ema."
+
+
+def extract(args):
+    """Reads the checkpoint and writes the weights that the flags ask for."""
+    for name in ("model_file", "checkpoint_path"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing")
+    check_output(args.checkpoint_path, args.overwrite)
+
+    configure_runtime()
+    from models.weights import load_weights
+    from sampling.checkpoint import read_weights
+
+    if os.path.isdir(args.model_file):
+        state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")
+    else:
+        source = args.model_file
+        state = pick(load_weights(source), args.save_ema, source)
+    write_beside(args.checkpoint_path, lambda path: save_paddle(state, path, args.dtype))
+    print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
+
+
+def pick(state, save_ema, source):
+    """The network's weights, or their averages, of a PaddleMIX state dict; a plain one is the network's."""
+    network = {name[len(NETWORK) :]: value for name, value in state.items() if name.startswith(NETWORK)}
+    averages = {name[len(AVERAGES) :]: value for name, value in state.items() if name.startswith(AVERAGES)}
+    if not save_ema:
+        if not network and averages:
+            raise ValueError(f"{source}: no name begins with {NETWORK}")
+        return network or state
+    if not averages:
+        raise ValueError(f"{source}: holds no averages (no name begins with {AVERAGES}); for a checkpoint folder of "
+                         "this project give the folder, or its ema_state.pdparams without --save_ema")  # fmt: skip
+    # LitEma registers its buffers under the parameters' names without dots; what is not trained it does not hold.
+    found = {}
+    for name, value in network.items():
+        key = name.replace(".", "") if name.replace(".", "") in averages else name
+        found[name] = averages.get(key, value if name == "pos_embed" else None)
+    missing = [name for name, value in found.items() if value is None]
+    if missing or not found:
+        raise ValueError(f"{source}: no averages of {', '.join(missing[:3]) or 'any weight'}")
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_file", default="", help="training checkpoint: a folder or a .pdparams")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights written [float32]")
+    parser.add_argument("--checkpoint_path", default="", help=".pdparams to write")
+    parser.add_argument(
+        "--save_ema", type=str2bool, default=False, metavar="True|False", help="the averages, not the weights [False]"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    extract(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -10,24 +10,28 @@ import paddle
 from training.checkpoint import Shares
 
 
+@paddle.no_grad()
+def _copy_into(parameters, values):
+    for name, parameter in parameters.items():
+        paddle.assign(values[name].astype(parameter.dtype), output=parameter)
+
+
 @contextlib.contextmanager
 def ema_weights(model, ema, optimizer=None):
     """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
     parameters = dict(model.named_parameters())
-    own = {name: parameter.clone() for name, parameter in parameters.items()}
+    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     was_training = model.training
     averages = ema.state_dict()
     shares = Shares(model, optimizer)
     if shares.names is not None:
         averages = {name: paddle.to_tensor(value) for name, value in shares.whole(averages, parameters).items()}
     try:
-        for name, parameter in parameters.items():
-            paddle.assign(averages[name].astype(parameter.dtype), output=parameter)
+        _copy_into(parameters, averages)
         model.eval()
         yield model
     finally:
-        for name, parameter in parameters.items():
-            paddle.assign(own[name], output=parameter)
+        _copy_into(parameters, own)
         if was_training:
             model.train()
 

@@ -1,0 +1,142 @@
+"""The numbered shell scripts: the seed's flags, variables from the environment, further flags, CPU, two nodes."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, command_environment, free_port, read_losses, write_config
+
+SCRIPTS = {
+    "0_run_train_dit_trainer.sh": ("trainer", "config/DiT_XL_patch2.json", "./output_trainer/DiT_XL_patch2_trainer"),
+    "1_run_train_dit_notrainer.sh": (
+        "notrainer",
+        "config/DiT_XL_patch2.json",
+        "./output_notrainer/DiT_XL_patch2_notrainer",
+    ),
+}
+SEED_FLAGS = (
+    "do_train feature_path output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate weight_decay "
+    "max_steps lr_scheduler_type warmup_steps image_logging_steps logging_dir logging_steps save_steps save_total_limit "
+    "dataloader_num_workers vae_name_or_path config_file num_inference_steps use_ema max_grad_norm disable_tqdm "
+    "fp16_opt_level seed recompute enable_xformers_memory_efficient_attention bf16 dp_degree tensor_parallel_degree "
+    "sharding_parallel_degree pipeline_parallel_degree sep_parallel_degree"
+).split()
+
+
+def launch_line(script, tmp_path, shell="sh", arguments=(), **variables):
+    """The words that a script would run Python with, caught by a stand-in for Python."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    done = subprocess.run(
+        [shell, str(ROOT / script), *arguments],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def value(words, flag):
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_the_seeds(script, shell, tmp_path):
+    loop, config, output = SCRIPTS[script]
+    words = launch_line(script, tmp_path, shell)
+    assert words[:3] == ["-u", "-m", "paddle.distributed.launch"]
+    assert f"train_image_generation_{loop}.py" in words
+    assert value(words, "--config_file") == config
+    assert value(words, "--max_steps") == "7000000"
+    if loop == "trainer":
+        assert all(f"--{flag}" in words for flag in SEED_FLAGS)
+        assert value(words, "--output_dir") == output
+        assert (value(words, "--per_device_train_batch_size"), value(words, "--save_total_limit")) == ("32", "50")
+        assert (value(words, "--bf16"), value(words, "--fp16_opt_level")) == ("True", "O1")
+        # It would turn resuming off.
+        assert "--overwrite_output_dir" not in words
+    else:
+        assert value(words, "--results_dir") == output
+        assert (value(words, "--global_batch_size"), value(words, "--ckpt_every")) == ("256", "5000")
+        assert value(words, "--resume") == "auto"
+
+
+def test_variables_and_further_flags(tmp_path):
+    words = launch_line(
+        "0_run_train_dit_trainer.sh",
+        tmp_path,
+        arguments=["--device", "cpu", "--ema_decay", "0.99"],
+        max_steps="20",
+        batch_size="4",
+        TRAINERS_NUM="2",
+        TRAINING_GPUS_PER_NODE="4",
+        SHARDING_DEGREE="2",
+        MASTER="10.0.0.1:8080",
+        TRAINER_INSTANCES="10.0.0.1,10.0.0.2",
+        OUTPUT_DIR="out put",
+    )
+    assert value(words, "--max_steps") == "20"
+    assert value(words, "--per_device_train_batch_size") == "4"
+    assert (value(words, "--nnodes"), value(words, "--nproc_per_node")) == ("2", "4")
+    assert (value(words, "--master"), value(words, "--ips")) == ("10.0.0.1:8080", "10.0.0.1,10.0.0.2")
+    assert (value(words, "--dp_degree"), value(words, "--sharding_parallel_degree")) == ("4", "2")
+    assert value(words, "--output_dir") == "out put" and value(words, "--logging_dir") == "out put/tb_log"
+    assert words[-4:] == ["--device", "cpu", "--ema_decay", "0.99"]
+
+
+@pytest.mark.distributed
+def test_two_nodes_on_one_machine(features, tmp_path):
+    """Two launchers that find each other by MASTER train what one process trains."""
+    config = write_config(tmp_path / "Tiny.json")
+    port = free_port()
+    environment = {
+        **command_environment(),
+        "PYTHON": sys.executable,
+        "MASTER": f"127.0.0.1:{port}",
+        "TRAINERS_NUM": "2",
+        "TRAINING_GPUS_PER_NODE": "1",
+        "config_file": config,
+        "feature_path": str(features),
+        "results_dir": str(tmp_path / "two"),
+        "global_batch_size": "8",
+        "num_workers": "0",
+        "max_steps": "3",
+        "logging_steps": "1",
+    }
+    flags = ["--device", "cpu", "--image_size", "64", "--disable_tqdm", "True"]
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(ROOT / "1_run_train_dit_notrainer.sh"), *flags],
+            env={**environment, "LOG_DIR": str(tmp_path / f"log{node}")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    deadline = time.monotonic() + 200
+    for node in nodes:
+        output, _ = node.communicate(timeout=max(1, deadline - time.monotonic()))
+        assert node.returncode == 0, output[-3000:]
+    environment.update(TRAINERS_NUM="1", results_dir=str(tmp_path / "one"))
+    del environment["MASTER"]
+    subprocess.run(
+        ["bash", str(ROOT / "1_run_train_dit_notrainer.sh"), *flags],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    two, one = (
+        {step: loss for path in (tmp_path / name).glob("0*") for step, loss in read_losses(path).items()}
+        for name in ("two", "one")
+    )
+    assert list(two) == [1, 2, 3]
+    assert two == pytest.approx(one, rel=1e-5)

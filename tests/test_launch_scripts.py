@@ -140,3 +140,24 @@ def test_two_nodes_on_one_machine(features, tmp_path):
     )
     assert list(two) == [1, 2, 3]
     assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_the_launch_line_is_taken_on_a_cpu(script, features, tmp_path, run_loop):
+    loop, output = SCRIPTS[script][0], tmp_path / "out"
+    words = launch_line(
+        script,
+        tmp_path,
+        arguments=["--device", "cpu", "--resolution" if SCRIPTS[script][0] == "trainer" else "--image_size", "64"],
+        config_file=write_config(tmp_path / "Tiny.json"),
+        feature_path=str(features),
+        OUTPUT_DIR=str(output),
+        results_dir=str(output),
+        batch_size="4",
+        global_batch_size="4",
+        num_workers="0",
+        max_steps="2",
+        logging_steps="1",
+    )
+    run_loop(loop, words[words.index(f"train_image_generation_{loop}.py") + 1 :])
+    assert list(read_losses(output)) == [1, 2]

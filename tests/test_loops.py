@@ -99,6 +99,15 @@ def test_recompute_changes_nothing(reference, features, tmp_path, run_loop, loop
     assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3)}
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop, loop):
+    arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=4)
+    run_loop(loop, [*arguments, "--dataloader_num_workers=2" if loop == "trainer" else "--num_workers=2"])
+    expected = read_losses(reference[loop])
+    assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3, 4)}
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("loop", "extra"),
     [
@@ -139,6 +148,7 @@ def test_two_processes_give_the_single_process_losses(reference, features, tmp_p
         assert_same(optimizers[0][name], accumulators, tolerance=1e-4)
 
 
+@pytest.mark.distributed
 def test_one_process_resumes_what_two_began(reference, features, tmp_path, run_loop):
     arguments = loop_arguments(
         "trainer", config=reference["config"], features=features, output=tmp_path / "two", steps=4, ranks=2

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# From nothing to a trained, exported and sampled class-conditional DiT on a CPU, in one command: see usage below.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash quickstart.sh [--loop trainer|notrainer] [--seed N] [--output DIR]
+
+Sets up .venv if there is none, then: real handwritten digits -> latent features -> training -> a DiTPipeline folder ->
+samples, a grid PNG and figures that say how good they are. About 5 minutes on 2 CPU cores after the set-up.
+
+  --loop    which training loop: trainer (PaddleNLP's Trainer, default) or notrainer (a plain for loop)
+  --seed    of the whole run (default 0)
+  --output  folder for everything (default quickstart_output/<loop>-seed<N>); if it exists, a numbered one beside it
+TEXT
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+loop=trainer seed=0 output=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --loop | --seed | --output)
+        [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+        case "$1" in
+        --loop) loop=$2 ;;
+        --seed) seed=$2 ;;
+        --output) output=$2 ;;
+        esac
+        shift 2
+        ;;
+    *) fail "unknown option '$1'; accepted: --loop, --seed, --output, --help" ;;
+    esac
+done
+case "$loop" in
+trainer | notrainer) ;;
+*) fail "--loop $loop: expected trainer or notrainer" ;;
+esac
+case "$seed" in
+"" | *[!0-9]* | ??????????*) fail "--seed $seed: expected an integer from 0 to 999999999" ;;
+esac
+
+# A relative --output is the caller's; everything else happens in the repository.
+if [ -n "$output" ]; then
+    case "$output" in
+    /*) ;;
+    *) output=$PWD/$output ;;
+    esac
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")"
+wanted=${output:-quickstart_output/$loop-seed$seed}
+output=$wanted
+number=2
+while [ -e "$output" ]; do
+    output=$wanted-$number
+    number=$((number + 1))
+done
+
+bash tools/setup_env.sh
+python=.venv/bin/python
+mkdir -p "$output"
+
+# Two minutes of training that make good samples; the model and its EMA are in the config.
+config=config/DiT_digits.json
+batch_size=128
+max_steps=800
+learning_rate=1e-3
+guidance_scale=2.0
+num_inference_steps=50
+
+names=() times=()
+stage() { # stage NAME COMMAND...: run it, remember how long it took
+    local name=$1 start=$SECONDS
+    shift
+    echo
+    echo "=== $name"
+    "$@" || {
+        echo "error: the stage '$name' failed, see above; what it wrote is in $output" >&2
+        exit 1
+    }
+    names+=("$name")
+    times+=($((SECONDS - start)))
+}
+
+train_trainer() {
+    $python train_image_generation_trainer.py --do_train \
+        --config_file $config --feature_path "$output/features" --output_dir "$output/train" \
+        --per_device_train_batch_size $batch_size --max_steps $max_steps --learning_rate $learning_rate \
+        --lr_scheduler_type constant --logging_steps 50 --save_steps $max_steps --dataloader_num_workers 0 \
+        --seed "$seed" --resolution 32 --device cpu --disable_tqdm False
+}
+
+train_notrainer() {
+    $python train_image_generation_notrainer.py \
+        --config_file $config --feature_path "$output/features" --results_dir "$output/train" \
+        --global_batch_size $batch_size --max_steps $max_steps --learning_rate $learning_rate \
+        --log_every 50 --ckpt_every $max_steps --num_workers 0 \
+        --global_seed "$seed" --image_size 32 --device cpu
+}
+
+total=$SECONDS
+stage digits $python tools/prepare_digits.py --output "$output/digits"
+stage features $python tools/extract_features.py --data_path "$output/digits/train" --features_path "$output/features" \
+    --image_size 32 --vae assets/digits_vae --batch_size 50 --seed "$seed" --device cpu
+stage training "train_$loop"
+checkpoint=""
+for folder in "$output"/train/checkpoint-* "$output"/train/*/checkpoints/*; do
+    if [ -f "$folder/ema_state.pdparams" ]; then checkpoint=$folder; fi
+done
+[ -n "$checkpoint" ] || fail "training left no checkpoint in $output/train"
+stage export $python tools/convert_dit_to_ppdiffusers.py --model_weights "$checkpoint" --vae_model assets/digits_vae \
+    --id2label "$output/features/imagenet32_classes.json" --scheduler ddim --checkpoint_path "$output/pipeline"
+stage evaluation $python tools/evaluate_digits.py --pipeline "$output/pipeline" --digits "$output/digits" \
+    --num_images 200 --guidance_scale $guidance_scale --num_inference_steps $num_inference_steps --seed "$seed" \
+    --grid "$output/grid.png" --report "$output/report.json"
+
+echo
+echo "=== done"
+for i in "${!names[@]}"; do
+    printf '%-12s %4d s\n' "${names[$i]}" "${times[$i]}"
+done
+printf '%-12s %4d s\n' total $((SECONDS - total))
+log=$(find "$output/train" -name 'vdlrecords*' -printf '%h\n' -quit)
+echo "grid:         $output/grid.png (one row per digit)"
+echo "figures:      $output/report.json"
+echo "pipeline:     $output/pipeline (ppdiffusers.DiTPipeline.from_pretrained)"
+echo "checkpoint:   $checkpoint"
+echo "VisualDL log: ${log:-none} (.venv/bin/visualdl --logdir $output/train --language en)"

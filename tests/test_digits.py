@@ -1,0 +1,239 @@
+"""The digits, the shipped autoencoder, its training script, the evaluation, and quickstart.sh's options."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import evaluate_digits, prepare_digits, train_vae
+from tools.image_folder import find_images, load_image
+
+ROOT = Path(__file__).resolve().parents[1]
+VAE = ROOT / "assets" / "digits_vae"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits") / "all"
+    prepare_digits.main(["--output", str(root)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def few_digits(digits, tmp_path_factory):
+    """Eight training and two held-out digits a class."""
+    root = tmp_path_factory.mktemp("digits") / "few"
+    for part, count in (("train", 8), ("heldout", 2)):
+        for label in range(10):
+            (root / part / str(label)).mkdir(parents=True)
+            for path in sorted((digits / part / str(label)).iterdir())[:count]:
+                shutil.copy(path, root / part / str(label))
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from ppdiffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(str(VAE))
+    vae.eval()
+    return vae
+
+
+def test_digits_are_all_there_and_split(digits):
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    train, classes = find_images(str(digits / "train"))
+    heldout, _ = find_images(str(digits / "heldout"))
+    assert classes == [str(label) for label in range(10)]
+    assert (len(train), len(heldout)) == (1500, 297)
+    for label in range(10):
+        share = sum(found == label for _, found in heldout) / (source.target == label).sum()
+        assert 0.15 < share < 0.18
+    indices = sorted(int(Path(path).stem) for path, _ in train + heldout)
+    assert indices == list(range(1797))
+    for path, label in heldout[::50]:
+        with Image.open(path) as image:
+            assert image.size == (32, 32) and image.mode == "RGB"
+            small = np.asarray(image.convert("L").resize((8, 8), Image.BOX), dtype="float32") / 255 * 16
+        assert source.target[int(Path(path).stem)] == label
+        assert np.abs(small - source.images[int(Path(path).stem)]).mean() < 1.0
+
+
+def test_digits_again_writes_nothing_but_what_is_missing(digits, capsys):
+    path = digits / "train" / "0" / sorted(os.listdir(digits / "train" / "0"))[0]
+    content = path.read_bytes()
+    path.unlink()
+    prepare_digits.main(["--output", str(digits)])
+    assert "1 images written" in capsys.readouterr().out
+    assert path.read_bytes() == content
+    prepare_digits.main(["--output", str(digits)])
+    assert "0 images written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train/0/0000.png"])
+def test_digits_refuse_a_folder_with_other_files(name, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=name):
+        prepare_digits.main(["--output", str(tmp_path)])
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_shipped_vae_reconstructs_heldout_digits(digits, vae):
+    import paddle
+
+    x = np.stack([load_image(path, 32) for path, _ in find_images(str(digits / "heldout"))[0]])
+    with paddle.no_grad():
+        reconstruction = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample.clip(-1, 1).numpy()
+    psnr = 10 * math.log10(4 / np.square(reconstruction - x).mean())
+    assert psnr > 25.0
+
+
+def test_shipped_vae_has_unit_latents_and_is_small(digits, vae):
+    import paddle
+
+    x = np.stack([load_image(path, 32) for path, _ in find_images(str(digits / "train"))[0][::5]])
+    with paddle.no_grad():
+        latents = vae.encode(paddle.to_tensor(x)).latent_dist.sample().numpy() * vae.config.scaling_factor
+    assert latents.shape[1:] == (4, 4, 4)
+    assert abs(latents.std() - 1) < 0.05
+    assert sum(path.stat().st_size for path in VAE.iterdir()) <= 2_000_000
+
+
+def test_settings_beside_the_shipped_vae_are_its_own(vae):
+    settings = train_vae.load_settings(str(VAE / "training.json"))
+    for key, value in settings["vae"].items():
+        assert vae.config[key] == value, key
+
+
+def test_train_vae_learns_and_saves(few_digits, tmp_path, capsys):
+    settings = json.loads((VAE / "training.json").read_text())
+    settings["vae"].update(block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, sample_size=16)
+    for key in ("down_block_types", "up_block_types"):
+        settings["vae"][key] = settings["vae"][key][:2]
+    (tmp_path / "small.json").write_text(json.dumps(settings))
+    command = ["--data", str(few_digits / "train"), "--heldout", str(few_digits / "heldout")]
+    command += ["--config_file", str(tmp_path / "small.json"), "--batch_size", "8", "--steps", "30"]
+    train_vae.main([*command, "--output", str(tmp_path / "vae")])
+    psnr = float(capsys.readouterr().out.split("held-out images: PSNR ")[1].split()[0])
+    assert psnr > 11  # a constant grey picture gets about 8 dB
+
+    from ppdiffusers import AutoencoderKL
+
+    saved = AutoencoderKL.from_pretrained(str(tmp_path / "vae"))
+    assert 0.1 < saved.config.scaling_factor < 10 and saved.config.scaling_factor != 0.18215
+    assert json.loads((tmp_path / "vae" / "training.json").read_text())["training"]["steps"] == 30
+    with pytest.raises(ValueError, match="not empty"):
+        train_vae.main([*command, "--output", str(tmp_path / "vae")])
+
+
+def test_train_vae_names_a_misspelt_key(few_digits, tmp_path):
+    (tmp_path / "bad.json").write_text('{"vae": {}, "training": {"step": 3}}')
+    command = ["--data", str(few_digits), "--config_file", str(tmp_path / "bad.json"), "--output", str(tmp_path / "x")]
+    with pytest.raises(ValueError, match="bad.json: unknown key 'step'"):
+        train_vae.main(command)
+
+
+def real_digits(root: Path):
+    samples = find_images(str(root))[0]
+    images = np.stack([load_image(path, 32).transpose(1, 2, 0) / 2 + 0.5 for path, _ in samples])
+    return images, np.array([label for _, label in samples])
+
+
+def test_evaluation_tells_right_from_wrong_and_copies_from_new(digits):
+    train, heldout = real_digits(digits / "train"), real_digits(digits / "heldout")
+    right = evaluate_digits.evaluate(*heldout, train, heldout)
+    assert right["classifier_accuracy_on_heldout"] > 0.97
+    assert right["share_assigned_to_class_asked_for"] == right["classifier_accuracy_on_heldout"]
+    assert right["nearest_train_distance_of_samples"] == right["nearest_train_distance_of_heldout"] > 0.05
+    wrong = evaluate_digits.evaluate(heldout[0], (heldout[1] + 1) % 10, train, heldout)
+    assert wrong["share_assigned_to_class_asked_for"] < 0.02
+    copies = evaluate_digits.evaluate(train[0][::7], train[1][::7], train, heldout)
+    assert copies["nearest_train_distance_of_samples"] < 1e-3
+
+
+def test_nearest_distance_is_the_rms_difference():
+    train = np.stack([np.zeros([4, 4, 3]), np.full([4, 4, 3], 0.9)])
+    images = np.stack([np.full([4, 4, 3], 0.25), np.full([4, 4, 3], 0.8)])
+    np.testing.assert_allclose(evaluate_digits.nearest_distance(images, train), [0.25, 0.1], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(vae, tmp_path_factory):
+    from ppdiffusers import DDIMScheduler, DiTPipeline, Transformer2DModel
+
+    transformer = Transformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        attention_bias=True,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(str(folder))
+    return folder
+
+
+def test_evaluation_of_a_pipeline_folder(pipeline_folder, few_digits, tmp_path, capsys):
+    command = ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "20"]
+    command += ["--num_inference_steps", "2", "--grid", str(tmp_path / "new" / "grid.png")]
+    command += ["--report", str(tmp_path / "report.json")]
+    evaluate_digits.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["num_images"] == 20 and len(report["share_by_class"]) == 10
+    assert report["settings"]["num_inference_steps"] == 2
+    assert report["nearest_train_distance_of_samples"] > 0
+    with Image.open(tmp_path / "new" / "grid.png") as grid:
+        assert grid.height > 4 * grid.width  # ten rows of two
+    assert f"{report['share_assigned_to_class_asked_for']:.3f} of 20" in capsys.readouterr().out
+    # An untrained model can't please everybody: the bar is asked for, so the exit code tells.
+    with pytest.raises(SystemExit, match="1"):
+        evaluate_digits.main([*command, "--min_accuracy", "0.9"])
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
+    for more, expected in (
+        (["--pipeline", str(tmp_path), "--digits", str(few_digits)], "model_index.json"),
+        (["--pipeline", str(pipeline_folder), "--digits", str(tmp_path)], "train: no such folder"),
+        (["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "7"], "multiple of 10"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            evaluate_digits.main(more)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--loop", "both"], "--loop both"),
+        (["--seed", "x"], "--seed x"),
+        (["--sed", "1"], "--sed"),
+        (["--loop"], "--loop needs a value"),
+    ],
+)
+def test_quickstart_refuses_bad_options_in_one_line(options, expected):
+    done = subprocess.run(["bash", str(ROOT / "quickstart.sh"), *options], capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and expected in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_quickstart_help():
+    done = subprocess.run(["bash", str(ROOT / "quickstart.sh"), "--help"], capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0 and "--loop trainer|notrainer" in done.stdout

@@ -1,0 +1,186 @@
+"""Draw digits through an exported DiTPipeline folder and say how good they are.
+
+Reports three figures and a grid with one row per class:
+- the accuracy of a classifier, trained on the real training digits, on real held-out digits;
+- the share of samples that this classifier assigns to the class that was asked for;
+- the mean distance of a sample to its nearest training image, next to that of held-out digits: samples much nearer to
+  the training images than held-out digits are have been memorised.
+Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools.image_folder import find_images, load_image  # noqa: E402
+from training.runtime import configure_runtime, run_cli  # noqa: E402
+
+configure_runtime()  # before Paddle is imported
+
+
+def load_pipeline(folder: str):
+    """Stock ppdiffusers.DiTPipeline with DDIM from a local folder."""
+    if not os.path.isfile(os.path.join(folder, "model_index.json")):
+        raise ValueError(f"--pipeline {folder}: no model_index.json there; expected an exported DiTPipeline folder")
+    from ppdiffusers import DDIMScheduler, DiTPipeline
+
+    pipeline = DiTPipeline.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def draw(pipeline, labels, *, guidance_scale: float, num_inference_steps: int, seed: int, batch_size: int = 100):
+    """Samples for labels [N] as float32 [N, H, W, 3] in [0, 1]."""
+    import numpy as np
+    import paddle
+
+    generator = paddle.Generator().manual_seed(seed)
+    images = []
+    for start in range(0, len(labels), batch_size):
+        chunk = [int(label) for label in labels[start : start + batch_size]]
+        pipeline.set_progress_bar_config(desc=f"samples {start}-{start + len(chunk) - 1}", unit="step")
+        images.append(
+            pipeline(
+                class_labels=chunk,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                output_type="numpy",
+            ).images
+        )
+    return np.concatenate(images)
+
+
+def load_digits_through_vae(vae, root: str, batch_size: int = 50):
+    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder."""
+    import numpy as np
+    import paddle
+    from tqdm import tqdm
+
+    samples, _ = find_images(root)
+    size = vae.config.sample_size
+    images = []
+    with paddle.no_grad():
+        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
+            x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
+            x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
+            images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
+    return np.concatenate(images), np.array([label for _, label in samples])
+
+
+def to_grey(images):
+    """[N, H, W, 3] -> [N, H * W]."""
+    return images.mean(axis=-1).reshape(len(images), -1)
+
+
+def pool(images):
+    """[N, H, W, 3] -> [N, H * W / 4]: grey, means of 2x2 pixels, what the classifier sees."""
+    n, h, w, _ = images.shape
+    return images.mean(axis=-1).reshape(n, h // 2, 2, w // 2, 2).mean(axis=(2, 4)).reshape(n, -1)
+
+
+def nearest_distance(images, train_images):
+    """Distance of each image to the nearest training image, [N]: root of the mean squared grey-pixel difference."""
+    import numpy as np
+
+    a, b = to_grey(images).astype("float64"), to_grey(train_images).astype("float64")
+    squared = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)[None]  # (N, M)
+    return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
+
+
+def evaluate(samples, labels, train, heldout) -> dict:
+    """Figures of samples [N, H, W, 3] drawn for labels [N]; train and heldout are (images, labels) of real digits."""
+    from sklearn.svm import SVC
+
+    classifier = SVC(C=10.0).fit(pool(train[0]), train[1])
+    assigned = classifier.predict(pool(samples))
+    return {
+        "num_images": len(samples),
+        "classifier_accuracy_on_heldout": float((classifier.predict(pool(heldout[0])) == heldout[1]).mean()),
+        "share_assigned_to_class_asked_for": float((assigned == labels).mean()),
+        "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
+        "nearest_train_distance_of_samples": float(nearest_distance(samples, train[0]).mean()),
+        "nearest_train_distance_of_heldout": float(nearest_distance(heldout[0], train[0]).mean()),
+    }
+
+
+def save_grid(images, path: str, columns: int) -> None:
+    """Write float images [N, H, W, 3] in [0, 1] as one PNG, row by row."""
+    from sampling.grid import make_grid
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_grid((images * 255).round().astype("uint8"), columns).save(path)
+
+
+def run(args) -> None:
+    import numpy as np
+
+    train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
+    num_classes = len(find_images(train_root)[1])
+    find_images(heldout_root)
+    if args.num_images < num_classes or args.num_images % num_classes:
+        raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
+    pipeline = load_pipeline(args.pipeline)
+
+    # Samples, class by class in turn, so that any batch holds every class.
+    labels = np.arange(args.num_images) % num_classes
+    samples = draw(
+        pipeline,
+        labels,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        seed=args.seed,
+    )
+    if args.grid:
+        columns = min(10, args.num_images // num_classes)
+        rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
+        save_grid(samples[rows.reshape(-1)], args.grid, columns)
+
+    # Figures.
+    train = load_digits_through_vae(pipeline.vae, train_root)
+    heldout = load_digits_through_vae(pipeline.vae, heldout_root)
+    report = evaluate(samples, labels, train, heldout)
+    report["settings"] = {
+        key: getattr(args, key) for key in ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
+    }
+    if args.report:
+        os.makedirs(os.path.dirname(os.path.abspath(args.report)), exist_ok=True)
+        with open(args.report, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2)
+            file.write("\n")
+
+    share = report["share_assigned_to_class_asked_for"]
+    print(f"classifier on real held-out digits:      {report['classifier_accuracy_on_heldout']:.3f}")
+    print(f"samples assigned to the class asked for: {share:.3f} of {args.num_images}")
+    print(
+        f"nearest training image (RMS difference of grey pixels in [0, 1]): samples "
+        f"{report['nearest_train_distance_of_samples']:.4f}, held-out digits "
+        f"{report['nearest_train_distance_of_heldout']:.4f}"
+    )
+    for what, path in (("grid", args.grid), ("report", args.report)):
+        if path:
+            print(f"{what}: {path}")
+    if args.min_accuracy is not None and share < args.min_accuracy:
+        print(f"error: the share {share:.3f} is below --min_accuracy {args.min_accuracy}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", required=True, help="exported DiTPipeline folder")
+    parser.add_argument("--digits", required=True, help="folder that tools/prepare_digits.py wrote")
+    parser.add_argument("--num_images", type=int, default=200, help="samples, evenly over the classes (default 200)")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance (default 2)")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples' noise (default 0)")
+    parser.add_argument("--grid", help="PNG to write, one row per class")
+    parser.add_argument("--report", help="JSON to write")
+    parser.add_argument("--min_accuracy", type=float, help="exit with 1 if the share of samples is below this")
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

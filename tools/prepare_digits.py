@@ -1,0 +1,95 @@
+"""Write scikit-learn's handwritten digits as an image folder by class.
+
+1,797 real 8x8 scans of ten digits become `OUTPUT/train/<class>/<index>.png` and `OUTPUT/heldout/<class>/<index>.png`,
+RGB, upscaled with Pillow's bicubic filter; <index> is the image's place in scikit-learn's data set. The split is
+stratified and the same in every run, so that nothing held out is ever trained on.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from training.runtime import run_cli  # noqa: E402
+
+NUM_HELDOUT = 297
+SPLIT_SEED = 0
+
+
+def expected_images(image_size: int) -> dict:
+    """{relative path: PIL image [image_size, image_size] RGB} of all 1,797 digits."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    _, heldout = train_test_split(
+        np.arange(len(digits.target)), test_size=NUM_HELDOUT, stratify=digits.target, random_state=SPLIT_SEED
+    )
+    heldout = set(heldout.tolist())
+    images = {}
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        grey = Image.fromarray(np.round(pixels * (255 / 16)).astype("uint8"))  # the data set's values are 0..16
+        part = "heldout" if index in heldout else "train"
+        images[os.path.join(part, str(label), f"{index:04d}.png")] = grey.resize(
+            (image_size, image_size), Image.BICUBIC
+        ).convert("RGB")
+    return images
+
+
+def holds_image(path: str, image) -> bool:
+    """Whether the file at path is this very image, pixel by pixel."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as found:
+            return found.mode == image.mode and found.size == image.size and found.tobytes() == image.tobytes()
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
+def prepare_digits(output: str, image_size: int = 32) -> int:
+    """Write the missing images below output and return how many were written.
+
+    Raises ValueError, before writing anything, if output holds a file that is not one of these images.
+    """
+    from tqdm import tqdm
+
+    if image_size < 8:
+        raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")
+    images = expected_images(image_size)
+    present = set()
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"--output {output} is a file; expected a folder")
+    for folder, _, names in os.walk(output):
+        for name in names:
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, output)
+            if relative not in images or not holds_image(path, images[relative]):
+                raise ValueError(
+                    f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
+                    "nothing was written, give a new or empty folder"
+                )
+            present.add(relative)
+
+    missing = [relative for relative in images if relative not in present]
+    for relative in tqdm(missing, desc="digits", unit="image", disable=not missing):
+        path = os.path.join(output, relative)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        images[relative].save(path)
+    return len(missing)
+
+
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder that gets train/ and heldout/")
+    parser.add_argument("--image_size", type=int, default=32, help="side of the PNGs in pixels (default 32)")
+    args = parser.parse_args(argv)
+    written = prepare_digits(args.output, args.image_size)
+    print(f"{args.output}: train/ and heldout/ are complete ({written} images written)")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,149 @@
+"""Train a small AutoencoderKL on an image folder and save it in ppdiffusers' format.
+
+The loss is the mean squared error over pixels in [-1, 1] plus kl_weight times the mean KL divergence of a latent's
+posterior to a unit Gaussian. OUTPUT gets config.json (with the scaling_factor that gives the latents of the training
+images unit standard deviation), model_state.pdparams and training.json, the settings that made it.
+
+The autoencoder in assets/digits_vae was made by
+    python tools/prepare_digits.py --output digits
+    python tools/train_vae.py --config_file assets/digits_vae/training.json \\
+        --data digits/train --heldout digits/heldout --output digits_vae
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools.image_folder import find_images, load_image  # noqa: E402
+from training.runtime import configure_runtime, run_cli  # noqa: E402
+
+configure_runtime()  # before Paddle is imported
+
+DEFAULTS = {"steps": 3000, "batch_size": 32, "lr": 2e-3, "kl_weight": 3e-3, "seed": 0}
+
+
+def load_settings(path: str) -> dict:
+    """Read {"vae": AutoencoderKL keywords, "training": {...}}; ValueError naming file and key for anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("vae"), dict):
+        raise ValueError(f'{path}: expected {{"vae": {{...}}, "training": {{...}}}}')
+    unknown = set(settings) - {"vae", "training"} | set(settings.get("training", {})) - set(DEFAULTS)
+    if unknown:
+        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; training takes {', '.join(DEFAULTS)}")
+    return {"vae": settings["vae"], "training": {**DEFAULTS, **settings.get("training", {})}}
+
+
+def load_folder(root: str, size: int):
+    """All images of an image folder, float32 [N, 3, size, size] in [-1, 1]."""
+    import numpy as np
+
+    return np.stack([load_image(path, size) for path, _ in find_images(root)[0]])
+
+
+def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> None:
+    """Train vae in place on images [N, 3, H, W] with AdamW, a short warm-up and a cosine decay to zero."""
+    import numpy as np
+    import paddle
+    from tqdm import tqdm
+
+    rng = np.random.default_rng(seed)
+    warmup = min(100, steps // 10)
+    schedule = paddle.optimizer.lr.LambdaDecay(
+        lr, lambda step: min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    optimizer = paddle.optimizer.AdamW(
+        schedule, parameters=vae.parameters(), weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
+    )
+    vae.train()
+    progress = tqdm(range(steps), desc="VAE", unit="step")
+    for step in progress:
+        x = paddle.to_tensor(images[rng.integers(0, len(images), batch_size)])  # (B, 3, H, W)
+        posterior = vae.encode(x).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        mse = (reconstruction - x).square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        (mse + kl_weight * kl).backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        schedule.step()
+        if step % 50 == 0:
+            # Images lie in [-1, 1]: a peak-to-peak of 2, hence the 4.
+            progress.set_postfix(psnr=f"{10 * math.log10(4 / mse.item()):.1f} dB", kl=f"{kl.item():.2f}")
+    vae.eval()
+
+
+def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
+    """(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples) over images."""
+    import numpy as np
+    import paddle
+
+    squared_error, latents = 0.0, []
+    with paddle.no_grad():
+        for start in range(0, len(images), batch_size):
+            x = paddle.to_tensor(images[start : start + batch_size])
+            posterior = vae.encode(x).latent_dist
+            reconstruction = vae.decode(posterior.mean).sample.clip(-1, 1)
+            squared_error += (reconstruction - x).square().sum().item()
+            latents.append(posterior.sample().numpy())
+    return 10 * math.log10(4 * images.size / squared_error), float(np.concatenate(latents).std())
+
+
+def run(args) -> None:
+    settings = load_settings(args.config_file)
+    for key in DEFAULTS:
+        if getattr(args, key) is not None:
+            settings["training"][key] = getattr(args, key)
+    if os.path.isdir(args.output) and os.listdir(args.output):
+        raise ValueError(f"--output {args.output} is not empty; nothing was written")
+
+    import paddle
+    from ppdiffusers import AutoencoderKL
+
+    # Load the images, build the model.
+    size = settings["vae"].get("sample_size", 32)
+    images = load_folder(args.data, size)
+    heldout = load_folder(args.heldout, size) if args.heldout else None
+    paddle.seed(settings["training"]["seed"])
+    try:
+        vae = AutoencoderKL(**settings["vae"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{args.config_file}: AutoencoderKL refuses these settings: {error}") from None
+
+    # Train, measure, save.
+    train(vae, images, **settings["training"])
+    psnr, std = measure(vae, images)
+    vae.register_to_config(scaling_factor=round(1.0 / std, 5))
+    print(f"{len(images)} training images: PSNR {psnr:.2f} dB, latents' std {std:.4f} before scaling")
+    if heldout is not None:
+        print(f"{len(heldout)} held-out images: PSNR {measure(vae, heldout)[0]:.2f} dB")
+    vae.save_pretrained(args.output, safe_serialization=False)
+    with open(os.path.join(args.output, "training.json"), "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=2)
+        file.write("\n")
+    print(f"The autoencoder is in {args.output}")
+
+
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="image folder by class to train on")
+    parser.add_argument("--heldout", help="image folder by class on which to measure the reconstruction")
+    parser.add_argument("--config_file", required=True, help="JSON with sections vae and training")
+    parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
+    parser.add_argument("--steps", type=int, help="optimizer steps; as all below, wins over the JSON")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--kl_weight", type=float, help="weight of the KL term (mean over latent elements)")
+    parser.add_argument("--seed", type=int)
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,10 +1,11 @@
-"""Networks: `DiT`, and `build_model` which makes one from the `model` section of a config."""
+"""Networks: `DiT`, `SiT`, and `build_model` which makes one from the `model` section of a config."""
 
 from .dit import DiT
+from .sit import SiT
 
-MODELS = {"DiT": DiT}
+MODELS = {"DiT": DiT, "SiT": SiT}
 
-__all__ = ["MODELS", "DiT", "build_model"]
+__all__ = ["MODELS", "DiT", "SiT", "build_model"]
 
 
 def build_model(config, **overrides):

@@ -124,6 +124,9 @@ class DiT(nn.Layer):
             [1, self.x_embedder.num_patches, hidden_size], default_initializer=nn.initializer.Constant(0.0)
         )
         self.pos_embed.stop_gradient = True
+        # Paddle's switch for AMP O2: this layer's own parameters (pos_embed, which no optimizer keeps a float32 master
+        # of) are not cast; those of its sublayers are.
+        self._cast_to_low_precision = False
         self.blocks = nn.LayerList(
             [
                 DiTBlock(hidden_size, num_attention_heads, mlp_ratio, fused_attention=fused_attention)
@@ -187,7 +190,8 @@ class DiT(nn.Layer):
         Returns:
             `(N, out_channels, H, W)`.
         """
-        x = self.x_embedder(x.astype(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(x.astype(self.x_embedder.proj.weight.dtype))  # (N, T, D)
+        x = x + self.pos_embed.astype(x.dtype)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
         for block in self.blocks:
             x = self._run_block(block, x, c)  # (N, T, D)
@@ -215,7 +219,12 @@ class DiT(nn.Layer):
 
         Returns:
             `(2N, out_channels, H, W)`, the guided channels equal in both halves.
+
+        Raises:
+            ValueError: the network has no null class.
         """
+        if self.class_dropout_prob == 0:
+            raise ValueError("this network has no null class (class_dropout_prob 0): it can't be guided")
         half = x[: x.shape[0] // 2]
         out = self.forward(paddle.concat([half, half], axis=0), t, y)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)

@@ -8,7 +8,6 @@ import pytest
 from conftest import GOLDEN, load_golden, relative_error
 
 from models import DiT, build_model
-from models.attention import attention_backend
 from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
 from models.weights import load_weights, official_to_paddle
 
@@ -60,6 +59,12 @@ def test_guidance_is_the_official_one(scale):
     assert relative_error(out, arrays[f"cfg_out_{scale}"]) < 6e-5
     garbage = paddle.to_tensor(arrays["cfg_x_garbage"])
     np.testing.assert_array_equal(model.forward_with_cfg(garbage, t, y, float(scale)), out)
+
+
+def test_guidance_without_a_null_class_is_refused():
+    model = build_model({**TINY, "class_dropout_prob": 0.0})
+    with pytest.raises(ValueError, match="no null class .class_dropout_prob 0.: it can't be guided"):
+        model.forward_with_cfg(paddle.randn([2, 4, 8, 8]), paddle.to_tensor([1, 1]), paddle.to_tensor([1, 2]), 4.0)
 
 
 def test_guidance_of_all_channels():
@@ -162,15 +167,31 @@ def test_other_sizes(settings, out_channels):
     assert out.shape == [2, out_channels, size, size]
 
 
-def test_attention_backend_choice():
-    choose = attention_backend
-    assert choose(fused=False, device="gpu:0", dtype="bfloat16", compute_capability=(8, 0)) == "plain"
-    assert choose(fused=True, device="gpu:0", dtype="bfloat16", compute_capability=(8, 0)) == "flash"
-    assert choose(fused=True, device="gpu:0", dtype="float16", compute_capability=(9, 0)) == "flash"
-    # FlashAttention has no float32 and needs Ampere.
-    assert choose(fused=True, device="gpu:0", dtype="float32", compute_capability=(8, 0)) == "memory_efficient"
-    assert choose(fused=True, device="gpu:0", dtype="float16", compute_capability=(7, 0)) == "memory_efficient"
-    assert choose(fused=True, device="cpu", dtype="float32") == "flash"
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_fused_attention_is_asked_for_by_the_config(fused, monkeypatch):
+    from paddle.nn import functional as F
+
+    shapes = []
+    original = F.scaled_dot_product_attention
+
+    def counting(q, k, v):
+        shapes.append(q.shape)
+        return original(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    golden_model(fused_attention=fused)(*inputs(load_golden("dit_forward")))
+    assert shapes == ([[5, 16, 4, 16]] * 3 if fused else [])
+
+
+def test_pos_embed_stays_float32_when_amp_o2_casts_the_weights():
+    from paddle.amp.auto_cast import amp_initialize
+
+    model = golden_model()
+    before = model.pos_embed.numpy().copy()
+    amp_initialize([model], "bfloat16", None)  # what amp.decorate does on a GPU; on a CPU it stops before
+    assert model.blocks[0].attn.qkv.weight.dtype == paddle.bfloat16
+    assert model.pos_embed.dtype == paddle.float32
+    np.testing.assert_array_equal(model.pos_embed, before)
 
 
 @pytest.mark.parametrize("change", [{"enable_recompute": True}, {"fused_attention": True}], ids=["recompute", "fused"])
@@ -206,7 +227,7 @@ def test_recompute_draws_the_same_random_numbers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "DyT"}, "unknown model type 'DyT'; known: DiT"),
+        ({"type": "DyT"}, "unknown model type 'DyT'; known: DiT, SiT"),
         ({"sample_size": 9}, "sample_size 9 is not divisible by patch_size 2"),
         ({"depth": 3}, "unexpected keyword argument 'depth'"),
     ],

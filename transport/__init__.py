@@ -1,0 +1,88 @@
+"""Stochastic interpolants: `create_transport(...)`, `Sampler`, and their parts. Needs paddle and numpy only."""
+
+from .path import DIFFUSION_FORMS, GVPCPlan, ICPlan, VPCPlan
+from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler
+from .transport import TIMESTEP_SAMPLINGS, ModelType, PathType, Transport, WeightType
+from .utils import check_choice, check_number
+
+__all__ = [
+    "DIFFUSION_FORMS",
+    "LAST_STEPS",
+    "ODE_METHODS",
+    "SDE_METHODS",
+    "TIMESTEP_SAMPLINGS",
+    "GVPCPlan",
+    "ICPlan",
+    "ModelType",
+    "PathType",
+    "Sampler",
+    "Transport",
+    "VPCPlan",
+    "WeightType",
+    "create_transport",
+]
+
+_PATHS = {"Linear": PathType.LINEAR, "GVP": PathType.GVP, "VP": PathType.VP}
+_PREDICTIONS = {"velocity": ModelType.VELOCITY, "noise": ModelType.NOISE, "score": ModelType.SCORE}
+_WEIGHTS = {None: WeightType.NONE, "velocity": WeightType.VELOCITY, "likelihood": WeightType.LIKELIHOOD}
+
+
+def create_transport(
+    path_type="Linear",
+    prediction="velocity",
+    loss_weight=None,
+    train_eps=None,
+    sample_eps=None,
+    *,
+    timestep_sampling="uniform",
+    logit_mean=0.0,
+    logit_std=1.0,
+    cosine_loss=False,
+):
+    """A transport from plain settings; the first five arguments and their defaults are the official SiT's.
+
+    Args:
+        path_type: `Linear`, `GVP` or `VP`.
+        prediction: what the model predicts: `velocity`, `noise` or `score`.
+        loss_weight: None, `velocity` or `likelihood`; of no effect on velocity prediction, as in the official code.
+        train_eps, sample_eps: how far training and sampling stay from t = 0 and 1 where a coefficient is infinite.
+            None: 1e-5 and 1e-3 on VP, 1e-3 and 1e-3 for noise and score on Linear and GVP. Velocity on Linear and GVP
+            needs none: there both are 0 whatever is given, as in the official code. Each is read by itself: in the
+            official code `sample_eps` becomes None if only `train_eps` is given, and is ignored if `train_eps` isn't.
+        timestep_sampling: distribution of t in training: `uniform`, or `logit-normal` (Esser et al. 2024, SD3; Yao et
+            al. 2025, LightningDiT): `sigmoid(logit_mean + logit_std * N(0, 1))`, larger is closer to the data.
+        logit_mean, logit_std: of `logit-normal`.
+        cosine_loss: velocity prediction only: add `1 - cos(pred, ut)` over the channels, averaged over positions, to
+            each sample's loss (LightningDiT).
+
+    Returns:
+        Transport.
+
+    Raises:
+        ValueError: a value that is not accepted; the message names those that are. (The official code takes any
+            unknown prediction for velocity and any unknown weight for None.)
+    """
+    check_choice("path_type", path_type, _PATHS)
+    check_choice("prediction", prediction, _PREDICTIONS)
+    check_choice("loss_weight", loss_weight, _WEIGHTS)
+    for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
+        if eps is not None:
+            check_number(name, eps, "None or a number, at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5)
+    if path_type == "VP":
+        defaults = (1e-5, 1e-3)
+    elif prediction != "velocity":
+        defaults = (1e-3, 1e-3)
+    else:
+        defaults = (0, 0)
+        train_eps = sample_eps = None
+    return Transport(
+        model_type=_PREDICTIONS[prediction],
+        path_type=_PATHS[path_type],
+        loss_type=_WEIGHTS[loss_weight],
+        train_eps=defaults[0] if train_eps is None else train_eps,
+        sample_eps=defaults[1] if sample_eps is None else sample_eps,
+        timestep_sampling=timestep_sampling,
+        logit_mean=logit_mean,
+        logit_std=logit_std,
+        cosine_loss=cosine_loss,
+    )

@@ -1,0 +1,229 @@
+"""Integrators of ordinary and stochastic differential equations, on times given in advance.
+
+Each is a generator of the states at the times of `grid`, so that the caller keeps all of them or the last. Times are
+numbers on the host: only the adaptive solver waits for the device, once a step, to choose the next. An ODE's state is a
+tuple of tensors; `drift(t, state)` returns such a tuple. An SDE's state is one tensor.
+"""
+
+import math
+from collections import namedtuple
+
+import paddle
+
+from .utils import full_precision
+
+# Explicit Runge-Kutta: stage i is drift(t + c[i] h, x + h sum_j a[i][j] k_j), the step x + h sum_i b[i] k_i.
+Tableau = namedtuple("Tableau", "c a b")
+
+FIXED_STEP = {
+    "euler": Tableau((0,), ((),), (1,)),
+    "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun2": Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "heun3": Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    # Kutta's 3/8 rule, which torchdiffeq calls rk4.
+    "rk4": Tableau(
+        (0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+    ),
+}  # fmt: skip
+
+# Dormand and Prince 1980. The last stage stands at the end of the step: it is the first one of the next.
+_DOPRI5 = Tableau(
+    (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+    (
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+)
+# Step minus a fourth-order step: Shampine's 1986, as in torchdiffeq; 2/3 of Dormand and Prince's own.
+_DOPRI5_ERROR = (
+    35 / 384 - 1951 / 21600, 0, 500 / 1113 - 22642 / 50085, 125 / 192 - 451 / 720, -2187 / 6784 + 12231 / 42400,
+    11 / 84 - 649 / 6300, -1 / 60,
+)  # fmt: skip
+# Fourth-order solution at half the step (Shampine 1986).
+_DOPRI5_MIDDLE = (
+    6025192743 / 30085553152 / 2, 0, 51252292925 / 65400821598 / 2, -2691868925 / 45128329728 / 2,
+    187940372067 / 1594534317056 / 2, -1776094331 / 19743644256 / 2, 11237099 / 235043384 / 2,
+)  # fmt: skip
+_ORDER, _SAFETY, _MAX_GROWTH, _MAX_SHRINK = 5, 0.9, 10.0, 0.2
+_SMALLEST_STEP = 1e-10
+
+
+@full_precision
+def _advance(state, slopes, weights):
+    """`state + sum_i weights[i] slopes[i]`, tensor by tensor."""
+    out = []
+    for i, x in enumerate(state):
+        for slope, weight in zip(slopes, weights, strict=False):  # a tableau's row may end in stages not yet there
+            if weight != 0:
+                x = x + slope[i] * weight
+        out.append(x)
+    return tuple(out)
+
+
+def _scaled(weights, h):
+    return [weight * h for weight in weights]
+
+
+def fixed_step_ode(drift, state, grid, method):
+    """One step of a method of `FIXED_STEP` between consecutive times of `grid`."""
+    c, a, b = FIXED_STEP[method]
+    yield state
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        h = t_next - t
+        slopes = []
+        for node, row in zip(c, a, strict=True):
+            slopes.append(drift(t + node * h, _advance(state, slopes, _scaled(row, h))))
+        state = _advance(state, slopes, _scaled(b, h))
+        yield state
+
+
+@full_precision
+def _norm(tensors, scales):
+    """The largest, over a state's tensors, root mean square of tensor / scale: a scalar tensor."""
+    means = [paddle.square(x / scale).mean() for x, scale in zip(tensors, scales, strict=True)]
+    return paddle.stack(means).max().sqrt()
+
+
+@full_precision
+def _scales(atol, rtol, *states):
+    """`atol + rtol max |x|` over the states, tensor by tensor."""
+    magnitudes = ([x.abs() for x in state] for state in states)
+    largest = next(magnitudes)
+    for other in magnitudes:
+        largest = [paddle.maximum(x, y) for x, y in zip(largest, other, strict=True)]
+    return [x * rtol + atol for x in largest]
+
+
+def _first_step(drift, t, state, slope, direction, atol, rtol):
+    """A size of the first step that suits the tolerances: Hairer, Norsett and Wanner, Section II.4."""
+    scales = _scales(atol, rtol, state)
+    size, speed = float(_norm(state, scales)), float(_norm(slope, scales))
+    if not math.isfinite(speed):
+        return 0.0  # which the caller refuses
+    trial = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+    ahead = drift(t + direction * trial, _advance(state, [slope], [direction * trial]))
+    curvature = float(_norm(_advance(ahead, [slope], [-1.0]), scales)) / trial
+    if max(speed, curvature) <= 1e-15:
+        step = max(1e-6, trial * 1e-3)
+    else:
+        step = (0.01 / max(speed, curvature)) ** (1 / _ORDER)
+    return min(100 * trial, step)
+
+
+@full_precision
+def _interpolate(start, end, middle, slope_start, slope_end, h, s):
+    """The quartic through both ends (values and slopes) and the middle of a step of length h, at the fraction s."""
+    # In powers of s, of which each datum's polynomial is 1 (or slope 1) at its own place and 0 at the others.
+    weights = (
+        ((-8 * s + 18) * s - 11) * s**2 + 1,
+        ((-8 * s + 14) * s - 5) * s**2,
+        16 * s**2 * (1 - s) ** 2,
+        (((-2 * s + 5) * s - 4) * s + 1) * s * h,
+        ((2 * s - 3) * s + 1) * s**2 * h,
+    )
+    data = (start, end, middle, slope_start, slope_end)
+    return tuple(
+        sum(part * weight for part, weight in zip(parts, weights, strict=True)) for parts in zip(*data, strict=True)
+    )
+
+
+def dopri5(drift, state, grid, atol, rtol):
+    """Dormand and Prince's adaptive method of order 5, with torchdiffeq's error norm and step control.
+
+    The error of a step is the root mean square, over the whole batch, of error / (atol + rtol max(|x|, |x_next|)); of a
+    state of several tensors, the largest of theirs. A step is accepted if that is at most 1. Times of `grid` inside a
+    step are interpolated. Unlike torchdiffeq's, the last step ends at the end of the grid: no network is asked about
+    times beyond it.
+
+    Raises:
+        ValueError: no step is small enough: the network's output is not finite, or the tolerances too small.
+    """
+    t, end = grid[0], grid[-1]
+    direction = 1.0 if end > t else -1.0
+    slope = drift(t, state)
+    step = _first_step(drift, t, state, slope, direction, atol, rtol)
+    yield state
+    rest = list(grid[1:])
+    while rest:
+        if not step > _SMALLEST_STEP:
+            raise ValueError(
+                f"dopri5: the step shrank to {step:.1g} at t={t:.6g}: the model's output is not finite there, or"
+                f" atol={atol:g} and rtol={rtol:g} are too small for float32"
+            )
+        last = step >= abs(end - t)
+        t_next = end if last else t + direction * step
+        h = t_next - t
+        slopes, new = [slope], state
+        for node, row in zip(_DOPRI5.c[1:], _DOPRI5.a[1:], strict=True):
+            new = _advance(state, slopes, _scaled(row, h))
+            slopes.append(drift(t_next if node == 1 else t + node * h, new))
+        zero = tuple(paddle.zeros_like(x) for x in state)
+        error = float(_norm(_advance(zero, slopes, _scaled(_DOPRI5_ERROR, h)), _scales(atol, rtol, state, new)))
+        if error <= 1:
+            middle = None
+            while rest and (last or direction * (rest[0] - t_next) <= 0):
+                s = (rest[0] - t) / h
+                if rest.pop(0) == t_next:
+                    yield new
+                    continue
+                if middle is None:
+                    middle = _advance(state, slopes, _scaled(_DOPRI5_MIDDLE, h))
+                yield _interpolate(state, new, middle, slopes[0], slopes[-1], h, s)
+            t, state, slope = t_next, new, slopes[-1]
+        step = abs(h) * _step_factor(error)
+
+
+def _step_factor(error):
+    """By how much the next step is longer, from the error of this one (1 is the largest accepted)."""
+    if error == 0:
+        return _MAX_GROWTH
+    factor = _SAFETY * error ** (-1 / _ORDER) if not math.isnan(error) else 0.0
+    return min(_MAX_GROWTH, max(factor, 1.0 if error < 1 else _MAX_SHRINK))
+
+
+@full_precision
+def _add_noise(x, diffusion, noise, dt):
+    return x + noise * (paddle.sqrt(2 * diffusion) * dt**0.5)
+
+
+def _draw_noise(x):
+    return paddle.randn(x.shape).astype(x.dtype)
+
+
+def euler_maruyama(drift, diffusion, x, grid):
+    """Euler-Maruyama for `dx = drift dt + sqrt(2 diffusion) dW`, one draw of noise a step.
+
+    `drift(t, x)` has x's shape, `diffusion(t, x)` broadcasts against it; the steps are equally long.
+    """
+    dt = grid[1] - grid[0]
+    yield x
+    for t in grid[:-1]:
+        noise = _draw_noise(x)
+        (mean,) = _advance((x,), [(drift(t, x),)], [dt])
+        x = _add_noise(mean, diffusion(t, x), noise, dt)
+        yield x
+
+
+def heun_sde(drift, diffusion, x, grid, correct_last=True):
+    """Heun's method with the noise added first (as in EDM, Karras et al. 2022); arguments as of `euler_maruyama`.
+
+    Args:
+        correct_last: whether the last step is corrected by the drift at the end of the grid, which may be infinite.
+    """
+    dt = grid[1] - grid[0]
+    yield x
+    for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        noise = _draw_noise(x)
+        x = _add_noise(x, diffusion(t, x), noise, dt)
+        slope = (drift(t, x),)
+        (ahead,) = _advance((x,), [slope], [dt])
+        if i < len(grid) - 2 or correct_last:
+            (ahead,) = _advance((x,), [slope, (drift(t_next, ahead),)], [0.5 * dt, 0.5 * dt])
+        x = ahead
+        yield x

@@ -1,0 +1,307 @@
+"""Sampling from a trained network: ODE, SDE and likelihood, with the official SiT's arguments.
+
+Time runs from noise (`t = 0`) to data (`t = 1`). Each method of `Sampler` checks its settings and returns a function
+`sample(x, model, **model_kwargs)`; see `transport` for what a model is.
+"""
+
+import collections
+import math
+
+import numpy as np
+import paddle
+
+from . import integrators
+from .path import DIFFUSION_FORMS
+from .transport import ModelType, PathType, call_model
+from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, sum_flat
+
+ODE_METHODS = (*integrators.FIXED_STEP, "dopri5")
+SDE_METHODS = ("Euler", "Heun")
+LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
+
+# Where an SDE starts whose coefficient is infinite at t = 0: the official eps of the predictions that need one.
+_SINGULAR_START = 1e-3
+
+
+class Sampler:
+    """Samples by a transport's ODE or SDE.
+
+    Args:
+        transport: made by `create_transport`.
+    """
+
+    def __init__(self, transport):
+        self.transport = transport
+        self.drift = transport.get_drift()
+        self.score = transport.get_score()
+
+    def sample_ode(
+        self,
+        *,
+        sampling_method="dopri5",
+        num_steps=50,
+        atol=1e-6,
+        rtol=1e-3,
+        reverse=False,
+        trajectory=True,
+        progress=False,
+    ):
+        """A function that integrates the probability flow ODE.
+
+        Args:
+            sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule) or `dopri5` (adaptive).
+            num_steps: points of the time grid, both ends included, as in the official code: a fixed-step method
+                makes `num_steps - 1` steps; `dopri5` chooses its own and reports at these points.
+            atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
+            reverse: from data to noise.
+            trajectory: return every point of the grid, else the last alone.
+            progress: show a bar.
+
+        Returns:
+            `sample(x, model, **model_kwargs)`: from noise (`reverse`: data) x `(N, ...)` to a tensor of states
+            `(num_steps or 1, N, ...)`, of which `[-1]` is the result. Nothing is differentiable.
+
+        A reverse ODE on the VP path starts at t = 1, where noise prediction divides by 0 and the official code returns
+        NaN: that one starts at `1 - sample_eps` and goes to 0.
+
+        Raises:
+            ValueError: a setting that is not accepted; the message names those that are.
+        """
+        solve = self._ode_solver(sampling_method, num_steps, atol, rtol, progress)
+        grid = self._ode_grid(num_steps, reverse)
+
+        @paddle.no_grad()
+        def sample(x, model, **model_kwargs):
+            x = at_least_float32(x)
+
+            def drift(t, state):
+                return (self.drift(state[0], _times(t, x), model, **model_kwargs),)
+
+            states = _collect(solve(drift, (x,), grid), trajectory)
+            return paddle.stack([state for (state,) in states])
+
+        return sample
+
+    def sample_sde(
+        self,
+        *,
+        sampling_method="Euler",
+        diffusion_form="SBDM",
+        diffusion_norm=1.0,
+        last_step="Mean",
+        last_step_size=0.04,
+        num_steps=250,
+        trajectory=True,
+        progress=False,
+    ):
+        """A function that integrates the reverse SDE, `dx = (v + w score) dt + sqrt(2 w) dW`.
+
+        Args:
+            sampling_method: `Euler` (Euler-Maruyama) or `Heun`.
+            diffusion_form, diffusion_norm: w, see `ICPlan.compute_diffusion`. Any w gives the same distribution at
+                every time, if the network is exact.
+            last_step: the noiseless step that ends the sampling: `Mean` (the SDE's drift), `Tweedie` (the expected
+                data), `Euler` (the ODE's drift) or None.
+            last_step_size: its length; 0 for None.
+            num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
+                step, the last state stands there twice.
+            trajectory: return every state, else the last alone.
+            progress: show a bar.
+
+        Returns:
+            `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
+            is the result.
+
+        One network evaluation a drift: drift and score are made of the same output. Where the official code fails:
+
+        - `SBDM` with velocity prediction on Linear or GVP is infinite at t = 0, and the official result NaN: it starts
+          at t = 0.001, as it does for noise and score.
+        - `constant` crashes there; here it works.
+        - Without a last step, velocity prediction goes to t = 1, where the score is infinite: `Heun` does not correct
+          that last step (officially NaN on the Linear path). A last step of length 0 at t = 1 is none.
+
+        Raises:
+            ValueError: a setting that is not accepted; the message names those that are.
+        """
+        check_choice("sampling_method of an SDE", sampling_method, SDE_METHODS)
+        check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
+        check_choice("last_step", last_step, LAST_STEPS)
+        check_number("diffusion_norm", diffusion_norm, "a number, at least 0", lambda norm: 0 <= norm < math.inf)
+        check_number("last_step_size", last_step_size, "a number, at least 0 and below 1", lambda size: 0 <= size < 1)
+        _check_num_steps(num_steps)
+        transport, path = self.transport, self.transport.path_sampler
+        if last_step is None:
+            last_step_size = 0.0
+        t0, t1 = transport.check_interval(
+            transport.train_eps,
+            transport.sample_eps,
+            diffusion_form=diffusion_form,
+            sde=True,
+            eval=True,
+            last_step_size=last_step_size,
+        )
+        if transport.path_type != PathType.VP and diffusion_form == "SBDM" and t0 == 0:
+            t0 = _SINGULAR_START
+        self._check_eps()
+        if t0 >= t1:
+            raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
+        grid = _grid(t0, t1, num_steps)
+        if t1 == 1:
+            last_step = None
+
+        @full_precision
+        def diffusion(t, x):
+            return path.compute_diffusion(x, _times(t, x), form=diffusion_form, norm=diffusion_norm)
+
+        @full_precision
+        def sde_drift(output, t, x):
+            times = _times(t, x)
+            score = transport.output_to_score(output, x, times)
+            return transport.output_to_velocity(output, x, times) + score * diffusion(t, x)
+
+        @full_precision
+        def finish(output, x):
+            if last_step == "Tweedie":
+                times = _times(t1, x)
+                expanded = expand_t_like_x(times, x)
+                alpha_t, sigma_t = path.compute_alpha_t(expanded)[0], path.compute_sigma_t(expanded)[0]
+                return (x + transport.output_to_score(output, x, times) * paddle.square(sigma_t)) / alpha_t
+            if last_step == "Mean":
+                return x + sde_drift(output, t1, x) * last_step_size
+            return x + transport.output_to_velocity(output, x, _times(t1, x)) * last_step_size
+
+        @paddle.no_grad()
+        def sample(x, model, **model_kwargs):
+            def output(t, x):
+                return call_model(model, x, _times(t, x), model_kwargs)
+
+            def drift(t, x):
+                return sde_drift(output(t, x), t, x)
+
+            x = at_least_float32(x)
+            if sampling_method == "Euler":
+                steps = integrators.euler_maruyama(drift, diffusion, x, grid)
+            else:
+                steps = integrators.heun_sde(drift, diffusion, x, grid, correct_last=t1 < 1)
+            steps = _with_progress(steps, num_steps, progress)
+            next(steps)  # the noise itself is not among the states
+            states = _collect(steps, trajectory)
+            x = states[-1]
+            states.append(x if last_step is None else finish(output(t1, x), x))
+            return states if trajectory else states[-1:]
+
+        return sample
+
+    def sample_ode_likelihood(self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, progress=False):
+        """A function for the log-likelihood of data under the probability flow ODE (Song et al. 2021, Section 4.3).
+
+        The divergence of the drift is estimated without bias with a random sign for each entry, drawn anew at each
+        evaluation (Hutchinson), as in the official code; an adaptive method takes that randomness for error and
+        makes many steps, a fixed-step one does not.
+
+        Args:
+            sampling_method, num_steps, atol, rtol, progress: as of `sample_ode`.
+
+        Returns:
+            `sample(x, model, **model_kwargs)`: from data x `(N, ...)` to `(logp, latents)`: log-likelihoods in nats
+            `(N,)`, and the noise `(N, ...)` that the ODE maps the data to.
+
+        Integrated in reversed time `s = 1 - t` over the interval of the forward ODE, as in the official code; on the VP
+        path that starts at t = 1, where noise prediction divides by 0 (officially NaN): that one starts at
+        `1 - sample_eps`.
+
+        Raises:
+            ValueError: a setting that is not accepted; the message names those that are.
+        """
+        solve = self._ode_solver(sampling_method, num_steps, atol, rtol, progress)
+        forward = self._ode_grid(num_steps, reverse=False)
+        if self.transport.model_type == ModelType.NOISE:
+            grid = [1 - t for t in reversed(forward)]  # the same interval mirrored
+        else:
+            grid = forward
+
+        @paddle.no_grad()
+        def sample(x, model, **model_kwargs):
+            x = at_least_float32(x)
+
+            def drift(s, state):
+                signs = (paddle.randint(0, 2, x.shape) * 2 - 1).astype(x.dtype)
+                with paddle.enable_grad():
+                    z = state[0].detach()
+                    z.stop_gradient = False
+                    velocity = self.drift(z, _times(1 - s, z), model, **model_kwargs)
+                    return _divergence(velocity, z, signs)
+
+            start = (x, paddle.zeros([x.shape[0]], dtype=x.dtype))
+            latents, delta_logp = _collect(solve(drift, start, grid), trajectory=False)[-1]
+            return self.transport.prior_logp(latents) - delta_logp, latents
+
+        return sample
+
+    def _ode_solver(self, method, num_steps, atol, rtol, progress):
+        check_choice("sampling_method of an ODE", method, ODE_METHODS)
+        _check_num_steps(num_steps)
+        for name, tolerance in (("atol", atol), ("rtol", rtol)):
+            check_number(name, tolerance, "a positive number", lambda value: 0 < value < math.inf)
+
+        def solve(drift, state, grid):
+            if method == "dopri5":
+                states = integrators.dopri5(drift, state, grid, atol, rtol)
+            else:
+                states = integrators.fixed_step_ode(drift, state, grid, method)
+            return _with_progress(states, len(grid), progress)
+
+        return solve
+
+    def _ode_grid(self, num_steps, reverse):
+        transport = self.transport
+        eps = transport.train_eps, transport.sample_eps
+        t0, t1 = transport.check_interval(*eps, eval=True, reverse=reverse)
+        if reverse and transport.model_type == ModelType.NOISE:
+            t1, t0 = transport.check_interval(*eps, eval=True)
+        self._check_eps()
+        return _grid(t0, t1, num_steps)
+
+    def _check_eps(self):
+        transport = self.transport
+        regular = (ModelType.VELOCITY, ModelType.SCORE) if transport.path_type == PathType.VP else (ModelType.VELOCITY,)
+        if transport.model_type not in regular and transport.sample_eps == 0:
+            raise ValueError(
+                f"sample_eps=0: sampling with {transport.model_type.name.lower()} prediction divides by 0 at an end of"
+                " the interval; give a positive sample_eps"
+            )
+
+
+@full_precision
+def _divergence(velocity, x, signs):
+    """The slope of (x, log-likelihood) in reversed time: `-velocity`, and the estimate of its divergence `(N,)`."""
+    (gradient,) = paddle.grad((velocity * signs).sum(), x, allow_unused=True)
+    if gradient is None:  # the model does not look at x
+        gradient = paddle.zeros_like(x)
+    return -velocity.detach(), sum_flat(gradient * signs)
+
+
+def _check_num_steps(num_steps):
+    if type(num_steps) is not int or num_steps < 2:
+        raise ValueError(f"num_steps={num_steps!r}: expected an integer, at least 2 (both ends count)")
+
+
+def _grid(t0, t1, num_steps):
+    return np.linspace(t0, t1, num_steps).tolist()
+
+
+def _times(t, x):
+    """The time t for each sample of x, `(N,)`: filled on the device, no copy from the host."""
+    return paddle.full([x.shape[0]], t, dtype=x.dtype)
+
+
+def _collect(states, trajectory):
+    return list(states) if trajectory else list(collections.deque(states, maxlen=1))
+
+
+def _with_progress(states, total, progress):
+    if progress:
+        from tqdm.auto import tqdm
+
+        states = tqdm(states, total=total)
+    return iter(states)

@@ -1,0 +1,243 @@
+"""What is learned and how: predictions, loss weightings, time intervals, and the drift and score of a network.
+
+Time runs from noise (`t = 0`, `x0`) to data (`t = 1`, `x1`). Names, attributes and numbers are those of the official
+SiT code (Ma et al., arXiv:2401.08740); where its behaviour is plainly wrong, ours is said in the docstring.
+
+A `model` is any callable `model(x, t, **model_kwargs)`: x `(N, C, ...)`, t `(N,)`, result of x's shape. All arithmetic
+here is done in float32 (float64 for float64 inputs) whatever the model's precision and whatever
+`paddle.amp.auto_cast` says outside; only the model runs under it.
+"""
+
+import enum
+import math
+
+import paddle
+from paddle.nn import functional as F
+
+from .path import GVPCPlan, ICPlan, VPCPlan
+from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, mean_flat, sum_flat
+
+
+class ModelType(enum.Enum):
+    """What the network predicts."""
+
+    NOISE = enum.auto()  # E[x0 | x_t]
+    SCORE = enum.auto()  # the gradient of log p_t at x_t
+    VELOCITY = enum.auto()  # E[alpha' x1 + sigma' x0 | x_t]
+
+
+class PathType(enum.Enum):
+    """The path between noise and data, see `path`."""
+
+    LINEAR = enum.auto()
+    GVP = enum.auto()
+    VP = enum.auto()
+
+
+class WeightType(enum.Enum):
+    """The weight of a noise or score loss as a function of t; velocity losses are never weighted."""
+
+    NONE = enum.auto()
+    VELOCITY = enum.auto()  # makes the loss that of the velocity
+    LIKELIHOOD = enum.auto()  # bounds the likelihood
+
+
+PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
+TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
+
+
+class Transport:
+    """A path, what the network predicts on it, and the loss that teaches it. Made by `create_transport`.
+
+    Args:
+        model_type, path_type, loss_type: members of the enumerations above.
+        train_eps, sample_eps: what is cut off the unit interval in training and in sampling, see `check_interval`.
+        timestep_sampling, logit_mean, logit_std, cosine_loss: see `create_transport`.
+
+    Attributes:
+        path_sampler: the path (`ICPlan`, `GVPCPlan` or `VPCPlan`).
+    """
+
+    def __init__(
+        self,
+        *,
+        model_type,
+        path_type,
+        loss_type,
+        train_eps,
+        sample_eps,
+        timestep_sampling="uniform",
+        logit_mean=0.0,
+        logit_std=1.0,
+        cosine_loss=False,
+    ):
+        check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_number("logit_mean", logit_mean, "a finite number", math.isfinite)
+        check_number("logit_std", logit_std, "a positive number", lambda std: 0 < std < math.inf)
+        if not isinstance(cosine_loss, bool):
+            raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
+        if cosine_loss and model_type != ModelType.VELOCITY:
+            raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
+        self.path_type = path_type
+        self.path_sampler = PATHS[path_type]()
+        self.model_type = model_type
+        self.loss_type = loss_type
+        self.train_eps = train_eps
+        self.sample_eps = sample_eps
+        self.timestep_sampling = timestep_sampling
+        self.logit_mean = logit_mean
+        self.logit_std = logit_std
+        self.cosine_loss = cosine_loss
+
+    @full_precision
+    def prior_logp(self, z):
+        """Log density of N(0, I) in nats, `(N, ...)` -> `(N,)`."""
+        z = at_least_float32(z)
+        size = math.prod(z.shape[1:])
+        return sum_flat(paddle.square(z)) * -0.5 - 0.5 * size * math.log(2 * math.pi)
+
+    def check_interval(
+        self,
+        train_eps,
+        sample_eps,
+        *,
+        diffusion_form="SBDM",
+        sde=False,
+        reverse=False,
+        eval=False,
+        last_step_size=0.0,
+    ):
+        """The times `(t0, t1)` between which a network is trained or integrated: the official table.
+
+        Args:
+            train_eps, sample_eps: cut off in training, and (`eval`) in sampling.
+            diffusion_form: of the SDE.
+            sde: for `sample_sde`, else for training or an ODE.
+            reverse: from data to noise: both times are mirrored, `1 - t`.
+            eval: for sampling.
+            last_step_size: what the SDE leaves for its last step.
+        """
+        eps = sample_eps if eval else train_eps
+        end = 1.0 - (last_step_size if sde and last_step_size != 0 else eps)
+        t0, t1 = 0.0, 1.0
+        predicts_velocity = self.model_type == ModelType.VELOCITY
+        if self.path_type == PathType.VP:
+            t1 = end
+        elif sde or not predicts_velocity:
+            # The score diverges at the data, its coefficient in the velocity at the noise.
+            t0 = eps if not predicts_velocity or diffusion_form == "SBDM" else 0.0
+            t1 = end
+        return (1.0 - t0, 1.0 - t1) if reverse else (t0, t1)
+
+    # -- Training -----------------------------------------------------------------------------------------------------
+
+    @full_precision
+    def sample_timesteps(self, batch_size):
+        """Times to train at, `(batch_size,)`, float32: one draw of `paddle.rand` or (logit-normal) `paddle.randn`."""
+        if self.timestep_sampling == "logit-normal":
+            u = F.sigmoid(paddle.randn((batch_size,)) * self.logit_std + self.logit_mean)
+        else:
+            u = paddle.rand((batch_size,))
+        t0, t1 = self.check_interval(self.train_eps, self.sample_eps)
+        return u * (t1 - t0) + t0
+
+    def sample(self, x1):
+        """Noise and times for data `x1` `(N, ...)`: `(t, x0, x1)`. Draws the noise first, then the times."""
+        x1 = at_least_float32(x1)
+        x0 = paddle.randn_like(x1)
+        return self.sample_timesteps(x1.shape[0]).astype(x1.dtype), x0, x1
+
+    def training_losses(self, model, x1, model_kwargs=None, x0=None, t=None):
+        """Losses of a batch, one a sample.
+
+        Args:
+            model: see the module's docstring.
+            x1: data `(N, ...)`.
+            model_kwargs: further keyword arguments of the model.
+            x0, t: noise `(N, ...)` and times `(N,)`, instead of random draws; both or neither.
+
+        Returns:
+            dict: "loss" `(N,)`; "pred", the model's output; with `cosine_loss` also its part "cos_loss" `(N,)`.
+
+        Raises:
+            ValueError: only one of `x0` and `t`, or a shape that does not fit.
+        """
+        if (x0 is None) != (t is None):
+            raise ValueError("x0 and t must be given together, or neither")
+        if x0 is None:
+            t, x0, x1 = self.sample(x1)
+        x0, x1 = at_least_float32(x0), at_least_float32(x1)
+        for name, value, expected in (("x0", x0, x1.shape), ("t", t, x1.shape[:1])):
+            if list(value.shape) != list(expected):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} for x1's")
+        t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
+        return self._losses(call_model(model, xt, t, model_kwargs), ut, x0, t)
+
+    @full_precision
+    def _losses(self, pred, ut, x0, t):
+        terms = {"pred": pred}
+        if self.model_type == ModelType.VELOCITY:
+            terms["loss"] = mean_flat(paddle.square(pred - ut))
+            if self.cosine_loss:
+                terms["cos_loss"] = mean_flat(1 - F.cosine_similarity(pred, ut, axis=1))  # over channels
+                terms["loss"] = terms["loss"] + terms["cos_loss"]
+            return terms
+        t = expand_t_like_x(t, x0)
+        sigma_t = self.path_sampler.compute_sigma_t(t)[0]
+        error = pred - x0 if self.model_type == ModelType.NOISE else pred * sigma_t + x0
+        terms["loss"] = mean_flat(paddle.square(error) * self._weight(t, sigma_t))
+        return terms
+
+    def _weight(self, t, sigma_t):
+        if self.loss_type == WeightType.NONE:
+            return paddle.ones_like(t)
+        drift_var = self.path_sampler.compute_drift_var(t)
+        if self.loss_type == WeightType.VELOCITY:
+            return paddle.square(drift_var / sigma_t)
+        return drift_var / paddle.square(sigma_t)
+
+    # -- From the network's output to the fields that a sampler integrates --------------------------------------------
+
+    @full_precision
+    def output_to_velocity(self, output, x, t):
+        """The velocity (drift of the probability flow ODE) of a network's output at `x`, `t` `(N,)`; `x`'s shape."""
+        if self.model_type == ModelType.VELOCITY:
+            return output
+        return self.path_sampler.get_velocity_from_score(self.output_to_score(output, x, t), x, t)
+
+    @full_precision
+    def output_to_score(self, output, x, t):
+        """The score of a network's output at `x`, `t` `(N,)`; `x`'s shape."""
+        if self.model_type == ModelType.SCORE:
+            return output
+        if self.model_type == ModelType.NOISE:
+            return output / -self.path_sampler.compute_sigma_t(expand_t_like_x(t, x))[0]
+        return self.path_sampler.get_score_from_velocity(output, x, t)
+
+    def get_drift(self):
+        """The probability flow ODE's drift, `drift(x, t, model, **model_kwargs)` of `x`'s shape."""
+
+        def drift(x, t, model, **model_kwargs):
+            return self.output_to_velocity(call_model(model, x, t, model_kwargs), x, t)
+
+        return drift
+
+    def get_score(self):
+        """The score, `score(x, t, model, **model_kwargs)` of `x`'s shape."""
+
+        def score(x, t, model, **model_kwargs):
+            return self.output_to_score(call_model(model, x, t, model_kwargs), x, t)
+
+        return score
+
+
+def call_model(model, x, t, model_kwargs=None):
+    """The model's output, at least float32 and of `x`'s shape.
+
+    Raises:
+        ValueError: it has another shape, such as the 2C channels of a DiT that learns the variance.
+    """
+    output = model(x, t, **(model_kwargs or {}))
+    if list(output.shape) != list(x.shape):
+        raise ValueError(f"the model returned shape {list(output.shape)}, expected its input's {list(x.shape)}")
+    return at_least_float32(output)

@@ -1,0 +1,65 @@
+"""Precision, shapes and checks shared by paths, losses and samplers."""
+
+import functools
+import threading
+
+import paddle
+
+if not hasattr(paddle, "randn_like"):  # Paddle 2.6 has none
+    paddle.randn_like = lambda x: paddle.randn(x.shape, dtype=x.dtype)
+
+
+_shield = threading.local()
+
+
+def full_precision(function):
+    """The function's own operations are not autocast. It must not call the user's network."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if getattr(_shield, "up", False):  # called by another such function: a region costs as much as ten operations
+            return function(*args, **kwargs)
+        _shield.up = True
+        try:
+            with paddle.amp.auto_cast(enable=False):
+                return function(*args, **kwargs)
+        finally:
+            _shield.up = False
+
+    return wrapper
+
+
+def at_least_float32(x):
+    """`x`, widened to float32 if it is float16 or bfloat16: coefficients span more than half precision can hold."""
+    return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
+
+
+def mean_flat(x):
+    """Mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    return x.mean(axis=list(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def sum_flat(x):
+    """Sum over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    return x.sum(axis=list(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def expand_t_like_x(t, x):
+    """Times `(N,)` as `(N, 1, ..., 1)` in `x`'s precision, to broadcast against `x` `(N, ...)`.
+
+    Coefficients made of it are used as right-hand operands: the other way round, Paddle takes ten times as long on CPU.
+    """
+    return t.astype(x.dtype).reshape([-1] + [1] * (x.ndim - 1))
+
+
+def check_choice(name, value, accepted):
+    """Raises ValueError unless `value` is among `accepted`."""
+    if value not in accepted:
+        known = ", ".join(repr(choice) for choice in accepted)
+        raise ValueError(f"unknown {name} {value!r}; accepted: {known}")
+
+
+def check_number(name, value, expected, accept):
+    """Raises ValueError unless `value` is a number for which `accept(value)` holds; `expected` says it in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")

@@ -4,7 +4,7 @@
 
 - `training_losses(model, x, y, rows=None) -> dict` of per-sample tensors with the key `loss`,
 - `end_step()`, called once after each optimizer step,
-- `sample(denoiser, noise, *, num_steps, ...) -> latents`,
+- `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
 - `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
 
 The loops know nothing else, so neither of them asks which model it trains.
@@ -15,6 +15,7 @@ from collections import namedtuple
 import paddle
 
 from diffusion import create_diffusion, create_named_schedule_sampler
+from transport import Sampler, create_transport
 
 # Where a rank's micro-batch stands in the global batch of an optimizer step: rows [start, stop) of `total`.
 Rows = namedtuple("Rows", "start stop total")
@@ -28,6 +29,13 @@ def _draw(sampler, rows):
     """
     numbers = sampler(rows.total)
     return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]
+
+
+def _label_dropout(probability, rows):
+    """The network's `force_drop_ids`, drawn for the whole global batch; nothing where there is no null class."""
+    if probability == 0:
+        return {}
+    return {"force_drop_ids": (_draw(lambda total: paddle.rand([total]), rows) < probability).astype("int64")}
 
 
 class DiffusionObjective:
@@ -64,11 +72,7 @@ class DiffusionObjective:
         t, weights = self.timestep_sampler.sample(rows.total)
         t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
         noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
-        model_kwargs = {"y": y}
-        if self._class_dropout_prob > 0:
-            model_kwargs["force_drop_ids"] = (
-                _draw(lambda total: paddle.rand([total]), rows) < self._class_dropout_prob
-            ).astype("int64")
+        model_kwargs = {"y": y, **_label_dropout(self._class_dropout_prob, rows)}
         losses = self.diffusion.training_losses(model, x, t, model_kwargs, noise=noise)
         if self._learns:
             self._seen.append((t, losses["loss"].detach()))
@@ -97,14 +101,18 @@ class DiffusionObjective:
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
-        if not 1 <= num_steps <= self.diffusion.num_timesteps:
-            raise ValueError(f"num_steps must be 1..{self.diffusion.num_timesteps}, got {num_steps}")
+        self.check_num_steps(num_steps)
         # Evenly spaced: "ddimN" needs an integer stride, which not every N has.
         spaced = create_diffusion(str(num_steps), **self._settings)
         options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
         if method == "ddim":
             return spaced.ddim_sample_loop(denoiser, noise.shape, eta=eta, **options)
         return spaced.p_sample_loop(denoiser, noise.shape, **options)
+
+    def check_num_steps(self, num_steps):
+        """Raises `ValueError` for a number of sampling steps that `sample` can't take."""
+        if not 1 <= num_steps <= self.diffusion.num_timesteps:
+            raise ValueError(f"the number of sampling steps must be 1..{self.diffusion.num_timesteps}, got {num_steps}")
 
     def state_dict(self):
         """The state of the timestep sampler; empty for the uniform one."""
@@ -115,7 +123,62 @@ class DiffusionObjective:
         self.timestep_sampler.set_state_dict(state)
 
 
-OBJECTIVES = {"diffusion": DiffusionObjective}
+class TransportObjective:
+    """Interpolant transport (Ma et al. 2024, SiT): noise at t = 0 to data at t = 1.
+
+    Args:
+        config: a resolved config: the `objective` section and, of `model`, `class_dropout_prob`.
+    """
+
+    def __init__(self, config):
+        settings = dict(config["objective"])
+        settings.pop("type")
+        self._class_dropout_prob = config["model"]["class_dropout_prob"]
+        self.transport = create_transport(**settings)
+
+    def training_losses(self, model, x, y, rows=None):
+        """Losses at random times; arguments and result as `DiffusionObjective.training_losses`, with part `pred`."""
+        rows = rows or Rows(0, x.shape[0], x.shape[0])
+        x0 = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
+        t = _draw(self.transport.sample_timesteps, rows)
+        model_kwargs = {"y": y, **_label_dropout(self._class_dropout_prob, rows)}
+        return self.transport.training_losses(model, x, model_kwargs, x0=x0, t=t)
+
+    def end_step(self):
+        """Nothing here learns."""
+
+    def sample(self, denoiser, noise, *, num_steps=250, method="euler", sampler="ode", progress=False, **options):
+        """Noise to latents by the path and prediction that are trained.
+
+        Args:
+            denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
+            noise: `(N, C, H, W)`, standard normal.
+            num_steps: grid points of the time interval, as in the official code: one more than the steps.
+            method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4`, `dopri5` (ODE); `Euler`, `Heun` (SDE).
+            sampler: `ode` or `sde`.
+            options: of `transport.Sampler.sample_ode` or `sample_sde`.
+        """
+        if sampler not in ("ode", "sde"):
+            raise ValueError(f"unknown sampler {sampler!r}; known: ode, sde")
+        samplers = Sampler(self.transport)
+        make = samplers.sample_ode if sampler == "ode" else samplers.sample_sde
+        options.update(num_steps=num_steps, progress=progress, trajectory=False)
+        return make(sampling_method=method, **options)(noise, denoiser)[-1]
+
+    def check_num_steps(self, num_steps):
+        """Raises `ValueError` for a number of sampling steps that `sample` can't take."""
+        if num_steps < 2:
+            raise ValueError(f"the number of grid points must be 2 or more, got {num_steps}")
+
+    def state_dict(self):
+        """Empty: nothing here learns."""
+        return {}
+
+    def set_state_dict(self, state):
+        """Nothing to restore."""
+
+
+OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 
 
 def build_objective(config):

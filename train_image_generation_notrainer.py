@@ -28,12 +28,13 @@ def train(args, config):
     from training.data import FeatureLoader, MicroBatchSampler, total_steps
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
-    from training.preview import Preview, log_preview
+    from training.preview import log_preview
     from training.runtime import init_distributed, resolve_device, seed_step
 
     # Device, process group, precision.
     settings = config["training"]
-    device = paddle.set_device(resolve_device(args.device)) and paddle.get_device()
+    paddle.set_device(resolve_device(args.device))
+    device = paddle.get_device()
     rank, world_size = init_distributed()
     precision, note = setup.setup_precision(config, device)
     accumulation_steps = settings["gradient_accumulation_steps"]
@@ -68,8 +69,11 @@ def train(args, config):
     model = setup.build_network(config)
     objective = build_objective(config)
     ema = setup.build_ema(config, model)
+    start_note = None
     if checkpoint is not None:
         ckpt.restore_model(checkpoint, model, ema)
+    elif args.pretrained_model_path:
+        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, ema)
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
     optimizer = build_optimizer(model, settings, lr_scheduler, multi_precision=precision.low_precision_weights)
@@ -78,12 +82,8 @@ def train(args, config):
         ckpt.restore_training(
             checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
         )
-    preview = None
-    if args.image_logging_steps > 0:
-        vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae else args.vae_name_or_path
-        preview = Preview(
-            objective, config, vae=vae, num_inference_steps=args.num_inference_steps, cfg_scale=args.cfg_scale
-        )
+    vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae else args.vae_name_or_path
+    preview = setup.build_preview(objective, config, args, vae=vae)
 
     # Gradients are averaged over the ranks by DataParallel's hooks, during the backward pass; recompute runs backward
     # passes inside the backward pass, which the hooks can't follow: then in one go after it.
@@ -101,7 +101,7 @@ def train(args, config):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[note],
+            notes=[note, start_note],
         )
         if checkpoint is not None:
             print(f"resumed {checkpoint.source} at step {first_step}", flush=True)
@@ -117,6 +117,7 @@ def train(args, config):
     )
 
     def save(step):
+        log.check_finite()
         start = time.perf_counter()
         path = os.path.join(checkpoints_dir, f"{step:07d}")
         ckpt.save_checkpoint(
@@ -164,7 +165,8 @@ def train(args, config):
         scaler.update()
         optimizer.clear_grad()
         lr = optimizer.get_lr()
-        lr_scheduler.step()
+        if precision.stepped(scaler):
+            lr_scheduler.step()
         objective.end_step()
         if ema is not None:
             ema.update(model, master_weights(optimizer))

@@ -24,13 +24,13 @@ def train(args, others, config):
 
     from training.runtime import resolve_device
 
-    device = paddle.set_device(resolve_device(args.device)) and paddle.get_device()
+    paddle.set_device(resolve_device(args.device))
+    device = paddle.get_device()
 
     from objectives import build_objective
     from training import checkpoint as ckpt
     from training import setup
     from training.data import MicroBatchSampler, total_steps
-    from training.preview import Preview
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import check_degrees, training_arguments
 
@@ -38,9 +38,9 @@ def train(args, others, config):
     world_size = paddle.distributed.get_world_size()
     degree_note = check_degrees(args, world_size)
     settings = config["training"]
-    settings["global_batch_size"] = (
-        args.per_device_train_batch_size * settings["gradient_accumulation_steps"] * world_size
-    )
+    micro_batches = settings["gradient_accumulation_steps"] * world_size
+    if args.per_device_train_batch_size is not None:
+        settings["global_batch_size"] = args.per_device_train_batch_size * micro_batches
     precision, note = setup.setup_precision(config, device)
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
@@ -62,7 +62,9 @@ def train(args, others, config):
     )
 
     # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
-    training_args = training_arguments(args, others, config, precision, max_steps=last_step)
+    training_args = training_arguments(
+        args, others, config, precision, max_steps=last_step, batch_size=sampler.batch_size
+    )
     checkpoint = ckpt.open_output_dir(
         args.output_dir, config, resume=args.resume_from_checkpoint, overwrite=bool(args.overwrite_output_dir)
     )
@@ -70,15 +72,10 @@ def train(args, others, config):
     # Network, objective, trainer.
     model = setup.build_network(config)
     objective = build_objective(config)
-    preview = None
-    if args.image_logging_steps > 0:
-        preview = Preview(
-            objective,
-            config,
-            vae=args.vae_name_or_path,
-            num_inference_steps=args.num_inference_steps,
-            cfg_scale=args.cfg_scale,
-        )
+    start_note = None
+    if args.pretrained_model_path and checkpoint is None:
+        start_note = ckpt.load_pretrained(args.pretrained_model_path, model)
+    preview = setup.build_preview(objective, config, args, vae=args.vae_name_or_path)
     if paddle.distributed.get_rank() == 0:
         setup.describe_run(
             config,
@@ -88,7 +85,7 @@ def train(args, others, config):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[degree_note, note],
+            notes=[degree_note, note, start_note],
         )
         if checkpoint is not None:
             print(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}", flush=True)

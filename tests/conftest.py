@@ -19,17 +19,16 @@ import pytest  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
-TINY_MODELS = {
-    "DiT": {
-        "type": "DiT",
-        "sample_size": 8,
-        "patch_size": 2,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_classes": 10,
-    },
+TINY = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_classes": 10,
 }
+# Every model that both loops train: the tests of the loops run for each.
+TINY_MODELS = {"DiT": {"type": "DiT", **TINY}, "SiT": {"type": "SiT", **TINY}}
 
 
 def load_golden(name):
@@ -58,6 +57,12 @@ def write_features(folder, count=40, shape=(4, 8, 8), num_classes=10, name="imag
         np.save(folder / f"{name}_features" / f"{index}.npy", rng.standard_normal((1, *shape)).astype("float32"))
         np.save(folder / f"{name}_labels" / f"{index}.npy", np.array([index % num_classes]))
     return folder
+
+
+@pytest.fixture(params=TINY_MODELS)
+def kind(request):
+    """Every model that both loops train, in turn."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

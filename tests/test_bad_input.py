@@ -50,6 +50,11 @@ def spoil_truncated(folder):
     path.write_bytes(path.read_bytes()[:200])
 
 
+def spoil_archive(folder):
+    with open(folder / "imagenet64_features/7.npy", "wb") as file:
+        np.savez(file, x=np.zeros((1, 4, 8, 8), dtype="float32"))
+
+
 def spoil_not_npy(folder):
     (folder / "imagenet64_labels/7.npy").write_text("seven")
 
@@ -74,6 +79,7 @@ DATA_MISTAKES = [
     (spoil_no_feature, r"imagenet64_labels/7.npy: has no feature file .*imagenet64_features/7.npy"),
     (spoil_no_label_folder, "its labels folder .*imagenet64_labels is missing"),
     (spoil_truncated, r"imagenet64_features/7.npy: not a readable .npy file \(truncated\?\)"),
+    (spoil_archive, r"imagenet64_features/7.npy: not a readable .npy file: it holds an archive"),
     (spoil_not_npy, r"imagenet64_labels/7.npy: not a readable .npy file"),
     (spoil_shape, r"7.npy: holds float32 of shape \(4, 16, 16\), the config's model takes .* \(4, 8, 8\)"),
     (spoil_label, r"7.npy: label 10 is outside the config's num_classes: 0..9"),
@@ -126,7 +132,12 @@ def test_mistake_under_the_launcher(features, tmp_path):
         ("trainer", ["--sharding_parallel_degree=2"], "sharding_parallel_degree 2 does not divide the 1 processes"),
         ("trainer", ["--sharding=stage9"], "sharding must be '' or stage1, got 'stage9'"),
         ("trainer", ["--save_steps=0"], "--save_steps must be above 0, got 0"),
-        ("trainer", ["--no_such_flag=1"], "command line: .*no_such_flag"),
+        ("trainer", ["--no_such_flag=1"], "command line: unknown flag --no_such_flag"),
+        ("trainer", ["--warmup_ratio=0.5"], "command line: unknown flag --warmup_ratio"),
+        ("notrainer", ["--image_logging_steps=1", "--num_inference_steps=2000"], "sampling steps must be 1..1000"),
+        ("notrainer", ["--pretrained_model_path=/no/such.pdparams"], "/no/such.pdparams: there is no such file"),
+        ("trainer", ["--learning_rate=1e30", "--max_steps=8"], "the loss is (nan|inf) between steps .* diverged"),
+        ("notrainer", ["--learning_rate=1e30", "--max_steps=8"], "the loss is (nan|inf) between steps .* diverged"),
         ("trainer", ["--resume_from_checkpoint=/no/such"], "/no/such: no training checkpoint there"),
         ("notrainer", ["--resume=/no/such"], "/no/such: no training checkpoint there"),
         ("notrainer", ["--gradient_accumulation_steps=3"], "global batch size 8 is not divisible by 1 .* x 3"),

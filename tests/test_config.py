@@ -13,10 +13,14 @@ SMALL = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_head
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
+@pytest.mark.parametrize("kind", ["DiT", "SiT"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("patch", [2, 4, 8])
-def test_shipped_configs_have_the_papers_sizes(size, patch):
-    model = load_config(ROOT / "config" / f"DiT_{size}_patch{patch}.json")["model"]
+def test_shipped_configs_have_the_papers_sizes(kind, size, patch):
+    config = load_config(ROOT / "config" / f"{kind}_{size}_patch{patch}.json")
+    model = config["model"]
+    assert (model["type"], config["objective"]["type"]) == (kind, {"DiT": "diffusion", "SiT": "transport"}[kind])
+    assert model["class_dropout_prob"] == 0.1  # a null class, without which there is no guidance
     width = model["num_attention_heads"] * model["attention_head_dim"]
     assert (model["num_layers"], width, model["num_attention_heads"]) == SIZES[size]
     assert (model["patch_size"], model["sample_size"], model["num_classes"]) == (patch, 32, 1000)
@@ -39,6 +43,22 @@ def test_flat_file_is_the_model_section(tmp_path):
     assert config["training"]["ema_decay"] == 0.9999
     assert config["objective"]["type"] == "diffusion"
     assert resolve_config(config) == config
+
+
+def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
+    official = {"input_size": 32, "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16}
+    path = tmp_path / "SiT_XL_patch2.json"
+    path.write_text(json.dumps(official))
+    config = load_config(path)
+    shipped = load_config(ROOT / "config/SiT_XL_patch2.json")
+    assert config["model"] == shipped["model"]
+    assert config["model"]["type"] == "SiT" and config["objective"]["type"] == "transport"
+    for change, message in (
+        ({"hidden_size": 1150}, "hidden_size must be a multiple of num_attention_heads 16, got 1150"),
+        ({"num_layers": 28}, "depth and num_layers are the same"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_config({"model": {**official, **change}})
 
 
 @pytest.mark.parametrize(
@@ -95,6 +115,25 @@ def test_command_line_over_json_over_default(tmp_path, parser):
     args = parser().parse_args(["--config_file", str(path), "--fp16", "--bf16", "True"])
     with pytest.raises(ValueError, match="at most one of --bf16 and --fp16"):
         resolve_training(args)
+    args = parser().parse_args(["--config_file", str(path), "--path_type", "GVP"])
+    with pytest.raises(
+        ValueError, match="command line: --path_type is no setting of the config's objective 'diffusion'"
+    ):
+        resolve_training(args)
     args = parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
     with pytest.raises(ValueError, match="command line: learning_rate must be a number above 0, got -1.0"):
+        resolve_training(args)
+
+
+@pytest.mark.parametrize("parser", [trainer_parser, notrainer_parser])
+def test_transport_flags_over_json(tmp_path, parser):
+    path = tmp_path / "SiT_x.json"
+    objective = {"type": "transport", "prediction": "noise", "loss_weight": "velocity"}
+    path.write_text(json.dumps({"model": {"type": "SiT", **SMALL}, "objective": objective}))
+    flags = ["--config_file", str(path), "--path-type", "VP", "--loss_weight", "None", "--train_eps", "0.01"]
+    resolved = resolve_training(parser().parse_args(flags))["objective"]
+    assert (resolved["path_type"], resolved["prediction"], resolved["loss_weight"]) == ("VP", "noise", None)
+    assert (resolved["train_eps"], resolved["sample_eps"]) == (0.01, None)
+    args = parser().parse_args(["--config_file", str(path), "--path_type", "linear"])
+    with pytest.raises(ValueError, match='command line: path_type must be one of Linear, GVP, VP, got "linear"'):
         resolve_training(args)

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT, command_environment, free_port, read_losses, write_config
 
+from training.config import load_config
+
 SCRIPTS = {
     "0_run_train_dit_trainer.sh": ("trainer", "config/DiT_XL_patch2.json", "./output_trainer/DiT_XL_patch2_trainer"),
     "1_run_train_dit_notrainer.sh": (
@@ -16,14 +18,33 @@ SCRIPTS = {
         "config/DiT_XL_patch2.json",
         "./output_notrainer/DiT_XL_patch2_notrainer",
     ),
+    "2_run_train_sit_trainer.sh": ("trainer", "config/SiT_XL_patch2.json", "./output_trainer/SiT_XL_patch2_trainer"),
+    "3_run_train_sit_notrainer.sh": (
+        "notrainer",
+        "config/SiT_XL_patch2.json",
+        "./output_notrainer/SiT_XL_patch2_notrainer",
+    ),
 }
 SEED_FLAGS = (
-    "do_train feature_path output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate weight_decay "
-    "max_steps lr_scheduler_type warmup_steps image_logging_steps logging_dir logging_steps save_steps save_total_limit "
-    "dataloader_num_workers vae_name_or_path config_file num_inference_steps use_ema max_grad_norm disable_tqdm "
-    "fp16_opt_level seed recompute enable_xformers_memory_efficient_attention bf16 dp_degree tensor_parallel_degree "
-    "sharding_parallel_degree pipeline_parallel_degree sep_parallel_degree"
+    "do_train feature_path output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "weight_decay max_steps lr_scheduler_type warmup_steps image_logging_steps logging_dir logging_steps save_steps "
+    "save_total_limit dataloader_num_workers vae_name_or_path config_file num_inference_steps use_ema max_grad_norm "
+    "disable_tqdm fp16_opt_level seed recompute enable_xformers_memory_efficient_attention bf16 dp_degree "
+    "tensor_parallel_degree sharding_parallel_degree pipeline_parallel_degree sep_parallel_degree"
 ).split()
+FROM_JSON = {
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "max_grad_norm": "max_grad_norm",
+    "use_ema": "use_ema",
+    "bf16": "USE_AMP",
+    "fp16_opt_level": "FP16_OPT_LEVEL",
+    "recompute": "recompute",
+    "enable_xformers_memory_efficient_attention": "enable_xformers",
+}
 
 
 def launch_line(script, tmp_path, shell="sh", arguments=(), **variables):
@@ -56,10 +77,15 @@ def test_defaults_are_the_seeds(script, shell, tmp_path):
     assert value(words, "--config_file") == config
     assert value(words, "--max_steps") == "7000000"
     if loop == "trainer":
-        assert all(f"--{flag}" in words for flag in SEED_FLAGS)
+        assert all(f"--{flag}" in words for flag in SEED_FLAGS if flag not in FROM_JSON)
+        assert not any(f"--{flag}" in words for flag in FROM_JSON)  # the config decides, and says what the seed says
+        training = load_config(ROOT / config)["training"]
+        assert training["use_ema"] and training["recompute"] and training["fused_attention"]
+        assert (training["amp_dtype"], training["amp_level"]) == ("bfloat16", "O1")
+        assert (training["learning_rate"], training["weight_decay"], training["max_grad_norm"]) == (1e-4, 0.0, -1)
+        assert (training["lr_scheduler_type"], training["warmup_steps"]) == ("constant", 0)
         assert value(words, "--output_dir") == output
         assert (value(words, "--per_device_train_batch_size"), value(words, "--save_total_limit")) == ("32", "50")
-        assert (value(words, "--bf16"), value(words, "--fp16_opt_level")) == ("True", "O1")
         # It would turn resuming off.
         assert "--overwrite_output_dir" not in words
     else:
@@ -89,6 +115,22 @@ def test_variables_and_further_flags(tmp_path):
     assert (value(words, "--dp_degree"), value(words, "--sharding_parallel_degree")) == ("4", "2")
     assert value(words, "--output_dir") == "out put" and value(words, "--logging_dir") == "out put/tb_log"
     assert words[-4:] == ["--device", "cpu", "--ema_decay", "0.99"]
+
+
+def test_switches_of_the_seed_as_variables(tmp_path):
+    words = launch_line("0_run_train_dit_trainer.sh", tmp_path, **{variable: "x y" for variable in FROM_JSON.values()})
+    assert all(value(words, f"--{flag}") == "x y" for flag in FROM_JSON)
+
+
+def test_gpus_chosen_by_number(tmp_path):
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA"; done\n')
+    nvidia_smi.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    words = launch_line("1_run_train_dit_notrainer.sh", tmp_path, PATH=path)
+    assert value(words, "--nproc_per_node") == "4"
+    words = launch_line("1_run_train_dit_notrainer.sh", tmp_path, PATH=path, GPUS="1,3")
+    assert (value(words, "--gpus"), value(words, "--nproc_per_node")) == ("1,3", "2")
 
 
 @pytest.mark.distributed

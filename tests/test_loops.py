@@ -1,5 +1,7 @@
 """Both loops on the same run: equal losses and weights, on one process and two, resumed or not."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import (
@@ -43,7 +45,7 @@ def reference(request, features, tmp_path_factory):
                 loop, config=config, features=features, output=outputs[loop], steps=10, save_every=4
             )
             run_in_process(loop, arguments, patch)
-    return {"config": config, **outputs}
+    return {"kind": kind, "config": config, **outputs}
 
 
 def test_loops_agree_bit_for_bit(reference):
@@ -107,34 +109,62 @@ def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop
     assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3, 4)}
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("loop", "extra"),
-    [
-        ("trainer", []),
-        ("trainer", ["--sharding", "stage1", "--sharding_parallel_degree", "2"]),
-        ("trainer", ["--recompute", "True"]),
-        ("notrainer", []),
-        ("notrainer", ["--recompute", "True"]),
-        ("notrainer", ["--gradient_accumulation_steps", "2"]),
-    ],
-    ids=[
-        "trainer-dp",
-        "trainer-sharding1",
-        "trainer-recompute",
-        "notrainer-dp",
-        "notrainer-recompute",
-        "notrainer-acc",
-    ],
+# Two real processes. Those of a group share a launch, which costs ten times as much as a training.
+TWO_PROCESSES = {
+    "trainer-dp": ("trainer", []),
+    "trainer-recompute": ("trainer", ["--recompute=True"]),
+    "trainer-sharding1": ("trainer", ["--sharding=stage1", "--sharding_parallel_degree=2"]),
+    "notrainer-dp": ("notrainer", []),
+    "notrainer-recompute": ("notrainer", ["--recompute=True"]),
+    "notrainer-accumulation": ("notrainer", ["--gradient_accumulation_steps=2"]),
+}
+GROUPS = (
+    ("trainer-dp", "trainer-recompute"),
+    ("trainer-sharding1",),
+    ("notrainer-dp", "notrainer-recompute", "notrainer-accumulation"),
 )
-def test_two_processes_give_the_single_process_losses(reference, features, tmp_path, loop, extra):
-    output = tmp_path / "out"
-    arguments = loop_arguments(
-        loop, config=reference["config"], features=features, output=output, steps=10, ranks=2, save_every=4
-    )
-    done = launch(2, f"train_image_generation_{loop}.py", [*arguments, *extra], tmp_path / "log")
-    logs = "".join(path.read_text() for path in sorted((tmp_path / "log").glob("workerlog.*")))
-    assert done.returncode == 0, logs[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two_processes(features, tmp_path_factory):
+    """`outputs(case, kind)`: the output folder of a case, ten steps on two ranks, launched when first asked for."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    done = set()
+
+    def outputs(case, kind):
+        group = next(group for group in GROUPS if case in group)
+        if group not in done:
+            done.add(group)
+            runs = []
+            for name in group:
+                for model in KINDS:
+                    loop, extra = TWO_PROCESSES[name]
+                    arguments = loop_arguments(
+                        loop,
+                        config=write_config(folder / f"{model}.json", model),
+                        features=str(features),
+                        output=str(folder / name / model),
+                        steps=10,
+                        ranks=2,
+                        save_every=4,
+                    )
+                    runs.append([loop, [*arguments, *extra]])
+            runs_file = folder / f"{group[0]}.json"
+            runs_file.write_text(json.dumps(runs))
+            log_dir = folder / f"{group[0]}-log"
+            finished = launch(2, "tests/run_loops.py", [runs_file], log_dir)
+            logs = "".join(path.read_text() for path in sorted(log_dir.glob("workerlog.*")))
+            assert finished.returncode == 0, logs[-3000:]
+        return folder / case / kind
+
+    return outputs
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", TWO_PROCESSES)
+def test_two_processes_give_the_single_process_losses(reference, two_processes, case):
+    loop = TWO_PROCESSES[case][0]
+    output = two_processes(case, reference["kind"])
     expected = read_losses(reference[loop])
     losses = read_losses(output)
     assert list(losses) == list(expected)
@@ -149,19 +179,13 @@ def test_two_processes_give_the_single_process_losses(reference, features, tmp_p
 
 
 @pytest.mark.distributed
-def test_one_process_resumes_what_two_began(reference, features, tmp_path, run_loop):
-    arguments = loop_arguments(
-        "trainer", config=reference["config"], features=features, output=tmp_path / "two", steps=4, ranks=2
-    )
-    extra = ["--sharding", "stage1", "--sharding_parallel_degree", "2"]
-    done = launch(2, "train_image_generation_trainer.py", [*arguments, *extra], tmp_path / "log")
-    assert done.returncode == 0, done.stderr[-2000:]
-    arguments = loop_arguments(
-        "notrainer", config=reference["config"], features=features, output=tmp_path / "one", steps=10
-    )
-    run_loop("notrainer", [*arguments, "--resume", tmp_path / "two"])
+@pytest.mark.parametrize("case", ["trainer-sharding1", "notrainer-dp"])
+def test_one_process_resumes_what_two_began(reference, two_processes, features, tmp_path, run_loop, case):
+    begun = checkpoint_path(TWO_PROCESSES[case][0], two_processes(case, reference["kind"]), 4)
+    arguments = loop_arguments("notrainer", config=reference["config"], features=features, output=tmp_path, steps=10)
+    run_loop("notrainer", [*arguments, "--resume", begun])
     expected = read_losses(reference["notrainer"])
-    losses = read_losses(tmp_path / "one")
+    losses = read_losses(tmp_path)
     assert list(losses) == [5, 6, 7, 8, 9, 10]
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)

@@ -40,10 +40,10 @@ def test_ema_weights_are_lent_and_taken_back():
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_previews_leave_the_losses_alone(loop, tmp_path, run_loop):
+def test_previews_leave_the_losses_alone(kind, loop, tmp_path, run_loop):
     features = write_features(tmp_path / "features", count=16, shape=(4, 4, 4))
-    config = tmp_path / "DiT_preview.json"
-    config.write_text(json.dumps({"model": LATENT4, "training": {"learning_rate": 1e-3}}))
+    config = tmp_path / "preview.json"
+    config.write_text(json.dumps({"model": {**LATENT4, "type": kind}, "training": {"learning_rate": 1e-3}}))
     runs = {}
     for name, extra in (
         ("plain", []),

@@ -166,8 +166,8 @@ def test_schedules_are_those_of_paddlenlp():
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_clipping_and_schedule_in_the_loops(loop, features, tmp_path, run_loop):
-    config = write_config(tmp_path / "Tiny.json")
+def test_clipping_and_schedule_in_the_loops(kind, loop, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json", kind)
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=6)
     run_loop(loop, [*arguments, "--max_grad_norm=0.01", "--lr_scheduler_type=linear", "--warmup_steps=2"])
     path = tmp_path / "out/metrics.jsonl" if loop == "trainer" else next(tmp_path.glob("out/*/metrics.jsonl"))
@@ -292,8 +292,8 @@ def test_half_precision_on_gpus():
 @pytest.mark.parametrize(
     "flags", [["--bf16", "True"], ["--fp16", "True", "--fp16_opt_level", "O2"]], ids=["bf16", "fp16"]
 )
-def test_half_precision_asked_for_on_a_cpu_trains_in_float32(loop, flags, features, tmp_path, run_loop, capsys):
-    config = write_config(tmp_path / "Tiny.json")
+def test_half_precision_asked_for_on_a_cpu_trains_in_float32(kind, loop, flags, features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json", kind)
     plain = loop_arguments(loop, config=config, features=features, output=tmp_path / "plain", steps=3)
     run_loop(loop, plain)
     assert "float32" not in capsys.readouterr().out.replace('"amp_dtype": "float32"', "")
@@ -307,8 +307,8 @@ def test_half_precision_asked_for_on_a_cpu_trains_in_float32(loop, flags, featur
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_checkpoint_folder_and_rotation(loop, features, tmp_path, run_loop):
-    config = write_config(tmp_path / "Tiny.json")
+def test_checkpoint_folder_and_rotation(kind, loop, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json", kind)
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=11, save_every=2)
     run_loop(loop, [*arguments, "--save_total_limit", "2"])
     last = checkpoint_path(loop, tmp_path / "out", 11)
@@ -332,8 +332,8 @@ def test_checkpoint_folder_and_rotation(loop, features, tmp_path, run_loop):
     assert json.loads((last / "config.json").read_text())["training"]["max_steps"] == 11
 
 
-def test_no_ema_no_ema_file(features, tmp_path, run_loop):
-    config = write_config(tmp_path / "Tiny.json", use_ema=False)
+def test_no_ema_no_ema_file(kind, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json", kind, use_ema=False)
     run_loop(
         "notrainer", loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=1)
     )
@@ -373,10 +373,10 @@ def test_each_new_experiment_gets_its_own_folder(features, tmp_path, run_loop):
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_visualdl_log_holds_the_metrics(loop, features, tmp_path, run_loop):
+def test_visualdl_log_holds_the_metrics(kind, loop, features, tmp_path, run_loop):
     from visualdl.reader.reader import LogReader  # the reader behind VisualDL's own server
 
-    config = write_config(tmp_path / "Tiny.json")
+    config = write_config(tmp_path / "Tiny.json", kind)
     run_loop(
         loop,
         [
@@ -409,3 +409,123 @@ def test_loss_aware_timesteps_survive_a_resume(loop, features, tmp_path, run_loo
     run_loop(loop, [*resumed, flag, checkpoint_path(loop, tmp_path / "whole", 8)])
     expected = {step: loss for step, loss in read_losses(tmp_path / "whole").items() if step > 8}
     assert read_losses(tmp_path / "resumed") == expected
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_starting_from_weights_with_other_classes(kind, loop, features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json", kind)
+    run_loop(loop, loop_arguments(loop, config=config, features=features, output=tmp_path / "first", steps=2))
+    source = checkpoint_path(loop, tmp_path / "first", 2)
+    other = tmp_path / "Other.json"
+    other.write_text((tmp_path / "Tiny.json").read_text().replace('"num_classes": 10', '"num_classes": 12'))
+    capsys.readouterr()
+    # A learning rate of almost 0 leaves the weights where they began.
+    arguments = loop_arguments(loop, config=str(other), features=features, output=tmp_path / "tuned", steps=1)
+    run_loop(loop, [*arguments, f"--pretrained_model_path={source}", "--learning_rate=1e-30"])
+    assert "but a new label table: it has other classes" in capsys.readouterr().out
+    begun = ckpt.load_checkpoint(source).ema
+    tuned = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "tuned", 1)).model
+    table = "y_embedder.embedding_table.weight"
+    assert begun.pop(table).shape[0] == 11 and tuned.pop(table).shape[0] == 13
+    for name, value in begun.items():
+        np.testing.assert_allclose(tuned[name], value, rtol=0, atol=1e-20, err_msg=name)
+
+
+def test_explicit_auto_resumes_although_overwriting_is_asked_for(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    run_loop("trainer", loop_arguments("trainer", config=config, features=features, output=output, steps=2))
+    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=4)
+    run_loop("trainer", [*arguments, "--overwrite_output_dir=True", "--resume_from_checkpoint=auto"])
+    assert list(read_losses(output)) == [1, 2, 3, 4]
+    assert not list(output.glob("previous-*"))
+
+
+def test_batch_size_of_the_json_is_the_trainers(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json", global_batch_size=20)
+    arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=2)
+    run_loop("trainer", [flag for flag in arguments if not flag.startswith("--per_device")])
+    assert ckpt.load_checkpoint(tmp_path / "out").progress["samples_seen"] == 40
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pdopt", "global_step"])
+def test_incomplete_checkpoints_are_refused(missing, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    run_loop("trainer", loop_arguments("trainer", config=config, features=features, output=output, steps=2))
+    if missing == "global_step":
+        (output / "checkpoint-2/trainer_state.json").write_text('{"a": 1}')
+    else:
+        (output / "checkpoint-2" / missing).unlink()
+    with pytest.raises(ValueError, match=missing):
+        ckpt.load_checkpoint(output / "checkpoint-2")
+
+
+def test_metrics_of_steps_done_again_are_replaced(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=6, save_every=2)
+    run_loop("trainer", arguments)
+    run_loop("trainer", [*arguments, "--resume_from_checkpoint", output / "checkpoint-4"])
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_nothing_reads_the_device_between_reports(kind, loop, features, tmp_path, run_loop, monkeypatch):
+    """Host syncs of ten more steps, reported once either way: none."""
+    config = write_config(tmp_path / "Tiny.json", kind)
+    counts = []
+    for steps in (10, 20):
+        count = 0
+
+        def counting(name, original):
+            def method(self, *args, **kwargs):
+                nonlocal count
+                count += 1
+                return original(self, *args, **kwargs)
+
+            return method
+
+        arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / str(steps), steps=steps)
+        flag = "--logging_steps" if loop == "trainer" else "--log_every"
+        with monkeypatch.context() as patch:
+            for name in ("numpy", "item", "__float__", "__int__", "__bool__", "__array__", "tolist", "cpu"):
+                patch.setattr(paddle.Tensor, name, counting(name, getattr(paddle.Tensor, name)))
+            run_loop(loop, [*arguments, f"{flag}={steps}"])
+        counts.append(count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_loss_scaler_survives_a_checkpoint(features, tmp_path, run_loop, monkeypatch):
+    """Paddle has no loss scaler on a CPU: this one has the state of `paddle.amp.GradScaler` and scales nothing."""
+
+    class Scaler:
+        _enable = True
+
+        def __init__(self):
+            self.state = {"scale": np.float32([32768.0]), "incr_ratio": 2.0, "decr_ratio": 0.5, "incr_count": 0}
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+        def scale(self, loss):
+            return loss
+
+        def step(self, optimizer):
+            optimizer.step()
+
+        def update(self):
+            self.state = {**self.state, "scale": self.state["scale"] / 2, "incr_count": self.state["incr_count"] + 1}
+
+    made = []
+    monkeypatch.setattr(Precision, "scaler", lambda self: made.append(Scaler()) or made[-1])
+    config = write_config(tmp_path / "Tiny.json")
+    run = {"config": config, "features": features, "output": tmp_path / "out"}
+    run_loop("notrainer", loop_arguments("notrainer", **run, steps=3))
+    run_loop("notrainer", [*loop_arguments("notrainer", **run, steps=5), "--resume=auto"])
+    assert made[1].state["scale"].shape == (1,) and made[1].state["scale"].dtype == np.float32
+    assert (made[1].state["scale"][0], made[1].state["incr_count"]) == (1024.0, 5)

@@ -16,10 +16,9 @@ save_steps=${save_steps:-5000}
 image_logging_steps=${image_logging_steps:--1}
 seed=${seed:-0}
 
-USE_AMP=${USE_AMP:-True}
-FP16_OPT_LEVEL=${FP16_OPT_LEVEL:-O1}
-recompute=${recompute:-True}
-enable_xformers=${enable_xformers:-True}
+# Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
+# USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
+# max_grad_norm gradient_accumulation_steps
 
 launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --do_train \
@@ -27,12 +26,7 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --output_dir "$OUTPUT_DIR" \
     --resume_from_checkpoint "$TRAINING_MODEL_RESUME" \
     --per_device_train_batch_size "$batch_size" \
-    --gradient_accumulation_steps "${gradient_accumulation_steps:-1}" \
-    --learning_rate "${learning_rate:-1e-4}" \
-    --weight_decay "${weight_decay:-0.0}" \
     --max_steps "$max_steps" \
-    --lr_scheduler_type "${lr_scheduler_type:-constant}" \
-    --warmup_steps "${warmup_steps:-0}" \
     --image_logging_steps "$image_logging_steps" \
     --logging_dir "$OUTPUT_DIR/tb_log" \
     --logging_steps "$logging_steps" \
@@ -42,17 +36,22 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --vae_name_or_path "${vae_name_or_path:-stabilityai/sd-vae-ft-mse}" \
     --config_file "$config_file" \
     --num_inference_steps "${num_inference_steps:-25}" \
-    --use_ema "${use_ema:-True}" \
-    --max_grad_norm "${max_grad_norm:--1}" \
     --disable_tqdm "${disable_tqdm:-True}" \
-    --fp16_opt_level "$FP16_OPT_LEVEL" \
     --seed "$seed" \
-    --recompute "$recompute" \
-    --enable_xformers_memory_efficient_attention "$enable_xformers" \
-    --bf16 "$USE_AMP" \
     --dp_degree "$DP_DEGREE" \
     --tensor_parallel_degree "$MP_DEGREE" \
     --sharding_parallel_degree "$SHARDING_DEGREE" \
     --pipeline_parallel_degree 1 \
     --sep_parallel_degree 1 \
+    ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
+    ${learning_rate:+--learning_rate "$learning_rate"} \
+    ${weight_decay:+--weight_decay "$weight_decay"} \
+    ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
+    ${warmup_steps:+--warmup_steps "$warmup_steps"} \
+    ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
+    ${use_ema:+--use_ema "$use_ema"} \
+    ${USE_AMP:+--bf16 "$USE_AMP"} \
+    ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
+    ${recompute:+--recompute "$recompute"} \
+    ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
     "$@"

@@ -6,7 +6,7 @@ A flag that is not given is None: then the config's JSON decides, then the defau
 import argparse
 import math
 
-from training.config import LR_SCHEDULES, load_config, override_training
+from training.config import LR_SCHEDULES, load_config, override
 
 
 def str2bool(text):
@@ -60,6 +60,31 @@ def _add_model_flags(parser):
     )
 
 
+def _add_objective_flags(parser):
+    group = parser.add_argument_group(
+        "interpolant transport (SiT); they win over the config's `objective` section",
+    )
+    for name, words in (
+        ("path_type", "path from noise to data: Linear, GVP or VP [Linear]"),
+        ("prediction", "what the network predicts: velocity, noise or score [velocity]"),
+        ("loss_weight", "velocity, likelihood or None [None]"),
+    ):
+        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", help=words)
+    for name, words in (("train_eps", "in training"), ("sample_eps", "in sampling")):
+        flags = (f"--{name}", f"--{name.replace('_', '-')}")
+        group.add_argument(*flags, type=float, help=f"distance to the ends of the time interval {words} [by path]")
+
+
+def _add_start_flags(parser):
+    parser.add_argument(
+        "--pretrained_model_path",
+        type=_none_or_str,
+        metavar="PATH",
+        help="start a new run from these weights: a checkpoint (its averages), a .pdparams or an official .pt; a label "
+        "table for other classes starts anew",
+    )
+
+
 def _add_preview_flags(parser):
     group = parser.add_argument_group("preview images")
     group.add_argument(
@@ -79,11 +104,25 @@ def _add_preview_flags(parser):
     group.add_argument("--cfg_scale", type=float, default=4.0, help="guidance scale of a preview [4.0]")
 
 
+# Flags of TrainingArguments itself that have an effect in our Trainer.
+PASSED_ON = (
+    "amp_master_grad",
+    "amp_custom_black_list",
+    "amp_custom_white_list",
+    "scale_loss",
+    "sharding_parallel_config",
+    "ddp_find_unused_parameters",
+    "to_static",
+)
+
+
 def trainer_parser():
     """Flags of `train_image_generation_trainer.py`: those of PaddleMIX's example and of PaddleNLP that it uses."""
     parser = argparse.ArgumentParser(
         description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
-        epilog="Any other flag of paddlenlp.trainer.TrainingArguments is accepted too and passed on. On several GPUs: "
+        epilog="Passed on to paddlenlp.trainer.TrainingArguments: "
+        + ", ".join(f"--{name}" for name in PASSED_ON)
+        + ". On several GPUs: "
         "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ...",
         allow_abbrev=False,
     )
@@ -109,11 +148,15 @@ def trainer_parser():
         help="a checkpoint folder of either loop, a run's folder, an official train.py .pt, or auto; None: the newest "
         "in output_dir if there is one",
     )
+    _add_start_flags(parser)
     parser.add_argument("--seed", type=int, help="seed of weights, data order and noise [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
     group = parser.add_argument_group("batches")
     group.add_argument(
-        "--per_device_train_batch_size", type=int, default=8, metavar="N", help="micro-batch a device [8]"
+        "--per_device_train_batch_size",
+        type=int,
+        metavar="N",
+        help="micro-batch a device [the config's global_batch_size over devices and micro-batches]",
     )
     group.add_argument("--num_train_epochs", type=float, metavar="E", help="epochs, if max_steps is -1 [1400]")
     group.add_argument(
@@ -121,6 +164,7 @@ def trainer_parser():
     )
     _add_optimizer_flags(parser)
     _add_model_flags(parser)
+    _add_objective_flags(parser)
     group = parser.add_argument_group("logs and checkpoints")
     group.add_argument("--logging_dir", help="VisualDL log [output_dir/tb_log]")
     group.add_argument("--logging_steps", type=int, default=50, metavar="N", help="steps between reports [50]")
@@ -131,7 +175,10 @@ def trainer_parser():
     group = parser.add_argument_group("parallel degrees")
     group.add_argument("--dp_degree", type=int, metavar="N", help="data parallel; follows from the others [all ranks]")
     group.add_argument("--sharding", default="", help="stage1: optimizer state split over the sharding ranks ['']")
-    for name in ("sharding", "tensor", "pipeline", "sep"):
+    group.add_argument(
+        "--sharding_parallel_degree", type=int, metavar="N", help="sharding ranks [all with --sharding, else 1]"
+    )
+    for name in ("tensor", "pipeline", "sep"):
         group.add_argument(f"--{name}_parallel_degree", type=int, default=1, metavar="N", help=f"{name} parallel [1]")
     return parser
 
@@ -161,6 +208,7 @@ def notrainer_parser():
         help="a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest "
         "checkpoint of this config in results_dir, if there is one",
     )
+    _add_start_flags(parser)
     parser.add_argument("--global_seed", type=int, help="seed of weights, data order and noise [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
     group = parser.add_argument_group("batches")
@@ -169,6 +217,7 @@ def notrainer_parser():
     group.add_argument("--num_workers", type=int, default=1, metavar="N", help="loader processes a device [1]")
     _add_optimizer_flags(parser)
     _add_model_flags(parser)
+    _add_objective_flags(parser)
     group = parser.add_argument_group("logs and checkpoints")
     group.add_argument("--log_every", type=int, default=50, metavar="N", help="steps between reports [50]")
     group.add_argument("--ckpt_every", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
@@ -210,7 +259,10 @@ def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
         epochs=epochs,
         seed=seed,
     )
-    return override_training(load_config(args.config_file), given)
+    objective = {
+        name: getattr(args, name) for name in ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
+    }
+    return override(load_config(args.config_file), given, objective)
 
 
 def check_positive(args, *names):

@@ -22,6 +22,7 @@ import numpy as np
 import paddle
 
 from models.weights import check_state, official_to_paddle, safe_load
+from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import read_json, resolve_config, write_json
 from training.optimizer import master_weights, optimizer_state, set_optimizer_state
 
@@ -39,14 +40,14 @@ class Checkpoint:
     config: dict | None
     model: dict
     ema: dict | None
-    optimizer: dict | None
+    optimizer: dict
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
 
 
 def is_checkpoint(folder):
-    """Whether `folder` is a complete training checkpoint."""
-    return all(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, MODEL, STATE))
+    """Whether `folder` is a training checkpoint that can be resumed, not only sampled."""
+    return is_training_checkpoint(folder) and os.path.isfile(os.path.join(folder, STATE))
 
 
 def list_checkpoints(folder):
@@ -114,7 +115,7 @@ class Shares:
         }
         self.names = {name for name, owner in self._owner.items() if owner == self._rank}
 
-    def whole(self, tensors, reference):
+    def whole(self, tensors, reference, *, everywhere=False):
         """`{name: float32 array}` of every parameter, of a dict that holds this rank's share of them.
 
         With sharding a collective: every rank calls it; each tensor is sent by its owner.
@@ -122,16 +123,21 @@ class Shares:
         Args:
             tensors: by parameter name.
             reference: `{name: tensor}` of all parameters; gives the shapes of those that other ranks hold.
+            everywhere: return them on every rank; else the others than rank 0 get an empty dict, and copy nothing.
         """
-        if self.names is None:
-            return {name: tensors[name].astype("float32").numpy() for name in reference if name in tensors}
+        wanted = everywhere or paddle.distributed.get_rank() == 0
         result = {}
         for name, like in reference.items():
-            own = self._owner[name] == self._rank
-            value = tensors[name].astype("float32") if own else paddle.zeros(like.shape, dtype="float32")
-            value = value.clone()
-            paddle.distributed.broadcast(value, src=self._ranks[self._owner[name]], group=self.group)
-            result[name] = value.numpy()
+            if self.names is not None:
+                own = self._owner[name] == self._rank
+                value = tensors[name].astype("float32").clone() if own else paddle.zeros(like.shape, dtype="float32")
+                paddle.distributed.broadcast(value, src=self._ranks[self._owner[name]], group=self.group)
+            elif name in tensors:
+                value = tensors[name]
+            else:
+                continue
+            if wanted:
+                result[name] = value.astype("float32").numpy()
         return result
 
 
@@ -247,14 +253,19 @@ def load_checkpoint(path):
         file = os.path.join(folder, name)
         return safe_load(file) if os.path.isfile(file) else None
 
+    state = os.path.join(folder, STATE)
+    progress = read_json(state)
+    if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
+        raise ValueError(f"{state}: not the state of a training run: it has no global_step")
+
     return Checkpoint(
         source=folder,
         config=resolve_config(read_json(os.path.join(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=safe_load(os.path.join(folder, MODEL)),
         ema=optional(EMA_STATE),
-        optimizer=optional(OPTIMIZER),
+        optimizer=safe_load(os.path.join(folder, OPTIMIZER)),
         objective=optional(OBJECTIVE) or {},
-        progress=read_json(os.path.join(folder, STATE)),
+        progress=progress,
     )
 
 
@@ -263,24 +274,13 @@ def _load_official(path):
     raw = safe_load(path)
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
-            f"{path}: not a training checkpoint: the official layout has 'model', 'ema', 'opt'; weights alone can't be "
-            "resumed (convert them with tools/convert_official_weights.py)"
+            f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
+            "weights alone use --pretrained_model_path"
         )
-    names = list(raw["model"])
-    group = raw["opt"]["param_groups"][0]
-    beta1, beta2 = group["betas"]
-    moments, step = {}, 0
-    for index, entry in raw["opt"]["state"].items():
-        step = int(np.asarray(entry["step"]).reshape(-1)[0])
-        turned = official_to_paddle({names[index]: np.asarray(entry["exp_avg"])})[names[index]]
-        squared = official_to_paddle({names[index]: np.asarray(entry["exp_avg_sq"])})[names[index]]
-        # Paddle keeps beta^(n + 1) after n steps.
-        moments[names[index]] = {
-            "moment1": turned,
-            "moment2": squared,
-            "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
-            "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
-        }
+    try:
+        moments, step = _official_moments(raw)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({error!r})") from None
     return Checkpoint(
         source=path,
         config=None,
@@ -289,6 +289,23 @@ def _load_official(path):
         optimizer=moments,
         progress={"global_step": step},
     )
+
+
+def _official_moments(raw):
+    names = list(raw["model"])
+    beta1, beta2 = raw["opt"]["param_groups"][0]["betas"]
+    moments, step = {}, 0
+    for index, entry in raw["opt"]["state"].items():
+        name = names[index]
+        step = int(np.asarray(entry["step"]).reshape(-1)[0])
+        moments[name] = {
+            "moment1": official_to_paddle({name: np.asarray(entry["exp_avg"])})[name],
+            "moment2": official_to_paddle({name: np.asarray(entry["exp_avg_sq"])})[name],
+            # Paddle keeps beta^(n + 1) after n steps.
+            "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
+            "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
+        }
+    return moments, step
 
 
 def open_experiment(resume, results_dir, config_file, config):
@@ -302,31 +319,39 @@ def open_experiment(resume, results_dir, config_file, config):
         config_file: its name without `.json` names the experiment.
     """
     name = os.path.splitext(os.path.basename(config_file))[0]
-    path = latest_checkpoint(results_dir, name) if resume == "auto" else resume
-    checkpoint = open_checkpoint(path, config) if path else None
-    answer = [None]
-    if paddle.distributed.get_rank() == 0:
-        folder = None
+    path = _of_rank_0(lambda: latest_checkpoint(results_dir, name)) if resume == "auto" else resume
+    try:
+        checkpoint = open_checkpoint(path, config) if path else None
+    except ValueError as error:
+        raise ValueError(f"{error}" + ("; to start anew: --resume None" if resume == "auto" else "")) from None
+
+    def folder():
         for _, experiment in list_experiments(results_dir, name):
             newest = latest_checkpoint(experiment)
             if checkpoint is not None and newest and os.path.samefile(newest, checkpoint.source):
-                folder = experiment
-        if folder is None:
-            index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
-            folder = os.path.join(results_dir, f"{index:03d}-{name}")
-            os.makedirs(folder)
-        answer = [folder]
+                return experiment
+        index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
+        path = os.path.join(results_dir, f"{index:03d}-{name}")
+        os.makedirs(path)
+        return path
+
+    return checkpoint, _of_rank_0(folder)
+
+
+def _of_rank_0(decide):
+    """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently."""
+    answer = [decide() if paddle.distributed.get_rank() == 0 else None]
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.broadcast_object_list(answer, src=0)
-    return checkpoint, answer[0]
+    return answer[0]
 
 
 def open_output_dir(output_dir, config, *, resume, overwrite):
     """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
 
     Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
-    With `overwrite` the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces
-    or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
+    With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
+    of the run it replaces or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
     Raises:
         ValueError: the folder holds another run.
@@ -334,17 +359,15 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
     else:
-        path = None if overwrite else latest_checkpoint(output_dir)
+        anew = overwrite and resume != "auto"
+        path = None if anew else _of_rank_0(lambda: latest_checkpoint(output_dir))
         try:
             checkpoint = open_checkpoint(path, config) if path else None
         except ValueError as error:
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
-    if paddle.distributed.get_rank() == 0:
-        _put_aside(output_dir, checkpoint, overwrite)
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.barrier()
+    _of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 
@@ -381,10 +404,11 @@ def open_checkpoint(path, config):
     """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
     checkpoint = load_checkpoint(path)
     check_same_model(checkpoint, config)
-    checkpoint.progress.setdefault("global_step", 0)
     checkpoint.progress.setdefault(
         "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]
     )
+    if config["training"]["use_ema"] and checkpoint.ema is None and paddle.distributed.get_rank() == 0:
+        print(f"note: {checkpoint.source} has no averages: the EMA starts from its weights", flush=True)
     return checkpoint
 
 
@@ -398,6 +422,32 @@ def check_same_model(checkpoint, config):
         if different:
             listed = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
             raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
+
+
+@paddle.no_grad()
+def load_pretrained(path, model, ema=None):
+    """Starts a run from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
+
+    A label table for another number of classes is left as it was initialised; everything else must fit.
+
+    Returns:
+        A sentence to print.
+
+    Raises:
+        ValueError: unreadable, or weights of another architecture.
+    """
+    state, source = read_weights(path)
+    parameters = dict(model.named_parameters())
+    table = "y_embedder.embedding_table.weight"
+    kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
+    if kept:
+        state[table] = parameters[table].numpy()
+    check_state(state, {name: parameter.shape for name, parameter in parameters.items()}, source=source)
+    for name, parameter in parameters.items():
+        parameter.set_value(paddle.to_tensor(state[name]).astype(parameter.dtype))
+    if ema is not None:
+        ema.set_state_dict(state)
+    return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "")
 
 
 @paddle.no_grad()
@@ -422,8 +472,8 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
 
     Call it after the model has its weights and the optimizer its wrappers.
     """
-    if checkpoint.optimizer is not None:
-        set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer).names)
+    names = Shares(model, optimizer).names
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, names, weights=checkpoint.model)
     progress = checkpoint.progress
     lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler_state = progress.get("scaler") or {}
@@ -433,3 +483,5 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
         objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})
     if "random" in progress:
         _set_random_state(progress["random"])
+    # Three times the model's size, on every rank: not needed any more.
+    checkpoint.model, checkpoint.ema, checkpoint.optimizer, checkpoint.objective = {}, None, {}, {}

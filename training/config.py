@@ -51,6 +51,10 @@ def _choice(default, *values):
     return Key(default, lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values))
 
 
+def _or_null(key):
+    return Key(None, lambda v: v is None or key.check(v), key.expected + ", or null")
+
+
 DIT_KEYS = {
     "sample_size": _positive_int(),
     "patch_size": _positive_int(),
@@ -63,7 +67,9 @@ DIT_KEYS = {
     "class_dropout_prob": _probability(0.1),
     "learn_sigma": _bool(True),
 }
-MODEL_KEYS = {"DiT": DIT_KEYS}
+MODEL_KEYS = {"DiT": DIT_KEYS, "SiT": DIT_KEYS}
+# Names of the official code, which PaddleMIX's SiT configs use.
+ALIASES = {"input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads"}
 
 OBJECTIVE_KEYS = {
     "diffusion": {
@@ -75,8 +81,20 @@ OBJECTIVE_KEYS = {
         "rescale_learned_sigmas": _bool(False),
         "timestep_sampler": _choice("uniform", "uniform", "loss-second-moment"),
     },
+    "transport": {
+        "path_type": _choice("Linear", "Linear", "GVP", "VP"),
+        "prediction": _choice("velocity", "velocity", "noise", "score"),
+        "loss_weight": _or_null(_choice(None, "velocity", "likelihood")),
+        "train_eps": _or_null(_probability(None)),
+        "sample_eps": _or_null(_probability(None)),
+        # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
+        "timestep_sampling": _choice("uniform", "uniform", "logit-normal"),
+        "logit_mean": Key(0.0, _is_number, "a number"),
+        "logit_std": _positive(1.0),
+        "cosine_loss": _bool(False),
+    },
 }
-DEFAULT_OBJECTIVE = {"DiT": "diffusion"}
+DEFAULT_OBJECTIVE = {"DiT": "diffusion", "SiT": "transport"}
 
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 TRAINING_KEYS = {
@@ -143,6 +161,27 @@ def _typed_section(tables, given, default_type, where, what):
     return {"type": kind, **_section(tables[kind], given, where)}
 
 
+def _official_names(model, where):
+    """The model section with the official code's names turned into ours: input_size, depth, num_heads, hidden_size."""
+    if not isinstance(model, dict):
+        return model
+    for name in ALIASES:
+        if name in model and ALIASES[name] in model:
+            raise ValueError(f"{where}: {name} and {ALIASES[name]} are the same; give one")
+    renamed = {ALIASES.get(name, name): value for name, value in model.items()}
+    if "hidden_size" in renamed:
+        width, heads = renamed.pop("hidden_size"), renamed.get("num_attention_heads")
+        if "attention_head_dim" in renamed:
+            raise ValueError(f"{where}: hidden_size and attention_head_dim say the same; give one")
+        if not (_is_int(width) and _is_int(heads) and heads > 0 and width > 0 and width % heads == 0):
+            raise ValueError(
+                f"{where}: hidden_size must be a multiple of num_attention_heads {json.dumps(heads)}, "
+                f"got {json.dumps(width)}"
+            )
+        renamed["attention_head_dim"] = width // heads
+    return renamed
+
+
 def _type_from_file_name(path):
     name = os.path.basename(path)
     for kind in sorted(MODEL_KEYS, key=len, reverse=True):
@@ -174,7 +213,9 @@ def resolve_config(raw, *, source="config", file_name=""):
             raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
     if "model" not in raw:
         raise ValueError(f"{source}: the section 'model' is missing")
-    model = _typed_section(MODEL_KEYS, raw["model"], "DiT", f"{source}: model", "model")
+    model = _typed_section(
+        MODEL_KEYS, _official_names(raw["model"], f"{source}: model"), "DiT", f"{source}: model", "model"
+    )
     objective = _typed_section(
         OBJECTIVE_KEYS, raw.get("objective", {}), DEFAULT_OBJECTIVE[model["type"]], f"{source}: objective", "objective"
     )
@@ -216,10 +257,21 @@ def write_json(path, value):
         file.write("\n")
 
 
-def override_training(config, given, where="command line"):
-    """The config with the `training` values of the command line put over it; None means not given."""
-    training = dict(config["training"])
-    for name, value in given.items():
-        if value is not None:
-            training[name] = check_value(TRAINING_KEYS, name, value, where)
-    return {**config, "training": training}
+def override(config, training, objective, where="command line"):
+    """The config with values of the command line put over its sections; None means not given.
+
+    Raises:
+        ValueError: a wrong value, or an objective's setting that the config's objective does not have.
+    """
+    kind = config["objective"]["type"]
+    tables = {"training": (TRAINING_KEYS, training), "objective": (OBJECTIVE_KEYS[kind], objective)}
+    result = dict(config)
+    for section, (keys, given) in tables.items():
+        result[section] = dict(config[section])
+        for name, value in given.items():
+            if value is not None:
+                if name not in keys:
+                    raise ValueError(f"{where}: --{name} is no setting of the config's objective {kind!r}")
+                value = None if value == "None" else value
+                result[section][name] = check_value(keys, name, value, where)
+    return result

@@ -45,9 +45,13 @@ def _natural_key(name):
 
 def _load_npy(path):
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npy file (truncated?): {str(error).splitlines()[0]}") from None
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # whatever a broken file makes numpy say
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable .npy file (truncated?): {reason}") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: not a readable .npy file: it holds an archive of arrays")
+    return array
 
 
 class FeatureDataset:
@@ -221,8 +225,8 @@ class _Guarded:
     def __getitem__(self, index):
         try:
             return self.dataset[index]
-        except ValueError as error:
-            return error
+        except Exception as error:  # even a bug must not hang the loop
+            return error if isinstance(error, ValueError) else ValueError(f"sample {index}: {error!r}")
 
 
 class FeatureLoader:

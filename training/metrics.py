@@ -1,6 +1,7 @@
 """Losses and speeds of a run: to the console, to VisualDL, and as JSON lines. No host sync between two reports."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -17,6 +18,17 @@ def peak_memory_gib():
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def _open_metrics(path, first_step):
+    """Opens the file to append to, without the rows of steps that a resumed run is about to do again."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    file = open(path, "w", encoding="utf-8")
+    file.writelines(kept)
+    return file
 
 
 class TrainingLog:
@@ -44,13 +56,12 @@ class TrainingLog:
         self._start = time.perf_counter()
         self._paused = 0.0
         self._writer = self._file = self._bar = None
-        self.last_loss = None
         if rank == 0:
             from visualdl import LogWriter
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            self._file = open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+            self._file = _open_metrics(os.path.join(folder, "metrics.jsonl"), first_step)
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -66,28 +77,52 @@ class TrainingLog:
         self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
         self._micro_losses += 1
 
+    def will_report(self, step):
+        """Whether optimizer step `step` (1-based) is one to report: then the gradient norm is worth computing."""
+        return step % self.log_every == 0 or step == self.last_step
+
     def step_done(self, step):
         """Counts an optimizer step; returns whether it is one to report."""
         self._step = step
         if self._bar is not None:
             self._bar.update(1)
-        return step % self.log_every == 0 or step == self.last_step
-
-    def will_report(self, step):
-        """Whether optimizer step `step` (1-based) is one to report: then the gradient norm is worth computing."""
-        return step % self.log_every == 0 or step == self.last_step
+        return self.will_report(step)
 
     def pause(self, seconds):
         """Leaves `seconds` (a save, a preview) out of the speeds of the next report."""
         self._paused += seconds
 
-    def report(self, *, lr, grad_norm, epoch):
-        """Reports the mean over the steps since the last report and over all ranks. The one place that waits."""
+    def check_finite(self):
+        """The mean loss since the last report over all ranks; waits for the device. Call it before saving.
+
+        Raises:
+            ValueError: it is not a number: nothing that is saved from here on is of use.
+        """
+        if self._loss_sum is None:
+            return None
         mean = self._loss_sum / self._micro_losses
         if dist.get_world_size() > 1:
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
-        self.last_loss = loss = float(mean)
+        loss = float(mean)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} between steps {self._reported + 1} and {self._step}: training has diverged and "
+                "stops here, before this is saved; resume the last checkpoint with a lower learning rate, or with "
+                "gradient clipping (--max_grad_norm)"
+            )
+        return loss
+
+    def report(self, *, lr, grad_norm, epoch):
+        """Reports the mean over the steps since the last report and over all ranks. The one place that waits.
+
+        Args:
+            grad_norm: None where it is not known.
+
+        Raises:
+            ValueError: see `check_finite`.
+        """
+        loss = self.check_finite()
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported
         values = {
@@ -95,7 +130,7 @@ class TrainingLog:
             "epoch": epoch,
             "loss": loss,
             "learning_rate": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "samples_per_second": steps * self.global_batch_size / seconds,
             "steps_per_second": steps / seconds,
             "peak_memory_gib": peak_memory_gib(),
@@ -103,18 +138,20 @@ class TrainingLog:
         self._loss_sum, self._micro_losses = None, 0
         self._reported, self._start, self._paused = self._step, time.perf_counter(), 0.0
         if self._writer is not None:
-            self._write(values)
+            self._write(dict(values))
         return values
 
     def _write(self, values):
         for name, value in values.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(f"train/{name}", value, values["step"])
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        grad_norm = values["grad_norm"]
+        values["grad_norm"] = "n/a" if grad_norm is None else f"{grad_norm:.3f}"
         self.print(
             "(step={step:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {steps_per_second:.2f}, Samples/Sec: "
-            "{samples_per_second:.1f}, LR: {learning_rate:.3e}, Grad Norm: {grad_norm:.3f}, Epoch: {epoch:.2f}, "
+            "{samples_per_second:.1f}, LR: {learning_rate:.3e}, Grad Norm: {grad_norm}, Epoch: {epoch:.2f}, "
             "Memory: {peak_memory_gib:.2f} GiB".format(**values)
         )
 

@@ -10,7 +10,7 @@ def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0
     """Factor on the learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule `kind`.
 
     The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves,
-    polynomial of `power` to `lr_end`.
+    polynomial of `power` to `lr_end`. But `constant` has its warm-up too, if one is asked for.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)
@@ -108,10 +108,11 @@ def optimizer_state(optimizer, model, names=None):
 
 
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, names=None):
+def set_optimizer_state(optimizer, model, state, names=None, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned (arrays or tensors).
 
-    Master weights that the state lacks (it came from a float32 run) are made from the model's weights.
+    Args:
+        weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
 
     Raises:
         ValueError: a parameter or accumulator is missing or has another shape.
@@ -119,11 +120,12 @@ def set_optimizer_state(optimizer, model, state, names=None):
     current = optimizer_state(optimizer, model, names)
     for name, accumulators in current.items():
         for key, tensor in accumulators.items():
-            if key == "master_weight" and key not in state.get(name, {}):
-                continue
-            if key not in state.get(name, {}):
+            entry = state.get(name, {})
+            if key == "master_weight" and key not in entry and weights is not None:
+                entry = {key: weights[name]}
+            if key not in entry:
                 raise ValueError(f"the optimizer state has no {key} of {name}")
-            value = paddle.to_tensor(state[name][key]).astype("float32")
+            value = paddle.to_tensor(entry[key]).astype("float32")
             if value.size != tensor.size:
                 raise ValueError(f"the optimizer state's {key} of {name} has shape {value.shape}, not {tensor.shape}")
             paddle.assign(value.reshape(tensor.shape), output=tensor)

@@ -38,6 +38,10 @@ class Precision:
         """A loss scaler for float16; one that does nothing otherwise."""
         return paddle.amp.GradScaler(enable=self.dtype == "float16", init_loss_scaling=2.0**15)
 
+    def stepped(self, scaler):
+        """Whether the optimizer stepped: float16 skips a step whose gradients overflowed, and the schedule with it."""
+        return self.dtype != "float16" or not scaler._cache_found_inf
+
 
 def resolve_precision(dtype, level, *, device, compute_capability=None):
     """What can be done of what was asked for.

@@ -25,7 +25,8 @@ def ema_weights(model, ema, optimizer=None):
     averages = ema.state_dict()
     shares = Shares(model, optimizer)
     if shares.names is not None:
-        averages = {name: paddle.to_tensor(value) for name, value in shares.whole(averages, parameters).items()}
+        whole = shares.whole(averages, parameters, everywhere=True)
+        averages = {name: paddle.to_tensor(value) for name, value in whole.items()}
     try:
         _copy_into(parameters, averages)
         model.eval()
@@ -42,17 +43,26 @@ class Preview:
     Args:
         objective: from `objectives.build_objective`.
         config: the resolved config.
-        vae: folder or name of an `AutoencoderKL`; loaded here, on every rank that previews.
+        vae: folder or name of an `AutoencoderKL`; loaded at once, on rank 0, which draws.
         num_inference_steps: steps of the sampler.
         cfg_scale: guidance scale; 1 where the model has no null class.
         num_images: images in the grid.
+
+    Raises:
+        ValueError: no such autoencoder, one of other latents, or a number of steps that can't be.
     """
 
     def __init__(self, objective, config, *, vae, num_inference_steps=25, cfg_scale=4.0, num_images=8, seed=0):
-        from sampling.decoder import LatentDecoder
-
         model = config["model"]
-        self.decoder = LatentDecoder.from_pretrained(vae)
+        objective.check_num_steps(num_inference_steps)
+        self.decoder = None
+        if paddle.distributed.get_rank() == 0:
+            from sampling.decoder import LatentDecoder
+
+            self.decoder = LatentDecoder.from_pretrained(vae)
+            channels = self.decoder.vae.config.latent_channels
+            if channels != model["in_channels"]:
+                raise ValueError(f"VAE {vae}: has {channels} latent channels, the model {model['in_channels']}")
         self.objective = objective
         self.num_inference_steps = num_inference_steps
         self.cfg_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0

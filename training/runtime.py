@@ -36,13 +36,13 @@ def configure_runtime():
 
 
 def run_cli(main):
-    """Runs a command: a user's mistake (`ValueError`) becomes one line on stderr and exit code 2.
+    """Runs a command: a user's mistake (`ValueError`) or a file system's refusal is one line on stderr, exit code 2.
 
     `TRACEBACK=1` in the environment shows where it came from.
     """
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
@@ -55,6 +55,8 @@ def run_cli(main):
 
 def one_line(error):
     """The message of an error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the file system'}: {error.strerror}"
     return " ".join(str(error).split())
 
 
@@ -72,9 +74,7 @@ def resolve_device(requested):
         raise ValueError(
             "device gpu was asked for, but Paddle sees no GPU here; use --device cpu, or install paddlepaddle-gpu"
         )
-    if requested == "gpu":
-        requested = f"gpu:{int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0])}"
-    return requested
+    return requested  # "gpu" alone is the one that the launcher chose for this process
 
 
 def compute_capability(device):

@@ -16,7 +16,7 @@ from training.runtime import compute_capability
 
 
 def setup_precision(config, device):
-    """The `Precision` of a run, a note to print or None, and the config as it will really be computed."""
+    """The `Precision` of a run, and a note to print if the device computes otherwise than asked, else None."""
     training = config["training"]
     precision, note = resolve_precision(
         training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
@@ -52,6 +52,15 @@ def build_dataset(config, feature_path, resolution):
         sample_shape=(model["in_channels"], model["sample_size"], model["sample_size"]),
         num_classes=model["num_classes"],
     )
+
+
+def build_preview(objective, config, args, *, vae):
+    """The run's `Preview` by the flags of either loop, or None if `--image_logging_steps` is off."""
+    if args.image_logging_steps <= 0:
+        return None
+    from training.preview import Preview
+
+    return Preview(objective, config, vae=vae, num_inference_steps=args.num_inference_steps, cfg_scale=args.cfg_scale)
 
 
 def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):

@@ -173,10 +173,14 @@ class LatentDiffusionTrainer(Trainer):
             self.state.global_step = self.resumed.progress["global_step"]
 
     def before_optimizer(self):
-        """Gradients are whole here: their norm, if this step is reported."""
+        """Gradients are whole here: their norm, if this step is reported.
+
+        Not under float16 with sharding: there PaddleNLP reduces them only inside the scaler's step.
+        """
         self._grad_square = None
-        if self.log_writer.will_report(self.state.global_step + 1):
-            shares = ckpt.Shares(self.model, self.optimizer)
+        shares = ckpt.Shares(self.model, self.optimizer)
+        whole = shares.names is None or not self.do_grad_scaling
+        if whole and self.log_writer.will_report(self.state.global_step + 1):
             parameters = [
                 parameter
                 for name, parameter in self.model.named_parameters()
@@ -199,7 +203,8 @@ class LatentDiffusionTrainer(Trainer):
         step = self.state.global_step
         if self._last_done != step and self.log_writer.step_done(step):
             self.state.epoch = self.sampler.epoch(step)
-            self.log_writer.report(lr=self._lr, grad_norm=float(self._grad_square) ** 0.5, epoch=self.state.epoch)
+            grad_norm = None if self._grad_square is None else float(self._grad_square) ** 0.5
+            self.log_writer.report(lr=self._lr, grad_norm=grad_norm, epoch=self.state.epoch)
         if self._last_done != step and self.preview is not None and step % self.image_logging_steps == 0:
             log_preview(
                 self.preview,
@@ -219,6 +224,7 @@ class LatentDiffusionTrainer(Trainer):
 
     def _save_checkpoint(self, model, metrics=None):
         """Our checkpoint folder, `output_dir/checkpoint-N`; a collective."""
+        self.log_writer.check_finite()
         start = time.perf_counter()
         step = self.state.global_step
         path = os.path.join(self.args.output_dir, f"checkpoint-{step}")

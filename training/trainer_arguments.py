@@ -6,11 +6,13 @@ import os
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.utils.log import logger
 
+from training.arguments import PASSED_ON
+
 _DEGREES = ("tensor", "pipeline", "sep")
 
 
 def check_degrees(args, world_size):
-    """Checks the parallel degrees against the number of processes.
+    """Checks the parallel degrees against the number of processes, and fills in the sharding degree.
 
     Returns:
         A sentence to print if `dp_degree` says otherwise than what follows from the others, else None.
@@ -24,6 +26,8 @@ def check_degrees(args, world_size):
             raise ValueError(f"--{name}_parallel_degree must be 1, got {degree}: {name} parallelism is not supported")
     if args.sharding not in ("", "stage1"):
         raise ValueError(f"--sharding must be '' or stage1, got {args.sharding!r}")
+    if args.sharding_parallel_degree is None:
+        args.sharding_parallel_degree = world_size if args.sharding else 1
     sharding = args.sharding_parallel_degree
     if world_size % sharding:
         raise ValueError(f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched")
@@ -36,7 +40,7 @@ def check_degrees(args, world_size):
     return None
 
 
-def training_arguments(args, others, config, precision, *, max_steps):
+def training_arguments(args, others, config, precision, *, max_steps, batch_size):
     """PaddleNLP's arguments of a run.
 
     Args:
@@ -45,17 +49,25 @@ def training_arguments(args, others, config, precision, *, max_steps):
         config: the resolved config.
         precision: the resolved `Precision`; PaddleNLP is not asked for what the device can't do.
         max_steps: optimizer steps of the run.
+        batch_size: samples of a micro-batch on one device.
 
     Raises:
-        ValueError: a flag that nobody knows.
+        ValueError: a flag that is not in `PASSED_ON`.
     """
+    for word in others:
+        name = word.split("=")[0].removeprefix("--")
+        if word.startswith("--") and name not in PASSED_ON:
+            raise ValueError(
+                f"command line: unknown flag {word.split('=')[0]}; see --help (of PaddleNLP's own flags these have an "
+                f"effect here: {', '.join(PASSED_ON)})"
+            )
     logger.logger.setLevel(logging.WARNING)
     settings = config["training"]
     sharding = args.sharding or ("stage1" if args.sharding_parallel_degree > 1 else "")
     values = {
         "output_dir": args.output_dir,
         "do_train": True,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": settings["gradient_accumulation_steps"],
         "learning_rate": settings["learning_rate"],
         "weight_decay": settings["weight_decay"],

@@ -1,0 +1,10 @@
+#!/bin/sh
+# SiT-XL/2 at 256 px with the hand-written loop. Every variable here and in tools/launch_*.sh can be set from the
+# environment, further flags are passed on: max_steps=20 bash 3_run_train_sit_notrainer.sh --device cpu
+set -eu
+cd "$(dirname "$0")"
+
+config_file=${config_file:-config/SiT_XL_patch2.json}
+results_dir=${results_dir:-./output_notrainer/SiT_XL_patch2_notrainer}
+
+. tools/launch_notrainer.sh

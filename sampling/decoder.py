@@ -5,6 +5,9 @@ import os
 import numpy as np
 import paddle
 
+from models.weights import check_state, load_weights
+from sampling.folder import read_component
+
 
 def load_vae(name_or_path):
     """The `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub, in eval mode.
@@ -28,6 +31,24 @@ def load_vae(name_or_path):
     return vae
 
 
+def read_vae(folder):
+    """The `AutoencoderKL` of a folder that this project wrote, in eval mode, read without unpickling anything.
+
+    Raises:
+        ValueError: one line: another class, or weights that don't fit.
+    """
+    from ppdiffusers import AutoencoderKL
+
+    settings = read_component(os.path.join(folder, "config.json"), "AutoencoderKL", AutoencoderKL)
+    vae = AutoencoderKL(**settings)
+    path = os.path.join(folder, "model_state.pdparams")
+    state = load_weights(path)
+    check_state(state, {name: tuple(value.shape) for name, value in vae.state_dict().items()}, source=path)
+    vae.set_state_dict(state)
+    vae.eval()
+    return vae
+
+
 class LatentDecoder:
     """Latents, as networks see them, to images.
 
@@ -46,12 +67,16 @@ class LatentDecoder:
         return cls(load_vae(name_or_path), batch_size)
 
     @paddle.no_grad()
-    def __call__(self, latents):
-        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`."""
+    def decode(self, latents):
+        """Latents `(N, C, h, w)` to float32 numpy `(N, H, W, 3)` in [0, 1]; what lies outside is cut off."""
         images = []
         for start in range(0, latents.shape[0], self.batch_size):
             batch = latents[start : start + self.batch_size] / self.vae.config.scaling_factor
             decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
             decoded = (decoded.astype("float32") / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1])
-            images.append((decoded * 255).round().astype("uint8").numpy())
+            images.append(decoded.numpy())
         return np.concatenate(images)
+
+    def __call__(self, latents):
+        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`."""
+        return (self.decode(latents) * 255).round().astype("uint8")

@@ -14,27 +14,14 @@ Where the stock classes differ from DiT, and what is done about it:
 * A learned variance is ignored by both schedulers: the pipeline cuts it off.
 """
 
-import json
-import os
-import shutil
-
 import numpy as np
-import paddle
 
-from models.embeddings import TimestepEmbedder
 from models.weights import check_state, expected_shapes
+from sampling.folder import check_id2label, check_output, write_components, write_folder
+from sampling.timestep_fit import fit_timestep_embedding, own_timestep_mlp
 
 NULL_CLASS = 1000  # of the stock DiTPipeline
-NUM_FREQUENCIES = 256
 SCHEDULERS = ("ddim", "dpm")
-TREE = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "transformer/model_state.pdparams",
-    "vae/config.json",
-    "vae/model_state.pdparams",
-)
 
 
 def make_scheduler(objective, name="ddim"):
@@ -51,7 +38,10 @@ def make_scheduler(objective, name="ddim"):
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
     if objective["type"] != "diffusion":
-        raise ValueError(f"the objective {objective['type']!r} has no scheduler in DiTPipeline; expected 'diffusion'")
+        raise ValueError(
+            f"the objective {objective['type']!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
+            "For a SiT: tools/convert_sit_to_ppdiffusers.py"
+        )
     steps = objective["diffusion_steps"]
     settings = {
         "num_train_timesteps": steps,
@@ -72,10 +62,10 @@ def make_scheduler(objective, name="ddim"):
 
 
 def transformer_config(model):
-    """Constructor keywords of the `Transformer2DModel` for a DiT's `model` section; ValueError where it can't be."""
+    """Constructor keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be."""
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
-    if model["type"] != "DiT":
-        raise ValueError(f"a model of type {model['type']!r} can't be a DiTPipeline; expected 'DiT'")
+    if model["type"] not in ("DiT", "SiT"):
+        raise ValueError(f"a model of type {model['type']!r} can't be a DiTPipeline; expected DiT or SiT")
     if model["num_classes"] > NULL_CLASS:
         raise ValueError(
             f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
@@ -118,7 +108,7 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
     check_state(state, expected_shapes(model), source=source)
     _check_pos_embed(model, state["pos_embed"], source)
 
-    mlp = timestep_embedding or {name: state[f"t_embedder.mlp.{name}"] for name in _TIMESTEP_MLP}
+    mlp = timestep_embedding or own_timestep_mlp(state)
     embedding = {
         "timestep_embedder.linear_1.weight": mlp["0.weight"],
         "timestep_embedder.linear_1.bias": mlp["0.bias"],
@@ -185,94 +175,6 @@ def _check_pos_embed(model, pos_embed, source):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The timestep embedding
-# ---------------------------------------------------------------------------------------------------------------------
-
-_TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
-# Numbers of sampling steps whose timesteps are fitted first, as far as the hidden width allows: the pipeline's default
-# is 50, the demo's 25.
-_STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
-
-
-def fit_timestep_embedding(state, scheduler):
-    """A timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
-
-    DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
-    has i/127 there and no setting for it. Only the integers 0..999 ever occur as t. So W1 and b1 are drawn at random
-    (a random-feature basis of D functions of t) and W2, b2 solved by least squares. A hidden width D of 1000 or more
-    gives every timestep to float32 rounding. A smaller one can't: there the timesteps that the scheduler visits in 25,
-    50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the others are approximated.
-
-    Args:
-        state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
-
-    Returns:
-        `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
-        sampling steps of those above at all of whose timesteps the embedding is right to 1e-4 of its largest entry;
-        `all_timesteps`, whether every timestep is; `max_error` and `kept_error`, the largest error at any timestep, in
-        that unit, with these weights and with DiT's own kept.
-    """
-    from ppdiffusers.models.embeddings import get_timestep_embedding
-
-    num_timesteps = scheduler.config.num_train_timesteps
-    t = paddle.arange(num_timesteps)
-    official = TimestepEmbedder.timestep_embedding(t, NUM_FREQUENCIES).numpy()  # (1000, 256)
-    stock = get_timestep_embedding(t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
-    own = {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
-    target = _timestep_mlp(official, own)  # (1000, D)
-    hidden_size = target.shape[1]
-
-    # Which timesteps must be right.
-    visited = {n: _timesteps(scheduler, n) for n in _STEPS_FIRST if n <= num_timesteps}
-    first = np.zeros(num_timesteps, bool)
-    for steps in visited.values():
-        more = first.copy()
-        more[steps] = True
-        if more.sum() <= 0.95 * (hidden_size + 1):
-            first = more
-    weight = np.where(first, 1.0, 1e-5)[:, None]  # (1000, 1)
-
-    random = np.random.RandomState(0)
-    mlp = {
-        "0.weight": random.normal(0, 0.1, [NUM_FREQUENCIES, hidden_size]).astype("float32"),
-        "0.bias": random.normal(0, 1, [hidden_size]).astype("float32"),
-    }
-    basis = _silu(stock @ mlp["0.weight"] + mlp["0.bias"])
-    basis = np.concatenate([basis, np.ones([num_timesteps, 1])], axis=1)  # (1000, D + 1)
-    solution = np.linalg.lstsq(basis * weight, target * weight, rcond=1e-12)[0].astype("float32")
-    mlp["2.weight"], mlp["2.bias"] = solution[:-1], solution[-1]
-
-    unit = np.abs(target).max()
-    error = np.abs(_timestep_mlp(stock, mlp) - target).max(axis=1) / unit  # (1000,)
-    report = {
-        "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
-        "all_timesteps": bool(error.max() < 1e-4),
-        "max_error": float(error.max()),
-        "kept_error": float(np.abs(_timestep_mlp(stock, own) - target).max() / unit),
-    }
-    return mlp, report
-
-
-def _silu(x):
-    return x / (1 + np.exp(-x.astype("float64")))
-
-
-def _timestep_mlp(features, mlp):
-    hidden = _silu(features.astype("float64") @ mlp["0.weight"] + mlp["0.bias"])
-    return hidden @ mlp["2.weight"] + mlp["2.bias"]
-
-
-def _timesteps(scheduler, num_steps):
-    scheduler.set_timesteps(num_steps)
-    return scheduler.timesteps.numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def export_dit_pipeline(
     config,
     state,
@@ -311,11 +213,7 @@ def export_dit_pipeline(
         raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
     labels = check_id2label(id2label, model["num_classes"])
     check_output(output_dir, overwrite)
-    if vae.config.latent_channels != model["in_channels"]:
-        raise ValueError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the config's in_channels is "
-            f"{model['in_channels']}"
-        )
+    check_vae(vae, model["in_channels"])
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)
     mlp, report = fit_timestep_embedding(state, the_scheduler)
@@ -323,78 +221,33 @@ def export_dit_pipeline(
         model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
     )
 
-    folder, name = os.path.split(os.path.abspath(output_dir))
-    partial, old = os.path.join(folder, f".{name}.partial"), os.path.join(folder, f".{name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(partial, settings, weights, the_scheduler, vae, labels)
-        if os.path.isdir(output_dir):  # empty, or a pipeline that check_output allowed to replace
-            os.replace(output_dir, old)
-        os.replace(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    write_stock_folder(output_dir, settings, weights, the_scheduler, vae, labels, overwrite)
     return _notes(model, scheduler, timestep_embedding, report)
 
 
-def _write(folder, settings, weights, scheduler, vae, labels):
-    from ppdiffusers.version import VERSION
-
-    os.makedirs(os.path.join(folder, "transformer"))
-    _write_json(
-        os.path.join(folder, "transformer", "config.json"),
-        {"_class_name": "Transformer2DModel", "_ppdiffusers_version": VERSION, **settings},
-    )
-    tensors = {name: paddle.to_tensor(value, place=paddle.CPUPlace()) for name, value in weights.items()}
-    paddle.save(tensors, os.path.join(folder, "transformer", "model_state.pdparams"))
-    vae.save_pretrained(os.path.join(folder, "vae"), safe_serialization=False, to_diffusers=False)
-    scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-    _write_json(
-        os.path.join(folder, "model_index.json"),
-        {
-            "_class_name": "DiTPipeline",
-            "_ppdiffusers_version": VERSION,
-            "id2label": labels,
-            "scheduler": ["ppdiffusers", type(scheduler).__name__],
-            "transformer": ["ppdiffusers", "Transformer2DModel"],
-            "vae": ["ppdiffusers", "AutoencoderKL"],
-        },
-    )
+def check_vae(vae, in_channels):
+    """Raises ValueError unless the VAE decodes latents of that many channels."""
+    if vae.config.latent_channels != in_channels:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the network's in_channels is {in_channels}"
+        )
 
 
-def _write_json(path, value):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+def write_stock_folder(output_dir, settings, weights, scheduler, vae, labels, overwrite):
+    """The folder of a stock DiTPipeline with a `Transformer2DModel` of these keywords and weights."""
 
+    def write(folder):
+        write_components(
+            folder,
+            pipeline="DiTPipeline",
+            transformer=("ppdiffusers", "Transformer2DModel", settings),
+            weights=weights,
+            scheduler=("ppdiffusers", scheduler),
+            vae=vae,
+            labels=labels,
+        )
 
-def check_id2label(id2label, num_classes):
-    """`{"0": label, ...}` for classes 0..num_classes-1 in order; names by number for None; ValueError if one lacks."""
-    if id2label is None:
-        return {str(i): str(i) for i in range(num_classes)}
-    given = {str(key): value for key, value in id2label.items()}
-    missing = [str(i) for i in range(num_classes) if str(i) not in given]
-    extra = [key for key in given if key not in {str(i) for i in range(num_classes)}]
-    odd = [key for key, value in given.items() if not isinstance(value, str) or not value.strip()]
-    for names, what in ((missing, "no label for class"), (extra, "a label for class"), (odd, "no text for class")):
-        if names:
-            raise ValueError(f"id2label: {what} {', '.join(names[:5])}; expected one for each of 0..{num_classes - 1}")
-    return {str(i): given[str(i)] for i in range(num_classes)}
-
-
-def check_output(output_dir, overwrite=False):
-    """Raise ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
-    if os.path.isfile(output_dir):
-        raise ValueError(f"{output_dir}: is a file; expected a folder to write the pipeline to")
-    if not os.path.isdir(output_dir) or not os.listdir(output_dir):
-        return
-    if not overwrite:
-        raise ValueError(f"{output_dir}: is not empty; give another folder, or --overwrite to replace a pipeline")
-    for root, _, names in os.walk(output_dir):
-        for name in names:
-            path = os.path.relpath(os.path.join(root, name), output_dir)
-            if path not in TREE:
-                raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
+    write_folder(output_dir, write, overwrite)
 
 
 def _notes(model, scheduler, timestep_embedding, report):

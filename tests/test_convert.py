@@ -13,16 +13,21 @@ from conftest import GOLDEN, ROOT, command_environment, relative_error
 from diffusion import create_diffusion
 from models import build_model
 from models.weights import load_weights, official_to_paddle, safe_load
-from sampling.export import TREE, export_dit_pipeline, fit_timestep_embedding, make_scheduler, transformer_state
+from sampling.export import export_dit_pipeline, make_scheduler, transformer_state
+from sampling.folder import TREE
 from sampling.guidance import guided
+from sampling.timestep_fit import fit_timestep_embedding
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
+from tools.pipeline_converter import named_config
 from training.config import resolve_config
 
 SCRIPTS = [
     "tools/convert_official_weights.py",
     "tools/convert_dit_to_ppdiffusers.py",
+    "tools/convert_sit_to_ppdiffusers.py",
     "tools/extract_weights.py",
     "infer_demo_dit.py",
+    "infer_demo_sit.py",
 ]
 
 
@@ -435,17 +440,18 @@ class TestPipelineConverter:
             self.run("no-such-owner/no-such-vae", "--model_weights", checkpoint[0], "--checkpoint_path", tmp_path / "o")
         assert not (tmp_path / "o").exists()
 
+    @pytest.mark.parametrize("kind", ["DiT", "SiT"])
     @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
     @pytest.mark.parametrize("patch_size", [2, 4, 8])
-    def test_model_names_are_the_configs(self, size, patch_size):
-        named = convert_dit_to_ppdiffusers.named_config(f"DiT_{size}_{patch_size}", 256)
-        file = json.loads((ROOT / "config" / f"DiT_{size}_patch{patch_size}.json").read_text())
-        assert named["model"] == file["model"]
+    def test_model_names_are_the_configs(self, kind, size, patch_size):
+        named = named_config(kind, f"{kind}_{size}_{patch_size}", 256)
+        file = json.loads((ROOT / "config" / f"{kind}_{size}_patch{patch_size}.json").read_text())
+        assert named["model"] == file["model"] and named["objective"].items() >= file["objective"].items()
 
     @pytest.mark.parametrize("name", ["DiT_S_3", "DiT_XXL_2", "DiT-XL-2", "SiT_XL_2"])
     def test_unknown_model_names(self, name):
         with pytest.raises(ValueError, match=f"--model_name {name}: unknown; known: DiT_XL_2"):
-            convert_dit_to_ppdiffusers.named_config(name, 256)
+            named_config("DiT", name, 256)
 
 
 class TestExtractWeights:

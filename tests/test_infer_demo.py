@@ -14,6 +14,7 @@ from sampling.decoder import LatentDecoder
 from sampling.export import export_dit_pipeline
 from sampling.grid import make_grid
 from sampling.guidance import guided
+from tools import image_demo
 
 
 class TestGuidance:
@@ -80,7 +81,7 @@ class TestClasses:
 
     @pytest.mark.parametrize("text, expected", [("tench", 0), ("Tinca tinca", 0), ("tench, Tinca tinca", 0), ("3", 3)])
     def test_by_name_or_id(self, text, expected):
-        assert infer_demo_dit.find_class(text, self.LABELS, 5) == expected
+        assert image_demo.find_class(text, self.LABELS, 5) == expected
 
     @pytest.mark.parametrize(
         "text, message",
@@ -93,11 +94,11 @@ class TestClasses:
     )
     def test_mistakes(self, text, message):
         with pytest.raises(ValueError, match=f"--classes {text}: {message}"):
-            infer_demo_dit.find_class(text, self.LABELS, 5)
+            image_demo.find_class(text, self.LABELS, 5)
 
     def test_default(self):
-        assert infer_demo_dit.find_classes(None, self.LABELS, 5) == [2]
-        assert infer_demo_dit.find_classes(None, {}, 12) == list(range(10))
+        assert image_demo.find_classes(None, self.LABELS, 5) == [2]
+        assert image_demo.find_classes(None, {}, 12) == list(range(10))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ class TestDemo:
 
     def test_no_argument_takes_the_local_folder(self, tmp_path, capsys):
         config = make_config(num_classes=1000)
-        labels = json.loads(open(infer_demo_dit.IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
+        labels = json.loads(open(image_demo.IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
         export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "DiT_XL_2_256", id2label=labels)
         infer_demo_dit.main([])
         image = np.asarray(Image.open("result_DiT_golden_retriever.png"))

@@ -1,4 +1,4 @@
-"""Draw digits through an exported DiTPipeline folder and say how good they are.
+"""Draw digits through an exported DiTPipeline or SiTPipeline folder and say how good they are.
 
 Reports three figures and a grid with one row per class:
 - the accuracy of a classifier, trained on the real training digits, on real held-out digits;
@@ -16,24 +16,40 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools.image_folder import find_images, load_image  # noqa: E402
+from training.config import read_json  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
 
 
-def load_pipeline(folder: str):
-    """Stock ppdiffusers.DiTPipeline with DDIM from a local folder."""
-    if not os.path.isfile(os.path.join(folder, "model_index.json")):
-        raise ValueError(f"--pipeline {folder}: no model_index.json there; expected an exported DiTPipeline folder")
-    from ppdiffusers import DDIMScheduler, DiTPipeline
+def load_pipeline(folder: str, sampler: str | None = None):
+    """The pipeline of a local folder, and further arguments of its call.
+
+    A DiTPipeline folder is loaded by stock ppdiffusers, with DDIM; a SiTPipeline folder by this project, with `sampler`
+    "ode" (default) or "sde".
+    """
+    index = os.path.join(folder, "model_index.json")
+    if not os.path.isfile(index):
+        raise ValueError(f"--pipeline {folder}: no model_index.json there; expected an exported pipeline folder")
+    kind = read_json(index).get("_class_name")
+    if kind == "SiTPipeline":
+        from sampling import SiTPipeline
+
+        return SiTPipeline.from_pretrained(folder), {"sampler": sampler or "ode"}
+    if kind != "DiTPipeline":
+        raise ValueError(f"--pipeline {folder}: a {kind}; expected a DiTPipeline or a SiTPipeline")
+    if sampler is not None:
+        raise ValueError(f"--sampler {sampler} is for a SiTPipeline; {folder} is a DiTPipeline, sampled with DDIM")
+    from ppdiffusers import DDIMScheduler, DiTPipeline, EDMEulerScheduler
 
     pipeline = DiTPipeline.from_pretrained(folder)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
+    if not isinstance(pipeline.scheduler, EDMEulerScheduler):  # that one is a SiT's, and part of its export
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline, {}
 
 
-def draw(pipeline, labels, *, guidance_scale: float, num_inference_steps: int, seed: int, batch_size: int = 100):
-    """Samples for labels [N] as float32 [N, H, W, 3] in [0, 1]."""
+def draw(pipeline, labels, *, seed: int, batch_size: int = 100, **options):
+    """Samples for labels [N] as float32 [N, H, W, 3] in [0, 1]; options are arguments of the pipeline's call."""
     import numpy as np
     import paddle
 
@@ -45,10 +61,9 @@ def draw(pipeline, labels, *, guidance_scale: float, num_inference_steps: int, s
         images.append(
             pipeline(
                 class_labels=chunk,
-                guidance_scale=guidance_scale,
                 generator=generator,
-                num_inference_steps=num_inference_steps,
                 output_type="numpy",
+                **options,
             ).images
         )
     return np.concatenate(images)
@@ -123,7 +138,7 @@ def run(args) -> None:
     find_images(heldout_root)
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
-    pipeline = load_pipeline(args.pipeline)
+    pipeline, options = load_pipeline(args.pipeline, args.sampler)
 
     # Samples, class by class in turn, so that any batch holds every class.
     labels = np.arange(args.num_images) % num_classes
@@ -133,6 +148,7 @@ def run(args) -> None:
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
+        **options,
     )
     if args.grid:
         columns = min(10, args.num_images // num_classes)
@@ -145,7 +161,7 @@ def run(args) -> None:
     report = evaluate(samples, labels, train, heldout)
     report["settings"] = {
         key: getattr(args, key) for key in ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
-    }
+    } | options
     if args.report:
         os.makedirs(os.path.dirname(os.path.abspath(args.report)), exist_ok=True)
         with open(args.report, "w", encoding="utf-8") as file:
@@ -170,11 +186,12 @@ def run(args) -> None:
 
 def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="exported DiTPipeline folder")
+    parser.add_argument("--pipeline", required=True, help="exported DiTPipeline or SiTPipeline folder")
+    parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline (default ode)")
     parser.add_argument("--digits", required=True, help="folder that tools/prepare_digits.py wrote")
     parser.add_argument("--num_images", type=int, default=200, help="samples, evenly over the classes (default 200)")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance (default 2)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the sampler (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples' noise (default 0)")
     parser.add_argument("--grid", help="PNG to write, one row per class")
     parser.add_argument("--report", help="JSON to write")

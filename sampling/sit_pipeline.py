@@ -1,0 +1,335 @@
+"""`SiTPipeline`: class labels to images with a SiT, as `ppdiffusers.DiTPipeline` is for a DiT.
+
+Time runs from noise (`t = 0`) to data (`t = 1`).
+
+    from sampling import SiTPipeline
+
+    pipe = SiTPipeline.from_pretrained("SiT_XL_2_256")
+    images = pipe(pipe.get_label_ids(["golden retriever"]), sampler="sde", num_inference_steps=250).images
+"""
+
+import math
+import os
+
+import numpy as np
+import paddle
+from PIL import Image
+from ppdiffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from ppdiffusers.configuration_utils import register_to_config
+from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
+
+from models import SiT, build_model
+from models.weights import check_state, load_weights
+from sampling.decoder import LatentDecoder, read_vae
+from sampling.export import check_vae
+from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
+from sampling.guidance import guided
+from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
+
+# What model_index.json of a folder may name; nothing is imported by a name that stands in a file.
+COMPONENTS = {"scheduler": "TransportScheduler", "transformer": "SiT", "vae": "AutoencoderKL"}
+DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
+OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
+
+
+class TransportScheduler(SchedulerMixin, ConfigMixin):
+    """The transport that a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
+
+    Args: those of `transport.create_transport`, which also checks them.
+
+    Attributes:
+        transport: what `create_transport` made.
+    """
+
+    @register_to_config
+    def __init__(self, path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
+        self.transport = create_transport(path_type, prediction, loss_weight, train_eps, sample_eps)
+
+    @classmethod
+    def from_objective(cls, objective):
+        """From an `objective` section of type transport; what only training needs is left out."""
+        if objective["type"] != "transport":
+            raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
+        names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
+        return cls(**{name: objective[name] for name in names})
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Class-conditional image generation with a SiT.
+
+    Args:
+        transformer: a `models.SiT`.
+        vae: an `AutoencoderKL` of as many latent channels.
+        scheduler: a `TransportScheduler`.
+        id2label: `{class id: label}`; None names the classes by their numbers.
+
+    Raises:
+        ValueError: a VAE of other latent channels, or labels that are not those of the network's classes.
+    """
+
+    def __init__(self, transformer, vae, scheduler, id2label=None):
+        super().__init__()
+        check_vae(vae, transformer.in_channels)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.id2label = check_id2label(id2label, transformer.num_classes)
+        self.labels = {}  # one-name label: class id, sorted, as in DiTPipeline
+        for index, label in self.id2label.items():
+            self.labels.update({name.strip(): int(index) for name in label.split(",")})
+        self.labels = dict(sorted(self.labels.items()))
+        transformer.eval()
+        vae.eval()
+
+    @classmethod
+    def from_weights(cls, config, state, vae, id2label=None, *, source="weights"):
+        """The pipeline of a resolved config and `{name: array}` in the Paddle layout.
+
+        Raises:
+            ValueError: a config that is no SiT's, or weights that don't fit it; names `source`.
+        """
+        settings = config["model"]
+        if settings["type"] != "SiT":
+            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a SiT")
+        scheduler = TransportScheduler.from_objective(config["objective"])
+        return cls(_build(settings, state, source), vae, scheduler, id2label)
+
+    # -- The folder ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, overwrite=False):
+        """Writes model_index.json, scheduler/, transformer/ (float32) and vae/: the tree of a DiTPipeline folder.
+
+        Args:
+            save_directory: free, or with `overwrite` a pipeline folder and nothing else.
+        """
+
+        def write(folder):
+            write_components(
+                folder,
+                pipeline=type(self).__name__,
+                transformer=("models", "SiT", _settings(self.transformer)),
+                weights={
+                    name: value.astype("float32").numpy() for name, value in self.transformer.state_dict().items()
+                },
+                scheduler=("sampling.sit_pipeline", self.scheduler),
+                vae=self.vae,
+                labels=self.id2label,
+            )
+
+        write_folder(os.fspath(save_directory), write, overwrite)
+
+    @classmethod
+    def from_pretrained(cls, folder, paddle_dtype=None):
+        """The pipeline of a local folder. Nothing in it is executed, and no name in it is imported.
+
+        Args:
+            folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote.
+            paddle_dtype: of network and VAE; None for the files'.
+
+        Raises:
+            ValueError: one line: no such folder, another pipeline, an unknown class, or weights that don't fit.
+        """
+        folder = os.fspath(folder)
+        index_path = os.path.join(folder, "model_index.json")
+        index = read_json_object(index_path)
+        if index.get("_class_name") != cls.__name__:
+            raise ValueError(f"{index_path}: holds a {index.get('_class_name')!r}, expected {cls.__name__!r}")
+        for name, expected in COMPONENTS.items():
+            given = index.get(name)
+            if not isinstance(given, list) or len(given) != 2 or given[1] != expected:
+                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {expected}")
+
+        settings = read_component(os.path.join(folder, "transformer", "config.json"), "SiT", SiT)
+        weights = os.path.join(folder, "transformer", "model_state.pdparams")
+        transformer = _build({"type": "SiT", **settings}, load_weights(weights), weights)
+        keywords = read_component(
+            os.path.join(folder, "scheduler", "scheduler_config.json"), "TransportScheduler", TransportScheduler
+        )
+        vae = read_vae(os.path.join(folder, "vae"))
+        pipe = cls(transformer, vae, TransportScheduler(**keywords), index.get("id2label"))
+        return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
+
+    @property
+    def dtype(self):
+        """The network's dtype."""
+        return self.transformer.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self):
+        """Where the network is."""
+        return self.transformer.x_embedder.proj.weight.place
+
+    # -- Sampling -----------------------------------------------------------------------------------------------------
+
+    def get_label_ids(self, label):
+        """Class ids of one label or a list of them; one of a class's comma-separated names will do."""
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                known = ", ".join(list(self.labels)[:10]) + (", ..." if len(self.labels) > 10 else "")
+                raise ValueError(f"no class has the label {name!r}; known: {known}")
+        return [self.labels[name] for name in names]
+
+    @paddle.no_grad()
+    def __call__(
+        self,
+        class_labels,
+        guidance_scale=4.0,
+        guidance_interval=None,
+        guidance_channels=3,
+        sampler="ode",
+        method=None,
+        num_inference_steps=50,
+        generator=None,
+        output_type="pil",
+        return_dict=True,
+        *,
+        diffusion_form="sigma",
+        diffusion_norm=1.0,
+        last_step="Mean",
+        last_step_size=0.04,
+        atol=1e-6,
+        rtol=1e-3,
+    ):
+        """Draws one image for each class id.
+
+        Args:
+            class_labels: class ids, a list or one.
+            guidance_scale: of classifier-free guidance; 1 for none.
+            guidance_interval: `(lowest, highest)` times in [0, 1] between which guidance is on; None for all.
+            guidance_channels: how many leading latent channels are guided: 3 as in the official code, None for all as
+                in DiTPipeline.
+            sampler: "ode" or "sde".
+            method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`, which chooses its
+                steps itself by `atol` and `rtol`; of the SDE `Euler` (default) or `Heun`.
+            num_inference_steps: points of the time grid, both ends included: the official `num_steps`. An ODE method
+                makes one step less, each of as many network evaluations as the method has stages; the SDE makes its
+                last step besides.
+            generator: as in ppdiffusers, for the noise that sampling starts from and, with the SDE, that of its steps.
+                A list, one for each image, for the ODE only. On a CPU, Paddle has one generator for all:
+                `paddle.Generator().manual_seed(seed)` seeds it, so make the generator just before the call.
+            output_type: "pil"; "np" (or "numpy"), float32 `(N, H, W, 3)` in [0, 1]; or "latent", the tensor
+                `(N, C, h, w)` that the VAE would decode times its scaling factor.
+            return_dict: an `ImagePipelineOutput` with the attribute `images`, else the tuple `(images,)`.
+            diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see `transport.Sampler.sample_sde`;
+                the form's default is that of the official sample.py.
+            atol, rtol: tolerances of dopri5.
+
+        Raises:
+            ValueError: a value that is not accepted; the message names those that are.
+        """
+        y = self._check_labels(class_labels)
+        self._check_guidance(guidance_scale, guidance_interval, guidance_channels)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        if isinstance(generator, (list, tuple)):
+            if len(generator) not in (1, len(y)):
+                raise ValueError(f"{len(generator)} generators for {len(y)} images; give one, or one for each")
+            if len(generator) > 1 and sampler == "sde":
+                raise ValueError("a list of generators is for the ODE; the SDE takes one")
+            generator = generator[0] if len(generator) == 1 else generator
+        options = {"num_steps": num_inference_steps, "trajectory": False, "progress": self._shows_progress()}
+        if sampler == "ode":
+            options.update(atol=atol, rtol=rtol)
+        else:
+            options.update(
+                diffusion_form=diffusion_form,
+                diffusion_norm=diffusion_norm,
+                last_step=last_step,
+                last_step_size=last_step_size,
+            )
+        sample = self._sampler(sampler, method, options)
+
+        network = self.transformer
+        labels = paddle.to_tensor(y, dtype="int64")
+
+        def model(x, t, y):
+            return network(x, t, y).astype("float32")
+
+        denoiser = guided(
+            model,
+            labels,
+            guidance_scale,
+            channels=guidance_channels,
+            null_class=network.num_classes,
+            interval=guidance_interval,
+        )
+        shape = (len(y), network.in_channels, network.sample_size, network.sample_size)
+        noise = randn_tensor(shape, generator=generator, dtype="float32")
+        with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
+            latents = sample(noise, denoiser)[-1]
+
+        if output_type == "latent":
+            images = latents
+        else:
+            images = LatentDecoder(self.vae).decode(latents)
+            if output_type == "pil":
+                images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sampler(self, sampler, method, options):
+        if sampler not in DEFAULT_METHODS:
+            raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(DEFAULT_METHODS)}")
+        method = DEFAULT_METHODS[sampler] if method is None else method
+        methods = {"ode": ODE_METHODS, "sde": SDE_METHODS}[sampler]
+        if method not in methods:
+            raise ValueError(f"unknown method {method!r} of the sampler {sampler!r}; known: {', '.join(methods)}")
+        num_steps = options["num_steps"]
+        if type(num_steps) is not int or num_steps < 2:
+            raise ValueError(f"num_inference_steps {num_steps!r}: expected an integer of 2 or more (grid points)")
+        make = Sampler(self.scheduler.transport)
+        make = make.sample_ode if sampler == "ode" else make.sample_sde
+        return make(sampling_method=method, **options)
+
+    def _check_labels(self, class_labels):
+        labels = [int(label) for label in np.asarray(class_labels, dtype="int64").reshape(-1)]
+        count = self.transformer.num_classes
+        wrong = [label for label in labels if not 0 <= label < count]
+        if wrong:
+            raise ValueError(f"class_labels: there is no class {wrong[0]}; the classes are 0..{count - 1}")
+        if not labels:
+            raise ValueError("class_labels: expected at least one class id")
+        return labels
+
+    def _check_guidance(self, scale, interval, channels):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
+        if scale != 1 and self.transformer.class_dropout_prob == 0:
+            raise ValueError("this SiT was trained without a null class, can't be guided; use guidance_scale=1")
+        if channels is not None and (type(channels) is not int or channels < 1):
+            raise ValueError(f"guidance_channels {channels!r}: expected 3, another positive integer, or None for all")
+        if interval is not None:
+            numbers = list(interval) if isinstance(interval, (list, tuple)) else []
+            if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
+                raise ValueError(f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, 1]")
+
+    def _shows_progress(self):
+        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+
+
+def _build(settings, state, source):
+    try:
+        network = build_model(settings)
+    except TypeError as error:
+        raise ValueError(f"{source}: its config describes no SiT: {error}") from None
+    check_state(state, {name: tuple(value.shape) for name, value in network.named_parameters()}, source=source)
+    network.set_state_dict(state)
+    return network
+
+
+def _settings(network):
+    """Constructor keywords of a SiT, read off the network."""
+    hidden_size, width = network.blocks[0].mlp.fc1.weight.shape
+    mlp_ratio = width / hidden_size
+    if int(hidden_size * mlp_ratio) != width:  # the quotient was rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return {
+        "sample_size": network.sample_size,
+        "patch_size": network.patch_size,
+        "in_channels": network.in_channels,
+        "num_layers": len(network.blocks),
+        "num_attention_heads": network.num_heads,
+        "attention_head_dim": hidden_size // network.num_heads,
+        "mlp_ratio": mlp_ratio,
+        "num_classes": network.num_classes,
+        "class_dropout_prob": network.class_dropout_prob,
+        "learn_sigma": network.learn_sigma,
+    }

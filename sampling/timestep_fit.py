@@ -1,0 +1,135 @@
+"""The timestep MLP of an exported network: fitted to the features that the stock transformer feeds it.
+
+`Transformer2DModel` computes other sinusoidal features of a timestep than the official DiT (its 128 frequencies are
+spaced by 127, not 128), and a scheduler may count time in other units than the network. The embedding is a function of
+one number, so it is fitted anew: the first layer is drawn at random (a basis of D functions of that number, D the
+hidden width), the second solved by least squares.
+"""
+
+import numpy as np
+import paddle
+
+from models.embeddings import TimestepEmbedder
+
+NUM_FREQUENCIES = 256
+_TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
+# Numbers of sampling steps whose timesteps are fitted first, as far as the hidden width allows: the pipeline's default
+# is 50, the demo's 25.
+_STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
+
+
+def fit_timestep_embedding(state, scheduler):
+    """A timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
+
+    DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
+    has i/127 there and no setting for it. Only the integers 0..999 ever occur as t. So W1 and b1 are drawn at random
+    (a random-feature basis of D functions of t) and W2, b2 solved by least squares. A hidden width D of 1000 or more
+    gives every timestep to float32 rounding. A smaller one can't: there the timesteps that the scheduler visits in 25,
+    50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the others are approximated.
+
+    Args:
+        state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
+
+    Returns:
+        `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
+        sampling steps of those above at all of whose timesteps the embedding is right to 1e-4 of its largest entry;
+        `all_timesteps`, whether every timestep is; `max_error` and `kept_error`, the largest error at any timestep, in
+        that unit, with these weights and with DiT's own kept.
+    """
+    num_timesteps = scheduler.config.num_train_timesteps
+    t = paddle.arange(num_timesteps)
+    stock = _stock_features(t)  # (1000, 256)
+    own = own_timestep_mlp(state)
+    target = _timestep_mlp(_own_features(t), own)  # (1000, D)
+    hidden_size = target.shape[1]
+
+    # Which timesteps must be right.
+    visited = {n: _timesteps(scheduler, n) for n in _STEPS_FIRST if n <= num_timesteps}
+    first = np.zeros(num_timesteps, bool)
+    for steps in visited.values():
+        more = first.copy()
+        more[steps] = True
+        if more.sum() <= 0.95 * (hidden_size + 1):
+            first = more
+    weight = np.where(first, 1.0, 1e-5)[:, None]  # (1000, 1)
+
+    mlp = _solve(stock, target, weight, scale=0.1, rcond=1e-12)
+    unit = np.abs(target).max()
+    error = np.abs(_timestep_mlp(stock, mlp) - target).max(axis=1) / unit  # (1000,)
+    report = {
+        "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
+        "all_timesteps": bool(error.max() < 1e-4),
+        "max_error": float(error.max()),
+        "kept_error": float(np.abs(_timestep_mlp(stock, own) - target).max() / unit),
+    }
+    return mlp, report
+
+
+def fit_time_embedding(state, times, visited, others):
+    """A timestep MLP on the stock transformer's features that gives SiT's embedding of a time.
+
+    SiT's embedding is smooth on [0, 1]: a few dozen basis functions give all of it, to 1e-5 at width 64 and 1e-6 at
+    384, whatever number of steps the scheduler is asked for.
+
+    Args:
+        state: SiT's weights, Paddle layout.
+        times: `times(timesteps)`: float64 times in [0, 1] of the scheduler's timesteps, elementwise.
+        visited: timesteps `(M,)` that fill the range where the embedding matters.
+        others: timesteps that it need only not be far off at.
+
+    Returns:
+        `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `max_error` over `visited`, in
+        units of the embedding's largest entry.
+    """
+    timesteps = np.concatenate([visited, others]).astype("float32")
+    weight = np.repeat([1.0, 1e-3], [len(visited), len(others)])[:, None]  # (M, 1)
+    stock = _stock_features(paddle.to_tensor(timesteps))
+    t = paddle.to_tensor(times(timesteps).astype("float32"))
+    target = _timestep_mlp(_own_features(t), own_timestep_mlp(state))
+    mlp = _solve(stock, target, weight, scale=2.0, rcond=1e-10)
+    error = np.abs(_timestep_mlp(stock, mlp) - target)[: len(visited)].max()
+    return mlp, {"max_error": float(error / np.abs(target).max())}
+
+
+def own_timestep_mlp(state):
+    """The network's own timestep MLP by the names that the fits return."""
+    return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
+
+
+def _own_features(t):
+    return TimestepEmbedder.timestep_embedding(t, NUM_FREQUENCIES).numpy()
+
+
+def _stock_features(t):
+    from ppdiffusers.models.embeddings import get_timestep_embedding
+
+    return get_timestep_embedding(t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
+
+
+def _solve(features, target, weight, *, scale, rcond):
+    """The MLP whose first layer is random, of standard deviation `scale`, and whose second is the least-squares one."""
+    hidden_size = target.shape[1]
+    random = np.random.RandomState(0)
+    mlp = {
+        "0.weight": random.normal(0, scale, [NUM_FREQUENCIES, hidden_size]).astype("float32"),
+        "0.bias": random.normal(0, 1, [hidden_size]).astype("float32"),
+    }
+    basis = _silu(features @ mlp["0.weight"] + mlp["0.bias"])
+    basis = np.concatenate([basis, np.ones([len(basis), 1])], axis=1)  # (M, D + 1)
+    solution = np.linalg.lstsq(basis * weight, target * weight, rcond=rcond)[0].astype("float32")
+    mlp["2.weight"], mlp["2.bias"] = solution[:-1], solution[-1]
+    return mlp
+
+
+def _silu(x):
+    return x / (1 + np.exp(-x.astype("float64")))
+
+
+def _timestep_mlp(features, mlp):
+    hidden = _silu(features.astype("float64") @ mlp["0.weight"] + mlp["0.bias"])
+    return hidden @ mlp["2.weight"] + mlp["2.bias"]
+
+
+def _timesteps(scheduler, num_steps):
+    scheduler.set_timesteps(num_steps)
+    return scheduler.timesteps.numpy()

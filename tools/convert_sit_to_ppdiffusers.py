@@ -1,0 +1,74 @@
+"""Export a SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
+
+    python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_pipeline
+    python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_dit --stock
+
+--model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, or an official
+`.pt` / `.safetensors`. The network is described by --config_file, else by the checkpoint's config.json, else by
+--model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction).
+
+Both folders hold model_index.json (with id2label), scheduler/, transformer/ and vae/. SiTPipeline needs this project
+and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone and samples Euler steps of the
+ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools.pipeline_converter import add_flags, convert  # noqa: E402
+from training.runtime import run_cli  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(
+        parser,
+        "SiT",
+        model_weights="SiT-XL-2-256x256.pdparams",
+        checkpoint_path="SiT_XL_2_256/",
+        vae_model="stabilityai/sd-vae-ft-ema",
+    )
+    parser.add_argument("--stock", action="store_true", help="write a DiTPipeline folder for stock ppdiffusers")
+    args = parser.parse_args(argv)
+
+    def check(config):
+        if config["model"]["type"] != "SiT":
+            raise ValueError(f"this model is a {config['model']['type']}; use tools/convert_dit_to_ppdiffusers.py")
+        if args.stock:
+            from sampling.export import transformer_config
+            from sampling.export_sit import make_flow_scheduler
+
+            transformer_config(config["model"])
+            make_flow_scheduler(config["objective"])
+
+    def export(config, state, vae, labels, source):
+        if args.stock:
+            from sampling.export_sit import export_stock_sit
+
+            return export_stock_sit(
+                config,
+                state,
+                vae,
+                args.checkpoint_path,
+                id2label=labels,
+                overwrite=args.overwrite,
+                source=source,
+            )
+        from sampling import SiTPipeline
+
+        SiTPipeline.from_weights(config, state, vae, labels, source=source).save_pretrained(
+            args.checkpoint_path, overwrite=args.overwrite
+        )
+        return []
+
+    source = convert("SiT", args, check, export)
+    if source is not None:
+        loader = "ppdiffusers.DiTPipeline" if args.stock else "sampling.SiTPipeline"
+        print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")
+
+
+if __name__ == "__main__":
+    run_cli(main)

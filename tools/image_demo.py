@@ -1,0 +1,144 @@
+"""What the demo scripts share: classes by name or id, the common flags, and the way from a command line to a PNG."""
+
+import os
+import re
+
+from tools.pipeline_converter import IMAGENET_LABELS
+from training.runtime import configure_runtime, resolve_device
+
+DEFAULT_CLASS = "golden retriever"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes by name or id
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_class(text, labels, num_classes):
+    """The id of a class given by label (one of its comma-separated names will do) or by id.
+
+    Args:
+        labels: `{id: label}`, possibly empty.
+    """
+    found = [i for i, label in labels.items() if text == label]
+    found = found or [i for i, label in labels.items() if text in [name.strip() for name in label.split(",")]]
+    if len(found) > 1:
+        raise ValueError(f"--classes {text}: the name of several classes, give the id: {', '.join(map(str, found))}")
+    if found:
+        return found[0]
+    if re.fullmatch(r"\d+", text):
+        if int(text) < num_classes:
+            return int(text)
+        raise ValueError(f"--classes {text}: the classes are 0..{num_classes - 1}")
+    known = ", ".join(sorted(labels.values())[:10]) + (", ..." if len(labels) > 10 else "")
+    raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}" + known_names(known))
+
+
+def known_names(known):
+    return f" or a name such as {known}" if known else ""
+
+
+def find_classes(wanted, labels, num_classes):
+    """Ids of the classes asked for; by default the golden retriever, or the first ten where there is none."""
+    if wanted:
+        return [find_class(text, labels, num_classes) for text in wanted]
+    if any(DEFAULT_CLASS in label.split(", ") for label in labels.values()):
+        return [find_class(DEFAULT_CLASS, labels, num_classes)]
+    return list(range(min(num_classes, 10)))
+
+
+def read_labels(path):
+    """`{id: label}` of a JSON with or without the key "id2label"."""
+    from training.config import read_json
+
+    labels = read_json(path)
+    labels = labels.get("id2label", labels) if isinstance(labels, dict) else labels
+    if not isinstance(labels, dict) or not all(str(key).isdigit() for key in labels):
+        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
+    return {int(key): str(value) for key, value in labels.items()}
+
+
+def checkpoint_labels(path, num_classes):
+    """Labels for weights that come without: those of --id2label, ImageNet's for 1000 classes, else none."""
+    return read_labels(path or IMAGENET_LABELS) if path is not None or num_classes == 1000 else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser, kind, *, guidance_channels):
+    """The flags of both demos; kind is DiT or SiT, guidance_channels the default."""
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
+    )
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="[25]")
+    parser.add_argument("--guidance_scale", type=float, help="1 for none [4; 1 without a null class]")
+    parser.add_argument(
+        "--guidance_channels",
+        choices=("3", "all"),
+        default=guidance_channels,
+        help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
+        f"[{guidance_channels}]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--output", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="[float32]")
+    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
+
+
+def find_output(kind, path, labels, overwrite):
+    """The PNG to write: the one asked for, else a free one named after the class."""
+    if path is not None:
+        if os.path.exists(path) and not overwrite:
+            raise ValueError(f"--output {path}: exists already; give another name, or --overwrite")
+        return path
+    name = re.sub(r"[^\w-]+", "_", labels[0].split(",")[0]) if len(labels) == 1 else "grid"
+    stem, number = f"result_{kind}_{name}", 1
+    path = f"{stem}.png"
+    while os.path.exists(path):
+        number += 1
+        path = f"{stem}-{number}.png"
+    return path
+
+
+def make_generator(seed):
+    """A ppdiffusers generator; on a CPU that is Paddle's global one, seeded."""
+    import paddle
+
+    return paddle.Generator().manual_seed(seed)
+
+
+def draw(kind, args, sample, least_steps=1):
+    """Samples and saves, as the flags say; ValueError for whatever can't be.
+
+    Args:
+        kind: DiT or SiT.
+        args: with the flags of `add_flags`.
+        sample: `sample(args)` returns uint8 images `(N, H, W, 3)` (or PIL images) and the classes' labels.
+        least_steps: the least --num_inference_steps.
+    """
+    if args.num_inference_steps < least_steps:
+        raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {least_steps} or more")
+    if args.output is not None:
+        find_output(kind, args.output, [], args.overwrite)
+        if not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+            raise ValueError(f"--output {args.output}: there is no such folder")
+
+    configure_runtime()
+    import paddle
+
+    device = resolve_device(args.device)
+    paddle.set_device(device)
+    if device == "cpu" and args.dtype != "float32":
+        raise ValueError(f"--dtype {args.dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
+
+    from sampling.grid import make_grid
+
+    images, labels = sample(args)
+    path = find_output(kind, args.output, labels, args.overwrite)
+    make_grid(images, columns=min(len(images), 8)).save(path)
+    print(f"{', '.join(labels)}: {path}")

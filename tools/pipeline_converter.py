@@ -1,0 +1,129 @@
+"""What the converters to pipeline folders share: the network's config, the labels, flags, and the order of things."""
+
+import os
+
+from training.arguments import str2bool
+from training.runtime import configure_runtime
+
+# num_layers, num_attention_heads, attention_head_dim
+SIZES = {"XL": (28, 16, 72), "L": (24, 16, 64), "B": (12, 12, 64), "S": (12, 6, 64)}
+IMAGENET_LABELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ImageNet_id2label.json")
+
+
+def model_names(kind):
+    """What --model_name accepts for DiT or SiT."""
+    return [f"{kind}_{size}_{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
+
+
+def named_config(kind, model_name, image_size):
+    """The config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
+    if model_name not in model_names(kind):
+        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(model_names(kind))}")
+    _, size, patch_size = model_name.split("_")
+    if image_size < 1 or image_size % (8 * int(patch_size)):
+        raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
+    num_layers, heads, head_dim = SIZES[size]
+    from training.config import resolve_config
+
+    return resolve_config(
+        {
+            "type": kind,
+            "sample_size": image_size // 8,
+            "patch_size": int(patch_size),
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": head_dim,
+        }
+    )
+
+
+def find_config(kind, args):
+    """The resolved config of the network: --config_file, the checkpoint's own, or the one that --model_name names."""
+    from training.config import load_config
+
+    if args.config_file:
+        return load_config(args.config_file)
+    beside = os.path.join(args.model_weights, "config.json")
+    if os.path.isfile(beside):
+        return load_config(beside)
+    return named_config(kind, args.model_name, args.image_size)
+
+
+def find_labels(path, num_classes):
+    """`{id: label}` from --id2label, ImageNet's for 1000 classes, else None; and a sentence for the user, or None."""
+    from training.config import read_json
+
+    if path is None and num_classes != 1000:
+        return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
+    labels = read_json(path or IMAGENET_LABELS)
+    if isinstance(labels, dict) and isinstance(labels.get("id2label"), dict):
+        labels = labels["id2label"]
+    if not isinstance(labels, dict):
+        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
+    return labels, None
+
+
+def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
+    """The flags of both converters; kind is DiT or SiT, the others are defaults."""
+    parser.add_argument("--image_size", type=int, default=256, help="pixels, with --model_name [256]")
+    parser.add_argument("--model_name", default=f"{kind}_XL_2", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
+    parser.add_argument("--vae_model", default=vae_model, help=f"folder or hub name [{vae_model}]")
+    parser.add_argument("--model_weights", default=model_weights, help=f"[{model_weights}]")
+    parser.add_argument(
+        "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
+    )
+    parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
+    parser.add_argument("--config_file", help="JSON of the network, instead of --model_name")
+    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} [ImageNet\'s for 1000 classes]')
+    parser.add_argument(
+        "--weights_layout",
+        default="auto",
+        choices=("auto", "paddle", "torch"),
+        help="how the file stores Linear weights; auto goes by its ending [auto]",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
+
+
+def convert(kind, args, check, export):
+    """Reads, checks and writes a pipeline folder, as the flags say.
+
+    Args:
+        kind: DiT or SiT.
+        check: `check(config)` raises ValueError for a config that can't be exported.
+        export: `export(config, state, vae, labels, source)` writes the folder and returns sentences for the user.
+
+    Returns:
+        the file that the weights came from, or None if nothing was written (--save False).
+
+    Raises:
+        ValueError: whatever can't be done, in one line.
+    """
+    if not os.path.exists(args.model_weights):
+        raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
+    config = find_config(kind, args)
+    labels, note = find_labels(args.id2label, config["model"]["num_classes"])
+
+    configure_runtime()
+    from sampling.checkpoint import read_weights
+    from sampling.decoder import load_vae
+    from sampling.folder import check_id2label, check_output
+
+    # What can be refused is refused before anything is loaded or downloaded.
+    check(config)
+    check_id2label(labels, config["model"]["num_classes"])
+    if args.save:
+        check_output(args.checkpoint_path, args.overwrite)
+    print(f"reading {args.model_weights}", flush=True)
+    state, source = read_weights(args.model_weights, key=args.key, layout=args.weights_layout)
+    if not args.save:
+        from models.weights import check_state, expected_shapes
+
+        check_state(state, expected_shapes(config["model"]), source=source)
+        print(f"{source} fits; --save False: nothing was written")
+        return None
+    notes = export(config, state, load_vae(args.vae_model), labels, source)
+    for text in [note, *notes]:
+        if text:
+            print(f"note: {text}")
+    return source

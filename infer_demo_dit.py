@@ -45,6 +45,15 @@ def load_pipeline(name_or_path, dtype):
         ) from None
 
 
+def check_guidance(scale, has_null_class, path):
+    """The guidance scale asked for, or the default; `ValueError` if the network has no null class to guide with."""
+    if scale is None:
+        return 4.0 if has_null_class else 1.0
+    if scale != 1 and not has_null_class:
+        raise ValueError(f"{path}: trained without a null class, can't be guided; use --guidance_scale 1")
+    return scale
+
+
 def sample_pipeline(args):
     """uint8 images `(N, H, W, 3)` and the classes' labels, through a DiTPipeline."""
     from paddlenlp.trainer import set_seed
@@ -62,7 +71,9 @@ def sample_pipeline(args):
 
     labels = pipeline_labels(args.model_path, pipe) if args.id2label is None else read_labels(args.id2label)
     classes = find_classes(args.classes, labels, max(labels, default=999) + 1)
-    guidance_scale = 4.0 if args.guidance_scale is None else args.guidance_scale
+    table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    # The exporter fills the null class's row of a network that has none with NaN.
+    guidance_scale = check_guidance(args.guidance_scale, bool(table[-1].isfinite().all()), args.model_path)
     set_seed(42)
     if args.guidance_channels == "all":
         images = pipe(
@@ -134,12 +145,7 @@ def sample_checkpoint(args):
     settings, objective = config["model"], config["objective"]
     if settings["type"] != "DiT":
         raise ValueError(f"--model_path {args.model_path}: is a {settings['type']}; use infer_demo_sit.py for a SiT")
-    has_null_class = settings["class_dropout_prob"] > 0
-    guidance_scale = args.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = 4.0 if has_null_class else 1.0
-    if guidance_scale != 1 and not has_null_class:
-        raise ValueError(f"{args.model_path}: trained without a null class, can't be guided; use --guidance_scale 1")
+    guidance_scale = check_guidance(args.guidance_scale, settings["class_dropout_prob"] > 0, args.model_path)
 
     labels = checkpoint_labels(args.id2label, settings["num_classes"])
     classes = find_classes(args.classes, labels, settings["num_classes"])

@@ -222,3 +222,10 @@ class TestDemo:
         draw(*flags, "--output", "a.png")  # its default is no guidance
         with pytest.raises(ValueError, match="was trained without EMA"):
             draw(*flags, "--key", "ema")
+
+        export_dit_pipeline(config, state, make_vae(), tmp_path / "pipeline")
+        flags = ["--model_path", tmp_path / "pipeline", "--num_inference_steps", 2, "--classes", 1]
+        with pytest.raises(ValueError, match="trained without a null class, can't be guided"):
+            draw(*flags, "--guidance_scale", 4)
+        draw(*flags, "--output", "b.png")
+        assert np.asarray(Image.open("b.png")).std() > 0

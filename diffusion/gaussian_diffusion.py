@@ -16,7 +16,7 @@ import math
 import numpy as np
 import paddle
 
-from .utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
+from .diffusion_utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
 
 
 class ModelMeanType(enum.Enum):

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 
-from .utils import full_precision
+from .diffusion_utils import full_precision
 
 
 class ScheduleSampler:

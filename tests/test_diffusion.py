@@ -28,7 +28,7 @@ from diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from diffusion.utils import discretized_gaussian_log_likelihood
+from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
 from models import build_model
 from models.weights import load_weights, official_to_paddle
 

@@ -5,9 +5,6 @@ import math
 
 import paddle
 
-if not hasattr(paddle, "randn_like"):  # Paddle 2.6 has none
-    paddle.randn_like = lambda x: paddle.randn(x.shape, dtype=x.dtype)
-
 
 def full_precision(function):
     """The function's own operations are not autocast. It must not call the user's network."""

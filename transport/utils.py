@@ -5,9 +5,6 @@ import threading
 
 import paddle
 
-if not hasattr(paddle, "randn_like"):  # Paddle 2.6 has none
-    paddle.randn_like = lambda x: paddle.randn(x.shape, dtype=x.dtype)
-
 
 _shield = threading.local()
 

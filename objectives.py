@@ -147,28 +147,26 @@ class TransportObjective:
     def end_step(self):
         """Nothing here learns."""
 
-    def sample(self, denoiser, noise, *, num_steps=250, method="euler", sampler="ode", progress=False, **options):
+    def sample(self, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, **options):
         """Noise to latents by the path and prediction that are trained.
 
         Args:
             denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
             noise: `(N, C, H, W)`, standard normal.
             num_steps: grid points of the time interval, as in the official code: one more than the steps.
-            method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4`, `dopri5` (ODE); `Euler`, `Heun` (SDE).
+            method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`; of the SDE `Euler`
+                (default) or `Heun`.
             sampler: `ode` or `sde`.
             options: of `transport.Sampler.sample_ode` or `sample_sde`.
         """
-        if sampler not in ("ode", "sde"):
-            raise ValueError(f"unknown sampler {sampler!r}; known: ode, sde")
-        samplers = Sampler(self.transport)
-        make = samplers.sample_ode if sampler == "ode" else samplers.sample_sde
-        options.update(num_steps=num_steps, progress=progress, trajectory=False)
-        return make(sampling_method=method, **options)(noise, denoiser)[-1]
+        make = Sampler(self.transport).make
+        return make(sampler, method, num_steps=num_steps, progress=progress, trajectory=False, **options)(
+            noise, denoiser
+        )[-1]
 
     def check_num_steps(self, num_steps):
-        """Raises `ValueError` for a number of sampling steps that `sample` can't take."""
-        if num_steps < 2:
-            raise ValueError(f"the number of grid points must be 2 or more, got {num_steps}")
+        """Raises `ValueError` if `sample` can't take this number of points, or these settings can't be sampled."""
+        Sampler(self.transport).make("ode", num_steps=num_steps)
 
     def state_dict(self):
         """Empty: nothing here learns."""

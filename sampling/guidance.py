@@ -5,6 +5,7 @@ first three latent channels and leaves the others (and the learned variance) as 
 ppdiffusers guides all latent channels. The published DiT figures belong to the first.
 """
 
+import numpy as np
 import paddle
 
 from models.guidance import combine_guidance
@@ -40,4 +41,12 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
 
 
 def _inside(interval, t):
-    return interval is None or interval[0] <= float(t[0]) <= interval[1]  # one timestep for the whole batch
+    """Whether guidance is on at t `(N,)`, one time for the whole batch: both ends count, in t's own precision.
+
+    A time that says its `host_value` (those of `transport.Sampler`) is not read back from the device.
+    """
+    if interval is None:
+        return True
+    value = getattr(t, "host_value", None)
+    value = float(t[0]) if value is None else value
+    return np.float32(interval[0]) <= np.float32(value) <= np.float32(interval[1])

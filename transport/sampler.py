@@ -6,6 +6,7 @@ Time runs from noise (`t = 0`) to data (`t = 1`). Each method of `Sampler` check
 
 import collections
 import math
+import numbers
 
 import numpy as np
 import paddle
@@ -17,6 +18,7 @@ from .utils import at_least_float32, check_choice, check_number, expand_t_like_x
 
 ODE_METHODS = (*integrators.FIXED_STEP, "dopri5")
 SDE_METHODS = ("Euler", "Heun")
+DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
 # Where an SDE starts whose coefficient is infinite at t = 0: the official eps of the predictions that need one.
@@ -82,6 +84,12 @@ class Sampler:
 
         return sample
 
+    def make(self, sampler, method=None, **options):
+        """`sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest of each."""
+        check_choice("sampler", sampler, DEFAULT_METHODS)
+        method = DEFAULT_METHODS[sampler] if method is None else method
+        return {"ode": self.sample_ode, "sde": self.sample_sde}[sampler](sampling_method=method, **options)
+
     def sample_sde(
         self,
         *,
@@ -117,8 +125,9 @@ class Sampler:
         - `SBDM` with velocity prediction on Linear or GVP is infinite at t = 0, and the official result NaN: it starts
           at t = 0.001, as it does for noise and score.
         - `constant` crashes there; here it works.
-        - Without a last step, velocity prediction goes to t = 1, where the score is infinite: `Heun` does not correct
-          that last step (officially NaN on the Linear path). A last step of length 0 at t = 1 is none.
+        - Without a last step, velocity prediction goes to t = 1, where the score is infinite: on the Linear path, and
+          with `constant`, `Heun` does not correct that last step (officially NaN). On the GVP path it is corrected as
+          officially, by a score that only float32's cos(pi / 2) keeps finite. A last step of length 0 at t = 1 is none.
 
         Raises:
             ValueError: a setting that is not accepted; the message names those that are.
@@ -142,12 +151,14 @@ class Sampler:
         )
         if transport.path_type != PathType.VP and diffusion_form == "SBDM" and t0 == 0:
             t0 = _SINGULAR_START
-        self._check_eps()
+        if transport.path_type != PathType.VP or t1 == 1:
+            self._check_eps()
         if t0 >= t1:
             raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
         grid = _grid(t0, t1, num_steps)
         if t1 == 1:
             last_step = None
+        correct_last = t1 < 1 or (transport.path_type == PathType.GVP and diffusion_form != "constant")
 
         @full_precision
         def diffusion(t, x):
@@ -182,7 +193,7 @@ class Sampler:
             if sampling_method == "Euler":
                 steps = integrators.euler_maruyama(drift, diffusion, x, grid)
             else:
-                steps = integrators.heun_sde(drift, diffusion, x, grid, correct_last=t1 < 1)
+                steps = integrators.heun_sde(drift, diffusion, x, grid, correct_last=correct_last)
             steps = _with_progress(steps, num_steps, progress)
             next(steps)  # the noise itself is not among the states
             states = _collect(steps, trajectory)
@@ -282,7 +293,7 @@ def _divergence(velocity, x, signs):
 
 
 def _check_num_steps(num_steps):
-    if type(num_steps) is not int or num_steps < 2:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, numbers.Integral) or num_steps < 2:
         raise ValueError(f"num_steps={num_steps!r}: expected an integer, at least 2 (both ends count)")
 
 
@@ -291,8 +302,13 @@ def _grid(t0, t1, num_steps):
 
 
 def _times(t, x):
-    """The time t for each sample of x, `(N,)`: filled on the device, no copy from the host."""
-    return paddle.full([x.shape[0]], t, dtype=x.dtype)
+    """The time t for each sample of x, `(N,)`: filled on the device, no copy from the host.
+
+    Its attribute `host_value` is t, for a model that decides by the time and must not wait for the device.
+    """
+    times = paddle.full([x.shape[0]], t, dtype=x.dtype)
+    times.host_value = t
+    return times
 
 
 def _collect(states, trajectory):

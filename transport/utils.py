@@ -1,10 +1,10 @@
 """Precision, shapes and checks shared by paths, losses and samplers."""
 
 import functools
+import numbers
 import threading
 
 import paddle
-
 
 _shield = threading.local()
 
@@ -51,12 +51,12 @@ def expand_t_like_x(t, x):
 
 def check_choice(name, value, accepted):
     """Raises ValueError unless `value` is among `accepted`."""
-    if value not in accepted:
+    if not any(type(value) is type(choice) and value == choice for choice in accepted):
         known = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"unknown {name} {value!r}; accepted: {known}")
 
 
 def check_number(name, value, expected, accept):
     """Raises ValueError unless `value` is a number for which `accept(value)` holds; `expected` says it in words."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accept(value):
         raise ValueError(f"{name}={value!r}: expected {expected}")

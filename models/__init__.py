@@ -1,11 +1,23 @@
-"""Networks: `DiT`, `SiT`, and `build_model` which makes one from the `model` section of a config."""
+"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config."""
 
 from .dit import DiT
+from .embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
+from .large_dit import LargeDiT, LargeSiT
 from .sit import SiT
 
-MODELS = {"DiT": DiT, "SiT": SiT}
+MODELS = {"DiT": DiT, "SiT": SiT, "LargeDiT": LargeDiT, "LargeSiT": LargeSiT}
 
-__all__ = ["MODELS", "DiT", "SiT", "build_model"]
+__all__ = [
+    "MODELS",
+    "DiT",
+    "LabelEmbedder",
+    "LargeDiT",
+    "LargeSiT",
+    "SiT",
+    "TimestepEmbedder",
+    "build_model",
+    "get_2d_sincos_pos_embed",
+]
 
 
 def build_model(config, **overrides):

@@ -9,8 +9,8 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from .attention import Attention
+from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .guidance import combine_guidance
 
 
 def modulate(x, shift, scale):
@@ -52,20 +52,24 @@ class DiTBlock(nn.Layer):
 
 
 class FinalLayer(nn.Layer):
-    """Tokens `(N, T, D)` to patches `(N, T, p * p * out_channels)`, modulated by the conditioning `(N, D)`."""
+    """Tokens `(N, T, D)` to patches `(N, T, p * p * out_channels)`, modulated by the conditioning.
 
-    def __init__(self, hidden_size, patch_size, out_channels):
+    Args:
+        condition_size: width of the conditioning `(N, condition_size)`; None is the hidden width D.
+    """
+
+    def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()
         self.norm_final = _layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(condition_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).split(2, axis=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Layer):
+class DiT(LatentTransformer):
     """Class-conditional diffusion transformer.
 
     Args:
@@ -101,21 +105,18 @@ class DiT(nn.Layer):
         fused_attention=False,
         enable_recompute=False,
     ):
-        super().__init__()
-        if sample_size % patch_size != 0:
-            raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {patch_size}")
-        hidden_size = num_attention_heads * attention_head_dim
-        self.sample_size = self.input_size = sample_size
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.hidden_size = hidden_size
-        self.num_heads = num_attention_heads
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
-        self.learn_sigma = learn_sigma
-        self.enable_recompute = enable_recompute
-
+        super().__init__(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            num_classes=num_classes,
+            class_dropout_prob=class_dropout_prob,
+            learn_sigma=learn_sigma,
+            enable_recompute=enable_recompute,
+        )
+        hidden_size = self.hidden_size
         self.x_embedder = PatchEmbed(sample_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -139,44 +140,15 @@ class DiT(nn.Layer):
     @paddle.no_grad()
     def initialize_weights(self):
         """The official initialisation: see the comments; tested tensor by tensor."""
-        xavier, zeros, normal = nn.initializer.XavierUniform(), nn.initializer.Constant(0.0), nn.initializer.Normal
-        for layer in self.sublayers():
-            if isinstance(layer, nn.Linear):
-                xavier(layer.weight)
-                zeros(layer.bias)
-
-        grid_size = self.x_embedder.grid_size
-        self.pos_embed.set_value(
-            get_2d_sincos_pos_embed(self.hidden_size, grid_size).astype("float32")[None]
-        )  # (1, T, D)
+        self._initialize_linears()
+        table = get_2d_sincos_pos_embed(self.hidden_size, self.grid_size).astype("float32")[None]  # (1, T, D)
+        nn.initializer.Assign(table)(self.pos_embed)
 
         # The patch embedding is a Linear over a flattened patch: Xavier over (p * p * C, D), not over the kernel.
         patch_width = self.in_channels * self.patch_size**2
         nn.initializer.XavierUniform(fan_in=patch_width, fan_out=self.hidden_size)(self.x_embedder.proj.weight)
-        zeros(self.x_embedder.proj.bias)
-
-        normal(std=0.02)(self.y_embedder.embedding_table.weight)
-        normal(std=0.02)(self.t_embedder.mlp[0].weight)
-        normal(std=0.02)(self.t_embedder.mlp[2].weight)
-
-        # adaLN-Zero: every block starts as the identity and the network's output as 0.
-        for block in self.blocks:
-            zeros(block.adaLN_modulation[1].weight)
-            zeros(block.adaLN_modulation[1].bias)
-        zeros(self.final_layer.adaLN_modulation[1].weight)
-        zeros(self.final_layer.adaLN_modulation[1].bias)
-        zeros(self.final_layer.linear.weight)
-        zeros(self.final_layer.linear.bias)
-
-    def unpatchify(self, x):
-        """Patches `(N, T, p * p * out_channels)` to images `(N, out_channels, H, W)`."""
-        batch, tokens = x.shape[:2]
-        side, p, channels = self.x_embedder.grid_size, self.patch_size, self.out_channels
-        if tokens != side * side:
-            raise ValueError(f"{tokens} tokens do not make a {side} x {side} grid")
-        x = x.reshape([batch, side, side, p, p, channels])
-        x = x.transpose([0, 5, 1, 3, 2, 4])  # (N, out_channels, side, p, side, p)
-        return x.reshape([batch, channels, side * p, side * p])
+        nn.initializer.Constant(0.0)(self.x_embedder.proj.bias)
+        self._initialize_conditioning(self.blocks)
 
     def forward(self, x, t, y, force_drop_ids=None):
         """Predicts noise (and variance) of noisy latents.
@@ -197,39 +169,3 @@ class DiT(nn.Layer):
             x = self._run_block(block, x, c)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p * p * out_channels)
         return self.unpatchify(x)
-
-    def _run_block(self, block, *inputs):
-        if self.enable_recompute and self.training:
-            from paddle.distributed.fleet.utils import recompute
-
-            # Blocks draw no random numbers: there is no generator state to save and restore.
-            return recompute(block, *inputs, preserve_rng_state=False)
-        return block(*inputs)
-
-    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """`forward` with classifier-free guidance, both halves of the batch in one pass.
-
-        Args:
-            x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.
-            t: `(2N,)`.
-            y: `(2N,)`: the classes, then the null class `num_classes`, N times.
-            cfg_scale: guidance scale, 1 for none.
-            cfg_channels: how many leading channels are guided: 3 as in the official code, or None for all
-                `in_channels` latent channels. The others (and the variance) keep the output of their own half.
-
-        Returns:
-            `(2N, out_channels, H, W)`, the guided channels equal in both halves.
-
-        Raises:
-            ValueError: the network has no null class.
-        """
-        if self.class_dropout_prob == 0:
-            raise ValueError("this network has no null class (class_dropout_prob 0): it can't be guided")
-        half = x[: x.shape[0] // 2]
-        out = self.forward(paddle.concat([half, half], axis=0), t, y)
-        channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
-        guided, rest = out[:, :channels], out[:, channels:]
-        cond, uncond = guided.split(2, axis=0)
-        half_guided = combine_guidance(cond, uncond, cfg_scale)
-        guided = paddle.concat([half_guided, half_guided], axis=0)
-        return paddle.concat([guided, rest], axis=1) if rest.shape[1] else guided

@@ -96,7 +96,8 @@ class TimestepEmbedder(nn.Layer):
         return paddle.concat(features, axis=-1)
 
     def forward(self, t):
-        features = self.timestep_embedding(t, self.frequency_embedding_size)
+        with paddle.amp.auto_cast(enable=False):  # under O2 it would round t = 999 to 1000
+            features = self.timestep_embedding(t, self.frequency_embedding_size)
         return self.mlp(features.astype(self.mlp[0].weight.dtype))
 
 

@@ -6,11 +6,11 @@ Time runs from noise (`t = 0`) to data (`t = 1`).
 from .dit import DiT
 
 
-class SiT(DiT):
-    """DiT with continuous time. Arguments, parameters and initialisation are those of `DiT`.
+class WithoutVariance:
+    """Put before a network's class: the same network for a `transport`, which has no use for variance channels.
 
     With `learn_sigma` the last layer has 2C channels (`out_channels`) and the second half is dropped, as in the
-    official code: published weights have that shape.
+    official SiT: published weights have that shape.
     """
 
     def forward(self, x, t, y, force_drop_ids=None):
@@ -27,3 +27,7 @@ class SiT(DiT):
         """
         out = super().forward(x, t, y, force_drop_ids)  # (N, out_channels, H, W)
         return out[:, : self.in_channels]
+
+
+class SiT(WithoutVariance, DiT):
+    """DiT with continuous time. Arguments, parameters and initialisation are those of `DiT`."""

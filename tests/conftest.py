@@ -28,7 +28,12 @@ TINY = {
     "num_classes": 10,
 }
 # Every model that both loops train: the tests of the loops run for each.
-TINY_MODELS = {"DiT": {"type": "DiT", **TINY}, "SiT": {"type": "SiT", **TINY}}
+TINY_MODELS = {
+    "DiT": {"type": "DiT", **TINY},
+    "SiT": {"type": "SiT", **TINY},
+    "LargeDiT": {"type": "LargeDiT", **TINY, "qk_norm": True, "multiple_of": 32},
+    "LargeSiT": {"type": "LargeSiT", **TINY, "multiple_of": 32},
+}
 
 
 def load_golden(name):

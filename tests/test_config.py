@@ -82,6 +82,22 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
         ),
         ({"model": SMALL, "training": {"amp_dtype": "fp16"}}, "one of float32, float16, bfloat16"),
         ("[1, 2]", "expected a JSON object"),
+        (
+            {"model": SMALL, "objective": {"type": "transport"}},
+            "a DiT with learn_sigma can't be trained by the objective 'transport'; use the model type SiT",
+        ),
+        (
+            {"model": {"type": "SiT", **SMALL}, "objective": {"type": "diffusion"}},
+            "a SiT with learn_sigma can't be trained by the objective 'diffusion'; use the model type DiT",
+        ),
+        (
+            {"model": {"type": "SiT", **SMALL}, "objective": {"type": "transport", "train_eps": 0.7}},
+            "objective: train_eps must be a number from 0 to below 0.5, or null, got 0.7",
+        ),
+        (
+            {"model": {"type": "SiT", **SMALL}, "objective": {"prediction": "noise", "cosine_loss": True}},
+            "objective: cosine_loss is for the prediction velocity, got 'noise'",
+        ),
     ],
 )
 def test_mistakes_name_file_key_and_what_was_expected(tmp_path, text, message):

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from conftest import (
     GOLDEN,
+    TINY_MODELS,
     checkpoint_path,
     load_golden,
     loop_arguments,
@@ -325,8 +326,8 @@ def test_checkpoint_folder_and_rotation(kind, loop, features, tmp_path, run_loop
     }
     model = paddle.load(str(last / "model_state.pdparams"))
     average = paddle.load(str(last / "ema_state.pdparams"))
-    assert list(model) == list(average)
-    assert "pos_embed" in model and not any(key.startswith("transformer.") for key in model)
+    names = [name for name, _ in build_model(TINY_MODELS[kind]).named_parameters()]  # official, no prefix
+    assert list(model) == list(average) == names
     state = json.loads((last / "trainer_state.json").read_text())
     assert (state["global_step"], state["samples_seen"], state["epoch"]) == (11, 88, 2.2)
     assert json.loads((last / "config.json").read_text())["training"]["max_steps"] == 11
@@ -529,3 +530,30 @@ def test_loss_scaler_survives_a_checkpoint(features, tmp_path, run_loop, monkeyp
     run_loop("notrainer", [*loop_arguments("notrainer", **run, steps=5), "--resume=auto"])
     assert made[1].state["scale"].shape == (1,) and made[1].state["scale"].dtype == np.float32
     assert (made[1].state["scale"][0], made[1].state["incr_count"]) == (1024.0, 5)
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_transport_settings_from_json_and_from_flags(loop, features, tmp_path, run_loop, capsys):
+    settings = {"path_type": "VP", "prediction": "noise", "loss_weight": "likelihood", "train_eps": 0.01}
+    configs = {
+        "json": write_config(tmp_path / "Json.json", "SiT", {"type": "transport", **settings}),
+        "flags": write_config(tmp_path / "Flags.json", "SiT"),
+        "default": write_config(tmp_path / "Default.json", "SiT"),
+        "beyond": write_config(
+            tmp_path / "Beyond.json", "SiT", {"timestep_sampling": "logit-normal", "cosine_loss": True}
+        ),
+    }
+    losses = {}
+    for name, config in configs.items():
+        arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / name, steps=3)
+        flags = [f"--{key}={value}" for key, value in settings.items()] if name == "flags" else []
+        run_loop(loop, [*arguments, *flags])
+        losses[name] = read_losses(tmp_path / name)
+    assert losses["json"] == losses["flags"]
+    assert len({tuple(values.values()) for values in losses.values()}) == 3
+    saved = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "flags", 3)).config["objective"]
+    assert {key: saved[key] for key in settings} == settings
+    capsys.readouterr()
+    arguments = loop_arguments(loop, config=configs["default"], features=features, output=tmp_path / "note", steps=1)
+    run_loop(loop, [*arguments, "--loss_weight=likelihood", "--train_eps=0.1"])
+    assert "note: loss_weight, train_eps has no effect on velocity prediction" in capsys.readouterr().out

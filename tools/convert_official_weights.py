@@ -1,4 +1,4 @@
-"""Convert official PyTorch checkpoints of DiT and SiT to Paddle weights, or back (--reverse), without PyTorch.
+"""Convert official checkpoints of DiT, SiT and Large-DiT to Paddle weights, or back (--reverse), without PyTorch.
 
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
         --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams

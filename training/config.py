@@ -55,6 +55,8 @@ def _or_null(key):
     return Key(None, lambda v: v is None or key.check(v), key.expected + ", or null")
 
 
+_EPS = Key(None, lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5")
+
 DIT_KEYS = {
     "sample_size": _positive_int(),
     "patch_size": _positive_int(),
@@ -67,9 +69,25 @@ DIT_KEYS = {
     "class_dropout_prob": _probability(0.1),
     "learn_sigma": _bool(True),
 }
-MODEL_KEYS = {"DiT": DIT_KEYS, "SiT": DIT_KEYS}
-# Names of the official code, which PaddleMIX's SiT configs use.
-ALIASES = {"input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads"}
+LARGE_DIT_KEYS = {
+    **{name: key for name, key in DIT_KEYS.items() if name != "mlp_ratio"},
+    "qk_norm": _bool(False),
+    "num_kv_heads": _or_null(_positive_int(None)),
+    "multiple_of": _positive_int(256),
+    "ffn_dim_multiplier": _or_null(_positive(None)),
+    "norm_eps": _positive(1e-5),
+}
+MODEL_KEYS = {"DiT": DIT_KEYS, "SiT": DIT_KEYS, "LargeDiT": LARGE_DIT_KEYS, "LargeSiT": LARGE_DIT_KEYS}
+# Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, and Large-DiT's.
+ALIASES = {
+    "input_size": "sample_size",
+    "depth": "num_layers",
+    "num_heads": "num_attention_heads",
+    "dim": "hidden_size",
+    "n_layers": "num_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_kv_heads",
+}
 
 OBJECTIVE_KEYS = {
     "diffusion": {
@@ -85,8 +103,8 @@ OBJECTIVE_KEYS = {
         "path_type": _choice("Linear", "Linear", "GVP", "VP"),
         "prediction": _choice("velocity", "velocity", "noise", "score"),
         "loss_weight": _or_null(_choice(None, "velocity", "likelihood")),
-        "train_eps": _or_null(_probability(None)),
-        "sample_eps": _or_null(_probability(None)),
+        "train_eps": _or_null(_EPS),
+        "sample_eps": _or_null(_EPS),
         # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
         "timestep_sampling": _choice("uniform", "uniform", "logit-normal"),
         "logit_mean": Key(0.0, _is_number, "a number"),
@@ -94,7 +112,7 @@ OBJECTIVE_KEYS = {
         "cosine_loss": _bool(False),
     },
 }
-DEFAULT_OBJECTIVE = {"DiT": "diffusion", "SiT": "transport"}
+DEFAULT_OBJECTIVE = {"DiT": "diffusion", "SiT": "transport", "LargeDiT": "diffusion", "LargeSiT": "transport"}
 
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 TRAINING_KEYS = {
@@ -162,24 +180,60 @@ def _typed_section(tables, given, default_type, where, what):
 
 
 def _official_names(model, where):
-    """The model section with the official code's names turned into ours: input_size, depth, num_heads, hidden_size."""
+    """The model section with the names of the official codes (`ALIASES`, `hidden_size`) turned into ours."""
     if not isinstance(model, dict):
         return model
-    for name in ALIASES:
-        if name in model and ALIASES[name] in model:
-            raise ValueError(f"{where}: {name} and {ALIASES[name]} are the same; give one")
-    renamed = {ALIASES.get(name, name): value for name, value in model.items()}
+    given = {}  # our name: the name in the file
+    for name in model:
+        other = given.setdefault(ALIASES.get(name, name), name)
+        if other != name:
+            raise ValueError(f"{where}: {' and '.join(sorted((name, other)))} are the same; give one")
+    renamed = {ours: model[name] for ours, name in given.items()}
     if "hidden_size" in renamed:
-        width, heads = renamed.pop("hidden_size"), renamed.get("num_attention_heads")
+        name, width, heads = given["hidden_size"], renamed.pop("hidden_size"), renamed.get("num_attention_heads")
         if "attention_head_dim" in renamed:
-            raise ValueError(f"{where}: hidden_size and attention_head_dim say the same; give one")
+            raise ValueError(f"{where}: {name} and attention_head_dim say the same; give one")
         if not (_is_int(width) and _is_int(heads) and heads > 0 and width > 0 and width % heads == 0):
             raise ValueError(
-                f"{where}: hidden_size must be a multiple of num_attention_heads {json.dumps(heads)}, "
+                f"{where}: {name} must be a multiple of num_attention_heads {json.dumps(heads)}, "
                 f"got {json.dumps(width)}"
             )
         renamed["attention_head_dim"] = width // heads
     return renamed
+
+
+def _check_sizes(model, where):
+    """Raises `ValueError` for sizes that are right one by one, but don't fit together."""
+    heads, head_dim = model["num_attention_heads"], model["attention_head_dim"]
+    if model["sample_size"] % model["patch_size"]:
+        raise ValueError(
+            f"{where}: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
+        )
+    if MODEL_KEYS[model["type"]] is DIT_KEYS:
+        if heads * head_dim % 4:  # two coordinates, each with sines and cosines
+            raise ValueError(
+                f"{where}: num_attention_heads * attention_head_dim must be a multiple of 4, got {heads * head_dim}"
+            )
+        return
+    if head_dim % 2:
+        raise ValueError(f"{where}: attention_head_dim must be even for rotary positions, got {head_dim}")
+    if model["num_kv_heads"] and heads % model["num_kv_heads"]:
+        raise ValueError(f"{where}: num_kv_heads must divide num_attention_heads {heads}, got {model['num_kv_heads']}")
+
+
+def _check_objective(model, objective, source):
+    """Raises `ValueError` for a model and an objective that don't fit together."""
+    drops_variance = model["type"] in ("SiT", "LargeSiT")
+    if model["learn_sigma"] and drops_variance != (objective["type"] == "transport"):
+        twin = {"SiT": "DiT", "DiT": "SiT", "LargeSiT": "LargeDiT", "LargeDiT": "LargeSiT"}[model["type"]]
+        raise ValueError(
+            f"{source}: a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}; "
+            f"use the model type {twin}, or learn_sigma false"
+        )
+    if objective["type"] == "transport" and objective["cosine_loss"] and objective["prediction"] != "velocity":
+        raise ValueError(
+            f"{source}: objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
+        )
 
 
 def _type_from_file_name(path):
@@ -207,7 +261,11 @@ def resolve_config(raw, *, source="config", file_name=""):
     if not isinstance(raw, dict):
         raise ValueError(f"{source}: expected a JSON object, got {json.dumps(raw)[:60]}")
     if "model" not in raw and not set(raw) & set(SECTIONS):
-        raw = {"model": {"type": _type_from_file_name(file_name), **raw}}
+        kind = _type_from_file_name(file_name)
+        # PaddleMIX's LargeDiT class has qk_norm on unless its files say otherwise, the official one off.
+        paddlemix = "qk_norm" in MODEL_KEYS[kind] and "attention_head_dim" in raw
+        defaults = {"qk_norm": True} if paddlemix else {}
+        raw = {"model": {"type": kind, **defaults, **raw}}
     for name in raw:
         if name not in SECTIONS:
             raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
@@ -219,15 +277,8 @@ def resolve_config(raw, *, source="config", file_name=""):
     objective = _typed_section(
         OBJECTIVE_KEYS, raw.get("objective", {}), DEFAULT_OBJECTIVE[model["type"]], f"{source}: objective", "objective"
     )
-    if model["sample_size"] % model["patch_size"]:
-        raise ValueError(
-            f"{source}: model: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
-        )
-    width = model["num_attention_heads"] * model["attention_head_dim"]
-    if width % 4:
-        raise ValueError(
-            f"{source}: model: num_attention_heads * attention_head_dim must be a multiple of 4, got {width}"
-        )
+    _check_sizes(model, f"{source}: model")
+    _check_objective(model, objective, source)
     training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
     return {"model": model, "objective": objective, "training": training}
 
@@ -274,4 +325,16 @@ def override(config, training, objective, where="command line"):
                     raise ValueError(f"{where}: --{name} is no setting of the config's objective {kind!r}")
                 value = None if value == "None" else value
                 result[section][name] = check_value(keys, name, value, where)
+    _check_objective(result["model"], result["objective"], where)
     return result
+
+
+def ineffective_settings(objective):
+    """A sentence on settings that the official transport, and ours with it, ignores; None if there are none."""
+    if objective["type"] != "transport" or objective["prediction"] != "velocity":
+        return None
+    names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
+    given = [name for name in names if objective[name] is not None]
+    if not given:
+        return None
+    return f"{', '.join(given)} has no effect on velocity prediction with the path {objective['path_type']}"

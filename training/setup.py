@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from models import build_model
-from training.config import write_json
+from training.config import ineffective_settings, write_json
 from training.data import FeatureDataset
 from training.ema import EMA
 from training.precision import resolve_precision
@@ -66,7 +66,7 @@ def build_preview(objective, config, args, *, vae):
 def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
     """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
     print(json.dumps(config, indent=2))
-    for note in filter(None, notes):
+    for note in filter(None, [*notes, ineffective_settings(config["objective"])]):
         print(f"note: {note}")
     parameters = sum(parameter.size for parameter in model.parameters())
     print(

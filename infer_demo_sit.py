@@ -52,6 +52,12 @@ def load_pipeline(args, path):
         kind = read_json(index).get("_class_name")
         if kind == "DiTPipeline":
             raise ValueError(f"--model_path {path}: is a DiTPipeline; use infer_demo_dit.py")
+        for name in ("config_file", "vae", "key"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name} is for a training checkpoint or a file of weights; {path} is a SiTPipeline folder, "
+                    "which holds all it needs"
+                )
         pipe = SiTPipeline.from_pretrained(path)
         labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
         return pipe, {int(key): label for key, label in labels.items()}
@@ -62,13 +68,18 @@ def load_pipeline(args, path):
         )
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
-    config_file = os.path.join(path, "config.json") if os.path.isdir(path) else args.config_file or PUBLIC_CONFIG
+    if os.path.isdir(path):
+        if args.config_file is not None:
+            raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
+        config_file = os.path.join(path, "config.json")
+    else:
+        config_file = args.config_file or PUBLIC_CONFIG
     config = load_config(config_file)
     if config["model"]["type"] != "SiT":
         raise ValueError(f"{config_file}: describes a {config['model']['type']}; use infer_demo_dit.py for a DiT")
     labels = checkpoint_labels(args.id2label, config["model"]["num_classes"])
     state, source = read_weights(path, key=args.key)
-    return SiTPipeline.from_weights(config, state, load_vae(args.vae), source=source), labels
+    return SiTPipeline.from_weights(config, state, load_vae(args.vae or PUBLIC_VAE), source=source), labels
 
 
 def sample(args):
@@ -120,7 +131,7 @@ def main(argv=None):
     sde.add_argument("--last_step_size", type=float, help="[0.4]")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", help="JSON of a file's network [config/SiT_XL_patch2.json]")
-    weights.add_argument("--vae", default=PUBLIC_VAE, help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
+    weights.add_argument("--vae", help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
     weights.add_argument("--key", choices=("model", "ema"), help="which weights of a checkpoint [ema]")
     args = parser.parse_args(argv)
     if args.sampler == "ode":

@@ -86,7 +86,7 @@ def measure(options, *, config_file, batch_size, num_steps, pairs):
     return evaluations, statistics.median(bare_times), statistics.median(sampler_times), ratios
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit_config", default="config/DiT_S_patch4.json", help="[%(default)s]")
     parser.add_argument("--sit_config", default="config/SiT_S_patch4.json", help="[%(default)s]")
@@ -94,7 +94,10 @@ def main():
     parser.add_argument("--num_steps", type=int, default=25, help="steps of each sampler [%(default)s]")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each sampler [%(default)s]")
     parser.add_argument("--output", help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, least in (("batch_size", 1), ("num_steps", 2), ("pairs", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected {least} or more")
     rows = []
     print(f"{'sampler':16} {'evaluations':>11} {'bare s':>8} {'sampler s':>9} {'ratio':>6}  min..max")
     for kind, samplers in SAMPLERS.items():

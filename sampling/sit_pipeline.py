@@ -9,12 +9,15 @@ Time runs from noise (`t = 0`) to data (`t = 1`).
 """
 
 import math
+import operator
 import os
+from collections.abc import Iterable
+from numbers import Real
 
 import numpy as np
 import paddle
 from PIL import Image
-from ppdiffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
@@ -26,8 +29,6 @@ from sampling.folder import check_id2label, read_component, read_json_object, wr
 from sampling.guidance import guided
 from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
 
-# What model_index.json of a folder may name; nothing is imported by a name that stands in a file.
-COMPONENTS = {"scheduler": "TransportScheduler", "transformer": "SiT", "vae": "AutoencoderKL"}
 DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
 
@@ -54,6 +55,10 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
         return cls(**{name: objective[name] for name in names})
 
 
+# All that a folder may name in model_index.json; nothing is imported by a name that stands in a file.
+COMPONENTS = {"scheduler": TransportScheduler, "transformer": SiT, "vae": AutoencoderKL}
+
+
 class SiTPipeline(DiffusionPipeline):
     """Class-conditional image generation with a SiT.
 
@@ -64,11 +69,17 @@ class SiTPipeline(DiffusionPipeline):
         id2label: `{class id: label}`; None names the classes by their numbers.
 
     Raises:
-        ValueError: a VAE of other latent channels, or labels that are not those of the network's classes.
+        ValueError: a component of another class, a VAE of other latent channels, or labels that are not those of the
+            network's classes.
     """
 
     def __init__(self, transformer, vae, scheduler, id2label=None):
         super().__init__()
+        for name, component in (("scheduler", scheduler), ("transformer", transformer), ("vae", vae)):
+            if not isinstance(component, COMPONENTS[name]):
+                raise ValueError(f"{name}: is a {type(component).__name__}, expected a {COMPONENTS[name].__name__}")
+        if id2label is not None and not isinstance(id2label, dict):
+            raise ValueError(f"id2label: is a {type(id2label).__name__}, expected {{class id: label}}")
         check_vae(vae, transformer.in_channels)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.id2label = check_id2label(id2label, transformer.num_classes)
@@ -94,12 +105,19 @@ class SiTPipeline(DiffusionPipeline):
 
     # -- The folder ---------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, overwrite=False):
+    def save_pretrained(self, save_directory, *, overwrite=False, safe_serialization=False, to_diffusers=False):
         """Writes model_index.json, scheduler/, transformer/ (float32) and vae/: the tree of a DiTPipeline folder.
 
         Args:
             save_directory: free, or with `overwrite` a pipeline folder and nothing else.
+            safe_serialization, to_diffusers: as in ppdiffusers; only False, the files are `.pdparams`.
+
+        Raises:
+            ValueError: one line: something is in the way, or another format.
         """
+        for name, value in (("safe_serialization", safe_serialization), ("to_diffusers", to_diffusers)):
+            if value:
+                raise ValueError(f"{name}={value!r}: a SiTPipeline is saved as .pdparams only; expected {name}=False")
 
         def write(folder):
             write_components(
@@ -134,17 +152,20 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"{index_path}: holds a {index.get('_class_name')!r}, expected {cls.__name__!r}")
         for name, expected in COMPONENTS.items():
             given = index.get(name)
-            if not isinstance(given, list) or len(given) != 2 or given[1] != expected:
-                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {expected}")
+            if not isinstance(given, list) or len(given) != 2 or given[1] != expected.__name__:
+                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {expected.__name__}")
 
         settings = read_component(os.path.join(folder, "transformer", "config.json"), "SiT", SiT)
         weights = os.path.join(folder, "transformer", "model_state.pdparams")
         transformer = _build({"type": "SiT", **settings}, load_weights(weights), weights)
-        keywords = read_component(
-            os.path.join(folder, "scheduler", "scheduler_config.json"), "TransportScheduler", TransportScheduler
-        )
+        path = os.path.join(folder, "scheduler", "scheduler_config.json")
+        keywords = read_component(path, "TransportScheduler", TransportScheduler)
+        try:
+            scheduler = TransportScheduler(**keywords)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
         vae = read_vae(os.path.join(folder, "vae"))
-        pipe = cls(transformer, vae, TransportScheduler(**keywords), index.get("id2label"))
+        pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
 
     @property
@@ -161,9 +182,9 @@ class SiTPipeline(DiffusionPipeline):
 
     def get_label_ids(self, label):
         """Class ids of one label or a list of them; one of a class's comma-separated names will do."""
-        names = [label] if isinstance(label, str) else list(label)
+        names = list(label) if isinstance(label, Iterable) and not isinstance(label, str) else [label]
         for name in names:
-            if name not in self.labels:
+            if not isinstance(name, str) or name not in self.labels:
                 known = ", ".join(list(self.labels)[:10]) + (", ..." if len(self.labels) > 10 else "")
                 raise ValueError(f"no class has the label {name!r}; known: {known}")
         return [self.labels[name] for name in names]
@@ -220,12 +241,7 @@ class SiTPipeline(DiffusionPipeline):
         self._check_guidance(guidance_scale, guidance_interval, guidance_channels)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-        if isinstance(generator, (list, tuple)):
-            if len(generator) not in (1, len(y)):
-                raise ValueError(f"{len(generator)} generators for {len(y)} images; give one, or one for each")
-            if len(generator) > 1 and sampler == "sde":
-                raise ValueError("a list of generators is for the ODE; the SDE takes one")
-            generator = generator[0] if len(generator) == 1 else generator
+        generator = self._check_generator(generator, len(y), sampler)
         options = {"num_steps": num_inference_steps, "trajectory": False, "progress": self._shows_progress()}
         if sampler == "ode":
             options.update(atol=atol, rtol=rtol)
@@ -280,7 +296,14 @@ class SiTPipeline(DiffusionPipeline):
         return make(sampling_method=method, **options)
 
     def _check_labels(self, class_labels):
-        labels = [int(label) for label in np.asarray(class_labels, dtype="int64").reshape(-1)]
+        labels = []
+        for label in np.asarray(class_labels, dtype=object).reshape(-1):
+            try:
+                labels.append(operator.index(label))
+            except TypeError:
+                raise ValueError(
+                    f"class_labels: {label!r} is no class id, an integer; get_label_ids gives the ids of labels"
+                ) from None
         count = self.transformer.num_classes
         wrong = [label for label in labels if not 0 <= label < count]
         if wrong:
@@ -290,16 +313,29 @@ class SiTPipeline(DiffusionPipeline):
         return labels
 
     def _check_guidance(self, scale, interval, channels):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
         if scale != 1 and self.transformer.class_dropout_prob == 0:
             raise ValueError("this SiT was trained without a null class, can't be guided; use guidance_scale=1")
         if channels is not None and (type(channels) is not int or channels < 1):
             raise ValueError(f"guidance_channels {channels!r}: expected 3, another positive integer, or None for all")
         if interval is not None:
-            numbers = list(interval) if isinstance(interval, (list, tuple)) else []
-            if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
+            is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+            if not (is_pair and all(isinstance(t, Real) for t in interval) and 0 <= interval[0] <= interval[1] <= 1):
                 raise ValueError(f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, 1]")
+
+    def _check_generator(self, generator, count, sampler):
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if isinstance(generator, (list, tuple)):
+            if len(generators) not in (1, count):
+                raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
+            if len(generators) > 1 and sampler == "sde":
+                raise ValueError("a list of generators is for the ODE; the SDE takes one")
+        for one in generators:
+            # ppdiffusers knows a seeded generator by a name.
+            if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
+                raise ValueError(f"generator {one!r}: expected what paddle.Generator().manual_seed(seed) returns")
+        return generators[0] if len(generators) == 1 else generators
 
     def _shows_progress(self):
         return not getattr(self, "_progress_bar_config", {}).get("disable", False)
@@ -308,7 +344,7 @@ class SiTPipeline(DiffusionPipeline):
 def _build(settings, state, source):
     try:
         network = build_model(settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: its config describes no SiT: {error}") from None
     check_state(state, {name: tuple(value.shape) for name, value in network.named_parameters()}, source=source)
     network.set_state_dict(state)

@@ -203,6 +203,7 @@ def test_output_folder_of_another_run(features, tmp_path, run_loop):
     sorted(
         [*(path.name for path in ROOT.glob("*.py") if path.name != "objectives.py")]
         + [f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text()]
+        + [f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.py")]
     ),
 )
 def test_help_is_quick_and_imports_no_framework(script):

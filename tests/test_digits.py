@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_sit_pipeline import make_config, make_model, make_pipeline, state_of
 
 from tools import evaluate_digits, prepare_digits, train_vae
 from tools.image_folder import find_images, load_image
@@ -208,6 +209,49 @@ def test_evaluation_of_a_pipeline_folder(pipeline_folder, few_digits, tmp_path, 
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+@pytest.fixture(scope="module")
+def sit_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "sit"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp_path):
+    grids = {}
+    for sampler in ("ode", "sde"):
+        command = ["--pipeline", str(sit_folder), "--digits", str(few_digits), "--num_images", "10"]
+        command += ["--num_inference_steps", "3", "--sampler", sampler]
+        command += ["--grid", str(tmp_path / "grid.png"), "--report", str(tmp_path / "report.json")]
+        evaluate_digits.main(command)
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["num_images"] == 10 and report["settings"]["sampler"] == sampler
+        with Image.open(tmp_path / "grid.png") as grid:
+            grids[sampler] = np.asarray(grid).astype(float)
+    assert grids["ode"].shape == grids["sde"].shape == (320, 32, 3)
+    assert np.abs(grids["ode"] - grids["sde"]).max() > 1
+
+
+def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, sit_folder, vae, tmp_path):
+    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+
+    from sampling.export_sit import export_stock_sit
+
+    assert evaluate_digits.load_pipeline(str(sit_folder))[1] == {"sampler": "ode"}
+    # A stock folder of a DiT gets DDIM whatever it holds, one of a SiT keeps what it was exported with.
+    shutil.copytree(pipeline_folder, tmp_path / "dit")
+    DPMSolverMultistepScheduler().save_pretrained(str(tmp_path / "dit" / "scheduler"))
+    index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
+    index["scheduler"] = ["ppdiffusers", "DPMSolverMultistepScheduler"]
+    (tmp_path / "dit" / "model_index.json").write_text(json.dumps(index))
+    config = make_config()
+    export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "stock")
+    for name, expected in (("dit", DDIMScheduler), ("stock", EDMEulerScheduler)):
+        pipeline, options = evaluate_digits.load_pipeline(str(tmp_path / name))
+        assert type(pipeline.scheduler) is expected and options == {}
+        with pytest.raises(ValueError, match="--sampler sde is for a SiTPipeline; .* is a DiTPipeline"):
+            evaluate_digits.load_pipeline(str(tmp_path / name), "sde")
+
+
 def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
     for more, expected in (
         (["--pipeline", str(tmp_path), "--digits", str(few_digits)], "model_index.json"),
@@ -222,6 +266,7 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
     "options, expected",
     [
         (["--loop", "both"], "--loop both"),
+        (["--model", "LargeDiT"], "--model LargeDiT: expected DiT or SiT"),
         (["--seed", "x"], "--seed x"),
         (["--sed", "1"], "--sed"),
         (["--loop"], "--loop needs a value"),
@@ -236,4 +281,53 @@ def test_quickstart_refuses_bad_options_in_one_line(options, expected):
 
 def test_quickstart_help():
     done = subprocess.run(["bash", str(ROOT / "quickstart.sh"), "--help"], capture_output=True, text=True, timeout=10)
-    assert done.returncode == 0 and "--loop trainer|notrainer" in done.stdout
+    assert done.returncode == 0
+    assert "--model DiT|SiT" in done.stdout and "--loop trainer|notrainer" in done.stdout
+
+
+# A stand-in for Python: notes its words, and leaves the checkpoint that the next stage looks for.
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >>commands.txt
+while [ $# -gt 1 ]; do
+    case "$1" in
+    --output_dir) folder=$2/checkpoint-800 ;;
+    --results_dir) folder=$2/000-SiT/checkpoints/0000800 ;;
+    esac
+    shift
+done
+[ -z "$folder" ] || { mkdir -p "$folder" && : >"$folder/ema_state.pdparams"; }
+"""
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+@pytest.mark.parametrize("model", ["DiT", "SiT"])
+def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
+    shutil.copy(ROOT / "quickstart.sh", tmp_path)
+    for name, text in (("tools/setup_env.sh", "exit 0\n"), (".venv/bin/python", FAKE_PYTHON)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", str(tmp_path / "quickstart.sh"), "--model", model, "--loop", loop, "--seed", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    output = f"quickstart_output/{model}-{loop}-seed3"
+    lines = (tmp_path / "commands.txt").read_text().splitlines()
+    scripts = [line.split()[0] for line in lines]
+    assert scripts[:4] == [
+        "tools/prepare_digits.py",
+        "tools/extract_features.py",
+        f"train_image_generation_{loop}.py",
+        f"tools/convert_{model.lower()}_to_ppdiffusers.py",
+    ]
+    assert set(scripts[4:]) == {"tools/evaluate_digits.py"}
+    assert f"--config_file config/{model}_digits.json" in lines[2]
+    checkpoint = {"trainer": "checkpoint-800", "notrainer": "000-SiT/checkpoints/0000800"}[loop]
+    assert f"--model_weights {output}/train/{checkpoint} " in lines[3]
+    assert f"--checkpoint_path {output}/pipeline" in lines[3] and ("--scheduler" in lines[3]) == (model == "DiT")
+    samplers = {"DiT": [""], "SiT": ["--sampler ode ", "--sampler sde "]}[model]
+    grids = [f"--grid {output}/grid.png --report {output}/report.json"]
+    grids += [f"--grid {output}/grid-sde.png --report {output}/report-sde.json"]
+    assert len(lines) == 4 + len(samplers)
+    for line, sampler, grid in zip(lines[4:], samplers, grids, strict=False):
+        assert line.endswith(f"--seed 3 {sampler}{grid}")
+        assert grid.split()[1] in done.stdout and grid.split()[3] in done.stdout

@@ -14,6 +14,7 @@ from test_convert import make_vae, state_of, tree_of
 
 import infer_demo_dit
 import infer_demo_sit
+from benchmarks import sampling_cost
 from models import build_model
 from models.weights import load_weights, official_to_paddle, safe_load
 from sampling import SiTPipeline
@@ -144,7 +145,14 @@ class TestFolder:
             ("transformer/config.json", {"_class_name": "DiT"}, "holds a 'DiT', expected 'SiT'"),
             ("transformer/config.json", {"num_layers": 3}, r"model_state\.pdparams: these weights do not fit"),
             ("transformer/config.json", {"depth": 3}, r"config\.json: unknown setting 'depth'; known: sample_size"),
-            ("scheduler/scheduler_config.json", {"path_type": "linear"}, "unknown path_type 'linear'; accepted"),
+            (
+                "scheduler/scheduler_config.json",
+                {"path_type": "linear"},
+                r"scheduler_config\.json: unknown path_type 'linear'; accepted",
+            ),
+            ("scheduler/scheduler_config.json", {"sample_eps": "small"}, r"scheduler_config\.json: .*sample_eps"),
+            ("model_index.json", {"id2label": ["zero"]}, "id2label: is a list, expected {class id: label}"),
+            ("transformer/config.json", {"sample_size": 5}, "describes no SiT: sample_size 5 is not divisible"),
             ("vae/config.json", {"latent_channels": 3}, r"vae/model_state\.pdparams: these weights do not fit"),
         ],
     )
@@ -155,6 +163,23 @@ class TestFolder:
         (tmp_path / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **edit}))
         with pytest.raises(ValueError, match=message):
             SiTPipeline.from_pretrained(tmp_path)
+
+    def test_ppdiffusers_keywords_of_saving(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "out", safe_serialization=False, to_diffusers=False)
+        assert tree_of(tmp_path / "out") == sorted(TREE)
+        for name in ("safe_serialization", "to_diffusers"):
+            with pytest.raises(ValueError, match=rf"{name}=True: .* saved as \.pdparams only"):
+                pipe.save_pretrained(tmp_path / "other", **{name: True})
+        assert not (tmp_path / "other").exists()
+
+    def test_loads_in_another_dtype(self, pipe, folder):
+        assert SiTPipeline.from_pretrained(folder).dtype == paddle.float32
+        half = SiTPipeline.from_pretrained(folder, paddle_dtype=paddle.float16)
+        assert half.dtype == half.vae.dtype == paddle.float16
+        weights = pipe.transformer.state_dict()
+        for name, value in half.transformer.state_dict().items():
+            assert value.dtype == paddle.float16, name
+            np.testing.assert_array_equal(value.numpy(), weights[name].numpy().astype("float16"))
 
     @pytest.mark.parametrize("part", ["transformer", "vae"])
     def test_no_pickle_is_executed(self, folder, tmp_path, part):
@@ -173,6 +198,16 @@ class TestFolder:
     def test_another_vae_is_refused(self):
         with pytest.raises(ValueError, match="the VAE has 3 latent channels, the network's in_channels is 4"):
             make_pipeline(vae=make_vae(3))
+
+    def test_another_component_is_refused(self, pipe):
+        from ppdiffusers import DDIMScheduler
+
+        with pytest.raises(ValueError, match="scheduler: is a DDIMScheduler, expected a TransportScheduler"):
+            SiTPipeline(pipe.transformer, pipe.vae, DDIMScheduler())
+        with pytest.raises(ValueError, match="transformer: is a DiT, expected a SiT"):
+            SiTPipeline(build_model(TINY_MODELS["DiT"]), pipe.vae, pipe.scheduler)
+        with pytest.raises(ValueError, match="vae: is a NoneType, expected a AutoencoderKL"):
+            SiTPipeline(pipe.transformer, None, pipe.scheduler)
 
     def test_a_dit_is_refused(self):
         config = make_config()
@@ -266,6 +301,18 @@ class TestCall:
         assert pipe.get_label_ids(["digit 3", "number 0"]) == [3, 0]
         with pytest.raises(ValueError, match="no class has the label 'dog'; known: digit 0"):
             pipe.get_label_ids(["dog"])
+        for label in (3, [3], [["digit 3"]], None):
+            with pytest.raises(ValueError, match="no class has the label"):
+                pipe.get_label_ids(label)
+
+    @pytest.mark.parametrize(
+        "given", [np.array([1, 2]), range(1, 3), (np.int64(1), 2), "tensor"], ids=["array", "range", "tuple", "tensor"]
+    )
+    def test_class_ids_of_any_integer_kind(self, pipe, given):
+        given = paddle.to_tensor([1, 2]) if isinstance(given, str) else given
+        call = {"num_inference_steps": 2, "output_type": "latent"}
+        expected = pipe([1, 2], generator=seeded(), **call).images
+        np.testing.assert_array_equal(pipe(given, generator=seeded(), **call).images, expected)
 
     def test_no_null_class(self):
         pipe = make_pipeline(make_config(class_dropout_prob=0.0))
@@ -284,11 +331,20 @@ class TestCall:
             ({"num_inference_steps": 1}, "num_inference_steps 1: expected an integer of 2 or more"),
             ({"guidance_interval": (0.7, 0.3)}, r"guidance_interval \(0.7, 0.3\): expected"),
             ({"guidance_interval": (100, 700)}, r"guidance_interval \(100, 700\): expected .* times in \[0, 1\]"),
+            ({"guidance_interval": ("a", "b")}, r"guidance_interval \('a', 'b'\): expected"),
+            ({"guidance_interval": (0.1, None)}, r"guidance_interval \(0.1, None\): expected"),
+            ({"guidance_interval": 0.5}, r"guidance_interval 0.5: expected"),
             ({"guidance_channels": 0}, "guidance_channels 0: expected 3"),
             ({"guidance_scale": float("nan")}, "guidance_scale nan: expected a number"),
             ({"output_type": "jpg"}, "unknown output_type 'jpg'; known: pil, np"),
             ({"class_labels": [3, 10]}, r"there is no class 10; the classes are 0\.\.9"),
             ({"class_labels": []}, "at least one class"),
+            ({"class_labels": None}, "class_labels: None is no class id"),
+            ({"class_labels": "dog"}, "class_labels: 'dog' is no class id, an integer; get_label_ids gives"),
+            ({"class_labels": [1, 1.7]}, "class_labels: 1.7 is no class id"),
+            ({"generator": 7}, r"generator 7: expected what paddle\.Generator\(\)\.manual_seed\(seed\) returns"),
+            ({"generator": "seven"}, "generator 'seven': expected"),
+            ({"generator": [1, 2]}, "generator 1: expected"),
             ({"generator": [1, 2, 3]}, "3 generators for 2 images"),
             ({"generator": [1, 2], "sampler": "sde"}, "a list of generators is for the ODE"),
         ],
@@ -558,6 +614,24 @@ class TestDemo:
         assert np.array_equal(image, np.asarray(Image.open("result_SiT_golden_retriever-2.png")))
         assert "golden retriever: result_SiT_golden_retriever-2.png" in capsys.readouterr().out
 
+    def test_what_is_taken_without_an_argument(self, tmp_path):
+        """The folder before the converted file before the official one."""
+        for name in ("SiT-XL-2-256x256.pt", "SiT-XL-2-256x256.pdparams"):
+            (tmp_path / name).touch()
+            assert infer_demo_sit.find_model(None) == name
+        (tmp_path / "SiT_XL_2_256").mkdir()
+        assert infer_demo_sit.find_model(None) == "./SiT_XL_2_256"
+        assert infer_demo_sit.find_model("mine") == "mine"
+
+    @pytest.mark.parametrize("flag, value", [("--vae", DIGITS_VAE), ("--config_file", "SiT.json"), ("--key", "model")])
+    def test_no_flag_is_dropped_silently(self, models, tmp_path, flag, value):
+        with pytest.raises(ValueError, match=f"{flag} is for a training checkpoint or a file .* is a SiTPipeline fold"):
+            self.draw("a.png", "--model_path", models / "pipeline", flag, value)
+        if flag == "--config_file":
+            with pytest.raises(ValueError, match="--config_file is for a file of weights; .* is a training checkpoint"):
+                self.draw("a.png", "--model_path", models / "checkpoint", "--vae", DIGITS_VAE, flag, value)
+        assert list(tmp_path.iterdir()) == []
+
     def test_official_file_as_it_is(self, models):
         config = models / "tiny.json"
         config.write_text(json.dumps({"model": TINY_PT}))
@@ -593,3 +667,33 @@ class TestDemo:
 def test_scheduler_checks_its_settings():
     with pytest.raises(ValueError, match="unknown prediction 'eps'; accepted: 'velocity', 'noise', 'score'"):
         TransportScheduler(prediction="eps")
+
+
+class TestSamplingCost:
+    def test_counts_evaluations(self, tmp_path, capsys):
+        flags = []
+        for kind in ("dit", "sit"):
+            path = tmp_path / f"{kind}.json"
+            path.write_text(json.dumps({"model": TINY_MODELS[{"dit": "DiT", "sit": "SiT"}[kind]]}))
+            flags += [f"--{kind}_config", str(path)]
+        flags += ["--batch_size", "2", "--num_steps", "3", "--pairs", "1", "--output", str(tmp_path / "out.json")]
+        sampling_cost.main(flags)
+        rows = {row["sampler"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+        counts = {name: row["evaluations"] for name, row in rows.items()}
+        assert counts.pop("SiT ode dopri5") >= 7  # it chooses its steps
+        assert counts == {
+            "DiT ddim": 3,
+            "DiT ddpm": 3,
+            "SiT ode euler": 2,
+            "SiT ode heun2": 4,
+            "SiT ode rk4": 8,
+            "SiT sde Euler": 3,
+            "SiT sde Heun": 5,
+        }
+        assert all(row["ratio"] > 0 and row["bare_s"] > 0 for row in rows.values())
+        assert "figures: " in capsys.readouterr().out
+
+    @pytest.mark.parametrize("flag, value", [("--pairs", 0), ("--num_steps", 1), ("--batch_size", -1)])
+    def test_mistakes(self, flag, value):
+        with pytest.raises(ValueError, match=f"{flag} {value}: expected . or more"):
+            sampling_cost.main([flag, str(value)])

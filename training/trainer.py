@@ -81,8 +81,7 @@ class LatentDiffusionTrainer(Trainer):
         self.resumed = checkpoint
         self._micro_step = 0
         self._last_saved = self._last_done = None
-        self._grad_square = None
-        self._lr = None
+        self._grad_square = self._lr = self._shares = None
         first_step = checkpoint.progress["global_step"] if checkpoint is not None else 0
         if checkpoint is not None:
             sampler.resume(first_step, checkpoint.progress["samples_seen"])
@@ -157,7 +156,7 @@ class LatentDiffusionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Called once the optimizer has its wrappers: gives it its state, and the loop its step."""
-        shares = ckpt.Shares(self.model, self.optimizer)
+        self._shares = shares = ckpt.Shares(self.model, self.optimizer)
         if self.ema is not None and shares.names is not None:
             # With sharding a rank averages only the parameters whose optimizer state it holds.
             self.ema.shadow = {name: value for name, value in self.ema.shadow.items() if name in shares.names}
@@ -178,7 +177,7 @@ class LatentDiffusionTrainer(Trainer):
         Not under float16 with sharding: there PaddleNLP reduces them only inside the scaler's step.
         """
         self._grad_square = None
-        shares = ckpt.Shares(self.model, self.optimizer)
+        shares = self._shares
         whole = shares.names is None or not self.do_grad_scaling
         if whole and self.log_writer.will_report(self.state.global_step + 1):
             parameters = [

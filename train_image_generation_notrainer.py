@@ -25,7 +25,7 @@ def train(args, config):
     from objectives import Rows, build_objective
     from training import checkpoint as ckpt
     from training import setup
-    from training.data import FeatureLoader, MicroBatchSampler, total_steps
+    from training.data import FeatureLoader
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
     from training.preview import log_preview
@@ -41,21 +41,8 @@ def train(args, config):
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     dataset = setup.build_dataset(config, args.feature_path, args.image_size)
-    last_step = total_steps(
-        len(dataset),
-        global_batch_size=settings["global_batch_size"],
-        max_steps=settings["max_steps"],
-        epochs=settings["epochs"],
-    )
-    sampler = MicroBatchSampler(
-        len(dataset),
-        global_batch_size=settings["global_batch_size"],
-        accumulation_steps=accumulation_steps,
-        rank=rank,
-        world_size=world_size,
-        seed=settings["seed"],
-        last_step=last_step,
-    )
+    sampler = setup.build_sampler(config, dataset, rank=rank, world_size=world_size)
+    last_step = sampler.last_step
 
     # Checkpoint to resume, and the experiment's folder.
     checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config)

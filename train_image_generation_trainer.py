@@ -30,7 +30,6 @@ def train(args, others, config):
     from objectives import build_objective
     from training import checkpoint as ckpt
     from training import setup
-    from training.data import MicroBatchSampler, total_steps
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import check_degrees, training_arguments
 
@@ -45,21 +44,8 @@ def train(args, others, config):
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     dataset = setup.build_dataset(config, args.feature_path, args.resolution)
-    last_step = total_steps(
-        len(dataset),
-        global_batch_size=settings["global_batch_size"],
-        max_steps=settings["max_steps"],
-        epochs=settings["epochs"],
-    )
-    sampler = MicroBatchSampler(
-        len(dataset),
-        global_batch_size=settings["global_batch_size"],
-        accumulation_steps=settings["gradient_accumulation_steps"],
-        rank=paddle.distributed.get_rank(),
-        world_size=world_size,
-        seed=settings["seed"],
-        last_step=last_step,
-    )
+    sampler = setup.build_sampler(config, dataset, rank=paddle.distributed.get_rank(), world_size=world_size)
+    last_step = sampler.last_step
 
     # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
     training_args = training_arguments(

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, ROOT, load_golden, relative_error
+from conftest import GOLDEN, ROOT, golden_inputs, golden_network, load_golden, relative_error
 from paddle.nn import functional as F
 
 from models import LargeDiT, LargeSiT, build_model
 from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table, rotate, swiglu
-from models.weights import expected_shapes, load_weights, official_to_paddle, paddle_to_official
+from models.weights import expected_shapes, load_weights, paddle_to_official
 from tools import convert_official_weights
 from training.config import load_config, resolve_config
 
@@ -25,7 +25,6 @@ TINY = {
     "attention_head_dim": 16,
     "num_classes": 10,
 }
-RESIDUAL = ("x_embedder.", ".attention.wo.", ".feed_forward.w2.", ".attention.wq.", ".attention.wk.")
 TOLERANCE = 6e-5
 # The official sizes: layers, width, whether the published weights (600M: the reference's network) have qk_norm.
 SIZES = {
@@ -37,15 +36,7 @@ SIZES = {
 
 
 def golden_model(scale=None, **overrides):
-    model = build_model(TINY, **overrides)
-    state = official_to_paddle(load_weights(GOLDEN / "largedit_tiny.pt"))
-    assert list(state) == [name for name, _ in model.named_parameters()] == list(model.state_dict())
-    if scale is not None:
-        state = {name: value * scale if any(r in name for r in RESIDUAL) else value for name, value in state.items()}
-    for name, parameter in model.named_parameters():
-        parameter.set_value(state[name])
-    model.eval()
-    return model
+    return golden_network("largedit_tiny.pt", TINY, scale, **overrides)
 
 
 def random_model(**settings):
@@ -58,10 +49,6 @@ def random_model(**settings):
     return model
 
 
-def inputs(arrays, prefix=""):
-    return [paddle.to_tensor(arrays[prefix + key]) for key in "xty"]
-
-
 # -- The official network ---------------------------------------------------------------------------------------------
 
 
@@ -69,17 +56,17 @@ def inputs(arrays, prefix=""):
 def test_forward_is_the_official_one(fused):
     arrays = load_golden("largedit_forward")
     model = golden_model(fused_attention=fused)
-    assert relative_error(model(*inputs(arrays)), arrays["out"]) < TOLERANCE
+    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < TOLERANCE
     # A residual stream of 0.01 shows the norms' epsilon.
     small = golden_model(scale=np.float32(0.01), fused_attention=fused)
-    assert relative_error(small(*inputs(arrays)), arrays["out_small"]) < TOLERANCE
+    assert relative_error(small(*golden_inputs(arrays)), arrays["out_small"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("scale", [4, 1])
 def test_guidance_is_the_official_one(scale):
     arrays = load_golden("largedit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     out = model.forward_with_cfg(x, t, y, float(scale))
     assert relative_error(out, arrays[f"cfg_out_{scale}"]) < TOLERANCE
     half = len(y) // 2
@@ -90,7 +77,7 @@ def test_guidance_is_the_official_one(scale):
 def test_guidance_of_all_channels():
     arrays = load_golden("largedit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     half = len(y) // 2
     cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
     out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
@@ -101,7 +88,7 @@ def test_guidance_of_all_channels():
 def test_parts_are_the_official_ones():
     arrays = load_golden("largedit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays)
+    x, t, y = golden_inputs(arrays)
     cos, sin = rotary_table(16, 16)
     assert relative_error(cos, arrays["rope_cos"]) < TOLERANCE
     assert relative_error(sin, arrays["rope_sin"]) < TOLERANCE
@@ -280,7 +267,7 @@ def test_same_gradients(change):
     for overrides in ({}, change):
         model = random_model(qk_norm=True, num_kv_heads=2, **overrides)
         model.train()
-        out = model(*inputs(arrays), drop)
+        out = model(*golden_inputs(arrays), drop)
         out.square().mean().backward()
         outputs.append(out.numpy())
         gradients.append({name: p.grad.numpy() for name, p in model.named_parameters()})
@@ -297,7 +284,7 @@ def test_large_sit_is_large_dit_without_the_variance():
     dit, sit = random_model(), random_model(type="LargeSiT")
     assert isinstance(sit, LargeSiT)
     arrays = load_golden("largedit_forward")
-    x, _, y = inputs(arrays)
+    x, _, y = golden_inputs(arrays)
     t = paddle.to_tensor([0.0, 0.25, 0.5, 0.9, 1.0])
     out = sit(x, t, y)
     assert out.shape == [5, 4, 8, 8]
@@ -431,7 +418,7 @@ def test_official_weights_there_and_back(tmp_path):
     assert not missing and not unexpected
     model.eval()
     arrays = load_golden("largedit_forward")
-    assert relative_error(model(*inputs(arrays)), arrays["out"]) < TOLERANCE
+    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < TOLERANCE
     convert_official_weights.main([*flags, "--weights", str(forth), "--output", str(back), "--reverse"])
     original, returned = load_weights(source), load_weights(back)
     assert list(original) == list(returned)

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, load_golden, relative_error
+from conftest import golden_inputs, golden_network, load_golden, relative_error
 
 from models import DiT, build_model
 from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
-from models.weights import load_weights, official_to_paddle
 
 TINY = {
     "type": "DiT",
@@ -21,40 +20,27 @@ TINY = {
     "attention_head_dim": 16,
     "num_classes": 10,
 }
-RESIDUAL = ("x_embedder.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
 
 
 def golden_model(scale=None, **overrides):
-    model = build_model(TINY, **overrides)
-    state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
-    assert list(state) == [name for name, _ in model.named_parameters()]
-    if scale is not None:
-        state = {name: value * scale if any(r in name for r in RESIDUAL) else value for name, value in state.items()}
-    for name, parameter in model.named_parameters():
-        parameter.set_value(state[name])
-    model.eval()
-    return model
-
-
-def inputs(arrays, prefix=""):
-    return [paddle.to_tensor(arrays[prefix + key]) for key in "xty"]
+    return golden_network("dit_tiny.pt", TINY, scale, **overrides)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_forward_is_the_official_one(fused):
     arrays = load_golden("dit_forward")
     model = golden_model(fused_attention=fused)
-    assert relative_error(model(*inputs(arrays)), arrays["out"]) < 6e-5
+    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < 6e-5
     # A residual stream of 0.01 shows the norms' epsilon.
     small = golden_model(scale=np.float32(0.01), fused_attention=fused)
-    assert relative_error(small(*inputs(arrays)), arrays["out_small"]) < 6e-5
+    assert relative_error(small(*golden_inputs(arrays)), arrays["out_small"]) < 6e-5
 
 
 @pytest.mark.parametrize("scale", [4, 1])
 def test_guidance_is_the_official_one(scale):
     arrays = load_golden("dit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     out = model.forward_with_cfg(x, t, y, float(scale))
     assert relative_error(out, arrays[f"cfg_out_{scale}"]) < 6e-5
     garbage = paddle.to_tensor(arrays["cfg_x_garbage"])
@@ -70,7 +56,7 @@ def test_guidance_without_a_null_class_is_refused():
 def test_guidance_of_all_channels():
     arrays = load_golden("dit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     half = x.shape[0] // 2
     cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
     out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
@@ -179,7 +165,7 @@ def test_fused_attention_is_asked_for_by_the_config(fused, monkeypatch):
         return original(q, k, v)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
-    golden_model(fused_attention=fused)(*inputs(load_golden("dit_forward")))
+    golden_model(fused_attention=fused)(*golden_inputs(load_golden("dit_forward")))
     assert shapes == ([[5, 16, 4, 16]] * 3 if fused else [])
 
 
@@ -202,7 +188,7 @@ def test_same_gradients(change):
     for overrides in ({}, change):
         model = golden_model(**overrides)
         model.train()
-        out = model(*inputs(arrays), drop)
+        out = model(*golden_inputs(arrays), drop)
         out.square().mean().backward()
         outputs.append(out.numpy())
         gradients.append({name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient})
@@ -218,7 +204,7 @@ def test_recompute_draws_the_same_random_numbers():
         model = golden_model(enable_recompute=recompute)
         model.train()
         paddle.seed(7)
-        model(*inputs(arrays)).mean().backward()
+        model(*golden_inputs(arrays)).mean().backward()
         after.append((paddle.rand([4]).numpy(), model.y_embedder.embedding_table.weight.grad.numpy()))
     np.testing.assert_array_equal(after[0][0], after[1][0])
     np.testing.assert_allclose(after[0][1], after[1][1], atol=1e-7)

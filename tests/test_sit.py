@@ -3,10 +3,9 @@
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, load_golden, relative_error
+from conftest import golden_inputs, golden_network, load_golden, relative_error
 
 from models import DiT, SiT, build_model
-from models.weights import load_weights, official_to_paddle
 
 TINY = {
     "type": "SiT",
@@ -18,23 +17,10 @@ TINY = {
     "attention_head_dim": 16,
     "num_classes": 10,
 }
-RESIDUAL = ("x_embedder.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
 
 
 def golden_model(scale=None, **overrides):
-    model = build_model(TINY, **overrides)
-    state = official_to_paddle(load_weights(GOLDEN / "sit_tiny.pt"))
-    assert list(state) == [name for name, _ in model.named_parameters()]
-    if scale is not None:
-        state = {name: value * scale if any(r in name for r in RESIDUAL) else value for name, value in state.items()}
-    for name, parameter in model.named_parameters():
-        parameter.set_value(state[name])
-    model.eval()
-    return model
-
-
-def inputs(arrays, prefix=""):
-    return [paddle.to_tensor(arrays[prefix + key]) for key in "xty"]
+    return golden_network("sit_tiny.pt", TINY, scale, **overrides)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -42,17 +28,17 @@ def test_forward_is_the_official_one(fused):
     arrays = load_golden("sit_forward")
     model = golden_model(fused_attention=fused)
     assert isinstance(model, SiT)
-    assert relative_error(model(*inputs(arrays)), arrays["out"]) < 2e-5
+    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < 2e-5
     # A residual stream of 0.01 shows the norms' epsilon.
     small = golden_model(scale=np.float32(0.01), fused_attention=fused)
-    assert relative_error(small(*inputs(arrays)), arrays["out_small"]) < 2e-5
+    assert relative_error(small(*golden_inputs(arrays)), arrays["out_small"]) < 2e-5
 
 
 @pytest.mark.parametrize("scale", [4, 1])
 def test_guidance_is_the_official_one(scale):
     arrays = load_golden("sit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     out = model.forward_with_cfg(x, t, y, float(scale))
     assert relative_error(out, arrays[f"cfg_out_{scale}"]) < 2e-5
     half = len(y) // 2
@@ -63,7 +49,7 @@ def test_guidance_is_the_official_one(scale):
 def test_guidance_of_all_channels():
     arrays = load_golden("sit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays, "cfg_")
+    x, t, y = golden_inputs(arrays, "cfg_")
     half = len(y) // 2
     cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
     out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
@@ -79,7 +65,7 @@ def test_without_variance_channels_nothing_is_dropped():
         assert name == other
         q.set_value(p.set_value(paddle.randn(p.shape) * 0.1) or p)
     sit.eval(), dit.eval()
-    arrays = inputs(load_golden("sit_forward"))
+    arrays = golden_inputs(load_golden("sit_forward"))
     out = sit(*arrays)
     assert out.shape == [5, 4, 8, 8]
     np.testing.assert_array_equal(out, dit(*arrays))
@@ -99,6 +85,6 @@ def test_starts_as_dit_does():
 def test_forced_label_dropout_reaches_the_embedder():
     arrays = load_golden("sit_forward")
     model = golden_model()
-    x, t, y = inputs(arrays)
+    x, t, y = golden_inputs(arrays)
     dropped = model(x, t, y, paddle.ones_like(y))
     np.testing.assert_array_equal(dropped, model(x, t, paddle.full_like(y, 10)))

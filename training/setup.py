@@ -9,7 +9,7 @@ import paddle
 
 from models import build_model
 from training.config import ineffective_settings, write_json
-from training.data import FeatureDataset
+from training.data import FeatureDataset, MicroBatchSampler, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
 from training.runtime import compute_capability
@@ -51,6 +51,25 @@ def build_dataset(config, feature_path, resolution):
         resolution=resolution,
         sample_shape=(model["in_channels"], model["sample_size"], model["sample_size"]),
         num_classes=model["num_classes"],
+    )
+
+
+def build_sampler(config, dataset, *, rank, world_size):
+    """This rank's `MicroBatchSampler`, up to the run's last step."""
+    training = config["training"]
+    return MicroBatchSampler(
+        len(dataset),
+        global_batch_size=training["global_batch_size"],
+        accumulation_steps=training["gradient_accumulation_steps"],
+        rank=rank,
+        world_size=world_size,
+        seed=training["seed"],
+        last_step=total_steps(
+            len(dataset),
+            global_batch_size=training["global_batch_size"],
+            max_steps=training["max_steps"],
+            epochs=training["epochs"],
+        ),
     )
 
 

@@ -69,7 +69,7 @@ def train(args, config):
         ckpt.restore_training(
             checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
         )
-    vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae else args.vae_name_or_path
+    vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae in ("ema", "mse") else args.vae or args.vae_name_or_path
     preview = setup.build_preview(objective, config, args, vae=vae)
 
     # Gradients are averaged over the ranks by DataParallel's hooks, during the backward pass; recompute runs backward

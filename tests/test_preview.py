@@ -45,9 +45,10 @@ def test_previews_leave_the_losses_alone(kind, loop, tmp_path, run_loop):
     config = tmp_path / "preview.json"
     config.write_text(json.dumps({"model": {**LATENT4, "type": kind}, "training": {"learning_rate": 1e-3}}))
     runs = {}
+    vae_flag = "--vae" if loop == "notrainer" else "--vae_name_or_path"
     for name, extra in (
         ("plain", []),
-        ("preview", ["--image_logging_steps=2", f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"]),
+        ("preview", ["--image_logging_steps=2", f"{vae_flag}={ROOT / 'assets/digits_vae'}"]),
     ):
         arguments = loop_arguments(loop, config=str(config), features=features, output=tmp_path / name, steps=4)
         run_loop(loop, [*arguments, *extra, "--num_inference_steps=3"])

@@ -225,7 +225,9 @@ def notrainer_parser():
     _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
     group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
     _add_preview_flags(parser)
-    parser.add_argument("--vae", choices=("ema", "mse"), help="the reference's short name of the previews' autoencoder")
+    parser.add_argument(
+        "--vae", help="previews' autoencoder: ema or mse (stabilityai/sd-vae-ft-...), a folder or a name"
+    )
     return parser
 
 

@@ -117,8 +117,9 @@ def test_variables_and_further_flags(tmp_path):
     assert words[-4:] == ["--device", "cpu", "--ema_decay", "0.99"]
 
 
-def test_switches_of_the_seed_as_variables(tmp_path):
-    words = launch_line("0_run_train_dit_trainer.sh", tmp_path, **{variable: "x y" for variable in FROM_JSON.values()})
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_switches_of_the_seed_as_variables(script, tmp_path):
+    words = launch_line(script, tmp_path, **{variable: "x y" for variable in FROM_JSON.values()})
     assert all(value(words, f"--{flag}") == "x y" for flag in FROM_JSON)
 
 
@@ -195,8 +196,7 @@ def test_every_flag_of_the_launch_line_is_taken_on_a_cpu(script, features, tmp_p
         feature_path=str(features),
         OUTPUT_DIR=str(output),
         results_dir=str(output),
-        batch_size="4",
-        global_batch_size="4",
+        **({"batch_size": "4"} if loop == "trainer" else {"global_batch_size": "4"}),
         num_workers="0",
         max_steps="2",
         logging_steps="1",

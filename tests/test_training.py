@@ -557,3 +557,15 @@ def test_transport_settings_from_json_and_from_flags(loop, features, tmp_path, r
     arguments = loop_arguments(loop, config=configs["default"], features=features, output=tmp_path / "note", steps=1)
     run_loop(loop, [*arguments, "--loss_weight=likelihood", "--train_eps=0.1"])
     assert "note: loss_weight, train_eps has no effect on velocity prediction" in capsys.readouterr().out
+
+
+def test_visualdl_shows_one_curve_after_a_resume(features, tmp_path, run_loop):
+    from visualdl.reader.reader import LogReader
+
+    config = write_config(tmp_path / "Tiny.json")
+    for steps in (2, 4):
+        arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=steps)
+        run_loop("trainer", [*arguments, f"--logging_dir={tmp_path / str(steps)}"])
+    (log,) = (tmp_path / "4").glob("*.log")
+    records = LogReader(file_path=str(log)).get_data("scalar", "train/loss")
+    assert [record.id for record in records] == [1, 2, 3, 4]

@@ -9,6 +9,10 @@ num_workers=${num_workers:-8}
 max_steps=${max_steps:-7000000}
 logging_steps=${logging_steps:-50}
 save_steps=${save_steps:-5000}
+if [ -n "${batch_size:-}" ]; then
+    echo "error: batch_size is the Trainer's, per GPU; this loop takes global_batch_size" >&2
+    exit 2
+fi
 resume=${resume:-auto}                                # auto: the newest checkpoint of this config in results_dir
 
 launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py \
@@ -21,4 +25,19 @@ launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py
     --log_every "$logging_steps" \
     --ckpt_every "$save_steps" \
     --resume "$resume" \
+    ${seed:+--global_seed "$seed"} \
+    ${image_logging_steps:+--image_logging_steps "$image_logging_steps"} \
+    ${vae_name_or_path:+--vae_name_or_path "$vae_name_or_path"} \
+    ${save_total_limit:+--save_total_limit "$save_total_limit"} \
+    ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
+    ${learning_rate:+--learning_rate "$learning_rate"} \
+    ${weight_decay:+--weight_decay "$weight_decay"} \
+    ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
+    ${warmup_steps:+--warmup_steps "$warmup_steps"} \
+    ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
+    ${use_ema:+--use_ema "$use_ema"} \
+    ${USE_AMP:+--bf16 "$USE_AMP"} \
+    ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
+    ${recompute:+--recompute "$recompute"} \
+    ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
     "$@"

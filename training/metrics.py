@@ -22,13 +22,13 @@ def peak_memory_gib():
 
 def _open_metrics(path, first_step):
     """Opens the file to append to, without the rows of steps that a resumed run is about to do again."""
-    kept = []
+    kept = []  # lines
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     file = open(path, "w", encoding="utf-8")
     file.writelines(kept)
-    return file
+    return file, [json.loads(line) for line in kept]
 
 
 class TrainingLog:
@@ -61,7 +61,9 @@ class TrainingLog:
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            self._file = _open_metrics(os.path.join(folder, "metrics.jsonl"), first_step)
+            self._file, earlier = _open_metrics(os.path.join(folder, "metrics.jsonl"), first_step)
+            for values in earlier:  # VisualDL shows the newest file of a folder only
+                self._add_scalars(values)
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -142,9 +144,7 @@ class TrainingLog:
         return values
 
     def _write(self, values):
-        for name, value in values.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(f"train/{name}", value, values["step"])
+        self._add_scalars(values)
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         grad_norm = values["grad_norm"]
@@ -154,6 +154,11 @@ class TrainingLog:
             "{samples_per_second:.1f}, LR: {learning_rate:.3e}, Grad Norm: {grad_norm}, Epoch: {epoch:.2f}, "
             "Memory: {peak_memory_gib:.2f} GiB".format(**values)
         )
+
+    def _add_scalars(self, values):
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(f"train/{name}", value, values["step"])
 
     def print(self, text):
         """Prints a line above the bar, on rank 0."""

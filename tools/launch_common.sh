@@ -19,10 +19,29 @@ if [ "${GPUS_FOUND:-0}" -gt 0 ]; then PROCESSES_FOUND=$GPUS_FOUND; else PROCESSE
 if [ -n "${GPUS:-}" ]; then PROCESSES_FOUND=$(echo "$GPUS" | tr ',' '\n' | grep -c .); fi  # GPUS=0,1: only these
 TRAINING_GPUS_PER_NODE=${TRAINING_GPUS_PER_NODE:-$PROCESSES_FOUND}  # processes a node: its GPUs, else one
 
+# Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
+# USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
+# max_grad_norm gradient_accumulation_steps
+
 # launch LOG_DIR SCRIPT FLAGS...
 launch() {
     log_dir=$1
-    shift
+    script=$2
+    shift 2
+    # Both loops' switches, each only where its variable is set; the flags that follow win over them.
+    set -- "$script" \
+        ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
+        ${learning_rate:+--learning_rate "$learning_rate"} \
+        ${weight_decay:+--weight_decay "$weight_decay"} \
+        ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
+        ${warmup_steps:+--warmup_steps "$warmup_steps"} \
+        ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
+        ${use_ema:+--use_ema "$use_ema"} \
+        ${USE_AMP:+--bf16 "$USE_AMP"} \
+        ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
+        ${recompute:+--recompute "$recompute"} \
+        ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
+        "$@"
     set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$@"
     # A master is only needed between nodes; without one, several runs can share a machine.
     if [ "$TRAINERS_NUM" -gt 1 ] || [ -n "${MASTER:-}" ]; then

@@ -29,15 +29,4 @@ launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py
     ${image_logging_steps:+--image_logging_steps "$image_logging_steps"} \
     ${vae_name_or_path:+--vae_name_or_path "$vae_name_or_path"} \
     ${save_total_limit:+--save_total_limit "$save_total_limit"} \
-    ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
-    ${learning_rate:+--learning_rate "$learning_rate"} \
-    ${weight_decay:+--weight_decay "$weight_decay"} \
-    ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
-    ${warmup_steps:+--warmup_steps "$warmup_steps"} \
-    ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
-    ${use_ema:+--use_ema "$use_ema"} \
-    ${USE_AMP:+--bf16 "$USE_AMP"} \
-    ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
-    ${recompute:+--recompute "$recompute"} \
-    ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
     "$@"

@@ -16,10 +16,6 @@ save_steps=${save_steps:-5000}
 image_logging_steps=${image_logging_steps:--1}
 seed=${seed:-0}
 
-# Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
-# USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
-# max_grad_norm gradient_accumulation_steps
-
 launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --do_train \
     --feature_path "$feature_path" \
@@ -43,15 +39,4 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --sharding_parallel_degree "$SHARDING_DEGREE" \
     --pipeline_parallel_degree 1 \
     --sep_parallel_degree 1 \
-    ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
-    ${learning_rate:+--learning_rate "$learning_rate"} \
-    ${weight_decay:+--weight_decay "$weight_decay"} \
-    ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
-    ${warmup_steps:+--warmup_steps "$warmup_steps"} \
-    ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
-    ${use_ema:+--use_ema "$use_ema"} \
-    ${USE_AMP:+--bf16 "$USE_AMP"} \
-    ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
-    ${recompute:+--recompute "$recompute"} \
-    ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
     "$@"

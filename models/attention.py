@@ -4,6 +4,8 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from .parallel import column_linear, row_linear
+
 
 def scaled_dot_product(q, k, v, *, fused):
     """Attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
@@ -30,15 +32,16 @@ class Attention(nn.Layer):
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"the hidden width {hidden_size} is not divisible by {num_heads} attention heads")
-        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
         self.fused = fused
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = column_linear(hidden_size, 3 * hidden_size, segments=3)
+        self.proj = row_linear(hidden_size, hidden_size)
 
     def forward(self, x):
-        batch, tokens, width = x.shape
-        # Split along the width, so that nothing has to transpose a 5-D tensor.
-        heads = [batch, tokens, self.num_heads, width // self.num_heads]
+        batch, tokens, _ = x.shape
+        # Split along the width, so that nothing has to transpose a 5-D tensor. With tensor parallelism these are the
+        # heads of this rank.
+        heads = [batch, tokens, -1, self.head_dim]
         q, k, v = (z.reshape(heads) for z in self.qkv(x).split(3, axis=-1))  # 3 x (N, T, heads, head_dim)
         out = scaled_dot_product(q, k, v, fused=self.fused)
-        return self.proj(out.reshape([batch, tokens, width]))
+        return self.proj(out.flatten(2))

@@ -7,6 +7,7 @@ import paddle
 from paddle import nn
 
 from .guidance import combine_guidance
+from .parallel import initialize
 
 
 class LatentTransformer(nn.Layer):
@@ -47,8 +48,8 @@ class LatentTransformer(nn.Layer):
         """Every Linear: Xavier uniform, bias 0."""
         xavier, zeros = nn.initializer.XavierUniform(), nn.initializer.Constant(0.0)
         for layer in self.sublayers():
-            if isinstance(layer, nn.Linear):
-                xavier(layer.weight)
+            if layer.__class__.__name__.endswith("Linear"):  # fleet's too
+                initialize(layer.weight, xavier)
                 if layer.bias is not None:
                     zeros(layer.bias)
 

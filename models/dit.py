@@ -11,6 +11,7 @@ from paddle.nn import functional as F
 from .attention import Attention
 from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
+from .parallel import column_linear, linear, row_linear
 
 
 def modulate(x, shift, scale):
@@ -23,8 +24,8 @@ class Mlp(nn.Layer):
 
     def __init__(self, hidden_size, mlp_hidden_size):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
-        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+        self.fc1 = column_linear(hidden_size, mlp_hidden_size)
+        self.fc2 = row_linear(mlp_hidden_size, hidden_size)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate=True))
@@ -43,7 +44,7 @@ class DiTBlock(nn.Layer):
         self.attn = Attention(hidden_size, num_heads, fused=fused_attention)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), column_linear(hidden_size, 6 * hidden_size, gather=True))
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6, axis=-1)
@@ -61,8 +62,8 @@ class FinalLayer(nn.Layer):
     def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()
         self.norm_final = _layer_norm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(condition_size or hidden_size, 2 * hidden_size))
+        self.linear = linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), linear(condition_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).split(2, axis=-1)

@@ -9,6 +9,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from .parallel import linear
+
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim, pos):
     """Sine and cosine features of positions, float64 `(M, embed_dim)`, sines first (MAE, He et al. 2022).
@@ -71,9 +73,9 @@ class TimestepEmbedder(nn.Layer):
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size),
+            linear(frequency_embedding_size, hidden_size),
             nn.Silu(),
-            nn.Linear(hidden_size, hidden_size),
+            linear(hidden_size, hidden_size),
         )
         self.frequency_embedding_size = frequency_embedding_size
 

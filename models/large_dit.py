@@ -8,8 +8,6 @@ Shapes: N batch, T tokens, D hidden width, E conditioning width, C latent channe
 p patch size.
 """
 
-import math
-
 import numpy as np
 import paddle
 from paddle import nn
@@ -19,6 +17,7 @@ from .attention import scaled_dot_product
 from .base import LatentTransformer
 from .dit import FinalLayer, modulate
 from .embeddings import LabelEmbedder, TimestepEmbedder
+from .parallel import SharedInput, column_linear, layer_norm, linear, row_linear, swiglu_width
 from .sit import WithoutVariance
 
 MAX_CONDITION_SIZE = 1024
@@ -82,15 +81,17 @@ class GroupedQueryAttention(nn.Layer):
         hidden_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         self.head_dim = head_dim
         self.fused = fused
-        self.wq = nn.Linear(hidden_size, hidden_size, bias_attr=False)
-        self.wk = nn.Linear(hidden_size, kv_size, bias_attr=False)
-        self.wv = nn.Linear(hidden_size, kv_size, bias_attr=False)
-        self.wo = nn.Linear(hidden_size, hidden_size, bias_attr=False)
-        self.q_norm = nn.LayerNorm(hidden_size, epsilon=1e-5) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(kv_size, epsilon=1e-5) if qk_norm else nn.Identity()
+        self.shared_input = SharedInput()
+        self.wq = column_linear(hidden_size, hidden_size, bias=False, shared_input=True)
+        self.wk = column_linear(hidden_size, kv_size, bias=False, shared_input=True)
+        self.wv = column_linear(hidden_size, kv_size, bias=False, shared_input=True)
+        self.wo = row_linear(hidden_size, hidden_size, bias=False)
+        self.q_norm = layer_norm(hidden_size, epsilon=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = layer_norm(kv_size, epsilon=1e-5) if qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin):
         batch, tokens, _ = x.shape
+        x = self.shared_input(x)
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (z.reshape([batch, tokens, -1, self.head_dim]) for z in (q, k, v))  # (N, T, heads, head_dim)
         # The layer norms of AMP give float32: attention is to run in the type of the projections.
@@ -116,15 +117,14 @@ class FeedForward(nn.Layer):
 
     def __init__(self, hidden_size, multiple_of=256, ffn_dim_multiplier=None):
         super().__init__()
-        width = int(2 * 4 * hidden_size / 3)
-        if ffn_dim_multiplier is not None:
-            width = int(ffn_dim_multiplier * width)
-        width = multiple_of * math.ceil(width / multiple_of)
-        self.w1 = nn.Linear(hidden_size, width, bias_attr=False)
-        self.w2 = nn.Linear(width, hidden_size, bias_attr=False)
-        self.w3 = nn.Linear(hidden_size, width, bias_attr=False)
+        width = swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier)
+        self.shared_input = SharedInput()
+        self.w1 = column_linear(hidden_size, width, bias=False, shared_input=True)
+        self.w2 = row_linear(width, hidden_size, bias=False)
+        self.w3 = column_linear(hidden_size, width, bias=False, shared_input=True)
 
     def forward(self, x):
+        x = self.shared_input(x)
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -137,7 +137,7 @@ class LargeDiTBlock(nn.Layer):
         self.feed_forward = feed_forward
         self.attention_norm = RMSNorm(hidden_size, norm_eps)
         self.ffn_norm = RMSNorm(hidden_size, norm_eps)
-        self.adaLN_modulation = nn.Sequential(nn.Silu(), nn.Linear(condition_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), column_linear(condition_size, 6 * hidden_size, gather=True))
 
     def forward(self, x, c, cos, sin):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6, axis=-1)
@@ -207,7 +207,7 @@ class LargeDiT(LatentTransformer):
         hidden_size = self.hidden_size
         condition_size = min(hidden_size, MAX_CONDITION_SIZE)
 
-        self.x_embedder = nn.Linear(patch_size * patch_size * in_channels, hidden_size)
+        self.x_embedder = linear(patch_size * patch_size * in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(condition_size)
         self.y_embedder = LabelEmbedder(num_classes, condition_size, class_dropout_prob)
         self.layers = nn.LayerList(

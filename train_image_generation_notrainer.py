@@ -27,7 +27,7 @@ def train(args, config):
     from training import setup
     from training.data import FeatureLoader
     from training.metrics import TrainingLog
-    from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
+    from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
     from training.preview import log_preview
     from training.runtime import init_distributed, resolve_device, seed_step
 
@@ -64,6 +64,7 @@ def train(args, config):
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
     optimizer = build_optimizer(model, settings, lr_scheduler, multi_precision=precision.low_precision_weights)
+    grad_norm = optimizer._grad_clip
     scaler = precision.scaler()
     if checkpoint is not None:
         ckpt.restore_training(
@@ -146,8 +147,7 @@ def train(args, config):
             fused_allreduce_gradients(list(model.parameters()), None)
 
         # Optimizer, learning rate, EMA.
-        grad_square = squared_grad_norm(model.parameters()) if log.will_report(step) else None
-        scale = scaler._scale.clone() if precision.dtype == "float16" and grad_square is not None else None
+        grad_norm.wanted = log.will_report(step)
         scaler.step(optimizer)
         scaler.update()
         optimizer.clear_grad()
@@ -160,8 +160,7 @@ def train(args, config):
 
         # Report, preview, checkpoint.
         if log.step_done(step):
-            grad_norm = float(grad_square) ** 0.5 / (float(scale) if scale is not None else 1.0)
-            log.report(lr=lr, grad_norm=grad_norm, epoch=sampler.epoch(step))
+            log.report(lr=lr, grad_norm=grad_norm.take(), epoch=sampler.epoch(step))
         if preview is not None and step % args.image_logging_steps == 0:
             images_dir = os.path.join(folder, "images")
             log_preview(

@@ -31,20 +31,22 @@ def train(args, others, config):
     from training import checkpoint as ckpt
     from training import setup
     from training.trainer import LatentDiffusionTrainer
-    from training.trainer_arguments import check_degrees, training_arguments
+    from training.trainer_arguments import check_degrees, tensor_parallel_group, training_arguments
 
     # What is asked of the process group, before it is made.
     world_size = paddle.distributed.get_world_size()
-    degree_note = check_degrees(args, world_size)
+    data_ranks, degree_note = check_degrees(args, config["model"], world_size)
     settings = config["training"]
-    micro_batches = settings["gradient_accumulation_steps"] * world_size
+    micro_batches = settings["gradient_accumulation_steps"] * data_ranks
     if args.per_device_train_batch_size is not None:
         settings["global_batch_size"] = args.per_device_train_batch_size * micro_batches
     precision, note = setup.setup_precision(config, device)
 
-    # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
+    # Data: a seeded endless stream, of which every data rank takes its rows of each global batch. The ranks of a
+    # tensor-parallel group follow one another, and are one data rank.
     dataset = setup.build_dataset(config, args.feature_path, args.resolution)
-    sampler = setup.build_sampler(config, dataset, rank=paddle.distributed.get_rank(), world_size=world_size)
+    data_rank = paddle.distributed.get_rank() // args.tensor_parallel_degree
+    sampler = setup.build_sampler(config, dataset, rank=data_rank, world_size=data_ranks)
     last_step = sampler.last_step
 
     # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
@@ -56,7 +58,7 @@ def train(args, others, config):
     )
 
     # Network, objective, trainer.
-    model = setup.build_network(config)
+    model = setup.build_network(config, tensor_parallel_group())
     objective = build_objective(config)
     start_note = None
     if args.pretrained_model_path and checkpoint is None:

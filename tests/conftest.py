@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -114,13 +115,17 @@ def write_config(path, kind="DiT", objective=None, **training):
     return str(path)
 
 
-def read_losses(folder):
-    """`{step: loss}` of a run's metrics.jsonl; `folder` is an output_dir or the only experiment in a results_dir."""
+def read_metrics(folder, key):
+    """`{step: value}` of a run's metrics.jsonl; `folder` is an output_dir or the only experiment in a results_dir."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         (path,) = Path(folder).glob("*/metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
+    return {row["step"]: row[key] for row in rows}
+
+
+def read_losses(folder):
+    return read_metrics(folder, "loss")
 
 
 def loop_arguments(loop, *, config, features, output, steps, batch=8, accumulation=1, ranks=1, save_every=None):
@@ -191,14 +196,23 @@ def command_environment(threads=1):
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
-def launch(ranks, script, arguments, log_dir, timeout=240):
-    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
-    command += ["--master", f"127.0.0.1:{free_port()}", "--log_dir", str(log_dir), str(ROOT / script)]
-    command += [str(argument) for argument in arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+def launch(ranks, script, arguments, log_dir, timeout=300):
+    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process.
+
+    On a busy machine gloo sometimes refuses a connection of its own while a group is made: only then it is tried again.
+    """
+    for attempt in range(3):
+        place = Path(log_dir) / str(attempt) if attempt else Path(log_dir)
+        command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
+        command += ["--master", f"127.0.0.1:{free_port()}", "--log_dir", str(place), str(ROOT / script)]
+        command += [str(argument) for argument in arguments]
+        finished = subprocess.run(
+            command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        logs = "".join(path.read_text(errors="replace") for path in place.glob("workerlog.*"))
+        if finished.returncode == 0 or not re.search(r"gloo/transport.*(Connection refused|TIMEOUT)", logs):
+            break
+    return finished
 
 
 def run_script(script, arguments, timeout=120):

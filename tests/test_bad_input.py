@@ -127,10 +127,10 @@ def test_mistake_under_the_launcher(features, tmp_path):
 @pytest.mark.parametrize(
     ("loop", "flags", "message"),
     [
-        ("trainer", ["--tensor_parallel_degree=2"], "tensor_parallel_degree must be 1, got 2"),
+        ("trainer", ["--tensor_parallel_degree=2"], "tensor_parallel_degree 2 does not divide the 1 processes"),
         ("trainer", ["--pipeline_parallel_degree=2"], "pipeline_parallel_degree must be 1, got 2"),
         ("trainer", ["--sharding_parallel_degree=2"], "sharding_parallel_degree 2 does not divide the 1 processes"),
-        ("trainer", ["--sharding=stage9"], "sharding must be '' or stage1, got 'stage9'"),
+        ("trainer", ["--sharding=stage9"], "sharding must be '' or stage1, stage2, stage3, got 'stage9'"),
         ("trainer", ["--save_steps=0"], "--save_steps must be above 0, got 0"),
         ("trainer", ["--no_such_flag=1"], "command line: unknown flag --no_such_flag"),
         ("trainer", ["--warmup_ratio=0.5"], "command line: unknown flag --warmup_ratio"),

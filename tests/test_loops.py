@@ -1,22 +1,27 @@
-"""Both loops on the same run: equal losses and weights, on one process and two, resumed or not."""
+"""Both loops on the same run: equal losses and weights, on one process and many, however parallel, resumed or not."""
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import (
+    ROOT,
     TINY_MODELS,
     checkpoint_path,
     launch,
     loop_arguments,
     read_losses,
+    read_metrics,
     write_config,
 )
+from PIL import Image
 
 from models.weights import safe_load
 
 LOOPS = ("trainer", "notrainer")
 KINDS = tuple(TINY_MODELS)
+TRAINING = {"max_grad_norm": 0.3}  # every step is clipped
 
 
 def weights(loop, output, step, name="model_state.pdparams"):
@@ -34,7 +39,7 @@ def reference(request, features, tmp_path_factory):
     """An unbroken run of ten steps in each loop, one process."""
     kind = request.param
     folder = tmp_path_factory.mktemp(f"reference-{kind}")
-    config = write_config(folder / "Tiny.json", kind)
+    config = write_config(folder / "Tiny.json", kind, **TRAINING)
     outputs = {}
     with pytest.MonkeyPatch.context() as patch:
         from conftest import run_in_process
@@ -109,67 +114,95 @@ def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop
     assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3, 4)}
 
 
-# Two real processes. Those of a group share a launch, which costs ten times as much as a training.
-TWO_PROCESSES = {
-    "trainer-dp": ("trainer", []),
-    "trainer-recompute": ("trainer", ["--recompute=True"]),
-    "trainer-sharding1": ("trainer", ["--sharding=stage1", "--sharding_parallel_degree=2"]),
-    "notrainer-dp": ("notrainer", []),
-    "notrainer-recompute": ("notrainer", ["--recompute=True"]),
-    "notrainer-accumulation": ("notrainer", ["--gradient_accumulation_steps=2"]),
-}
+# Real processes. The cases of a group share a launch, which costs ten times as much as a training: a process has one
+# set of parallel degrees. Before its own cases a launch resumes the first case of the group before: what one way of
+# parallel training saved goes on in every other, and on one process.
+class Case(NamedTuple):
+    loop: str
+    flags: tuple = ()
+    accumulation: int = 1
+    ranks: int = 2
+    tensor: int = 1
+
+
+TP2 = "--tensor_parallel_degree=2"
 GROUPS = (
-    ("trainer-dp", "trainer-recompute"),
-    ("trainer-sharding1",),
-    ("notrainer-dp", "notrainer-recompute", "notrainer-accumulation"),
+    {"trainer-dp": Case("trainer"), "trainer-recompute": Case("trainer", ("--recompute=True",))},
+    {"trainer-sharding1": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"))},
+    {
+        "trainer-tp": Case("trainer", (TP2,), tensor=2),
+        "trainer-tp-accumulation": Case("trainer", (TP2, "--recompute=True"), tensor=2, accumulation=2),
+    },
+    {"trainer-sharding2": Case("trainer", ("--sharding=stage2",), accumulation=2)},
+    {
+        "trainer-sharding3": Case("trainer", ("--sharding=stage3",)),
+        "trainer-sharding3-recompute": Case("trainer", ("--sharding=stage3", "--recompute=True"), accumulation=2),
+    },
+    {"trainer-tp-dp": Case("trainer", (TP2,), tensor=2, ranks=4)},
+    {"trainer-tp-sharding3": Case("trainer", (TP2, "--sharding=stage3"), tensor=2, ranks=4)},
+    {
+        "notrainer-dp": Case("notrainer"),
+        "notrainer-recompute": Case("notrainer", ("--recompute=True",)),
+        "notrainer-accumulation": Case("notrainer", accumulation=2),
+    },
 )
+CASES = {name: case for group in GROUPS for name, case in group.items()}
 
 
 @pytest.fixture(scope="module")
-def two_processes(features, tmp_path_factory):
-    """`outputs(case, kind)`: the output folder of a case, ten steps on two ranks, launched when first asked for."""
-    folder = tmp_path_factory.mktemp("two-processes")
+def parallel_runs(features, tmp_path_factory):
+    """`outputs(case, kind)`: the output folder of a case, ten steps, launched when first asked for."""
+    folder = tmp_path_factory.mktemp("parallel")
     done = set()
 
-    def outputs(case, kind):
-        group = next(group for group in GROUPS if case in group)
-        if group not in done:
-            done.add(group)
-            runs = []
-            for name in group:
+    def arguments(name, kind, output, extra=()):
+        case = CASES[name]
+        flags = loop_arguments(
+            case.loop,
+            config=write_config(folder / f"{kind}.json", kind, **TRAINING),
+            features=str(features),
+            output=str(output),
+            steps=10,
+            ranks=case.ranks // case.tensor,
+            accumulation=case.accumulation,
+            save_every=4,
+        )
+        return [case.loop, [*flags, *case.flags, *extra]]
+
+    def outputs(name, kind):
+        index = next(index for index, group in enumerate(GROUPS) if name in group)
+        if index not in done:
+            group = list(GROUPS[index])
+            runs = [arguments(member, kind, folder / member / kind) for member in group for kind in KINDS]
+            if index > 0:
+                before = next(iter(GROUPS[index - 1]))
+                resume = "--resume" if CASES[group[0]].loop == "notrainer" else "--resume_from_checkpoint"
                 for model in KINDS:
-                    loop, extra = TWO_PROCESSES[name]
-                    arguments = loop_arguments(
-                        loop,
-                        config=write_config(folder / f"{model}.json", model),
-                        features=str(features),
-                        output=str(folder / name / model),
-                        steps=10,
-                        ranks=2,
-                        save_every=4,
-                    )
-                    runs.append([loop, [*arguments, *extra]])
+                    begun = checkpoint_path(CASES[before].loop, outputs(before, model), 4)
+                    previews = [f"{resume}={begun}", "--image_logging_steps=5", "--num_inference_steps=3"]
+                    previews += [f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"]
+                    runs.append(arguments(group[0], model, folder / "resumed" / group[0] / model, previews))
             runs_file = folder / f"{group[0]}.json"
             runs_file.write_text(json.dumps(runs))
             log_dir = folder / f"{group[0]}-log"
-            finished = launch(2, "tests/run_loops.py", [runs_file], log_dir)
-            logs = "".join(path.read_text() for path in sorted(log_dir.glob("workerlog.*")))
-            assert finished.returncode == 0, logs[-3000:]
-        return folder / case / kind
+            finished = launch(CASES[group[0]].ranks, "tests/run_loops.py", [runs_file], log_dir)
+            logs = [path.read_text()[-2000:] for path in sorted(log_dir.glob("workerlog.*"))]
+            assert finished.returncode == 0, "\n".join(logs)
+            done.add(index)
+        return folder / name / kind
 
+    outputs.resumed = lambda name, kind: folder / "resumed" / name / kind
     return outputs
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", TWO_PROCESSES)
-def test_two_processes_give_the_single_process_losses(reference, two_processes, case):
-    loop = TWO_PROCESSES[case][0]
-    output = two_processes(case, reference["kind"])
-    expected = read_losses(reference[loop])
-    losses = read_losses(output)
-    assert list(losses) == list(expected)
+def assert_same_run(output, loop, reference, first_step=1):
+    """Losses, gradient norms, weights, averages and optimizer state of ten steps against the single process's."""
+    expected, losses = read_losses(reference[loop]), read_losses(output)
+    assert list(losses) == list(range(first_step, 11))
+    norms = [read_metrics(folder, "grad_norm") for folder in (output, reference[loop])]
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+        assert norms[0][step] == pytest.approx(norms[1][step], rel=1e-4)
     for name in ("model_state.pdparams", "ema_state.pdparams"):
         assert_same(weights(loop, output, 10, name), weights(loop, reference[loop], 10, name), tolerance=1e-4)
     optimizers = [weights(loop, folder, 10, "optimizer.pdopt") for folder in (output, reference[loop])]
@@ -179,9 +212,32 @@ def test_two_processes_give_the_single_process_losses(reference, two_processes, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["trainer-sharding1", "notrainer-dp"])
-def test_one_process_resumes_what_two_began(reference, two_processes, features, tmp_path, run_loop, case):
-    begun = checkpoint_path(TWO_PROCESSES[case][0], two_processes(case, reference["kind"]), 4)
+@pytest.mark.parametrize("case", CASES)
+def test_parallel_training_is_the_single_process_one(reference, parallel_runs, case):
+    assert_same_run(parallel_runs(case, reference["kind"]), CASES[case].loop, reference)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", [next(iter(group)) for group in GROUPS[1:]])
+def test_parallel_training_resumes_any_other(reference, parallel_runs, case):
+    kind = reference["kind"]
+    parallel_runs(case, kind)
+    resumed = parallel_runs.resumed(case, kind)
+    assert_same_run(resumed, CASES[case].loop, reference, first_step=5)
+    # Previews are drawn with the averages of all ranks' parts.
+    images = sorted(resumed.rglob("images/*.png"))
+    assert [path.name for path in images] == ["0000005.png", "0000010.png"]
+    first = parallel_runs.resumed("trainer-sharding1", kind)
+    for path in images:
+        (other,) = first.rglob(path.name)
+        difference = np.asarray(Image.open(path), "int64") - np.asarray(Image.open(other), "int64")
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", [next(iter(group)) for group in GROUPS])
+def test_one_process_resumes_what_many_began(reference, parallel_runs, features, tmp_path, run_loop, case):
+    begun = checkpoint_path(CASES[case].loop, parallel_runs(case, reference["kind"]), 4)
     arguments = loop_arguments("notrainer", config=reference["config"], features=features, output=tmp_path, steps=10)
     run_loop("notrainer", [*arguments, "--resume", begun])
     expected = read_losses(reference["notrainer"])

@@ -174,12 +174,26 @@ def trainer_parser():
     _add_preview_flags(parser)
     group = parser.add_argument_group("parallel degrees")
     group.add_argument("--dp_degree", type=int, metavar="N", help="data parallel; follows from the others [all ranks]")
-    group.add_argument("--sharding", default="", help="stage1: optimizer state split over the sharding ranks ['']")
+    group.add_argument(
+        "--sharding",
+        default="",
+        metavar="STAGE",
+        help="split over the sharding ranks: stage1 optimizer state and EMA, stage2 gradients, stage3 weights",
+    )
     group.add_argument(
         "--sharding_parallel_degree", type=int, metavar="N", help="sharding ranks [all with --sharding, else 1]"
     )
-    for name in ("tensor", "pipeline", "sep"):
-        group.add_argument(f"--{name}_parallel_degree", type=int, default=1, metavar="N", help=f"{name} parallel [1]")
+    group.add_argument(
+        "--tensor_parallel_degree",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share one network, heads and MLPs split; they get the same batch [1]",
+    )
+    for name in ("pipeline", "sep"):
+        group.add_argument(
+            f"--{name}_parallel_degree", type=int, default=1, metavar="1", help="accepted; only 1 is supported [1]"
+        )
     return parser
 
 

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import paddle
 
+from models.parallel import rank_part
 from models.weights import check_state, official_to_paddle, safe_load
 from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import read_json, resolve_config, write_json
-from training.optimizer import master_weights, optimizer_state, set_optimizer_state
+from training.optimizer import optimizer_state, set_optimizer_state
+from training.shares import Shares, held_part, master_weights
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
@@ -95,52 +97,6 @@ def list_experiments(folder, experiment_name=None):
     return sorted(found)
 
 
-class Shares:
-    """Which parameters' optimizer state and averages this rank holds, and how to gather them whole.
-
-    Without sharding every rank holds everything. With sharding stage 1 each parameter has one owner in the group.
-    """
-
-    def __init__(self, model, optimizer=None):
-        self.names = None
-        sharding = optimizer
-        while sharding is not None and "_param2rank" not in vars(sharding):
-            sharding = vars(sharding).get("_inner_opt")
-        if sharding is None:
-            return
-        group = sharding._hcg.get_sharding_parallel_group()
-        self.group, self._ranks, self._rank = group, group.ranks, sharding._sharding_rank
-        self._owner = {
-            name: sharding._param2rank.get(parameter.name, 0) for name, parameter in model.named_parameters()
-        }
-        self.names = {name for name, owner in self._owner.items() if owner == self._rank}
-
-    def whole(self, tensors, reference, *, everywhere=False):
-        """`{name: float32 array}` of every parameter, of a dict that holds this rank's share of them.
-
-        With sharding a collective: every rank calls it; each tensor is sent by its owner.
-
-        Args:
-            tensors: by parameter name.
-            reference: `{name: tensor}` of all parameters; gives the shapes of those that other ranks hold.
-            everywhere: return them on every rank; else the others than rank 0 get an empty dict, and copy nothing.
-        """
-        wanted = everywhere or paddle.distributed.get_rank() == 0
-        result = {}
-        for name, like in reference.items():
-            if self.names is not None:
-                own = self._owner[name] == self._rank
-                value = tensors[name].astype("float32").clone() if own else paddle.zeros(like.shape, dtype="float32")
-                paddle.distributed.broadcast(value, src=self._ranks[self._owner[name]], group=self.group)
-            elif name in tensors:
-                value = tensors[name]
-            else:
-                continue
-            if wanted:
-                result[name] = value.astype("float32").numpy()
-        return result
-
-
 def _random_state():
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
@@ -165,26 +121,10 @@ def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, e
         progress: `global_step`, `samples_seen` and what else is worth knowing, JSON values.
     """
     shares = Shares(model, optimizer)
-    parameters = dict(model.named_parameters())
     masters = master_weights(optimizer)
-    own = {
-        name: masters.get(parameter.name, parameter)
-        for name, parameter in parameters.items()
-        if shares.names is None or name in shares.names
-    }
-    # Under O2 the masters are the weights; the low-precision copies that the network computes with follow from them.
-    gather = masters or shares.names is None
-    model_state = shares.whole(own, parameters) if gather else Shares(model).whole(parameters, parameters)
-    ema_state = shares.whole(ema.state_dict(), parameters) if ema is not None else None
-    optimizer_tensors = optimizer_state(optimizer, model, shares.names)
-    optimizer_arrays = {name: {} for name, parameter in parameters.items() if not parameter.stop_gradient}
-    scalar = paddle.zeros([1])
-    keys = ["moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *(["master_weight"] if masters else [])]
-    for key in keys:
-        reference = {name: scalar if key.endswith("pow_acc") else parameters[name] for name in optimizer_arrays}
-        mine = {name: state[key] for name, state in optimizer_tensors.items() if key in state}
-        for name, array in shares.whole(mine, reference).items():
-            optimizer_arrays[name][key] = array
+    model_state = whole_weights(model, shares, masters)
+    ema_state = shares.whole(ema.state_dict()) if ema is not None else None
+    optimizer_arrays = _whole_optimizer_state(optimizer, model, shares, masters)
 
     if paddle.distributed.get_rank() == 0:
         parent, name = os.path.split(os.path.abspath(folder))
@@ -213,6 +153,27 @@ def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, e
         os.rename(partial, folder)
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.barrier()
+
+
+def whole_weights(model, shares, masters):
+    """`{name: float32 array}` of the network's weights on rank 0; under O2 of the masters, which are the weights."""
+    weights = {name: held_part(parameter) for name, parameter in model.named_parameters()}
+    if masters:
+        return shares.whole({name: masters.get(held.name, held) for name, held in weights.items() if shares.own(name)})
+    # Without sharding, or with its stages 1 and 2, the ranks of a sharding group hold the same weights.
+    return (shares if shares.sliced else Shares(model)).whole(weights)
+
+
+def _whole_optimizer_state(optimizer, model, shares, masters):
+    held = optimizer_state(optimizer, model, shares)
+    names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
+    arrays = {name: {} for name in names}
+    for key in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *(["master_weight"] if masters else [])):
+        tensors = {name: state[key] for name, state in held.items() if key in state}
+        gather = shares.whole_scalars if key.endswith("pow_acc") else shares.whole
+        for name, array in gather(tensors, names).items():
+            arrays[name][key] = array
+    return arrays
 
 
 def _is_plain(value):
@@ -441,12 +402,10 @@ def load_pretrained(path, model, ema=None):
     table = "y_embedder.embedding_table.weight"
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:
-        state[table] = parameters[table].numpy()
-    check_state(state, {name: parameter.shape for name, parameter in parameters.items()}, source=source)
-    for name, parameter in parameters.items():
-        parameter.set_value(paddle.to_tensor(state[name]).astype(parameter.dtype))
+        state[table] = parameters[table].numpy()  # tensor parallelism leaves it whole
+    _load_weights(state, model, source)
     if ema is not None:
-        ema.set_state_dict(state)
+        ema.set_state_dict(_parts(state, model))
     return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "")
 
 
@@ -457,14 +416,23 @@ def restore_model(checkpoint, model, ema=None):
     Raises:
         ValueError: weights of another architecture.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_state(checkpoint.model, shapes, source=checkpoint.source)
-    for name, parameter in model.named_parameters():
-        parameter.set_value(paddle.to_tensor(checkpoint.model[name]).astype(parameter.dtype))
+    _load_weights(checkpoint.model, model, checkpoint.source)
     if ema is not None:
-        check_state(checkpoint.ema or checkpoint.model, shapes, source=checkpoint.source)
-        ema.set_state_dict(checkpoint.ema or checkpoint.model)
+        averages = checkpoint.ema or checkpoint.model
+        check_state(averages, Shares(model).whole_shapes(), source=checkpoint.source)
+        ema.set_state_dict(_parts(averages, model))
         ema.num_updates = checkpoint.progress.get("ema_updates", checkpoint.progress.get("global_step", 0))
+
+
+def _parts(state, model):
+    return {name: rank_part(parameter, state[name]) for name, parameter in model.named_parameters()}
+
+
+def _load_weights(state, model, source):
+    """Gives a model this rank's parts of whole weights by name; `ValueError` if they are another architecture's."""
+    check_state(state, Shares(model).whole_shapes(), source=source)
+    for name, parameter in model.named_parameters():
+        parameter.set_value(paddle.to_tensor(rank_part(parameter, state[name])).astype(parameter.dtype))
 
 
 def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, objective):
@@ -472,8 +440,7 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
 
     Call it after the model has its weights and the optimizer its wrappers.
     """
-    names = Shares(model, optimizer).names
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, names, weights=checkpoint.model)
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer), weights=checkpoint.model)
     progress = checkpoint.progress
     lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler_state = progress.get("scaler") or {}

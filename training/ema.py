@@ -2,6 +2,8 @@
 
 import paddle
 
+from training.shares import held_part
+
 
 class EMA:
     """Averages `ema = decay * ema + (1 - decay) * parameter`, in float32, by parameter name.
@@ -13,10 +15,9 @@ class EMA:
         model: the layer to follow, not wrapped in `DataParallel`.
         decay: 0.9999 as in the papers.
         warmup: use `min(decay, (1 + n) / (10 + n))` at update n, so that a short run forgets its start.
-        names: follow these parameters only (a rank's share); None for all.
     """
 
-    def __init__(self, model, decay=0.9999, *, warmup=False, names=None):
+    def __init__(self, model, decay=0.9999, *, warmup=False):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decay must be from 0 to 1, got {decay}")
         self.decay = decay
@@ -24,10 +25,17 @@ class EMA:
         self.num_updates = 0
         with paddle.no_grad():
             self.shadow = {
-                name: parameter.astype("float32").clone().detach()
-                for name, parameter in model.named_parameters()
-                if names is None or name in names
+                name: parameter.astype("float32").clone().detach() for name, parameter in model.named_parameters()
             }
+
+    @paddle.no_grad()
+    def shard(self, shares):
+        """Keeps the averages of this rank's share only; call it when the optimizer has got its wrappers.
+
+        Args:
+            shares: the rank's `training.shares.Shares`.
+        """
+        self.shadow = {name: shares.slice(name, value) for name, value in self.shadow.items() if shares.own(name)}
 
     def current_decay(self):
         """The decay of the next update."""
@@ -41,14 +49,15 @@ class EMA:
 
         Args:
             model: the layer given to the constructor.
-            master_weights: float32 copies by `parameter.name` (`optimizer._master_weights`), used where they exist.
+            master_weights: float32 copies by the name of the part that this rank holds, used where they exist.
         """
         decay = self.current_decay()
         master_weights = master_weights or {}
         for name, parameter in model.named_parameters():
             shadow = self.shadow.get(name)
             if shadow is not None:
-                value = master_weights.get(parameter.name, parameter)
+                held = held_part(parameter)
+                value = master_weights.get(held.name, held)
                 if value.dtype != shadow.dtype:
                     value = value.astype("float32")
                 shadow.scale_(decay).add_(value * (1.0 - decay))

@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
 import paddle
 from paddle import nn
+from paddle.base.framework import EagerParamBase
+
+from training.shares import Shares, held_part, inner_optimizer, master_weights
 
 
 def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
@@ -44,8 +48,7 @@ def build_lr_scheduler(training, total_steps):
 
 
 def build_optimizer(model, training, lr_scheduler, *, multi_precision=False):
-    """AdamW over the trainable parameters, with gradient clipping by global norm if `max_grad_norm` is above 0."""
-    max_norm = training["max_grad_norm"]
+    """AdamW over the trainable parameters; its `_grad_clip` is a `GradientNorm` of `max_grad_norm`."""
     return paddle.optimizer.AdamW(
         learning_rate=lr_scheduler,
         parameters=[parameter for parameter in model.parameters() if not parameter.stop_gradient],
@@ -53,30 +56,66 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False):
         beta2=training["adam_beta2"],
         epsilon=training["adam_epsilon"],
         weight_decay=training["weight_decay"],
-        grad_clip=nn.ClipGradByGlobalNorm(max_norm) if max_norm > 0 else None,
+        grad_clip=GradientNorm(training["max_grad_norm"]),
         multi_precision=multi_precision,
     )
 
 
-@paddle.no_grad()
-def squared_grad_norm(parameters):
-    """Sum of the squared gradients as a float32 tensor on the device; does not wait for it."""
-    squares = [
-        parameter.grad.astype("float32").square().sum() for parameter in parameters if parameter.grad is not None
-    ]
-    return paddle.add_n(squares) if squares else paddle.zeros([])
+class GradientNorm(nn.clip.ClipGradBase):
+    """Gradient clipping by the global norm over all ranks' parts (Pascanu et al. 2013), which also tells the norm.
 
+    Every wrapper of fleet and of sharding calls the optimizer's `grad_clip` with the gradients of this rank's parts,
+    reduced over the data-parallel ranks and without the loss scale. The wrappers replace Paddle's own
+    `ClipGradByGlobalNorm` by others; this one they leave alone.
 
-def inner_optimizer(optimizer):
-    """The Paddle optimizer inside fleet's and the sharding wrappers."""
-    while hasattr(optimizer, "_inner_opt"):
-        optimizer = optimizer._inner_opt
-    return optimizer
+    Args:
+        max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
 
+    Attributes:
+        wanted: measure the norm in the next step even if nothing is clipped; set it before the step.
+        square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
+        shares: the rank's `Shares`, once the optimizer has its wrappers; None if it holds everything.
+    """
 
-def master_weights(optimizer):
-    """Float32 master weights by `parameter.name`; empty unless the optimizer keeps some (AMP O2)."""
-    return getattr(inner_optimizer(optimizer), "_master_weights", {})
+    def __init__(self, max_norm):
+        super().__init__()
+        self.max_norm = max_norm
+        self.wanted = False
+        self.square = None
+        self.shares = None
+
+    def take(self):
+        """The norm of the last step as a number, or None; waits for the device."""
+        square, self.square = self.square, None
+        return None if square is None else float(square) ** 0.5
+
+    @paddle.no_grad()
+    def _dygraph_clip(self, params_grads):
+        self.square = None
+        if self.max_norm <= 0 and not self.wanted:
+            return params_grads
+        gradients = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
+        self.square = self._squared_norm(gradients)
+        if self.max_norm > 0:
+            scale = self.max_norm / self.square.sqrt().clip(min=self.max_norm)
+            for parameter, gradient in gradients:
+                gradient.multiply_(scale.astype(gradient.dtype))
+                parameter._reset_grad_inplace_version(True)  # the backward pass is over
+        return params_grads
+
+    def _squared_norm(self, gradients):
+        sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
+        for parameter, gradient in gradients:
+            split, weight = self.shares.norm_group(parameter.name) if self.shares is not None else (False, 1.0)
+            square = gradient.astype("float32").square().sum().reshape([1])
+            sums[split].append(square if weight == 1.0 else square * weight)
+        split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
+        if self.shares is not None and self.shares.tensor_group is not None:
+            paddle.distributed.all_reduce(split, group=self.shares.tensor_group)
+        total = split + common
+        if self.shares is not None and self.shares.group is not None:
+            paddle.distributed.all_reduce(total, group=self.shares.group)
+        return total
 
 
 _ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
@@ -86,17 +125,19 @@ def _create_accumulators(inner, parameters):
     inner._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
 
 
-def optimizer_state(optimizer, model, names=None):
-    """AdamW's state by the model's parameter names: `{name: {accumulator: tensor, ...}}`.
+def optimizer_state(optimizer, model, shares=None):
+    """AdamW's state by the model's parameter names: `{name: {accumulator: tensor, ...}}`, of this rank's parts.
 
     Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before; the
     model's names don't, so that this state can be loaded by another loop, process or number of ranks.
-
-    Args:
-        names: of these parameters only (a rank's share); None for all trainable ones.
     """
+    shares = shares or Shares(model)
     inner = inner_optimizer(optimizer)
-    parameters = _trainable(model, names)
+    parameters = {
+        name: _keyed(parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.stop_gradient and shares.own(name)
+    }
     _create_accumulators(inner, list(parameters.values()))
     masters = master_weights(inner)
     state = {}
@@ -107,33 +148,38 @@ def optimizer_state(optimizer, model, names=None):
     return state
 
 
+def _keyed(parameter):
+    """What the optimizer keys its state by: sharding stage 3 makes a parameter of every slice, but only at a step."""
+    held = held_part(parameter)
+    if held is parameter or isinstance(held, EagerParamBase):
+        return held
+    return EagerParamBase(shape=held.shape, dtype=held.dtype, name=f"slice@{parameter.name}")
+
+
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, names=None, weights=None):
-    """Gives an optimizer the state that `optimizer_state` returned (arrays or tensors).
+def set_optimizer_state(optimizer, model, state, shares=None, weights=None):
+    """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
     Args:
+        shares: the rank's `Shares`; None if it holds everything.
         weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
 
     Raises:
         ValueError: a parameter or accumulator is missing or has another shape.
     """
-    current = optimizer_state(optimizer, model, names)
-    for name, accumulators in current.items():
+    shares = shares or Shares(model)
+    shapes = shares.whole_shapes()
+    for name, accumulators in optimizer_state(optimizer, model, shares).items():
         for key, tensor in accumulators.items():
             entry = state.get(name, {})
             if key == "master_weight" and key not in entry and weights is not None:
                 entry = {key: weights[name]}
             if key not in entry:
                 raise ValueError(f"the optimizer state has no {key} of {name}")
-            value = paddle.to_tensor(entry[key]).astype("float32")
-            if value.size != tensor.size:
-                raise ValueError(f"the optimizer state's {key} of {name} has shape {value.shape}, not {tensor.shape}")
-            paddle.assign(value.reshape(tensor.shape), output=tensor)
-
-
-def _trainable(model, names):
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.stop_gradient and (names is None or name in names)
-    }
+            value = np.asarray(entry[key])
+            shape = list(tensor.shape) if key.endswith("pow_acc") else shapes[name]
+            if value.size != np.prod(shape):
+                raise ValueError(f"the optimizer state's {key} of {name} has shape {list(value.shape)}, not {shape}")
+            value = value.reshape(shape)
+            value = value if key.endswith("pow_acc") else shares.part(name, value)
+            paddle.assign(paddle.to_tensor(value).astype("float32"), output=tensor)

@@ -7,32 +7,31 @@ import time
 import numpy as np
 import paddle
 
-from training.checkpoint import Shares
+from training.shares import Shares, held_part
 
 
 @paddle.no_grad()
-def _copy_into(parameters, values):
-    for name, parameter in parameters.items():
-        paddle.assign(values[name].astype(parameter.dtype), output=parameter)
+def _copy_into(targets, values):
+    for name, target in targets.items():
+        paddle.assign(values[name].astype(target.dtype), output=target)
 
 
 @contextlib.contextmanager
-def ema_weights(model, ema, optimizer=None):
+def ema_weights(model, ema, shares=None):
     """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
-    parameters = dict(model.named_parameters())
-    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    targets = {name: held_part(parameter) for name, parameter in model.named_parameters()}
+    own = {name: target.detach().clone() for name, target in targets.items()}
     was_training = model.training
+    shares = shares or Shares(model)
     averages = ema.state_dict()
-    shares = Shares(model, optimizer)
-    if shares.names is not None:
-        whole = shares.whole(averages, parameters, everywhere=True)
-        averages = {name: paddle.to_tensor(value) for name, value in whole.items()}
+    if not shares.sliced:
+        averages = {name: shares.of_rank(name, averages.get(name)) for name in targets}
     try:
-        _copy_into(parameters, averages)
+        _copy_into(targets, averages)
         model.eval()
         yield model
     finally:
-        _copy_into(parameters, own)
+        _copy_into({name: held_part(parameter) for name, parameter in model.named_parameters()}, own)
         if was_training:
             model.train()
 
@@ -73,25 +72,31 @@ class Preview:
 
     @paddle.no_grad()
     def sample(self, model):
-        """A grid as uint8 `(H, W, 3)`, from a model in evaluation mode."""
-        from sampling.grid import make_grid
+        """Latents `(N, C, H, W)`, from a model in evaluation mode."""
         from sampling.guidance import guided
 
         denoiser = guided(model, paddle.to_tensor(self.labels), self.cfg_scale, null_class=self.null_class)
-        latents = self.objective.sample(denoiser, paddle.to_tensor(self.noise), num_steps=self.num_inference_steps)
+        return self.objective.sample(denoiser, paddle.to_tensor(self.noise), num_steps=self.num_inference_steps)
+
+    def decode(self, latents):
+        """The grid of their images, uint8 `(H, W, 3)`; on rank 0."""
+        from sampling.grid import make_grid
+
         images = self.decoder(latents)
         return np.asarray(make_grid(images, columns=max(1, round(len(images) ** 0.5))))
 
 
 def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
-    """Samples a grid on rank 0, into `folder/step.png` and the VisualDL log; other ranks only lend their averages."""
+    """Samples a grid into `folder/step.png` and the VisualDL log: rank 0, with those that hold parts of its network."""
     start = time.perf_counter()
-    with contextlib.nullcontext(model) if ema is None else ema_weights(model, ema, optimizer):
+    shares = Shares(model, optimizer)
+    with contextlib.nullcontext(model) if ema is None else ema_weights(model, ema, shares):
+        model.eval()
+        latents = preview.sample(model) if rank == 0 or shares.split else None
         if rank == 0:
             from PIL import Image
 
-            model.eval()
-            grid = preview.sample(model)
+            grid = preview.decode(latents)
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, f"{step:07d}.png")
             Image.fromarray(grid).save(path)

@@ -42,15 +42,35 @@ def run_cli(main):
     """
     try:
         main()
+        leave_distributed()
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(2)
+        _exit_now(2)
+
+
+def leave_distributed():
+    """Ends this process of a finished job; does nothing in a process that is alone.
+
+    All ranks wait for one another, and run no destructors: those of a process group talk to the store of rank 0, and
+    abort where that is gone already.
+    """
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        import paddle.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+            _exit_now(0)
+
+
+def _exit_now(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def one_line(error):

@@ -1,6 +1,7 @@
 """What both loops build in the same way before their first step."""
 
 import json
+import math
 import os
 import random
 
@@ -8,6 +9,7 @@ import numpy as np
 import paddle
 
 from models import build_model
+from models.parallel import tensor_parallel, whole_shape
 from training.config import ineffective_settings, write_json
 from training.data import FeatureDataset, MicroBatchSampler, total_steps
 from training.ema import EMA
@@ -24,23 +26,28 @@ def setup_precision(config, device):
     return precision, note
 
 
-def build_network(config):
-    """The network of a run, in float32, from the run's seed: the same weights on every rank and in either loop."""
+def build_network(config, tensor_group=None):
+    """The network of a run, in float32, from the run's seed: the same weights on every rank and in either loop.
+
+    Args:
+        tensor_group: the tensor-parallel group of ranks that hold a part each; None: whole.
+    """
     training = config["training"]
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
     paddle.seed(training["seed"])
-    return build_model(
-        config["model"], fused_attention=training["fused_attention"], enable_recompute=training["recompute"]
-    )
+    with tensor_parallel(tensor_group):
+        return build_model(
+            config["model"], fused_attention=training["fused_attention"], enable_recompute=training["recompute"]
+        )
 
 
-def build_ema(config, model, names=None):
+def build_ema(config, model):
     """The run's `EMA`, or None; build it while the model's weights are still float32."""
     training = config["training"]
     if not training["use_ema"]:
         return None
-    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"], names=names)
+    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"])
 
 
 def build_dataset(config, feature_path, resolution):
@@ -55,7 +62,7 @@ def build_dataset(config, feature_path, resolution):
 
 
 def build_sampler(config, dataset, *, rank, world_size):
-    """This rank's `MicroBatchSampler`, up to the run's last step."""
+    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the run's last step."""
     training = config["training"]
     return MicroBatchSampler(
         len(dataset),
@@ -87,7 +94,7 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
     print(json.dumps(config, indent=2))
     for note in filter(None, [*notes, ineffective_settings(config["objective"])]):
         print(f"note: {note}")
-    parameters = sum(parameter.size for parameter in model.parameters())
+    parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
     print(
         f"{config['model']['type']} with {parameters:,} parameters on {device}, {world_size} process(es); "
         f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}",

@@ -11,9 +11,10 @@ from training import checkpoint as ckpt
 from training import setup
 from training.data import FeatureLoader
 from training.metrics import TrainingLog
-from training.optimizer import build_lr_scheduler, build_optimizer, master_weights, squared_grad_norm
+from training.optimizer import build_lr_scheduler, build_optimizer, inner_optimizer, master_weights
 from training.preview import log_preview
 from training.runtime import seed_step
+from training.shares import Shares
 
 
 class _StepCallback(TrainerCallback):
@@ -81,7 +82,7 @@ class LatentDiffusionTrainer(Trainer):
         self.resumed = checkpoint
         self._micro_step = 0
         self._last_saved = self._last_done = None
-        self._grad_square = self._lr = self._shares = None
+        self._lr = self._grad_norm = None
         first_step = checkpoint.progress["global_step"] if checkpoint is not None else 0
         if checkpoint is not None:
             sampler.resume(first_step, checkpoint.progress["samples_seen"])
@@ -118,6 +119,34 @@ class LatentDiffusionTrainer(Trainer):
                 multi_precision=self.precision.low_precision_weights,
             )
         return self.optimizer
+
+    def _wrap_model(self, model, training=True):
+        """PaddleNLP's wrappers; every sharding stage beside tensor parallelism, and frozen parameters left whole."""
+        if not training or not self.sharding:
+            return super()._wrap_model(model, training)
+        from paddle.distributed import sharding
+
+        # Stage 3 gathers a frozen slice for the backward pass and never lets it go.
+        holders = [
+            id(layer)
+            for layer in model.sublayers(include_self=True)
+            if any(parameter.stop_gradient for parameter in layer.parameters(include_sublayers=False))
+        ]
+        paddle_wrapper, degree = sharding.group_sharded_parallel, self.args.tensor_parallel_degree
+
+        # Stage 3's prefetch of the layer before, in the backward pass, takes the layers to be a chain. Here the
+        # conditioning branches off: a layer whose turn is over was gathered again, and its old weights used in the next
+        # step. So every layer is gathered when its turn comes.
+        def wrapper(*args, exclude_layer=(), **options):
+            return paddle_wrapper(*args, exclude_layer=[*exclude_layer, *holders], sync_comm=True, **options)
+
+        # The wrapper that PaddleNLP puts under the sharding of a tensor-parallel model broadcasts weights and inputs,
+        # which are equal already, and is refused with stage 3.
+        sharding.group_sharded_parallel, self.args.tensor_parallel_degree = wrapper, 1
+        try:
+            return super()._wrap_model(model, training)
+        finally:
+            sharding.group_sharded_parallel, self.args.tensor_parallel_degree = paddle_wrapper, degree
 
     # Loss.
 
@@ -156,10 +185,11 @@ class LatentDiffusionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Called once the optimizer has its wrappers: gives it its state, and the loop its step."""
-        self._shares = shares = ckpt.Shares(self.model, self.optimizer)
-        if self.ema is not None and shares.names is not None:
-            # With sharding a rank averages only the parameters whose optimizer state it holds.
-            self.ema.shadow = {name: value for name, value in self.ema.shadow.items() if name in shares.names}
+        shares = Shares(self.model, self.optimizer)
+        self._grad_norm = inner_optimizer(self.optimizer)._grad_clip
+        self._grad_norm.shares = shares
+        if self.ema is not None:
+            self.ema.shard(shares)
         if self.resumed is not None:
             ckpt.restore_training(
                 self.resumed,
@@ -172,24 +202,8 @@ class LatentDiffusionTrainer(Trainer):
             self.state.global_step = self.resumed.progress["global_step"]
 
     def before_optimizer(self):
-        """Gradients are whole here: their norm, if this step is reported.
-
-        Not under float16 with sharding: there PaddleNLP reduces them only inside the scaler's step.
-        """
-        self._grad_square = None
-        shares = self._shares
-        whole = shares.names is None or not self.do_grad_scaling
-        if whole and self.log_writer.will_report(self.state.global_step + 1):
-            parameters = [
-                parameter
-                for name, parameter in self.model.named_parameters()
-                if shares.names is None or name in shares.names
-            ]
-            self._grad_square = squared_grad_norm(parameters)
-            if self.do_grad_scaling:
-                self._grad_square = self._grad_square / self.scaler._scale**2
-            if shares.names is not None:
-                paddle.distributed.all_reduce(self._grad_square, group=shares.group)
+        """The norm of the gradients is measured inside the optimizer's step, if this step is reported."""
+        self._grad_norm.wanted = self.log_writer.will_report(self.state.global_step + 1)
         self._lr = self.optimizer.get_lr()
 
     def after_optimizer(self):
@@ -202,8 +216,7 @@ class LatentDiffusionTrainer(Trainer):
         step = self.state.global_step
         if self._last_done != step and self.log_writer.step_done(step):
             self.state.epoch = self.sampler.epoch(step)
-            grad_norm = None if self._grad_square is None else float(self._grad_square) ** 0.5
-            self.log_writer.report(lr=self._lr, grad_norm=grad_norm, epoch=self.state.epoch)
+            self.log_writer.report(lr=self._lr, grad_norm=self._grad_norm.take(), epoch=self.state.epoch)
         if self._last_done != step and self.preview is not None and step % self.image_logging_steps == 0:
             log_preview(
                 self.preview,

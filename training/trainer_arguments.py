@@ -3,45 +3,61 @@
 import logging
 import os
 
+import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.utils.log import logger
 
+from models.parallel import check_tensor_parallel
 from training.arguments import PASSED_ON
+from training.cpu_parallel import use_plain_collectives
 
-_DEGREES = ("tensor", "pipeline", "sep")
+SHARDING = ("", "stage1", "stage2", "stage3")
 
 
-def check_degrees(args, world_size):
-    """Checks the parallel degrees against the number of processes, and fills in the sharding degree.
+def check_degrees(args, model, world_size):
+    """Checks the parallel degrees against the model and the number of processes, and fills in the sharding ones.
+
+    Args:
+        model: the `model` section of the resolved config.
 
     Returns:
-        A sentence to print if `dp_degree` says otherwise than what follows from the others, else None.
+        `(data ranks, note)`: how many ranks get different data (data-parallel and sharding ranks together), and a
+        sentence to print if `dp_degree` says otherwise than what follows from the others, else None.
 
     Raises:
-        ValueError: a degree that is not supported or does not divide the number of processes.
+        ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
     """
-    for name in _DEGREES:
+    for name in ("pipeline", "sep"):
         degree = getattr(args, f"{name}_parallel_degree")
         if degree != 1:
             raise ValueError(f"--{name}_parallel_degree must be 1, got {degree}: {name} parallelism is not supported")
-    if args.sharding not in ("", "stage1"):
-        raise ValueError(f"--sharding must be '' or stage1, got {args.sharding!r}")
+    if args.sharding not in SHARDING:
+        raise ValueError(f"--sharding must be '' or {', '.join(SHARDING[1:])}, got {args.sharding!r}")
+    tensor = args.tensor_parallel_degree
+    if world_size % tensor:
+        raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
+    check_tensor_parallel(model, tensor)
     if args.sharding_parallel_degree is None:
-        args.sharding_parallel_degree = world_size if args.sharding else 1
+        args.sharding_parallel_degree = world_size // tensor if args.sharding else 1
     sharding = args.sharding_parallel_degree
-    if world_size % sharding:
-        raise ValueError(f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched")
-    data_parallel = world_size // sharding
-    if args.dp_degree is not None and args.dp_degree != data_parallel:
-        return (
-            f"--dp_degree {args.dp_degree} is not what {world_size} processes with sharding degree {sharding} give: "
-            f"the data-parallel degree is {data_parallel}"
+    if world_size % (tensor * sharding):
+        among = f" / --tensor_parallel_degree {tensor}" if tensor > 1 else ""
+        raise ValueError(
+            f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched{among}"
         )
-    return None
+    args.sharding = (args.sharding or "stage1") if sharding > 1 else ""
+    data_parallel = world_size // (tensor * sharding)
+    note = None
+    if args.dp_degree is not None and args.dp_degree != data_parallel:
+        note = (
+            f"--dp_degree {args.dp_degree} is not what {world_size} processes with tensor-parallel degree {tensor} and "
+            f"sharding degree {sharding} give: the data-parallel degree is {data_parallel}"
+        )
+    return world_size // tensor, note
 
 
 def training_arguments(args, others, config, precision, *, max_steps, batch_size):
-    """PaddleNLP's arguments of a run.
+    """PaddleNLP's arguments of a run; making them makes the process groups.
 
     Args:
         args: flags of `training.arguments.trainer_parser`.
@@ -62,8 +78,9 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
                 f"effect here: {', '.join(PASSED_ON)})"
             )
     logger.logger.setLevel(logging.WARNING)
+    if paddle.get_device() == "cpu":
+        use_plain_collectives()
     settings = config["training"]
-    sharding = args.sharding or ("stage1" if args.sharding_parallel_degree > 1 else "")
     values = {
         "output_dir": args.output_dir,
         "do_train": True,
@@ -85,7 +102,7 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
         "fp16": precision.dtype == "float16",
         "fp16_opt_level": precision.level,
         "device": args.device if args.device != "auto" else _current_device(),
-        "sharding": sharding,
+        "sharding": args.sharding,
         "sharding_parallel_degree": args.sharding_parallel_degree,
         "tensor_parallel_degree": args.tensor_parallel_degree,
         "ddp_find_unused_parameters": False,
@@ -101,10 +118,25 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
         (parsed,) = parser.parse_args_into_dataclasses(words + others)
     except ValueError as error:
         raise ValueError(f"command line: {error}") from None
+    if parsed.amp_master_grad and args.sharding in ("stage2", "stage3") and parsed.data_parallel_degree > 1:
+        raise ValueError("command line: --amp_master_grad can't be combined with stage2 or stage3 and data parallel")
     return parsed
 
 
-def _current_device():
-    import paddle
+def tensor_parallel_group():
+    """The group of ranks that hold the parts of one network, once `training_arguments` has made it; None: no parts.
 
+    All of them read the same batch and draw the same random numbers: fleet need not broadcast the network's inputs.
+    """
+    from paddle.distributed import fleet
+
+    hybrid = getattr(fleet.fleet, "_hcg", None)
+    if hybrid is None:
+        return None
+    fleet.fleet._user_defined_strategy.hybrid_configs["mp_configs"].need_broadcast_data = False
+    group = hybrid.get_model_parallel_group()
+    return group if group.nranks > 1 else None
+
+
+def _current_device():
     return paddle.get_device().split(":")[0]

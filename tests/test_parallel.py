@@ -1,0 +1,68 @@
+"""What is split over ranks, and what can't be."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from conftest import TINY_MODELS
+
+from models import build_model
+from models.parallel import Split, check_tensor_parallel, tensor_parallel
+from training.config import resolve_config
+from training.shares import Shares
+
+
+def resolved(**model):
+    return resolve_config({"model": model})["model"]
+
+
+SIZES = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_heads": 6, "attention_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "degree", "message"),
+    [
+        ({"type": "DiT", **SIZES}, 4, "num_attention_heads 6 is not divisible"),
+        ({"type": "SiT", **SIZES, "mlp_ratio": 4.05}, 3, r"mlp_ratio, 194 is not divisible"),
+        ({"type": "LargeDiT", **SIZES, "num_kv_heads": 2}, 3, "num_kv_heads 2 is not divisible"),
+        ({"type": "LargeSiT", **SIZES, "multiple_of": 1}, 6, r"feed-forward width .* 128 is not divisible"),
+    ],
+)
+def test_what_can_not_be_split_is_refused_with_the_reason(model, degree, message):
+    with pytest.raises(ValueError, match=message):
+        check_tensor_parallel(resolved(**model), degree)
+    check_tensor_parallel(resolved(**model), 1)
+
+
+@pytest.mark.parametrize(
+    ("axis", "segments", "shape"), [(1, 1, (3, 8)), (1, 3, (5, 24)), (0, 1, (8, 3)), (0, 3, (24,))]
+)
+def test_parts_make_the_whole_again(axis, segments, shape):
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    splits = [Split(axis, segments, SimpleNamespace(nranks=4, rank=rank)) for rank in range(4)]
+    parts = [split.part(whole) for split in splits]
+    assert sum(part.size for part in parts) == whole.size
+    assert splits[0].whole_shape(parts[0].shape) == list(shape)
+    np.testing.assert_array_equal(splits[0].merge(parts), whole)
+    np.testing.assert_array_equal(splits[2].part(paddle.to_tensor(whole)), parts[2])
+
+
+def test_a_rank_holds_its_heads_of_queries_keys_and_values():
+    heads, head_dim = 4, 2
+    head_of_column = np.tile(np.repeat(np.arange(heads), head_dim), 3)  # the columns of qkv
+    part = Split(0, 3, SimpleNamespace(nranks=2, rank=1)).part(head_of_column)
+    assert part.tolist() == [2, 2, 3, 3] * 3
+
+
+def test_a_group_of_one_builds_the_plain_network(kind):
+    paddle.seed(5)
+    alone = build_model(TINY_MODELS[kind])
+    paddle.seed(5)
+    with tensor_parallel(SimpleNamespace(nranks=1, rank=0)):
+        grouped = build_model(TINY_MODELS[kind])
+    assert [type(layer) for layer in alone.sublayers()] == [type(layer) for layer in grouped.sublayers()]
+    for (name, ours), (_, theirs) in zip(alone.named_parameters(), grouped.named_parameters(), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    shares = Shares(grouped)
+    assert shares.names is None and not shares.split

@@ -1,0 +1,115 @@
+"""Tensor parallelism and sharding stages 2 and 3 on a CPU, where Paddle refuses them, over the plain collectives.
+
+For trials of parallel training without GPUs: fleet's layers and the sharding wrappers run as they are. Replaced are
+the four operators that have no CPU kernel, by the same collectives with their gradients; the wrappers' checks of the
+device; and `new_group`, which gloo answers with refused connections when several groups are made at once. On a GPU
+nothing here is called.
+"""
+
+import paddle
+import paddle.distributed as dist
+from paddle.autograd import PyLayer
+
+
+def _sum(x, group):
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _concat(x, group):
+    parts = []
+    dist.all_gather(parts, x, group=group)
+    return paddle.concat(parts, axis=-1)
+
+
+def _own(x, group):
+    return x.split(group.nranks, axis=-1)[group.rank].contiguous()
+
+
+def _operator(forward, backward):
+    class Operator(PyLayer):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group = group
+            return forward(x, group)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return backward(gradient, ctx.group)
+
+    return lambda x, group=None, **_: Operator.apply(x, group)
+
+
+def _copy(x, group):
+    return x.clone()
+
+
+def use_plain_collectives():
+    """Gives fleet's tensor-parallel layers and PaddleNLP's sharding wrapper their CPU forms, in this process."""
+    from paddle.distributed import sharding
+    from paddle.distributed.fleet.layers.mpu import mp_ops
+
+    mp_ops._c_identity = _operator(_copy, _sum)
+    mp_ops._mp_allreduce = _operator(_sum, _copy)
+    mp_ops._c_concat = _operator(_concat, _own)
+    mp_ops._c_split = _operator(_own, _concat)
+    sharding.group_sharded_parallel = _group_sharded_parallel
+    if dist.new_group is not _new_group:
+        _new_group.of_paddle, dist.new_group = dist.new_group, _new_group
+
+
+def _new_group(*args, **options):
+    if dist.is_initialized():
+        dist.barrier()
+    return _new_group.of_paddle(*args, **options)
+
+
+class _Instead:
+    """A module with some of its attributes replaced."""
+
+    def __init__(self, module, **attributes):
+        self.__dict__.update(attributes, _module=module)
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def _param_storage(base):
+    class ParamStorage(base):
+        """Fills the buffer in place; on a GPU it is filled on the host and moved."""
+
+        def add_rank_params(self, trainable_params, param2align):
+            super().add_rank_params(trainable_params, param2align, convert_gpu=False)
+
+    return ParamStorage
+
+
+def _group_sharded_parallel(
+    model, optimizer, level, scaler=None, group=None, dp_group=None, exclude_layer=None, sync_comm=False, **_
+):
+    """`paddle.distributed.sharding.group_sharded_parallel` for a CPU: the same wrappers."""
+    from paddle.base import core
+    from paddle.distributed.fleet.meta_parallel.sharding import (
+        group_sharded_optimizer_stage2,
+        group_sharded_stage2,
+        group_sharded_stage3,
+        group_sharded_storage,
+    )
+
+    has_device = _Instead(core, is_compiled_with_cuda=lambda: True)
+    group_sharded_optimizer_stage2.core = group_sharded_stage3.core = has_device
+    group_sharded_optimizer_stage2.paddle = _Instead(paddle, get_device=lambda: "cpu:0")
+    group_sharded_optimizer_stage2.ParamStorage = _param_storage(group_sharded_storage.ParamStorage)
+    options = {"group": group, "dp_group": dp_group, "device": "cpu"}
+    if level == "os_g":
+        optimizer = group_sharded_optimizer_stage2.GroupShardedOptimizerStage2(
+            params=optimizer._parameter_list, optim=optimizer, **options
+        )
+        model = group_sharded_stage2.GroupShardedStage2(model, optimizer, **options)
+    else:
+        # Slices what has more than 100 elements: on a GPU it would be 2 ** 20, more than a test's whole network.
+        model = group_sharded_stage3.GroupShardedStage3(
+            model, optimizer=optimizer, segment_size=100, exclude_layer=exclude_layer, sync_comm=sync_comm, **options
+        )
+    return model, optimizer, scaler

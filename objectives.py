@@ -43,16 +43,19 @@ class DiffusionObjective:
 
     Args:
         config: a resolved config: the `objective` section and, of `model`, `learn_sigma` and `class_dropout_prob`.
+        ranks_per_batch: ranks that follow one another and have the same batch (tensor parallelism).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ranks_per_batch=1):
         settings = dict(config["objective"])
         settings.pop("type")
         timestep_sampler = settings.pop("timestep_sampler")
         self._settings = {**settings, "learn_sigma": config["model"]["learn_sigma"]}
         self._class_dropout_prob = config["model"]["class_dropout_prob"]
         self.diffusion = create_diffusion("", **self._settings)
-        self.timestep_sampler = create_named_schedule_sampler(timestep_sampler, self.diffusion)
+        self.timestep_sampler = create_named_schedule_sampler(
+            timestep_sampler, self.diffusion, ranks_per_batch=ranks_per_batch
+        )
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
 
@@ -128,9 +131,10 @@ class TransportObjective:
 
     Args:
         config: a resolved config: the `objective` section and, of `model`, `class_dropout_prob`.
+        ranks_per_batch: of no consequence here.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ranks_per_batch=1):
         settings = dict(config["objective"])
         settings.pop("type")
         self._class_dropout_prob = config["model"]["class_dropout_prob"]
@@ -179,6 +183,10 @@ class TransportObjective:
 OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 
 
-def build_objective(config):
-    """The objective that a resolved config (`training.config.load_config`) names."""
-    return OBJECTIVES[config["objective"]["type"]](config)
+def build_objective(config, ranks_per_batch=1):
+    """The objective that a resolved config (`training.config.load_config`) names.
+
+    Args:
+        ranks_per_batch: the tensor-parallel degree: so many ranks, one after another, have the same batch.
+    """
+    return OBJECTIVES[config["objective"]["type"]](config, ranks_per_batch)

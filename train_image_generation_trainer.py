@@ -59,7 +59,7 @@ def train(args, others, config):
 
     # Network, objective, trainer.
     model = setup.build_network(config, tensor_parallel_group())
-    objective = build_objective(config)
+    objective = build_objective(config, ranks_per_batch=args.tensor_parallel_degree)
     start_note = None
     if args.pretrained_model_path and checkpoint is None:
         start_note = ckpt.load_pretrained(args.pretrained_model_path, model)

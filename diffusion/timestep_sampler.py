@@ -60,13 +60,15 @@ class LossSecondMomentResampler(ScheduleSampler):
         history_per_term: losses remembered of each timestep.
         uniform_prob: share of the draws that stays uniform, so that no timestep is forgotten.
         group: the data-parallel process group, all ranks if None. Its ranks give batches of equal size.
+        ranks_per_batch: ranks of the group that follow one another and have the same batch (tensor parallelism).
     """
 
-    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001, group=None):
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001, group=None, ranks_per_batch=1):
         super().__init__(diffusion)
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self._group = group
+        self._ranks_per_batch = ranks_per_batch
         self._loss_history = paddle.zeros([self.num_timesteps, history_per_term], dtype="float64")
         self._loss_counts = paddle.zeros([self.num_timesteps], dtype="int64")  # losses ever seen of each timestep
 
@@ -96,7 +98,7 @@ class LossSecondMomentResampler(ScheduleSampler):
             local = paddle.stack([t.astype("float32"), losses.astype("float32")])  # (2, N): one exchange for both
             gathered = []
             paddle.distributed.all_gather(gathered, local, group=self._group)
-            t, losses = paddle.concat(gathered, axis=1).unbind(axis=0)
+            t, losses = paddle.concat(gathered[:: self._ranks_per_batch], axis=1).unbind(axis=0)
         self.update_with_all_losses(t, losses)
 
     @paddle.no_grad()
@@ -138,8 +140,12 @@ class LossSecondMomentResampler(ScheduleSampler):
 _SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
 
 
-def create_named_schedule_sampler(name, diffusion):
-    """The timestep sampler "uniform" or "loss-second-moment" for `diffusion`; ValueError for other names."""
+def create_named_schedule_sampler(name, diffusion, **options):
+    """The timestep sampler "uniform" or "loss-second-moment" for `diffusion`; ValueError for other names.
+
+    Args:
+        options: of `LossSecondMomentResampler`; the uniform one needs none.
+    """
     if name not in _SAMPLERS:
         raise ValueError(f"unknown timestep sampler {name!r}; accepted: {', '.join(_SAMPLERS)}")
-    return _SAMPLERS[name](diffusion)
+    return UniformSampler(diffusion) if name == "uniform" else _SAMPLERS[name](diffusion, **options)

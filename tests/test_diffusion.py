@@ -6,14 +6,12 @@ import functools
 import itertools
 import math
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from conftest import ROOT, launch
 
 from diffusion import (
     GaussianDiffusion,
@@ -32,7 +30,6 @@ from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
 from models import build_model
 from models.weights import load_weights, official_to_paddle
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "type": "DiT", "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "num_attention_heads": 4,
@@ -765,29 +762,31 @@ import sys
 import numpy as np
 import paddle
 from diffusion import LossSecondMomentResampler, create_diffusion
+from training.runtime import leave_distributed
 
 paddle.distributed.init_parallel_env()
 rank = paddle.distributed.get_rank()
 sampler = LossSecondMomentResampler(create_diffusion("2"), history_per_term=2)
 sampler.update_with_losses(paddle.to_tensor([0, 1]), paddle.to_tensor([1.0 + rank, 3.0 + rank]))
 np.save(sys.argv[1] + f"/{rank}.npy", sampler.weights().numpy())
+both = LossSecondMomentResampler(create_diffusion("2"), history_per_term=2, ranks_per_batch=2)
+for losses in ([1.0, 3.0], [2.0, 4.0]):  # the same batches on both ranks
+    both.update_with_losses(paddle.to_tensor([0, 1]), paddle.to_tensor(losses))
+np.save(sys.argv[1] + f"/both{rank}.npy", both.weights().numpy())
+leave_distributed()
 """
 
 
 @pytest.mark.distributed
 def test_all_ranks_hold_the_same_loss_aware_sampler(tmp_path):
     (tmp_path / "rank.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + RANK_SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
-    launch += ["--master", f"127.0.0.1:{port}", "--log_dir", str(tmp_path / "log"), str(tmp_path / "rank.py")]
-    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = launch(2, tmp_path / "rank.py", [tmp_path], tmp_path / "log")
     assert done.returncode == 0, done.stdout + done.stderr
     moments = np.sqrt([(1**2 + 2**2) / 2, (3**2 + 4**2) / 2])
     for rank in range(2):
         expected = 0.999 * moments / moments.sum() + 0.001 / 2
         np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), expected, rtol=1e-6)
+        np.testing.assert_allclose(np.load(tmp_path / f"both{rank}.npy"), expected, rtol=1e-6)
 
 
 # -- Mistakes ---------------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ PASSED_ON = (
     "amp_custom_white_list",
     "scale_loss",
     "sharding_parallel_config",
+    "hybrid_parallel_topo_order",
     "ddp_find_unused_parameters",
     "to_static",
 )
@@ -194,6 +195,8 @@ def trainer_parser():
         group.add_argument(
             f"--{name}_parallel_degree", type=int, default=1, metavar="1", help="accepted; only 1 is supported [1]"
         )
+    for name in ("transformer_engine_backend", "use_fp8"):
+        _add_bool(group, f"--{name}", help="accepted; only False is supported [False]")
     return parser
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.weights import check_state, official_to_paddle, safe_load
+from models.weights import check_state, official_to_paddle, safe_load, save_pdparams
 from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import read_json, resolve_config, write_json
 from training.optimizer import optimizer_state, set_optimizer_state
@@ -122,23 +122,24 @@ def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, e
     """
     shares = Shares(model, optimizer)
     masters = master_weights(optimizer)
-    model_state = whole_weights(model, shares, masters)
-    ema_state = shares.whole(ema.state_dict()) if ema is not None else None
-    optimizer_arrays = _whole_optimizer_state(optimizer, model, shares, masters)
-
-    if paddle.distributed.get_rank() == 0:
+    writes = paddle.distributed.get_rank() == 0
+    if writes:
         parent, name = os.path.split(os.path.abspath(folder))
         partial = os.path.join(parent, f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         write_json(os.path.join(partial, CONFIG), config)
-        paddle.save(model_state, os.path.join(partial, MODEL))
-        if ema_state is not None:
-            paddle.save(ema_state, os.path.join(partial, EMA_STATE))
-        paddle.save(optimizer_arrays, os.path.join(partial, OPTIMIZER))
-        objective_state = {key: value.numpy() for key, value in objective.state_dict().items()}
-        if objective_state:
-            paddle.save(objective_state, os.path.join(partial, OBJECTIVE))
+
+    def write(name, arrays):
+        if writes and arrays:
+            save_pdparams(arrays, os.path.join(partial, name))
+
+    # One after the other: at 7B parameters the host has each of them once, not all together.
+    write(MODEL, whole_weights(model, shares, masters))
+    write(EMA_STATE, shares.whole(ema.state_dict()) if ema is not None else {})
+    write(OPTIMIZER, _whole_optimizer_state(optimizer, model, shares, masters))
+    write(OBJECTIVE, {key: value.numpy() for key, value in objective.state_dict().items()})
+    if writes:
         state = {
             **progress,
             "ema_updates": ema.num_updates if ema is not None else 0,

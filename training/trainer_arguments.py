@@ -31,6 +31,9 @@ def check_degrees(args, model, world_size):
         degree = getattr(args, f"{name}_parallel_degree")
         if degree != 1:
             raise ValueError(f"--{name}_parallel_degree must be 1, got {degree}: {name} parallelism is not supported")
+    for name in ("transformer_engine_backend", "use_fp8"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} must be False: there are no float8 layers here")
     if args.sharding not in SHARDING:
         raise ValueError(f"--sharding must be '' or {', '.join(SHARDING[1:])}, got {args.sharding!r}")
     tensor = args.tensor_parallel_degree

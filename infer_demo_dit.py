@@ -1,4 +1,4 @@
-"""Draw images with a DiT.
+"""Draw images with a DiT or a Large-DiT.
 
     python infer_demo_dit.py                                        # the public DiT-XL/2: a golden retriever
     python infer_demo_dit.py --model_path DiT_pipeline --classes 207 "Siberian husky" --num_inference_steps 50
@@ -12,12 +12,38 @@ the public facebook/DiT-XL-2-256. One class gives one image, several a grid.
 import argparse
 import json
 import os
+from dataclasses import dataclass
 
-from tools.image_demo import add_flags, checkpoint_labels, draw, find_classes, make_generator, read_labels
+from tools.image_demo import (
+    add_flags,
+    check_model_type,
+    check_pipeline,
+    checkpoint_labels,
+    draw,
+    find_classes,
+    make_generator,
+    read_labels,
+)
 from training.runtime import run_cli
 
-LOCAL_FOLDER, PUBLIC_NAME = "./DiT_XL_2_256", "facebook/DiT-XL-2-256"
 SCHEDULERS = ("ddim", "dpm", "ddpm")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What differs between the demos of DiTs of several sizes: their defaults.
+
+    Attributes:
+        kind: of the PNG's name. local_folder, public_name: what is sampled without --model_path, the first if it is
+            there. seed: of the noise. gpu_dtype: on a GPU. description: of --help.
+    """
+
+    kind: str = "DiT"
+    local_folder: str = "./DiT_XL_2_256"
+    public_name: str = "facebook/DiT-XL-2-256"
+    seed: int = 0
+    gpu_dtype: str = "float32"
+    description: str = __doc__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -25,24 +51,66 @@ SCHEDULERS = ("ddim", "dpm", "ddpm")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_model_path(path):
+    """Raises `ValueError` for what is neither a folder nor may be a name on the hub."""
+    if os.path.isfile(path):
+        raise ValueError(
+            f"--model_path {path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
+            "file of weights)"
+        )
+    parts = path.split("/")
+    if not os.path.isdir(path) and (len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0])):
+        raise ValueError(f"--model_path {path}: there is no such folder")  # a name on the hub is OWNER/NAME
+
+
 def load_pipeline(name_or_path, dtype):
-    """The stock DiTPipeline of a folder or of the hub; ValueError with one line if there is none."""
+    """The DiTPipeline of a folder or of the hub; `ValueError` with one line if there is none."""
     from ppdiffusers import DiTPipeline
 
-    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
-        raise ValueError(
-            f"--model_path {name_or_path}: neither a DiTPipeline folder (model_index.json) nor a training checkpoint "
-            "(config.json and model_state.pdparams)"
-        )
+    from sampling.export_large_dit import OWN_CLASS, STOCK_CLASS
+
+    local = os.path.isdir(name_or_path)
+    if local:
+        check_pipeline(name_or_path, "DiTPipeline")
     try:
+        index = DiTPipeline.load_config(name_or_path)
+        if tuple(index.get("transformer") or ()) in (OWN_CLASS, STOCK_CLASS):
+            return load_large_pipeline(name_or_path, index, dtype)
         return DiTPipeline.from_pretrained(name_or_path, paddle_dtype=dtype)
     except Exception as error:  # the hub clients raise a dozen unrelated types
         reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        if local:
+            raise ValueError(f"--model_path {name_or_path}: cannot be loaded ({reason})") from None
         raise ValueError(
-            f"{name_or_path}: cannot be loaded or downloaded ({reason}). Without a network, give a folder by "
-            "--model_path: one copied from a machine that has a network, or one that "
+            f"{name_or_path}: there is no such folder, and it cannot be downloaded ({reason}). Without a network, give "
+            "a folder by --model_path: one copied from a machine that has a network, or one that "
             "tools/convert_dit_to_ppdiffusers.py wrote"
         ) from None
+
+
+def load_large_pipeline(name_or_path, index, dtype):
+    """The DiTPipeline of a Large-DiT, with our own copy of the transformer's class.
+
+    ppdiffusers' class gives other numbers (`sampling.export_large_dit`), and a folder's own code is not run.
+
+    Args:
+        index: what model_index.json holds.
+    """
+    import paddle
+    import ppdiffusers
+
+    from sampling.large_dit_transformer import LargeDiTTransformer
+
+    with paddle.LazyGuard():  # no initial weights: billions, thrown away at once
+        transformer, report = LargeDiTTransformer.from_pretrained(
+            name_or_path, subfolder="transformer", paddle_dtype=dtype, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise ValueError(f"its transformer lacks {', '.join(report['missing_keys'][:3])}")
+    vae = ppdiffusers.AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", paddle_dtype=dtype)
+    scheduler_class = getattr(ppdiffusers, index["scheduler"][1])
+    scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
+    return ppdiffusers.DiTPipeline(transformer, vae, scheduler, index.get("id2label"))
 
 
 def check_guidance(scale, has_null_class, path):
@@ -71,8 +139,8 @@ def sample_pipeline(args):
 
     labels = pipeline_labels(args.model_path, pipe) if args.id2label is None else read_labels(args.id2label)
     classes = find_classes(args.classes, labels, max(labels, default=999) + 1)
-    table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
     # The exporter fills the null class's row of a network that has none with NaN.
+    table = label_table(pipe.transformer)
     guidance_scale = check_guidance(args.guidance_scale, bool(table[-1].isfinite().all()), args.model_path)
     set_seed(42)
     if args.guidance_channels == "all":
@@ -85,6 +153,13 @@ def sample_pipeline(args):
     else:
         images = sample_transformer(pipe, classes, guidance_scale, args)
     return images, [labels.get(i, str(i)) for i in classes]
+
+
+def label_table(transformer):
+    """The label embedding of a `Transformer2DModel` or a `LargeDiTTransformer`."""
+    if hasattr(transformer, "y_embedder"):
+        return transformer.y_embedder.embedding_table.weight
+    return transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
 
 
 def pipeline_labels(path, pipe):
@@ -143,8 +218,7 @@ def sample_checkpoint(args):
 
     config = load_config(os.path.join(args.model_path, "config.json"))
     settings, objective = config["model"], config["objective"]
-    if settings["type"] != "DiT":
-        raise ValueError(f"--model_path {args.model_path}: is a {settings['type']}; use infer_demo_sit.py for a SiT")
+    check_model_type(settings["type"], "infer_demo_dit.py", f"--model_path {args.model_path}: is")
     guidance_scale = check_guidance(args.guidance_scale, settings["class_dropout_prob"] > 0, args.model_path)
 
     labels = checkpoint_labels(args.id2label, settings["num_classes"])
@@ -198,24 +272,27 @@ def make_noise(count, channels, size, seed, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample(args):
-    """Images and labels of whichever kind of model --model_path is."""
-    from sampling.checkpoint import is_training_checkpoint
-
-    if args.model_path is None:
-        args.model_path = LOCAL_FOLDER if os.path.isdir(LOCAL_FOLDER) else PUBLIC_NAME
-    return sample_checkpoint(args) if is_training_checkpoint(args.model_path) else sample_pipeline(args)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
+    parser = argparse.ArgumentParser(description=demo.description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", help="pipeline folder, its hub name, or training checkpoint folder")
-    add_flags(parser, "DiT", guidance_channels="all")
+    add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="ddpm for checkpoints only [ddim]")
     checkpoint = parser.add_argument_group("for a training checkpoint")
     checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
-    draw("DiT", parser.parse_args(argv), sample)
+    args = parser.parse_args(argv)
+    if args.model_path is None:
+        args.model_path = demo.local_folder if os.path.isdir(demo.local_folder) else demo.public_name
+    else:
+        check_model_path(args.model_path)
+    draw(demo.kind, args, sample)
+
+
+def sample(args):
+    """Images and labels of whichever kind of model --model_path is."""
+    from sampling.checkpoint import is_training_checkpoint
+
+    return sample_checkpoint(args) if is_training_checkpoint(args.model_path) else sample_pipeline(args)
 
 
 if __name__ == "__main__":

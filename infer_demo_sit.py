@@ -1,4 +1,4 @@
-"""Draw images with a SiT.
+"""Draw images with a SiT or a Large-SiT.
 
     python infer_demo_sit.py                                    # the public SiT-XL/2: a golden retriever, by the SDE
     python infer_demo_sit.py --model_path SiT_pipeline --sampler ode --method heun2 --classes 207 "Siberian husky"
@@ -15,7 +15,16 @@ step besides.
 import argparse
 import os
 
-from tools.image_demo import add_flags, checkpoint_labels, draw, find_classes, make_generator, read_labels
+from tools.image_demo import (
+    add_flags,
+    check_model_type,
+    check_pipeline,
+    checkpoint_labels,
+    draw,
+    find_classes,
+    make_generator,
+    read_labels,
+)
 from training.runtime import run_cli
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
@@ -45,13 +54,12 @@ def load_pipeline(args, path):
     from sampling import SiTPipeline
     from sampling.checkpoint import is_training_checkpoint, read_weights
     from sampling.decoder import load_vae
-    from training.config import load_config, read_json
+    from training.config import load_config
 
-    index = os.path.join(path, "model_index.json")
-    if os.path.isfile(index):
-        kind = read_json(index).get("_class_name")
-        if kind == "DiTPipeline":
-            raise ValueError(f"--model_path {path}: is a DiTPipeline; use infer_demo_dit.py")
+    if not os.path.exists(path):
+        raise ValueError(f"--model_path {path}: there is no such file or folder")
+    if os.path.isdir(path) and not is_training_checkpoint(path):
+        check_pipeline(path, "SiTPipeline")
         for name in ("config_file", "vae", "key"):
             if getattr(args, name) is not None:
                 raise ValueError(
@@ -61,13 +69,6 @@ def load_pipeline(args, path):
         pipe = SiTPipeline.from_pretrained(path)
         labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
         return pipe, {int(key): label for key, label in labels.items()}
-    if os.path.isdir(path) and not is_training_checkpoint(path):
-        raise ValueError(
-            f"--model_path {path}: neither a SiTPipeline folder (model_index.json) nor a training checkpoint "
-            "(config.json and model_state.pdparams)"
-        )
-    if not os.path.exists(path):
-        raise ValueError(f"--model_path {path}: there is no such file or folder")
     if os.path.isdir(path):
         if args.config_file is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
@@ -75,8 +76,7 @@ def load_pipeline(args, path):
     else:
         config_file = args.config_file or PUBLIC_CONFIG
     config = load_config(config_file)
-    if config["model"]["type"] != "SiT":
-        raise ValueError(f"{config_file}: describes a {config['model']['type']}; use infer_demo_dit.py for a DiT")
+    check_model_type(config["model"]["type"], "infer_demo_sit.py", f"{config_file}: describes")
     labels = checkpoint_labels(args.id2label, config["model"]["num_classes"])
     state, source = read_weights(path, key=args.key)
     return SiTPipeline.from_weights(config, state, load_vae(args.vae or PUBLIC_VAE), source=source), labels

@@ -2,10 +2,15 @@
 
 import glob
 import os
+import re
 
-from models.weights import load_weights, official_to_paddle
+from tqdm import tqdm
+
+from models.weights import load_weights, merge_shards, turn_linear
 
 LAYOUTS = ("auto", "paddle", "torch")
+# A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
+SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
 
 
 def is_training_checkpoint(path):
@@ -17,7 +22,9 @@ def read_weights(path, *, key=None, layout="auto"):
     """Read one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
 
     Args:
-        path: a training checkpoint folder, a `.pdparams`, or an official `.pt`, `.pth` or `.safetensors` file.
+        path: a training checkpoint folder, a `.pdparams`, an official `.pt`, `.pth` or `.safetensors` file, or an
+            official Large-DiT's tensor-parallel shards (`consolidated[_ema].NN-of-MM.pth`): their folder or one of
+            them, which are merged.
         key: "model" or "ema" of a training checkpoint folder or of an official training checkpoint; None takes the
             averages where there are any.
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending.
@@ -31,15 +38,72 @@ def read_weights(path, *, key=None, layout="auto"):
     path = os.fspath(path)
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    if os.path.isdir(path):
-        path, key = _file_in_checkpoint(path, key), None
-        layout = "paddle"
-    if layout == "auto":
-        layout = _layout_of(path)
-    weights = load_weights(path, key or "auto")
-    if layout == "torch":
-        weights = official_to_paddle(weights)
-    return {name: value.astype("float32", copy=False) for name, value in weights.items()}, path
+    shards = find_shards(path, key)
+    if shards:
+        path, layout = shards[0], "torch"
+        if len(shards) > 1:
+            weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards"))
+            path = f"{path} and its {len(shards) - 1} other shards"
+        else:
+            weights = load_weights(path)
+    else:
+        if os.path.isdir(path):
+            path, key = _file_in_checkpoint(path, key), None
+            layout = "paddle"
+        if layout == "auto":
+            layout = _layout_of(path)
+        weights = load_weights(path, key or "auto")
+    for name, value in weights.items():  # in place, so that no second set of weights is held
+        value = turn_linear(name, value) if layout == "torch" else value
+        weights[name] = value.astype("float32", copy=False)
+    return weights, path
+
+
+def find_shards(path, key=None):
+    """All the files of the official Large-DiT weights that `path` belongs to, by rank; an empty list if it is none.
+
+    Args:
+        path: a folder with `consolidated[_ema].NN-of-MM.pth` files, or one of them.
+        key: "model" or "ema"; None takes the averages of a folder that has them, or what the file is.
+
+    Raises:
+        ValueError: one line: a shard is missing, there are those of several networks, or the key is another one.
+    """
+    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
+    given = SHARD.fullmatch(name)
+    if name and not given:
+        return []
+    found = {}  # (key, number of ranks): {rank: path}
+    for other in sorted(os.listdir(folder or ".")):
+        match = SHARD.fullmatch(other)
+        if match:
+            kind = ("ema" if match[1] else "model", int(match[3]))
+            found.setdefault(kind, {})[int(match[2])] = os.path.join(folder, other)
+    if not found:
+        return []
+    if given:
+        kind = ("ema" if given[1] else "model", int(given[3]))
+        if key not in (None, kind[0]):
+            raise ValueError(f"{path}: holds the weights of the key {kind[0]}, not of {key}; give the folder instead")
+        if kind not in found:  # no such file
+            return []
+    else:
+        keys = sorted({key for key, _ in found})
+        wanted = key or keys[0]  # "ema" comes before "model"
+        if wanted not in keys:
+            raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
+        kinds = [kind for kind in found if kind[0] == wanted]
+        if len(kinds) > 1:
+            counts = ", ".join(str(count) for _, count in kinds)
+            raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
+        kind = kinds[0]
+    ranks, count = found[kind], kind[1]
+    missing = [rank for rank in range(count) if rank not in ranks]
+    if missing:
+        prefix = "consolidated_ema" if kind[0] == "ema" else "consolidated"
+        names = ", ".join(f"{prefix}.{rank:02d}-of-{count:02d}.pth" for rank in missing[:3])
+        raise ValueError(f"{folder or '.'}: {len(missing)} of {count} shards are missing: {names}")
+    return [ranks[rank] for rank in range(count)]
 
 
 def _file_in_checkpoint(folder, key):

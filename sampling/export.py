@@ -14,6 +14,9 @@ Where the stock classes differ from DiT, and what is done about it:
 * A learned variance is ignored by both schedulers: the pipeline cuts it off.
 """
 
+import os
+import shutil
+
 import numpy as np
 
 from models.weights import check_state, expected_shapes
@@ -65,12 +68,8 @@ def transformer_config(model):
     """Constructor keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be."""
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if model["type"] not in ("DiT", "SiT"):
-        raise ValueError(f"a model of type {model['type']!r} can't be a DiTPipeline; expected DiT or SiT")
-    if model["num_classes"] > NULL_CLASS:
-        raise ValueError(
-            f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
-            f"{NULL_CLASS} classes can be exported; sample such a model from its checkpoint"
-        )
+        raise ValueError(f"a model of type {model['type']!r} can't be a Transformer2DModel; expected DiT or SiT")
+    check_num_classes(model)
     if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
         raise ValueError(
             f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
@@ -91,6 +90,15 @@ def transformer_config(model):
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
     }
+
+
+def check_num_classes(model):
+    """Raises ValueError for more classes than a stock DiTPipeline can guide."""
+    if model["num_classes"] > NULL_CLASS:
+        raise ValueError(
+            f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
+            f"{NULL_CLASS} classes can be exported; sample such a model from its checkpoint"
+        )
 
 
 def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
@@ -114,7 +122,7 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
         "timestep_embedder.linear_1.bias": mlp["0.bias"],
         "timestep_embedder.linear_2.weight": mlp["2.weight"],
         "timestep_embedder.linear_2.bias": mlp["2.bias"],
-        "class_embedder.embedding_table.weight": _class_table(model, state["y_embedder.embedding_table.weight"]),
+        "class_embedder.embedding_table.weight": class_table(model, state["y_embedder.embedding_table.weight"]),
     }
     result = {}
 
@@ -151,8 +159,8 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
     return result
 
 
-def _class_table(model, table):
-    """Rows 0..num_classes-1 the classes, all others (row 1000 among them) the null class."""
+def class_table(model, table):
+    """A stock DiTPipeline's label table: rows 0..num_classes-1 the classes, all others, up to 1000, the null class."""
     null = table[-1] if model["class_dropout_prob"] > 0 else np.full_like(table[0], np.nan)
     rows = np.tile(null, (NULL_CLASS + 1, 1))  # (1001, D)
     rows[: model["num_classes"]] = table[: model["num_classes"]]
@@ -211,18 +219,32 @@ def export_dit_pipeline(
     the_scheduler = make_scheduler(config["objective"], scheduler)
     if timestep_embedding not in ("fit", "keep"):
         raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
-    labels = check_id2label(id2label, model["num_classes"])
-    check_output(output_dir, overwrite)
-    check_vae(vae, model["in_channels"])
-    state = {name: np.asarray(value, "float32") for name, value in state.items()}
-    check_state(state, expected_shapes(model), source=source)
+    labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
     mlp, report = fit_timestep_embedding(state, the_scheduler)
     weights = transformer_state(
         model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
     )
 
-    write_stock_folder(output_dir, settings, weights, the_scheduler, vae, labels, overwrite)
+    transformer = ("ppdiffusers", "Transformer2DModel", settings)
+    write_stock_folder(output_dir, transformer, weights, the_scheduler, vae, labels, overwrite)
     return _notes(model, scheduler, timestep_embedding, report)
+
+
+def check_export(model, state, vae, output_dir, id2label, overwrite, source):
+    """What every export checks before it writes.
+
+    Returns:
+        `(labels, state)`: for model_index.json, and `{name: float32 array}`.
+
+    Raises:
+        ValueError: one line: weights, labels or a VAE that don't fit, or an output that is in the way.
+    """
+    labels = check_id2label(id2label, model["num_classes"])
+    check_output(output_dir, overwrite)
+    check_vae(vae, model["in_channels"])
+    state = {name: np.asarray(value, "float32") for name, value in state.items()}
+    check_state(state, expected_shapes(model), source=source)
+    return labels, state
 
 
 def check_vae(vae, in_channels):
@@ -233,27 +255,40 @@ def check_vae(vae, in_channels):
         )
 
 
-def write_stock_folder(output_dir, settings, weights, scheduler, vae, labels, overwrite):
-    """The folder of a stock DiTPipeline with a `Transformer2DModel` of these keywords and weights."""
+def write_stock_folder(output_dir, transformer, weights, scheduler, vae, labels, overwrite, code=None):
+    """The folder of a stock DiTPipeline.
+
+    Args:
+        transformer: `(package, class name, constructor keywords)`, and weights: `{name: array}` under its names.
+        code: a file to put beside the weights, with the transformer's class.
+    """
 
     def write(folder):
         write_components(
             folder,
             pipeline="DiTPipeline",
-            transformer=("ppdiffusers", "Transformer2DModel", settings),
+            transformer=transformer,
             weights=weights,
             scheduler=("ppdiffusers", scheduler),
             vae=vae,
             labels=labels,
         )
+        if code is not None:
+            shutil.copy(code, os.path.join(folder, "transformer"))
 
     write_folder(output_dir, write, overwrite)
 
 
-def _notes(model, scheduler, timestep_embedding, report):
+def guidance_notes(model):
+    """Sentences on the guidance of a stock DiTPipeline."""
     notes = ["DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three."]
     if model["class_dropout_prob"] == 0:
         notes.append("This model has no null class: sample it with guidance_scale=1; any other gives NaN.")
+    return notes
+
+
+def _notes(model, scheduler, timestep_embedding, report):
+    notes = guidance_notes(model)
     if timestep_embedding == "keep":
         notes.append(
             "The stock transformer embeds timesteps by other frequencies than DiT: with DiT's weights kept, its "

@@ -22,9 +22,7 @@ prediction on any path; for noise and score predictions a step is no `x + dt F`.
 
 import numpy as np
 
-from models.weights import check_state, expected_shapes
-from sampling.export import check_vae, transformer_config, transformer_state, write_stock_folder
-from sampling.folder import check_id2label, check_output
+from sampling.export import check_export, guidance_notes, transformer_config, transformer_state, write_stock_folder
 from sampling.sit_pipeline import TransportScheduler
 from sampling.timestep_fit import fit_time_embedding
 
@@ -86,27 +84,21 @@ def export_stock_sit(config, state, vae, output_dir, *, id2label=None, overwrite
     model = config["model"]
     settings = transformer_config(model)
     scheduler, times = make_flow_scheduler(config["objective"])
-    labels = check_id2label(id2label, model["num_classes"])
-    check_output(output_dir, overwrite)
-    check_vae(vae, model["in_channels"])
-    state = {name: np.asarray(value, "float32") for name, value in state.items()}
-    check_state(state, expected_shapes(model), source=source)
+    labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
 
     mlp, report = fit_time_embedding(state, times, *_timesteps(scheduler))
     weights = transformer_state(model, state, timestep_embedding=mlp, source=source)
     for name in ("proj_out_2.weight", "proj_out_2.bias"):
         weights[name] = weights[name] / np.float32(SIGMA_SCALE)  # a power of two: exact
-    write_stock_folder(output_dir, settings, weights, scheduler, vae, labels, overwrite)
+    transformer = ("ppdiffusers", "Transformer2DModel", settings)
+    write_stock_folder(output_dir, transformer, weights, scheduler, vae, labels, overwrite)
 
-    notes = [
+    return [
         "The folder samples Euler steps of the ODE with its own scheduler, in float32; no other scheduler fits it.",
-        "DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three.",
+        *guidance_notes(model),
         f"The timestep embedding was fitted to the scheduler's timesteps: right to {report['max_error']:.1g} of its "
         "largest entry, for any number of steps up to 1000.",
     ]
-    if model["class_dropout_prob"] == 0:
-        notes.append("This model has no null class: sample it with guidance_scale=1; any other gives NaN.")
-    return notes
 
 
 def _timesteps(scheduler):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 
-import paddle
+from models.weights import save_pdparams
 
 TREE = (
     "model_index.json",
@@ -15,6 +15,7 @@ TREE = (
     "vae/config.json",
     "vae/model_state.pdparams",
 )
+CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.export_large_dit`
 
 
 def write_json(path, value):
@@ -84,7 +85,7 @@ def check_output(output_dir, overwrite=False):
     for root, _, names in os.walk(output_dir):
         for name in names:
             path = os.path.relpath(os.path.join(root, name), output_dir)
-            if path not in TREE:
+            if path not in (*TREE, CODE):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
 
 
@@ -128,8 +129,7 @@ def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, 
         os.path.join(folder, "transformer", "config.json"),
         {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings},
     )
-    tensors = {name: paddle.to_tensor(value, place=paddle.CPUPlace()) for name, value in weights.items()}
-    paddle.save(tensors, os.path.join(folder, "transformer", "model_state.pdparams"))
+    save_pdparams(weights, os.path.join(folder, "transformer", "model_state.pdparams"))
     vae.save_pretrained(os.path.join(folder, "vae"), safe_serialization=False, to_diffusers=False)
     scheduler.save_pretrained(os.path.join(folder, "scheduler"))
     write_json(

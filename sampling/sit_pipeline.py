@@ -1,4 +1,4 @@
-"""`SiTPipeline`: class labels to images with a SiT, as `ppdiffusers.DiTPipeline` is for a DiT.
+"""`SiTPipeline`: class labels to images with a SiT or a Large-SiT, as `ppdiffusers.DiTPipeline` is for a DiT.
 
 Time runs from noise (`t = 0`) to data (`t = 1`).
 
@@ -16,12 +16,13 @@ from numbers import Real
 
 import numpy as np
 import paddle
+from paddle import nn
 from PIL import Image
 from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
-from models import SiT, build_model
+from models import MODELS, LargeSiT, SiT, build_model
 from models.weights import check_state, load_weights
 from sampling.decoder import LatentDecoder, read_vae
 from sampling.export import check_vae
@@ -56,14 +57,18 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
 
 
 # All that a folder may name in model_index.json; nothing is imported by a name that stands in a file.
-COMPONENTS = {"scheduler": TransportScheduler, "transformer": SiT, "vae": AutoencoderKL}
+COMPONENTS = {"scheduler": (TransportScheduler,), "transformer": (SiT, LargeSiT), "vae": (AutoencoderKL,)}
+
+
+def _names(classes):
+    return " or ".join(one.__name__ for one in classes)
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Class-conditional image generation with a SiT.
+    """Class-conditional image generation with a SiT or a Large-SiT.
 
     Args:
-        transformer: a `models.SiT`.
+        transformer: a `models.SiT` or `models.LargeSiT`.
         vae: an `AutoencoderKL` of as many latent channels.
         scheduler: a `TransportScheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
@@ -77,7 +82,7 @@ class SiTPipeline(DiffusionPipeline):
         super().__init__()
         for name, component in (("scheduler", scheduler), ("transformer", transformer), ("vae", vae)):
             if not isinstance(component, COMPONENTS[name]):
-                raise ValueError(f"{name}: is a {type(component).__name__}, expected a {COMPONENTS[name].__name__}")
+                raise ValueError(f"{name}: is a {type(component).__name__}, expected a {_names(COMPONENTS[name])}")
         if id2label is not None and not isinstance(id2label, dict):
             raise ValueError(f"id2label: is a {type(id2label).__name__}, expected {{class id: label}}")
         check_vae(vae, transformer.in_channels)
@@ -98,8 +103,9 @@ class SiTPipeline(DiffusionPipeline):
             ValueError: a config that is no SiT's, or weights that don't fit it; names `source`.
         """
         settings = config["model"]
-        if settings["type"] != "SiT":
-            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a SiT")
+        known = [network.__name__ for network in COMPONENTS["transformer"]]
+        if settings["type"] not in known:
+            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {' or '.join(known)}")
         scheduler = TransportScheduler.from_objective(config["objective"])
         return cls(_build(settings, state, source), vae, scheduler, id2label)
 
@@ -123,7 +129,7 @@ class SiTPipeline(DiffusionPipeline):
             write_components(
                 folder,
                 pipeline=type(self).__name__,
-                transformer=("models", "SiT", _settings(self.transformer)),
+                transformer=("models", type(self.transformer).__name__, _settings(self.transformer)),
                 weights={
                     name: value.astype("float32").numpy() for name, value in self.transformer.state_dict().items()
                 },
@@ -152,12 +158,14 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"{index_path}: holds a {index.get('_class_name')!r}, expected {cls.__name__!r}")
         for name, expected in COMPONENTS.items():
             given = index.get(name)
-            if not isinstance(given, list) or len(given) != 2 or given[1] != expected.__name__:
-                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {expected.__name__}")
+            known = [one.__name__ for one in expected]
+            if not isinstance(given, list) or len(given) != 2 or given[1] not in known:
+                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {_names(expected)}")
 
-        settings = read_component(os.path.join(folder, "transformer", "config.json"), "SiT", SiT)
+        kind = index["transformer"][1]
+        settings = read_component(os.path.join(folder, "transformer", "config.json"), kind, MODELS[kind])
         weights = os.path.join(folder, "transformer", "model_state.pdparams")
-        transformer = _build({"type": "SiT", **settings}, load_weights(weights), weights)
+        transformer = _build({"type": kind, **settings}, load_weights(weights), weights)
         path = os.path.join(folder, "scheduler", "scheduler_config.json")
         keywords = read_component(path, "TransportScheduler", TransportScheduler)
         try:
@@ -171,12 +179,16 @@ class SiTPipeline(DiffusionPipeline):
     @property
     def dtype(self):
         """The network's dtype."""
-        return self.transformer.x_embedder.proj.weight.dtype
+        return self._weight.dtype
 
     @property
     def device(self):
         """Where the network is."""
-        return self.transformer.x_embedder.proj.weight.place
+        return self._weight.place
+
+    @property
+    def _weight(self):
+        return self.transformer.y_embedder.embedding_table.weight
 
     # -- Sampling -----------------------------------------------------------------------------------------------------
 
@@ -316,7 +328,7 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
         if scale != 1 and self.transformer.class_dropout_prob == 0:
-            raise ValueError("this SiT was trained without a null class, can't be guided; use guidance_scale=1")
+            raise ValueError("this network was trained without a null class, can't be guided; use guidance_scale=1")
         if channels is not None and (type(channels) is not int or channels < 1):
             raise ValueError(f"guidance_channels {channels!r}: expected 3, another positive integer, or None for all")
         if interval is not None:
@@ -352,20 +364,41 @@ def _build(settings, state, source):
 
 
 def _settings(network):
-    """Constructor keywords of a SiT, read off the network."""
-    hidden_size, width = network.blocks[0].mlp.fc1.weight.shape
-    mlp_ratio = width / hidden_size
-    if int(hidden_size * mlp_ratio) != width:  # the quotient was rounded down
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    """Constructor keywords of a network, read off it."""
+    large = isinstance(network, LargeSiT)
+    blocks = network.layers if large else network.blocks
     return {
         "sample_size": network.sample_size,
         "patch_size": network.patch_size,
         "in_channels": network.in_channels,
-        "num_layers": len(network.blocks),
+        "num_layers": len(blocks),
         "num_attention_heads": network.num_heads,
-        "attention_head_dim": hidden_size // network.num_heads,
-        "mlp_ratio": mlp_ratio,
+        "attention_head_dim": network.hidden_size // network.num_heads,
         "num_classes": network.num_classes,
         "class_dropout_prob": network.class_dropout_prob,
         "learn_sigma": network.learn_sigma,
+        **(_large_block_settings if large else _block_settings)(blocks[0]),
+    }
+
+
+def _block_settings(block):
+    """The MLP ratio of a SiT's block, from the widths."""
+    hidden_size, width = block.mlp.fc1.weight.shape
+    mlp_ratio = width / hidden_size
+    if int(hidden_size * mlp_ratio) != width:  # the quotient was rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return {"mlp_ratio": mlp_ratio}
+
+
+def _large_block_settings(block):
+    """What a Large-SiT's block has beyond that; the inner width is stated as the multiple that it is rounded up to."""
+    hidden_size, width = block.feed_forward.w1.weight.shape
+    attention = block.attention
+    unscaled = int(8 * hidden_size / 3)
+    return {
+        "qk_norm": isinstance(attention.q_norm, nn.LayerNorm),
+        "num_kv_heads": attention.wk.weight.shape[1] // attention.head_dim,
+        "multiple_of": width,
+        "ffn_dim_multiplier": None if unscaled <= width else width / unscaled,
+        "norm_eps": block.ffn_norm.eps,
     }

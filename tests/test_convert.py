@@ -28,6 +28,8 @@ SCRIPTS = [
     "tools/extract_weights.py",
     "infer_demo_dit.py",
     "infer_demo_sit.py",
+    "infer_demo_largedit_3b.py",
+    "infer_demo_largedit_7b.py",
 ]
 
 

@@ -189,6 +189,10 @@ class TestDemo:
         "flags, message",
         [
             (["--model_path", "no-such-owner/no-such-model"], "Without a network, give a folder by --model_path"),
+            (["--model_path", "no-such-folder"], "--model_path no-such-folder: there is no such folder$"),
+            (["--model_path", "output/checkpoint-5/"], "--model_path output/checkpoint-5/: there is no such folder$"),
+            (["--model_path", str(GOLDEN / "checkpoint-5")], "checkpoint-5: there is no such folder$"),
+            (["--model_path", str(GOLDEN / "dit_tiny.pt")], "dit_tiny.pt: is a file; expected a folder"),
             (["--model_path", str(GOLDEN)], "neither a DiTPipeline folder .* nor a training checkpoint"),
             (["--num_inference_steps", "0"], "--num_inference_steps 0: expected 1 or more"),
             (["--output", "no/such/folder.png"], "there is no such folder"),
@@ -201,6 +205,24 @@ class TestDemo:
         with pytest.raises(ValueError, match=message):
             draw("--model_path", models["pipeline"], *flags)
         assert list(tmp_path.iterdir()) == []
+
+    def test_other_pipelines(self, tmp_path):
+        for index, message in (
+            ({"_class_name": "SiTPipeline"}, "--model_path pipeline: is a SiTPipeline; use infer_demo_sit.py"),
+            ({"_class_name": "LDMPipeline"}, "--model_path pipeline: is a LDMPipeline; expected a DiTPipeline"),
+            ([], "--model_path pipeline: is a None; expected a DiTPipeline"),
+            ({"_class_name": "DiTPipeline"}, "--model_path pipeline: cannot be loaded"),
+        ):
+            (tmp_path / "pipeline").mkdir(exist_ok=True)
+            (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+            with pytest.raises(ValueError, match=message) as error:
+                draw("--model_path", "pipeline")
+            assert "download" not in str(error.value)
+
+    def test_a_mistyped_folder_beside_others(self, tmp_path):
+        (tmp_path / "output").mkdir()
+        with pytest.raises(ValueError, match="--model_path output/checkpoint-5: there is no such folder$"):
+            draw("--model_path", "output/checkpoint-5")
 
     def test_no_gpu(self, models):
         if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():

@@ -24,7 +24,13 @@ SCRIPTS = {
         "config/SiT_XL_patch2.json",
         "./output_notrainer/SiT_XL_patch2_notrainer",
     ),
+    "4_run_train_largedit_3b_trainer.sh": (
+        "trainer",
+        "config/LargeDiT_3B_patch2.json",
+        "./output_trainer/LargeDiT_3B_patch2_trainer",
+    ),
 }
+LARGE = "4_run_train_largedit_3b_trainer.sh"
 SEED_FLAGS = (
     "do_train feature_path output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate "
     "weight_decay max_steps lr_scheduler_type warmup_steps image_logging_steps logging_dir logging_steps save_steps "
@@ -81,8 +87,9 @@ def test_defaults_are_the_seeds(script, shell, tmp_path):
         assert not any(f"--{flag}" in words for flag in FROM_JSON)  # the config decides, and says what the seed says
         training = load_config(ROOT / config)["training"]
         assert training["use_ema"] and training["recompute"] and training["fused_attention"]
-        assert (training["amp_dtype"], training["amp_level"]) == ("bfloat16", "O1")
-        assert (training["learning_rate"], training["weight_decay"], training["max_grad_norm"]) == (1e-4, 0.0, -1)
+        assert (training["amp_dtype"], training["amp_level"]) == ("bfloat16", "O2" if script == LARGE else "O1")
+        assert (training["learning_rate"], training["weight_decay"]) == (1e-4, 0.0)
+        assert training["max_grad_norm"] == (2.0 if script == LARGE else -1)
         assert (training["lr_scheduler_type"], training["warmup_steps"]) == ("constant", 0)
         assert value(words, "--output_dir") == output
         assert (value(words, "--per_device_train_batch_size"), value(words, "--save_total_limit")) == ("32", "50")
@@ -115,6 +122,33 @@ def test_variables_and_further_flags(tmp_path):
     assert (value(words, "--dp_degree"), value(words, "--sharding_parallel_degree")) == ("4", "2")
     assert value(words, "--output_dir") == "out put" and value(words, "--logging_dir") == "out put/tb_log"
     assert words[-4:] == ["--device", "cpu", "--ema_decay", "0.99"]
+
+
+@pytest.mark.parametrize(
+    "variables, degrees",
+    [
+        ({"TRAINING_GPUS_PER_NODE": "8"}, ("1", "4", "2")),
+        ({"TRAINING_GPUS_PER_NODE": "8", "TRAINERS_NUM": "2"}, ("2", "4", "2")),
+        ({"TRAINING_GPUS_PER_NODE": "4"}, ("1", "4", "1")),
+        ({"TRAINING_GPUS_PER_NODE": "6"}, ("3", "2", "1")),
+        ({"TRAINING_GPUS_PER_NODE": "1"}, ("1", "1", "1")),
+        ({"TRAINING_GPUS_PER_NODE": "8", "MP_DEGREE": "2"}, ("2", "2", "2")),
+        ({"TRAINING_GPUS_PER_NODE": "8", "MP_DEGREE": "1", "SHARDING_DEGREE": "8"}, ("1", "1", "8")),
+    ],
+)
+def test_degrees_of_the_large_model(variables, degrees, tmp_path):
+    words = launch_line(LARGE, tmp_path, **variables)
+    names = ("--dp_degree", "--tensor_parallel_degree", "--sharding_parallel_degree")
+    assert tuple(value(words, name) for name in names) == degrees
+
+
+def test_further_flags_of_the_large_model(tmp_path):
+    words = launch_line(LARGE, tmp_path)
+    flags = ("--resolution", "--logging_steps", "--amp_master_grad", "--sharding")
+    assert [value(words, flag) for flag in flags] == ["256", "1", "1", "stage1"]
+    words = launch_line(LARGE, tmp_path, arguments=["--ema_decay", "0.99"], sharding="stage2", resolution="512")
+    assert [value(words, flag) for flag in flags] == ["512", "1", "1", "stage2"]
+    assert words[-2:] == ["--ema_decay", "0.99"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

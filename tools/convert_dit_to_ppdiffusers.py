@@ -1,13 +1,14 @@
-"""Export a DiT as a folder for `ppdiffusers.DiTPipeline`.
+"""Export a DiT or a Large-DiT as a folder for `ppdiffusers.DiTPipeline`.
 
     python tools/convert_dit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path DiT_pipeline
 
---model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, or an official
-`.pt` / `.safetensors`. The network is described by --config_file, else by the checkpoint's config.json, else by
---model_name and --image_size (1000 classes, 4 latent channels, learned variance).
+--model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, an official `.pt`
+/ `.safetensors`, or a folder of an official Large-DiT's shards. The network is described by --config_file, else by the
+checkpoint's config.json, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels, learned
+variance).
 
 The folder holds model_index.json (with id2label), scheduler/, transformer/ and vae/. What the stock pipeline does
-differently from this project is printed at the end.
+differently from this project is printed at the end. A Large-DiT's transformer/ also holds the code of its class.
 """
 
 import argparse
@@ -37,22 +38,36 @@ def main(argv=None):
         default="fit",
         choices=("fit", "keep"),
         help="the stock transformer's timestep frequencies are not DiT's: fit the embedding to them, or keep DiT's "
-        "weights although the output is then another one [fit]",
+        "weights although the output is then another one; a Large-DiT needs no fit [fit]",
+    )
+    parser.add_argument(
+        "--stock_transformer",
+        action="store_true",
+        help="of a Large-DiT: name ppdiffusers' DiTLLaMA2DModel as it is, which gives other images and does not run on "
+        "Paddle 3, instead of a mended copy that the folder brings along",
     )
     args = parser.parse_args(argv)
     if args.scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
-        from sampling.export import make_scheduler, transformer_config
+        from sampling import export, export_large_dit
 
-        transformer_config(config["model"])
-        make_scheduler(config["objective"], args.scheduler)
+        kind = config["model"]["type"]
+        export.make_scheduler(config["objective"], args.scheduler)
+        (export_large_dit if kind == "LargeDiT" else export).transformer_config(config["model"])
+        if args.stock_transformer and kind != "LargeDiT":
+            raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")
 
-    def export(config, state, vae, labels, source):
+    def write(config, state, vae, labels, source):
         from sampling.export import export_dit_pipeline
+        from sampling.export_large_dit import export_large_dit_pipeline
 
-        return export_dit_pipeline(
+        if config["model"]["type"] == "LargeDiT":
+            export, options = export_large_dit_pipeline, {"stock_transformer": args.stock_transformer}
+        else:
+            export, options = export_dit_pipeline, {"timestep_embedding": args.timestep_embedding}
+        return export(
             config,
             state,
             vae,
@@ -60,11 +75,11 @@ def main(argv=None):
             scheduler=args.scheduler,
             id2label=labels,
             overwrite=args.overwrite,
-            timestep_embedding=args.timestep_embedding,
             source=source,
+            **options,
         )
 
-    source = convert("DiT", args, check, export)
+    source = convert("DiT", args, check, write)
     if source is not None:
         print(f"{source} -> {args.checkpoint_path} (ppdiffusers.DiTPipeline.from_pretrained)")
 

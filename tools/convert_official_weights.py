@@ -4,8 +4,10 @@
         --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
 
 --weights is a plain state dict or a checkpoint of the official train.py, whose averages (ema) are taken unless --key
-says model. Nothing in the file is executed. Names and shapes must be exactly those of the config's network. Names stay
-the official ones; Linear weights are turned from [out, in] to [in, out]; all weights are written as float32.
+says model. Of Large-DiT it may be the folder of a checkpoint, or one file of it: tensor-parallel shards
+(consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is executed. Names and shapes
+must be exactly those of the config's network. Names stay the official ones; Linear weights are turned from [out, in] to
+[in, out]; all weights are written as float32.
 
 With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits.
@@ -29,7 +31,7 @@ def convert(args):
 
     configure_runtime()
     from models.weights import check_state, expected_shapes, paddle_to_official, save_torch
-    from sampling.checkpoint import read_weights
+    from sampling.checkpoint import find_shards, read_weights
 
     print(f"reading {args.weights}", flush=True)
     layout = "paddle" if args.reverse else "torch"
@@ -40,6 +42,11 @@ def convert(args):
     else:
         write_beside(args.output, lambda path: save_paddle(state, path))
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
+    if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
+        print(
+            "note: the official code normalises queries and keys over the heads of one rank, the merged network over "
+            "all heads: with qk_norm its output is not quite that of the shards."
+        )
 
 
 def check_output(path, overwrite=False):
@@ -65,17 +72,25 @@ def write_beside(path, write):
 
 
 def save_paddle(state, path, dtype="float32"):
-    """`paddle.save` of {name: array} as tensors of `dtype`."""
+    """{name: array} as a `.pdparams` of tensors of `dtype`."""
     import paddle
 
-    place = paddle.CPUPlace()
-    paddle.save({name: paddle.to_tensor(value, place=place).astype(dtype) for name, value in state.items()}, path)
+    from models.weights import save_pdparams
+
+    def cast(value):
+        if dtype != "bfloat16":
+            return value.astype(dtype, copy=False)
+        return paddle.to_tensor(value, place=paddle.CPUPlace()).astype(dtype).numpy()  # uint16
+
+    save_pdparams({name: cast(value) for name, value in state.items()}, path)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_file", required=True, help="JSON of the network that the weights belong to")
-    parser.add_argument("--weights", required=True, help=".pt, .pth, .safetensors; with --reverse .pdparams or folder")
+    parser.add_argument(
+        "--weights", required=True, help=".pt, .pth, .safetensors, folder of shards; with --reverse .pdparams or folder"
+    )
     parser.add_argument("--output", required=True, help="file to write: .pdparams; with --reverse .pt")
     parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")

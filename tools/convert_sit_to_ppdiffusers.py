@@ -1,4 +1,4 @@
-"""Export a SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
+"""Export a SiT or a Large-SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
 
     python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_pipeline
     python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_dit --stock
@@ -35,8 +35,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     def check(config):
-        if config["model"]["type"] != "SiT":
-            raise ValueError(f"this model is a {config['model']['type']}; use tools/convert_dit_to_ppdiffusers.py")
+        kind = config["model"]["type"]
+        if kind not in ("SiT", "LargeSiT"):
+            raise ValueError(f"this model is a {kind}; use tools/convert_dit_to_ppdiffusers.py")
+        if args.stock and kind != "SiT":
+            raise ValueError(
+                f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"
+            )
         if args.stock:
             from sampling.export import transformer_config
             from sampling.export_sit import make_flow_scheduler

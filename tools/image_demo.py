@@ -7,6 +7,47 @@ from tools.pipeline_converter import IMAGENET_LABELS
 from training.runtime import configure_runtime, resolve_device
 
 DEFAULT_CLASS = "golden retriever"
+# The demo for a pipeline folder, by the class that model_index.json names, and for a model, by its config's type.
+PIPELINE_DEMOS = {"DiTPipeline": "infer_demo_dit.py", "SiTPipeline": "infer_demo_sit.py"}
+MODEL_DEMOS = {
+    "DiT": "infer_demo_dit.py",
+    "LargeDiT": "infer_demo_dit.py",
+    "SiT": "infer_demo_sit.py",
+    "LargeSiT": "infer_demo_sit.py",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What --model_path is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_pipeline(path, pipeline):
+    """Raises `ValueError`, saying which demo takes it, if a folder holds another pipeline than `pipeline`, or none.
+
+    Args:
+        path: a folder that is no training checkpoint. pipeline: a class of `PIPELINE_DEMOS`.
+    """
+    from training.config import read_json
+
+    index = os.path.join(path, "model_index.json")
+    if not os.path.isfile(index):
+        raise ValueError(
+            f"--model_path {path}: neither a {pipeline} folder (model_index.json) nor a training checkpoint "
+            "(config.json and model_state.pdparams)"
+        )
+    content = read_json(index)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
+    if kind != pipeline:
+        other = PIPELINE_DEMOS.get(kind) if isinstance(kind, str) else None
+        hint = f"use {other}" if other else f"expected a {pipeline}"
+        raise ValueError(f"--model_path {path}: is a {kind}; {hint}")
+
+
+def check_model_type(kind, demo, what):
+    """Raises `ValueError`, "`what` a DiT; use ...", if a model of the type `kind` is none of the demo's."""
+    if MODEL_DEMOS[kind] != demo:
+        raise ValueError(f"{what} a {kind}; use {MODEL_DEMOS[kind]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,8 +109,8 @@ def checkpoint_labels(path, num_classes):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser, kind, *, guidance_channels):
-    """The flags of both demos; kind is DiT or SiT, guidance_channels the default."""
+def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
+    """The flags of all demos; kind is that of the file names, the others are defaults."""
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
@@ -82,11 +123,13 @@ def add_flags(parser, kind, *, guidance_channels):
         help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
         f"[{guidance_channels}]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--seed", type=int, default=seed, help=f"of the noise [{seed}]")
     parser.add_argument("--output", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="[float32]")
+    default = "float32" if gpu_dtype == "float32" else f"{gpu_dtype} on a GPU, float32 on a CPU"
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"[{default}]")
+    parser.set_defaults(gpu_dtype=gpu_dtype)
     parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
 
 
@@ -116,7 +159,7 @@ def draw(kind, args, sample, least_steps=1):
     """Samples and saves, as the flags say; ValueError for whatever can't be.
 
     Args:
-        kind: DiT or SiT.
+        kind: of the file names, DiT or SiT.
         args: with the flags of `add_flags`.
         sample: `sample(args)` returns uint8 images `(N, H, W, 3)` (or PIL images) and the classes' labels.
         least_steps: the least --num_inference_steps.
@@ -133,6 +176,8 @@ def draw(kind, args, sample, least_steps=1):
 
     device = resolve_device(args.device)
     paddle.set_device(device)
+    if args.dtype is None:
+        args.dtype = "float32" if device == "cpu" else args.gpu_dtype
     if device == "cpu" and args.dtype != "float32":
         raise ValueError(f"--dtype {args.dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
 

@@ -14,7 +14,7 @@ count_gpus() {
 
 TRAINER_INSTANCES=${TRAINER_INSTANCES:-127.0.0.1}
 TRAINERS_NUM=${TRAINERS_NUM:-1}                       # nodes
-GPUS_FOUND=$(count_gpus || true)
+GPUS_FOUND=${GPUS_FOUND:-$(count_gpus || true)}
 if [ "${GPUS_FOUND:-0}" -gt 0 ]; then PROCESSES_FOUND=$GPUS_FOUND; else PROCESSES_FOUND=1; fi
 if [ -n "${GPUS:-}" ]; then PROCESSES_FOUND=$(echo "$GPUS" | tr ',' '\n' | grep -c .); fi  # GPUS=0,1: only these
 TRAINING_GPUS_PER_NODE=${TRAINING_GPUS_PER_NODE:-$PROCESSES_FOUND}  # processes a node: its GPUs, else one

@@ -37,6 +37,7 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --dp_degree "$DP_DEGREE" \
     --tensor_parallel_degree "$MP_DEGREE" \
     --sharding_parallel_degree "$SHARDING_DEGREE" \
+    ${sharding:+--sharding "$sharding"} \
     --pipeline_parallel_degree 1 \
     --sep_parallel_degree 1 \
     "$@"

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Large-DiT 3B at 256 px with the PaddleNLP Trainer. Every variable here and in tools/launch_*.sh can be set from the
+# environment, further flags are passed on: max_steps=20 batch_size=1 bash 4_run_train_largedit_3b_trainer.sh --device cpu
+set -eu
+cd "$(dirname "$0")"
+
+config_file=${config_file:-config/LargeDiT_3B_patch2.json}
+OUTPUT_DIR=${OUTPUT_DIR:-./output_trainer/LargeDiT_3B_patch2_trainer}
+logging_steps=${logging_steps:-1}
+sharding=${sharding:-stage1}
+
+. tools/launch_common.sh
+
+# On 8 GPUs tensor parallel 4 and sharding 2; with fewer, what divides them.
+if [ -z "${MP_DEGREE:-}" ]; then
+    MP_DEGREE=4
+    while [ $((TRAINING_GPUS_PER_NODE % MP_DEGREE)) -ne 0 ]; do MP_DEGREE=$((MP_DEGREE / 2)); done
+fi
+if [ -z "${SHARDING_DEGREE:-}" ]; then
+    SHARDING_DEGREE=$((2 - TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE % 2))
+fi
+
+set -- --resolution "${resolution:-256}" \
+    --amp_master_grad "${amp_master_grad:-1}" \
+    ${sharding_parallel_config:+--sharding_parallel_config "$sharding_parallel_config"} \
+    "$@"
+
+. tools/launch_trainer.sh

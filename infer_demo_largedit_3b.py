@@ -1,0 +1,24 @@
+"""Draw images with the Large-DiT of 3 billion parameters: infer_demo_dit.py with other defaults.
+
+    python infer_demo_largedit_3b.py                          # the public Large-DiT-3B: a golden retriever
+    python infer_demo_largedit_3b.py --model_path LargeDiT_pipeline --classes 207 "Siberian husky"
+
+--model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
+checkpoint folder, whose averages are then sampled with --vae. Without it: ./LargeDiT_3B_2_256 if that folder is there,
+else the public Alpha-VLLM/Large-DiT-3B-256.
+"""
+
+from infer_demo_dit import Demo, main
+from training.runtime import run_cli
+
+DEMO = Demo(
+    kind="LargeDiT_3B",
+    local_folder="./LargeDiT_3B_2_256",
+    public_name="Alpha-VLLM/Large-DiT-3B-256",
+    seed=42,
+    gpu_dtype="float16",
+    description=__doc__,
+)
+
+if __name__ == "__main__":
+    run_cli(lambda: main(demo=DEMO))

@@ -1,0 +1,24 @@
+"""Draw images with the Large-DiT of 7 billion parameters: infer_demo_dit.py with other defaults.
+
+    python infer_demo_largedit_7b.py                          # the public Large-DiT-7B: a golden retriever
+    python infer_demo_largedit_7b.py --model_path LargeDiT_pipeline --classes 207 "Siberian husky"
+
+--model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
+checkpoint folder, whose averages are then sampled with --vae. Without it: ./LargeDiT_7B_2_256 if that folder is there,
+else the public Alpha-VLLM/Large-DiT-7B-256.
+"""
+
+from infer_demo_dit import Demo, main
+from training.runtime import run_cli
+
+DEMO = Demo(
+    kind="LargeDiT_7B",
+    local_folder="./LargeDiT_7B_2_256",
+    public_name="Alpha-VLLM/Large-DiT-7B-256",
+    seed=0,
+    gpu_dtype="bfloat16",
+    description=__doc__,
+)
+
+if __name__ == "__main__":
+    run_cli(lambda: main(demo=DEMO))

@@ -1,0 +1,279 @@
+"""Plan the memory of a training run on GPUs before renting them.
+
+    python tools/plan_memory.py --config_file config/LargeDiT_3B_patch2.json --world_size 8 --gpu_memory 80
+
+takes the flags of train_image_generation_trainer.py (those that change nothing here are ignored), and prints the
+network's parameters, the memory of the fullest GPU by kind, what it sends in a step, and an estimate of a step's time.
+With --gpu_memory also the ways to train the same global batch that fit, fastest first: flags given on the command line
+stay as they are, the others of tensor parallelism, sharding, recompute, micro-batch and accumulation are tried.
+
+Formulas, their sources, and measurements: docs/memory.md. Not counted, and left free by --reserve: the CUDA context,
+workspaces of cuBLAS, cuDNN and NCCL, and what the allocator can't use of what it holds.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from training.arguments import check_positive, resolve_training, trainer_parser  # noqa: E402
+from training.config import write_json  # noqa: E402
+from training.memory_plan import (  # noqa: E402
+    SHARDING,
+    Machine,
+    Setting,
+    Sizes,
+    check,
+    fitting,
+    plan,
+    step_seconds,
+)
+from training.runtime import run_cli  # noqa: E402
+
+GIB = 2**30
+# The Trainer's flags that decide something here; the others are accepted, and left out of --help.
+SHOWN = (
+    *("help", "config_file", "device", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("use_ema", "recompute", "bf16", "fp16", "fp16_opt_level", "enable_xformers_memory_efficient_attention"),
+    *("sharding", "sharding_parallel_degree", "tensor_parallel_degree", "dp_degree"),
+)
+
+
+def build_parser():
+    parser = trainer_parser()
+    parser.description, parser.epilog = __doc__, None
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for action in parser._actions:
+        if action.dest not in SHOWN:
+            action.help = argparse.SUPPRESS
+    # None: not given, so that --gpu_memory may try others.
+    parser.set_defaults(tensor_parallel_degree=None, sharding=None)
+    group = parser.add_argument_group("planning")
+    group.add_argument("--world_size", type=int, default=8, metavar="N", help="GPUs [8]")
+    group.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of a GPU: list what fits")
+    group.add_argument("--reserve", type=float, default=2.0, metavar="GIB", help="of it to leave free [2]")
+    group.add_argument("--top", type=int, default=10, metavar="N", help="ways to list [10]")
+    group.add_argument("--operators", action="store_true", help="list what each operator of a block keeps")
+    group.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
+    group = parser.add_argument_group("the machine, for the estimate of time (defaults: an A100's)")
+    group.add_argument("--gpu_tflops", type=float, help="peak TFLOP/s in the precision [312 in half, 19.5 in float32]")
+    group.add_argument("--efficiency", type=float, default=0.45, help="share of it that a step reaches [0.45]")
+    group.add_argument("--bandwidth", type=float, default=240.0, help="GB/s that a GPU sends inside a node [240]")
+    group.add_argument("--network", type=float, default=25.0, help="GB/s that it sends between nodes [25]")
+    group.add_argument("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs of a node [8]")
+    return parser
+
+
+def setting_of(args, config):
+    """The `Setting` that the command line and the config ask for, as the Trainer would read them.
+
+    Raises:
+        ValueError: a degree that is not supported or does not divide what it splits.
+    """
+    for name in ("pipeline", "sep"):
+        degree = getattr(args, f"{name}_parallel_degree")
+        if degree != 1:
+            raise ValueError(f"--{name}_parallel_degree must be 1, got {degree}: {name} parallelism is not supported")
+    if (args.sharding or "") not in SHARDING:
+        raise ValueError(f"--sharding must be '' or {', '.join(SHARDING[1:])}, got {args.sharding!r}")
+    training, world, tensor = config["training"], args.world_size, args.tensor_parallel_degree or 1
+    degree = args.sharding_parallel_degree or (max(1, world // tensor) if args.sharding else 1)
+    setting = Setting(
+        world_size=world,
+        tensor_parallel=tensor,
+        sharding=(args.sharding or "stage1") if degree > 1 else "",
+        sharding_degree=degree,
+        accumulation=training["gradient_accumulation_steps"],
+        precision=training["amp_dtype"],
+        level=training["amp_level"],
+        recompute=training["recompute"],
+        ema=training["use_ema"],
+        fused_attention=training["fused_attention"],
+        device="cpu" if args.device.split(":")[0] == "cpu" else "gpu",
+    )
+    check(Sizes.of(config), setting)
+    if args.dp_degree is not None and args.dp_degree != setting.data_parallel:
+        raise ValueError(
+            f"--dp_degree {args.dp_degree} is not what {world} processes with tensor-parallel degree {tensor} and "
+            f"sharding degree {degree} give: the data-parallel degree is {setting.data_parallel}"
+        )
+    batch = args.per_device_train_batch_size
+    if batch is None:
+        total, micro_batches = training["global_batch_size"], setting.data_ranks * setting.accumulation
+        if total % micro_batches:
+            raise ValueError(
+                f"global batch size {total} is not divisible by {setting.data_ranks} data-parallel ranks x "
+                f"{setting.accumulation} gradient accumulation steps; give --per_device_train_batch_size"
+            )
+        batch = total // micro_batches
+    return dataclasses.replace(setting, batch=batch)
+
+
+def fixed_fields(args):
+    """The fields of `Setting` that the command line has decided."""
+    given = {
+        "tensor_parallel": args.tensor_parallel_degree,
+        "sharding": args.sharding,
+        "sharding_degree": args.sharding_parallel_degree,
+        "recompute": args.recompute,
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+    }
+    names = {name for name, value in given.items() if value is not None}
+    return names | ({"sharding"} if "sharding_degree" in names else set())
+
+
+def gib(size):
+    return f"{size / GIB:8.2f}"
+
+
+def print_plan(planned, config, args, machine):
+    """The tables of one setting."""
+    setting = planned.setting
+    model = config["model"]
+    print(
+        f"{args.config_file}: {model['type']}, {planned.parameters:,} parameters, {planned.trained:,} of them trained"
+    )
+    print(describe(setting), end="\n\n")
+    print("memory of the fullest GPU                      GiB")
+    for name, size in planned.states.items():
+        if size >= GIB / 200:
+            print(f"  {name:42}{gib(size)}")
+    phase = planned.peak_phase
+    print(f"  in the phase {phase!r}:")
+    for name, size in planned.phases[phase].items():
+        if size >= GIB / 200:
+            print(f"    {name:40}{gib(size)}")
+    print(f"  {'peak':42}{gib(planned.peak)}")
+    held = sum(planned.states.values())
+    others = [
+        f"{name} {gib(held + sum(kinds.values())).strip()}" for name, kinds in planned.phases.items() if name != phase
+    ]
+    print(f"other phases: {', '.join(others)}")
+    print(f"kept from the forward to the backward pass: {gib(sum(planned.kept.values())).strip()}\n")
+    if planned.traffic:
+        print("sent by a GPU in a step                         GB")
+        for name, (size, _) in planned.traffic.items():
+            print(f"  {name:42}{size / 1e9:8.2f}")
+        print()
+    compute, send = step_seconds(planned, machine)
+    print(
+        f"estimate: {compute + send:.3f} s a step ({compute:.3f} computing, {send:.3f} sending), "
+        f"{setting.global_batch / (compute + send):.0f} samples/s"
+    )
+
+
+def describe(setting):
+    """One line on how a network is trained."""
+    parts = [f"{setting.world_size} GPUs" if setting.world_size > 1 else "1 GPU"]
+    if setting.tensor_parallel > 1:
+        parts.append(f"tensor parallel {setting.tensor_parallel}")
+    if setting.sharding:
+        parts.append(f"sharding {setting.sharding} x {setting.sharding_degree}")
+    if setting.data_parallel > 1:
+        parts.append(f"data parallel {setting.data_parallel}")
+    switches = [f"{setting.precision} {setting.level}" if setting.half else "float32"]
+    for words, value in (
+        ("recompute", setting.recompute),
+        ("EMA", setting.ema),
+        ("fused attention", setting.fused_attention),
+    ):
+        switches.append(words if value else f"no {words}")
+    return (
+        f"{', '.join(parts)}; {setting.batch} samples x {setting.accumulation} micro-batches a GPU, "
+        f"{setting.global_batch} a step; {', '.join(switches)}"
+    )
+
+
+def print_operators(config, setting):
+    """What a block keeps for its backward pass, in bytes over N x T x D."""
+    planned = plan(config, dataclasses.replace(setting, recompute=False))
+    sizes = Sizes.of(config)
+    unit = setting.batch * sizes.tokens * sizes.hidden
+    print("\nkept by a block without recompute, at its first use        MiB   bytes / (N T D)")
+    for name, kind, size in planned.by_operator:
+        name += "" if kind == "activations" else f" ({kind})"
+        print(f"  {name:50}{size / 2**20:9.2f}   {size / unit:15.3f}")
+    total = sum(size for _, _, size in planned.by_operator)
+    print(f"  {'sum':50}{total / 2**20:9.2f}   {total / unit:15.3f}")
+
+
+def print_fitting(found, args):
+    """The list of what fits."""
+    print(
+        f"\nways to train the same batch in {args.gpu_memory:g} GiB, {args.reserve:g} of them left free, fastest first:"
+    )
+    print("tensor  sharding    data  recompute  batch x micro    GiB   s/step  samples/s")
+    for planned, seconds in found[: args.top]:
+        s = planned.setting
+        sharding = f"{s.sharding} x{s.sharding_degree}" if s.sharding else "-"
+        print(
+            f"{s.tensor_parallel:6}  {sharding:10} {s.data_parallel:5}  {'yes' if s.recompute else 'no':9}  "
+            f"{f'{s.batch} x {s.accumulation}':13}  {planned.peak / GIB:5.1f}  {seconds:7.3f}  "
+            f"{s.global_batch / seconds:9.0f}"
+        )
+    if len(found) > args.top:
+        print(f"... and {len(found) - args.top} more; --top N shows them")
+
+
+def as_json(planned, machine):
+    """A plan as JSON values."""
+    compute, send = step_seconds(planned, machine)
+    setting = planned.setting
+    return {
+        "setting": {
+            **dataclasses.asdict(setting),
+            "data_parallel": setting.data_parallel,
+            "global_batch": setting.global_batch,
+        },
+        "parameters": planned.parameters,
+        "trained": planned.trained,
+        "peak_bytes": planned.peak,
+        "peak_phase": planned.peak_phase,
+        "states": planned.states,
+        "phases": planned.phases,
+        "kept_activations": planned.kept,
+        "sent_bytes": {name: size for name, (size, _) in planned.traffic.items()},
+        "flops": planned.flops,
+        "seconds": {"computing": compute, "sending": send},
+    }
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_positive(
+        args,
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "sharding_parallel_degree", "world_size"),
+        *("tensor_parallel_degree", "gpu_memory", "top", "gpu_tflops", "efficiency", "bandwidth", "network"),
+        "gpus_per_node",
+    )
+    if args.json and os.path.exists(args.json) and not args.overwrite:
+        raise ValueError(f"--json {args.json}: exists already; give another name, or --overwrite")
+    config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+    setting = setting_of(args, config)
+    machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)
+    planned = plan(config, setting)
+    print_plan(planned, config, args, machine)
+    if args.operators:
+        print_operators(config, setting)
+    result = {"config_file": args.config_file, **as_json(planned, machine)}
+    if args.gpu_memory is not None:
+        memory = (args.gpu_memory - args.reserve) * GIB
+        print(f"\nthis setting {'fits' if planned.peak <= memory else 'does not fit'} into {args.gpu_memory:g} GiB")
+        found, least = fitting(config, setting, memory, machine, fixed=fixed_fields(args))
+        if not found:
+            need = f"; the least is {gib(least.peak).strip()} GiB: {describe(least.setting)}" if least else ""
+            raise ValueError(f"no setting fits into {args.gpu_memory:g} GiB less {args.reserve:g} to leave free{need}")
+        print_fitting(found, args)
+        result["fits"] = planned.peak <= memory
+        result["fitting"] = [as_json(fit, machine) for fit, _ in found]
+    if args.json:
+        write_json(args.json, result)
+        print(f"\nJSON: {args.json}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,17 +1,23 @@
-"""tools/extract_features.py: layout, values, determinism, crop, errors."""
+"""tools/extract_features.py: layout, values, determinism, going on after a kill, manifest, errors."""
 
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command_environment
 from PIL import Image
 
+from tools import extraction
 from tools.extract_features import main
-from tools.image_folder import center_crop, find_images, load_image
+from tools.image_folder import find_images, load_image
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE = str(ROOT / "assets" / "digits_vae")
@@ -104,20 +110,6 @@ def test_two_processes_write_what_one_does(images, extracted, tmp_path):
     assert (labels == load(extracted)[1]).all()
 
 
-@pytest.mark.parametrize("width, height", [(33, 47), (131, 64), (63, 257), (500, 333), (20, 31), (129, 128)])
-def test_center_crop_follows_the_adm_rule(width, height):
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype="uint8"))
-    size = 32
-    w, h, reference = width, height, image
-    while w >= 64 and h >= 64:  # shorter side at least twice the target
-        w, h = w // 2, h // 2
-        reference = reference.resize((w, h), resample=Image.Resampling.BOX)
-    w, h = (size, round(h * (size / w))) if w <= h else (round(w * (size / h)), size)
-    pixels = np.asarray(reference.resize((w, h), resample=Image.Resampling.BICUBIC))
-    expected = pixels[(h - size) // 2 :][:size, (w - size) // 2 :][:, :size]
-    assert np.array_equal(np.asarray(center_crop(image, size)), expected)
-
-
 def test_pixels_are_scaled_to_plus_minus_one(tmp_path):
     Image.new("RGB", (40, 40), (255, 0, 255)).save(tmp_path / "x.png")
     x = load_image(str(tmp_path / "x.png"), 32)
@@ -148,12 +140,20 @@ def bad_batch_size(images, tmp_path):
     return arguments(images, tmp_path / "out", "--batch_size", "0"), "--batch_size 0"
 
 
-@pytest.mark.parametrize("case", [missing_folder, no_classes, size_not_divisible, no_vae, bad_batch_size])
+def features_among_the_classes(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    return arguments(tmp_path / "in", tmp_path / "in" / "out"), "whose folders are classes"
+
+
+CASES = [missing_folder, no_classes, size_not_divisible, no_vae, bad_batch_size, features_among_the_classes]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_mistakes_are_named_and_write_nothing(case, images, tmp_path):
     command, expected = case(images, tmp_path)
     with pytest.raises(ValueError, match=expected):
         main(command)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("out"))
 
 
 def test_mistakes_get_one_line_on_the_command_line(tmp_path):
@@ -164,14 +164,6 @@ def test_mistakes_get_one_line_on_the_command_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_unreadable_image_is_named(images, tmp_path):
-    write_images(tmp_path / "in")
-    good = (tmp_path / "in" / "a_first" / "3.png").read_bytes()
-    (tmp_path / "in" / "a_first" / "3.png").write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match="a_first/3.png: cannot be read as an image"):
-        main(arguments(tmp_path / "in", tmp_path / "out"))
-
-
 def test_another_extraction_is_not_overwritten(images, tmp_path):
     (tmp_path / "imagenet32_features").mkdir()
     np.save(tmp_path / "imagenet32_features" / "0.npy", np.zeros(1))
@@ -179,3 +171,377 @@ def test_another_extraction_is_not_overwritten(images, tmp_path):
         main(arguments(images, tmp_path))
     assert os.listdir(tmp_path) == ["imagenet32_features"]
     assert np.load(tmp_path / "imagenet32_features" / "0.npy").tolist() == [0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is stored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(output, name="imagenet32"):
+    return json.loads((output / f"{name}_manifest.json").read_text())
+
+
+def everything(output):
+    """{path: sha256} of all files in a folder."""
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_manifest_and_checksums(images, extracted):
+    manifest, files = read_manifest(extracted), everything(extracted)
+    listed = dict(
+        reversed(line.split("  ")) for line in (extracted / "imagenet32_checksums.txt").read_text().split("\n")[:-1]
+    )
+    assert listed == {name: digest for name, digest in files.items() if name.endswith(".npy")} and len(listed) == 30
+    assert manifest["checksums"] == {"file": "imagenet32_checksums.txt", "sha256": files["imagenet32_checksums.txt"]}
+    assert (manifest["num_images"], manifest["num_samples"], manifest["num_classes"]) == (15, 15, 2)
+    assert manifest["class_counts"] == [10, 5] and manifest["unreadable"] == []
+    assert manifest["sample_shape"] == [4, 4, 4] and manifest["scaling_factor"] == 1.14637
+    assert manifest["vae"]["name"] == VAE and manifest["vae"]["latent_channels"] == 4
+    assert manifest["encoding"] == {"device": "cpu", "dtype": "float32", "batch_size": 4}
+    assert (manifest["format"], manifest["image_size"], manifest["seed"]) == ("npy", 32, 0)
+    assert not (extracted / "imagenet32_extraction").exists()
+
+
+@pytest.fixture(scope="module")
+def moments(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("moments")
+    main(arguments(images, output, "--batch_size", "4", "--moments", "--flip"))
+    return output
+
+
+def test_moments_and_seed_give_the_fixed_samples(extracted, moments):
+    assert read_manifest(moments)["moments"] is True and read_manifest(moments)["sample_shape"] == [4, 4, 4]
+    fixed, _ = load(extracted)
+    for index in range(15):
+        stored = np.load(moments / "imagenet32_features" / f"{index}.npy")
+        assert stored.shape == (1, 8, 4, 4) and stored.dtype == np.float32
+        noise = np.random.default_rng((0, index)).standard_normal((4, 4, 4), "float32")
+        np.testing.assert_allclose(stored[0, :4] + stored[0, 4:] * noise, fixed[index], atol=1e-5)
+
+
+def test_flip_is_the_latent_of_the_mirrored_image(images, moments, tmp_path):
+    for path, _ in find_images(str(images))[0]:
+        mirrored = tmp_path / "in" / f"{Path(path).relative_to(images)}.png"
+        mirrored.parent.mkdir(parents=True, exist_ok=True)
+        pixels = ((load_image(path, 32).transpose(1, 2, 0) + 1) * 127.5).round().astype("uint8")
+        Image.fromarray(pixels[:, ::-1]).save(mirrored)
+    main(arguments(tmp_path / "in", tmp_path / "out", "--batch_size", "4", "--moments"))
+    for index in range(15):
+        twin = np.load(moments / "imagenet32_features_flip" / f"{index}.npy")
+        assert np.array_equal(twin, np.load(tmp_path / "out" / "imagenet32_features" / f"{index}.npy"))
+
+
+def test_flips_have_noise_of_their_own(images, moments, tmp_path):
+    main(arguments(images, tmp_path, "--batch_size", "4", "--flip", "--seed", "3"))
+    for index in (0, 14):
+        stored = np.load(moments / "imagenet32_features_flip" / f"{index}.npy")[0]
+        noise = np.random.default_rng((3, index, 1)).standard_normal((4, 4, 4), "float32")
+        twin = np.load(tmp_path / "imagenet32_features_flip" / f"{index}.npy")
+        np.testing.assert_allclose(twin[0], stored[:4] + stored[4:] * noise, atol=1e-5)
+
+
+def test_packed_holds_what_the_pairs_hold(images, moments, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "LEAST_SHARD", 8)  # two shards
+    main(arguments(images, tmp_path, "--batch_size", "4", "--moments", "--flip", "--format", "packed"))
+    shards = sorted((tmp_path / "imagenet32_packed").iterdir())
+    assert [shard.name for shard in shards] == ["shard-00000", "shard-00001"]
+    packed = {
+        key: np.concatenate([np.load(shard / f"{key}.npy") for shard in shards])
+        for key in ("latents", "flipped", "labels", "names")
+    }
+    for index in range(15):
+        assert packed["names"][index] == str(index).encode()
+        for key, folder in (("latents", "features"), ("flipped", "features_flip"), ("labels", "labels")):
+            pair = np.load(moments / f"imagenet32_{folder}" / f"{index}.npy")
+            assert packed[key].dtype == pair.dtype and np.array_equal(packed[key][index], pair[0])
+    theirs, ours = read_manifest(moments), read_manifest(tmp_path)
+    assert ours.pop("checksums") != theirs.pop("checksums") and ours.pop("format") == "packed"
+    assert {**ours, "format": "npy"} == theirs
+    lines = (tmp_path / "imagenet32_checksums.txt").read_text().splitlines()
+    assert {line.split("  ")[1]: line.split("  ")[0] for line in lines} == {
+        name: digest for name, digest in everything(tmp_path).items() if name.endswith(".npy")
+    }
+
+
+def make_vae(folder, **settings):
+    """A tiny random `AutoencoderKL`: 16 latent channels, halves the side once."""
+    import paddle
+    from ppdiffusers import AutoencoderKL
+
+    paddle.seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=[4, 4], norm_num_groups=2, latent_channels=16, **settings)
+    vae.save_pretrained(str(folder))
+    return vae
+
+
+def test_vae_of_another_latent_width(images, tmp_path):
+    from training import FeatureDataset
+
+    make_vae(tmp_path / "vae")
+    main([*arguments(images, tmp_path / "out"), "--vae", str(tmp_path / "vae")])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["sample_shape"] == [16, 16, 16] and manifest["vae"]["downsampling"] == 2
+    assert np.load(tmp_path / "out" / "imagenet32_features" / "3.npy").shape == (1, 16, 16, 16)
+    with pytest.raises(ValueError, match=r"\(.*16, 16, 16\).*\(4, 4, 4\).*in_channels"):
+        FeatureDataset(str(tmp_path / "out"), resolution=32, sample_shape=(4, 4, 4), num_classes=2)
+
+
+def test_a_vae_that_overflows_is_not_stored(images, tmp_path):
+    vae = make_vae(tmp_path / "vae", scaling_factor=10.0)
+    vae.quant_conv.bias.set_value(np.full(32, 1e38, "float32"))
+    vae.save_pretrained(str(tmp_path / "vae"))
+    with pytest.raises(ValueError, match="a_first/0.bmp: its latent is not finite"):
+        main([*arguments(images, tmp_path / "out"), "--vae", str(tmp_path / "vae")])
+
+
+def test_half_precision_on_a_cpu_is_said_and_done_in_float32(images, extracted, tmp_path, capsys):
+    main(arguments(images, tmp_path, "--batch_size", "4", "--bf16"))
+    assert "this run is float32 throughout" in capsys.readouterr().out
+    assert everything(tmp_path) == everything(extracted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images that can't be read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(images, tmp_path):
+    """The images, three of them broken: 3 and 4 of the first batch of four, and 12."""
+    shutil.copytree(images, tmp_path / "spoilt")
+    paths = [path for path, _ in find_images(str(tmp_path / "spoilt"))[0]]
+    Path(paths[3]).write_bytes(Path(paths[3]).read_bytes()[:60])
+    Path(paths[4]).write_bytes(b"")
+    Path(paths[12]).write_bytes(Path(paths[12]).read_bytes()[:200])
+    return tmp_path / "spoilt"
+
+
+def test_an_unreadable_image_stops_it_and_repaired_it_goes_on(images, extracted, spoilt, tmp_path):
+    command = arguments(spoilt, tmp_path / "out", "--batch_size", "4")
+    for _ in (3, 4, 12):
+        with pytest.raises(
+            ValueError, match=r"cannot be read as an image.*--on_error skip: what is done is kept"
+        ) as error:
+            main(command)
+        broken = Path(str(error.value).split(": cannot")[0])
+        broken.write_bytes((images / broken.relative_to(spoilt)).read_bytes())
+    main(command)
+    ours, theirs = everything(tmp_path / "out"), everything(extracted)
+    assert ours.pop("imagenet32_manifest.json") != theirs.pop("imagenet32_manifest.json")  # the folder's name
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["npy", "packed"])
+def test_skipped_images_leave_gaps_and_are_listed(kind, spoilt, extracted, tmp_path, capsys):
+    main(arguments(spoilt, tmp_path / "out", "--batch_size", "4", "--on_error", "skip", "--format", kind))
+    manifest = read_manifest(tmp_path / "out")
+    names = ["a_first/1.png", "a_first/2.bmp", "b_second/2.jpg"]
+    assert [entry["image"] for entry in manifest["unreadable"]] == names
+    assert [entry["index"] for entry in manifest["unreadable"]] == [3, 4, 12]
+    assert (manifest["num_images"], manifest["num_samples"], manifest["class_counts"]) == (15, 12, [8, 4])
+    said = capsys.readouterr().out
+    assert "3 images could not be read and are left out:\n  a_first/1.png: " in said and "12 images of 2" in said
+    kept = [index for index in range(15) if index not in (3, 4, 12)]
+    fixed, labels = load(extracted)
+    if kind == "npy":
+        stored = {int(file.stem): np.load(file) for file in (tmp_path / "out" / "imagenet32_features").iterdir()}
+        of_class = {int(file.stem): np.load(file)[0] for file in (tmp_path / "out" / "imagenet32_labels").iterdir()}
+    else:
+        shard = tmp_path / "out" / "imagenet32_packed" / "shard-00000"
+        indices = np.load(shard / "names.npy").astype(int).tolist()
+        stored = dict(zip(indices, np.load(shard / "latents.npy")[:, None], strict=True))
+        of_class = dict(zip(indices, np.load(shard / "labels.npy"), strict=True))
+    assert sorted(stored) == sorted(of_class) == kept
+    for index in kept:  # to the bit: a hole in a batch does not change the others
+        assert np.array_equal(stored[index][0], fixed[index]) and of_class[index] == labels[index]
+
+
+def test_going_on_after_skipping_needs_skipping(spoilt, tmp_path):
+    (tmp_path / "list.txt").write_text("a_first/1.png,0\na_first/0.png,0\nnowhere.png,1\n")
+    command = arguments(spoilt, tmp_path / "out", "--list", str(tmp_path / "list.txt"), "--batch_size", "1")
+    plant_full_disk(tmp_path / "out", command, 1)
+    with pytest.raises(OSError):
+        main([*command, "--on_error", "skip"])
+    (tmp_path / "out" / "imagenet32_features" / "1.npy").unlink()
+    with pytest.raises(ValueError, match="a_first/1.png: could not be read, and an earlier start with --on_error skip"):
+        main(command)
+    main([*command, "--on_error", "skip"])
+    assert [entry["index"] for entry in read_manifest(tmp_path / "out")["unreadable"]] == [0, 2]
+    assert read_manifest(tmp_path / "out")["unreadable"][1]["reason"] == "No such file or directory"
+
+
+def test_all_images_unreadable(tmp_path):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "x.png").write_text("")
+    with pytest.raises(ValueError, match="not one of its 1 images can be read: no image format"):
+        main(arguments(tmp_path / "in", tmp_path / "out", "--on_error", "skip"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plant_full_disk(output, command, index):
+    """Begins an extraction, stops it at once, and makes the disk full for one feature file."""
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(command)
+    os.makedirs(output / "imagenet32_features", exist_ok=True)
+    os.symlink("/dev/full", output / "imagenet32_features" / f"{index}.npy")
+
+
+def test_disk_full_is_one_line_and_a_restart_goes_on(spoilt, tmp_path):
+    skip = ["--batch_size", "2", "--on_error", "skip"]
+    main(arguments(spoilt, tmp_path / "unbroken", *skip))
+    output = tmp_path / "out"
+    plant_full_disk(output, arguments(spoilt, output, *skip[:2]), 9)
+    with pytest.raises(
+        OSError, match="No space left on device; what is done is kept, the same command goes on"
+    ) as error:
+        main(arguments(spoilt, output, *skip))
+    assert error.value.filename == str(output / "imagenet32_features" / "9.npy")
+    assert not (output / "imagenet32_manifest.json").exists()
+    (output / "imagenet32_features" / "9.npy").unlink()
+    (done,) = (output / "imagenet32_extraction").glob("rank-*")
+    assert done.read_text().count("\n") == 4  # 0 to 7; what stands there is not made again
+    before = os.stat(output / "imagenet32_features" / "0.npy").st_mtime_ns
+    with open(done, "a") as file:
+        file.write('[4, [], "12ab')  # a line that a kill cut short
+    main(arguments(spoilt, output, *skip))
+    assert os.stat(output / "imagenet32_features" / "0.npy").st_mtime_ns == before
+    assert everything(output) == everything(tmp_path / "unbroken")
+
+
+def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "LEAST_SHARD", 4)
+    output = tmp_path / "out"
+    command = arguments(spoilt, output, "--batch_size", "2", "--format", "packed")
+    for path in ("a_first/1.png", "a_first/2.bmp"):
+        shutil.copy(images / path, spoilt / path)
+    with pytest.raises(ValueError, match="b_second/2.jpg: cannot be read"):
+        main(command)  # in the last of four shards
+    partial = output / "imagenet32_packed.partial"
+    assert sorted(os.listdir(partial)) == ["shard-00000", "shard-00001", "shard-00002"]
+    (journal,) = (output / "imagenet32_extraction").glob("rank-*")
+    journal.write_text("".join(journal.read_text().splitlines(True)[:2]))  # killed after the third shard's rename
+    before = {path: path.stat().st_mtime_ns for path in partial.glob("shard-0000[01]/*")}
+    shutil.copy(images / "b_second/2.jpg", spoilt / "b_second/2.jpg")
+    main(command)
+    whole = output / "imagenet32_packed"
+    assert before == {partial / path.relative_to(whole): path.stat().st_mtime_ns for path in whole.glob("*[01]/*")}
+    ours = everything(output)
+    shutil.rmtree(output)
+    main(command)
+    assert ours == everything(output) and len(ours) == 4 * 3 + 3
+
+
+def test_killed_it_goes_on_to_the_same_files(images, tmp_path):
+    for copy in range(4):
+        shutil.copytree(images, tmp_path / "in" / f"{copy}")
+    command = arguments(tmp_path / "in", tmp_path / "out", "--batch_size", "1", "--flip")
+    output = tmp_path / "out"
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "extract_features.py"), *command],
+        env=command_environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        began = time.monotonic()
+        while len(journals(output)) < 5 and time.monotonic() - began < 200:
+            time.sleep(0.002)
+    finally:
+        running.kill()
+        running.wait()
+    assert 5 <= len(journals(output)) < 60 and not (output / "imagenet32_manifest.json").exists()
+    main(command)
+    ours = everything(output)
+    shutil.rmtree(output)
+    main(command)
+    assert ours == everything(output)
+
+
+def test_a_rank_writes_its_share_and_another_number_of_ranks_goes_on(images, extracted, spoilt, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    command = arguments(spoilt, output, "--batch_size", "4")
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(command)  # in the first batch: nothing is written
+    shutil.copytree(images, spoilt, dirs_exist_ok=True)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    main(command)
+    written = sorted(int(path.stem) for path in (output / "imagenet32_features").iterdir())
+    assert written == [4, 5, 6, 7, 12, 13, 14] and not (output / "imagenet32_manifest.json").exists()
+    monkeypatch.delenv("PADDLE_TRAINERS_NUM")
+    monkeypatch.delenv("PADDLE_TRAINER_ID")
+    main(command)
+    assert (output / "imagenet32_checksums.txt").read_text() == (extracted / "imagenet32_checksums.txt").read_text()
+
+
+def journals(output):
+    state = output / "imagenet32_extraction"
+    return [line for path in state.glob("rank-*") for line in path.read_text().splitlines()]
+
+
+def test_a_complete_extraction_is_left_alone(images, tmp_path, capsys):
+    command = arguments(images, tmp_path)
+    main(command)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    (tmp_path / "imagenet32_extraction").mkdir()  # killed between the manifest and the end
+    capsys.readouterr()
+    main([*command, "--num_workers", "1"])
+    assert "imagenet32_manifest.json: complete since an earlier start, nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items() >= dict(
+        list(times.items())[1:]
+    ).items()
+    assert not (tmp_path / "imagenet32_extraction").exists()
+    shutil.rmtree(tmp_path / "imagenet32_features")
+    with pytest.raises(ValueError, match="imagenet32_manifest.json: speaks of .*_features, which is not there"):
+        main(command)
+
+
+OTHER_SETTINGS = {
+    "--seed": ["--seed", "1"],
+    "--batch_size": ["--batch_size", "8"],
+    "--moments": ["--moments"],
+    "--flip": ["--flip"],
+    "--format": ["--format", "packed"],
+    "--image_size": ["--image_size", "16", "--name", "imagenet32"],
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SETTINGS)
+def test_other_settings_do_not_mix(what, images, extracted, spoilt, tmp_path):
+    with pytest.raises(ValueError, match=f"_manifest.json: belongs to another extraction: {what} was .*, now it is"):
+        main(arguments(images, extracted, "--batch_size", "4", *OTHER_SETTINGS[what]))
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(arguments(spoilt, output, "--batch_size", "4"))
+    before = everything(output)
+    with pytest.raises(ValueError, match=f"settings.json: belongs to another extraction: {what} was .*, now it is"):
+        main(arguments(spoilt, output, "--batch_size", "4", *OTHER_SETTINGS[what]))
+    assert everything(output) == before
+
+
+def test_other_images_do_not_mix(images, spoilt, tmp_path):
+    command = arguments(spoilt, tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(command)
+    shutil.copy(spoilt / "a_first" / "0.png", spoilt / "a_first" / "new.png")
+    with pytest.raises(ValueError, match="sha256 of the images' names and labels was"):
+        main(command)
+
+
+def test_two_extractions_at_once_are_refused(spoilt, tmp_path):
+    command = arguments(spoilt, tmp_path / "out", "--batch_size", "4")
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(command)
+    with open(tmp_path / "out" / "imagenet32_extraction" / "rank-0000.jsonl") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at work on this extraction"):
+            main(command)

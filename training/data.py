@@ -1,113 +1,345 @@
-"""Latent features on disk, and the order in which they are trained on.
+"""Latent features to train on: the dataset, the order of its samples, and the loader.
 
-The seed's layout: `FEATURE_PATH/NAME_features/*.npy` with latents `(1, C, h, w)` or `(C, h, w)`, already multiplied by
-the autoencoder's scaling factor, and `FEATURE_PATH/NAME_labels/*.npy` with one class id under the same file name.
+A feature folder holds a set NAME as pairs of small files (`training.pairs`: the seed's layout) or packed into a few
+large ones (`training.packed`), and perhaps NAME_manifest.json, which tools/extract_features.py writes.
 """
 
+import copy
+import itertools
 import os
-import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from training.config import read_json
+from training.packed import PackedStore, available_memory, packed_folder, partial_folder
+from training.pairs import PairStore, features_folder
 
-def find_feature_folders(feature_path, resolution):
-    """The pair of folders `(features, labels)` under `feature_path`.
+# What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
+READ_BYTES = 1 << 22
+_FLIP, _NOISE, _FIXED_NOISE, _HELD_OUT = range(4)  # draws that must not repeat one another
 
-    `imagenet{resolution}_features` if it is there, else the only `NAME_features` folder.
+
+def find_features(feature_path, resolution):
+    """What a feature folder holds: `(kind, name)`, kind "packed" or "pairs".
+
+    The set `imagenet{resolution}` if it is there, else the only one. A set that is there in both forms is read packed.
 
     Raises:
-        ValueError: nothing fits, or more than one does.
+        ValueError: nothing fits, more than one set does, or the set is not finished.
     """
     if not os.path.isdir(feature_path):
         raise ValueError(f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it")
-    preferred = f"imagenet{resolution}_features"
-    names = sorted(
-        entry.name for entry in os.scandir(feature_path) if entry.is_dir() and entry.name.endswith("_features")
-    )
-    if preferred in names:
-        names = [preferred]
-    if not names:
-        raise ValueError(f"feature_path {feature_path}: no {preferred}/ nor any other NAME_features/ folder in it")
-    if len(names) > 1:
+    endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
+    found = {}  # {name: kinds}
+    for entry in os.scandir(feature_path):
+        for ending, kind in endings.items():
+            if entry.name.endswith(ending) and entry.is_dir():
+                found.setdefault(entry.name[: -len(ending)], []).append(kind)
+    preferred = f"imagenet{resolution}"
+    whole = sorted(name for name, kinds in found.items() if kinds != ["partial"])
+    if preferred in whole:
+        whole = [preferred]
+    if not whole and found:
         raise ValueError(
-            f"feature_path {feature_path}: no {preferred}/ and several others ({', '.join(names)}); leave one"
+            f"{partial_folder(feature_path, min(found))}: is not finished; run again the command that writes it"
         )
-    features = os.path.join(feature_path, names[0])
-    labels = features[: -len("_features")] + "_labels"
-    if not os.path.isdir(labels):
-        raise ValueError(f"{features}: its labels folder {labels} is missing")
-    return features, labels
+    if not whole:
+        raise ValueError(
+            f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
+            "folder in it"
+        )
+    if len(whole) > 1:
+        names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
+        raise ValueError(
+            f"feature_path {feature_path}: no {preferred}_features/ and several others ({names}); leave one"
+        )
+    (name,) = whole
+    unfinished = os.path.join(feature_path, f"{name}_extraction")
+    if os.path.isdir(unfinished):
+        raise ValueError(f"{unfinished}: the extraction of {name} is not finished; run the same command again")
+    return ("packed" if "packed" in found[name] else "pairs"), name
 
 
-def _natural_key(name):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def open_store(feature_path, kind, name):
+    """The `PackedStore` or `PairStore` of a set."""
+    return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
 
 
-def _load_npy(path):
-    try:
-        array = np.load(path, allow_pickle=False)
-    except Exception as error:  # whatever a broken file makes numpy say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable .npy file (truncated?): {reason}") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: not a readable .npy file: it holds an archive of arrays")
-    return array
+def read_manifest(feature_path, name):
+    """The set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
+    path = os.path.join(feature_path, f"{name}_manifest.json")
+    if not os.path.exists(path):
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return manifest
+
+
+class MemoryStore:
+    """Samples of another store, held in this process's memory.
+
+    Args:
+        store: where they are.
+        indices: `(n,)` which of them.
+
+    Raises:
+        ValueError: they don't fit into the free memory, or what the store raises.
+    """
+
+    def __init__(self, store, indices):
+        from tqdm import tqdm
+
+        self._store, self._indices = store, indices
+        self.path, self.row_shape, self.has_flip = store.path, store.row_shape, store.has_flip
+        self.dtype = store.dtype if store.dtype == np.float16 else np.dtype("float32")
+        shape = (1 + self.has_flip, len(indices), *self.row_shape)
+        self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
+        memory = available_memory()
+        # Each process of the launcher on this machine holds the samples for itself.
+        processes = max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
+        if memory is not None and self.num_bytes * processes > 0.9 * memory:
+            raise ValueError(
+                f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
+                f"{processes} process(es), {memory / 2**30:.1f} GiB are free; leave them on the disk, which the system "
+                "caches for all of them"
+            )
+        self._rows = np.empty(shape, self.dtype)
+        self.labels = np.empty(len(indices), "int64")
+        step = max(1, READ_BYTES // (self._rows[0, :1].nbytes or 1))
+        with tqdm(total=len(indices), desc="to memory", unit="sample", disable=len(indices) < 10_000) as bar:
+            for start in range(0, len(indices), step):
+                part = indices[start : start + step]
+                place = slice(start, start + len(part))
+                for twin in range(1 + self.has_flip):
+                    mirrored = np.full(len(part), bool(twin))
+                    self.labels[place] = store.read(part, self._rows[twin, place], mirrored)
+                bar.update(len(part))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, indices, out, mirrored=None):
+        """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
+        if mirrored is not None and mirrored.any():
+            out[...] = self._rows[mirrored.astype("int64"), indices]
+        elif out.dtype == self.dtype:
+            np.take(self._rows[0], indices, axis=0, out=out, mode="clip")
+        else:
+            out[...] = self._rows[0, indices]
+        return self.labels[indices]
+
+    def feature_source(self, index):
+        return self._store.feature_source(self._indices[index])
+
+    def label_source(self, index):
+        return self._store.label_source(self._indices[index])
+
+
+def _key(seed, purpose, words=1):
+    return np.random.SeedSequence([seed, purpose]).generate_state(words, "uint64")
+
+
+def _coins(seed, positions):
+    """`(n,)` bool, each a fair coin that depends on the seed and its position alone (SplitMix64's finalizer)."""
+    x = positions.astype("uint64") * np.uint64(0x9E3779B97F4A7C15) + _key(seed, _FLIP)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x >> np.uint64(63)).astype(bool)
+
+
+def _normals(key, positions, out):
+    """Fills `out[i]` with standard normal numbers that depend on the key and `positions[i]` alone."""
+    bits = np.random.Philox(key=key)
+    generator, state = np.random.Generator(bits), bits.state
+    for place, position in enumerate(positions.tolist()):
+        state["state"]["counter"][:] = (0, position, 0, 0)  # 2**64 blocks of numbers for each position
+        bits.state = state
+        generator.standard_normal(out=out[place], dtype="float32")
 
 
 class FeatureDataset:
-    """Pairs of a latent and its label, read one `.npy` pair at a time.
+    """Latents and their labels, from pairs of files or packed: by what the folder holds, in the same order.
 
     Args:
-        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`.
-        resolution: image size in pixels, picks `imagenet{resolution}_features`.
+        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`, or `NAME_packed/`.
+        resolution: image size in pixels, picks the set `imagenet{resolution}`.
         sample_shape: `(C, h, w)` that the model takes.
         num_classes: labels must be in 0..num_classes-1.
+        flip: take the stored mirrored latent with probability 1/2.
+        posterior: for a set that holds moments: "sample" draws `mean + std * noise` anew at every visit, as a loop with
+            the autoencoder in it does; "mean" takes the mean.
+        seed: of flips and posterior samples.
 
-    Items are `(latent float32 (C, h, w), label int64)`.
+    Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
+    function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
+    change nothing. Without a position nothing is mirrored, and posterior samples take the noise of their place in the
+    set.
+
+    `store` reads the rows; `notes` are sentences for the user.
 
     Raises:
         ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of
-            another shape, a label outside the classes. Names and the first pair are checked at once, the others when
-            read.
+            another shape, a label outside the classes, no mirrored latents to flip with. Of pairs, names and the first
+            pair are checked at once, the others when read; of a packed set everything but the rows' values at once.
     """
 
-    def __init__(self, feature_path, *, resolution=256, sample_shape, num_classes):
-        self.features_dir, self.labels_dir = find_feature_folders(feature_path, resolution)
+    def __init__(
+        self, feature_path, *, resolution=256, sample_shape, num_classes, flip=False, posterior="sample", seed=0
+    ):
+        if posterior not in ("sample", "mean"):
+            raise ValueError(f"posterior must be sample or mean, got {posterior!r}")
+        kind, name = find_features(feature_path, resolution)
+        self.store = open_store(feature_path, kind, name)
         self.sample_shape = tuple(sample_shape)
         self.num_classes = num_classes
-        features = {entry.name for entry in os.scandir(self.features_dir) if entry.name.endswith(".npy")}
-        labels = {entry.name for entry in os.scandir(self.labels_dir) if entry.name.endswith(".npy")}
-        if not features:
-            raise ValueError(f"{self.features_dir}: no .npy file in it")
-        for name in sorted(features - labels, key=_natural_key):
-            raise ValueError(f"{os.path.join(self.features_dir, name)}: has no label file {self.labels_dir}/{name}")
-        for name in sorted(labels - features, key=_natural_key):
-            raise ValueError(f"{os.path.join(self.labels_dir, name)}: has no feature file {self.features_dir}/{name}")
-        self.names = sorted(features, key=_natural_key)
+        self.flip, self.posterior, self.seed = flip, posterior, seed
+        self.notes = []
+        self._indices = self._classes = None
+        if not len(self.store):
+            raise ValueError(f"{self.features_dir}: no sample in it")
+        self._check_shape(read_manifest(feature_path, name).get("moments"))
+        if flip and not self.store.has_flip:
+            raise ValueError(
+                f"{self.features_dir}: flips were asked for, but no mirrored latents are there; extract with --flip"
+            )
+        if kind == "packed":
+            self._check_labels(self.store.labels, np.arange(len(self.store)))
+            if os.path.isdir(features_folder(feature_path, name)):
+                self.notes.append(f"{self.features_dir} is read, not {features_folder(feature_path, name)} beside it")
+        elif self.store.index_note:
+            self.notes.append(self.store.index_note)
         self[0]
 
+    def _check_shape(self, moments):
+        """Finds out whether rows are moments; ValueError if they don't fit the model."""
+        channels, *size = self.sample_shape
+        shape = self.store.row_shape
+        # Without a manifest: twice the channels, and the second half can be standard deviations.
+        if moments is None and shape == (2 * channels, *size):
+            row = np.empty((1, *shape), "float32")
+            self.store.read(np.zeros(1, "int64"), row)
+            moments = bool((row[:, channels:] > 0).all())
+        self.moments = bool(moments)
+        expected = (2 * channels if self.moments else channels, *size)
+        takes = "the config's model takes float latents of shape "
+        takes += f"{self.sample_shape} (in_channels, sample_size, sample_size)"
+        if self.moments:
+            takes += f" and therefore moments of shape {expected}"
+        if shape != expected or self.store.dtype.kind != "f":
+            raise ValueError(f"{self.store.feature_source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
+        self.store.expected = takes
+
+    def _check_labels(self, labels, indices):
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{self.store.label_source(indices[first])}: label {labels[first]} is outside the config's "
+                f"num_classes: 0..{self.num_classes - 1}"
+            )
+        if self._classes is not None and not np.isin(labels, self._classes).all():
+            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; start again")
+
+    @property
+    def features_dir(self):
+        """The folder that the samples are read from."""
+        return self.store.path
+
     def __len__(self):
-        return len(self.names)
+        return len(self.store) if self._indices is None else len(self._indices)
 
     def __getitem__(self, index):
-        name = self.names[index]
-        path = os.path.join(self.features_dir, name)
-        latent = _load_npy(path)
-        if latent.ndim == len(self.sample_shape) + 1 and latent.shape[0] == 1:
-            latent = latent[0]
-        if latent.shape != self.sample_shape or latent.dtype.kind != "f":
-            raise ValueError(
-                f"{path}: holds {latent.dtype} of shape {latent.shape}, the config's model takes float latents of "
-                f"shape {self.sample_shape} (in_channels, sample_size, sample_size)"
-            )
-        path = os.path.join(self.labels_dir, name)
-        label = _load_npy(path)
-        if label.size != 1 or label.dtype.kind not in "iu":
-            raise ValueError(f"{path}: expected one integer label, found {label.dtype} of shape {label.shape}")
-        label = int(label.reshape(-1)[0])
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"{path}: label {label} is outside the config's num_classes: 0..{self.num_classes - 1}")
-        return latent.astype("float32", copy=False), np.int64(label)
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        latents, labels = self.read([index % len(self)])
+        return latents[0], labels[0]
+
+    def read(self, indices, positions=None):
+        """Reads samples.
+
+        Args:
+            indices: `(n,)`, in 0..len-1.
+            positions: `(n,)`, where they stand in the sample stream; None for items as they are.
+
+        Returns:
+            `(latents float32 (n, C, h, w), labels int64 (n,))`.
+        """
+        stored = np.asarray(indices, dtype="int64")
+        if self._indices is not None:
+            stored = self._indices[stored]
+        positions = None if positions is None else np.asarray(positions, dtype="int64")
+        mirrored = _coins(self.seed, positions) if self.flip and positions is not None else None
+        rows = np.empty((len(stored), *self.store.row_shape), "float32")
+        labels = self.store.read(stored, rows, mirrored)
+        self._check_labels(labels, stored)
+        if not self.moments:
+            return rows, labels
+        mean, std = np.split(rows, 2, axis=1)
+        if self.posterior == "mean":
+            return np.ascontiguousarray(mean), labels
+        noise = np.empty(mean.shape, "float32")
+        if positions is None:
+            _normals(_key(self.seed, _FIXED_NOISE, 2), stored, noise)
+        else:
+            _normals(_key(self.seed, _NOISE, 2), positions, noise)
+        noise *= std
+        noise += mean
+        return noise, labels
+
+    # Parts of the set. Each returns another dataset and leaves this one as it is.
+
+    def _part(self, indices):
+        part = copy.copy(self)
+        part._indices = indices if self._indices is None else self._indices[indices]
+        return part
+
+    def _labels(self):
+        labels = self.store.labels
+        return labels if self._indices is None else labels[self._indices]
+
+    def subset(self, classes):
+        """The samples of some classes; labels stay what they are. Of pairs it reads every label once.
+
+        Raises:
+            ValueError: a class that is none of the config's, or of which there is no sample.
+        """
+        classes = sorted(set(classes))
+        labels = self._labels()
+        counts = np.bincount(labels[(labels >= 0) & (labels < self.num_classes)], minlength=self.num_classes)
+        for label in classes:
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"label {label} is outside the config's num_classes: 0..{self.num_classes - 1}")
+            if not counts[label]:
+                raise ValueError(f"{self.features_dir}: no sample of class {label}")
+        if not classes:
+            raise ValueError("a label subset needs at least one class")
+        part = self._part(np.flatnonzero(np.isin(labels, classes)))
+        part._classes = classes
+        return part
+
+    def split(self, held_out, *, seed=0):
+        """`(the rest, held_out samples)`: drawn by index from the seed, the same on every rank and in every run.
+
+        The seed is not the run's: another run's training samples must not become this one's held-out ones.
+
+        Raises:
+            ValueError: nothing would be left to train on.
+        """
+        if not 0 <= held_out < len(self):
+            raise ValueError(f"{held_out} held-out samples: expected 0..{len(self) - 1}, the set has {len(self)}")
+        if not held_out:
+            return self, self._part(np.empty(0, "int64"))
+        order = np.random.default_rng([seed, _HELD_OUT]).permutation(len(self))
+        return self._part(np.sort(order[held_out:])), self._part(np.sort(order[:held_out]))
+
+    def in_memory(self):
+        """The same samples read into this process's memory, for a disk that is slow even when read ahead."""
+        part = copy.copy(self)
+        indices = np.arange(len(self.store)) if self._indices is None else self._indices
+        part.store, part._indices = MemoryStore(self.store, indices), None
+        return part
 
 
 class SampleStream:
@@ -132,15 +364,18 @@ class SampleStream:
             self._epoch = epoch
         return self._order
 
-    def indices(self, start, stop):
-        """Dataset indices at stream positions `[start, stop)`, as a list of int."""
-        found = []
+    def take(self, start, stop):
+        """Dataset indices at stream positions `[start, stop)`: `(stop - start,)` int64."""
+        parts = [np.empty(0, "int64")]
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
-            part = self._permutation(epoch)[offset : offset + stop - start]
-            found.extend(part.tolist())
-            start += len(part)
-        return found
+            parts.append(self._permutation(epoch)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def indices(self, start, stop):
+        """As `take`, as a list of int."""
+        return self.take(start, stop).tolist()
 
 
 class MicroBatchSampler:
@@ -184,12 +419,18 @@ class MicroBatchSampler:
     def __len__(self):
         return max(0, self.last_step - self.first_step) * self.accumulation_steps
 
-    def __iter__(self):
+    def batches(self):
+        """`(indices, positions)` of the micro-batches, `(n,)` int64 each: what to read, and where it stands in the
+        stream, for whatever is drawn anew at every visit."""
         for step in range(self.first_step, self.last_step):
             position = self.samples_seen(step)
             for micro_step in range(self.accumulation_steps):
                 start, stop, _ = self.rows(micro_step)
-                yield self.stream.indices(position + start, position + stop)
+                yield self.stream.take(position + start, position + stop), np.arange(position + start, position + stop)
+
+    def __iter__(self):
+        for indices, _ in self.batches():
+            yield indices.tolist()
 
 
 def total_steps(num_samples, *, global_batch_size, max_steps, epochs):
@@ -197,45 +438,53 @@ def total_steps(num_samples, *, global_batch_size, max_steps, epochs):
     return max_steps if max_steps > 0 else max(1, int(epochs * num_samples) // global_batch_size)
 
 
-def collate(samples):
-    """`(latents float32 (N, C, h, w), labels int64 (N,))` as arrays: DataLoader workers must not make tensors.
+class _Batches:
+    """The micro-batches as a batch sampler whose batches are one item each: workers then read a batch in one call."""
 
-    A sample that could not be read (an exception) makes the batch `(message as bytes,)`; `FeatureLoader` raises it.
-    """
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return (np.frombuffer(str(sample).encode(), dtype="uint8"),)
-    latents, labels = zip(*samples, strict=True)
-    return np.stack(latents), np.asarray(labels, dtype="int64")
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        for batch in self.sampler.batches():
+            yield [batch]
 
 
 class _Guarded:
-    """A dataset whose unreadable samples come out as their exceptions.
+    """A dataset of micro-batches; what can't be read comes out as `(message as bytes,)`.
 
     An exception inside Paddle's DataLoader is lost: the loop waits for ever without workers, and gets a traceback of
     another process with them.
     """
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, length):
+        self.dataset, self.length = dataset, length
 
     def __len__(self):
-        return len(self.dataset)
+        return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, batch):
         try:
-            return self.dataset[index]
+            return self.dataset.read(*batch)
         except Exception as error:  # even a bug must not hang the loop
-            return error if isinstance(error, ValueError) else ValueError(f"sample {index}: {error!r}")
+            message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
+            return (np.frombuffer(message.encode(), dtype="uint8"),)
+
+
+def _only(items):
+    return items[0]
 
 
 class FeatureLoader:
-    """Iterates over `(latents (n, C, h, w), labels (n,))` tensors, micro-batch by micro-batch.
+    """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
 
     Args:
         dataset: a `FeatureDataset`.
         sampler: a `MicroBatchSampler`.
-        num_workers: processes that read ahead; 0 reads in the training process, between steps.
+        num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
+            so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
 
     Raises, while iterating:
         ValueError: what the dataset raised for a sample.
@@ -243,27 +492,56 @@ class FeatureLoader:
 
     def __init__(self, dataset, sampler, *, num_workers):
         self.sampler = sampler
-        self._dataset = _Guarded(dataset)
+        self._dataset = dataset
         self._num_workers = num_workers
 
     def __len__(self):
         return len(self.sampler)
 
-    def _batches(self):
-        if self._num_workers > 0:
-            from paddle.io import DataLoader
+    def _by_processes(self):
+        from paddle.io import DataLoader
 
-            yield from DataLoader(
-                self._dataset, batch_sampler=self.sampler, collate_fn=collate, num_workers=self._num_workers
-            )
-            return
-        import paddle
-
-        for indices in self.sampler:
-            yield [paddle.to_tensor(array) for array in collate([self._dataset[index] for index in indices])]
-
-    def __iter__(self):
-        for batch in self._batches():
+        loader = DataLoader(
+            _Guarded(self._dataset, len(self.sampler)),
+            batch_sampler=_Batches(self.sampler),
+            collate_fn=_only,  # arrays: workers must not make tensors
+            num_workers=self._num_workers,
+        )
+        for batch in loader:
             if len(batch) == 1:
                 raise ValueError(batch[0].numpy().tobytes().decode())
             yield batch
+
+    def _by_thread(self):
+        """Arrays of the micro-batches, several of them read by one call, while those before are used."""
+        batches, size = self.sampler.batches(), self.sampler.batch_size
+        row_bytes = 4 * int(np.prod(self._dataset.store.row_shape))
+        most = max(1, READ_BYTES // (row_bytes * size))
+
+        def read(count):
+            part = list(itertools.islice(batches, count))
+            if not part:
+                return None
+            return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
+
+        with ThreadPoolExecutor(1, "features") as pool:
+            count = 1  # the first step waits for one batch only
+            upcoming = pool.submit(read, count)
+            while (arrays := upcoming.result()) is not None:
+                count = min(2 * count, most)
+                upcoming = pool.submit(read, count)
+                for start in range(0, len(arrays[0]), size):
+                    yield [array[start : start + size] for array in arrays]
+
+    def __iter__(self):
+        if self._num_workers > 0 and isinstance(self._dataset.store, PairStore):
+            yield from self._by_processes()
+            return
+        import paddle
+
+        read_ahead = self._num_workers > 0
+        batches = self._by_thread() if read_ahead else itertools.starmap(self._dataset.read, self.sampler.batches())
+        # On a CPU the tensors are the arrays, without another copy.
+        convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
+        for batch in batches:
+            yield [convert(array) for array in batch]

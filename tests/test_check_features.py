@@ -1,0 +1,266 @@
+"""tools/check_features.py: a healthy set passes, and each fault is found in either format."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script, write_config
+from PIL import Image
+from test_data import pack_set, write_set
+
+from tools.check_features import main
+
+VAE = ROOT / "assets/digits_vae"
+
+
+def run(folder, *flags, expect=0):
+    """The report of a check of `folder`; `expect` is the exit code."""
+    output = folder.parent / "report.json"
+    arguments = ["--feature_path", folder, "--resolution", 64, "--output", output, "--overwrite", "--num_workers", 2]
+    code = 0
+    try:
+        main([str(value) for value in (*arguments, *flags)])
+    except SystemExit as end:
+        code = end.code
+    assert code == expect
+    return json.loads(output.read_text())
+
+
+def problems(folder, *flags):
+    """`[(kind, text)]` of a faulty set."""
+    report = run(folder, *flags, expect=1)
+    assert all("\n" not in problem["text"] for problem in report["problems"])
+    return [(problem["kind"], problem["text"]) for problem in report["problems"]]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """Packed and pairs of the same moments with twins, both with manifest and checksums."""
+    folder = tmp_path_factory.mktemp("healthy")
+    write_set(folder / "made", flip=True, moments=True)
+    (folder / "made/imagenet64_manifest.json").write_text(
+        json.dumps({"moments": True, "sample_shape": [4, 8, 8], "num_classes": 10, "scaling_factor": 0.5})
+    )
+    pack_set(folder / "made", folder / "packed", "--shard_samples", 16)
+    pack_set(folder / "packed", folder / "pairs")
+    return folder
+
+
+@pytest.fixture(params=["pairs", "packed"])
+def own(request, healthy, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(healthy / request.param, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def drop_manifest(folder):
+    (folder / "imagenet64_manifest.json").unlink()
+
+
+def edit(folder, index, change, *, kind="latents"):
+    """Replaces one row of latents, flipped or labels by `change(row)`, in either format."""
+    if (folder / "imagenet64_packed").is_dir():
+        path, row = folder / f"imagenet64_packed/shard-{index // 16:05d}/{kind}.npy", index % 16
+    else:
+        names = {"latents": "features", "flipped": "features_flip", "labels": "labels"}
+        path, row = folder / f"imagenet64_{names[kind]}/{index}.npy", 0
+    array = np.load(path)
+    array[row] = change(array[row])
+    np.save(path, array)
+
+
+def test_a_healthy_set(own, capsys):
+    report = run(own)
+    assert report["problems"] == [] and report["samples"] == 40
+    assert report["class_counts"] == [4] * 10 and report["labels"] == {"min": 0, "max": 9}
+    assert report["moments"] and report["flip"] and report["row_shape"] == [8, 8, 8]
+    files = 9 + 3 if report["format"] == "packed" else 120
+    assert report["files_with_checksum"] == files
+    # Of mean + std * noise, mean and std as `write_set` makes them.
+    rows, mirrored = write_set(own.parent / "again", flip=True, moments=True)
+    mean, std = np.split(np.concatenate([rows, mirrored]).astype("float64"), 2, axis=1)
+    assert report["latents"]["mean"] == pytest.approx(mean.mean(), abs=1e-6)
+    assert report["latents"]["std"] == pytest.approx((mean.var() + (std**2).mean()) ** 0.5, rel=1e-6)
+    assert len(report["latents"]["channel_std"]) == 4
+    assert "40 samples in" in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite(own):
+    edit(own, 7, lambda row: np.where(np.arange(8)[:, None, None] == 2, np.nan, row))
+    edit(own, 20, lambda row: row * np.inf, kind="flipped")
+    found = problems(own, "--no_checksums")
+    assert [kind for kind, _ in found] == ["finite", "finite"]
+    assert found[0][1].endswith("64 numbers not finite") and ("7.npy" in found[0][1] or "row 7" in found[0][1])
+    assert "flip" in found[1][1] and ("20.npy" in found[1][1] or "shard-00001/flipped.npy row 4" in found[1][1])
+
+
+def test_labels_outside_the_classes(own):
+    edit(own, 33, lambda label: -1, kind="labels")
+    edit(own, 3, lambda label: 10, kind="labels")
+    found = [text for kind, text in problems(own, "--no_checksums") if kind == "labels"]
+    assert [text.split(": ")[-1] for text in found] == ["label 10, expected 0..9", "label -1, expected 0..9"]
+
+
+def test_standard_deviations_that_are_none(own):
+    edit(own, 5, lambda row: -np.abs(row))
+    ((kind, text),) = problems(own, "--no_checksums")
+    assert kind == "moments" and text.endswith("a standard deviation is not above 0")
+
+
+@pytest.mark.parametrize(("factor", "words"), [(0.1, "is in them twice"), (10, "is not in them"), (1e4, "about 1")])
+def test_scale(own, factor, words):
+    for index in range(40):
+        for kind in ("latents", "flipped"):
+            edit(own, index, lambda row: row * np.float32(factor), kind=kind)
+    manifest = json.loads((own / "imagenet64_manifest.json").read_text())
+    manifest["scaling_factor"] = 0.1
+    (own / "imagenet64_manifest.json").write_text(json.dumps(manifest))
+    ((kind, text),) = problems(own, "--no_checksums")
+    assert kind == "scale" and text.endswith(words if factor == 1e4 else f"scaling factor 0.1 {words}")
+
+
+def test_duplicates(own):
+    first = {}
+    edit(own, 4, lambda row: first.setdefault("row", row.copy()))
+    for index in (14, 25):
+        edit(own, index, lambda row: first["row"])
+    found = problems(own, "--no_checksums")
+    assert [kind for kind, _ in found] == ["duplicates", "duplicates"]
+    assert "is the same latent as" in found[0][1] and "but label" not in found[0][1]
+    assert found[1][1].endswith("but label 5, there 4")
+    assert run(own, "--no_checksums", "--allow_duplicates", expect=1)["duplicates"] == 2
+    edit(own, 25, lambda row: row + 1)
+    assert run(own, "--no_checksums", "--allow_duplicates")["duplicates"] == 1
+
+
+def test_twins_that_are_not_mirrored(own):
+    for index in range(40):
+        row = {}
+        edit(own, index, lambda value, row=row: row.setdefault("row", value.copy()))
+        edit(own, index, lambda value, row=row: row["row"], kind="flipped")
+    ((kind, text),) = problems(own, "--no_checksums")
+    assert kind == "mirrored" and text.endswith("every mirrored latent is the same as its original")
+
+
+def test_checksums(own):
+    edit(own, 4, lambda row: row + np.float32(1e-3))
+    edited = [text for _, text in problems(own)]
+    assert len(edited) == 1 and edited[0].endswith(
+        ("latents.npy: its checksum is another", "4.npy: its checksum is another")
+    )
+    with open(own / "imagenet64_checksums.txt", "a") as file:
+        file.write(f"{'0' * 64}  imagenet64_nowhere.npy\nnonsense\n")
+    found = [text for kind, text in problems(own) if kind == "checksums"]
+    ends = ("is not the file that the manifest was written with", "is no checksum", "has a checksum, but is not there")
+    assert all(any(text.endswith(end) for text in found) for end in ends) and len(found) == 4
+
+
+def test_manifest_that_does_not_fit(own):
+    manifest = json.loads((own / "imagenet64_manifest.json").read_text())
+    manifest.update(num_samples=41, class_counts=[40, *[0] * 9], flip=False)
+    (own / "imagenet64_manifest.json").write_text(json.dumps(manifest))
+    found = problems(own)
+    assert [kind for kind, _ in found] == ["manifest"] * 3
+    assert "num_samples 41, found 40" in found[0][1] and "class_counts are not those of the labels" in found[1][1]
+    assert "flip False, there are mirrored latents" in found[2][1]
+
+
+def test_every_broken_pair_is_listed(healthy, tmp_path, capsys):
+    own = tmp_path / "data"
+    shutil.copytree(healthy / "pairs", own)
+    (own / "imagenet64_labels/0.npy").unlink()
+    (own / "imagenet64_features_flip/1.npy").unlink()
+    (own / "imagenet64_features/2.npy").write_bytes(b"\x93NUMPY")
+    np.save(own / "imagenet64_features/3.npy", np.zeros((1, 8, 4, 4), "float32"))
+    np.save(own / "imagenet64_features/4.npy", np.zeros((1, 8, 8, 8)))
+    np.save(own / "imagenet64_labels/5.npy", np.array([1, 2]))
+    (own / "imagenet64_labels/6.npy").write_text("six")
+    for index in range(20, 40):
+        edit(own, index, lambda row: row * np.nan)
+    found = [text.replace(f"{own}/imagenet64_", "") for _, text in problems(own, "--no_checksums")]
+    assert [text for text in found if "20.npy" not in text and "not finite" not in text] == [
+        "features/0.npy: has no counterpart in labels",
+        "features/1.npy: has no counterpart in features_flip",
+        "labels/1.npy: has no counterpart in features_flip",
+        "features_flip/0.npy: has no counterpart in labels",
+        found[4],
+        "features/3.npy: holds float32 of shape (8, 4, 4), expected float32 of shape (8, 8, 8)",
+        "features/4.npy: holds float64 of shape (8, 8, 8), expected float32 of shape (8, 8, 8)",
+        "labels/5.npy: expected one integer label, found int64 of shape (2,)",
+        found[8],
+        *found[-2:],
+    ]
+    assert "features/2.npy: not a readable .npy file" in found[4] and "labels/6.npy: not a readable" in found[8]
+    assert "num_samples 40, found 38" in found[-2]
+    assert sum("not finite" in text for text in found) == 20
+    assert "problem: 10 more of the kind 'finite', in the report" in capsys.readouterr().out
+
+
+def test_a_packed_set_that_can_not_be_opened(healthy, tmp_path):
+    own = tmp_path / "data"
+    shutil.copytree(healthy / "packed", own)
+    path = own / "imagenet64_packed/shard-00001/latents.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    ((kind, text),) = problems(own)
+    assert kind == "format" and "shard-00001/latents.npy: not a readable .npy file" in text
+
+
+def test_without_a_manifest_the_config_says_what_is_expected(own, tmp_path):
+    drop_manifest(own)
+    edit(own, 3, lambda label: 12, kind="labels")
+    report = run(own)  # nobody knows how many classes there are
+    assert any("number of classes is not known" in note for note in report["notes"])
+    config = write_config(tmp_path / "Tiny.json")
+    report = run(own, "--config_file", config, expect=1)
+    assert report["moments"] and report["problems"][0]["text"].endswith("label 12, expected 0..9")
+
+
+def test_picture(tmp_path):
+    """Decoded samples in the order of their classes, a mirrored twin right of each."""
+    import paddle
+    from ppdiffusers import AutoencoderKL
+
+    folder = tmp_path / "data"
+    for kind in ("features", "features_flip", "labels"):
+        (folder / f"imagenet64_{kind}").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((6, 1, 4, 4, 4)).astype("float32")
+    for index in range(6):
+        np.save(folder / f"imagenet64_features/{index}.npy", latents[index])
+        np.save(folder / f"imagenet64_features_flip/{index}.npy", latents[index, :, :, :, ::-1])
+        np.save(folder / f"imagenet64_labels/{index}.npy", np.array([9 - index]))
+    run(folder, "--vae", VAE)
+    picture = np.asarray(Image.open(tmp_path / "report.png"))
+    assert picture.shape == (2 * 32, 8 * 32, 3)
+    vae = AutoencoderKL.from_pretrained(str(VAE))
+    rows = np.stack([latents[5, 0], latents[5, 0, :, :, ::-1]]) / vae.config.scaling_factor
+    with paddle.no_grad():
+        images = vae.decode(paddle.to_tensor(rows)).sample.numpy().transpose(0, 2, 3, 1)
+    expected = np.clip(images * 127.5 + 127.5, 0, 255)
+    np.testing.assert_allclose(picture[:32, :64].reshape(32, 2, 32, 3).transpose(1, 0, 2, 3), expected, atol=1)
+
+
+def test_a_vae_of_another_width(healthy, tmp_path):
+    write_set(tmp_path / "data", 3)
+    for path in (tmp_path / "data/imagenet64_features").iterdir():
+        np.save(path, np.load(path)[:, :3])
+    with pytest.raises(ValueError, match="decodes 4 channels, the latents have 3"):
+        run(tmp_path / "data", "--vae", VAE)
+
+
+def test_command_line(tmp_path):
+    write_set(tmp_path / "data", 3)
+    output = tmp_path / "report.json"
+    arguments = ["--feature_path", tmp_path / "data", "--output", output]
+    done = run_script("tools/check_features.py", arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {output}" in done.stdout
+    before = output.read_bytes()
+    done = run_script("tools/check_features.py", arguments)
+    assert done.returncode == 2 and "exists already; give another name, or --overwrite" in done.stderr
+    assert output.read_bytes() == before
+    np.save(tmp_path / "data/imagenet64_labels/1.npy", np.array([-5]))
+    done = run_script("tools/check_features.py", [*arguments, "--overwrite"])
+    assert done.returncode == 1 and "labels/1.npy: label -5, expected 0 or more" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -7,7 +7,6 @@ cd "$(dirname "$0")"
 config_file=${config_file:-config/LargeDiT_3B_patch2.json}
 OUTPUT_DIR=${OUTPUT_DIR:-./output_trainer/LargeDiT_3B_patch2_trainer}
 logging_steps=${logging_steps:-1}
-sharding=${sharding:-stage1}
 
 . tools/launch_common.sh
 
@@ -19,6 +18,7 @@ fi
 if [ -z "${SHARDING_DEGREE:-}" ]; then
     SHARDING_DEGREE=$((2 - TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE % 2))
 fi
+if [ "$SHARDING_DEGREE" -gt 1 ]; then sharding=${sharding:-stage1}; fi
 
 set -- --resolution "${resolution:-256}" \
     --amp_master_grad "${amp_master_grad:-1}" \

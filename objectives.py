@@ -3,6 +3,7 @@
 `build_objective(config)` returns an object with
 
 - `training_losses(model, x, y, rows=None) -> dict` of per-sample tensors with the key `loss`,
+- `validation_losses(model, x, y, place, noise) -> (N,)`, with nothing left to chance,
 - `end_step()`, called once after each optimizer step,
 - `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
 - `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
@@ -83,6 +84,21 @@ class DiffusionObjective:
             losses["loss"] = losses["loss"].astype("float32") * weights
         return losses
 
+    def validation_losses(self, model, x, y, place, noise):
+        """Losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
+
+        Args:
+            model: in evaluation mode, called as `model(x_t, t, y)`.
+            x, y: as in `training_losses`.
+            place: `(N,)` in [0, 1): where in the process, 0 its first timestep.
+            noise: `(N, C, H, W)`, standard normal.
+
+        Returns:
+            `(N,)`.
+        """
+        t = (place * self.diffusion.num_timesteps).astype("int64")
+        return self.diffusion.training_losses(model, x, t, {"y": y}, noise=noise)["loss"]
+
     def end_step(self):
         """Lets the timestep sampler learn from the step's losses: all micro-batches drew from the same distribution."""
         if self._seen:
@@ -147,6 +163,11 @@ class TransportObjective:
         t = _draw(self.transport.sample_timesteps, rows)
         model_kwargs = {"y": y, **_label_dropout(self._class_dropout_prob, rows)}
         return self.transport.training_losses(model, x, model_kwargs, x0=x0, t=t)
+
+    def validation_losses(self, model, x, y, place, noise):
+        """Losses at given times and noise; as `DiffusionObjective.validation_losses`, `place` from noise to data."""
+        t0, t1 = self.transport.check_interval(self.transport.train_eps, self.transport.sample_eps)
+        return self.transport.training_losses(model, x, {"y": y}, x0=noise, t=place * (t1 - t0) + t0)["loss"]
 
     def end_step(self):
         """Nothing here learns."""

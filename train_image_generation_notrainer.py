@@ -40,7 +40,7 @@ def train(args, config):
     accumulation_steps = settings["gradient_accumulation_steps"]
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
-    dataset = setup.build_dataset(config, args.feature_path, args.image_size)
+    dataset, held_out = setup.build_dataset(config, args.feature_path, args.image_size)
     sampler = setup.build_sampler(config, dataset, rank=rank, world_size=world_size)
     last_step = sampler.last_step
 
@@ -72,6 +72,7 @@ def train(args, config):
         )
     vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae in ("ema", "mse") else args.vae or args.vae_name_or_path
     preview = setup.build_preview(objective, config, args, vae=vae)
+    validation = setup.build_validation(config, objective, held_out, sampler)
 
     # Gradients are averaged over the ranks by DataParallel's hooks, during the backward pass; recompute runs backward
     # passes inside the backward pass, which the hooks can't follow: then in one go after it.
@@ -158,9 +159,11 @@ def train(args, config):
         if ema is not None:
             ema.update(model, master_weights(optimizer))
 
-        # Report, preview, checkpoint.
+        # Report, validation, preview, checkpoint.
         if log.step_done(step):
             log.report(lr=lr, grad_norm=grad_norm.take(), epoch=sampler.epoch(step))
+        if validation is not None and validation.due(step, last_step):
+            validation.run(step, model=model, ema=ema, optimizer=optimizer, precision=precision, log=log)
         if preview is not None and step % args.image_logging_steps == 0:
             images_dir = os.path.join(folder, "images")
             log_preview(
@@ -170,11 +173,10 @@ def train(args, config):
             save(step)
 
     log.close()
-    if rank == 0:
-        print(
-            f"done: step {max(first_step, last_step)}, checkpoints in {checkpoints_dir}, "
-            f"VisualDL log in {log.visualdl_dir}"
-        )
+    if rank == 0 and first_step >= last_step:
+        print(f"nothing to do: step {first_step} of {last_step} is reached by {checkpoint.source}")
+    elif rank == 0:
+        print(f"done: step {last_step}, checkpoints in {checkpoints_dir}, VisualDL log in {log.visualdl_dir}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def train(args, others, config):
 
     # What is asked of the process group, before it is made.
     world_size = paddle.distributed.get_world_size()
-    data_ranks, degree_note = check_degrees(args, config["model"], world_size)
+    data_ranks, degree_notes = check_degrees(args, config["model"], world_size)
     settings = config["training"]
     micro_batches = settings["gradient_accumulation_steps"] * data_ranks
     if args.per_device_train_batch_size is not None:
@@ -44,7 +44,7 @@ def train(args, others, config):
 
     # Data: a seeded endless stream, of which every data rank takes its rows of each global batch. The ranks of a
     # tensor-parallel group follow one another, and are one data rank.
-    dataset = setup.build_dataset(config, args.feature_path, args.resolution)
+    dataset, held_out = setup.build_dataset(config, args.feature_path, args.resolution)
     data_rank = paddle.distributed.get_rank() // args.tensor_parallel_degree
     sampler = setup.build_sampler(config, dataset, rank=data_rank, world_size=data_ranks)
     last_step = sampler.last_step
@@ -64,6 +64,7 @@ def train(args, others, config):
     if args.pretrained_model_path and checkpoint is None:
         start_note = ckpt.load_pretrained(args.pretrained_model_path, model)
     preview = setup.build_preview(objective, config, args, vae=args.vae_name_or_path)
+    validation = setup.build_validation(config, objective, held_out, sampler, args.tensor_parallel_degree)
     if paddle.distributed.get_rank() == 0:
         setup.describe_run(
             config,
@@ -73,7 +74,7 @@ def train(args, others, config):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[degree_note, note, start_note],
+            notes=[*degree_notes, note, start_note],
         )
         if checkpoint is not None:
             print(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}", flush=True)
@@ -86,6 +87,7 @@ def train(args, others, config):
         sampler=sampler,
         precision=precision,
         preview=preview,
+        validation=validation,
         image_logging_steps=args.image_logging_steps,
         checkpoint=checkpoint,
         show_bar=not args.disable_tqdm,

@@ -7,6 +7,7 @@ given the same batch and random numbers; their outputs are the whole network's, 
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ def column_linear(in_features, out_features, bias=True, *, segments=1, gather=Fa
     """
     if _group is None:
         return linear(in_features, out_features, bias)
-    make = _SharedColumn if shared_input else _fleet_layers().ColumnParallelLinear
+    make = _shared_column_class() if shared_input else _fleet_layers().ColumnParallelLinear
     layer = make(
         in_features, out_features, weight_attr=_undrawn(), has_bias=bias, gather_output=gather, mp_group=_group
     )
@@ -176,16 +177,15 @@ def _fleet_layers():
     return meta_parallel
 
 
-def _SharedColumn(*args, gather_output, **options):
-    from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear
-
-    class SharedColumnLinear(ColumnParallelLinear):
-        """`ColumnParallelLinear` without the sum of the input's gradient."""
+@functools.cache
+def _shared_column_class():
+    class SharedColumnLinear(_fleet_layers().ColumnParallelLinear):
+        """`ColumnParallelLinear` without the sum of the input's gradient, and never gathered."""
 
         def forward(self, x):
             return self.linear(x, self.weight, self.bias)
 
-    return SharedColumnLinear(*args, gather_output=False, **options)
+    return SharedColumnLinear
 
 
 class SharedInput(nn.Layer):
@@ -214,6 +214,7 @@ class _SplitLayerNorm(nn.Layer):
     def __init__(self, width, epsilon):
         super().__init__()
         self._group, self._epsilon = _group, epsilon
+        self._cast_to_low_precision = False  # AMP O2 leaves `nn.LayerNorm` in float32 too
         part = [width // _group.nranks]
         self.weight = self.create_parameter(part, default_initializer=nn.initializer.Constant(1.0))
         self.bias = self.create_parameter(part, is_bias=True)

@@ -142,11 +142,19 @@ def test_degrees_of_the_large_model(variables, degrees, tmp_path):
     assert tuple(value(words, name) for name in names) == degrees
 
 
+def test_a_sharding_stage_alone_takes_all_processes(tmp_path):
+    words = launch_line("0_run_train_dit_trainer.sh", tmp_path, sharding="stage3", TRAINING_GPUS_PER_NODE="8")
+    names = ("--dp_degree", "--sharding_parallel_degree", "--sharding")
+    assert [value(words, name) for name in names] == ["1", "8", "stage3"]
+
+
 def test_further_flags_of_the_large_model(tmp_path):
-    words = launch_line(LARGE, tmp_path)
+    words = launch_line(LARGE, tmp_path, TRAINING_GPUS_PER_NODE="8")
     flags = ("--resolution", "--logging_steps", "--amp_master_grad", "--sharding")
     assert [value(words, flag) for flag in flags] == ["256", "1", "1", "stage1"]
     words = launch_line(LARGE, tmp_path, arguments=["--ema_decay", "0.99"], sharding="stage2", resolution="512")
+    assert value(launch_line(LARGE, tmp_path, TRAINING_GPUS_PER_NODE="6"), "--sharding_parallel_degree") == "1"
+    assert "--sharding" not in launch_line(LARGE, tmp_path, TRAINING_GPUS_PER_NODE="6")
     assert [value(words, flag) for flag in flags] == ["512", "1", "1", "stage2"]
     assert words[-2:] == ["--ema_decay", "0.99"]
 

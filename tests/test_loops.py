@@ -13,6 +13,7 @@ from conftest import (
     loop_arguments,
     read_losses,
     read_metrics,
+    run_in_process,
     write_config,
 )
 from PIL import Image
@@ -42,8 +43,6 @@ def reference(request, features, tmp_path_factory):
     config = write_config(folder / "Tiny.json", kind, **TRAINING)
     outputs = {}
     with pytest.MonkeyPatch.context() as patch:
-        from conftest import run_in_process
-
         for loop in LOOPS:
             outputs[loop] = folder / loop
             arguments = loop_arguments(
@@ -139,6 +138,8 @@ GROUPS = (
         "trainer-sharding3-recompute": Case("trainer", ("--sharding=stage3", "--recompute=True"), accumulation=2),
     },
     {"trainer-tp-dp": Case("trainer", (TP2,), tensor=2, ranks=4)},
+    {"trainer-sharding1-dp": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"), ranks=4)},
+    {"trainer-tp-sharding2": Case("trainer", (TP2, "--sharding=stage2"), tensor=2, ranks=4)},
     {"trainer-tp-sharding3": Case("trainer", (TP2, "--sharding=stage3"), tensor=2, ranks=4)},
     {
         "notrainer-dp": Case("notrainer"),
@@ -146,6 +147,8 @@ GROUPS = (
         "notrainer-accumulation": Case("notrainer", accumulation=2),
     },
 )
+VALIDATED = ("trainer-sharding3", "trainer-tp-dp", "notrainer-dp")
+VALIDATION = ("--validation_samples=7", "--validation_steps=4")
 CASES = {name: case for group in GROUPS for name, case in group.items()}
 
 
@@ -182,6 +185,8 @@ def parallel_runs(features, tmp_path_factory):
                     previews = [f"{resume}={begun}", "--image_logging_steps=5", "--num_inference_steps=3"]
                     previews += [f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"]
                     runs.append(arguments(group[0], model, folder / "resumed" / group[0] / model, previews))
+            if group[0] in VALIDATED:
+                runs.append(arguments(group[0], "DiT", folder / "validated" / group[0], VALIDATION))
             runs_file = folder / f"{group[0]}.json"
             runs_file.write_text(json.dumps(runs))
             log_dir = folder / f"{group[0]}-log"
@@ -192,6 +197,7 @@ def parallel_runs(features, tmp_path_factory):
         return folder / name / kind
 
     outputs.resumed = lambda name, kind: folder / "resumed" / name / kind
+    outputs.validated = lambda name: folder / "validated" / name
     return outputs
 
 
@@ -245,3 +251,40 @@ def test_one_process_resumes_what_many_began(reference, parallel_runs, features,
     assert list(losses) == [5, 6, 7, 8, 9, 10]
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def read_validation(output):
+    (path,) = output.rglob("validation.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def validated(features, tmp_path_factory):
+    """The held-out losses of a single process, by loop."""
+    folder = tmp_path_factory.mktemp("validated")
+    config = write_config(folder / "DiT.json", "DiT", **TRAINING)
+    losses = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for loop in LOOPS:
+            arguments = loop_arguments(loop, config=config, features=features, output=folder / loop, steps=10)
+            run_in_process(loop, [*arguments, *VALIDATION], patch)
+            losses[loop] = read_validation(folder / loop)
+    return losses
+
+
+def test_held_out_losses_are_the_same_in_both_loops(validated):
+    assert validated["trainer"] == validated["notrainer"]
+    rows = validated["trainer"]
+    assert [row["step"] for row in rows] == [4, 8, 10]
+    assert rows[0]["loss"] > rows[1]["loss"] > rows[2]["loss"]
+    assert all(row["loss"] != row["ema_loss"] for row in rows)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", VALIDATED)
+def test_held_out_losses_do_not_depend_on_the_ranks(validated, parallel_runs, case):
+    parallel_runs(case, "DiT")
+    rows = read_validation(parallel_runs.validated(case))
+    assert len(rows) == 3
+    for row, expected in zip(rows, validated["trainer"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)

@@ -9,8 +9,10 @@ from conftest import TINY_MODELS
 
 from models import build_model
 from models.parallel import Split, check_tensor_parallel, tensor_parallel
+from training import EMA
 from training.config import resolve_config
 from training.shares import Shares
+from training.trainer_arguments import check_degrees
 
 
 def resolved(**model):
@@ -66,3 +68,37 @@ def test_a_group_of_one_builds_the_plain_network(kind):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
     shares = Shares(grouped)
     assert shares.names is None and not shares.split
+
+
+def test_averages_follow_the_master_weight_of_a_slice_whatever_its_tensor_is_called():
+    layer = paddle.nn.Linear(2, 3)
+    ema = EMA(layer, decay=0.5)
+    parameter = layer.weight
+    parameter.fw_storage = paddle.zeros([4]).clone()  # as sharding stage 3 leaves it after a forward pass
+    ema.shadow["weight"] = paddle.zeros([4])
+    ema.update(layer, {f"slice@{parameter.name}": paddle.full([4], 8.0)})
+    assert ema.state_dict()["weight"].tolist() == [4.0] * 4
+
+
+def test_degrees_and_their_notes():
+    def degrees(world_size, **given):
+        defaults = dict.fromkeys(("pipeline_parallel_degree", "sep_parallel_degree", "tensor_parallel_degree"), 1)
+        more = {"sharding": "", "sharding_parallel_degree": None, "dp_degree": None, "sharding_parallel_config": ""}
+        more.update(dict.fromkeys(("transformer_engine_backend", "use_fp8")))
+        args = SimpleNamespace(**{**defaults, **more, **given})
+        return args, *check_degrees(args, resolved(type="DiT", **SIZES), world_size)
+
+    args, data_ranks, notes = degrees(8, tensor_parallel_degree=2, sharding="stage2")
+    assert (args.sharding_parallel_degree, args.sharding, data_ranks, notes) == (4, "stage2", 4, [])
+    args, data_ranks, _ = degrees(8, sharding_parallel_degree=2)
+    assert (args.sharding, data_ranks) == ("stage1", 8)
+    config = "enable_stage1_overlap disable_stage1_reduce_avg"  # overlap: PaddleMIX's launch line
+    args, _, notes = degrees(4, sharding="stage1", sharding_parallel_config=config, dp_degree=2)
+    assert args.sharding_parallel_config == "disable_stage1_reduce_avg"
+    assert "the data-parallel degree is 1" in notes[0] and "enable_stage1_overlap left out" in notes[1]
+    with pytest.raises(ValueError, match="--sharding_parallel_degree 3 does not divide the 8 processes"):
+        degrees(8, sharding_parallel_degree=3)
+    with pytest.raises(ValueError, match="--sharding stage3 with --sharding_parallel_degree 1 shards nothing"):
+        degrees(8, sharding="stage3", sharding_parallel_degree=1)
+    with pytest.raises(ValueError, match="num_attention_heads 6 is not divisible"):
+        degrees(8, tensor_parallel_degree=4)

@@ -6,7 +6,14 @@ A flag that is not given is None: then the config's JSON decides, then the defau
 import argparse
 import math
 
-from training.config import LR_SCHEDULES, load_config, override
+from training.config import DATA_KEYS, LR_SCHEDULES, load_config, override
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage of sixty flags."""
+
+    def error(self, message):
+        raise ValueError(f"command line: {message}; see --help")
 
 
 def str2bool(text):
@@ -75,6 +82,29 @@ def _add_objective_flags(parser):
         group.add_argument(*flags, type=float, help=f"distance to the ends of the time interval {words} [by path]")
 
 
+def _labels(text):
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected class labels such as 0,7,13, got {text!r}") from None
+
+
+def _add_data_flags(parser):
+    group = parser.add_argument_group("data; they win over the config's `data` section")
+    _add_bool(group, "--flip", help="take the stored mirrored latent half of the time (extracted with --flip)")
+    group.add_argument(
+        "--posterior",
+        choices=("sample", "mean"),
+        help="of stored moments: a fresh posterior sample at each visit, or the mean [sample]",
+    )
+    group.add_argument("--classes", type=_labels, metavar="L,L,...", help="train on these class labels only [all]")
+    _add_bool(group, "--in_memory", help="read all samples into memory at the start")
+    group.add_argument(
+        "--validation_samples", type=int, metavar="N", help="hold out N samples, and report their loss [0]"
+    )
+    group.add_argument("--validation_steps", type=int, metavar="N", help="steps between these reports [1000]")
+
+
 def _add_start_flags(parser):
     parser.add_argument(
         "--pretrained_model_path",
@@ -110,7 +140,6 @@ PASSED_ON = (
     "amp_custom_black_list",
     "amp_custom_white_list",
     "scale_loss",
-    "sharding_parallel_config",
     "hybrid_parallel_topo_order",
     "ddp_find_unused_parameters",
     "to_static",
@@ -119,7 +148,7 @@ PASSED_ON = (
 
 def trainer_parser():
     """Flags of `train_image_generation_trainer.py`: those of PaddleMIX's example and of PaddleNLP that it uses."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
         epilog="Passed on to paddlenlp.trainer.TrainingArguments: "
         + ", ".join(f"--{name}" for name in PASSED_ON)
@@ -166,6 +195,7 @@ def trainer_parser():
     _add_optimizer_flags(parser)
     _add_model_flags(parser)
     _add_objective_flags(parser)
+    _add_data_flags(parser)
     group = parser.add_argument_group("logs and checkpoints")
     group.add_argument("--logging_dir", help="VisualDL log [output_dir/tb_log]")
     group.add_argument("--logging_steps", type=int, default=50, metavar="N", help="steps between reports [50]")
@@ -185,6 +215,12 @@ def trainer_parser():
         "--sharding_parallel_degree", type=int, metavar="N", help="sharding ranks [all with --sharding, else 1]"
     )
     group.add_argument(
+        "--sharding_parallel_config",
+        default="",
+        metavar="NAMES",
+        help="PaddleNLP's settings of sharding; those that change where the optimizer's state lies are left out ['']",
+    )
+    group.add_argument(
         "--tensor_parallel_degree",
         type=int,
         default=1,
@@ -202,7 +238,7 @@ def trainer_parser():
 
 def notrainer_parser():
     """Flags of `train_image_generation_notrainer.py`: those of PaddleMIX's example and the official train.py."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with a hand-written loop.",
         epilog="On several GPUs: "
         "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ...",
@@ -235,6 +271,7 @@ def notrainer_parser():
     _add_optimizer_flags(parser)
     _add_model_flags(parser)
     _add_objective_flags(parser)
+    _add_data_flags(parser)
     group = parser.add_argument_group("logs and checkpoints")
     group.add_argument("--log_every", type=int, default=50, metavar="N", help="steps between reports [50]")
     group.add_argument("--ckpt_every", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
@@ -281,7 +318,8 @@ def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
     objective = {
         name: getattr(args, name) for name in ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
     }
-    return override(load_config(args.config_file), given, objective)
+    data = {name: getattr(args, name) for name in DATA_KEYS}
+    return override(load_config(args.config_file), given, objective, data)
 
 
 def check_positive(args, *names):

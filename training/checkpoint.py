@@ -10,12 +10,14 @@
 The random numbers of a step are a function of (seed, step), so that resuming needs no generator state of Paddle's.
 """
 
+import functools
 import json
 import os
 import random
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +28,7 @@ from models.weights import check_state, official_to_paddle, safe_load, save_pdpa
 from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import read_json, resolve_config, write_json
 from training.optimizer import optimizer_state, set_optimizer_state
-from training.shares import Shares, held_part, master_weights
+from training.shares import Shares, held_name, held_part, master_weights
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
@@ -42,9 +44,13 @@ class Checkpoint:
     config: dict | None
     model: dict
     ema: dict | None
-    optimizer: dict
+    read_optimizer: Callable[[], dict]  # the largest part is read when it is wanted
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
+
+    @property
+    def optimizer(self):
+        return self.read_optimizer()
 
 
 def is_checkpoint(folder):
@@ -158,11 +164,15 @@ def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, e
 
 def whole_weights(model, shares, masters):
     """`{name: float32 array}` of the network's weights on rank 0; under O2 of the masters, which are the weights."""
-    weights = {name: held_part(parameter) for name, parameter in model.named_parameters()}
-    if masters:
-        return shares.whole({name: masters.get(held.name, held) for name, held in weights.items() if shares.own(name)})
-    # Without sharding, or with its stages 1 and 2, the ranks of a sharding group hold the same weights.
-    return (shares if shares.sliced else Shares(model)).whole(weights)
+    # Without masters, and without sharding of the weights, the ranks of a sharding group hold the same ones.
+    shares = shares if masters or shares.sliced else Shares(model)
+    return shares.whole(
+        {
+            name: masters.get(held_name(parameter), held_part(parameter))
+            for name, parameter in model.named_parameters()
+            if shares.own(name)
+        }
+    )
 
 
 def _whole_optimizer_state(optimizer, model, shares, masters):
@@ -220,12 +230,15 @@ def load_checkpoint(path):
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
 
+    optimizer = os.path.join(folder, OPTIMIZER)
+    if not os.path.isfile(optimizer):
+        raise ValueError(f"{optimizer}: no such file")
     return Checkpoint(
         source=folder,
         config=resolve_config(read_json(os.path.join(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=safe_load(os.path.join(folder, MODEL)),
         ema=optional(EMA_STATE),
-        optimizer=safe_load(os.path.join(folder, OPTIMIZER)),
+        read_optimizer=functools.partial(safe_load, optimizer),
         objective=optional(OBJECTIVE) or {},
         progress=progress,
     )
@@ -248,7 +261,7 @@ def _load_official(path):
         config=None,
         model=official_to_paddle(raw["model"]),
         ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
-        optimizer=moments,
+        read_optimizer=lambda: moments,
         progress={"global_step": step},
     )
 
@@ -423,6 +436,7 @@ def restore_model(checkpoint, model, ema=None):
         check_state(averages, Shares(model).whole_shapes(), source=checkpoint.source)
         ema.set_state_dict(_parts(averages, model))
         ema.num_updates = checkpoint.progress.get("ema_updates", checkpoint.progress.get("global_step", 0))
+    checkpoint.ema = None
 
 
 def _parts(state, model):
@@ -452,4 +466,5 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
     if "random" in progress:
         _set_random_state(progress["random"])
     # Three times the model's size, on every rank: not needed any more.
-    checkpoint.model, checkpoint.ema, checkpoint.optimizer, checkpoint.objective = {}, None, {}, {}
+    checkpoint.model, checkpoint.ema, checkpoint.objective = {}, None, {}
+    checkpoint.read_optimizer = dict

@@ -1,4 +1,4 @@
-"""JSON configs: sections `model`, `objective` and `training`, checked key by key. Standard library only.
+"""JSON configs: sections `model`, `objective`, `training` and `data`, checked key by key. Standard library only.
 
 The resolved config is what a run prints once and saves in every checkpoint: command line over JSON over the defaults
 that stand here.
@@ -144,7 +144,20 @@ TRAINING_KEYS = {
     "seed": _int_from(0, 0),
 }
 
-SECTIONS = ("model", "objective", "training")
+DATA_KEYS = {
+    "flip": _bool(False),
+    "posterior": _choice("sample", "sample", "mean"),
+    "classes": Key(
+        None,
+        lambda v: v is None or (isinstance(v, list) and v and all(_is_int(label) and label >= 0 for label in v)),
+        "a list of class labels, or null for all",
+    ),
+    "in_memory": _bool(False),
+    "validation_samples": _int_from(0, 0),
+    "validation_steps": _positive_int(1000),
+}
+
+SECTIONS = ("model", "objective", "training", "data")
 
 
 def check_value(keys, name, value, where):
@@ -253,7 +266,7 @@ def resolve_config(raw, *, source="config", file_name=""):
         file_name: gives a flat file its model type.
 
     Returns:
-        `{"model": {...}, "objective": {...}, "training": {...}}`, every key present.
+        `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}}`, every key present.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
@@ -280,7 +293,8 @@ def resolve_config(raw, *, source="config", file_name=""):
     _check_sizes(model, f"{source}: model")
     _check_objective(model, objective, source)
     training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
-    return {"model": model, "objective": objective, "training": training}
+    data = _section(DATA_KEYS, raw.get("data", {}), f"{source}: data")
+    return {"model": model, "objective": objective, "training": training, "data": data}
 
 
 def read_json(path):
@@ -308,14 +322,18 @@ def write_json(path, value):
         file.write("\n")
 
 
-def override(config, training, objective, where="command line"):
+def override(config, training, objective, data=None, where="command line"):
     """The config with values of the command line put over its sections; None means not given.
 
     Raises:
         ValueError: a wrong value, or an objective's setting that the config's objective does not have.
     """
     kind = config["objective"]["type"]
-    tables = {"training": (TRAINING_KEYS, training), "objective": (OBJECTIVE_KEYS[kind], objective)}
+    tables = {
+        "training": (TRAINING_KEYS, training),
+        "objective": (OBJECTIVE_KEYS[kind], objective),
+        "data": (DATA_KEYS, data or {}),
+    }
     result = dict(config)
     for section, (keys, given) in tables.items():
         result[section] = dict(config[section])

@@ -1,7 +1,7 @@
 """Tensor parallelism and sharding stages 2 and 3 on a CPU, where Paddle refuses them, over the plain collectives.
 
 For trials of parallel training without GPUs: fleet's layers and the sharding wrappers run as they are. Replaced are
-the four operators that have no CPU kernel, by the same collectives with their gradients; the wrappers' checks of the
+the three operators that have no CPU kernel, by the same collectives with their gradients; the wrappers' checks of the
 device; and `new_group`, which gloo answers with refused connections when several groups are made at once. On a GPU
 nothing here is called.
 """
@@ -53,7 +53,6 @@ def use_plain_collectives():
     mp_ops._c_identity = _operator(_copy, _sum)
     mp_ops._mp_allreduce = _operator(_sum, _copy)
     mp_ops._c_concat = _operator(_concat, _own)
-    mp_ops._c_split = _operator(_own, _concat)
     sharding.group_sharded_parallel = _group_sharded_parallel
     if dist.new_group is not _new_group:
         _new_group.of_paddle, dist.new_group = dist.new_group, _new_group

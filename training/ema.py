@@ -2,7 +2,7 @@
 
 import paddle
 
-from training.shares import held_part
+from training.shares import held_name, held_part
 
 
 class EMA:
@@ -15,18 +15,20 @@ class EMA:
         model: the layer to follow, not wrapped in `DataParallel`.
         decay: 0.9999 as in the papers.
         warmup: use `min(decay, (1 + n) / (10 + n))` at update n, so that a short run forgets its start.
+        on_host: wait on the host for `shard`: a GPU that is to hold a share need not hold all of them before.
     """
 
-    def __init__(self, model, decay=0.9999, *, warmup=False):
+    def __init__(self, model, decay=0.9999, *, warmup=False, on_host=False):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decay must be from 0 to 1, got {decay}")
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
         with paddle.no_grad():
-            self.shadow = {
-                name: parameter.astype("float32").clone().detach() for name, parameter in model.named_parameters()
-            }
+            self.shadow = {}
+            for name, parameter in model.named_parameters():
+                copy = parameter.astype("float32").clone().detach()
+                self.shadow[name] = copy.cpu() if on_host else copy
 
     @paddle.no_grad()
     def shard(self, shares):
@@ -35,7 +37,11 @@ class EMA:
         Args:
             shares: the rank's `training.shares.Shares`.
         """
-        self.shadow = {name: shares.slice(name, value) for name, value in self.shadow.items() if shares.own(name)}
+        self.shadow = {
+            name: shares.slice(name, value).to(device=paddle.get_device())
+            for name, value in self.shadow.items()
+            if shares.own(name)
+        }
 
     def current_decay(self):
         """The decay of the next update."""
@@ -49,15 +55,14 @@ class EMA:
 
         Args:
             model: the layer given to the constructor.
-            master_weights: float32 copies by the name of the part that this rank holds, used where they exist.
+            master_weights: float32 copies by `training.shares.held_name`, used where they exist.
         """
         decay = self.current_decay()
         master_weights = master_weights or {}
         for name, parameter in model.named_parameters():
             shadow = self.shadow.get(name)
             if shadow is not None:
-                held = held_part(parameter)
-                value = master_weights.get(held.name, held)
+                value = master_weights.get(held_name(parameter), held_part(parameter))
                 if value.dtype != shadow.dtype:
                     value = value.astype("float32")
                 shadow.scale_(decay).add_(value * (1.0 - decay))

@@ -20,7 +20,7 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
-def _open_metrics(path, first_step):
+def _open_rows(path, first_step):
     """Opens the file to append to, without the rows of steps that a resumed run is about to do again."""
     kept = []  # lines
     if os.path.exists(path):
@@ -35,8 +35,8 @@ class TrainingLog:
     """Collects the losses of the steps and reports them every `log_every` steps; rank 0 writes.
 
     Args:
-        folder: gets `metrics.jsonl`, one object a report.
-        visualdl_dir: gets the VisualDL log, tags `train/...`.
+        folder: gets `metrics.jsonl` and `validation.jsonl`, one object a report.
+        visualdl_dir: gets the VisualDL log, tags `train/...` and `validation/...`.
         log_every: optimizer steps between reports.
         first_step, last_step: where the run starts and ends.
         global_batch_size: samples an optimizer step.
@@ -61,9 +61,12 @@ class TrainingLog:
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            self._file, earlier = _open_metrics(os.path.join(folder, "metrics.jsonl"), first_step)
+            self._file, earlier = _open_rows(os.path.join(folder, "metrics.jsonl"), first_step)
+            self._validations, validations = _open_rows(os.path.join(folder, "validation.jsonl"), first_step)
             for values in earlier:  # VisualDL shows the newest file of a folder only
-                self._add_scalars(values)
+                self._add_scalars("train", values)
+            for values in validations:
+                self._add_scalars("validation", values)
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -144,7 +147,7 @@ class TrainingLog:
         return values
 
     def _write(self, values):
-        self._add_scalars(values)
+        self._add_scalars("train", values)
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         grad_norm = values["grad_norm"]
@@ -155,10 +158,20 @@ class TrainingLog:
             "Memory: {peak_memory_gib:.2f} GiB".format(**values)
         )
 
-    def _add_scalars(self, values):
+    def _add_scalars(self, tag, values):
         for name, value in values.items():
             if name != "step" and value is not None:
-                self._writer.add_scalar(f"train/{name}", value, values["step"])
+                self._writer.add_scalar(f"{tag}/{name}", value, values["step"])
+
+    def report_validation(self, step, values):
+        """Writes the losses of held-out samples, `{"loss": ..., "ema_loss": ...}`, on rank 0."""
+        if self._writer is not None:
+            values = {"step": step, **values}
+            self._add_scalars("validation", values)
+            self._validations.write(json.dumps(values) + "\n")
+            self._validations.flush()
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "step")
+            self.print(f"(step={step:07d}) Validation: {losses}")
 
     def print(self, text):
         """Prints a line above the bar, on rank 0."""
@@ -175,4 +188,5 @@ class TrainingLog:
         if self._bar is not None:
             self._bar.close()
             self._file.close()
+            self._validations.close()
             self._writer.close()

@@ -7,7 +7,7 @@ import paddle
 from paddle import nn
 from paddle.base.framework import EagerParamBase
 
-from training.shares import Shares, held_part, inner_optimizer, master_weights
+from training.shares import Shares, held_name, held_part, inner_optimizer, master_weights
 
 
 def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
@@ -107,7 +107,7 @@ class GradientNorm(nn.clip.ClipGradBase):
         sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
         for parameter, gradient in gradients:
             split, weight = self.shares.norm_group(parameter.name) if self.shares is not None else (False, 1.0)
-            square = gradient.astype("float32").square().sum().reshape([1])
+            square = nn.clip._squared_l2_norm(gradient.astype("float32")).reshape([1])
             sums[split].append(square if weight == 1.0 else square * weight)
         split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
         if self.shares is not None and self.shares.tensor_group is not None:
@@ -153,7 +153,7 @@ def _keyed(parameter):
     held = held_part(parameter)
     if held is parameter or isinstance(held, EagerParamBase):
         return held
-    return EagerParamBase(shape=held.shape, dtype=held.dtype, name=f"slice@{parameter.name}")
+    return EagerParamBase(shape=held.shape, dtype=held.dtype, name=held_name(parameter))
 
 
 @paddle.no_grad()

@@ -11,9 +11,8 @@ from training.shares import Shares, held_part
 
 
 @paddle.no_grad()
-def _copy_into(targets, values):
-    for name, target in targets.items():
-        paddle.assign(values[name].astype(target.dtype), output=target)
+def _copy(value, target):
+    paddle.assign(value.astype(target.dtype), output=target)
 
 
 @contextlib.contextmanager
@@ -24,14 +23,14 @@ def ema_weights(model, ema, shares=None):
     was_training = model.training
     shares = shares or Shares(model)
     averages = ema.state_dict()
-    if not shares.sliced:
-        averages = {name: shares.of_rank(name, averages.get(name)) for name in targets}
     try:
-        _copy_into(targets, averages)
+        for name, target in targets.items():  # one by one: no rank holds all averages at once
+            _copy(averages[name] if shares.sliced else shares.of_rank(name, averages.get(name)), target)
         model.eval()
         yield model
     finally:
-        _copy_into({name: held_part(parameter) for name, parameter in model.named_parameters()}, own)
+        for name, parameter in model.named_parameters():
+            _copy(own[name], held_part(parameter))
         if was_training:
             model.train()
 

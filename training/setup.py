@@ -42,22 +42,48 @@ def build_network(config, tensor_group=None):
         )
 
 
-def build_ema(config, model):
+def build_ema(config, model, *, on_host=False):
     """The run's `EMA`, or None; build it while the model's weights are still float32."""
     training = config["training"]
     if not training["use_ema"]:
         return None
-    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"])
+    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)
 
 
 def build_dataset(config, feature_path, resolution):
-    """The run's `FeatureDataset`, with the shape and the classes of the config's model."""
-    model = config["model"]
-    return FeatureDataset(
+    """`(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and `data` section."""
+    model, data = config["model"], config["data"]
+    dataset = FeatureDataset(
         feature_path,
         resolution=resolution,
         sample_shape=(model["in_channels"], model["sample_size"], model["sample_size"]),
         num_classes=model["num_classes"],
+        flip=data["flip"],
+        posterior=data["posterior"],
+        seed=config["training"]["seed"],
+    )
+    if data["classes"] is not None:
+        dataset = dataset.subset(data["classes"])
+    held_out = None
+    if data["validation_samples"]:
+        dataset, held_out = dataset.split(data["validation_samples"])
+    return dataset.in_memory() if data["in_memory"] else dataset, held_out
+
+
+def build_validation(config, objective, held_out, sampler, ranks_per_batch=1):
+    """The run's `Validation` on the held-out samples, or None."""
+    if held_out is None:
+        return None
+    from training.validation import Validation
+
+    return Validation(
+        objective,
+        held_out,
+        every=config["data"]["validation_steps"],
+        batch_size=sampler.batch_size,
+        rank=sampler.rank,
+        world_size=sampler.world_size,
+        ranks_per_batch=ranks_per_batch,
     )
 
 
@@ -92,7 +118,7 @@ def build_preview(objective, config, args, *, vae):
 def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
     """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
     print(json.dumps(config, indent=2))
-    for note in filter(None, [*notes, ineffective_settings(config["objective"])]):
+    for note in filter(None, [*notes, *dataset.notes, ineffective_settings(config["objective"])]):
         print(f"note: {note}")
     parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
     print(

@@ -18,6 +18,11 @@ def held_part(parameter):
     return parameter if part is None else part
 
 
+def held_name(parameter):
+    """The name under which the optimizer keeps the state and the master weight of the `held_part`."""
+    return parameter.name if held_part(parameter) is parameter else f"slice@{parameter.name}"
+
+
 def inner_optimizer(optimizer):
     """The Paddle optimizer inside fleet's and the sharding wrappers."""
     while True:
@@ -28,7 +33,7 @@ def inner_optimizer(optimizer):
 
 
 def master_weights(optimizer):
-    """Float32 master weights by the name of the `held_part`; empty unless the optimizer keeps some (AMP O2)."""
+    """Float32 master weights by `held_name`; empty unless the optimizer keeps some (AMP O2)."""
     return getattr(inner_optimizer(optimizer), "_master_weights", {})
 
 
@@ -146,15 +151,12 @@ class Shares:
 
     def whole_scalars(self, tensors, names):
         """`{name: float32 array (1,)}` on rank 0 of one number a parameter, the same for all its parts."""
-        result = {}
-        for name in names:
-            value = tensors.get(name)
-            if self._owner is not None:
-                value = value.astype("float32").clone() if self.own(name) else paddle.zeros([1])
-                dist.broadcast(value, src=self.group.ranks[self._owner[name]], group=self.group)
-            if dist.get_rank() == 0:
-                result[name] = value.astype("float32").numpy().reshape([1])
-        return result
+        numbers = {name: float(tensor) for name, tensor in tensors.items()}
+        if self._owner is not None:
+            parts = []  # as objects: Paddle keeps these tensors on the host, where NCCL can't reach them
+            dist.all_gather_object(parts, numbers, group=self.group)
+            numbers = {name: number for part in parts for name, number in part.items()}
+        return {name: np.float32([numbers[name]]) for name in names} if dist.get_rank() == 0 else {}
 
     def whole_shapes(self):
         """`{name: shape}` of the whole network's parameters."""

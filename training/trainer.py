@@ -46,6 +46,7 @@ class LatentDiffusionTrainer(Trainer):
         sampler: `MicroBatchSampler` of this rank.
         precision: the resolved `Precision`; `args.fp16`, `args.bf16` must agree.
         preview: a `Preview`, or None; drawn every `image_logging_steps`.
+        validation: a `Validation`, or None.
         checkpoint: what to resume, from `open_checkpoint`, or None.
     """
 
@@ -60,12 +61,13 @@ class LatentDiffusionTrainer(Trainer):
         sampler,
         precision,
         preview=None,
+        validation=None,
         image_logging_steps=-1,
         checkpoint=None,
         show_bar=True,
     ):
         # Averages and resumed weights are taken before AMP O2 casts the model.
-        self.ema = setup.build_ema(config, model)
+        self.ema = setup.build_ema(config, model, on_host=bool(args.sharding))
         if checkpoint is not None:
             ckpt.restore_model(checkpoint, model, self.ema)
         super().__init__(model=model, args=args, train_dataset=train_dataset)
@@ -78,6 +80,7 @@ class LatentDiffusionTrainer(Trainer):
         self.sampler = sampler
         self.precision = precision
         self.preview = preview
+        self.validation = validation
         self.image_logging_steps = image_logging_steps
         self.resumed = checkpoint
         self._micro_step = 0
@@ -217,6 +220,15 @@ class LatentDiffusionTrainer(Trainer):
         if self._last_done != step and self.log_writer.step_done(step):
             self.state.epoch = self.sampler.epoch(step)
             self.log_writer.report(lr=self._lr, grad_norm=self._grad_norm.take(), epoch=self.state.epoch)
+        if self._last_done != step and self.validation is not None and self.validation.due(step, self.args.max_steps):
+            self.validation.run(
+                step,
+                model=self.model,
+                ema=self.ema,
+                optimizer=self.optimizer,
+                precision=self.precision,
+                log=self.log_writer,
+            )
         if self._last_done != step and self.preview is not None and step % self.image_logging_steps == 0:
             log_preview(
                 self.preview,
@@ -267,8 +279,9 @@ class LatentDiffusionTrainer(Trainer):
 
     def close(self):
         """Ends the log and says where everything went."""
-        self.log_writer.print(
-            f"done: step {max(self.sampler.first_step, self.args.max_steps)}, checkpoints in {self.args.output_dir}, "
-            f"VisualDL log in {self.log_writer.visualdl_dir}"
-        )
+        if self.sampler.first_step < self.args.max_steps:
+            self.log_writer.print(
+                f"done: step {self.args.max_steps}, checkpoints in {self.args.output_dir}, "
+                f"VisualDL log in {self.log_writer.visualdl_dir}"
+            )
         self.log_writer.close()

@@ -12,6 +12,13 @@ from training.arguments import PASSED_ON
 from training.cpu_parallel import use_plain_collectives
 
 SHARDING = ("", "stage1", "stage2", "stage3")
+# Settings of PaddleNLP's sharding_parallel_config that can be used, by stage. The others keep the optimizer's state
+# under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
+SHARDING_CONFIG = {"disable_stage1_reduce_avg": ("stage1",), "enable_release_grads": ("stage1",)}
+LEFT_OUT = (
+    *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
+    *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
+)
 
 
 def check_degrees(args, model, world_size):
@@ -21,8 +28,8 @@ def check_degrees(args, model, world_size):
         model: the `model` section of the resolved config.
 
     Returns:
-        `(data ranks, note)`: how many ranks get different data (data-parallel and sharding ranks together), and a
-        sentence to print if `dp_degree` says otherwise than what follows from the others, else None.
+        `(data ranks, notes)`: how many ranks get different data (data-parallel and sharding ranks together), and
+        sentences to print: `dp_degree` says otherwise than what follows from the others; settings that are left out.
 
     Raises:
         ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
@@ -40,6 +47,8 @@ def check_degrees(args, model, world_size):
     if world_size % tensor:
         raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
     check_tensor_parallel(model, tensor)
+    if args.sharding and args.sharding_parallel_degree == 1 and world_size > tensor:
+        raise ValueError(f"--sharding {args.sharding} with --sharding_parallel_degree 1 shards nothing; leave one out")
     if args.sharding_parallel_degree is None:
         args.sharding_parallel_degree = world_size // tensor if args.sharding else 1
     sharding = args.sharding_parallel_degree
@@ -50,13 +59,23 @@ def check_degrees(args, model, world_size):
         )
     args.sharding = (args.sharding or "stage1") if sharding > 1 else ""
     data_parallel = world_size // (tensor * sharding)
-    note = None
+    notes = []
     if args.dp_degree is not None and args.dp_degree != data_parallel:
-        note = (
+        notes.append(
             f"--dp_degree {args.dp_degree} is not what {world_size} processes with tensor-parallel degree {tensor} and "
             f"sharding degree {sharding} give: the data-parallel degree is {data_parallel}"
         )
-    return world_size // tensor, note
+    settings = args.sharding_parallel_config.replace(",", " ").split()
+    for name in settings:
+        if name not in (*SHARDING_CONFIG, *LEFT_OUT):
+            known = ", ".join((*SHARDING_CONFIG, *LEFT_OUT))
+            raise ValueError(f"--sharding_parallel_config: unknown setting {name!r}; known: {known}")
+    used = [name for name in settings if args.sharding in SHARDING_CONFIG.get(name, ())]
+    if len(used) < len(settings):
+        unused = ", ".join(name for name in settings if name not in used)
+        notes.append(f"--sharding_parallel_config: {unused} left out (only speed or memory would differ)")
+    args.sharding_parallel_config = " ".join(used)
+    return world_size // tensor, notes
 
 
 def training_arguments(args, others, config, precision, *, max_steps, batch_size):
@@ -106,7 +125,8 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
         "fp16_opt_level": precision.level,
         "device": args.device if args.device != "auto" else _current_device(),
         "sharding": args.sharding,
-        "sharding_parallel_degree": args.sharding_parallel_degree,
+        "sharding_parallel_degree": args.sharding_parallel_degree if args.sharding else -1,
+        "sharding_parallel_config": args.sharding_parallel_config,
         "tensor_parallel_degree": args.tensor_parallel_degree,
         "ddp_find_unused_parameters": False,
         "ignore_data_skip": True,
@@ -119,8 +139,11 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
     parser = PdArgumentParser(TrainingArguments, allow_abbrev=False)
     try:
         (parsed,) = parser.parse_args_into_dataclasses(words + others)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise ValueError(f"command line: {error}") from None
+    if parsed.amp_master_grad and parsed.fp16 and not parsed.use_hybrid_parallel:
+        # The loss scaler of a plain optimizer does not find the master gradients: they would never be unscaled.
+        raise ValueError("command line: --amp_master_grad with --fp16 needs sharding or tensor parallelism; use --bf16")
     if parsed.amp_master_grad and args.sharding in ("stage2", "stage3") and parsed.data_parallel_degree > 1:
         raise ValueError("command line: --amp_master_grad can't be combined with stage2 or stage3 and data parallel")
     return parsed

@@ -1,0 +1,77 @@
+"""The loss of held-out samples at fixed timesteps and noise: a curve that does not jump with what a step has drawn."""
+
+import time
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from training.preview import ema_weights
+from training.shares import Shares
+
+
+class Validation:
+    """Mean losses of held-out samples, by the network's own weights and by their averages.
+
+    Sample i gets the same noise and the same place in the time interval at every call, in every run and on any number
+    of ranks; the places are spread evenly over the samples. No label is dropped.
+
+    Args:
+        objective: from `objectives.build_objective`.
+        dataset: the held-out part of a `FeatureDataset`.
+        every: optimizer steps between two calls.
+        batch_size: samples of a forward pass on one device.
+        rank, world_size: of the data-parallel ranks.
+        ranks_per_batch: ranks that have the same batch (tensor parallelism).
+    """
+
+    SEED = 20250
+
+    def __init__(self, objective, dataset, *, every, batch_size, rank, world_size, ranks_per_batch=1):
+        self.objective, self.dataset, self.every = objective, dataset, every
+        self.batch_size, self.rank, self.world_size = min(batch_size, len(dataset)), rank, world_size
+        self.ranks_per_batch = ranks_per_batch
+        order = np.random.default_rng([self.SEED, len(dataset)]).permutation(len(dataset))
+        self._places = ((order + 0.5) / len(dataset)).astype("float32")  # in (0, 1)
+
+    def due(self, step, last_step):
+        """Whether to run after optimizer step `step`."""
+        return step % self.every == 0 or step == last_step
+
+    @paddle.no_grad()
+    def loss(self, model, precision):
+        """Mean loss `()` over the held-out samples, from a model in evaluation mode. A collective; waits for it."""
+        total = paddle.zeros([])
+        count = len(self.dataset)
+        # All ranks make the same number of passes: a network in parts computes only with all of them.
+        stride = self.batch_size * self.world_size
+        for first in range(self.rank * self.batch_size, -(-count // stride) * stride, stride):
+            indices = np.arange(first, min(first + self.batch_size, count))
+            mine = len(indices) > 0
+            if not mine:
+                indices = np.zeros(1, "int64")
+            x, y = self.dataset.read(indices)
+            noise = np.stack([self._noise(index, x.shape[1:]) for index in indices])
+            tensors = [paddle.to_tensor(array) for array in (x, y, self._places[indices], noise)]
+            with precision.autocast():
+                losses = self.objective.validation_losses(model, *tensors)
+            if mine:
+                total = total + losses.astype("float32").sum()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return float(total) / (count * self.ranks_per_batch)
+
+    def _noise(self, index, shape):
+        return np.random.default_rng([self.SEED, index]).standard_normal(shape, "float32")
+
+    def run(self, step, *, model, ema, optimizer, precision, log):
+        """Both losses after optimizer step `step`, into the log; the model is in training mode again after it."""
+        start = time.perf_counter()
+        model.eval()
+        values = {"loss": self.loss(model, precision)}
+        if ema is not None:
+            with ema_weights(model, ema, Shares(model, optimizer)):
+                values["ema_loss"] = self.loss(model, precision)
+        model.train()
+        log.report_validation(step, values)
+        log.pause(time.perf_counter() - start)

@@ -569,3 +569,33 @@ def test_visualdl_shows_one_curve_after_a_resume(features, tmp_path, run_loop):
     (log,) = (tmp_path / "4").glob("*.log")
     records = LogReader(file_path=str(log)).get_data("scalar", "train/loss")
     assert [record.id for record in records] == [1, 2, 3, 4]
+
+
+# The `data` section.
+
+
+def test_data_options_are_the_same_in_both_loops(features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    losses = {}
+    for name, extra in (("all", []), ("some", ["--classes=1,4,7"]), ("in memory", ["--classes=1,4,7", "--in_memory"])):
+        for loop in ("trainer", "notrainer"):
+            output = tmp_path / name / loop
+            arguments = loop_arguments(loop, config=config, features=features, output=output, steps=4)
+            run_loop(loop, [*arguments, *extra])
+            losses[name, loop] = read_losses(output)
+    for name in ("all", "some", "in memory"):
+        assert losses[name, "trainer"] == losses[name, "notrainer"]
+    assert losses["some", "trainer"] == losses["in memory", "trainer"] != losses["all", "trainer"]
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_a_resumed_run_says_that_its_data_are_others(loop, features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    output = tmp_path / "out"
+    arguments = loop_arguments(loop, config=config, features=features, output=output, steps=2)
+    run_loop(loop, arguments)
+    assert "when the checkpoint was saved" not in capsys.readouterr().out
+    arguments = loop_arguments(loop, config=config, features=features, output=output, steps=4)
+    resume = ["--resume=auto"] if loop == "notrainer" else []
+    run_loop(loop, [*arguments, *resume, "--validation_samples=4"])
+    assert "note: 36 samples here, 40 when the checkpoint was saved" in capsys.readouterr().out

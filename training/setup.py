@@ -130,6 +130,16 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
     write_json(os.path.join(folder, "config.json"), config)
 
 
+def other_data_note(checkpoint, dataset):
+    """A sentence to print if a resumed run had another number of samples, else None."""
+    before = checkpoint.progress.get("num_samples") if checkpoint is not None else None
+    if before in (None, len(dataset)):
+        return None
+    return (
+        f"{len(dataset):,} samples here, {before:,} when the checkpoint was saved: their order is another one from here"
+    )
+
+
 def progress_state(config, *, step, samples_seen, num_samples, world_size):
     """The `progress` of a checkpoint."""
     return {

@@ -90,7 +90,7 @@ def train(args, config):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[note, start_note, setup.other_data_note(checkpoint, dataset)],
+            notes=[note, start_note, setup.other_data_note(checkpoint, config, dataset)],
         )
         if checkpoint is not None:
             print(f"resumed {checkpoint.source} at step {first_step}", flush=True)

@@ -74,7 +74,7 @@ def train(args, others, config):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[*degree_notes, note, start_note, setup.other_data_note(checkpoint, dataset)],
+            notes=[*degree_notes, note, start_note, setup.other_data_note(checkpoint, config, dataset)],
         )
         if checkpoint is not None:
             print(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}", flush=True)

@@ -203,6 +203,7 @@ def throughput(pairs, packed, args):
         "FeatureLoader, pairs, 2 workers": (False, read_loader, of_pairs, slow, batch, 2),
         "FeatureLoader, packed, num_workers 1": (False, read_loader, of_packed, count, batch, 1),
         "FeatureLoader, packed, num_workers 0": (True, read_loader, of_packed, count, batch, 0),
+        f"the same, batch {args.large_batch_size}": (True, read_loader, of_packed, count, args.large_batch_size, 0),
         "FeatureDataset.read, packed": (True, read_arrays, of_packed, count, batch),
         "FeatureDataset.read, memory": (True, read_arrays, of_packed.in_memory(), count, batch),
     }
@@ -348,11 +349,11 @@ def print_throughput(rows):
 
 
 def run(args):
-    for key in ("samples", "slow_samples", "batch_size", "repeats", "steps", "start_samples"):
+    for key in ("samples", "slow_samples", "batch_size", "large_batch_size", "repeats", "steps", "start_samples"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
-    if args.batch_size > min(args.samples, args.slow_samples):
-        raise ValueError(f"--batch_size {args.batch_size}: more than the samples")
+    if max(args.batch_size, args.large_batch_size) > min(args.samples, args.slow_samples):
+        raise ValueError("--batch_size and --large_batch_size: expected no more than the samples")
     for part in args.parts:
         if part not in PARTS:
             raise ValueError(f"--parts {part}: expected some of {', '.join(PARTS)}")
@@ -416,6 +417,9 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=100_000, help="of the set [%(default)s]")
     parser.add_argument("--slow_samples", type=int, default=20_000, help="read one by one in each repeat [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=32, help="[%(default)s]")
+    parser.add_argument(
+        "--large_batch_size", type=int, default=256, help="of one row: that of the official train.py [%(default)s]"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of the warm measurements [%(default)s]")
     parser.add_argument("--config_file", default="config/DiT_S_patch4.json", help="of the training step [%(default)s]")
     parser.add_argument("--steps", type=int, default=20, help="training steps to time [%(default)s]")

@@ -129,6 +129,8 @@ def test_float16_on_request(tmp_path, capsys):
 def test_mixed_dtypes_are_not_rounded_unasked(tmp_path):
     latents, _ = write_set(tmp_path / "pairs", 6, dtype="float16")
     np.save(tmp_path / "pairs/imagenet64_features/3.npy", np.full((1, *SHAPE), 1 / 3, "float32"))
+    data = dataset(tmp_path / "pairs")
+    assert_same([everything(data.in_memory())], [everything(data)])
     with pytest.raises(ValueError, match="row 3: is not the same as .*3.npy; were its dtypes mixed"):
         pack_set(tmp_path / "pairs", tmp_path / "packed")
     assert not (tmp_path / "packed/imagenet64_packed").exists()
@@ -505,7 +507,7 @@ def test_label_subset(both, kind):
 
 def test_memory_that_is_not_there(both, monkeypatch):
     monkeypatch.setattr("training.data.available_memory", lambda: 500_000)  # the set takes 163,840
-    data = dataset(both / "packed")
+    data = dataset(both / "packed", flip=True)
     assert_same([everything(data.in_memory())], [everything(data)])
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "3")
     with pytest.raises(ValueError, match=r"40 samples take 0.0 GiB of memory in each of 3 process\(es\), 0.0 GiB are"):
@@ -623,3 +625,25 @@ def test_command_line(tmp_path):
     assert "packing" in done.stderr and "comparing" in done.stderr
     done = run_script("tools/pack_features.py", ["--feature_path", tmp_path / "nowhere"])
     assert done.returncode == 2 and done.stderr.startswith("error: feature_path") and "Traceback" not in done.stderr
+
+
+def test_held_out_samples_do_not_depend_on_the_run(tmp_path):
+    write_set(tmp_path, moments=True)
+    read = [dataset(tmp_path, seed=seed).split(4)[1].read(np.arange(4)) for seed in (0, 1)]
+    np.testing.assert_array_equal(read[0][0], read[1][0])
+    np.testing.assert_array_equal(dataset(tmp_path).in_memory().split(4)[1].read(np.arange(4))[0], read[0][0])
+
+
+def test_a_label_subset_holds_out_what_the_whole_set_would(tmp_path):
+    write_set(tmp_path)
+    whole = dataset(tmp_path).split(20)[1]
+    part = dataset(tmp_path).subset([1, 2]).split(3)[1]
+    of_these = [latent for latent, label in whole if label in (1, 2)]
+    assert len(of_these) >= 3
+    assert all(any((latent == other).all() for other in of_these) for latent, _ in part)
+
+
+def test_memory_holds_no_twins_that_are_not_used(tmp_path):
+    write_set(tmp_path, flip=True)
+    plain, flipped = dataset(tmp_path).in_memory(), dataset(tmp_path, flip=True).in_memory()
+    assert flipped.store.num_bytes == 2 * plain.store.num_bytes

@@ -142,7 +142,7 @@ def bad_batch_size(images, tmp_path):
 
 def features_among_the_classes(images, tmp_path):
     shutil.copytree(images, tmp_path / "in")
-    return arguments(tmp_path / "in", tmp_path / "in" / "out"), "whose folders are classes"
+    return arguments(tmp_path / "in", tmp_path / "in" / "out"), "where the images are"
 
 
 CASES = [missing_folder, no_classes, size_not_divisible, no_vae, bad_batch_size, features_among_the_classes]

@@ -598,4 +598,6 @@ def test_a_resumed_run_says_that_its_data_are_others(loop, features, tmp_path, r
     arguments = loop_arguments(loop, config=config, features=features, output=output, steps=4)
     resume = ["--resume=auto"] if loop == "notrainer" else []
     run_loop(loop, [*arguments, *resume, "--validation_samples=4"])
-    assert "note: 36 samples here, 40 when the checkpoint was saved" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "note: 36 samples here, 40 when the checkpoint was saved; validation_samples 4 here, 0 there" in printed
+    assert "held-out samples may have been trained on before" in printed

@@ -259,12 +259,11 @@ def extract(args) -> None:
     for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
         if getattr(args, key) < least:
             raise ValueError(f"--{key} {getattr(args, key)}: expected at least {least}")
-    if args.data_path and not find_archives(args.data_path)[0]:  # what can be said before the slow imports
+    if args.data_path:  # what can be said before the slow imports
+        find_archives(args.data_path)
         inside, outside = os.path.realpath(args.features_path), os.path.realpath(args.data_path)
-        if not args.list and os.path.commonpath([inside, outside]) == outside:
-            raise ValueError(
-                f"--features_path {args.features_path}: lies in {args.data_path}, whose folders are classes"
-            )
+        if not args.list and os.path.isdir(outside) and os.path.commonpath([inside, outside]) == outside:
+            raise ValueError(f"--features_path {args.features_path}: lies in {args.data_path}, where the images are")
     name = args.name or f"imagenet{args.image_size}"
 
     import paddle

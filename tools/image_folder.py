@@ -119,6 +119,8 @@ def load_pixels(path: str, size: int, data: bytes | None = None):
             return np.asarray(center_crop(to_rgb(file), size))
     except UnidentifiedImageError:
         reason = "no image format that Pillow knows"
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types for a broken file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UnreadableImage(path, reason)

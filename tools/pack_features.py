@@ -348,6 +348,12 @@ def convert(args):
         raise ValueError(f"{store.feature_source(0)}: holds {store.dtype}, expected float latents")
     args.rounded_to = args.dtype or "float32"  # what was not asked for must not happen
     args.dtype = args.dtype or ("float16" if store.dtype == "float16" else "float32")
+    from tools.image_source import MAX_LABEL
+
+    wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ValueError(f"{store.label_source(first)}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
     source = Rows(store, args.num_workers)
     args.shard_samples = args.shard_samples or max(1, SHARD_BYTES // (store.num_bytes // len(store)))
 
@@ -370,8 +376,8 @@ def convert(args):
         worst = to_pairs(source, layout, args, work)
         labels = store.labels
     write_manifest(layout, old, manifest, source, labels, kind=kind, dtype=args.dtype)
+    os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
-    os.remove(plan_file)
     place = layout.packed if kind == "packed" else f"{layout.features}, {layout.labels}"
     print(f"{len(store):,} samples, compared bit for bit: {place}, {layout.manifest}")
     if worst and store.dtype != "float16":

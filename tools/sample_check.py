@@ -34,9 +34,11 @@ class Expected:
         return self.row_shape[0] // (2 if self.moments else 1)
 
     def label_problem(self, label):
-        if label < 0 or self.num_classes is not None and label >= self.num_classes:
-            allowed = "0 or more" if self.num_classes is None else f"0..{self.num_classes - 1}"
-            return f"label {label}, expected {allowed}"
+        from tools.image_source import MAX_LABEL
+
+        most = MAX_LABEL if self.num_classes is None else self.num_classes - 1
+        if not 0 <= label <= most:
+            return f"label {label}, expected 0..{most}"
         return None
 
 

@@ -346,7 +346,7 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
     return checkpoint
 
 
-_RUN_FILES = ("config.json", "metrics.jsonl", "tb_log", "images")
+_RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images")
 
 
 def _put_aside(output_dir, checkpoint, overwrite):

@@ -83,17 +83,19 @@ class MemoryStore:
     Args:
         store: where they are.
         indices: `(n,)` which of them.
+        flip: with their mirrored twins.
 
     Raises:
         ValueError: they don't fit into the free memory, or what the store raises.
     """
 
-    def __init__(self, store, indices):
+    def __init__(self, store, indices, *, flip):
         from tqdm import tqdm
 
         self._store, self._indices = store, indices
-        self.path, self.row_shape, self.has_flip = store.path, store.row_shape, store.has_flip
-        self.dtype = store.dtype if store.dtype == np.float16 else np.dtype("float32")
+        self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
+        # Pairs of files may be of several dtypes.
+        self.dtype = store.dtype if isinstance(store, PackedStore) else np.dtype("float32")
         shape = (1 + self.has_flip, len(indices), *self.row_shape)
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()
@@ -196,7 +198,7 @@ class FeatureDataset:
         self.num_classes = num_classes
         self.flip, self.posterior, self.seed = flip, posterior, seed
         self.notes = []
-        self._indices = self._classes = None
+        self._indices = self._classes = self._stored = None
         if not len(self.store):
             raise ValueError(f"{self.features_dir}: no sample in it")
         self._check_shape(read_manifest(feature_path, name).get("moments"))
@@ -240,7 +242,9 @@ class FeatureDataset:
                 f"num_classes: 0..{self.num_classes - 1}"
             )
         if self._classes is not None and not np.isin(labels, self._classes).all():
-            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; start again")
+            again = getattr(self.store, "index_path", None)  # a file that is rewritten leaves its folder as it was
+            again = f"delete {again} and start again" if again else "start again"
+            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; {again}")
 
     @property
     def features_dir(self):
@@ -281,7 +285,8 @@ class FeatureDataset:
             return np.ascontiguousarray(mean), labels
         noise = np.empty(mean.shape, "float32")
         if positions is None:
-            _normals(_key(self.seed, _FIXED_NOISE, 2), stored, noise)
+            places = stored if self._stored is None else self._stored[stored]
+            _normals(_key(0, _FIXED_NOISE, 2), places, noise)  # not the run's seed: held-out samples stay the same
         else:
             _normals(_key(self.seed, _NOISE, 2), positions, noise)
         noise *= std
@@ -322,7 +327,9 @@ class FeatureDataset:
     def split(self, held_out, *, seed=0):
         """`(the rest, held_out samples)`: drawn by index from the seed, the same on every rank and in every run.
 
-        The seed is not the run's: another run's training samples must not become this one's held-out ones.
+        The seed is not the run's: another run's training samples must not become this one's held-out ones. More
+        held-out samples are those of before and others. A label subset holds out its own samples: those that the whole
+        set would hold out first.
 
         Raises:
             ValueError: nothing would be left to train on.
@@ -331,14 +338,17 @@ class FeatureDataset:
             raise ValueError(f"{held_out} held-out samples: expected 0..{len(self) - 1}, the set has {len(self)}")
         if not held_out:
             return self, self._part(np.empty(0, "int64"))
-        order = np.random.default_rng([seed, _HELD_OUT]).permutation(len(self))
+        # In the order of a draw over the whole set: of a label subset as many of the same samples as can be.
+        rank = np.argsort(np.random.default_rng([seed, _HELD_OUT]).permutation(len(self.store)))
+        order = np.argsort(rank if self._indices is None else rank[self._indices])
         return self._part(np.sort(order[held_out:])), self._part(np.sort(order[:held_out]))
 
     def in_memory(self):
         """The same samples read into this process's memory, for a disk that is slow even when read ahead."""
         part = copy.copy(self)
         indices = np.arange(len(self.store)) if self._indices is None else self._indices
-        part.store, part._indices = MemoryStore(self.store, indices), None
+        part.store, part._indices = MemoryStore(self.store, indices, flip=self.flip), None
+        part._stored = indices
         return part
 
 

@@ -125,7 +125,7 @@ class PairStore:
         self.flip_dir = self.path + "_flip"
         self.has_flip = os.path.isdir(self.flip_dir)
         self._folders = [self.path, self.labels_dir, *([self.flip_dir] if self.has_flip else [])]
-        self._index = index_file(feature_path, name)
+        self.index_path = index_file(feature_path, name)
         self.index_note = None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
         self._labels = self._signatures = None
@@ -140,7 +140,7 @@ class PairStore:
     def _load_index(self):
         """Takes the names from the index, if it is there and of these very folders."""
         try:
-            with np.load(self._index, allow_pickle=False) as index:
+            with np.load(self.index_path, allow_pickle=False) as index:
                 self._signatures = [_signature(folder) for folder in self._folders]
                 if index["signature"].tolist() != self._signatures:
                     return False
@@ -148,7 +148,7 @@ class PairStore:
                 self._labels = index["labels"] if "labels" in index else None
         except Exception:  # no index, or a broken one: the folders are read again
             return False
-        self.index_note = f"names of the samples from {self._index}; it is made anew when the folders change"
+        self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
         return len(self._names) > 0
 
     def _scan(self):
@@ -172,12 +172,12 @@ class PairStore:
     def _save_index(self):
         newest = max(max(signature[:2]) for signature in self._signatures)
         if time.time_ns() - newest < _CLOCK_NS:
-            self.index_note = f"no index {self._index}: the folders have just changed"
+            self.index_note = f"no index {self.index_path}: the folders have just changed"
             return
         arrays = {"signature": np.array(self._signatures), "names": self._names}
         if self._labels is not None:
             arrays["labels"] = self._labels
-        folder, name = os.path.split(self._index)
+        folder, name = os.path.split(self.index_path)
         try:
             # Several ranks may write it at once: each its own file, and a rename.
             handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
@@ -185,14 +185,14 @@ class PairStore:
                 with open(handle, "wb") as file:
                     np.savez(file, **arrays)
                 os.chmod(partial, 0o666 & ~_umask())  # mkstemp's is for one user alone
-                os.replace(partial, self._index)
+                os.replace(partial, self.index_path)
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(partial)
         except OSError as error:
-            self.index_note = f"no index {self._index} ({error.strerror}): the folders are listed at every start"
+            self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
             return
-        self.index_note = f"names of the samples are kept in {self._index}, for the next start"
+        self.index_note = f"names of the samples are kept in {self.index_path}, for the next start"
 
     # Samples.
 

@@ -64,6 +64,8 @@ def build_dataset(config, feature_path, resolution):
     )
     if data["classes"] is not None:
         dataset = dataset.subset(data["classes"])
+    if not dataset.moments and data["posterior"] == "mean":
+        dataset.notes.append("posterior mean has no effect: the set holds samples, not moments")
     held_out = None
     if data["validation_samples"]:
         dataset, held_out = dataset.split(data["validation_samples"])
@@ -130,14 +132,27 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
     write_json(os.path.join(folder, "config.json"), config)
 
 
-def other_data_note(checkpoint, dataset):
-    """A sentence to print if a resumed run had another number of samples, else None."""
-    before = checkpoint.progress.get("num_samples") if checkpoint is not None else None
-    if before in (None, len(dataset)):
+def other_data_note(checkpoint, config, dataset):
+    """A sentence to print if a resumed run had other data, else None."""
+    if checkpoint is None:
         return None
-    return (
-        f"{len(dataset):,} samples here, {before:,} when the checkpoint was saved: their order is another one from here"
-    )
+    changes = []
+    before = checkpoint.progress.get("num_samples")
+    if before not in (None, len(dataset)):
+        changes.append(f"{len(dataset):,} samples here, {before:,} when the checkpoint was saved")
+    theirs = checkpoint.config["data"] if checkpoint.config is not None else config["data"]
+    for key in ("flip", "posterior", "classes", "validation_samples"):
+        if theirs[key] != config["data"][key]:
+            changes.append(f"{key} {config['data'][key]} here, {theirs[key]} there")
+    if not changes:
+        return None
+    note = "; ".join(changes) + ": other data, or in another order, from here"
+    if (
+        theirs["validation_samples"] != config["data"]["validation_samples"]
+        or theirs["classes"] != config["data"]["classes"]
+    ):
+        note += "; held-out samples may have been trained on before"
+    return note
 
 
 def progress_state(config, *, step, samples_seen, num_samples, world_size):

@@ -109,8 +109,11 @@ def train(args, config):
         log.check_finite()
         start = time.perf_counter()
         path = os.path.join(checkpoints_dir, f"{step:07d}")
-        ckpt.save_checkpoint(
+        ckpt.save_and_rotate(
             path,
+            save_total_limit=args.save_total_limit,
+            last=step == last_step,
+            say=log.print,
             config=config,
             model=model,
             optimizer=optimizer,
@@ -126,8 +129,6 @@ def train(args, config):
                 world_size=world_size,
             ),
         )
-        ckpt.rotate_checkpoints(checkpoints_dir, args.save_total_limit)
-        log.print(f"saved {path}")
         log.pause(time.perf_counter() - start)
 
     model.train()  # label dropout is on

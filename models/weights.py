@@ -11,6 +11,7 @@ handful of names that tensors, numpy arrays and plain containers need are known,
 this module, and any other name ends the reading with an error. Neither PyTorch nor Paddle is imported.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -571,6 +572,8 @@ def _first(names, limit=3):
 def save_pdparams(state, path):
     """Write {name: array} as a `.pdparams` that ``paddle.load`` reads as tensors; {name: {key: array}} stay arrays.
 
+    ``path`` may be a binary file that is open for writing.
+
     ``paddle.save`` of tensors holds every weight four times at its peak; this holds one more tensor than ``state``.
     Arrays of uint16 are read as bfloat16.
     """
@@ -580,7 +583,7 @@ def save_pdparams(state, path):
             return {key: np.asarray(array, order="C") for key, array in value.items()}
         return name, np.asarray(value, order="C")
 
-    with open(path, "wb") as file:
+    with contextlib.nullcontext(path) if hasattr(path, "write") else open(path, "wb") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # no memo, which would keep the bytes of every tensor written so far
         pickler.dump({name: entry(name, value) for name, value in state.items()})

@@ -6,12 +6,12 @@
     optimizer.pdopt         AdamW's moments by parameter name
     trainer_state.json      step, data position, LR schedule, loss scaler, random generators of Python and numpy
     objective.pdparams      only if the objective has a state (the loss-aware timestep sampler)
+    manifest.json           sizes and checksums of the others; written last
 
 The random numbers of a step are a function of (seed, step), so that resuming needs no generator state of Paddle's.
 """
 
 import functools
-import json
 import os
 import random
 import re
@@ -26,8 +26,10 @@ import paddle
 from models.parallel import rank_part
 from models.weights import check_state, official_to_paddle, safe_load, save_pdparams
 from sampling.checkpoint import is_training_checkpoint, read_weights
-from training.config import read_json, resolve_config, write_json
+from training.config import read_json, resolve_config
+from training.manifest import MANIFEST, FolderWriter, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
+from training.runtime import one_line
 from training.shares import Shares, held_name, held_part, master_weights
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
@@ -54,40 +56,86 @@ class Checkpoint:
 
 
 def is_checkpoint(folder):
-    """Whether `folder` is a training checkpoint that can be resumed, not only sampled."""
-    return is_training_checkpoint(folder) and os.path.isfile(os.path.join(folder, STATE))
+    """Whether `folder` is a training checkpoint that can be resumed, not only sampled; perhaps a damaged one."""
+    if _holds(folder, MANIFEST):
+        return _holds(folder, MODEL, OPTIMIZER, STATE)
+    return is_training_checkpoint(folder) and _holds(folder, STATE)
+
+
+def _holds(folder, *names):
+    """Whether any of these files is in `folder`."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def list_checkpoints(folder):
-    """The checkpoints `checkpoint-N` or `N` directly in `folder`, oldest step first, as paths."""
+    """The checkpoints `checkpoint-N` or `N` directly in `folder`, oldest step first, as paths; damaged ones too."""
     if not os.path.isdir(folder):
         return []
+    restore_replaced(folder)
     found = []
     for entry in os.scandir(folder):
         match = _CHECKPOINT_NAME.match(entry.name)
-        if match and entry.is_dir() and is_checkpoint(entry.path):
+        if match and _holds(entry.path, MODEL, OPTIMIZER, STATE):
             found.append((int(match.group(1)), entry.path))
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(folder, experiment_name=None):
-    """The newest checkpoint in a run's folder, or None.
+def find_checkpoints(folder, experiment_name=None):
+    """The checkpoints of a run's folder, newest first; damaged ones too.
 
     Args:
         folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
-            `checkpoints/`; or a results folder of experiments `NNN-NAME`, of which the newest with a checkpoint counts.
+            `checkpoints/`; or a results folder of experiments `NNN-NAME`, those of the newest experiment first.
         experiment_name: consider experiments of this NAME only.
     """
     if is_checkpoint(folder):
+        return [folder]
+    experiments = [path for _, path in reversed(list_experiments(folder, experiment_name))]
+    direct = list_checkpoints(folder) or list_checkpoints(os.path.join(folder, "checkpoints"))
+    found = [direct] if direct else [list_checkpoints(os.path.join(path, "checkpoints")) for path in experiments]
+    return [path for paths in found for path in reversed(paths)]
+
+
+def _damage(path, checksums=False):
+    return damage(path, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=checksums)
+
+
+def pick_checkpoint(folder, experiment_name=None):
+    """The newest whole checkpoint, with every checksum right; prints why a newer one is passed over.
+
+    A checkpoint of a time before manifests is taken only if `folder` is that checkpoint itself: what can't be checked
+    is not chosen, and the user who knows it whole can name it.
+
+    Args:
+        folder: as for `find_checkpoints`.
+
+    Returns:
+        Its path; None if there is no checkpoint at all.
+
+    Raises:
+        ValueError: one line: there are checkpoints, but no whole one. A new run in their place is the user's choice.
+    """
+    if is_checkpoint(folder):
+        if not _holds(folder, MANIFEST):
+            print(f"note: {folder} has no {MANIFEST}, as before there were any: it is resumed unchecked", flush=True)
+        elif wrong := _damage(folder, checksums=True):
+            raise ValueError(
+                f"{folder}: {wrong}; resume another one (or delete its {MANIFEST}, if you changed the files yourself)"
+            )
         return folder
-    for place in (folder, os.path.join(folder, "checkpoints")):
-        found = list_checkpoints(place)
-        if found:
-            return found[-1]
-    for _, path in reversed(list_experiments(folder, experiment_name)):
-        found = list_checkpoints(os.path.join(path, "checkpoints"))
-        if found:
-            return found[-1]
+    passed = []  # (path, what is wrong)
+    for path in find_checkpoints(folder, experiment_name):
+        wrong = _damage(path, checksums=True)
+        if wrong is None:
+            return path
+        print(f"note: checkpoint {path} is passed over: {wrong}", flush=True)
+        passed.append((path, wrong))
+    if passed:
+        path, wrong = passed[0]
+        raise ValueError(
+            f"{folder}: none of its {len(passed)} checkpoint(s) is known to be whole; the newest is {path}: {wrong}; "
+            f"one of a time before there was a {MANIFEST} can be resumed by its own path"
+        )
     return None
 
 
@@ -118,48 +166,83 @@ def _set_random_state(state):
 def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
     """Writes a checkpoint; every rank calls it, rank 0 writes.
 
-    It is written beside and renamed when complete: a folder of this name is a whole checkpoint or is not there.
+    It is written beside, flushed and renamed when complete: a folder of this name is a whole checkpoint or is not
+    there.
 
     Args:
-        folder: its path; an existing one of the same step is replaced.
+        folder: its path; an existing one of the same step is replaced, and stays if that fails.
         model: the network, not wrapped.
         ema: an `EMA`, or None.
         progress: `global_step`, `samples_seen` and what else is worth knowing, JSON values.
+
+    Raises:
+        OSError: on every rank: the file system refused.
     """
     shares = Shares(model, optimizer)
     masters = master_weights(optimizer)
-    writes = paddle.distributed.get_rank() == 0
-    if writes:
-        parent, name = os.path.split(os.path.abspath(folder))
-        partial = os.path.join(parent, f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-        write_json(os.path.join(partial, CONFIG), config)
+    writer = failure = None
+
+    def attempt(function, *arguments):
+        # Rank 0 alone writes, and goes on after an error: the others gather with it, and hear of it at the end.
+        nonlocal failure
+        if paddle.distributed.get_rank() == 0 and failure is None:
+            try:
+                return function(*arguments)
+            except OSError as error:
+                failure = error
+        return None
+
+    def write_arrays(name, arrays):
+        with writer.open(name) as file:
+            save_pdparams(arrays, file)
 
     def write(name, arrays):
-        if writes and arrays:
-            save_pdparams(arrays, os.path.join(partial, name))
+        if arrays:
+            attempt(write_arrays, name, arrays)
 
+    def finish():
+        if failure is None:
+            attempt(writer.finish)
+        if failure is not None:
+            if writer is not None:
+                writer.discard()
+            raise failure
+
+    writer = attempt(FolderWriter, folder)
+    attempt(lambda: writer.write_json(CONFIG, config))
     # One after the other: at 7B parameters the host has each of them once, not all together.
     write(MODEL, whole_weights(model, shares, masters))
     write(EMA_STATE, shares.whole(ema.state_dict()) if ema is not None else {})
     write(OPTIMIZER, _whole_optimizer_state(optimizer, model, shares, masters))
     write(OBJECTIVE, {key: value.numpy() for key, value in objective.state_dict().items()})
-    if writes:
-        state = {
-            **progress,
-            "ema_updates": ema.num_updates if ema is not None else 0,
-            "lr_scheduler": {key: value for key, value in lr_scheduler.state_dict().items() if _is_plain(value)},
-            "scaler": _plain_scaler(scaler),
-            "random": _random_state(),
-        }
-        with open(os.path.join(partial, STATE), "w", encoding="utf-8") as file:
-            json.dump(state, file)
-        if os.path.isdir(folder):
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.barrier()
+    state = {
+        **progress,
+        "ema_updates": ema.num_updates if ema is not None else 0,
+        "lr_scheduler": {key: value for key, value in lr_scheduler.state_dict().items() if _is_plain(value)},
+        "scaler": _plain_scaler(scaler),
+        "random": _random_state(),
+    }
+    attempt(lambda: writer.write_json(STATE, state, indent=None))
+    _of_rank_0(finish)
+
+
+def save_and_rotate(folder, *, save_total_limit, last, say, **parts):
+    """`save_checkpoint(folder, **parts)`, then `rotate_checkpoints` beside it; a collective.
+
+    A file system that refuses is reported by `say(line)`, and training goes on: the next save tries again.
+
+    Raises:
+        OSError: the last checkpoint of a run (`last`) could not be saved.
+    """
+    try:
+        save_checkpoint(folder, **parts)
+    except OSError as error:
+        if last:
+            raise
+        say(f"warning: {folder} is not saved: {one_line(error)}; training goes on, and the next save tries again")
+    else:
+        rotate_checkpoints(os.path.dirname(folder), save_total_limit, say)
+        say(f"saved {folder}")
 
 
 def whole_weights(model, shares, masters):
@@ -196,25 +279,34 @@ def _plain_scaler(scaler):
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
 
 
-def rotate_checkpoints(folder, save_total_limit):
-    """Deletes the oldest checkpoints in `folder` until `save_total_limit` are left (None: all). Rank 0 only."""
+def rotate_checkpoints(folder, save_total_limit, say=print):
+    """Deletes what is older than the newest `save_total_limit` whole checkpoints in `folder` (None: nothing).
+
+    Damaged ones don't count: as long as there are fewer whole ones, nothing is deleted. Rank 0 only.
+    """
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
-        for path in list_checkpoints(folder)[:-save_total_limit]:
-            shutil.rmtree(path)
+        found = list_checkpoints(folder)
+        whole = [path for path in found if _damage(path) is None]
+        older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
+        try:
+            for path in older:
+                delete_folder(path)
+        except OSError as error:
+            say(f"warning: an old checkpoint is not deleted: {one_line(error)}")
 
 
-def load_checkpoint(path):
-    """Reads a checkpoint folder (or a run's folder: its newest one), or an official `train.py` file `.pt`.
+def load_checkpoint(path, experiment_name=None):
+    """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
 
-    Nothing that the files hold is executed.
+    Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
 
     Raises:
-        ValueError: one line: nothing there, not a checkpoint, an unreadable file.
+        ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
     """
     path = str(path)
     if os.path.isfile(path):
         return _load_official(path)
-    folder = latest_checkpoint(path)
+    folder = _of_rank_0(lambda: pick_checkpoint(path, experiment_name))
     if folder is None:
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
@@ -294,16 +386,21 @@ def open_experiment(resume, results_dir, config_file, config):
         config_file: its name without `.json` names the experiment.
     """
     name = os.path.splitext(os.path.basename(config_file))[0]
-    path = _of_rank_0(lambda: latest_checkpoint(results_dir, name)) if resume == "auto" else resume
     try:
-        checkpoint = open_checkpoint(path, config) if path else None
+        if resume == "auto":
+            any_there = _of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
+            checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
+        else:
+            checkpoint = open_checkpoint(resume, config) if resume else None
     except ValueError as error:
         raise ValueError(f"{error}" + ("; to start anew: --resume None" if resume == "auto" else "")) from None
 
     def folder():
-        for _, experiment in list_experiments(results_dir, name):
-            newest = latest_checkpoint(experiment)
-            if checkpoint is not None and newest and os.path.samefile(newest, checkpoint.source):
+        for _, experiment in list_experiments(results_dir, name) if checkpoint is not None else []:
+            found = find_checkpoints(experiment)
+            # What `auto` passed over is damaged, and may be done again in its place.
+            mine = found if resume == "auto" else found[:1]
+            if any(os.path.samefile(path, checkpoint.source) for path in mine):
                 return experiment
         index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
         path = os.path.join(results_dir, f"{index:03d}-{name}")
@@ -314,10 +411,20 @@ def open_experiment(resume, results_dir, config_file, config):
 
 
 def _of_rank_0(decide):
-    """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently."""
-    answer = [decide() if paddle.distributed.get_rank() == 0 else None]
+    """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently.
+
+    A `ValueError` or `OSError` of it is raised on every rank.
+    """
+    answer = [None]
+    if paddle.distributed.get_rank() == 0:
+        try:
+            answer = [decide()]
+        except (ValueError, OSError) as error:
+            answer = [error]
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
     return answer[0]
 
 
@@ -335,9 +442,9 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
         checkpoint = open_checkpoint(resume, config)
     else:
         anew = overwrite and resume != "auto"
-        path = None if anew else _of_rank_0(lambda: latest_checkpoint(output_dir))
+        any_there = not anew and _of_rank_0(lambda: bool(find_checkpoints(output_dir)))
         try:
-            checkpoint = open_checkpoint(path, config) if path else None
+            checkpoint = open_checkpoint(output_dir, config) if any_there else None
         except ValueError as error:
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
@@ -375,9 +482,9 @@ def _step_of(path):
     return int(_CHECKPOINT_NAME.match(os.path.basename(path)).group(1))
 
 
-def open_checkpoint(path, config):
+def open_checkpoint(path, config, experiment_name=None):
     """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, experiment_name)
     check_same_model(checkpoint, config)
     checkpoint.progress.setdefault(
         "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]

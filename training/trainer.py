@@ -252,8 +252,11 @@ class LatentDiffusionTrainer(Trainer):
         start = time.perf_counter()
         step = self.state.global_step
         path = os.path.join(self.args.output_dir, f"checkpoint-{step}")
-        ckpt.save_checkpoint(
+        ckpt.save_and_rotate(
             path,
+            save_total_limit=self.args.save_total_limit,
+            last=step == self.args.max_steps,
+            say=self.log_writer.print,
             config=self.config,
             model=self.model,
             optimizer=self.optimizer,
@@ -269,9 +272,7 @@ class LatentDiffusionTrainer(Trainer):
                 world_size=paddle.distributed.get_world_size(),
             ),
         )
-        ckpt.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self._last_saved = step
-        self.log_writer.print(f"saved {path}")
         self.log_writer.pause(time.perf_counter() - start)
 
     def log(self, logs, **kwargs):

@@ -1,0 +1,335 @@
+"""Checkpoints are all or nothing: kills while saving, damaged files, rotation, file systems that refuse."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
+
+from training import checkpoint as ckpt
+from training import manifest
+
+LOOPS = ["trainer", "notrainer"]
+FILES = ["config.json", "model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt", "trainer_state.json"]
+
+
+@pytest.fixture(scope="module")
+def saved(features, tmp_path_factory):
+    """`{loop: output folder}` of finished runs of 6 steps with checkpoints at 2, 4 and 6: never written to."""
+    from conftest import run_in_process
+
+    outputs = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for loop in LOOPS:
+            folder = tmp_path_factory.mktemp(loop)
+            outputs[loop] = folder / "out"
+            run_in_process(loop, arguments_of(loop, folder, features), patch)
+    return outputs
+
+
+def arguments_of(loop, folder, features, steps=6):
+    config = write_config(folder / "Tiny.json")
+    return loop_arguments(
+        loop, config=config, features=features, output=folder / "out", steps=steps, batch=2, save_every=2
+    )
+
+
+@pytest.fixture(params=LOOPS)
+def run(request, saved, features, tmp_path, run_loop):
+    """A copy of one loop's finished run."""
+    return Run(request.param, saved, features, tmp_path, run_loop)
+
+
+@pytest.fixture
+def trainer_run(saved, features, tmp_path, run_loop):
+    return Run("trainer", saved, features, tmp_path, run_loop)
+
+
+class Run:
+    def __init__(self, loop, saved, features, folder, run_loop):
+        self.loop, self.output, self.run_loop = loop, folder / "out", run_loop
+        shutil.copytree(saved[loop], self.output)
+        self.arguments = arguments_of(loop, folder, features)
+        self.expected = read_losses(saved[loop])
+
+    def at(self, step):
+        return checkpoint_path(self.loop, self.output, step)
+
+    def steps(self):
+        """The steps that checkpoints are listed of."""
+        return [ckpt._step_of(path) for path in ckpt.find_checkpoints(self.output)]
+
+    def resume(self, path="auto"):
+        flag = "--resume" if self.loop == "notrainer" else "--resume_from_checkpoint"
+        self.run_loop(self.loop, [*self.arguments, f"{flag}={path}"])
+
+
+def flip_bit(path, where=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+# Which one is resumed.
+
+
+@pytest.mark.parametrize(
+    ("harm", "name", "reason"),
+    [
+        (flip_bit, "optimizer.pdopt", "optimizer.pdopt is damaged"),
+        (truncate, "ema_state.pdparams", r"ema_state.pdparams has [\d,]+ bytes, [\d,]+ were written"),
+        (os.unlink, "trainer_state.json", "trainer_state.json is missing"),
+        (os.unlink, "manifest.json", "it has no manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(run, harm, name, reason, capsys):
+    harm(run.at(6) / name)
+    capsys.readouterr()
+    run.resume()
+    out = capsys.readouterr().out
+    assert re.search(rf"note: checkpoint \S+6 is passed over: {reason}", out), out
+    assert f"resumed {run.at(4)} at step 4" in out
+    # Steps 5 and 6 were done again, in the same place, with the same losses; checkpoint 6 is whole again.
+    assert read_losses(run.output) == run.expected
+    assert ckpt.pick_checkpoint(run.output) == str(run.at(6))
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_any_flipped_bit_is_found(trainer_run, name):
+    whole = (trainer_run.at(6) / name).read_bytes()
+    for where in (0, 0.3, 0.7, 0.9999):
+        flip_bit(trainer_run.at(6) / name, where)
+        assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(4)), where
+        (trainer_run.at(6) / name).write_bytes(whole)
+    assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(6))
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(run):
+    flip_bit(run.at(4) / "model_state.pdparams")
+    before = sorted(path.name for path in run.at(4).parent.iterdir())
+    with pytest.raises(ValueError, match="model_state.pdparams is damaged: .*; resume another one") as error:
+        run.resume(run.at(4))
+    assert str(run.at(4)) in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in run.at(4).parent.iterdir()) == before
+
+
+def test_no_whole_checkpoint_is_no_reason_to_start_anew(run):
+    for step in (2, 4, 6):
+        truncate(run.at(step) / "optimizer.pdopt")
+    with pytest.raises(ValueError, match=r"none of its 3 checkpoint\(s\) is known to be whole; the newest is .*6: opt"):
+        run.resume()
+    assert read_losses(run.output) == run.expected and run.steps() == [6, 4, 2]
+
+
+def test_checkpoints_of_before_manifests(run, capsys):
+    for step in (2, 4, 6):
+        (run.at(step) / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match="has no manifest.json; one of a time before .* can be resumed by its own path"
+    ):
+        run.resume()
+    run.arguments = [*run.arguments, "--max_steps=8"]
+    run.resume(run.at(6))
+    out = capsys.readouterr().out
+    assert f"note: {run.at(6)} has no manifest.json" in out and f"resumed {run.at(6)} at step 6" in out
+    assert run.steps() == [8, 6, 4, 2]
+    assert ckpt.pick_checkpoint(run.output) == str(run.at(8))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"files": {}}',
+        '{"files": [1]}',
+        '{"files": {"config.json": {}}}',
+        '{"files": {"../x": {"size": 1, "sha256": ""}}}',
+    ],
+)
+def test_a_manifest_that_says_little_is_not_believed(trainer_run, text, capsys):
+    (trainer_run.at(6) / "manifest.json").write_text(text)
+    assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(4))
+    assert "its manifest.json is damaged" in capsys.readouterr().out
+
+
+def test_weights_are_read_with_and_without_a_manifest(trainer_run):
+    from sampling.checkpoint import read_weights
+
+    _, file = read_weights(trainer_run.at(6))
+    (trainer_run.at(6) / "manifest.json").unlink()
+    assert read_weights(trainer_run.at(6))[1] == file == str(trainer_run.at(6) / "ema_state.pdparams")
+
+
+# Rotation.
+
+
+def test_rotation_counts_whole_checkpoints_only(trainer_run):
+    truncate(trainer_run.at(6) / "optimizer.pdopt")
+    ckpt.rotate_checkpoints(trainer_run.output, 2)
+    assert trainer_run.steps() == [6, 4, 2]
+    ckpt.rotate_checkpoints(trainer_run.output, 1)
+    assert trainer_run.steps() == [6, 4]
+    truncate(trainer_run.at(4) / "optimizer.pdopt")
+    ckpt.rotate_checkpoints(trainer_run.output, 1)
+    assert trainer_run.steps() == [6, 4]
+
+
+def test_rotation_takes_away_what_is_older_than_the_whole_ones(run):
+    (run.at(2) / "manifest.json").unlink()  # of before manifests
+    truncate(run.at(4) / "optimizer.pdopt")
+    run.arguments = [*run.arguments, "--max_steps=8", "--save_total_limit=2"]
+    run.resume()
+    assert run.steps() == [8, 6]
+    assert not list(run.at(8).parent.glob(".*"))
+
+
+# Kills.
+
+
+def kill_at_operation(number, monkeypatch):
+    """This process is killed before its operation of this number, from 0, that changes the disk."""
+    count = 0
+
+    def counting(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counting(getattr(os, name)))
+    monkeypatch.setattr(manifest._HashedFile, "write", counting(manifest._HashedFile.write))
+
+
+def write_folder(folder, value):
+    writer = manifest.FolderWriter(folder)
+    for name in FILES:
+        with writer.open(name) as file:
+            file.write(value)
+    writer.finish()
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["replaced", "new"])
+def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
+    """Whenever a process is killed, the newest whole checkpoint is the one before or the new one, never less."""
+    kills = 0
+    while True:
+        place = tmp_path / str(kills)
+        for earlier in (2, 4):
+            write_folder(place / f"checkpoint-{earlier}", b"old")
+        child = os.fork()
+        if not child:
+            kill_at_operation(kills, monkeypatch)
+            write_folder(place / f"checkpoint-{step}", b"new")
+            ckpt.rotate_checkpoints(place, 1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        picked = ckpt.pick_checkpoint(place)
+        value = open(os.path.join(picked, "config.json"), "rb").read()
+        assert (picked.rsplit("-")[-1], value) in {("4", b"old"), (str(step), b"new")}, kills
+        # The next save leaves nothing behind but whole folders.
+        write_folder(place / "checkpoint-8", b"next")
+        assert not list(place.glob(".*"))
+        assert all(ckpt._damage(path, checksums=True) is None for path in ckpt.list_checkpoints(place))
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        kills += 1
+    assert kills > 20 and value == b"new"
+
+
+def test_a_loop_killed_while_saving_resumes(trainer_run):
+    """Killed inside the optimizer's file of step 6."""
+    run = trainer_run
+    truncate(run.at(6) / "config.json")  # so that step 4 is resumed, and 6 done again
+    code = (
+        "import os, runpy, sys\n"
+        "from training import manifest\n"
+        "write = manifest._HashedFile.write\n"
+        "def kill(self, data):\n"
+        "    if 'optimizer' in self.file.name and self.size: os.kill(os.getpid(), 9)\n"
+        "    return write(self, data)\n"
+        "manifest._HashedFile.write = kill\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "train_image_generation_trainer.py", *run.arguments],
+        cwd=ROOT,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    partial = run.output / ".checkpoint-6.partial"
+    assert (partial / "optimizer.pdopt").exists() and run.steps() == [4, 2]
+    run.resume()
+    assert read_losses(run.output) == run.expected
+    assert not partial.exists() and ckpt.pick_checkpoint(run.output) == str(run.at(6))
+
+
+# File systems that refuse.
+
+
+def fail_while(monkeypatch, condition):
+    """Writing a checkpoint's file of which `condition(path)` holds meets a full disk."""
+    write = manifest._HashedFile.write
+
+    def full(self, data):
+        if condition(self.file.name):
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(manifest._HashedFile, "write", full)
+
+
+def test_a_full_disk_does_not_end_training(run, monkeypatch, capsys):
+    run.arguments = [*run.arguments, "--max_steps=10"]
+    fail_while(monkeypatch, lambda path: "8.partial/ema_state" in path)
+    run.resume()
+    out = capsys.readouterr().out
+    assert out.count("8 is not saved: ") == out.count("ema_state.pdparams: No space left on device; training goes") == 1
+    assert run.steps() == [10, 6, 4, 2]
+    assert not list(run.at(6).parent.glob(".*"))  # the room is given back at once
+
+
+def test_a_last_save_that_fails_is_an_error(run, monkeypatch):
+    run.arguments = [*run.arguments, "--max_steps=8"]
+    fail_while(monkeypatch, lambda path: "8.partial/trainer_state" in path)
+    with pytest.raises(OSError, match="No space left on device"):
+        run.resume()
+    assert run.steps() == [6, 4, 2]
+
+
+def test_a_save_that_fails_leaves_the_one_it_would_replace(trainer_run, monkeypatch):
+    place = trainer_run.at(6)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(5, "Input/output error", source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    writer = manifest.FolderWriter(place)
+    with pytest.raises(OSError, match="Input/output"):
+        writer.finish()
+    writer.discard()
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert json.loads(before["manifest.json"])["files"].keys() == set(FILES)

@@ -58,10 +58,16 @@ def use_plain_collectives():
         _new_group.of_paddle, dist.new_group = dist.new_group, _new_group
 
 
-def _new_group(*args, **options):
-    if dist.is_initialized():
+_groups = {}  # by their ranks
+
+
+def _new_group(ranks=None, *args, **options):
+    """One group a set of ranks, made while nobody makes another: gloo can't connect several at once."""
+    key = tuple(sorted(ranks)) if ranks else None
+    if key not in _groups:
         dist.barrier()
-    return _new_group.of_paddle(*args, **options)
+        _groups[key] = _new_group.of_paddle(ranks, *args, **options)
+    return _groups[key]
 
 
 class _Instead:

@@ -1,5 +1,6 @@
 """Exponential moving average of a model's parameters."""
 
+import numpy as np
 import paddle
 
 from training.shares import held_name, held_part
@@ -78,7 +79,7 @@ class EMA:
         for name, shadow in self.shadow.items():
             if name not in state:
                 raise ValueError(f"the EMA state has no {name!r}")
-            value = paddle.to_tensor(state[name]).astype("float32")
+            value = paddle.to_tensor(np.asarray(state[name]), place=shadow.place).astype("float32")
             if list(value.shape) != list(shadow.shape):
                 raise ValueError(f"the EMA state's {name!r} has shape {list(value.shape)}, not {list(shadow.shape)}")
             paddle.assign(value, output=shadow)

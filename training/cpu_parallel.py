@@ -65,7 +65,8 @@ def _new_group(ranks=None, *args, **options):
     """One group a set of ranks, made while nobody makes another: gloo can't connect several at once."""
     key = tuple(sorted(ranks)) if ranks else None
     if key not in _groups:
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         _groups[key] = _new_group.of_paddle(ranks, *args, **options)
     return _groups[key]
 

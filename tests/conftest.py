@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -197,22 +196,13 @@ def command_environment(threads=1):
 
 
 def launch(ranks, script, arguments, log_dir, timeout=400):
-    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process.
-
-    On a busy machine gloo sometimes refuses a connection of its own while a group is made: only then it is tried again.
-    """
-    for attempt in range(5):
-        place = Path(log_dir) / str(attempt) if attempt else Path(log_dir)
-        command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
-        command += ["--master", f"127.0.0.1:{free_port()}", "--log_dir", str(place), str(ROOT / script)]
-        command += [str(argument) for argument in arguments]
-        finished = subprocess.run(
-            command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
-        )
-        logs = "".join(path.read_text(errors="replace") for path in place.glob("workerlog.*"))
-        if finished.returncode == 0 or not re.search(r"gloo/transport.*(Connection refused|TIMEOUT|sizeof)", logs):
-            break
-    return finished
+    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
+    command += ["--master", f"127.0.0.1:{free_port()}", "--log_dir", str(log_dir), str(ROOT / script)]
+    command += [str(argument) for argument in arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def run_script(script, arguments, timeout=120):

@@ -140,6 +140,7 @@ GROUPS = (
     {"trainer-tp-dp": Case("trainer", (TP2,), tensor=2, ranks=4)},
     {"trainer-sharding1-dp": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"), ranks=4)},
     {"trainer-tp-sharding2": Case("trainer", (TP2, "--sharding=stage2"), tensor=2, ranks=4)},
+    {"trainer-tp-sharding3": Case("trainer", (TP2, "--sharding=stage3"), tensor=2, ranks=4)},
     {
         "notrainer-dp": Case("notrainer"),
         "notrainer-recompute": Case("notrainer", ("--recompute=True",)),

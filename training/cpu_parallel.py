@@ -2,13 +2,17 @@
 
 For trials of parallel training without GPUs: fleet's layers and the sharding wrappers run as they are. Replaced are
 the three operators that have no CPU kernel, by the same collectives with their gradients; the wrappers' checks of the
-device; and `new_group`, which gloo answers with refused connections when several groups are made at once. On a GPU
-nothing here is called.
+device; and the store that the addresses of a group are exchanged through. On a GPU nothing here is called.
 """
+
+import os
+import socket
 
 import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
+from paddle.base import core
+from paddle.distributed import collective
 
 
 def _sum(x, group):
@@ -54,21 +58,33 @@ def use_plain_collectives():
     mp_ops._mp_allreduce = _operator(_sum, _copy)
     mp_ops._c_concat = _operator(_concat, _own)
     sharding.group_sharded_parallel = _group_sharded_parallel
-    if dist.new_group is not _new_group:
-        _new_group.of_paddle, dist.new_group = dist.new_group, _new_group
+    if collective._new_process_group_impl is not _new_process_group:
+        _new_process_group.of_paddle = collective._new_process_group_impl
+        collective._new_process_group_impl = _new_process_group
 
 
-_groups = {}  # by their ranks
+def _new_process_group(backend, store, rank, world_size, group_name, *args, **options):
+    """A gloo group with a store of its own.
+
+    Paddle writes the addresses of every group under the same keys, 0 to `world_size` - 1: in a store that groups
+    share, a rank that is early reads those of the group before, and its connection is refused or goes astray.
+    """
+    if backend == "gloo":
+        store = _own_store(store, f"store of {group_name}", rank)
+    return _new_process_group.of_paddle(backend, store, rank, world_size, group_name, *args, **options)
 
 
-def _new_group(ranks=None, *args, **options):
-    """One group a set of ranks, made while nobody makes another: gloo can't connect several at once."""
-    key = tuple(sorted(ranks)) if ranks else None
-    if key not in _groups:
-        if dist.is_initialized():
-            dist.barrier()
-        _groups[key] = _new_group.of_paddle(ranks, *args, **options)
-    return _groups[key]
+def _own_store(shared, key, rank):
+    if rank == 0:
+        host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        store = core.TCPStore(host, port, True, 0)
+        shared.set(key, f"{host}:{port}")
+        return store
+    host, _, port = shared.get(key).decode().rpartition(":")
+    return core.TCPStore(host, int(port), False, 0)
 
 
 class _Instead:
@@ -95,7 +111,6 @@ def _group_sharded_parallel(
     model, optimizer, level, scaler=None, group=None, dp_group=None, exclude_layer=None, sync_comm=False, **_
 ):
     """`paddle.distributed.sharding.group_sharded_parallel` for a CPU: the same wrappers."""
-    from paddle.base import core
     from paddle.distributed.fleet.meta_parallel.sharding import (
         group_sharded_optimizer_stage2,
         group_sharded_stage2,

@@ -104,16 +104,14 @@ def train(args, config):
         show_bar=not args.disable_tqdm,
         rank=rank,
     )
+    saver = ckpt.CheckpointSaver(say=log.print, save_total_limit=args.save_total_limit, background=args.async_save)
 
     def save(step):
         log.check_finite()
         start = time.perf_counter()
         path = os.path.join(checkpoints_dir, f"{step:07d}")
-        ckpt.save_and_rotate(
+        saver.save(
             path,
-            save_total_limit=args.save_total_limit,
-            last=step == last_step,
-            say=log.print,
             config=config,
             model=model,
             optimizer=optimizer,
@@ -173,6 +171,7 @@ def train(args, config):
         if step % args.ckpt_every == 0 or step == last_step:
             save(step)
 
+    saver.finish()
     log.close()
     if rank == 0 and first_step >= last_step:
         print(f"nothing to do: step {first_step} of {last_step} is reached by {checkpoint.source}")

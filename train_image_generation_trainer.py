@@ -90,6 +90,7 @@ def train(args, others, config):
         validation=validation,
         image_logging_steps=args.image_logging_steps,
         checkpoint=checkpoint,
+        async_save=args.async_save,
         show_bar=not args.disable_tqdm,
     )
     trainer.train()

@@ -192,7 +192,7 @@ def worker(path, loop, flags, emulate):
         with open(f"{path}-{paddle.distributed.get_rank()}", "w", encoding="utf-8") as file:
             file.write(str(core.host_memory_stat_peak_value("Allocated", 0)))
 
-    checkpoint.save_checkpoint = read_peak
+    checkpoint.CheckpointSaver.save = read_peak
     if emulate:
         _emulate_half()
     sys.argv = [loop, *flags]

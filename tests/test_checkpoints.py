@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
 from training import checkpoint as ckpt
 from training import manifest
+from training.runtime import SAVING_THREAD
 
 LOOPS = ["trainer", "notrainer"]
 FILES = ["config.json", "model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt", "trainer_state.json"]
@@ -333,3 +335,72 @@ def test_a_save_that_fails_leaves_the_one_it_would_replace(trainer_run, monkeypa
     writer.discard()
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert json.loads(before["manifest.json"])["files"].keys() == set(FILES)
+
+
+# In the background.
+
+
+def weights_at(run, step):
+    return {name: (run.at(step) / name).read_bytes() for name in FILES if name != "trainer_state.json"}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys):
+    """A disk that takes nothing of step 8 until the step after it is done: what is saved is still step 8's."""
+    from training.metrics import TrainingLog
+
+    run.arguments = [*run.arguments, "--max_steps=10"]
+    run.resume()
+    expected = weights_at(run, 8)
+    for step in (8, 10):
+        shutil.rmtree(run.at(step))
+    later, writers = threading.Event(), []
+    write, step_done = manifest._HashedFile.write, TrainingLog.step_done
+
+    def slow(self, data):
+        if "8.partial" in self.file.name:
+            assert later.wait(timeout=60), "training waits for the disk"
+        return write(self, data)
+
+    def tell(self, step):
+        done = step_done(self, step)
+        writers.append([thread.name for thread in threading.enumerate()].count(SAVING_THREAD))
+        if step == 9:
+            later.set()
+        return done
+
+    monkeypatch.setattr(manifest._HashedFile, "write", slow)
+    monkeypatch.setattr(TrainingLog, "step_done", tell)
+    capsys.readouterr()
+    run.resume()
+    assert writers[2] == 1 and max(writers) == 1  # steps 7, 8, 9, 10
+    assert weights_at(run, 8) == expected
+    assert ckpt.pick_checkpoint(run.output) == str(run.at(10))
+    assert read_losses(run.output).keys() == set(range(1, 11))
+    out = capsys.readouterr().out
+    assert f"saved {run.at(8)}" in out and f"saved {run.at(10)}" in out
+
+
+def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monkeypatch, capsys):
+    threads = set()
+    write = manifest._HashedFile.write
+
+    def note_thread(self, data):
+        threads.add(threading.current_thread().name)
+        return write(self, data)
+
+    monkeypatch.setattr(manifest._HashedFile, "write", note_thread)
+    run.arguments = [*run.arguments, "--max_steps=8"]
+    run.resume()
+    assert threads == {SAVING_THREAD}
+    run.arguments += ["--max_steps=10", "--async_save=False"]
+    threads.clear()
+    run.resume()
+    assert threads == {"MainThread"}
+    run.arguments += ["--max_steps=12", "--async_save=True"]
+    monkeypatch.setattr(ckpt, "available_memory", lambda: 1000)
+    threads.clear()
+    capsys.readouterr()
+    run.resume()
+    assert threads == {"MainThread"}
+    assert "training waits while they are written" in capsys.readouterr().out
+    assert run.steps() == [12, 10, 8, 6, 4, 2]

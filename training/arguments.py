@@ -30,8 +30,8 @@ def _none_or_str(text):
     return None if text in ("None", "none", "") else text
 
 
-def _add_bool(group, name, **options):
-    group.add_argument(name, type=str2bool, nargs="?", const=True, default=None, metavar="True|False", **options)
+def _add_bool(group, name, default=None, **options):
+    group.add_argument(name, type=str2bool, nargs="?", const=True, default=default, metavar="True|False", **options)
 
 
 def _add_optimizer_flags(parser):
@@ -201,6 +201,12 @@ def trainer_parser():
     group.add_argument("--logging_steps", type=int, default=50, metavar="N", help="steps between reports [50]")
     group.add_argument("--save_steps", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
     group.add_argument("--save_total_limit", type=int, metavar="N", help="keep the newest N checkpoints [all]")
+    _add_bool(
+        group,
+        "--async_save",
+        default=True,
+        help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
+    )
     _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
     _add_preview_flags(parser)
     group = parser.add_argument_group("parallel degrees")
@@ -276,6 +282,12 @@ def notrainer_parser():
     group.add_argument("--log_every", type=int, default=50, metavar="N", help="steps between reports [50]")
     group.add_argument("--ckpt_every", type=int, default=5000, metavar="N", help="steps between checkpoints [5000]")
     group.add_argument("--save_total_limit", type=int, metavar="N", help="keep the newest N checkpoints [all]")
+    _add_bool(
+        group,
+        "--async_save",
+        default=True,
+        help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
+    )
     _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
     group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
     _add_preview_flags(parser)

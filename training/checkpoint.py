@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import read_json, resolve_config
 from training.manifest import MANIFEST, FolderWriter, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
-from training.runtime import one_line
+from training.packed import available_memory
+from training.runtime import SAVING_THREAD, one_line
 from training.shares import Shares, held_name, held_part, master_weights
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
@@ -163,58 +165,19 @@ def _set_random_state(state):
     np.random.set_state((name, np.asarray(keys, dtype="uint32"), *rest))
 
 
-def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
-    """Writes a checkpoint; every rank calls it, rank 0 writes.
+def checkpoint_files(*, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
+    """The files of a checkpoint, one after the other: `(name, JSON value or arrays by name)`.
 
-    It is written beside, flushed and renamed when complete: a folder of this name is a whole checkpoint or is not
-    there.
+    A collective: every rank goes through all of them; on other ranks than 0 the arrays are missing. The arrays are
+    copies: training may go on while they are written.
 
     Args:
-        folder: its path; an existing one of the same step is replaced, and stays if that fails.
         model: the network, not wrapped.
         ema: an `EMA`, or None.
         progress: `global_step`, `samples_seen` and what else is worth knowing, JSON values.
-
-    Raises:
-        OSError: on every rank: the file system refused.
     """
     shares = Shares(model, optimizer)
     masters = master_weights(optimizer)
-    writer = failure = None
-
-    def attempt(function, *arguments):
-        # Rank 0 alone writes, and goes on after an error: the others gather with it, and hear of it at the end.
-        nonlocal failure
-        if paddle.distributed.get_rank() == 0 and failure is None:
-            try:
-                return function(*arguments)
-            except OSError as error:
-                failure = error
-        return None
-
-    def write_arrays(name, arrays):
-        with writer.open(name) as file:
-            save_pdparams(arrays, file)
-
-    def write(name, arrays):
-        if arrays:
-            attempt(write_arrays, name, arrays)
-
-    def finish():
-        if failure is None:
-            attempt(writer.finish)
-        if failure is not None:
-            if writer is not None:
-                writer.discard()
-            raise failure
-
-    writer = attempt(FolderWriter, folder)
-    attempt(lambda: writer.write_json(CONFIG, config))
-    # One after the other: at 7B parameters the host has each of them once, not all together.
-    write(MODEL, whole_weights(model, shares, masters))
-    write(EMA_STATE, shares.whole(ema.state_dict()) if ema is not None else {})
-    write(OPTIMIZER, _whole_optimizer_state(optimizer, model, shares, masters))
-    write(OBJECTIVE, {key: value.numpy() for key, value in objective.state_dict().items()})
     state = {
         **progress,
         "ema_updates": ema.num_updates if ema is not None else 0,
@@ -222,27 +185,139 @@ def save_checkpoint(folder, *, config, model, optimizer, lr_scheduler, scaler, e
         "scaler": _plain_scaler(scaler),
         "random": _random_state(),
     }
-    attempt(lambda: writer.write_json(STATE, state, indent=None))
-    _of_rank_0(finish)
+    yield CONFIG, config
+    yield MODEL, whole_weights(model, shares, masters)
+    yield EMA_STATE, shares.whole(ema.state_dict()) if ema is not None else {}
+    yield OPTIMIZER, _whole_optimizer_state(optimizer, model, shares, masters)
+    yield OBJECTIVE, {key: value.numpy() for key, value in objective.state_dict().items()}
+    yield STATE, state
 
 
-def save_and_rotate(folder, *, save_total_limit, last, say, **parts):
-    """`save_checkpoint(folder, **parts)`, then `rotate_checkpoints` beside it; a collective.
+def write_checkpoint(folder, files):
+    """Writes a checkpoint of `checkpoint_files`, on rank 0; the others only take part in gathering them.
 
-    A file system that refuses is reported by `say(line)`, and training goes on: the next save tries again.
+    It is written beside, flushed and renamed when complete: a folder of this name is a whole checkpoint or is not
+    there. An existing one of the same step is replaced, and stays if that fails.
 
     Raises:
-        OSError: the last checkpoint of a run (`last`) could not be saved.
+        OSError: the file system refused; on rank 0, when all files were gathered.
     """
+    if paddle.distributed.get_rank() > 0:
+        for _ in files:
+            pass
+        return
+    writer = failure = None
     try:
-        save_checkpoint(folder, **parts)
+        writer = FolderWriter(folder)
     except OSError as error:
-        if last:
-            raise
-        say(f"warning: {folder} is not saved: {one_line(error)}; training goes on, and the next save tries again")
+        failure = error
+    for name, value in files:
+        if failure is None and value:
+            try:
+                _write_file(writer, name, value)
+            except OSError as error:
+                failure = error
+        del value  # at 7B parameters the host has each part once, not all together
+    if failure is None:
+        try:
+            writer.finish()
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        if writer is not None:
+            writer.discard()
+        raise failure
+
+
+def _write_file(writer, name, value):
+    if name.endswith(".json"):
+        writer.write_json(name, value, indent=None if name == STATE else 2)
     else:
-        rotate_checkpoints(os.path.dirname(folder), save_total_limit, say)
-        say(f"saved {folder}")
+        with writer.open(name) as file:
+            save_pdparams(value, file)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run beside its training, and deletes old ones.
+
+    Training waits for the copy out of the device alone; a thread of rank 0 writes, checksums and flushes. One save is
+    under way at a time: the next one waits for it. A file system that refuses is reported, training goes on, and the
+    next save tries again.
+
+    Args:
+        say: prints a line; it is called from the thread too.
+        save_total_limit: whole checkpoints to keep, None: all.
+        background: False: training waits until the checkpoint is on the disk. So it does where the copies, which are
+            kept until they are written, would take more than half of the memory that is free.
+    """
+
+    def __init__(self, *, say, save_total_limit=None, background=True):
+        self.say = say
+        self.save_total_limit = save_total_limit
+        self.background = background
+        self._thread = self._failure = None
+
+    def save(self, folder, **parts):
+        """Saves `checkpoint_files(**parts)` as `folder`, then deletes what `save_total_limit` says. A collective."""
+        self._join()
+        files = checkpoint_files(**parts)
+        if not self._in_background(parts):
+            self._write(folder, files)
+            return
+        gathered = list(files)
+        if paddle.distributed.get_rank() == 0:
+            self._thread = threading.Thread(
+                target=self._write, args=(folder, _taken_from(gathered)), name=SAVING_THREAD
+            )
+            self._thread.start()
+
+    def finish(self):
+        """Waits for the save under way; a collective. `OSError` on every rank: the last save of all failed."""
+        self._join()
+
+        def last():
+            if self._failure is not None:
+                raise self._failure
+
+        _of_rank_0(last)
+
+    def _join(self):
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _in_background(self, parts):
+        if self.background and paddle.distributed.get_rank() == 0:
+            copies = 3 + (parts["ema"] is not None) + bool(master_weights(parts["optimizer"]))
+            shapes = Shares(parts["model"]).whole_shapes().values()
+            size = copies * 4 * sum(int(np.prod(shape)) for shape in shapes)
+            memory = available_memory()
+            if memory is not None and size > 0.5 * memory:
+                self.background = False
+                self.say(
+                    f"note: checkpoints take {size / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB of memory are free: "
+                    "training waits while they are written"
+                )
+        return self.background
+
+    def _write(self, folder, files):
+        try:
+            write_checkpoint(folder, files)
+        except OSError as error:
+            self._failure = error
+            if paddle.distributed.get_rank() == 0:
+                then = "training goes on, and the next save tries again"
+                self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
+        else:
+            self._failure = None
+            rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say)
+            self.say(f"saved {folder}")
+
+
+def _taken_from(items):
+    """The items of a list, each given away: its memory is free when it has been used."""
+    while items:
+        yield items.pop(0)
 
 
 def whole_weights(model, shares, masters):

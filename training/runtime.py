@@ -8,9 +8,11 @@ import ctypes
 import multiprocessing
 import os
 import sys
+import threading
 import warnings
 
 DEVICES = ("auto", "cpu", "gpu")
+SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
 
 
 def configure_runtime():
@@ -65,6 +67,9 @@ def leave_distributed():
 
 
 def _exit_now(code):
+    for thread in threading.enumerate():
+        if thread.name == SAVING_THREAD:
+            thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
     # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
@@ -110,6 +115,7 @@ def init_distributed():
 
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         dist.init_parallel_env()
+        dist.barrier()  # a rank that ends with an error now does not leave the others waiting for its connection
     return dist.get_rank(), dist.get_world_size()
 
 

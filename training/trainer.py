@@ -48,6 +48,7 @@ class LatentDiffusionTrainer(Trainer):
         preview: a `Preview`, or None; drawn every `image_logging_steps`.
         validation: a `Validation`, or None.
         checkpoint: what to resume, from `open_checkpoint`, or None.
+        async_save: write checkpoints beside the training, see `CheckpointSaver`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LatentDiffusionTrainer(Trainer):
         validation=None,
         image_logging_steps=-1,
         checkpoint=None,
+        async_save=True,
         show_bar=True,
     ):
         # Averages and resumed weights are taken before AMP O2 casts the model.
@@ -98,6 +100,9 @@ class LatentDiffusionTrainer(Trainer):
             global_batch_size=sampler.global_batch_size,
             show_bar=show_bar,
             rank=paddle.distributed.get_rank(),
+        )
+        self.saver = ckpt.CheckpointSaver(
+            say=self.log_writer.print, save_total_limit=args.save_total_limit, background=async_save
         )
 
     # Data.
@@ -252,11 +257,8 @@ class LatentDiffusionTrainer(Trainer):
         start = time.perf_counter()
         step = self.state.global_step
         path = os.path.join(self.args.output_dir, f"checkpoint-{step}")
-        ckpt.save_and_rotate(
+        self.saver.save(
             path,
-            save_total_limit=self.args.save_total_limit,
-            last=step == self.args.max_steps,
-            say=self.log_writer.print,
             config=self.config,
             model=self.model,
             optimizer=self.optimizer,
@@ -279,7 +281,8 @@ class LatentDiffusionTrainer(Trainer):
         """PaddleNLP's closing summary; TrainingLog has reported everything in it."""
 
     def close(self):
-        """Ends the log and says where everything went."""
+        """Waits for the last checkpoint, ends the log and says where everything went."""
+        self.saver.finish()
         if self.sampler.first_step < self.args.max_steps:
             self.log_writer.print(
                 f"done: step {self.args.max_steps}, checkpoints in {self.args.output_dir}, "

@@ -10,7 +10,6 @@ the public facebook/DiT-XL-2-256. One class gives one image, several a grid.
 """
 
 import argparse
-import json
 import os
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from tools.image_demo import (
     read_labels,
 )
 from training.runtime import run_cli
+from untrusted import read_json
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
 
@@ -65,19 +65,16 @@ def check_model_path(path):
 
 def load_pipeline(name_or_path, dtype):
     """The DiTPipeline of a folder or of the hub; `ValueError` with one line if there is none."""
-    from ppdiffusers import DiTPipeline
-
-    from sampling.export_large_dit import OWN_CLASS, STOCK_CLASS
+    from sampling.pretrained import load_dit_pipeline
 
     local = os.path.isdir(name_or_path)
     if local:
         check_pipeline(name_or_path, "DiTPipeline")
     try:
-        index = DiTPipeline.load_config(name_or_path)
-        if tuple(index.get("transformer") or ()) in (OWN_CLASS, STOCK_CLASS):
-            return load_large_pipeline(name_or_path, index, dtype)
-        return DiTPipeline.from_pretrained(name_or_path, paddle_dtype=dtype)
+        return load_dit_pipeline(name_or_path, dtype)
     except Exception as error:  # the hub clients raise a dozen unrelated types
+        if local and isinstance(error, ValueError):
+            raise
         reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
         if local:
             raise ValueError(f"--model_path {name_or_path}: cannot be loaded ({reason})") from None
@@ -86,31 +83,6 @@ def load_pipeline(name_or_path, dtype):
             "a folder by --model_path: one copied from a machine that has a network, or one that "
             "tools/convert_dit_to_ppdiffusers.py wrote"
         ) from None
-
-
-def load_large_pipeline(name_or_path, index, dtype):
-    """The DiTPipeline of a Large-DiT, with our own copy of the transformer's class.
-
-    ppdiffusers' class gives other numbers (`sampling.export_large_dit`), and a folder's own code is not run.
-
-    Args:
-        index: what model_index.json holds.
-    """
-    import paddle
-    import ppdiffusers
-
-    from sampling.large_dit_transformer import LargeDiTTransformer
-
-    with paddle.LazyGuard():  # no initial weights: billions, thrown away at once
-        transformer, report = LargeDiTTransformer.from_pretrained(
-            name_or_path, subfolder="transformer", paddle_dtype=dtype, output_loading_info=True
-        )
-    if report["missing_keys"]:
-        raise ValueError(f"its transformer lacks {', '.join(report['missing_keys'][:3])}")
-    vae = ppdiffusers.AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", paddle_dtype=dtype)
-    scheduler_class = getattr(ppdiffusers, index["scheduler"][1])
-    scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler")
-    return ppdiffusers.DiTPipeline(transformer, vae, scheduler, index.get("id2label"))
 
 
 def check_guidance(scale, has_null_class, path):
@@ -165,8 +137,7 @@ def label_table(transformer):
 def pipeline_labels(path, pipe):
     index = os.path.join(path, "model_index.json")
     if os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            labels = json.load(file).get("id2label") or {}
+        labels = read_json(index).get("id2label") or {}
         return {int(key): label for key, label in labels.items()}
     return {index: label for label, index in pipe.labels.items()}
 
@@ -208,7 +179,7 @@ def sample_checkpoint(args):
 
     from diffusion import create_diffusion
     from models import build_model
-    from models.weights import check_state
+    from models.weights import check_state, expected_shapes
     from objectives import build_objective
     from sampling.checkpoint import read_weights
     from sampling.decoder import LatentDecoder
@@ -232,8 +203,8 @@ def sample_checkpoint(args):
             f"trained on {settings['in_channels']}"
         )
     state, source = read_weights(args.model_path, key=args.key)
+    check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
     network = build_model(settings)
-    check_state(state, {name: tuple(value.shape) for name, value in network.named_parameters()}, source=source)
     network.set_state_dict(state)
     network.eval()
     network.to(dtype=args.dtype)

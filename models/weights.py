@@ -2,13 +2,13 @@
 
 Three kinds of file are read, told apart by their content, not by their name:
 
-* PyTorch checkpoints (``.pt``, ``.pth``): the zip format of ``torch.save`` and the older one before it,
+* PyTorch checkpoints (``.pt``, ``.pth``, ``.bin``): the zip format of ``torch.save`` and the older one before it,
 * Paddle pickles (``.pdparams``, ``.pdopt``), as ``paddle.save`` writes them,
 * ``.safetensors``.
 
-The first two are pickles, and a pickle may call any function of the machine that opens it. Here it can't: only the
-handful of names that tensors, numpy arrays and plain containers need are known, each stands for an inert object of
-this module, and any other name ends the reading with an error. Neither PyTorch nor Paddle is imported.
+The first two are pickles, and a pickle may call any function of the machine that opens it. Here it can't: see
+``models.unpickle``. What a file states of lengths and shapes is compared with its size before memory is taken for it.
+Neither PyTorch nor Paddle is imported.
 """
 
 import contextlib
@@ -20,175 +20,34 @@ import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a pickle may hold
-# ---------------------------------------------------------------------------------------------------------------------
+from models.unpickle import (
+    MAX_DEPTH,
+    STORAGE_TYPES,
+    Array,
+    Blob,
+    Budget,
+    Namespace,
+    Refused,
+    Storage,
+    Tensor,
+    Unpickler,
+    checked_shape,
+    file_size,
+    read_array,
+)
+from untrusted import open_regular, parse_json
 
-# torch storage class -> numpy type of one element; bfloat16 is read as its 16 bits and widened later.
-_STORAGE_TYPES = {
-    "DoubleStorage": "f8",
-    "FloatStorage": "f4",
-    "HalfStorage": "f2",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "i8",
-    "IntStorage": "i4",
-    "ShortStorage": "i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-}
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
     "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-
-_NUMPY_KINDS = "fiub"  # the numpy dtypes a weight file can need: no objects, no records, no strings
+_MAX_HEADER = 100_000_000  # of a safetensors file, by its format
+_MAX_DIRECTORY = 1 << 23  # of a zip file: some 100,000 tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older than the zip format
-
-
-class _Refused(Exception):
-    """The file asks for something outside the list above."""
-
-
-class _Storage:
-    """The flat memory behind one or more torch tensors; ``data`` may be filled after unpickling."""
-
-    def __init__(self, dtype, numel, data=None):
-        self.dtype, self.numel, self.data = dtype, numel, data
-
-
-class _Tensor:
-    """A view of a storage: element (i, j, ...) lies at offset + i*stride[0] + j*stride[1] + ..."""
-
-    def __init__(self, storage, offset, size, stride):
-        self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
-
-    def to_numpy(self):
-        storage = self.storage
-        if not isinstance(storage, _Storage) or storage.data is None:
-            raise ValueError("a tensor without its data")
-        numbers = (self.offset, *self.size, *self.stride)
-        if len(self.size) != len(self.stride) or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"a tensor of impossible shape {self.size}, stride {self.stride}")
-        if 0 in self.size:
-            return np.zeros(self.size, _numpy_dtype(storage.dtype))
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if last >= storage.numel:
-            raise ValueError(f"a tensor of shape {self.size} that reaches past the end of its data")
-        flat = storage.data[self.offset :]
-        if self.stride == _contiguous_stride(self.size):
-            return _widen(flat[: math.prod(self.size)].reshape(self.size), storage.dtype)
-        strides = tuple(s * flat.itemsize for s in self.stride)
-        view = np.lib.stride_tricks.as_strided(flat, self.size, strides, writeable=False)
-        return _widen(np.array(view, order="C"), storage.dtype)
-
-
-def _contiguous_stride(size):
-    return tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
-
-
-class _DType:
-    """Stand-in for a pickled numpy dtype: a type code and, from its state, the byte order."""
-
-    def __init__(self, code, align=False, copy=False):
-        dtype = np.dtype(code) if isinstance(code, str) else None
-        if dtype is None or dtype.kind not in _NUMPY_KINDS:
-            raise ValueError(f"an array of type {code!r}")
-        self.dtype = dtype
-
-    def __setstate__(self, state):
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
-        if order not in ("<", ">", "=", "|"):
-            raise ValueError(f"an array of byte order {order!r}")
-        self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array:
-    """Stand-in for a pickled numpy array: made empty by ``_reconstruct``, filled by its state."""
-
-    def __init__(self, *unused):
-        self.array = None
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        flat = np.frombuffer(data, dtype.dtype)  # (prod(shape),)
-        array = flat.reshape(shape, order="F" if fortran else "C")
-        self.array = np.array(array, dtype=dtype.dtype.newbyteorder("="), order="C")
-
-
-class _Namespace:
-    """Stand-in for ``argparse.Namespace``; becomes a dict."""
-
-    def __setstate__(self, state):
-        if not isinstance(state, dict):
-            raise ValueError("a Namespace whose state is no dict")
-        self.__dict__ = dict(state)
-
-
-class _Callable:
-    """Stand-in for a function or class named in the pickle. Slots: a pickle cannot hang attributes on it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function):
-        self._function = function
-
-    def __call__(self, *args):
-        return self._function(*args)
-
-
-def _rebuild_tensor(storage, offset, size, stride, *unused):
-    return _Tensor(storage, offset, size, stride)
-
-
-def _numpy_scalar(dtype, data):
-    return np.frombuffer(data, dtype.dtype, count=1)[0].astype(dtype.dtype.newbyteorder("=")).item()
-
-
-def _allowed(module, name):
-    """The inert object that stands for ``module.name``, or None where that name has no place in a weight file."""
-    if module == "torch" and name in _STORAGE_TYPES:
-        return _Callable(name)  # never called: persistent_load looks inside
-    if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        return {"_reconstruct": _Callable(_Array), "scalar": _Callable(_numpy_scalar)}.get(name)
-    if module in ("builtins", "__builtin__"):
-        return {"tuple": tuple, "set": set, "frozenset": frozenset, "list": list, "dict": dict}.get(name)
-    return {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("argparse", "Namespace"): _Namespace,
-        ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Callable(lambda data, *unused: data),
-        ("torch", "Size"): tuple,
-        ("numpy", "ndarray"): _Callable(_Array),
-        ("numpy", "dtype"): _Callable(_DType),
-    }.get((module, name))
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, storage=None):
-        super().__init__(file, encoding="utf-8")
-        self._storage = storage  # (key, dtype, numel) -> _Storage
-
-    def find_class(self, module, name):
-        found = _allowed(module, name)
-        if found is None:
-            raise _Refused(f"it asks to import {module}.{name}, which no weights need; nothing was run")
-        return found
-
-    def persistent_load(self, pid):
-        # ("storage", storage class, key, device, number of elements[, view of another storage: older files])
-        if self._storage is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise _Refused(f"it refers to an outside object {str(pid)[:60]!r}")
-        if not isinstance(pid[1], _Callable) or pid[1]._function not in _STORAGE_TYPES:
-            raise _Refused(f"it has a storage of unknown type {str(pid[1])[:60]!r}")
-        if len(pid) > 5 and pid[5] is not None:
-            raise _Refused("it has a storage that is a view of another one: save it with a newer PyTorch")
-        return self._storage(str(pid[2]), _STORAGE_TYPES[pid[1]._function], int(pid[4]))
-
+_PARTS = "UnpackBigParamInfor@@"  # in a paddle.save file: which parameters are split, and into what
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -211,164 +70,282 @@ def safe_load(path):
     if os.path.isdir(path) or not os.path.exists(path):
         what = "is a folder, expected a weight file" if os.path.isdir(path) else "there is no such file"
         raise ValueError(f"{path}: {what}")
+    return _opened(path, _read)
+
+
+def _opened(path, read):
+    """`read(file)` of a weight file that is opened for it; ValueError with one line for whatever it raises."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-            file.seek(0)
-            if start.startswith(b"PK"):
-                return _plain(_read_torch_zip(file))
-            if len(start) > 8 and start[8:9] == b"{":
-                return _read_safetensors(file)
-            if start.startswith(b"\x80"):
-                return _read_pickle(file)
-    except _Refused as error:
+        file = open_regular(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        with file:
+            return read(file)
+    except Refused as error:
         raise ValueError(f"{path}: refused: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except NotImplementedError as error:  # of no known format, or a zip file with what PyTorch never uses
+        raise ValueError(f"{path}: not a weight file ({error})") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable weight file, or truncated ({reason})") from None
-    raise ValueError(f"{path}: not a weight file (expected .pt/.pth, .pdparams or .safetensors content)")
+
+
+def _read(file):
+    start = file.read(16)
+    file.seek(0)
+    if start.startswith(b"PK"):
+        return _read_torch_zip(file)
+    if len(start) > 8 and start[8:9] == b"{" and start[5:8] == b"\0\0\0":
+        return _read_safetensors(file)
+    if start[:1] == b"\x80" or start[:1] in b"(}]c" and start:  # protocols 0 and 1 have no mark of their own
+        return _read_pickle(file)
+    raise NotImplementedError("expected .pt/.pth, .pdparams or .safetensors content")
 
 
 def _read_torch_zip(file):
-    with zipfile.ZipFile(file) as archive:
+    size = file_size(file)
+    limited = _ZipFile(file)
+    with zipfile.ZipFile(limited) as archive:
+        limited.limit = None
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("a zip file without PyTorch's data.pkl")
         prefix = pickles[0][: -len("data.pkl")]
-        names = set(archive.namelist())
-        big = prefix + "byteorder" in names and archive.read(prefix + "byteorder").strip() == b"big"
+        left = size
+
+        def member(name):
+            # PyTorch stores its members as they are; several of them in one place would make much of a small file.
+            nonlocal left
+            record = archive.getinfo(prefix + name)
+            left -= record.file_size
+            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or left < 0:
+                raise ValueError(f"{record.filename} is compressed or overlaps others, which PyTorch's never do")
+            with archive.open(record) as data:
+                return read_array(data, record.file_size)
+
+        big = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").tobytes().strip() == b"big"
         storages = {}
 
         def storage(key, dtype, numel):
             if key not in storages:
-                record = archive.getinfo(f"{prefix}data/{key}")
-                if record.file_size != numel * _itemsize(dtype):
-                    raise ValueError(f"{record.filename} has {record.file_size} bytes for {numel} elements")
-                storages[key] = _Storage(dtype, numel, _flat(archive.read(record), dtype, big))
+                stated = archive.getinfo(f"{prefix}data/{key}").file_size
+                if stated != numel * _itemsize(dtype):
+                    raise ValueError(f"data/{key} has {stated} bytes for {numel} elements")
+                storages[key] = Storage(dtype, numel, _native(member(f"data/{key}"), dtype, big))
             elif (storages[key].dtype, storages[key].numel) != (dtype, numel):
                 raise ValueError(f"data/{key} is used as two different types")
             return storages[key]
 
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+        program = member("data.pkl").data
+        budget = Budget(size)
+        return _plain(Unpickler(io.BytesIO(program), len(program), budget, storage).load(), budget)
+
+
+class _ZipFile:
+    """A file whose reads are limited while `zipfile` takes in the whole directory of it, as long as that says it is."""
+
+    def __init__(self, file):
+        self.file, self.limit = file, _MAX_DIRECTORY
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, count=-1):
+        if self.limit is not None and count > self.limit:
+            raise ValueError(f"a directory of {count:,} bytes")
+        return self.file.read(count)
 
 
 def _read_pickle(file):
     """Paddle's pickle, or the torch format before zip: pickles of magic, version, system, object, keys; then data."""
-    first = _Unpickler(file).load() if file.peek(2)[:1] == b"\x80" else None
+    size = file_size(file)
+    budget = Budget(size)
+
+    def load(storage=None):
+        return Unpickler(file, size, budget, storage).load()
+
+    first = load()
     if first != _LEGACY_MAGIC:
-        tree = _plain(first)
-        return _paddle_tree(tree)
-    _Unpickler(file).load()  # protocol version
-    big = not _Unpickler(file).load().get("little_endian", True)
+        return _paddle_tree(_plain(first, budget, paddle=True), budget)
+    load()  # protocol version
+    big = not load().get("little_endian", True)
     storages = {}
 
     def storage(key, dtype, numel):
-        return storages.setdefault(key, _Storage(dtype, numel))
+        return storages.setdefault(key, Storage(dtype, numel))
 
-    tree = _Unpickler(file, storage).load()
-    for key in _Unpickler(file).load():
+    tree = load(storage)
+    keys = load()
+    if not isinstance(keys, list) or not all(isinstance(key, (str, int)) for key in keys):
+        raise ValueError("it has no list of its storages")
+    for key in keys:
         item = storages[str(key)]
         (numel,) = struct.unpack("<q", file.read(8))
-        data = file.read(item.numel * _itemsize(item.dtype))
-        if numel != item.numel or len(data) != item.numel * _itemsize(item.dtype):
-            raise ValueError("its data ends early")
-        item.data = _flat(data, item.dtype, big)
-    return _plain(tree)
+        length = item.numel * _itemsize(item.dtype)
+        if numel != item.numel or length > size - file.tell() or item.data is not None:
+            raise ValueError("its data end early")
+        item.data = _native(read_array(file, length), item.dtype, big)
+    return _plain(tree, budget)
+
+
+def _safetensors_header(file):
+    """`(entries by name, metadata)`; `file` then stands where the data begin."""
+    size = file_size(file)
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(_MAX_HEADER, size - 8):
+        raise ValueError(f"its header states {length:,} bytes, the file has {size:,}")
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not {name: text}")
+    return header, metadata
 
 
 def _read_safetensors(file):
-    (length,) = struct.unpack("<Q", file.read(8))
-    size = os.fstat(file.fileno()).st_size
-    if length > size - 8:
-        raise ValueError("its header ends early")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    """The checks are those of the official reader: no gap, no overlap, nothing behind the last tensor."""
+    header, _ = _safetensors_header(file)
+    left = file_size(file) - file.tell()
+    entries = sorted((_safetensors_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[1:3])
+    place = 0
+    for name, start, end, _, _ in entries:
+        if start != place:
+            raise ValueError(f"the data of {name[:80]!r} overlap others, or leave a gap")
+        place = end
+    if place != left:
+        raise ValueError(f"its tensors take {place:,} bytes, it holds {left:,}")
     state = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{name} is of type {entry['dtype']}")
-        dtype, (start, end) = _SAFETENSORS_TYPES[entry["dtype"]], entry["data_offsets"]
-        numel = math.prod(entry["shape"])
-        if start < 0 or end - start != numel * _itemsize(dtype) or 8 + length + end > size:
-            raise ValueError(f"the data of {name} ends early")
-        file.seek(8 + length + start)
-        flat = _flat(file.read(end - start), dtype, False)
-        state[name] = _widen(flat.reshape(entry["shape"]), dtype)
-    return state
+    for name, start, end, dtype, shape in entries:  # in the order of the file
+        state[name] = _widen(_native(read_array(file, end - start), dtype, False).reshape(shape), dtype)
+    return {name: state[name] for name in header}
 
 
-def _paddle_tree(tree):
-    """What ``paddle.load`` does after unpickling: named tensors, bfloat16 kept as uint16, split big parameters."""
+def _safetensors_entry(name, entry):
+    """`(name, start, end, dtype, shape)`"""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name[:80]!r} has not the keys dtype, shape, data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SAFETENSORS_TYPES:
+        raise ValueError(f"{name[:80]!r} is of type {str(dtype)[:20]!r}")
+    dtype = _SAFETENSORS_TYPES[dtype]
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or len(numbers) > 32 or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{what} of {name[:80]!r} is {str(numbers)[:60]}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _itemsize(dtype):
+        raise ValueError(f"the data of {name[:80]!r} are not as long as its shape {str(shape)[:60]} needs")
+    return name, *offsets, dtype, shape
+
+
+def safetensors_layout(path):
+    """How a safetensors file stores Linear weights, "paddle" or "torch", by its metadata; ValueError as `safe_load`.
+
+    ppdiffusers and paddlenlp write `format` "pd" or "np" for Paddle's layout; "pt", or nothing, is PyTorch's.
+    """
+    _, metadata = _opened(os.fspath(path), _safetensors_header)
+    return "paddle" if metadata.get("format") in ("pd", "np") else "torch"
+
+
+def _paddle_tree(tree, budget):
+    """What ``paddle.load`` does after unpickling: its name table is left out, split big parameters are joined."""
     if not isinstance(tree, (dict, list, tuple, np.ndarray)):
         raise ValueError(f"it holds a lone {type(tree).__name__}")
-
-    def visit(node):
-        if isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], str) and isinstance(node[1], np.ndarray):
-            node = node[1]  # (name, value): a tensor outside a state dict
-        if isinstance(node, np.ndarray):
-            return _widen(node, "bfloat16") if node.dtype == np.uint16 else node
-        if isinstance(node, dict):
-            return type(node)((name, visit(value)) for name, value in node.items())
-        return type(node)(visit(value) for value in node) if isinstance(node, (list, tuple)) else node
-
-    tree = visit(tree)
     if isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
-        for name, info in tree.pop("UnpackBigParamInfor@@", {}).items():
+        for name, info in tree.pop(_PARTS, {}).items():
+            if not all(isinstance(part, str) for part in info["slices"]):
+                raise ValueError(f"{_PARTS} does not name the parts of {name!r}")
             parts = [tree.pop(part) for part in info["slices"]]
-            tree[name] = np.concatenate(parts).reshape(info["OriginShape"])
+            budget.take(sum(part.nbytes for part in parts))
+            tree[name] = np.concatenate(parts).reshape(checked_shape(info["OriginShape"]))
     return tree
 
 
-def _plain(tree):
-    """Stand-ins -> numpy arrays and dicts; each object once (tied weights stay one array), cycles refused."""
+def _plain(tree, budget, paddle=False):
+    """Stand-ins -> numpy arrays and dicts; each object once (tied weights stay one array), cycles refused.
+
+    Args:
+        budget: of what is copied.
+        paddle: of a paddle.save file: a pair (name, array) is a tensor, and uint16 is bfloat16.
+    """
     seen, open_nodes = {}, set()
 
-    def visit(node):
+    def visit(node, depth):
         if id(node) in seen:
             return seen[id(node)][1]
         if id(node) in open_nodes:
             raise ValueError("it contains itself")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         open_nodes.add(id(node))
-        result = convert(node)
+        result = convert(node, depth + 1)
         open_nodes.discard(id(node))
         seen[id(node)] = (node, result)  # the node is kept alive, so that its id stays its own
         return result
 
-    def convert(node):
-        if isinstance(node, _Tensor):
-            return node.to_numpy()
-        if isinstance(node, _Array):
+    def convert(node, depth):
+        if node is None or isinstance(node, (bool, int, float, str, bytes)):
+            return node
+        if isinstance(node, Tensor):
+            return _tensor(node, budget)
+        if isinstance(node, Array):
             if node.array is None:
                 raise ValueError("an array without its data")
-            return node.array
-        if isinstance(node, _Namespace):
-            node = vars(node)
+            return _widened(node.array, "bfloat16", budget) if paddle and node.array.dtype == np.uint16 else node.array
+        if isinstance(node, Blob):
+            budget.take(node.data.nbytes)
+            return node.data.tobytes()
+        if isinstance(node, Namespace):
+            node = node.values
         if isinstance(node, dict):
-            return type(node)((visit(name), visit(value)) for name, value in node.items())
+            return type(node)((visit(name, depth), visit(value, depth)) for name, value in node.items())
         if isinstance(node, (list, tuple, set, frozenset)):
-            return type(node)(visit(value) for value in node)
-        if node is None or isinstance(node, (bool, int, float, complex, str, bytes)):
-            return node
-        raise _Refused(f"it holds a {type(node).__name__}, which is neither a tensor nor a plain value")
+            result = type(node)(visit(value, depth) for value in node)
+            if paddle and isinstance(node, tuple) and len(node) == 2 and isinstance(result[0], str):
+                return result[1] if isinstance(result[1], np.ndarray) else result
+            return result
+        raise Refused(f"it holds a {getattr(node, 'name', type(node).__name__)}, neither a tensor nor a plain value")
 
-    return visit(tree)
+    return visit(tree, 0)
 
 
-def _numpy_dtype(dtype):
-    return np.dtype("f4" if dtype == "bfloat16" else dtype)
+def _tensor(tensor, budget):
+    """The array of a torch tensor: a view of its storage where that lies as it is."""
+    storage, size, stride = tensor.storage, tensor.size, tensor.stride
+    if storage.data is None:
+        raise ValueError("a tensor without its data")
+    if 0 in size:
+        return np.zeros(size, "f4" if storage.dtype == "bfloat16" else storage.dtype)
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if last >= storage.numel:
+        raise ValueError(f"a tensor of shape {size} that reaches past the end of its data")
+    flat = storage.data[tensor.offset :]
+    if stride == _contiguous_stride(size):
+        return _widened(flat[: math.prod(size)].reshape(size), storage.dtype, budget)
+    budget.take(math.prod(size) * flat.itemsize)
+    view = np.lib.stride_tricks.as_strided(flat, size, tuple(s * flat.itemsize for s in stride), writeable=False)
+    return _widened(np.array(view, order="C"), storage.dtype, budget)
+
+
+def _contiguous_stride(size):
+    return tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
 
 
 def _itemsize(dtype):
     return np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
 
 
-def _flat(data, dtype, big_endian):
+def _native(data, dtype, big_endian):
+    """uint8 bytes as elements of this machine's byte order, `(numel,)`."""
     stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
-    # From a bytearray, so that the arrays can be written to.
-    return np.frombuffer(bytearray(data), stored).astype(stored.newbyteorder("="), copy=False)  # (numel,)
+    return data.view(stored).astype(stored.newbyteorder("="), copy=False)
+
+
+def _widened(array, dtype, budget):
+    if dtype == "bfloat16":
+        budget.take(2 * array.nbytes)
+    return _widen(array, dtype)
 
 
 def _widen(array, dtype):
@@ -589,13 +566,39 @@ def save_pdparams(state, path):
         pickler.dump({name: entry(name, value) for name, value in state.items()})
 
 
+def save_safetensors(state, path, *, layout="paddle"):
+    """Write {name: array} as safetensors, which hold nothing but tensors; arrays of uint16 as bfloat16.
+
+    Args:
+        path: the file. layout: of Linear weights, "paddle" or "torch": goes into the metadata, where ppdiffusers and
+            `safetensors_layout` look for it.
+    """
+    names = {np.dtype(code): name for name, code in _SAFETENSORS_TYPES.items() if code != "bfloat16"}
+    names[np.dtype("u2")] = "BF16"
+    header, place = {"__metadata__": {"format": "pd" if layout == "paddle" else "pt"}}, 0
+    for name, value in state.items():
+        value = np.asarray(value)
+        dtype = names.get(value.dtype.newbyteorder("="))
+        if dtype is None:
+            raise ValueError(f"{path}: {name} is of type {value.dtype}, which cannot be written")
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [place, place + value.nbytes]}
+        place += value.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in state.values():
+            value = np.asarray(value)
+            file.write(np.ascontiguousarray(value, value.dtype.newbyteorder("<")).data)
+
+
 def save_torch(state, path):
     """Write {name: array} as a PyTorch file that ``torch.load(path, weights_only=True)`` reads as an OrderedDict.
 
     The zip format of ``torch.save``: data.pkl describes each tensor by (storage, offset, size, stride), data/N holds
     its bytes. Arrays must be of a type that torch has; big-endian and strided ones are rewritten plainly.
     """
-    classes = {np.dtype(code): name for name, code in _STORAGE_TYPES.items() if code != "bfloat16"}
+    classes = {np.dtype(code): name for name, code in STORAGE_TYPES.items() if code != "bfloat16"}
     state = {name: np.asarray(value) for name, value in state.items()}
     for name, value in state.items():
         if value.dtype.newbyteorder("=") not in classes:

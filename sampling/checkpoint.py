@@ -6,7 +6,8 @@ import re
 
 from tqdm import tqdm
 
-from models.weights import load_weights, merge_shards, turn_linear
+from models.weights import load_weights, merge_shards, safetensors_layout, turn_linear
+from untrusted import inside
 
 LAYOUTS = ("auto", "paddle", "torch")
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
@@ -22,12 +23,13 @@ def read_weights(path, *, key=None, layout="auto"):
     """Read one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
 
     Args:
-        path: a training checkpoint folder, a `.pdparams`, an official `.pt`, `.pth` or `.safetensors` file, or an
+        path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
             official Large-DiT's tensor-parallel shards (`consolidated[_ema].NN-of-MM.pth`): their folder or one of
             them, which are merged.
         key: "model" or "ema" of a training checkpoint folder or of an official training checkpoint; None takes the
             averages where there are any.
-        layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending.
+        layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
+            `.safetensors` file says of itself.
 
     Returns:
         `(weights, file)`: file is the one that was read.
@@ -108,11 +110,11 @@ def find_shards(path, key=None):
 
 def _file_in_checkpoint(folder, key):
     if not is_training_checkpoint(folder):
-        inside = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
-        inside = [os.path.dirname(name) for name in inside if is_training_checkpoint(os.path.dirname(name))]
-        hint = f"; did you mean {max(inside, key=os.path.getmtime)}?" if inside else ""
+        found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
+        found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
+        hint = f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""
         raise ValueError(f"{folder}: not a training checkpoint (config.json and model_state.pdparams){hint}")
-    averages, weights = (os.path.join(folder, name) for name in ("ema_state.pdparams", "model_state.pdparams"))
+    averages, weights = (inside(folder, name) for name in ("ema_state.pdparams", "model_state.pdparams"))
     if key is None:
         return averages if os.path.isfile(averages) else weights
     if key not in ("model", "ema"):
@@ -126,6 +128,8 @@ def _layout_of(path):
     ending = os.path.splitext(path)[1].lower()
     if ending in (".pdparams", ".pdopt"):
         return "paddle"
-    if ending in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
+    if ending in (".pt", ".pth", ".bin", ".ckpt"):
         return "torch"
+    if ending == ".safetensors":
+        return safetensors_layout(path)
     raise ValueError(f"{path}: whose layout is this? Expected .pdparams, .pt, .pth or .safetensors, or say which")

@@ -5,12 +5,13 @@ import os
 import numpy as np
 import paddle
 
-from models.weights import check_state, load_weights
-from sampling.folder import read_component
+from sampling.pretrained import load_model
 
 
 def load_vae(name_or_path):
     """The `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub, in eval mode.
+
+    Nothing that it holds is executed.
 
     Raises:
         ValueError: one line: no VAE there, or the download failed, and what to do without a network.
@@ -20,33 +21,15 @@ def load_vae(name_or_path):
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"{name_or_path}: no config.json in this folder; expected an AutoencoderKL")
     try:
-        vae = AutoencoderKL.from_pretrained(name_or_path)
+        return load_model(AutoencoderKL, name_or_path)
     except Exception as error:  # the hub clients raise a dozen unrelated types
+        if isinstance(error, ValueError) and os.path.isdir(name_or_path):
+            raise
         reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
         raise ValueError(
             f"VAE {name_or_path}: cannot be loaded or downloaded ({reason}). Without a network, copy the VAE here "
             "from a machine that has one and give its folder, which holds config.json and model_state.pdparams"
         ) from None
-    vae.eval()
-    return vae
-
-
-def read_vae(folder):
-    """The `AutoencoderKL` of a folder that this project wrote, in eval mode, read without unpickling anything.
-
-    Raises:
-        ValueError: one line: another class, or weights that don't fit.
-    """
-    from ppdiffusers import AutoencoderKL
-
-    settings = read_component(os.path.join(folder, "config.json"), "AutoencoderKL", AutoencoderKL)
-    vae = AutoencoderKL(**settings)
-    path = os.path.join(folder, "model_state.pdparams")
-    state = load_weights(path)
-    check_state(state, {name: tuple(value.shape) for name, value in vae.state_dict().items()}, source=path)
-    vae.set_state_dict(state)
-    vae.eval()
-    return vae
 
 
 class LatentDecoder:

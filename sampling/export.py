@@ -192,6 +192,7 @@ def export_dit_pipeline(
     scheduler="ddim",
     id2label=None,
     overwrite=False,
+    safe_serialization=False,
     timestep_embedding="fit",
     source="weights",
 ):
@@ -205,6 +206,7 @@ def export_dit_pipeline(
         scheduler: "ddim" or "dpm", see `make_scheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
+        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
         timestep_embedding: "fit" for `fit_timestep_embedding`, "keep" for DiT's own weights as they are.
         source: where the weights come from, for messages.
 
@@ -226,7 +228,9 @@ def export_dit_pipeline(
     )
 
     transformer = ("ppdiffusers", "Transformer2DModel", settings)
-    write_stock_folder(output_dir, transformer, weights, the_scheduler, vae, labels, overwrite)
+    write_stock_folder(
+        output_dir, transformer, weights, the_scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
+    )
     return _notes(model, scheduler, timestep_embedding, report)
 
 
@@ -255,7 +259,9 @@ def check_vae(vae, in_channels):
         )
 
 
-def write_stock_folder(output_dir, transformer, weights, scheduler, vae, labels, overwrite, code=None):
+def write_stock_folder(
+    output_dir, transformer, weights, scheduler, vae, labels, overwrite, *, safe_serialization=False, code=None
+):
     """The folder of a stock DiTPipeline.
 
     Args:
@@ -272,6 +278,7 @@ def write_stock_folder(output_dir, transformer, weights, scheduler, vae, labels,
             scheduler=("ppdiffusers", scheduler),
             vae=vae,
             labels=labels,
+            safe_serialization=safe_serialization,
         )
         if code is not None:
             shutil.copy(code, os.path.join(folder, "transformer"))

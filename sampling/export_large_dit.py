@@ -63,6 +63,7 @@ def export_large_dit_pipeline(
     scheduler="ddim",
     id2label=None,
     overwrite=False,
+    safe_serialization=False,
     stock_transformer=False,
     source="weights",
 ):
@@ -77,6 +78,7 @@ def export_large_dit_pipeline(
         scheduler: "ddim" or "dpm", see `make_scheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
+        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
         stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers.
         source: where the weights come from, for messages.
 
@@ -101,6 +103,7 @@ def export_large_dit_pipeline(
         vae,
         labels,
         overwrite,
+        safe_serialization=safe_serialization,
         code=None if stock_transformer else OWN_FILE,
     )
     if stock_transformer:

@@ -65,7 +65,9 @@ def make_flow_scheduler(objective):
     return scheduler, times
 
 
-def export_stock_sit(config, state, vae, output_dir, *, id2label=None, overwrite=False, source="weights"):
+def export_stock_sit(
+    config, state, vae, output_dir, *, id2label=None, overwrite=False, safe_serialization=False, source="weights"
+):
     """Write a SiT and a VAE as a stock `ppdiffusers.DiTPipeline` folder.
 
     Args:
@@ -73,6 +75,7 @@ def export_stock_sit(config, state, vae, output_dir, *, id2label=None, overwrite
         state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
+        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
         source: where the weights come from, for messages.
 
     Returns:
@@ -91,7 +94,9 @@ def export_stock_sit(config, state, vae, output_dir, *, id2label=None, overwrite
     for name in ("proj_out_2.weight", "proj_out_2.bias"):
         weights[name] = weights[name] / np.float32(SIGMA_SCALE)  # a power of two: exact
     transformer = ("ppdiffusers", "Transformer2DModel", settings)
-    write_stock_folder(output_dir, transformer, weights, scheduler, vae, labels, overwrite)
+    write_stock_folder(
+        output_dir, transformer, weights, scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
+    )
 
     return [
         "The folder samples Euler steps of the ODE with its own scheduler, in float32; no other scheduler fits it.",

@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 
-from models.weights import save_pdparams
+from models.weights import save_pdparams, save_safetensors
+from untrusted import MAX_LAYERS, check_network, read_json
 
 TREE = (
     "model_index.json",
@@ -15,6 +17,10 @@ TREE = (
     "vae/config.json",
     "vae/model_state.pdparams",
 )
+# The same with safe_serialization, under ppdiffusers' names.
+SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
+SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
+MAX_SIZE = 1_000_000  # of any number in a folder's settings
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.export_large_dit`
 
 
@@ -26,13 +32,7 @@ def write_json(path, value):
 
 def read_json_object(path):
     """The object in a JSON file; ValueError with one line that names the file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
@@ -57,7 +57,19 @@ def read_component(path, class_name, function):
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
+    check_sizes(settings, path)
     return settings
+
+
+def check_sizes(settings, path):
+    """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
+    for key, value in settings.items():
+        for number in value if isinstance(value, list) else [value]:
+            limit = MAX_LAYERS if "layers" in key else MAX_SIZE
+            if isinstance(number, (int, float)) and limit < abs(number) < math.inf:
+                raise ValueError(f"{path}: {key} is {str(value)[:40]}, which is more than any network has")
+    if "patch_size" in settings:
+        check_network(settings, path)
 
 
 def check_id2label(id2label, num_classes):
@@ -85,7 +97,7 @@ def check_output(output_dir, overwrite=False):
     for root, _, names in os.walk(output_dir):
         for name in names:
             path = os.path.relpath(os.path.join(root, name), output_dir)
-            if path not in (*TREE, CODE):
+            if path not in (*TREE, *SAFE_TREE, CODE):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
 
 
@@ -110,8 +122,8 @@ def write_folder(output_dir, write, overwrite=False):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels):
-    """The files of `TREE`.
+def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels, safe_serialization=False):
+    """The files of `TREE`, or with `safe_serialization` of `SAFE_TREE`.
 
     Args:
         pipeline: name of the pipeline's class.
@@ -129,8 +141,16 @@ def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, 
         os.path.join(folder, "transformer", "config.json"),
         {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings},
     )
-    save_pdparams(weights, os.path.join(folder, "transformer", "model_state.pdparams"))
-    vae.save_pretrained(os.path.join(folder, "vae"), safe_serialization=False, to_diffusers=False)
+    if safe_serialization:
+        save_safetensors(weights, os.path.join(folder, "transformer", SAFE_WEIGHTS))
+    else:
+        save_pdparams(weights, os.path.join(folder, "transformer", "model_state.pdparams"))
+    vae.save_pretrained(
+        os.path.join(folder, "vae"),
+        safe_serialization=safe_serialization,
+        to_diffusers=False,
+        max_shard_size="100GB",  # one file
+    )
     scheduler.save_pretrained(os.path.join(folder, "scheduler"))
     write_json(
         os.path.join(folder, "model_index.json"),

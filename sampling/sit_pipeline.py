@@ -23,12 +23,14 @@ from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
 from models import MODELS, LargeSiT, SiT, build_model
-from models.weights import check_state, load_weights
-from sampling.decoder import LatentDecoder, read_vae
+from models.weights import check_state, expected_shapes, load_weights
+from sampling.decoder import LatentDecoder
 from sampling.export import check_vae
 from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
 from sampling.guidance import guided
+from sampling.pretrained import find_weights, load_model
 from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
+from untrusted import inside
 
 DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
@@ -116,14 +118,16 @@ class SiTPipeline(DiffusionPipeline):
 
         Args:
             save_directory: free, or with `overwrite` a pipeline folder and nothing else.
-            safe_serialization, to_diffusers: as in ppdiffusers; only False, the files are `.pdparams`.
+            safe_serialization: weights as `.safetensors`, not `.pdparams`.
+            to_diffusers: as in ppdiffusers; only False, the layout of the weights is Paddle's.
 
         Raises:
             ValueError: one line: something is in the way, or another format.
         """
-        for name, value in (("safe_serialization", safe_serialization), ("to_diffusers", to_diffusers)):
-            if value:
-                raise ValueError(f"{name}={value!r}: a SiTPipeline is saved as .pdparams only; expected {name}=False")
+        if to_diffusers:
+            raise ValueError(
+                f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only; expected False"
+            )
 
         def write(folder):
             write_components(
@@ -136,6 +140,7 @@ class SiTPipeline(DiffusionPipeline):
                 scheduler=("sampling.sit_pipeline", self.scheduler),
                 vae=self.vae,
                 labels=self.id2label,
+                safe_serialization=safe_serialization,
             )
 
         write_folder(os.fspath(save_directory), write, overwrite)
@@ -152,7 +157,7 @@ class SiTPipeline(DiffusionPipeline):
             ValueError: one line: no such folder, another pipeline, an unknown class, or weights that don't fit.
         """
         folder = os.fspath(folder)
-        index_path = os.path.join(folder, "model_index.json")
+        index_path = inside(folder, "model_index.json")
         index = read_json_object(index_path)
         if index.get("_class_name") != cls.__name__:
             raise ValueError(f"{index_path}: holds a {index.get('_class_name')!r}, expected {cls.__name__!r}")
@@ -163,16 +168,20 @@ class SiTPipeline(DiffusionPipeline):
                 raise ValueError(f"{index_path}: {name} is {given!r}, expected a {_names(expected)}")
 
         kind = index["transformer"][1]
-        settings = read_component(os.path.join(folder, "transformer", "config.json"), kind, MODELS[kind])
-        weights = os.path.join(folder, "transformer", "model_state.pdparams")
+        settings = read_component(inside(folder, "transformer/config.json"), kind, MODELS[kind])
+        (weights, *others), layout = find_weights(folder, "transformer")
+        if others or layout != "paddle":
+            raise ValueError(
+                f"{weights}: expected one file of weights in Paddle's layout, as save_pretrained writes it"
+            )
         transformer = _build({"type": kind, **settings}, load_weights(weights), weights)
-        path = os.path.join(folder, "scheduler", "scheduler_config.json")
+        path = inside(folder, "scheduler/scheduler_config.json")
         keywords = read_component(path, "TransportScheduler", TransportScheduler)
         try:
             scheduler = TransportScheduler(**keywords)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-        vae = read_vae(os.path.join(folder, "vae"))
+        vae = load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
 
@@ -355,10 +364,11 @@ class SiTPipeline(DiffusionPipeline):
 
 def _build(settings, state, source):
     try:
-        network = build_model(settings)
-    except (TypeError, ValueError) as error:
+        shapes = expected_shapes(settings)  # before memory is taken for the network
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{source}: its config describes no SiT: {error}") from None
-    check_state(state, {name: tuple(value.shape) for name, value in network.named_parameters()}, source=source)
+    check_state(state, shapes, source=source)
+    network = build_model(settings)
     network.set_state_dict(state)
     return network
 

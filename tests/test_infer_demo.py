@@ -211,7 +211,10 @@ class TestDemo:
             ({"_class_name": "SiTPipeline"}, "--model_path pipeline: is a SiTPipeline; use infer_demo_sit.py"),
             ({"_class_name": "LDMPipeline"}, "--model_path pipeline: is a LDMPipeline; expected a DiTPipeline"),
             ([], "--model_path pipeline: is a None; expected a DiTPipeline"),
-            ({"_class_name": "DiTPipeline"}, "--model_path pipeline: cannot be loaded"),
+            (
+                {"_class_name": "DiTPipeline"},
+                "pipeline.model_index.json: transformer is None, expected a Transformer2DModel",
+            ),
         ):
             (tmp_path / "pipeline").mkdir(exist_ok=True)
             (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))

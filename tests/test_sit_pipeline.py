@@ -20,7 +20,7 @@ from models.weights import load_weights, official_to_paddle, safe_load
 from sampling import SiTPipeline
 from sampling.decoder import LatentDecoder, load_vae
 from sampling.export_sit import export_stock_sit
-from sampling.folder import TREE
+from sampling.folder import SAFE_TREE, TREE
 from sampling.guidance import guided
 from sampling.sit_pipeline import TransportScheduler
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
@@ -167,10 +167,19 @@ class TestFolder:
     def test_ppdiffusers_keywords_of_saving(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "out", safe_serialization=False, to_diffusers=False)
         assert tree_of(tmp_path / "out") == sorted(TREE)
-        for name in ("safe_serialization", "to_diffusers"):
-            with pytest.raises(ValueError, match=rf"{name}=True: .* saved as \.pdparams only"):
-                pipe.save_pretrained(tmp_path / "other", **{name: True})
+        with pytest.raises(ValueError, match="to_diffusers=True: .* saved in Paddle's layout only"):
+            pipe.save_pretrained(tmp_path / "other", to_diffusers=True)
         assert not (tmp_path / "other").exists()
+
+    def test_safetensors_there_and_back(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path / "out", safe_serialization=True)
+        assert tree_of(tmp_path / "out") == sorted(SAFE_TREE)
+        again = SiTPipeline.from_pretrained(tmp_path / "out")
+        for one, other in ((pipe.transformer, again.transformer), (pipe.vae, again.vae)):
+            for name, value in one.state_dict().items():
+                np.testing.assert_array_equal(other.state_dict()[name].numpy(), value.numpy())
+        pipe.save_pretrained(tmp_path / "out", overwrite=True)
+        assert tree_of(tmp_path / "out") == sorted(TREE)
 
     def test_loads_in_another_dtype(self, pipe, folder):
         assert SiTPipeline.from_pretrained(folder).dtype == paddle.float32

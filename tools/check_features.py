@@ -102,7 +102,7 @@ class Check:
         return [os.fsdecode(name) for name in natural_order(list(both))]
 
     def _first_shape(self):
-        from training.pairs import load_npy
+        from training.npy import load_npy
 
         for name in self.names[:1000]:
             try:
@@ -382,7 +382,7 @@ class Check:
             row = np.empty((1, *self.store.row_shape), "float32")
             self.store.read(np.array([index]), row, np.array([twin]))
             return row[0]
-        from training.pairs import load_npy
+        from training.npy import load_npy
 
         array = load_npy(os.path.join(self.folder + ("_flip" if twin else ""), self.names[index]))
         return array.reshape(array.shape[-3:]).astype("float32")

@@ -75,6 +75,7 @@ def main(argv=None):
             scheduler=args.scheduler,
             id2label=labels,
             overwrite=args.overwrite,
+            safe_serialization=args.safe_serialization,
             source=source,
             **options,
         )

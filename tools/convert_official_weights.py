@@ -10,10 +10,12 @@ must be exactly those of the config's network. Names stay the official ones; Lin
 [in, out]; all weights are written as float32.
 
 With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
---output a .pt that torch.load reads. There and back gives the same bits.
+--output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is
+what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
 """
 
 import argparse
+import functools
 import os
 import sys
 
@@ -30,17 +32,19 @@ def convert(args):
     check_output(args.output, args.overwrite)
 
     configure_runtime()
-    from models.weights import check_state, expected_shapes, paddle_to_official, save_torch
+    from models.weights import check_state, expected_shapes, paddle_to_official, save_safetensors, save_torch
     from sampling.checkpoint import find_shards, read_weights
 
     print(f"reading {args.weights}", flush=True)
-    layout = "paddle" if args.reverse else "torch"
+    # safetensors say themselves which layout they are in.
+    layout = "auto" if is_safetensors(args.weights) else "paddle" if args.reverse else "torch"
     state, source = read_weights(args.weights, key=args.key, layout=layout)
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
-        write_beside(args.output, lambda path: save_torch(paddle_to_official(state), path))
+        save = functools.partial(save_safetensors, layout="torch") if is_safetensors(args.output) else save_torch
+        write_beside(args.output, lambda path: save(paddle_to_official(state), path))
     else:
-        write_beside(args.output, lambda path: save_paddle(state, path))
+        write_beside(args.output, lambda path: save_paddle(state, path, safe=is_safetensors(args.output)))
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
     if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
         print(
@@ -71,18 +75,23 @@ def write_beside(path, write):
             os.remove(partial)
 
 
-def save_paddle(state, path, dtype="float32"):
-    """{name: array} as a `.pdparams` of tensors of `dtype`."""
+def is_safetensors(path):
+    """Whether a file of that name is to hold safetensors."""
+    return path.lower().endswith(".safetensors")
+
+
+def save_paddle(state, path, dtype="float32", safe=False):
+    """{name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
     import paddle
 
-    from models.weights import save_pdparams
+    from models.weights import save_pdparams, save_safetensors
 
     def cast(value):
         if dtype != "bfloat16":
             return value.astype(dtype, copy=False)
         return paddle.to_tensor(value, place=paddle.CPUPlace()).astype(dtype).numpy()  # uint16
 
-    save_pdparams({name: cast(value) for name, value in state.items()}, path)
+    (save_safetensors if safe else save_pdparams)({name: cast(value) for name, value in state.items()}, path)
 
 
 def main(argv=None):
@@ -91,7 +100,9 @@ def main(argv=None):
     parser.add_argument(
         "--weights", required=True, help=".pt, .pth, .safetensors, folder of shards; with --reverse .pdparams or folder"
     )
-    parser.add_argument("--output", required=True, help="file to write: .pdparams; with --reverse .pt")
+    parser.add_argument(
+        "--output", required=True, help="file to write: .pdparams or .safetensors; with --reverse .pt or .safetensors"
+    )
     parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")

@@ -60,12 +60,13 @@ def main(argv=None):
                 args.checkpoint_path,
                 id2label=labels,
                 overwrite=args.overwrite,
+                safe_serialization=args.safe_serialization,
                 source=source,
             )
         from sampling import SiTPipeline
 
         SiTPipeline.from_weights(config, state, vae, labels, source=source).save_pretrained(
-            args.checkpoint_path, overwrite=args.overwrite
+            args.checkpoint_path, overwrite=args.overwrite, safe_serialization=args.safe_serialization
         )
         return []
 

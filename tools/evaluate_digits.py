@@ -25,13 +25,14 @@ configure_runtime()  # before Paddle is imported
 def load_pipeline(folder: str, sampler: str | None = None):
     """The pipeline of a local folder, and further arguments of its call.
 
-    A DiTPipeline folder is loaded by stock ppdiffusers, with DDIM; a SiTPipeline folder by this project, with `sampler`
+    A DiTPipeline folder is sampled with DDIM; a SiTPipeline folder by this project, with `sampler`
     "ode" (default) or "sde".
     """
     index = os.path.join(folder, "model_index.json")
     if not os.path.isfile(index):
         raise ValueError(f"--pipeline {folder}: no model_index.json there; expected an exported pipeline folder")
-    kind = read_json(index).get("_class_name")
+    content = read_json(index)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind == "SiTPipeline":
         from sampling import SiTPipeline
 
@@ -40,9 +41,11 @@ def load_pipeline(folder: str, sampler: str | None = None):
         raise ValueError(f"--pipeline {folder}: a {kind}; expected a DiTPipeline or a SiTPipeline")
     if sampler is not None:
         raise ValueError(f"--sampler {sampler} is for a SiTPipeline; {folder} is a DiTPipeline, sampled with DDIM")
-    from ppdiffusers import DDIMScheduler, DiTPipeline, EDMEulerScheduler
+    from ppdiffusers import DDIMScheduler, EDMEulerScheduler
 
-    pipeline = DiTPipeline.from_pretrained(folder)
+    from sampling.pretrained import load_dit_pipeline
+
+    pipeline = load_dit_pipeline(folder)
     if not isinstance(pipeline.scheduler, EDMEulerScheduler):  # that one is a SiT's, and part of its export
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     return pipeline, {}

@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools.convert_official_weights import check_output, save_paddle, write_beside  # noqa: E402
+from tools.convert_official_weights import check_output, is_safetensors, save_paddle, write_beside  # noqa: E402
 from training.arguments import str2bool  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
@@ -29,15 +29,18 @@ def extract(args):
     check_output(args.checkpoint_path, args.overwrite)
 
     configure_runtime()
-    from models.weights import load_weights
+    from models.weights import load_weights, safetensors_layout
     from sampling.checkpoint import read_weights
 
     if os.path.isdir(args.model_file):
         state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")
     else:
         source = args.model_file
+        if is_safetensors(source) and safetensors_layout(source) != "paddle":
+            raise ValueError(f"{source}: is in PyTorch's layout; use tools/convert_official_weights.py")
         state = pick(load_weights(source), args.save_ema, source)
-    write_beside(args.checkpoint_path, lambda path: save_paddle(state, path, args.dtype))
+    safe = is_safetensors(args.checkpoint_path)
+    write_beside(args.checkpoint_path, lambda path: save_paddle(state, path, args.dtype, safe))
     print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
 
 
@@ -65,9 +68,9 @@ def pick(state, save_ema, source):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_file", default="", help="training checkpoint: a folder or a .pdparams")
+    parser.add_argument("--model_file", default="", help="training checkpoint: a folder, .pdparams or .safetensors")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights written [float32]")
-    parser.add_argument("--checkpoint_path", default="", help=".pdparams to write")
+    parser.add_argument("--checkpoint_path", default="", help=".pdparams or .safetensors to write")
     parser.add_argument(
         "--save_ema", type=str2bool, default=False, metavar="True|False", help="the averages, not the weights [False]"
     )

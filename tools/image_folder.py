@@ -1,14 +1,26 @@
 """Images in one folder per class: finding them, and the centre crop with which ADM and DiT prepare ImageNet."""
 
+import functools
 import io
 import os
+import warnings
+
+
+@functools.cache
+def image_formats() -> list:
+    """The formats that Pillow reads by itself: EPS is a program, which it hands to Ghostscript."""
+    from PIL import Image
+
+    Image.init()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `load_pixels` makes it an error
+    return [kind for kind in Image.ID if kind != "EPS"]
 
 
 def image_suffixes() -> tuple:
-    """The file name endings, lower case, of the formats that Pillow reads."""
+    """The file name endings, lower case, of `image_formats`."""
     from PIL import Image
 
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
 
 
 def find_images(root: str, others: list | None = None) -> tuple[list, list]:
@@ -115,7 +127,9 @@ def load_pixels(path: str, size: int, data: bytes | None = None):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as file:
+        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()) as file:
+            if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
             return np.asarray(center_crop(to_rgb(file), size))
     except UnidentifiedImageError:
         reason = "no image format that Pillow knows"

@@ -11,6 +11,8 @@ import tarfile
 import numpy as np
 
 from tools.image_folder import find_images, image_suffixes, load_pixels
+from training.npy import load_npz
+from untrusted import parse_json
 
 MAX_LABEL = 999_999  # a number beyond it is a mistake in the list
 
@@ -103,10 +105,9 @@ class ImageSource:
     @classmethod
     def load(cls, path, root):
         """The listing that `save` wrote, of images that are now in `root`; ValueError if its tar files have changed."""
-        with np.load(path, allow_pickle=False) as arrays:
-            source = cls.__new__(cls)
-            source.root, source._arrays = str(root), dict(arrays)
-        source._meta = json.loads(source._arrays.pop("meta").tobytes())
+        source = cls.__new__(cls)
+        source.root, source._arrays = str(root), load_npz(path, ["meta", "names", "ends", "labels", "spans"])
+        source._meta = parse_json(source._arrays.pop("meta").tobytes())
         if source._meta["sizes"] != source._archive_sizes():
             raise ValueError(f"{root}: its tar files are not those whose images were listed when the extraction began")
         return source

@@ -80,7 +80,10 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
         "--weights_layout",
         default="auto",
         choices=("auto", "paddle", "torch"),
-        help="how the file stores Linear weights; auto goes by its ending [auto]",
+        help="how the file stores Linear weights; auto goes by its ending, or what a .safetensors says [auto]",
+    )
+    parser.add_argument(
+        "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
 

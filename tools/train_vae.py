@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools.image_folder import find_images, load_image  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
+from untrusted import read_json  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
 
@@ -28,12 +29,9 @@ DEFAULTS = {"steps": 3000, "batch_size": 32, "lr": 2e-3, "kl_weight": 3e-3, "see
 
 def load_settings(path: str) -> dict:
     """Read {"vae": AutoencoderKL keywords, "training": {...}}; ValueError naming file and key for anything else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("vae"), dict):
+    settings = read_json(path)
+    sections = [settings.get("vae"), settings.get("training", {})] if isinstance(settings, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
         raise ValueError(f'{path}: expected {{"vae": {{...}}, "training": {{...}}}}')
     unknown = set(settings) - {"vae", "training"} | set(settings.get("training", {})) - set(DEFAULTS)
     if unknown:

@@ -10,6 +10,8 @@ import os
 import re
 from collections import namedtuple
 
+from untrusted import check_network, read_json
+
 # What a key accepts: `check(value)` decides, `expected` is the text of the error.
 Key = namedtuple("Key", "default check expected")
 REQUIRED = object()
@@ -136,6 +138,9 @@ TRAINING_KEYS = {
     "lr_end": _number(1e-7),
     "num_cycles": _positive(0.5),
     "power": _positive(1.0),
+    # The watch on the numbers.
+    "on_nonfinite": _choice("stop", "stop", "skip"),
+    "loss_spike_factor": Key(0.0, lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1"),
     # The run.
     "max_steps": Key(-1, lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs"),
     "epochs": _positive(1400),
@@ -165,7 +170,7 @@ def check_value(keys, name, value, where):
     if name not in keys:
         raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(keys))}")
     if not keys[name].check(value):
-        raise ValueError(f"{where}: {name} must be {keys[name].expected}, got {json.dumps(value)}")
+        raise ValueError(f"{where}: {name} must be {keys[name].expected}, got {json.dumps(value)[:60]}")
     # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
     return float(value) if isinstance(keys[name].default, float) else value
 
@@ -188,7 +193,7 @@ def _typed_section(tables, given, default_type, where, what):
     given = dict(given)
     kind = given.pop("type", default_type)
     if not isinstance(kind, str) or kind not in tables:
-        raise ValueError(f"{where}: {what} type must be one of {', '.join(tables)}, got {json.dumps(kind)}")
+        raise ValueError(f"{where}: {what} type must be one of {', '.join(tables)}, got {json.dumps(kind)[:60]}")
     return {"type": kind, **_section(tables[kind], given, where)}
 
 
@@ -217,6 +222,7 @@ def _official_names(model, where):
 
 def _check_sizes(model, where):
     """Raises `ValueError` for sizes that are right one by one, but don't fit together."""
+    check_network(model, where)
     heads, head_dim = model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
         raise ValueError(
@@ -295,19 +301,6 @@ def resolve_config(raw, *, source="config", file_name=""):
     training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
     data = _section(DATA_KEYS, raw.get("data", {}), f"{source}: data")
     return {"model": model, "objective": objective, "training": training, "data": data}
-
-
-def read_json(path):
-    """Reads a JSON file; raises `ValueError` with one line naming the file, and the line and column of an error."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
 def load_config(path):

@@ -20,6 +20,8 @@ import shutil
 
 import numpy as np
 
+from training.npy import load_npy
+
 SHARD_SAMPLES = 8192
 # Mapped pages count as this process's memory, though they are the system's file cache: given back after so many bytes.
 MAPPED_BYTES = 1 << 32
@@ -57,10 +59,7 @@ def _shard_numbers(folder):
 
 def finished_shards(folder):
     """`{number: rows}` of the whole shards in a folder; empty if it is not there."""
-    return {
-        number: len(_open(os.path.join(folder, shard_name(number), "labels.npy"), mapped=False))
-        for number in _shard_numbers(folder)
-    }
+    return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in _shard_numbers(folder)}
 
 
 def finish(feature_path, name):
@@ -208,18 +207,6 @@ def available_memory():
     return min(found, default=None)
 
 
-def _open(path, mapped=True):
-    """The array of a `.npy` file; ValueError with one line that names it."""
-    try:
-        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing") from None
-    except Exception as error:  # whatever a broken file makes numpy say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable .npy file (truncated?): {reason}") from None
-    return array
-
-
 class PackedStore:
     """A packed set, read row by row in any order.
 
@@ -243,9 +230,7 @@ class PackedStore:
         self._rows, self._maps, self._offsets = [[], []], [], []
         labels = []
         for shard in self.shards:
-            labels.append(_open(os.path.join(shard, "labels.npy"), mapped=False))
-            if labels[-1].ndim != 1 or labels[-1].dtype.kind not in "iu":
-                raise ValueError(f"{shard}/labels.npy: expected integers (n,), found {_describe(labels[-1])}")
+            labels.append(_labels(shard))
             if os.path.exists(os.path.join(shard, "flipped.npy")) != self.has_flip:
                 raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
             if not labels[-1].size or -(2**31) <= labels[-1].min() <= labels[-1].max() < 2**31:
@@ -266,7 +251,7 @@ class PackedStore:
             self.read_exactly()
 
     def _add(self, rows, path, count):
-        array = _open(path)
+        array = load_npy(path, mapped=True)
         first = self._rows[0][0] if self._rows[0] else array
         if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
             raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
@@ -348,11 +333,18 @@ class PackedStore:
     def name(self, index):
         """The sample's name: its files in the seed's layout without `.npy`."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        return os.fsdecode(_open(os.path.join(self.shards[shard], "names.npy"))[index - self._starts[shard]])
+        return os.fsdecode(self._names(shard, mapped=True)[index - self._starts[shard]])
 
     def names(self):
         """All names, `(N,)` bytes."""
-        return np.concatenate([_open(os.path.join(shard, "names.npy"), mapped=False) for shard in self.shards])
+        return np.concatenate([self._names(shard) for shard in range(len(self.shards))])
+
+    def _names(self, shard, mapped=False):
+        path = os.path.join(self.shards[shard], "names.npy")
+        names, count = load_npy(path, mapped=mapped), self._ends[shard] - self._starts[shard]
+        if names.dtype.kind != "S" or names.shape != (count,):
+            raise ValueError(f"{path}: holds {_describe(names)}, expected the names, bytes, of {count} samples")
+        return names
 
     def feature_source(self, index):
         """Where the latent of a sample stands, for messages."""
@@ -366,6 +358,14 @@ class PackedStore:
         """Where a sample stands in the files of that name."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self.shards[shard]}/{name} row {index - self._starts[shard]}"
+
+
+def _labels(shard):
+    path = os.path.join(shard, "labels.npy")
+    labels = load_npy(path)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected integers (n,), found {_describe(labels)}")
+    return labels
 
 
 def _describe(array):

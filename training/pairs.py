@@ -12,12 +12,16 @@ The index is made anew when a folder has changed since (its times and inode), an
 import contextlib
 import os
 import re
+import stat
 import tempfile
 import time
 
 import numpy as np
 
+from training.npy import load_npy, load_npz
+
 INDEX_LEAST = 20_000
+_LARGEST = 1 << 30  # bytes of a file that is read at once
 # A folder whose times are younger than this may still change without their changing: a file system's clock is coarse.
 _CLOCK_NS = 2_000_000_000
 
@@ -37,18 +41,6 @@ def index_file(feature_path, name):
     return os.path.join(feature_path, f"{name}_index.npz")
 
 
-def load_npy(path):
-    """The array of a `.npy` file; ValueError with one line that names it."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except Exception as error:  # whatever a broken file makes numpy say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable .npy file (truncated?): {reason}") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: not a readable .npy file: it holds an archive of arrays")
-    return array
-
-
 class NpyReader:
     """Reads `.npy` files that are mostly alike: a header seen before is not parsed again, which is most of the time."""
 
@@ -58,8 +50,7 @@ class NpyReader:
     def __call__(self, path):
         """The array of a file, perhaps read-only; raises as `load_npy`."""
         try:
-            with open(path, "rb", buffering=0) as file:
-                data = file.read()
+            data = _read_regular(path)
         except OSError:
             return load_npy(path)  # says what is wrong
         return self.parse(data, path)
@@ -74,6 +65,18 @@ class NpyReader:
         if array.size and b"'fortran_order': False" in header and len(header) + array.nbytes == len(data):
             self._known = header, len(data), array.dtype, array.shape
         return array
+
+
+def _read_regular(path):
+    """The bytes of a regular file; OSError for a pipe or device, which may never end, and for more than one sample."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST:
+            raise OSError("no regular file of a sample's size")
+        return os.read(descriptor, state.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def natural_order(names):
@@ -140,13 +143,12 @@ class PairStore:
     def _load_index(self):
         """Takes the names from the index, if it is there and of these very folders."""
         try:
-            with np.load(self.index_path, allow_pickle=False) as index:
-                self._signatures = [_signature(folder) for folder in self._folders]
-                if index["signature"].tolist() != self._signatures:
-                    return False
-                self._names = index["names"]
-                self._labels = index["labels"] if "labels" in index else None
-        except Exception:  # no index, or a broken one: the folders are read again
+            self._signatures = [_signature(folder) for folder in self._folders]
+            if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
+                return False
+            index = load_npz(self.index_path, ["names", "labels"])
+            self._names, self._labels = index["names"], index.get("labels")
+        except (OSError, ValueError, KeyError):  # no index, or a broken one: the folders are read again
             return False
         self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
         return len(self._names) > 0

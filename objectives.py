@@ -2,7 +2,8 @@
 
 `build_objective(config)` returns an object with
 
-- `training_losses(model, x, y, rows=None) -> dict` of per-sample tensors with the key `loss`,
+- `draw(x, rows=None) -> dict` of the random numbers of a training step, per sample,
+- `training_losses(model, x, y, rows=None, drawn=None) -> dict` of per-sample tensors with the key `loss`,
 - `validation_losses(model, x, y, place, noise) -> (N,)`, with nothing left to chance,
 - `end_step()`, called once after each optimizer step,
 - `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
@@ -60,7 +61,19 @@ class DiffusionObjective:
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
 
-    def training_losses(self, model, x, y, rows=None):
+    def draw(self, x, rows=None):
+        """The random numbers for `training_losses`, of shape `(N,)` but for the noise.
+
+        Returns:
+            dict of `t`, `weights` (of the losses), `noise` as x, and `force_drop_ids` if labels are dropped.
+        """
+        rows = rows or Rows(0, x.shape[0], x.shape[0])
+        t, weights = self.timestep_sampler.sample(rows.total)
+        t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
+        noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
+        return {"t": t, "weights": weights, "noise": noise, **_label_dropout(self._class_dropout_prob, rows)}
+
+    def training_losses(self, model, x, y, rows=None, drawn=None):
         """Losses at random timesteps.
 
         Args:
@@ -68,15 +81,14 @@ class DiffusionObjective:
             x: clean latents `(N, C, H, W)`, scaled to about unit variance.
             y: labels `(N,)`, int64.
             rows: where these N samples stand in the global batch; None if they are all of it.
+            drawn: what `draw` returned earlier; None to draw now.
 
         Returns:
             dict of `(N,)` tensors: `loss`, and its parts (`mse`, `vb`) where there are any.
         """
-        rows = rows or Rows(0, x.shape[0], x.shape[0])
-        t, weights = self.timestep_sampler.sample(rows.total)
-        t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
-        noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
-        model_kwargs = {"y": y, **_label_dropout(self._class_dropout_prob, rows)}
+        drawn = self.draw(x, rows) if drawn is None else dict(drawn)
+        t, weights, noise = drawn.pop("t"), drawn.pop("weights"), drawn.pop("noise")
+        model_kwargs = {"y": y, **drawn}
         losses = self.diffusion.training_losses(model, x, t, model_kwargs, noise=noise)
         if self._learns:
             self._seen.append((t, losses["loss"].detach()))
@@ -156,13 +168,18 @@ class TransportObjective:
         self._class_dropout_prob = config["model"]["class_dropout_prob"]
         self.transport = create_transport(**settings)
 
-    def training_losses(self, model, x, y, rows=None):
-        """Losses at random times; arguments and result as `DiffusionObjective.training_losses`, with part `pred`."""
+    def draw(self, x, rows=None):
+        """As `DiffusionObjective.draw`, without `weights`."""
         rows = rows or Rows(0, x.shape[0], x.shape[0])
         x0 = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
         t = _draw(self.transport.sample_timesteps, rows)
-        model_kwargs = {"y": y, **_label_dropout(self._class_dropout_prob, rows)}
-        return self.transport.training_losses(model, x, model_kwargs, x0=x0, t=t)
+        return {"t": t, "noise": x0, **_label_dropout(self._class_dropout_prob, rows)}
+
+    def training_losses(self, model, x, y, rows=None, drawn=None):
+        """Losses at random times; arguments and result as `DiffusionObjective.training_losses`, with part `pred`."""
+        drawn = self.draw(x, rows) if drawn is None else dict(drawn)
+        t, x0 = drawn.pop("t"), drawn.pop("noise")
+        return self.transport.training_losses(model, x, {"y": y, **drawn}, x0=x0, t=t)
 
     def validation_losses(self, model, x, y, place, noise):
         """Losses at given times and noise; as `DiffusionObjective.validation_losses`, `place` from noise to data."""

@@ -7,15 +7,18 @@ configure_runtime()  # before Paddle is imported
 
 def main():
     from training.arguments import check_positive, notrainer_parser, resolve_training
+    from training.stopping import Stopping
 
     args = notrainer_parser().parse_args()
     check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
     config = resolve_training(args, global_batch_size=args.global_batch_size, epochs=args.epochs, seed=args.global_seed)
-    train(args, config)
+    with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
+        train(args, config, stopping)
 
 
-def train(args, config):
+def train(args, config, stopping):
     import contextlib
+    import functools
     import os
     import time
 
@@ -30,6 +33,8 @@ def train(args, config):
     from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
     from training.preview import log_preview
     from training.runtime import init_distributed, resolve_device, seed_step
+    from training.step_dump import dump_step
+    from training.watch import NumberWatch
 
     # Device, process group, precision.
     settings = config["training"]
@@ -63,13 +68,17 @@ def train(args, config):
         start_note = ckpt.load_pretrained(args.pretrained_model_path, model, ema)
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
-    optimizer = build_optimizer(model, settings, lr_scheduler, multi_precision=precision.low_precision_weights)
+    watch = NumberWatch(settings)
+    optimizer = build_optimizer(
+        model, settings, lr_scheduler, multi_precision=precision.low_precision_weights, watch=watch
+    )
     grad_norm = optimizer._grad_clip
     scaler = precision.scaler()
     if checkpoint is not None:
         ckpt.restore_training(
             checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
         )
+        watch.set_state_dict(checkpoint.progress.get("watch", {}))
     vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae in ("ema", "mse") else args.vae or args.vae_name_or_path
     preview = setup.build_preview(objective, config, args, vae=vae)
     validation = setup.build_validation(config, objective, held_out, sampler)
@@ -106,8 +115,21 @@ def train(args, config):
     )
     saver = ckpt.CheckpointSaver(say=log.print, save_total_limit=args.save_total_limit, background=args.async_save)
 
+    watch.dump = functools.partial(
+        dump_step,
+        folder=folder,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        dataset=dataset,
+        sampler=sampler,
+        precision=precision,
+    )
+
     def save(step):
-        log.check_finite()
+        stopping.phase("saving")
+        watch.check()
         start = time.perf_counter()
         path = os.path.join(checkpoints_dir, f"{step:07d}")
         saver.save(
@@ -125,12 +147,14 @@ def train(args, config):
                 samples_seen=sampler.samples_seen(step),
                 num_samples=len(dataset),
                 world_size=world_size,
+                watch=watch.state_dict(),
             ),
         )
         log.pause(time.perf_counter() - start)
 
     model.train()  # label dropout is on
-    batches = iter(FeatureLoader(dataset, sampler, num_workers=args.num_workers))
+    stopping.start(first_step, rank=rank, world_size=world_size)
+    batches = iter(FeatureLoader(dataset, sampler, num_workers=args.num_workers, phase=stopping.phase))
     for step in range(first_step + 1, last_step + 1):
         # Forward and backward, micro-batch by micro-batch.
         for micro_step in range(accumulation_steps):
@@ -142,16 +166,17 @@ def train(args, config):
                 with precision.autocast():
                     loss = objective.training_losses(network, x, y, Rows(*sampler.rows(micro_step)))["loss"].mean()
                 scaler.scale(loss / accumulation_steps).backward()
-            log.add(loss.detach())
+            watch.add(loss.detach())
         if reduce_after:
             fused_allreduce_gradients(list(model.parameters()), None)
 
         # Optimizer, learning rate, EMA.
-        grad_norm.wanted = log.will_report(step)
+        lr = optimizer.get_lr()
+        watch.begin_update(step, lr, scaler)
         scaler.step(optimizer)
         scaler.update()
+        watch.end_update(objective)
         optimizer.clear_grad()
-        lr = optimizer.get_lr()
         if precision.stepped(scaler):
             lr_scheduler.step()
         objective.end_step()
@@ -160,19 +185,26 @@ def train(args, config):
 
         # Report, validation, preview, checkpoint.
         if log.step_done(step):
-            log.report(lr=lr, grad_norm=grad_norm.take(), epoch=sampler.epoch(step))
+            log.report(**watch.take(), lr=lr, grad_norm=grad_norm.take(), epoch=sampler.epoch(step))
         if validation is not None and validation.due(step, last_step):
+            stopping.phase("validating")
             validation.run(step, model=model, ema=ema, optimizer=optimizer, precision=precision, log=log)
         if preview is not None and step % args.image_logging_steps == 0:
+            stopping.phase("drawing previews")
             images_dir = os.path.join(folder, "images")
             log_preview(
                 preview, model=model, ema=ema, optimizer=optimizer, log=log, folder=images_dir, step=step, rank=rank
             )
-        if step % args.ckpt_every == 0 or step == last_step:
+        stopped = step < last_step and stopping.due(step)
+        if step % args.ckpt_every == 0 or step == last_step or stopped:
             save(step)
+        if stopped:
+            break
 
     saver.finish()
     log.close()
+    if stopping.stopped:
+        stopping.leave(f"after step {step} of {last_step}, saved in {checkpoints_dir}; --resume {folder} goes on")
     if rank == 0 and first_step >= last_step:
         print(f"nothing to do: step {first_step} of {last_step} is reached by {checkpoint.source}")
     elif rank == 0:

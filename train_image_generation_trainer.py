@@ -7,6 +7,7 @@ configure_runtime()  # before Paddle is imported
 
 def main():
     from training.arguments import check_positive, resolve_training, trainer_parser
+    from training.stopping import Stopping
 
     args, others = trainer_parser().parse_known_args()
     check_positive(
@@ -16,10 +17,11 @@ def main():
         *("pipeline_parallel_degree", "sep_parallel_degree"),
     )
     config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
-    train(args, others, config)
+    with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
+        train(args, others, config, stopping)
 
 
-def train(args, others, config):
+def train(args, others, config, stopping):
     import paddle
 
     from training.runtime import resolve_device
@@ -86,6 +88,7 @@ def train(args, others, config):
         train_dataset=dataset,
         sampler=sampler,
         precision=precision,
+        stopping=stopping,
         preview=preview,
         validation=validation,
         image_logging_steps=args.image_logging_steps,

@@ -195,11 +195,16 @@ def command_environment(threads=1):
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
-def launch(ranks, script, arguments, log_dir, timeout=400):
-    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
+def launch_command(ranks, script, arguments, log_dir):
+    """The command line of a script under `paddle.distributed.launch` on `ranks` processes."""
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks)]
     command += ["--master", f"127.0.0.1:{free_port()}", "--log_dir", str(log_dir), str(ROOT / script)]
-    command += [str(argument) for argument in arguments]
+    return command + [str(argument) for argument in arguments]
+
+
+def launch(ranks, script, arguments, log_dir, timeout=400):
+    """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
+    command = launch_command(ranks, script, arguments, log_dir)
     return subprocess.run(
         command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
     )

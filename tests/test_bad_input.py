@@ -79,7 +79,7 @@ DATA_MISTAKES = [
     (spoil_no_feature, r"imagenet64_labels/7.npy: has no feature file .*imagenet64_features/7.npy"),
     (spoil_no_label_folder, "its labels folder .*imagenet64_labels is missing"),
     (spoil_truncated, r"imagenet64_features/7.npy: not a readable .npy file \(truncated\?\)"),
-    (spoil_archive, r"imagenet64_features/7.npy: not a readable .npy file: it holds an archive"),
+    (spoil_archive, r"imagenet64_features/7.npy: not a readable .npy file .*: it holds an archive"),
     (spoil_not_npy, r"imagenet64_labels/7.npy: not a readable .npy file"),
     (spoil_shape, r"7.npy: holds float32 of shape \(4, 16, 16\), the config's model takes .* \(4, 8, 8\)"),
     (spoil_label, r"7.npy: label 10 is outside the config's num_classes: 0..9"),
@@ -142,8 +142,8 @@ def test_mistake_under_the_launcher(features, tmp_path):
         ("trainer", ["--warmup_ratio=0.5"], "command line: unknown flag --warmup_ratio"),
         ("notrainer", ["--image_logging_steps=1", "--num_inference_steps=2000"], "sampling steps must be 1..1000"),
         ("notrainer", ["--pretrained_model_path=/no/such.pdparams"], "/no/such.pdparams: there is no such file"),
-        ("trainer", ["--learning_rate=1e30", "--max_steps=8"], "the loss is (nan|inf) between steps .* diverged"),
-        ("notrainer", ["--learning_rate=1e30", "--max_steps=8"], "the loss is (nan|inf) between steps .* diverged"),
+        ("trainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),
+        ("notrainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),
         ("trainer", ["--resume_from_checkpoint=/no/such"], "/no/such: no training checkpoint there"),
         ("notrainer", ["--resume=/no/such"], "/no/such: no training checkpoint there"),
         ("notrainer", ["--gradient_accumulation_steps=3"], "global batch size 8 is not divisible by 1 .* x 3"),
@@ -157,7 +157,7 @@ def test_flags(features, tmp_path, run_loop, loop, flags, message):
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=2)
     with pytest.raises(ValueError, match=message):
         run_loop(loop, [*arguments, *flags])
-    assert not list(tmp_path.glob("out/**/*.pdparams"))
+    assert not list(tmp_path.glob("out/**/model_state.pdparams"))
 
 
 @pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="a GPU build may see a GPU")
@@ -208,7 +208,7 @@ def test_output_folder_of_another_run(features, tmp_path, run_loop):
 @pytest.mark.parametrize(
     "script",
     sorted(
-        [*(path.name for path in ROOT.glob("*.py") if path.name != "objectives.py")]
+        [*(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())]
         + [f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text()]
         + [f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.py")]
     ),

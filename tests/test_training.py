@@ -505,6 +505,7 @@ def test_loss_scaler_survives_a_checkpoint(features, tmp_path, run_loop, monkeyp
 
     class Scaler:
         _enable = True
+        _found_inf, _scale = paddle.zeros([1], "bool"), paddle.full([1], 32768.0)
 
         def __init__(self):
             self.state = {"scale": np.float32([32768.0]), "incr_ratio": 2.0, "decr_ratio": 0.5, "incr_count": 0}

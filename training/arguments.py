@@ -42,6 +42,18 @@ def _add_optimizer_flags(parser):
     group.add_argument("--adam_beta2", type=float, help="[0.999]")
     group.add_argument("--adam_epsilon", type=float, help="[1e-8]")
     group.add_argument("--max_grad_norm", type=float, help="clip gradients to this global norm; 0 or less: off [-1]")
+    group.add_argument(
+        "--on_nonfinite",
+        choices=("stop", "skip"),
+        help="a step whose loss or gradients are not finite changes no weight; then: end with a dump of it, or skip it "
+        "and count [stop]",
+    )
+    group.add_argument(
+        "--loss_spike_factor",
+        type=float,
+        metavar="F",
+        help="take a step whose loss is more than F times its running mean for such a step too; 0: off [0]",
+    )
     group.add_argument("--lr_scheduler_type", choices=LR_SCHEDULES, help="learning-rate schedule [constant]")
     group.add_argument("--warmup_steps", type=int, help="linear warm-up from 0 over this many steps [0]")
     group.add_argument("--num_cycles", type=float, help="waves of the cosine schedule [0.5]")
@@ -103,6 +115,23 @@ def _add_data_flags(parser):
         "--validation_samples", type=int, metavar="N", help="hold out N samples, and report their loss [0]"
     )
     group.add_argument("--validation_steps", type=int, metavar="N", help="steps between these reports [1000]")
+
+
+def _add_stopping_flags(parser):
+    group = parser.add_argument_group("ends before the last step: SIGTERM and SIGINT save first too, exit code 75")
+    group.add_argument(
+        "--max_hours",
+        type=float,
+        metavar="H",
+        help="save and exit with code 75 before H hours since the start are over [no limit]",
+    )
+    group.add_argument(
+        "--hang_timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="end a job, exit code 70, of which a rank makes no progress for so long; 0: never [1800]",
+    )
 
 
 def _add_start_flags(parser):
@@ -208,6 +237,7 @@ def trainer_parser():
         help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
     )
     _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_stopping_flags(parser)
     _add_preview_flags(parser)
     group = parser.add_argument_group("parallel degrees")
     group.add_argument("--dp_degree", type=int, metavar="N", help="data parallel; follows from the others [all ranks]")
@@ -290,6 +320,7 @@ def notrainer_parser():
     )
     _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
     group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
+    _add_stopping_flags(parser)
     _add_preview_flags(parser)
     parser.add_argument(
         "--vae", help="previews' autoencoder: ema or mse (stabilityai/sd-vae-ft-...), a folder or a name"
@@ -316,7 +347,8 @@ def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
         name: getattr(args, name)
         for name in (
             "use_ema ema_decay ema_warmup recompute learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
-            "max_grad_norm lr_scheduler_type warmup_steps num_cycles lr_end power max_steps gradient_accumulation_steps"
+            "max_grad_norm on_nonfinite loss_spike_factor lr_scheduler_type warmup_steps num_cycles lr_end power "
+            "max_steps gradient_accumulation_steps"
         ).split()
     }
     given.update(

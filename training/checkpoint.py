@@ -27,12 +27,13 @@ import paddle
 from models.parallel import rank_part
 from models.weights import check_state, official_to_paddle, safe_load, save_pdparams
 from sampling.checkpoint import is_training_checkpoint, read_weights
-from training.config import read_json, resolve_config
-from training.manifest import MANIFEST, FolderWriter, damage, delete_folder, restore_replaced
+from training.config import resolve_config
+from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
 from training.runtime import SAVING_THREAD, one_line
 from training.shares import Shares, held_name, held_part, master_weights
+from untrusted import inside, read_json
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
@@ -159,10 +160,13 @@ def _random_state():
 
 
 def _set_random_state(state):
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys, dtype="uint32"), *rest))
+    try:
+        version, keys, gauss = state["python"]
+        random.setstate((version, tuple(keys), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.asarray(keys, dtype="uint32"), *rest))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"{STATE}: holds no states of Python's and numpy's generators ({error})") from None
 
 
 def checkpoint_files(*, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
@@ -308,6 +312,9 @@ class CheckpointSaver:
             if paddle.distributed.get_rank() == 0:
                 then = "training goes on, and the next save tries again"
                 self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
+        except Exception as error:  # a bug, which would be lost with the thread
+            self._failure = error
+            raise
         else:
             self._failure = None
             rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say)
@@ -389,21 +396,21 @@ def load_checkpoint(path, experiment_name=None):
         )
 
     def optional(name):
-        file = os.path.join(folder, name)
+        file = inside(folder, name)
         return safe_load(file) if os.path.isfile(file) else None
 
-    state = os.path.join(folder, STATE)
-    progress = read_json(state)
+    state = inside(folder, STATE)
+    progress = read_json(state, infinity=True)
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
 
-    optimizer = os.path.join(folder, OPTIMIZER)
+    optimizer = inside(folder, OPTIMIZER)
     if not os.path.isfile(optimizer):
         raise ValueError(f"{optimizer}: no such file")
     return Checkpoint(
         source=folder,
-        config=resolve_config(read_json(os.path.join(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
-        model=safe_load(os.path.join(folder, MODEL)),
+        config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
+        model=safe_load(inside(folder, MODEL)),
         ema=optional(EMA_STATE),
         read_optimizer=functools.partial(safe_load, optimizer),
         objective=optional(OBJECTIVE) or {},
@@ -423,6 +430,10 @@ def _load_official(path):
         moments, step = _official_moments(raw)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({error!r})") from None
+    for name in ("model", "ema"):
+        weights = raw.get(name, {})
+        if not isinstance(weights, dict) or not all(isinstance(value, np.ndarray) for value in weights.values()):
+            raise ValueError(f"{path}: its {name!r} is no state dict")
     return Checkpoint(
         source=path,
         config=None,
@@ -476,6 +487,7 @@ def open_experiment(resume, results_dir, config_file, config):
             # What `auto` passed over is damaged, and may be done again in its place.
             mine = found if resume == "auto" else found[:1]
             if any(os.path.samefile(path, checkpoint.source) for path in mine):
+                clear_leftovers(os.path.dirname(checkpoint.source))
                 return experiment
         index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
         path = os.path.join(results_dir, f"{index:03d}-{name}")
@@ -528,12 +540,14 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
     return checkpoint
 
 
-_RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images")
+_RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
 
 
 def _put_aside(output_dir, checkpoint, overwrite):
     """Moves what an earlier run left and this one would meet to `output_dir/previous-DATE`; no other file."""
     existing = list_checkpoints(output_dir)
+    if existing:
+        clear_leftovers(output_dir)
     if checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing):
         step = checkpoint.progress["global_step"]
         moved = [path for path in existing if _step_of(path) > step]
@@ -546,7 +560,11 @@ def _put_aside(output_dir, checkpoint, overwrite):
         moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
     moved = [path for path in moved if os.path.exists(path)]
     if moved:
-        aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
+        name = aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
+        number = 1
+        while os.path.exists(aside):  # of a run that was started in the same second
+            number += 1
+            aside = f"{name}-{number}"
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)

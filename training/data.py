@@ -14,6 +14,7 @@ import numpy as np
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
+from training.stopping import start_worker
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
 READ_BYTES = 1 << 22
@@ -251,6 +252,10 @@ class FeatureDataset:
         """The folder that the samples are read from."""
         return self.store.path
 
+    def source(self, index):
+        """Where the latent of a sample stands, for messages."""
+        return self.store.feature_source(index if self._indices is None else self._indices[index])
+
     def __len__(self):
         return len(self.store) if self._indices is None else len(self._indices)
 
@@ -429,14 +434,18 @@ class MicroBatchSampler:
     def __len__(self):
         return max(0, self.last_step - self.first_step) * self.accumulation_steps
 
+    def batch(self, step, micro_step):
+        """`(indices, positions)` of a micro-batch of optimizer step `step` (1-based), `(n,)` int64 each: what to read,
+        and where it stands in the stream, for whatever is drawn anew at every visit."""
+        start, stop, _ = self.rows(micro_step)
+        position = self.samples_seen(step - 1)
+        return self.stream.take(position + start, position + stop), np.arange(position + start, position + stop)
+
     def batches(self):
-        """`(indices, positions)` of the micro-batches, `(n,)` int64 each: what to read, and where it stands in the
-        stream, for whatever is drawn anew at every visit."""
+        """`batch` of all micro-batches that are still to come when training starts."""
         for step in range(self.first_step, self.last_step):
-            position = self.samples_seen(step)
             for micro_step in range(self.accumulation_steps):
-                start, stop, _ = self.rows(micro_step)
-                yield self.stream.take(position + start, position + stop), np.arange(position + start, position + stop)
+                yield self.batch(step + 1, micro_step)
 
     def __iter__(self):
         for indices, _ in self.batches():
@@ -495,13 +504,15 @@ class FeatureLoader:
         sampler: a `MicroBatchSampler`.
         num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
             so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
+        phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
     Raises, while iterating:
         ValueError: what the dataset raised for a sample.
     """
 
-    def __init__(self, dataset, sampler, *, num_workers):
+    def __init__(self, dataset, sampler, *, num_workers, phase=None):
         self.sampler = sampler
+        self._phase = phase or (lambda name: None)
         self._dataset = dataset
         self._num_workers = num_workers
 
@@ -516,8 +527,12 @@ class FeatureLoader:
             batch_sampler=_Batches(self.sampler),
             collate_fn=_only,  # arrays: workers must not make tensors
             num_workers=self._num_workers,
+            worker_init_fn=start_worker,
         )
-        for batch in loader:
+        state = np.random.get_state()
+        batches = iter(loader)
+        np.random.set_state(state)  # it has drawn a seed for the workers: a resumed run must not draw once more
+        for batch in batches:
             if len(batch) == 1:
                 raise ValueError(batch[0].numpy().tobytes().decode())
             yield batch
@@ -544,6 +559,16 @@ class FeatureLoader:
                     yield [array[start : start + size] for array in arrays]
 
     def __iter__(self):
+        batches = self._batches()
+        while True:
+            self._phase("reading data")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._phase("training")
+            yield batch
+
+    def _batches(self):
         if self._num_workers > 0 and isinstance(self._dataset.store, PairStore):
             yield from self._by_processes()
             return

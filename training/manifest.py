@@ -35,10 +35,7 @@ class FolderWriter:
         self.files = {}
         parent = os.path.dirname(self.folder)
         os.makedirs(parent, exist_ok=True)
-        restore_replaced(parent)
-        for path, name, kind in _leftovers(parent):
-            if kind == "partial" or os.path.exists(os.path.join(parent, name)):
-                shutil.rmtree(path, ignore_errors=True)
+        clear_leftovers(parent)
         os.mkdir(self.partial)
 
     @contextlib.contextmanager
@@ -93,6 +90,14 @@ def delete_folder(folder):
     hidden = _beside(folder, "partial")
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
+
+
+def clear_leftovers(parent):
+    """Deletes what a kill left of folders that were on their way to or from a name in `parent`; for its one writer."""
+    restore_replaced(parent)
+    for path, name, kind in _leftovers(parent):
+        if kind == "partial" or os.path.exists(os.path.join(parent, name)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_replaced(parent):

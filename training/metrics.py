@@ -8,7 +8,6 @@ import sys
 import time
 
 import paddle
-import paddle.distributed as dist
 from tqdm import tqdm
 
 
@@ -20,15 +19,53 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
-def _open_rows(path, first_step):
-    """Opens the file to append to, without the rows of steps that a resumed run is about to do again."""
-    kept = []  # lines
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    file = open(path, "w", encoding="utf-8")
-    file.writelines(kept)
-    return file, [json.loads(line) for line in kept]
+def _row(line):
+    """The row of a line; None for the end of one that a kill has cut, and for what a power cut has made of it."""
+    try:
+        row = json.loads(line)
+        return row if line.endswith("\n") and isinstance(row["step"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+class _Rows:
+    """A file of JSON lines, without those of steps that a resumed run is about to do again.
+
+    A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
+
+    Attributes:
+        earlier: the rows that were there.
+    """
+
+    def __init__(self, path, first_step):
+        rows = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                rows = [_row(line) for line in file]
+        self.earlier = [row for row in rows if row is not None and row["step"] <= first_step]
+        self.path, self._pending, self._refused = path, b"", False
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.earlier)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.partial", path)
+        self._file = open(path, "ab", buffering=0)
+
+    def append(self, values):
+        """Writes a row. Returns a line to print the first time that the file system refuses, else None."""
+        self._pending += (json.dumps(values) + "\n").encode()
+        before, self._refused = self._refused, False
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            self._refused = True
+            if not before:
+                return f"warning: {self.path}: {error.strerror}; its rows are written when there is room"
+        return None
+
+    def close(self):
+        self._file.close()
 
 
 class TrainingLog:
@@ -51,8 +88,6 @@ class TrainingLog:
         self.last_step = last_step
         self.visualdl_dir = visualdl_dir
         self._step = self._reported = first_step
-        self._loss_sum = None
-        self._micro_losses = 0
         self._start = time.perf_counter()
         self._paused = 0.0
         self._writer = self._file = self._bar = None
@@ -61,11 +96,11 @@ class TrainingLog:
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            self._file, earlier = _open_rows(os.path.join(folder, "metrics.jsonl"), first_step)
-            self._validations, validations = _open_rows(os.path.join(folder, "validation.jsonl"), first_step)
-            for values in earlier:  # VisualDL shows the newest file of a folder only
+            self._file = _Rows(os.path.join(folder, "metrics.jsonl"), first_step)
+            self._validations = _Rows(os.path.join(folder, "validation.jsonl"), first_step)
+            for values in self._file.earlier:  # VisualDL shows the newest file of a folder only
                 self._add_scalars("train", values)
-            for values in validations:
+            for values in self._validations.earlier:
                 self._add_scalars("validation", values)
             self._bar = tqdm(
                 total=last_step,
@@ -77,57 +112,25 @@ class TrainingLog:
                 disable=not show_bar,
             )
 
-    def add(self, loss):
-        """Adds a micro-batch's mean loss, a detached tensor; stays on the device."""
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._micro_losses += 1
-
-    def will_report(self, step):
-        """Whether optimizer step `step` (1-based) is one to report: then the gradient norm is worth computing."""
-        return step % self.log_every == 0 or step == self.last_step
-
     def step_done(self, step):
-        """Counts an optimizer step; returns whether it is one to report."""
+        """Counts an optimizer step (1-based); returns whether it is one to report."""
         self._step = step
         if self._bar is not None:
             self._bar.update(1)
-        return self.will_report(step)
+        return step % self.log_every == 0 or step == self.last_step
 
     def pause(self, seconds):
         """Leaves `seconds` (a save, a preview) out of the speeds of the next report."""
         self._paused += seconds
 
-    def check_finite(self):
-        """The mean loss since the last report over all ranks; waits for the device. Call it before saving.
-
-        Raises:
-            ValueError: it is not a number: nothing that is saved from here on is of use.
-        """
-        if self._loss_sum is None:
-            return None
-        mean = self._loss_sum / self._micro_losses
-        if dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean = mean / dist.get_world_size()
-        loss = float(mean)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} between steps {self._reported + 1} and {self._step}: training has diverged and "
-                "stops here, before this is saved; resume the last checkpoint with a lower learning rate, or with "
-                "gradient clipping (--max_grad_norm)"
-            )
-        return loss
-
-    def report(self, *, lr, grad_norm, epoch):
-        """Reports the mean over the steps since the last report and over all ranks. The one place that waits.
+    def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None):
+        """Reports the steps since the last report. Call it when the device has done them.
 
         Args:
-            grad_norm: None where it is not known.
-
-        Raises:
-            ValueError: see `check_finite`.
+            loss: their mean, None if all were skipped.
+            grad_norm: of the last one; None where it is not known.
+            skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `training.watch`.
         """
-        loss = self.check_finite()
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported
         values = {
@@ -136,27 +139,32 @@ class TrainingLog:
             "loss": loss,
             "learning_rate": lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
+            "skipped_steps": skipped_steps,
             "samples_per_second": steps * self.global_batch_size / seconds,
             "steps_per_second": steps / seconds,
             "peak_memory_gib": peak_memory_gib(),
         }
-        self._loss_sum, self._micro_losses = None, 0
         self._reported, self._start, self._paused = self._step, time.perf_counter(), 0.0
         if self._writer is not None:
-            self._write(dict(values))
+            self._write(dict(values), first_skipped)
         return values
 
-    def _write(self, values):
+    def _write(self, values, first_skipped):
         self._add_scalars("train", values)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        grad_norm = values["grad_norm"]
-        values["grad_norm"] = "n/a" if grad_norm is None else f"{grad_norm:.3f}"
+        self._append(self._file, values)
+        for name, places in (("loss", 4), ("grad_norm", 3)):
+            values[name] = "n/a" if values[name] is None else f"{values[name]:.{places}f}"
+        skipped = f", Skipped Steps: {values['skipped_steps']} (first {first_skipped})" if first_skipped else ""
         self.print(
-            "(step={step:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {steps_per_second:.2f}, Samples/Sec: "
+            "(step={step:07d}) Train Loss: {loss}, Train Steps/Sec: {steps_per_second:.2f}, Samples/Sec: "
             "{samples_per_second:.1f}, LR: {learning_rate:.3e}, Grad Norm: {grad_norm}, Epoch: {epoch:.2f}, "
             "Memory: {peak_memory_gib:.2f} GiB".format(**values)
+            + skipped
         )
+
+    def _append(self, rows, values):
+        if warning := rows.append(values):
+            self.print(warning)
 
     def _add_scalars(self, tag, values):
         for name, value in values.items():
@@ -168,8 +176,7 @@ class TrainingLog:
         if self._writer is not None:
             values = {"step": step, **values}
             self._add_scalars("validation", values)
-            self._validations.write(json.dumps(values) + "\n")
-            self._validations.flush()
+            self._append(self._validations, values)
             losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "step")
             self.print(f"(step={step:07d}) Validation: {losses}")
 

@@ -47,16 +47,25 @@ def build_lr_scheduler(training, total_steps):
     return paddle.optimizer.lr.LambdaDecay(learning_rate=training["learning_rate"], lr_lambda=factor)
 
 
-def build_optimizer(model, training, lr_scheduler, *, multi_precision=False):
-    """AdamW over the trainable parameters; its `_grad_clip` is a `GradientNorm` of `max_grad_norm`."""
-    return paddle.optimizer.AdamW(
+class AdamW(paddle.optimizer.AdamW):
+    """AdamW that leaves the weights alone in a step that its `GradientNorm`'s watch finds bad."""
+
+    def _create_param_lr(self, param_and_grad):
+        rate = super()._create_param_lr(param_and_grad)
+        watch = self._grad_clip.watch
+        return rate if watch is None else watch.applied_rate(rate)
+
+
+def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, watch=None):
+    """AdamW over the trainable parameters; its `_grad_clip` is a `GradientNorm` of `max_grad_norm` and the `watch`."""
+    return AdamW(
         learning_rate=lr_scheduler,
         parameters=[parameter for parameter in model.parameters() if not parameter.stop_gradient],
         beta1=training["adam_beta1"],
         beta2=training["adam_beta2"],
         epsilon=training["adam_epsilon"],
         weight_decay=training["weight_decay"],
-        grad_clip=GradientNorm(training["max_grad_norm"]),
+        grad_clip=GradientNorm(training["max_grad_norm"], watch),
         multi_precision=multi_precision,
     )
 
@@ -70,17 +79,17 @@ class GradientNorm(nn.clip.ClipGradBase):
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
+        watch: the `training.watch.NumberWatch` that judges each step by the norm, or None.
 
     Attributes:
-        wanted: measure the norm in the next step even if nothing is clipped; set it before the step.
         square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
         shares: the rank's `Shares`, once the optimizer has its wrappers; None if it holds everything.
     """
 
-    def __init__(self, max_norm):
+    def __init__(self, max_norm, watch=None):
         super().__init__()
         self.max_norm = max_norm
-        self.wanted = False
+        self.watch = watch
         self.square = None
         self.shares = None
 
@@ -92,12 +101,14 @@ class GradientNorm(nn.clip.ClipGradBase):
     @paddle.no_grad()
     def _dygraph_clip(self, params_grads):
         self.square = None
-        if self.max_norm <= 0 and not self.wanted:
+        if self.max_norm <= 0 and self.watch is None:
             return params_grads
         gradients = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        self.square = self._squared_norm(gradients)
+        self.square = square = self._squared_norm(gradients)
+        if self.watch is not None:
+            square = self.watch.judge(square, [gradient for _, gradient in gradients])
         if self.max_norm > 0:
-            scale = self.max_norm / self.square.sqrt().clip(min=self.max_norm)
+            scale = self.max_norm / square.sqrt().clip(min=self.max_norm)
             for parameter, gradient in gradients:
                 gradient.multiply_(scale.astype(gradient.dtype))
                 parameter._reset_grad_inplace_version(True)  # the backward pass is over

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import paddle
 
+from training.runtime import one_line
 from training.shares import Shares, held_part
 
 
@@ -96,10 +97,13 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
             from PIL import Image
 
             grid = preview.decode(latents)
-            os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, f"{step:07d}.png")
-            Image.fromarray(grid).save(path)
             log.add_image("samples/ema", grid, step)
-            log.print(f"preview of step {step}: {path}")
+            try:
+                os.makedirs(folder, exist_ok=True)
+                Image.fromarray(grid).save(path)
+                log.print(f"preview of step {step}: {path}")
+            except OSError as error:  # a full disk does not end training
+                log.print(f"warning: {path} is not saved: {one_line(error)}")
     model.train()
     log.pause(time.perf_counter() - start)

@@ -9,10 +9,18 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
+import traceback
 import warnings
 
 DEVICES = ("auto", "cpu", "gpu")
 SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
+STARTED = time.monotonic()
+# Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
+EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
+EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): again is no use, see training.watch
+EXIT_LOST = 70  # a rank hangs or is gone (EX_SOFTWARE)
+EXIT_INTERRUPTED = 130  # Ctrl-C, nothing to save
 
 
 def configure_runtime():
@@ -40,7 +48,7 @@ def configure_runtime():
 def run_cli(main):
     """Runs a command: a user's mistake (`ValueError`) or a file system's refusal is one line on stderr, exit code 2.
 
-    `TRACEBACK=1` in the environment shows where it came from.
+    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too.
     """
     try:
         main()
@@ -49,10 +57,23 @@ def run_cli(main):
         if os.environ.get("TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        _exit_now(2)
+        exit_now(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        exit_now(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_STOPPED:
+            leave_distributed(EXIT_STOPPED)
+            exit_now(EXIT_STOPPED)
+        raise
+    except Exception:
+        if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) == 1:
+            raise
+        traceback.print_exc()
+        exit_now(1)  # the destructors of a process group may wait for the other ranks
 
 
-def leave_distributed():
+def leave_distributed(code=0):
     """Ends this process of a finished job; does nothing in a process that is alone.
 
     All ranks wait for one another, and run no destructors: those of a process group talk to the store of rank 0, and
@@ -63,13 +84,18 @@ def leave_distributed():
 
         if dist.is_initialized():
             dist.barrier()
-            _exit_now(0)
+            exit_now(code)
 
 
-def _exit_now(code):
+def exit_now(code, saving_seconds=None):
+    """Ends this process without destructors; loader processes are killed.
+
+    Args:
+        saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
+    """
     for thread in threading.enumerate():
         if thread.name == SAVING_THREAD:
-            thread.join()
+            thread.join(saving_seconds)
     sys.stdout.flush()
     sys.stderr.flush()
     # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.

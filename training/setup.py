@@ -155,8 +155,8 @@ def other_data_note(checkpoint, config, dataset):
     return note
 
 
-def progress_state(config, *, step, samples_seen, num_samples, world_size):
-    """The `progress` of a checkpoint."""
+def progress_state(config, *, step, samples_seen, num_samples, world_size, watch):
+    """The `progress` of a checkpoint; `watch` is the `NumberWatch`'s state."""
     return {
         "global_step": step,
         "samples_seen": samples_seen,
@@ -165,4 +165,5 @@ def progress_state(config, *, step, samples_seen, num_samples, world_size):
         "global_batch_size": config["training"]["global_batch_size"],
         "world_size": world_size,
         "num_samples": num_samples,
+        "watch": watch,
     }

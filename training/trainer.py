@@ -1,5 +1,6 @@
 """`LatentDiffusionTrainer`: the PaddleNLP Trainer around the objective, data, EMA and checkpoints of our own loop."""
 
+import functools
 import os
 import time
 
@@ -15,6 +16,8 @@ from training.optimizer import build_lr_scheduler, build_optimizer, inner_optimi
 from training.preview import log_preview
 from training.runtime import seed_step
 from training.shares import Shares
+from training.step_dump import dump_step
+from training.watch import NumberWatch
 
 
 class _StepCallback(TrainerCallback):
@@ -45,6 +48,7 @@ class LatentDiffusionTrainer(Trainer):
         train_dataset: `FeatureDataset`.
         sampler: `MicroBatchSampler` of this rank.
         precision: the resolved `Precision`; `args.fp16`, `args.bf16` must agree.
+        stopping: a `Stopping`, entered; `train` starts it.
         preview: a `Preview`, or None; drawn every `image_logging_steps`.
         validation: a `Validation`, or None.
         checkpoint: what to resume, from `open_checkpoint`, or None.
@@ -61,6 +65,7 @@ class LatentDiffusionTrainer(Trainer):
         train_dataset,
         sampler,
         precision,
+        stopping,
         preview=None,
         validation=None,
         image_logging_steps=-1,
@@ -86,8 +91,10 @@ class LatentDiffusionTrainer(Trainer):
         self.image_logging_steps = image_logging_steps
         self.resumed = checkpoint
         self._micro_step = 0
+        self.stopping = stopping
         self._last_saved = self._last_done = None
         self._lr = self._grad_norm = None
+        self.watch = NumberWatch(config["training"])
         first_step = checkpoint.progress["global_step"] if checkpoint is not None else 0
         if checkpoint is not None:
             sampler.resume(first_step, checkpoint.progress["samples_seen"])
@@ -109,7 +116,12 @@ class LatentDiffusionTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Our stream: it starts at the resumed data position, and shuffles by itself."""
-        return FeatureLoader(self.train_dataset, self.sampler, num_workers=self.args.dataloader_num_workers)
+        return FeatureLoader(
+            self.train_dataset,
+            self.sampler,
+            num_workers=self.args.dataloader_num_workers,
+            phase=self.stopping.phase,
+        )
 
     # Optimizer.
 
@@ -125,6 +137,7 @@ class LatentDiffusionTrainer(Trainer):
                 self.config["training"],
                 lr_scheduler or self.lr_scheduler,
                 multi_precision=self.precision.low_precision_weights,
+                watch=self.watch,
             )
         return self.optimizer
 
@@ -168,7 +181,7 @@ class LatentDiffusionTrainer(Trainer):
             loss = self.compute_loss(model, inputs, Rows(*self.sampler.rows(micro_step)))
         scaled = loss / self.args.gradient_accumulation_steps
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
-        self.log_writer.add(loss.detach())
+        self.watch.add(loss.detach())
         return loss.detach()
 
     def compute_loss(self, model, inputs, rows=None, return_outputs=False):
@@ -189,6 +202,9 @@ class LatentDiffusionTrainer(Trainer):
             self.log_writer.print(f"nothing to do: step {self.sampler.first_step} of {self.args.max_steps} is reached")
             return None
         self.add_callback(_StepCallback(self))
+        self.stopping.start(
+            self.sampler.first_step, rank=paddle.distributed.get_rank(), world_size=paddle.distributed.get_world_size()
+        )
         return super().train(**kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -208,14 +224,27 @@ class LatentDiffusionTrainer(Trainer):
                 objective=self.objective,
             )
             self.state.global_step = self.resumed.progress["global_step"]
+            self.watch.set_state_dict(self.resumed.progress.get("watch", {}))
+        self.watch.dump = functools.partial(
+            dump_step,
+            folder=self.args.output_dir,
+            config=self.config,
+            model=self.model,
+            optimizer=self.optimizer,
+            objective=self.objective,
+            dataset=self.train_dataset,
+            sampler=self.sampler,
+            precision=self.precision,
+        )
 
     def before_optimizer(self):
-        """The norm of the gradients is measured inside the optimizer's step, if this step is reported."""
-        self._grad_norm.wanted = self.log_writer.will_report(self.state.global_step + 1)
+        """The watch judges the gradients inside the optimizer's step."""
         self._lr = self.optimizer.get_lr()
+        self.watch.begin_update(self.state.global_step + 1, self._lr, self.scaler if self.do_grad_scaling else None)
 
     def after_optimizer(self):
         """EMA, as soon as the weights are new; and the objective's own learning."""
+        self.watch.end_update(self.objective)
         self.objective.end_step()
         if self.ema is not None:
             self.ema.update(self.model, master_weights(self.optimizer))
@@ -224,8 +253,11 @@ class LatentDiffusionTrainer(Trainer):
         step = self.state.global_step
         if self._last_done != step and self.log_writer.step_done(step):
             self.state.epoch = self.sampler.epoch(step)
-            self.log_writer.report(lr=self._lr, grad_norm=self._grad_norm.take(), epoch=self.state.epoch)
+            self.log_writer.report(
+                **self.watch.take(), lr=self._lr, grad_norm=self._grad_norm.take(), epoch=self.state.epoch
+            )
         if self._last_done != step and self.validation is not None and self.validation.due(step, self.args.max_steps):
+            self.stopping.phase("validating")
             self.validation.run(
                 step,
                 model=self.model,
@@ -235,6 +267,7 @@ class LatentDiffusionTrainer(Trainer):
                 log=self.log_writer,
             )
         if self._last_done != step and self.preview is not None and step % self.image_logging_steps == 0:
+            self.stopping.phase("drawing previews")
             log_preview(
                 self.preview,
                 model=self.model,
@@ -245,6 +278,8 @@ class LatentDiffusionTrainer(Trainer):
                 step=step,
                 rank=paddle.distributed.get_rank(),
             )
+        if self._last_done != step and step < self.args.max_steps and self.stopping.due(step):
+            self.control.should_save = self.control.should_training_stop = True
         self._last_done = step
         if (self.control.should_save or step == self.args.max_steps) and self._last_saved != step:
             self._save_checkpoint(model)
@@ -253,7 +288,8 @@ class LatentDiffusionTrainer(Trainer):
 
     def _save_checkpoint(self, model, metrics=None):
         """Our checkpoint folder, `output_dir/checkpoint-N`; a collective."""
-        self.log_writer.check_finite()
+        self.stopping.phase("saving")
+        self.watch.check()
         start = time.perf_counter()
         step = self.state.global_step
         path = os.path.join(self.args.output_dir, f"checkpoint-{step}")
@@ -272,6 +308,7 @@ class LatentDiffusionTrainer(Trainer):
                 samples_seen=self.sampler.samples_seen(step),
                 num_samples=len(self.train_dataset),
                 world_size=paddle.distributed.get_world_size(),
+                watch=self.watch.state_dict(),
             ),
         )
         self._last_saved = step
@@ -281,8 +318,14 @@ class LatentDiffusionTrainer(Trainer):
         """PaddleNLP's closing summary; TrainingLog has reported everything in it."""
 
     def close(self):
-        """Waits for the last checkpoint, ends the log and says where everything went."""
+        """Waits for the last checkpoint, ends the log and says where everything went; ends a stopped run."""
         self.saver.finish()
+        if self.stopping.stopped:
+            self.log_writer.close()
+            self.stopping.leave(
+                f"after step {self.state.global_step} of {self.args.max_steps}, saved in {self.args.output_dir}; the "
+                "same command goes on"
+            )
         if self.sampler.first_step < self.args.max_steps:
             self.log_writer.print(
                 f"done: step {self.args.max_steps}, checkpoints in {self.args.output_dir}, "

@@ -1,0 +1,151 @@
+"""File systems that are full, read-only, slow, or change bits; benchmarks/faults.py is the long form."""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
+
+from benchmarks import faults
+from training import checkpoint as ckpt
+from training import manifest
+from training.metrics import TrainingLog, _Rows
+
+LOOPS = ("trainer", "notrainer")
+# Mounting a small file system of one's own takes root's rights, at least those of a user namespace.
+OWN_MOUNTS = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+
+
+def may_mount(folder):
+    with contextlib.suppress(OSError):
+        command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "none", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return False
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """The figures of real file systems: one that is full, one that is read-only for a while, a slow one."""
+    folder = tmp_path_factory.mktemp("filesystems")
+    if not may_mount(folder):
+        pytest.skip("this user may not mount file systems; the tests with a limit on file sizes need no right")
+    output = folder / "figures.json"
+    command = [*OWN_MOUNTS, sys.executable, ROOT / "benchmarks/faults.py", "--parts", "full", "readonly", "slow"]
+    command += ["--loops", "notrainer", "--work_dir", folder, "--output", output]
+    done = subprocess.run(
+        command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {part: values["notrainer"] for part, values in json.loads(output.read_text()).items()}
+
+
+def test_a_full_disk(figures):
+    full = figures["full"]
+    # Two checkpoints of six find room; the last one, which does not, makes it an error.
+    assert full["saved"] == [2, 4] and full["refused"] == 4 and full["damaged"] == [] and full["partial"] == 0
+    assert full["exit_code"] == 2 and full["error"].startswith("error: ")
+    assert full["error"].endswith("No space left on device")
+    assert full["exit_code_with_room"] == 0 and full["resumed"] == 4 and full["equal"] is True
+
+
+def test_a_read_only_disk(figures):
+    row = figures["readonly"]
+    assert row["saved"] == [2, 8, 10, 12] and row["refused"] == 2 and row["damaged"] == []
+    assert row["exit_code"] == 0 and row["equal"] is True
+
+
+def test_a_slow_disk(figures):
+    row = figures["slow"]
+    assert row["exit_code"] == 0 and row["equal"] is True
+    assert len(row["waited"]) == 3 and max(row["waited"]) < 0.5 * row["seconds_a_save"]
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size):
+    """The kernel takes no byte beyond `size` of any file that this process writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_training_goes_on_while_files_may_not_grow(features, tmp_path, run_loop, monkeypatch, capsys, loop):
+    """From step 3 to step 7 a write stops in the middle of the weights."""
+    step_done, limit = TrainingLog.step_done, contextlib.ExitStack()
+
+    def hooked(self, step):
+        if step in (3, 7):
+            faults.wait_for_saves()
+            limit.enter_context(no_file_larger_than(100_000)) if step == 3 else limit.close()
+        return step_done(self, step)
+
+    monkeypatch.setattr(TrainingLog, "step_done", hooked)
+    arguments = loop_arguments(
+        loop,
+        config=write_config(tmp_path / "Tiny.json"),
+        features=features,
+        output=tmp_path / "out",
+        steps=10,
+        save_every=2,
+    )
+    with limit:
+        run_loop(loop, arguments)
+    out = capsys.readouterr().out
+    assert out.count("is not saved: ") == out.count("File too large; training goes on") == 2
+    folder = checkpoint_path(loop, tmp_path / "out", 10).parent
+    assert [ckpt._step_of(path) for path in ckpt.list_checkpoints(folder)] == [2, 8, 10]
+    assert not list(folder.glob(".*")) and list(read_losses(tmp_path / "out")) == list(range(1, 11))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_while_saving_is_no_success(features, tmp_path, run_loop, monkeypatch):
+    """An error that no file system makes, in the thread that writes the last checkpoint."""
+    monkeypatch.setattr(manifest.FolderWriter, "finish", lambda self: 1 / 0)
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=1)
+    with pytest.raises(ZeroDivisionError):
+        run_loop("notrainer", arguments)
+
+
+def test_rows_of_the_log_wait_for_room(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3)) + '\0\0\n[1]\n{"step": 4, "lo'
+    )
+    rows = _Rows(str(path), 2)
+    # On the disk at once: a kill from here on loses neither.
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    with no_file_larger_than(path.stat().st_size + 10):
+        assert rows.append({"step": 3}) == f"warning: {path}: File too large; its rows are written when there is room"
+        assert rows.append({"step": 4}) is None  # said once
+    assert path.read_text().endswith('{"step": 3')
+    assert rows.append({"step": 5}) is None
+    rows.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_preview_that_cannot_be_written_does_not_end_training(features, tmp_path, run_loop, capsys):
+    config, output = write_config(tmp_path / "Tiny.json"), tmp_path / "out"
+    run_loop("trainer", loop_arguments("trainer", config=config, features=features, output=output, steps=1))
+    (output / "images").write_text("in the way")
+    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=2)
+    arguments += ["--image_logging_steps=2", "--num_inference_steps=1"]
+    run_loop("trainer", [*arguments, f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"])
+    assert f"warning: {output}/images/0000002.png is not saved: " in capsys.readouterr().out
+    assert (output / "checkpoint-2").is_dir() and (output / "images").read_text() == "in the way"
+
+
+def test_flipped_bits_are_found(tmp_path, run_loop):
+    run = faults.Run(tmp_path, "trainer", steps=4)
+    run_loop(run.loop, run.arguments)
+    found = faults.flip_bits(run, 30, seed=1)
+    assert set(found) >= {"manifest.json", "config.json", "objective.pdparams", "optimizer.pdopt", "trainer_state.json"}
+    assert len(found) == 7 and set(found.values()) == {30}
+    assert ckpt.pick_checkpoint(run.output) == run.checkpoints()[4]  # all bits are as they were

@@ -1,0 +1,349 @@
+"""How a run ends before its last step: on a signal, on the clock, and because a rank hangs or is gone."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import (
+    ROOT,
+    checkpoint_path,
+    command_environment,
+    launch_command,
+    loop_arguments,
+    read_losses,
+    write_config,
+)
+
+from training.peers import connect
+from training.runtime import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from training.stopping import SILENCE, TICK, Stopping, judge
+
+LOOPS = ("trainer", "notrainer")
+
+
+def rows(output):
+    """Steps that a run has reported so far."""
+    return sum(len(path.read_text().splitlines()) for path in Path(output).rglob("metrics.jsonl"))
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def run_until_signal(run_loop, loop, arguments, output, signum, steps):
+    """Runs a loop in this process, and signals it and its loader processes after a few steps; returns the last step."""
+
+    def send():
+        wait_until(lambda: rows(output) >= 3)
+        if rows(output) < steps:  # or it would be pytest that is ended
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signum)
+            os.kill(os.getpid(), signum)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_loop(loop, arguments)
+    finally:
+        sender.join()
+    assert end.value.code == EXIT_STOPPED
+    return max(read_losses(output))
+
+
+@pytest.mark.parametrize(("num_workers", "signum"), [(0, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_signal_saves_after_the_step_and_the_resumed_run_is_the_unbroken_one(
+    loop, num_workers, signum, features, tmp_path, run_loop, capsys
+):
+    steps = 20
+    config = write_config(tmp_path / "Tiny.json")
+
+    def arguments(output):
+        workers = "--dataloader_num_workers" if loop == "trainer" else "--num_workers"
+        given = loop_arguments(loop, config=config, features=features, output=output, steps=steps)
+        return [*given, f"{workers}={num_workers}"]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_loop(loop, arguments(whole))
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    last = run_until_signal(run_loop, loop, arguments(broken), broken, signum, steps)
+    assert 3 <= last < steps
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert checkpoint_path(loop, broken, last).is_dir()
+    assert f"stopped by {signum.name} after step {last} of {steps}" in capsys.readouterr().out
+    run_loop(loop, [*arguments(broken), *(["--resume", broken] if loop == "notrainer" else [])])
+    assert read_losses(broken) == read_losses(whole)
+    for name in ("model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt"):
+        ours, theirs = ((checkpoint_path(loop, folder, steps) / name).read_bytes() for folder in (broken, whole))
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_max_hours_stops_in_time_with_a_checkpoint(loop, features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=500)
+    with pytest.raises(SystemExit) as end:
+        run_loop(loop, [*arguments, "--max_hours=0.000001"])  # over before training starts: one step
+    assert end.value.code == EXIT_STOPPED
+    last = max(read_losses(tmp_path / "out"))
+    assert last < 100 and checkpoint_path(loop, tmp_path / "out", last).is_dir()
+    assert f"stopped by --max_hours 1e-06 after step {last} of 500" in capsys.readouterr().out
+
+
+def test_limits_that_make_no_sense_are_refused():
+    for name, value in (("max_hours", 0.0), ("max_hours", float("nan")), ("hang_timeout", -1.0)):
+        with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
+            Stopping(**{name: value})
+
+
+def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch):
+    monkeypatch.setattr("training.stopping.STARTED", time.monotonic() - 3580)
+    with Stopping(max_hours=1) as stopping:
+        stopping.start(0)
+        time.sleep(2 * TICK)
+        assert not stopping.due(1)
+        stopping._longest, stopping._longest_save = 5.0, 8.0  # seconds, of the 19 that are left
+        time.sleep(2 * TICK)
+        assert stopping.due(2) and stopping.request == "--max_hours 1"
+
+
+# A process alone.
+
+
+def start(command):
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process, seconds=60):
+    """`(exit code, stdout, stderr)`."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+# A file system that does not answer any more, once the file HANG is there.
+HANGING = """
+import os, sys, time
+sys.path.insert(0, ROOT)
+from training.runtime import configure_runtime, run_cli
+configure_runtime()
+import train_image_generation_notrainer as script
+from training.data import FeatureDataset
+read = FeatureDataset.read
+def hang(*batch):
+    while os.path.exists(HANG):
+        time.sleep(1000)
+    return read(*batch)
+FeatureDataset.read = hang
+run_cli(script.main)
+"""
+
+
+def test_a_second_signal_leaves_at_once_and_a_hang_ends_with_its_stack(features, tmp_path):
+    config, hang = write_config(tmp_path / "Tiny.json"), tmp_path / "hang"
+    code = HANGING.replace("ROOT", repr(str(ROOT))).replace("HANG", repr(str(hang)))
+    processes, outputs = {}, {name: tmp_path / name for name in ("signalled", "hanging")}
+    for name, output in outputs.items():
+        given = loop_arguments("notrainer", config=config, features=features, output=output, steps=10**6)
+        processes[name] = start([sys.executable, "-c", code, *given, f"--hang_timeout={int(name == 'hanging')}"])
+    wait_until(lambda: all(rows(output) >= 3 for output in outputs.values()))
+    hang.touch()
+
+    code, _, err = ended(processes["hanging"])
+    assert code == EXIT_LOST, err
+    assert "error: training hangs since 1 s while reading data (step " in err
+    assert "in main" in err and "in hang" in err  # the stack
+
+    os.kill(processes["signalled"].pid, signal.SIGTERM)
+    time.sleep(1)
+    assert processes["signalled"].poll() is None  # its step can't be finished
+    os.kill(processes["signalled"].pid, signal.SIGINT)
+    code, _, err = ended(processes["signalled"], seconds=5)
+    assert code == EXIT_INTERRUPTED
+    assert err.count("SIGTERM: ") == 1 and "SIGINT again: left at once" in err and "Traceback" not in err
+    assert not list(outputs["signalled"].glob("*/checkpoints/*"))
+
+
+def test_ctrl_c_before_training_is_one_line():
+    code = "import signal; from training.runtime import run_cli; run_cli(lambda: signal.raise_signal(signal.SIGINT))"
+    assert ended(start([sys.executable, "-c", code])) == (EXIT_INTERRUPTED, "", "interrupted\n")
+
+
+# Two ranks.
+
+
+def status(**given):
+    given = {"phase": "training", "step": 7, "count": 20, "age": 0.0, "lost": 0, "failed": None, "bye": False, **given}
+    return given
+
+
+def test_the_rank_to_blame():
+    def blamed(*statuses, silence=(), gone=(), hang_timeout=60):
+        silence = {rank: 0.0 for rank in range(len(statuses))} | dict(silence)
+        return judge(dict(enumerate(statuses)), silence, list(gone), hang_timeout, len(statuses))
+
+    late, waiting = status(age=61.0, count=19, phase="reading data"), status(age=60.5)
+    assert blamed(status(age=59.0), status(age=1.0)) is None
+    assert blamed(late, waiting, hang_timeout=0) is None
+    assert blamed(status(), late, waiting) == {
+        "ranks": [1],
+        "text": "rank 1 hangs since 61 s while reading data (step 7)",
+        "failed": False,
+    }
+    # The one that says nothing, wherever it was last; not the one that is done.
+    mute = blamed(waiting, late, status(), silence={2: SILENCE + 62})
+    assert mute["text"] == "rank 2 hangs since 65 s while training (step 7), and does not answer"
+    assert blamed(status(bye=True), status(age=30.0), silence={0: 500.0}) is None
+    assert blamed(waiting, waiting)["text"] == "every rank hangs since 60 s while training (step 7)"
+    assert blamed(late)["text"] == "training hangs since 61 s while reading data (step 7)"
+    # A collective has failed somewhere: the others have a moment to say why.
+    assert blamed(status(lost=1.0), status()) is None
+    assert blamed(status(lost=SILENCE), status(age=9.0))["ranks"] == [1]
+    assert blamed(status(lost=SILENCE), status(lost=SILENCE)) is None
+    assert blamed(status(), status(failed="no space"), gone=[1])["text"] == "rank 1 failed: no space"
+    assert blamed(status(), late, gone=[1])["text"] == "rank 1 is gone, while reading data (step 7); see its log"
+
+
+def rank_processes(launcher):
+    """Process ids of the ranks that a launcher has started."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ranks = {}
+    for pid in map(int, found):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks.update({int(entry[18:]): pid for entry in environment if entry.startswith(b"PADDLE_TRAINER_ID=")})
+    return ranks
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("loop", "signum", "target", "exit_code"),
+    [
+        ("trainer", signal.SIGTERM, "launcher", signal.SIGTERM),  # what Paddle's launcher leaves with
+        ("notrainer", signal.SIGTERM, 1, EXIT_STOPPED),
+        ("notrainer", signal.SIGKILL, 1, EXIT_LOST),
+        ("notrainer", signal.SIGSTOP, 1, EXIT_LOST),
+    ],
+)
+def test_two_ranks_end_together(loop, signum, target, exit_code, features, tmp_path):
+    config, output, steps = write_config(tmp_path / "Tiny.json"), tmp_path / "out", 10**6
+    arguments = loop_arguments(loop, config=config, features=features, output=output, steps=steps, ranks=2)
+    script = f"train_image_generation_{loop}.py"
+    launcher = start(launch_command(2, script, [*arguments, "--hang_timeout=4"], tmp_path / "log"))
+    ranks = {}
+    try:
+        wait_until(lambda: rows(output) >= 3 or launcher.poll() is not None)
+        ranks = rank_processes(launcher)
+        sent = time.monotonic()
+        os.kill(launcher.pid if target == "launcher" else ranks[target], signum)
+        code, out, _ = ended(launcher)
+        seconds = time.monotonic() - sent
+    finally:
+        for pid in ranks.values():
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    log = (tmp_path / "log" / "workerlog.0").read_text()
+    assert code == exit_code, out + log
+    if exit_code == EXIT_LOST:
+        said = {
+            signal.SIGKILL: "error: rank 1 is gone, while ",
+            signal.SIGSTOP: "error: rank 1 hangs since 4 s while ",
+        }[signum]
+        assert said in log and seconds < 30
+        assert not any(trace in out + log for trace in ("Traceback", "terminate called", "Error Message"))
+    else:
+        last = max(read_losses(output))
+        assert checkpoint_path(loop, output, last).is_dir()
+        assert f"stopped by SIGTERM after step {last} of {steps}" in log
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """What stands in for Paddle's store, where ranks are in one process."""
+    values = {}
+    store = SimpleNamespace(set=values.__setitem__, get=values.get)
+    monkeypatch.setattr("paddle.base.core.create_or_get_global_tcp_store", lambda: store)
+    return values
+
+
+def test_ranks_stop_after_the_last_step_that_one_of_them_has_begun(store, monkeypatch):
+    with Stopping() as ahead, Stopping() as behind, ThreadPoolExecutor() as pool:
+        for rank, stopping in enumerate((ahead, behind)):
+            monkeypatch.setattr("training.peers._meetings", 0)
+            stopping.start(4, rank=rank, world_size=2)
+        assert not any((ahead.due(5), ahead.due(6), behind.due(5)))  # in step 7, and in step 6
+        os.kill(os.getpid(), signal.SIGTERM)  # `behind` has the signals, as the last one that took them
+        wait_until(lambda: behind.request)
+        assert pool.submit(behind.due, 6).result(20) is False
+        answers = [pool.submit(stopping.due, 7) for stopping in (behind, ahead)]
+        assert [answer.result(20) for answer in answers] == [True, True]
+        assert ahead.request == behind.request == "SIGTERM" and ahead.stopped and behind.stopped
+
+
+def test_messages_arrive_and_strangers_are_left_out(store, monkeypatch):
+    def join(rank):
+        monkeypatch.setattr("training.peers._meetings", 0)
+        return connect(rank, 4)
+
+    hub, first, second = join(0), join(1), join(2)
+    heard = {}
+
+    def hears(**expected):
+        heard.update({f"rank_{rank}": message for rank, message in hub.receive().items()})
+        return heard == expected
+
+    first.send({"step": 1})
+    second.send({"step": 2})
+    wait_until(lambda: hears(rank_1={"step": 1}, rank_2={"step": 2}))
+    (address,) = store.values()
+    with socket.create_connection(json.loads(address)["address"]) as stranger:
+        stranger.sendall(b'{"token": "guess", "rank": 3}\n{"step": 3}\n')
+        stranger.settimeout(0.01)
+
+        def is_refused():
+            hub.receive()
+            try:
+                return stranger.recv(1) == b""
+            except TimeoutError:
+                return False
+
+        wait_until(is_refused)
+    assert sorted(hub.lines) == [1, 2]
+    hub.send({"to": "all"})
+    wait_until(lambda: second.receive() == {0: {"to": "all"}})
+    # What was sent before the end is still read, and the end is seen.
+    first.send({"bye": True})
+    first.close()
+    wait_until(lambda: hears(rank_1={"bye": True}, rank_2={"step": 2}))
+    wait_until(lambda: hears(rank_1={"bye": True}, rank_2={"step": 2}) and hub.lines[1].closed)
+    # A peer that does not read keeps nobody waiting, and finds whole messages when it does.
+    for number in range(100_000):
+        hub.send({"number": number, "filler": "x" * 100})
+    assert not hub.lines[2].closed and 0 < second.receive()[0]["number"] < 99_999
+    second.close()
+    hub.close()

@@ -32,7 +32,7 @@ def train(args, config, stopping):
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
     from training.preview import log_preview
-    from training.runtime import init_distributed, resolve_device, seed_step
+    from training.runtime import init_distributed, resolve_device, say, seed_step
     from training.step_dump import dump_step
     from training.watch import NumberWatch
 
@@ -102,7 +102,7 @@ def train(args, config, stopping):
             notes=[note, start_note, setup.other_data_note(checkpoint, config, dataset)],
         )
         if checkpoint is not None:
-            print(f"resumed {checkpoint.source} at step {first_step}", flush=True)
+            say(f"resumed {checkpoint.source} at step {first_step}")
     log = TrainingLog(
         folder,
         visualdl_dir=args.logging_dir or os.path.join(folder, "tb_log"),
@@ -125,6 +125,7 @@ def train(args, config, stopping):
         dataset=dataset,
         sampler=sampler,
         precision=precision,
+        saver=saver,
     )
 
     def save(step):
@@ -167,6 +168,7 @@ def train(args, config, stopping):
                     loss = objective.training_losses(network, x, y, Rows(*sampler.rows(micro_step)))["loss"].mean()
                 scaler.scale(loss / accumulation_steps).backward()
             watch.add(loss.detach())
+        stopping.phase("updating the weights")
         if reduce_after:
             fused_allreduce_gradients(list(model.parameters()), None)
 
@@ -206,9 +208,9 @@ def train(args, config, stopping):
     if stopping.stopped:
         stopping.leave(f"after step {step} of {last_step}, saved in {checkpoints_dir}; --resume {folder} goes on")
     if rank == 0 and first_step >= last_step:
-        print(f"nothing to do: step {first_step} of {last_step} is reached by {checkpoint.source}")
+        say(f"nothing to do: step {first_step} of {last_step} is reached by {checkpoint.source}")
     elif rank == 0:
-        print(f"done: step {last_step}, checkpoints in {checkpoints_dir}, VisualDL log in {log.visualdl_dir}")
+        say(f"done: step {last_step}, checkpoints in {checkpoints_dir}, VisualDL log in {log.visualdl_dir}")
 
 
 if __name__ == "__main__":

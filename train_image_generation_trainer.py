@@ -24,7 +24,7 @@ def main():
 def train(args, others, config, stopping):
     import paddle
 
-    from training.runtime import resolve_device
+    from training.runtime import resolve_device, say
 
     paddle.set_device(resolve_device(args.device))
     device = paddle.get_device()
@@ -79,7 +79,7 @@ def train(args, others, config, stopping):
             notes=[*degree_notes, note, start_note, setup.other_data_note(checkpoint, config, dataset)],
         )
         if checkpoint is not None:
-            print(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}", flush=True)
+            say(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}")
     trainer = LatentDiffusionTrainer(
         model=model,
         args=training_args,

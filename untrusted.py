@@ -4,10 +4,17 @@ import json
 import os
 import stat
 
-MAX_JSON_BYTES = 1 << 26
+MAX_JSON_BYTES = 1 << 22  # in memory it can be 30 times as large
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 1 << 64
 MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network: tokens times width, the size of its table of positions
+
+
+def printable(value, limit=80):
+    """Text out of a file for a message: on one line, escaped where it would steer the terminal, and cut."""
+    text = str(value)[: limit + 1]
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def open_regular(path):
@@ -16,7 +23,10 @@ def open_regular(path):
     Raises:
         ValueError: one line: a folder, or no regular file. OSError: not there, or the file system refuses.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
     if stat.S_ISDIR(mode):
         raise ValueError(f"{path}: is a folder, expected a file")
     if not stat.S_ISREG(mode):
@@ -37,17 +47,20 @@ def inside(folder, name):
     Raises:
         ValueError: one line: the path leaves the folder, by itself or by a link.
     """
-    root = os.path.realpath(folder)
     path = os.path.join(folder, name)
+    try:
+        root, found = os.path.realpath(folder), os.path.realpath(path)
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
     allowed = [root]
     above, revision = os.path.split(root)
     while revision:
         if os.path.basename(above) == "snapshots":
             allowed.append(os.path.join(os.path.dirname(above), "blobs"))
         above, revision = os.path.split(above)
-    found = os.path.realpath(path)
     if not any(os.path.commonpath([found, place]) == place for place in allowed):
-        raise ValueError(f"{path}: leads out of the folder, to {found}; put the file itself there")
+        shown = printable(path, 500)
+        raise ValueError(f"{shown}: leads out of the folder, to {printable(found, 500)}; put the file itself there")
     return path
 
 

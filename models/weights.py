@@ -25,6 +25,7 @@ import numpy as np
 
 from models.unpickle import (
     MAX_DEPTH,
+    MAX_OPERATIONS,
     STORAGE_TYPES,
     Array,
     Blob,
@@ -38,13 +39,14 @@ from models.unpickle import (
     file_size,
     read_array,
 )
-from untrusted import open_regular, parse_json
+from untrusted import open_regular, parse_json, printable
 
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
     "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-_MAX_HEADER = 100_000_000  # of a safetensors file, by its format
+_PADDLE_FORMATS = ("pd", "np")  # what ppdiffusers and paddlenlp write into the metadata of safetensors
+_MAX_HEADER = 1 << 24  # of a safetensors file: some 100,000 tensors
 _MAX_DIRECTORY = 1 << 23  # of a zip file: some 100,000 tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older than the zip format
 _PARTS = "UnpackBigParamInfor@@"  # in a paddle.save file: which parameters are split, and into what
@@ -87,9 +89,9 @@ def _opened(path, read):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except NotImplementedError as error:  # of no known format, or a zip file with what PyTorch never uses
-        raise ValueError(f"{path}: not a weight file ({error})") from None
+        raise ValueError(f"{path}: not a weight file ({printable(error, 200)})") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = printable(str(error) or type(error).__name__, 200)
         raise ValueError(f"{path}: not a readable weight file, or truncated ({reason})") from None
 
 
@@ -206,9 +208,11 @@ def _safetensors_header(file):
 
 def _read_safetensors(file):
     """The checks are those of the official reader: no gap, no overlap, nothing behind the last tensor."""
-    header, _ = _safetensors_header(file)
+    header, metadata = _safetensors_header(file)
     left = file_size(file) - file.tell()
-    entries = sorted((_safetensors_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[1:3])
+    # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
+    types = {**_SAFETENSORS_TYPES, "U16": "bfloat16"} if _is_paddles(metadata) else _SAFETENSORS_TYPES
+    entries = sorted((_safetensors_entry(*item, types) for item in header.items()), key=lambda entry: entry[1:3])
     place = 0
     for name, start, end, _, _ in entries:
         if start != place:
@@ -222,14 +226,14 @@ def _read_safetensors(file):
     return {name: state[name] for name in header}
 
 
-def _safetensors_entry(name, entry):
+def _safetensors_entry(name, entry, types):
     """`(name, start, end, dtype, shape)`"""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {name[:80]!r} has not the keys dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _SAFETENSORS_TYPES:
+    if not isinstance(dtype, str) or dtype not in types:
         raise ValueError(f"{name[:80]!r} is of type {str(dtype)[:20]!r}")
-    dtype = _SAFETENSORS_TYPES[dtype]
+    dtype = types[dtype]
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or len(numbers) > 32 or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"{what} of {name[:80]!r} is {str(numbers)[:60]}")
@@ -244,7 +248,11 @@ def safetensors_layout(path):
     ppdiffusers and paddlenlp write `format` "pd" or "np" for Paddle's layout; "pt", or nothing, is PyTorch's.
     """
     _, metadata = _opened(os.fspath(path), _safetensors_header)
-    return "paddle" if metadata.get("format") in ("pd", "np") else "torch"
+    return "paddle" if _is_paddles(metadata) else "torch"
+
+
+def _is_paddles(metadata):
+    return metadata.get("format") in _PADDLE_FORMATS
 
 
 def _paddle_tree(tree, budget):
@@ -255,7 +263,7 @@ def _paddle_tree(tree, budget):
         tree.pop("StructuredToParameterName@@", None)
         for name, info in tree.pop(_PARTS, {}).items():
             if not all(isinstance(part, str) for part in info["slices"]):
-                raise ValueError(f"{_PARTS} does not name the parts of {name!r}")
+                raise ValueError(f"{_PARTS} does not name the parts of {printable(name)}")
             parts = [tree.pop(part) for part in info["slices"]]
             budget.take(sum(part.nbytes for part in parts))
             tree[name] = np.concatenate(parts).reshape(checked_shape(info["OriginShape"]))
@@ -268,21 +276,36 @@ def _plain(tree, budget, paddle=False):
     Args:
         budget: of what is copied.
         paddle: of a paddle.save file: a pair (name, array) is a tensor, and uint16 is bfloat16.
+
+    Raises:
+        ValueError: also for lists of lists that hold the same one many times: whoever walks through them, as
+            `np.asarray` does, would take 2^n steps.
     """
-    seen, open_nodes = {}, set()
+    seen, open_nodes, count = {}, set(), 0
 
     def visit(node, depth):
+        nonlocal count
         if id(node) in seen:
-            return seen[id(node)][1]
+            _, result, size = seen[id(node)]
+            grow(size)
+            return result
         if id(node) in open_nodes:
             raise ValueError("it contains itself")
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         open_nodes.add(id(node))
+        before = count
+        grow(1)
         result = convert(node, depth + 1)
         open_nodes.discard(id(node))
-        seen[id(node)] = (node, result)  # the node is kept alive, so that its id stays its own
+        seen[id(node)] = (node, result, count - before)  # the node is kept alive, so that its id stays its own
         return result
+
+    def grow(size):
+        nonlocal count
+        count += size
+        if count > MAX_OPERATIONS:
+            raise ValueError(f"it has more than {MAX_OPERATIONS:,} values, each counted as often as it is there")
 
     def convert(node, depth):
         if node is None or isinstance(node, (bool, int, float, str, bytes)):
@@ -302,12 +325,15 @@ def _plain(tree, budget, paddle=False):
             return type(node)((visit(name, depth), visit(value, depth)) for name, value in node.items())
         if isinstance(node, (list, tuple, set, frozenset)):
             result = type(node)(visit(value, depth) for value in node)
-            if paddle and isinstance(node, tuple) and len(node) == 2 and isinstance(result[0], str):
-                return result[1] if isinstance(result[1], np.ndarray) else result
+            if paddle and isinstance(node, tuple) and len(node) == 2:
+                return result[1] if isinstance(node[0], str) and isinstance(node[1], Array) else result
             return result
         raise Refused(f"it holds a {getattr(node, 'name', type(node).__name__)}, neither a tensor nor a plain value")
 
-    return visit(tree, 0)
+    try:
+        return visit(tree, 0)
+    finally:
+        seen.clear()  # `visit` and `convert` hold each other and this: the file's memory would wait for the collector
 
 
 def _tensor(tensor, budget):
@@ -372,20 +398,21 @@ def load_weights(path, key=None):
     tree = safe_load(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
-    nested = [name for name, value in tree.items() if isinstance(value, dict) and _is_state(value)]
-    listed = ", ".join(map(str, nested)) or "none"
+    nested = [name for name, value in tree.items() if is_state(value)]
+    listed = _first(nested, 10) or "none"
     if key == "auto":
         key = next((name for name in ("ema", "model") if name in nested), None)
     if key is not None:
         if key not in nested:
-            what = "a plain state dict" if _is_state(tree) else f"these sets of weights: {listed}"
+            what = "a plain state dict" if is_state(tree) else f"these sets of weights: {listed}"
             raise ValueError(f"{path}: has no weights under the key {key!r}; it holds {what}")
         tree = tree[key]
     elif nested:
         raise ValueError(f"{path}: holds several sets of weights; choose a key of: {listed}")
-    if not _is_state(tree):
-        odd = next((name for name, value in tree.items() if not isinstance(value, np.ndarray)), None)
-        raise ValueError(f"{path}: not a state dict" + (f" ({odd!r} is no tensor)" if tree else " (it is empty)"))
+    if not is_state(tree):
+        odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
+        why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
+        raise ValueError(f"{path}: not a state dict ({why})")
     if all(name.startswith("module.") for name in tree):
         tree = {name[len("module.") :]: value for name, value in tree.items()}
     return dict(tree)
@@ -422,7 +449,7 @@ def shard_axis(name):
     for pattern, axis in _SHARD_AXES:
         if pattern.match(name):
             return axis
-    raise ValueError(f"{name} is no parameter of Large-DiT")
+    raise ValueError(f"{printable(name)} is no parameter of Large-DiT")
 
 
 def merge_shards(paths, progress=iter):
@@ -442,7 +469,7 @@ def merge_shards(paths, progress=iter):
         shard = load_weights(path)
         other = sorted(shard.keys() ^ shapes.keys())
         if rank and other:
-            raise ValueError(f"{path}: {other[0]} is in {paths[0]} or here, but not in both")
+            raise ValueError(f"{path}: {printable(other[0])} is in {paths[0]} or here, but not in both")
         for name in list(shard):
             value = shard.pop(name)
             try:
@@ -469,8 +496,13 @@ def merge_shards(paths, progress=iter):
     return merged
 
 
-def _is_state(tree):
-    return bool(tree) and all(isinstance(n, str) and isinstance(v, np.ndarray) for n, v in tree.items())
+def is_state(tree):
+    """Whether this is `{name: array}`, of at least one."""
+    return (
+        isinstance(tree, dict)
+        and bool(tree)
+        and all(isinstance(n, str) and isinstance(v, np.ndarray) for n, v in tree.items())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +570,7 @@ def expected_shapes(model_config):
 
 
 def _first(names, limit=3):
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

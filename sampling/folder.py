@@ -7,7 +7,7 @@ import os
 import shutil
 
 from models.weights import save_pdparams, save_safetensors
-from untrusted import MAX_LAYERS, check_network, read_json
+from untrusted import MAX_LAYERS, check_network, printable, read_json
 
 TREE = (
     "model_index.json",
@@ -21,6 +21,7 @@ TREE = (
 SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
 SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
 MAX_SIZE = 1_000_000  # of any number in a folder's settings
+MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.export_large_dit`
 
 
@@ -51,12 +52,12 @@ def read_component(path, class_name, function):
     """
     settings = read_json_object(path)
     if settings.get("_class_name") != class_name:
-        raise ValueError(f"{path}: holds a {settings.get('_class_name')!r}, expected {class_name!r}")
+        raise ValueError(f"{path}: holds a '{printable(settings.get('_class_name'))}', expected {class_name!r}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ValueError(f"{path}: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
+        raise ValueError(f"{path}: unknown setting '{printable(unknown[0])}'; known: {', '.join(known)}")
     check_sizes(settings, path)
     return settings
 
@@ -64,10 +65,15 @@ def read_component(path, class_name, function):
 def check_sizes(settings, path):
     """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
     for key, value in settings.items():
+        shown = f"{path}: {printable(key)} is {printable(value, 40)}"
+        if (
+            isinstance(value, list) and len(value) > MAX_BLOCKS and key != "trained_betas"
+        ):  # a scheduler's, of any length
+            raise ValueError(f"{shown}, {len(value):,} values, which is more than any network has")
+        limit = MAX_BLOCK_LAYERS if "layers_per" in key else MAX_LAYERS if "layers" in key else MAX_SIZE
         for number in value if isinstance(value, list) else [value]:
-            limit = MAX_LAYERS if "layers" in key else MAX_SIZE
             if isinstance(number, (int, float)) and limit < abs(number) < math.inf:
-                raise ValueError(f"{path}: {key} is {str(value)[:40]}, which is more than any network has")
+                raise ValueError(f"{shown}, which is more than any network has")
     if "patch_size" in settings:
         check_network(settings, path)
 

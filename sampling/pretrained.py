@@ -10,7 +10,7 @@ import os
 
 from models.weights import check_state, load_weights
 from sampling.folder import check_sizes
-from untrusted import inside, read_json
+from untrusted import inside, printable, read_json
 
 # Of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own names first.
 WEIGHTS = {
@@ -24,9 +24,11 @@ MAX_SHARDS = 1000
 # What model_index.json may name.
 TRANSFORMERS = ("Transformer2DModel", "DiTLLaMA2DModel", "LargeDiTTransformer")
 SCHEDULERS = (
-    *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
-    *("EDMEulerScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+    *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+    *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
 )
 
 
@@ -34,7 +36,7 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
     """The path of a file in a folder, or of a name on the hub, downloaded if need be.
 
     Args:
-        needed: without it, None where there is no such file.
+        needed: without it, None where there is surely no such file.
 
     Raises:
         ValueError: one line: not in the folder, or a link leads out of it. The hub clients raise a dozen other types.
@@ -59,10 +61,21 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
             from_hf_hub=FROM_HF_HUB,
             from_aistudio=FROM_AISTUDIO,
         )
-    except Exception:
-        if needed:
+    except Exception as error:
+        if needed or not _is_absent(error):
             raise
         return None
+
+
+def _is_absent(error):
+    """Whether a hub says that it has no such file. A lost connection must not make us take another one instead."""
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    while error is not None:  # ppdiffusers makes an OSError of it
+        if isinstance(error, EntryNotFoundError):
+            return not isinstance(error, LocalEntryNotFoundError)  # the network is not there
+        error = error.__context__
+    return False
 
 
 def read_settings(name_or_path, name, subfolder="", class_names=None):
@@ -75,7 +88,7 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
     kind = settings.get("_class_name") if isinstance(settings, dict) else None
     if class_names is not None and kind not in class_names:
-        raise ValueError(f"{path}: holds a {str(kind)[:60]!r}, expected {' or '.join(class_names)}")
+        raise ValueError(f"{path}: holds a '{printable(kind)}', expected {' or '.join(class_names)}")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -84,7 +97,23 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
 
 
 def find_weights(name_or_path, subfolder=""):
-    """The files of a model's weights and their layout, "paddle" or "torch": one file, or those that an index names."""
+    """The files of a model's weights and their layout, "paddle" or "torch": one file, or those that an index names.
+
+    Where ppdiffusers' hub can't be reached, those that an earlier download has left.
+    """
+    try:
+        return _find_weights(name_or_path, subfolder)
+    except Exception:
+        from ppdiffusers.utils import PPDIFFUSERS_CACHE
+
+        earlier = os.path.join(PPDIFFUSERS_CACHE, name_or_path)
+        if os.path.isdir(name_or_path) or not os.path.isdir(earlier):
+            raise
+        print(f"note: {name_or_path} can't be looked up on the hub; taken from {earlier}")
+        return _find_weights(earlier, subfolder)
+
+
+def _find_weights(name_or_path, subfolder):
     for variant in VARIANTS:
         for name, layout in WEIGHTS.items():
             stem, ending = os.path.splitext(name)
@@ -104,7 +133,9 @@ def _shards(path):
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{path}: expected {{"weight_map": {{weight: file}}}}')
     shards = sorted(set(names.values()))
-    if not 0 < len(shards) <= MAX_SHARDS or any(os.path.basename(name) != name for name in shards):
+    if not 0 < len(shards) <= MAX_SHARDS or any(
+        os.path.basename(name) != name or not name.isprintable() for name in shards
+    ):
         raise ValueError(f"{path}: its weight_map names files that are not beside it, or too many")
     return shards
 
@@ -142,7 +173,7 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
     expected = model.state_dict(use_hook=False)
     extra = [name for name in state if name not in expected]
     if extra:
-        print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {extra[0][:80]}")
+        print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {printable(extra[0])}")
     state = {name: value for name, value in state.items() if name in expected}
     check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, source=source)
     with paddle.no_grad():
@@ -195,7 +226,7 @@ def load_dit_pipeline(name_or_path, dtype=None):
         given = index.get(name)
         kinds[name] = given[1] if isinstance(given, list) and len(given) == 2 else None
         if kinds[name] not in known:
-            raise ValueError(f"{index_path}: {name} is {str(given)[:80]}, expected a {' or '.join(known)}")
+            raise ValueError(f"{index_path}: {name} is {printable(given)}, expected a {' or '.join(known)}")
     labels = index.get("id2label") or {}
     if not isinstance(labels, dict) or any(
         not (key.isdigit() and len(key) < 7 and isinstance(value, str)) for key, value in labels.items()

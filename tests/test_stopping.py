@@ -1,8 +1,10 @@
 """How a run ends before its last step: on a signal, on the clock, and because a rank hangs or is gone."""
 
+import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,8 +27,8 @@ from conftest import (
 )
 
 from training.peers import connect
-from training.runtime import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
-from training.stopping import SILENCE, TICK, Stopping, judge
+from training.runtime import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, SAVING_THREAD
+from training.stopping import SILENCE, TICK, Stopping, judge, waits_for_others
 
 LOOPS = ("trainer", "notrainer")
 
@@ -67,7 +69,7 @@ def run_until_signal(run_loop, loop, arguments, output, signum, steps):
 @pytest.mark.parametrize(("num_workers", "signum"), [(0, signal.SIGTERM), (2, signal.SIGINT)])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_signal_saves_after_the_step_and_the_resumed_run_is_the_unbroken_one(
-    loop, num_workers, signum, features, tmp_path, run_loop, capsys
+    loop, num_workers, signum, features, tmp_path, run_loop, capsys, monkeypatch
 ):
     steps = 20
     config = write_config(tmp_path / "Tiny.json")
@@ -80,7 +82,12 @@ def test_a_signal_saves_after_the_step_and_the_resumed_run_is_the_unbroken_one(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_loop(loop, arguments(whole))
     handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
-    last = run_until_signal(run_loop, loop, arguments(broken), broken, signum, steps)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "wb", 0) as unheard:
+        if num_workers == 0:  # nobody reads what the run says any more
+            patch.setattr(sys, "stderr", io.TextIOWrapper(unheard, write_through=True))
+        last = run_until_signal(run_loop, loop, arguments(broken), broken, signum, steps)
     assert 3 <= last < steps
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert checkpoint_path(loop, broken, last).is_dir()
@@ -121,16 +128,28 @@ def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch):
         assert stopping.due(2) and stopping.request == "--max_hours 1"
 
 
+def test_a_watch_that_fails_keeps_nobody_waiting(monkeypatch, capsys):
+    with Stopping() as stopping:
+        stopping.start(0)
+        monkeypatch.setattr(stopping, "_exchange", lambda: 1 / 0)
+        stopping._ask("a request")
+        assert stopping.due(1)  # would wait for an agreement
+        stopping._thread.join(10)
+        with pytest.raises(KeyboardInterrupt):  # as without a watch
+            signal.raise_signal(signal.SIGINT)
+    assert "the watch has failed: ZeroDivisionError" in capsys.readouterr().err
+
+
 # A process alone.
 
 
-def start(command):
+def start(command, stderr=subprocess.PIPE):
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
         env=command_environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -179,13 +198,45 @@ def test_a_second_signal_leaves_at_once_and_a_hang_ends_with_its_stack(features,
     assert "in main" in err and "in hang" in err  # the stack
 
     os.kill(processes["signalled"].pid, signal.SIGTERM)
-    time.sleep(1)
+    time.sleep(0.2)
+    os.kill(processes["signalled"].pid, signal.SIGTERM)
+    time.sleep(0.8)
     assert processes["signalled"].poll() is None  # its step can't be finished
     os.kill(processes["signalled"].pid, signal.SIGINT)
     code, _, err = ended(processes["signalled"], seconds=5)
     assert code == EXIT_INTERRUPTED
     assert err.count("SIGTERM: ") == 1 and "SIGINT again: left at once" in err and "Traceback" not in err
+    assert "another SIGTERM within 1 s is taken for the launcher's" in err
     assert not list(outputs["signalled"].glob("*/checkpoints/*"))
+
+
+UNHEARD = """
+import sys, time
+from pathlib import Path
+from training.runtime import run_cli
+from training.stopping import Stopping
+def main():
+    with Stopping() as stopping:
+        stopping.start(0)
+        step = 1
+        print("started", flush=True)
+        while not stopping.due(step):
+            step += 1
+            time.sleep(0.01)
+        stopping.leave(f"after step {step}")
+run_cli(main)
+"""
+
+
+def test_a_signal_stops_a_run_that_nobody_listens_to():
+    reader, writer = os.pipe()
+    process = start([sys.executable, "-c", UNHEARD], stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    assert process.stdout.readline() == "started\n"
+    process.terminate()
+    code, out, _ = ended(process)
+    assert code == EXIT_STOPPED and "stopped by SIGTERM after step" in out
 
 
 def test_ctrl_c_before_training_is_one_line():
@@ -197,8 +248,8 @@ def test_ctrl_c_before_training_is_one_line():
 
 
 def status(**given):
-    given = {"phase": "training", "step": 7, "count": 20, "age": 0.0, "lost": 0, "failed": None, "bye": False, **given}
-    return given
+    usual = {"phase": "training", "step": 7, "count": 20, "age": 0.0, "lost": 0, "failed": None, "bye": False}
+    return {**usual, "waits": False, **given}
 
 
 def test_the_rank_to_blame():
@@ -219,12 +270,18 @@ def test_the_rank_to_blame():
     assert mute["text"] == "rank 2 hangs since 65 s while training (step 7), and does not answer"
     assert blamed(status(bye=True), status(age=30.0), silence={0: 500.0}) is None
     assert blamed(waiting, waiting)["text"] == "every rank hangs since 60 s while training (step 7)"
+    # In the same part of a step: those that are in a collective wait for those that are not.
+    in_collective = status(age=62.0, waits=True)
+    assert blamed(in_collective, waiting, in_collective)["ranks"] == [1]
+    assert blamed(in_collective, in_collective)["text"] == "every rank hangs since 62 s while training (step 7)"
+    assert blamed(waiting, status(age=62.0, count=19, waits=True))["ranks"] == [1]
     assert blamed(late)["text"] == "training hangs since 61 s while reading data (step 7)"
     # A collective has failed somewhere: the others have a moment to say why.
     assert blamed(status(lost=1.0), status()) is None
     assert blamed(status(lost=SILENCE), status(age=9.0))["ranks"] == [1]
     assert blamed(status(lost=SILENCE), status(lost=SILENCE)) is None
     assert blamed(status(), status(failed="no space"), gone=[1])["text"] == "rank 1 failed: no space"
+    assert blamed(waiting, status(age=61.0, failed="no space")) is None  # it lets rank 0 save, and leaves
     assert blamed(status(), late, gone=[1])["text"] == "rank 1 is gone, while reading data (step 7); see its log"
 
 
@@ -282,6 +339,61 @@ def test_two_ranks_end_together(loop, signum, target, exit_code, features, tmp_p
         assert f"stopped by SIGTERM after step {last} of {steps}" in log
 
 
+# A rank that hangs in Python in the middle of a step; the other one is then in its backward pass, with the same count.
+HANGING_RANK = """
+import time
+from training.runtime import configure_runtime, init_distributed, run_cli
+configure_runtime()
+from training.stopping import Stopping
+def main():
+    import paddle
+    paddle.set_device("cpu")
+    rank, world_size = init_distributed()
+    network = paddle.DataParallel(paddle.nn.Linear(2, 2))
+    with Stopping(hang_timeout=2) as stopping:
+        stopping.start(0, rank=rank, world_size=world_size)
+        paddle.distributed.barrier()
+        stopping.phase("training")
+        loss = network(paddle.ones([1, 2])).sum()
+        if rank == 1:
+            time.sleep(1000)
+        loss.backward()
+run_cli(main)
+"""
+
+
+@pytest.mark.distributed
+def test_a_hang_inside_a_step_is_told_from_the_wait_for_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(HANGING_RANK)
+    code, out, _ = ended(start(launch_command(2, script, [], tmp_path / "log")))
+    logs = [(tmp_path / "log" / f"workerlog.{rank}").read_text() for rank in range(2)]
+    assert code == EXIT_LOST, out + logs[0]
+    assert "time.sleep(1000)" in logs[1]  # the stack
+    for log in logs:
+        assert re.search(r"error: rank 1 hangs since \d s while training \(step 1\)", log)
+    assert "its stack" not in logs[0]
+
+
+def test_only_the_innermost_call_of_a_stack_waits_for_others():
+    import paddle
+
+    def waits(*paths):
+        """A stack of calls of code in these files, outermost first."""
+        call, paths = "sys._getframe()", list(paths)
+        scope = {"sys": sys}
+        for path in reversed(paths):
+            exec(compile(f"def call():\n    return {call}", path, "exec"), inner := dict(scope))
+            scope["inner"], call = inner["call"], "inner()"
+        return waits_for_others(scope["inner"]())
+
+    distributed = os.path.join(os.path.dirname(paddle.__file__), "distributed")
+    collective, wrapper = (os.path.join(distributed, path) for path in ("communication/group.py", "parallel.py"))
+    assert waits("train.py", collective)
+    assert not waits("train.py", wrapper, "models/dit.py")
+    assert not waits("train.py") and not waits("elsewhere/paddle/distributed/script.py")
+
+
 @pytest.fixture
 def store(monkeypatch):
     """What stands in for Paddle's store, where ranks are in one process."""
@@ -303,6 +415,34 @@ def test_ranks_stop_after_the_last_step_that_one_of_them_has_begun(store, monkey
         answers = [pool.submit(stopping.due, 7) for stopping in (behind, ahead)]
         assert [answer.result(20) for answer in answers] == [True, True]
         assert ahead.request == behind.request == "SIGTERM" and ahead.stopped and behind.stopped
+
+
+def test_a_rank_that_fails_lets_rank_0_save_and_rank_0_leaves_its_end_alone(store, monkeypatch):
+    saved = threading.Event()
+    saving = threading.Thread(target=saved.wait, name=SAVING_THREAD)
+    with Stopping() as first, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("training.peers._meetings", 0)
+        first.start(0, world_size=2)
+        monkeypatch.setattr("training.peers._meetings", 0)
+        second = Stopping()
+        pool.submit(second.start, 0, rank=1, world_size=2).result(20)
+        saving.start()
+        error = RuntimeError("a defect")
+        leaving = pool.submit(second.__exit__, RuntimeError, error, None)
+        try:
+            time.sleep(4 * TICK)
+            assert not leaving.done() and not first._peers.lines[1].closed
+        finally:
+            saved.set()
+        leaving.result(3 * TICK)
+        wait_until(lambda: first._order["verdict"], 10)
+        assert first._order["verdict"]["text"] == "rank 1 failed: a defect"
+        wait_until(timers, 10)  # would end this process a minute later
+    wait_until(lambda: not timers(), 10)
+
+
+def timers():
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
 def test_messages_arrive_and_strangers_are_left_out(store, monkeypatch):

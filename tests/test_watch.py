@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from conftest import checkpoint_path, launch, loop_arguments, read_metrics, run_script, write_config, write_features
+from conftest import (
+    ROOT,
+    checkpoint_path,
+    launch,
+    loop_arguments,
+    read_metrics,
+    run_script,
+    write_config,
+    write_features,
+)
 
 import training.watch
 from models.weights import safe_load, save_pdparams
@@ -573,11 +582,21 @@ def test_parallel_runs(spoiled, tmp_path, run_loop, monkeypatch, capsys, flags):
 
 @pytest.mark.distributed
 def test_the_launcher_sees_the_exit_code(spoiled, tmp_path):
+    """The checkpoint of the step before is still being written then; the launcher kills what is left after 3 s."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import runpy, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from training import manifest\n"
+        "finish = manifest.FolderWriter.finish\n"
+        "manifest.FolderWriter.finish = lambda self: (time.sleep(6), finish(self))\n"
+        f"runpy.run_path({str(ROOT / 'train_image_generation_notrainer.py')!r}, run_name='__main__')\n"
+    )
     config = write_config(tmp_path / "Tiny.json")
     arguments = loop_arguments(
         "notrainer", config=config, features=spoiled[0], output=tmp_path / "out", steps=STEPS, save_every=LAST_GOOD
     )
-    done = launch(2, "train_image_generation_notrainer.py", arguments, tmp_path / "log")
+    done = launch(2, slow, arguments, tmp_path / "log")
     logs = [log.read_text() for log in sorted((tmp_path / "log").glob("workerlog.*"))]
     assert done.returncode == 65, logs
     for log in logs:

@@ -1,9 +1,11 @@
 """Weight files: what is read, what is refused, and both layouts. PyTorch is not needed."""
 
+import gc
 import json
 import os
 import pickle
 import struct
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from models.weights import (
     official_to_paddle,
     paddle_to_official,
     safe_load,
+    save_pdparams,
+    save_safetensors,
     save_torch,
 )
 
@@ -104,6 +108,30 @@ class TestOtherFormats:
         np.testing.assert_array_equal(tree["a"]["x"], [[0, 1, 2], [3, 4, 5]])
         np.testing.assert_array_equal(tree["bf16"], np.array([1.0, -2.5], "float32"))
         assert tree["n"] == 3 and tree["f"] == 0.5 and tree["l"][0].shape == (2,)
+
+    def test_pairs_of_a_users(self, tmp_path):
+        """Paddle writes a tensor as (name, array); a user's own pair of a name and a tensor stays one."""
+        paddle.save({"pair": ("a", paddle.ones([2])), "two": ("a", "b")}, str(tmp_path / "n.pdparams"))
+        tree = safe_load(tmp_path / "n.pdparams")
+        assert tree["pair"][0] == "a" and tree["two"] == ("a", "b")
+        np.testing.assert_array_equal(tree["pair"][1], [1.0, 1.0])
+
+    @pytest.mark.parametrize("kind", ["pdparams", "pt", "safetensors"])
+    def test_memory_is_given_back(self, tmp_path, kind):
+        """Without the garbage collector, which may come late."""
+        path = tmp_path / f"x.{kind}"
+        state = {"a": np.ones([512, 1024], "f4"), "b": np.ones(1024, "f4")}
+        {"pdparams": save_pdparams, "pt": save_torch, "safetensors": save_safetensors}[kind](state, path)
+        gc.collect()
+        gc.disable()
+        try:
+            tree = safe_load(path)
+            array = tree["a"]
+            held = weakref.ref(array if array.base is None else array.base)
+            del tree, array
+            assert held() is None
+        finally:
+            gc.enable()
 
     def test_optimizer_state(self, tmp_path):
         layer = paddle.nn.Linear(3, 4)

@@ -44,7 +44,7 @@ def holds_image(path: str, image) -> bool:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as found:
+        with Image.open(path, formats=["PNG"]) as found:
             return found.mode == image.mode and found.size == image.size and found.tobytes() == image.tobytes()
     except (UnidentifiedImageError, OSError):
         return False

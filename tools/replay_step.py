@@ -22,28 +22,41 @@ def read_dump(folder):
     from training.config import read_json, resolve_config
     from training.manifest import damage
     from training.step_dump import BATCH, CONFIG, STATE, WEIGHTS
+    from untrusted import inside
 
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; expected RUN/bad_steps/STEP, which the run's error names")
     if wrong := damage(folder, required=(CONFIG, WEIGHTS, BATCH, STATE), checksums=True):
         raise ValueError(f"{folder}: not a whole dump of a step: {wrong}")
-    path = os.path.join(folder, CONFIG)
+    inside(folder, WEIGHTS)
+    path = inside(folder, CONFIG)
     config = resolve_config(read_json(path), source=path)
     config["training"]["recompute"] = False
-    batch, state = safe_load(os.path.join(folder, BATCH)), read_json(os.path.join(folder, STATE))
+    batch, state = safe_load(inside(folder, BATCH)), read_json(inside(folder, STATE))
     if not _fits(batch, state, config["model"]):
         raise ValueError(f"{folder}: {BATCH} and {STATE} are not those of a step of {CONFIG}")
     return config, batch, state
 
 
 def _fits(batch, state, model):
-    """Whether all is there, and of the right sizes."""
+    """Whether all is there, and of the right types and sizes."""
+    import numpy as np
+
     names = {"x", "y", "t", "noise", "loss", "rank", "micro_step"}
-    keys = {"step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "micro_batch", "precision", "sources"}
+    keys = {"step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "micro_batch", "precision", "device"}
+    keys.add("sources")
     if not isinstance(batch, dict) or not isinstance(state, dict) or not (names <= set(batch) and keys <= set(state)):
         return False
-    shape = (len(state["sources"]), model["in_channels"], model["sample_size"], model["sample_size"])
-    return batch["x"].shape == batch["noise"].shape == shape and all(len(array) == shape[0] for array in batch.values())
+    sources, precision, size = state["sources"], state["precision"], state["micro_batch"]
+    if not isinstance(sources, list) or type(size) is not int or size < 1:
+        return False
+    if not isinstance(precision, dict) or "dtype" not in precision:
+        return False
+    if not all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in batch.values()):
+        return False
+    shape = (len(sources), model["in_channels"], model["sample_size"], model["sample_size"])
+    shapes = {name: shape if name in ("x", "noise") else shape[:1] for name in batch}
+    return shape[0] > 0 and all(array.shape == shapes[name] for name, array in batch.items())
 
 
 def replay(folder, config, batch, state):
@@ -124,6 +137,8 @@ def print_samples(batch, sources, losses, limit):
     """A line for each of the `limit` worst samples: first what is not finite, then by loss."""
     import numpy as np
 
+    from untrusted import printable
+
     finite = np.isfinite(batch["x"]).reshape(len(losses), -1).all(axis=1)
     key = np.where(np.isfinite(losses), losses, np.inf)
     order = sorted(range(len(losses)), key=lambda row: (finite[row], -key[row], row))
@@ -134,7 +149,7 @@ def print_samples(batch, sources, losses, limit):
         latent = "" if finite[row] else f"{int((~np.isfinite(batch['x'][row])).sum())} numbers not finite: "
         print(
             f"{row:>6} {batch['rank'][row]:>4} {batch['micro_step'][row]:>5} {label:>6} {batch['t'][row]:>9.5g} "
-            f"{batch['loss'][row]:>11.5g} {losses[row]:>11.5g}  {latent}{sources[row]}"
+            f"{batch['loss'][row]:>11.5g} {losses[row]:>11.5g}  {latent}{printable(sources[row], 500)}"
         )
     if len(order) > limit:
         print(f"... and {len(order) - limit} more samples (--show)")

@@ -25,15 +25,15 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.weights import check_state, official_to_paddle, safe_load, save_pdparams
+from models.weights import check_state, is_state, load_weights, official_to_paddle, safe_load, save_pdparams
 from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import resolve_config
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
-from training.runtime import SAVING_THREAD, one_line
+from training.runtime import SAVING_THREAD, is_refusal, one_line, say
 from training.shares import Shares, held_name, held_part, master_weights
-from untrusted import inside, read_json
+from untrusted import inside, printable, read_json
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
@@ -120,7 +120,7 @@ def pick_checkpoint(folder, experiment_name=None):
     """
     if is_checkpoint(folder):
         if not _holds(folder, MANIFEST):
-            print(f"note: {folder} has no {MANIFEST}, as before there were any: it is resumed unchecked", flush=True)
+            say(f"note: {folder} has no {MANIFEST}, as before there were any: it is resumed unchecked")
         elif wrong := _damage(folder, checksums=True):
             raise ValueError(
                 f"{folder}: {wrong}; resume another one (or delete its {MANIFEST}, if you changed the files yourself)"
@@ -131,7 +131,7 @@ def pick_checkpoint(folder, experiment_name=None):
         wrong = _damage(path, checksums=True)
         if wrong is None:
             return path
-        print(f"note: checkpoint {path} is passed over: {wrong}", flush=True)
+        say(f"note: checkpoint {path} is passed over: {wrong}")
         passed.append((path, wrong))
     if passed:
         path, wrong = passed[0]
@@ -263,7 +263,7 @@ class CheckpointSaver:
 
     def save(self, folder, **parts):
         """Saves `checkpoint_files(**parts)` as `folder`, then deletes what `save_total_limit` says. A collective."""
-        self._join()
+        self.wait()
         files = checkpoint_files(**parts)
         if not self._in_background(parts):
             self._write(folder, files)
@@ -277,7 +277,7 @@ class CheckpointSaver:
 
     def finish(self):
         """Waits for the save under way; a collective. `OSError` on every rank: the last save of all failed."""
-        self._join()
+        self.wait()
 
         def last():
             if self._failure is not None:
@@ -285,7 +285,8 @@ class CheckpointSaver:
 
         _of_rank_0(last)
 
-    def _join(self):
+    def wait(self):
+        """Waits for the save under way, on rank 0; nothing is under way on the others."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -307,14 +308,13 @@ class CheckpointSaver:
     def _write(self, folder, files):
         try:
             write_checkpoint(folder, files)
-        except OSError as error:
-            self._failure = error
+        except Exception as error:
+            self._failure = error  # of the thread, it would be lost
+            if not is_refusal(error):
+                raise
             if paddle.distributed.get_rank() == 0:
                 then = "training goes on, and the next save tries again"
                 self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
-        except Exception as error:  # a bug, which would be lost with the thread
-            self._failure = error
-            raise
         else:
             self._failure = None
             rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say)
@@ -361,20 +361,20 @@ def _plain_scaler(scaler):
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
 
 
-def rotate_checkpoints(folder, save_total_limit, say=print):
+def rotate_checkpoints(folder, save_total_limit, say=say):
     """Deletes what is older than the newest `save_total_limit` whole checkpoints in `folder` (None: nothing).
 
     Damaged ones don't count: as long as there are fewer whole ones, nothing is deleted. Rank 0 only.
     """
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
-        found = list_checkpoints(folder)
-        whole = [path for path in found if _damage(path) is None]
-        older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
         try:
+            found = list_checkpoints(folder)
+            whole = [path for path in found if _damage(path) is None]
+            older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
                 delete_folder(path)
         except OSError as error:
-            say(f"warning: an old checkpoint is not deleted: {one_line(error)}")
+            say(f"warning: no old checkpoint is deleted: {one_line(error)}")
 
 
 def load_checkpoint(path, experiment_name=None):
@@ -397,7 +397,7 @@ def load_checkpoint(path, experiment_name=None):
 
     def optional(name):
         file = inside(folder, name)
-        return safe_load(file) if os.path.isfile(file) else None
+        return load_weights(file) if os.path.isfile(file) else None
 
     state = inside(folder, STATE)
     progress = read_json(state, infinity=True)
@@ -410,12 +410,19 @@ def load_checkpoint(path, experiment_name=None):
     return Checkpoint(
         source=folder,
         config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
-        model=safe_load(inside(folder, MODEL)),
+        model=load_weights(inside(folder, MODEL)),
         ema=optional(EMA_STATE),
-        read_optimizer=functools.partial(safe_load, optimizer),
+        read_optimizer=functools.partial(_read_optimizer, optimizer),
         objective=optional(OBJECTIVE) or {},
         progress=progress,
     )
+
+
+def _read_optimizer(path):
+    state = safe_load(path)
+    if not isinstance(state, dict) or not all(isinstance(n, str) and is_state(entry) for n, entry in state.items()):
+        raise ValueError(f"{path}: not an optimizer's state: expected {{parameter: {{accumulator: array}}}}")
+    return state
 
 
 def _load_official(path):
@@ -426,14 +433,14 @@ def _load_official(path):
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
             "weights alone use --pretrained_model_path"
         )
+    for name in ("model", "ema"):
+        if name in raw and not is_state(raw[name]):
+            raise ValueError(f"{path}: its {name!r} is no state dict")
     try:
         moments, step = _official_moments(raw)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({error!r})") from None
-    for name in ("model", "ema"):
-        weights = raw.get(name, {})
-        if not isinstance(weights, dict) or not all(isinstance(value, np.ndarray) for value in weights.values()):
-            raise ValueError(f"{path}: its {name!r} is no state dict")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = printable(repr(error), 200)
+        raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
     return Checkpoint(
         source=path,
         config=None,
@@ -446,19 +453,29 @@ def _load_official(path):
 
 def _official_moments(raw):
     names = list(raw["model"])
-    beta1, beta2 = raw["opt"]["param_groups"][0]["betas"]
+    beta1, beta2 = (_number(beta, below=1) for beta in raw["opt"]["param_groups"][0]["betas"])
     moments, step = {}, 0
     for index, entry in raw["opt"]["state"].items():
         name = names[index]
-        step = int(np.asarray(entry["step"]).reshape(-1)[0])
+        step = int(_number(entry["step"], below=1 << 53))
+        if not is_state({key: entry[key] for key in ("exp_avg", "exp_avg_sq")}):
+            raise ValueError("a moment that is no tensor")
         moments[name] = {
-            "moment1": official_to_paddle({name: np.asarray(entry["exp_avg"])})[name],
-            "moment2": official_to_paddle({name: np.asarray(entry["exp_avg_sq"])})[name],
+            "moment1": official_to_paddle({name: entry["exp_avg"]})[name],
+            "moment2": official_to_paddle({name: entry["exp_avg_sq"]})[name],
             # Paddle keeps beta^(n + 1) after n steps.
             "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
             "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
         }
     return moments, step
+
+
+def _number(value, below):
+    """A number of the file, or the one in a tensor, whose power is quick to take; ValueError if it is none."""
+    value = value.item() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, (int, float)) or not 0 <= value < below:
+        raise ValueError(f"a {type(value).__name__} where a number from 0 to {below} is expected")
+    return value
 
 
 def open_experiment(resume, results_dir, config_file, config):
@@ -500,13 +517,13 @@ def open_experiment(resume, results_dir, config_file, config):
 def _of_rank_0(decide):
     """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently.
 
-    A `ValueError` or `OSError` of it is raised on every rank.
+    An exception of it is raised on every rank.
     """
     answer = [None]
     if paddle.distributed.get_rank() == 0:
         try:
             answer = [decide()]
-        except (ValueError, OSError) as error:
+        except Exception as error:
             answer = [error]
     if paddle.distributed.get_world_size() > 1:
         paddle.distributed.broadcast_object_list(answer, src=0)
@@ -568,7 +585,7 @@ def _put_aside(output_dir, checkpoint, overwrite):
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)
-        print(f"moved {len(moved)} item(s) of the earlier run to {aside}", flush=True)
+        say(f"moved {len(moved)} item(s) of the earlier run to {aside}")
 
 
 def _step_of(path):
@@ -583,7 +600,7 @@ def open_checkpoint(path, config, experiment_name=None):
         "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]
     )
     if config["training"]["use_ema"] and checkpoint.ema is None and paddle.distributed.get_rank() == 0:
-        print(f"note: {checkpoint.source} has no averages: the EMA starts from its weights", flush=True)
+        say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")
     return checkpoint
 
 

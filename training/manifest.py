@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.config import read_json
 
 MANIFEST = "manifest.json"
-_LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+)\.(partial|replaced)$")
+_LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+(?:-\d+)?)\.(partial|replaced)$")
 _BUFFER = 1 << 24
 
 

@@ -1,5 +1,6 @@
 """Losses and speeds of a run: to the console, to VisualDL, and as JSON lines. No host sync between two reports."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 
 import paddle
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 
 def peak_memory_gib():
@@ -68,6 +70,24 @@ class _Rows:
         self._file.close()
 
 
+class _Stream(ObjectWrapper):
+    """stdout or stderr of a bar. One that takes nothing (a full disk, a reader that is gone) ends no run.
+
+    tqdm can't be let to meet the error itself: it would keep its lock for ever.
+    """
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self._wrapped.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self._wrapped.flush()
+
+    def __eq__(self, other):
+        return self._wrapped == getattr(other, "_wrapped", other)
+
+
 class TrainingLog:
     """Collects the losses of the steps and reports them every `log_every` steps; rank 0 writes.
 
@@ -110,6 +130,7 @@ class TrainingLog:
                 dynamic_ncols=True,
                 mininterval=0.5,
                 disable=not show_bar,
+                file=_Stream(sys.stderr),
             )
 
     def step_done(self, step):
@@ -183,8 +204,9 @@ class TrainingLog:
     def print(self, text):
         """Prints a line above the bar, on rank 0."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            stdout = _Stream(sys.stdout)
+            self._bar.write(text, file=stdout)
+            stdout.flush()
 
     def add_image(self, tag, image, step):
         """Puts an image `(H, W, 3)` uint8 into the VisualDL log, on rank 0."""

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,24 +54,35 @@ def run_cli(main):
     try:
         main()
         leave_distributed()
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_mistake(error):
+            if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) == 1:
+                raise
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+            exit_now(1)  # the destructors of a process group may wait for the other ranks
         if os.environ.get("TRACEBACK") == "1":
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        say(f"error: {one_line(error)}", sys.stderr)
         exit_now(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say("interrupted", sys.stderr)
         exit_now(EXIT_INTERRUPTED)
     except SystemExit as end:
         if end.code == EXIT_STOPPED:
             leave_distributed(EXIT_STOPPED)
             exit_now(EXIT_STOPPED)
         raise
-    except Exception:
-        if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) == 1:
-            raise
-        traceback.print_exc()
-        exit_now(1)  # the destructors of a process group may wait for the other ranks
+
+
+def is_mistake(error):
+    """Whether an exception is a user's mistake or a file system's refusal; others are errors of the program."""
+    return isinstance(error, ValueError) or is_refusal(error)
+
+
+def is_refusal(error):
+    """Whether an exception is a file system's or a network's; those of CUDA and NCCL are `OSError`s without errno."""
+    return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
 
 
 def leave_distributed(code=0):
@@ -94,14 +106,24 @@ def exit_now(code, saving_seconds=None):
         saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
     """
     for thread in threading.enumerate():
-        if thread.name == SAVING_THREAD:
+        if thread.name == SAVING_THREAD and thread.is_alive():
+            # A launcher that ends the job because of this or another rank's error starts with SIGTERM.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             thread.join(saving_seconds)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
+            stream.flush()
     # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
+
+
+def say(text, stream=None):
+    """Prints a line to `stream`, or stdout. One that takes nothing (a full disk, a reader that is gone) ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
 
 
 def one_line(error):

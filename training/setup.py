@@ -14,7 +14,7 @@ from training.config import ineffective_settings, write_json
 from training.data import FeatureDataset, MicroBatchSampler, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
-from training.runtime import compute_capability
+from training.runtime import compute_capability, say
 
 
 def setup_precision(config, device):
@@ -119,14 +119,13 @@ def build_preview(objective, config, args, *, vae):
 
 def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
     """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
-    print(json.dumps(config, indent=2))
+    say(json.dumps(config, indent=2))
     for note in filter(None, [*notes, *dataset.notes, ineffective_settings(config["objective"])]):
-        print(f"note: {note}")
+        say(f"note: {note}")
     parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
-    print(
+    say(
         f"{config['model']['type']} with {parameters:,} parameters on {device}, {world_size} process(es); "
-        f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}",
-        flush=True,
+        f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}"
     )
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), config)

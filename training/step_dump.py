@@ -30,7 +30,7 @@ MOST_DUMPS = 3  # of one step: a run that is started again and again must not fi
 
 
 @paddle.no_grad()
-def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, sampler, precision):
+def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, sampler, precision, saver):
     """Reads, draws and computes a bad step once more, and writes its dump; a collective.
 
     Args:
@@ -38,6 +38,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
         folder: the run's.
         model: the network, not wrapped, with the weights that the step met.
         sampler: this rank's `MicroBatchSampler`.
+        saver: the run's `CheckpointSaver`: a checkpoint under way is finished before any rank ends.
 
     Returns:
         Sentences that tell the cause and where the dump is.
@@ -45,6 +46,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
     Raises:
         ValueError, OSError: on every rank: a sample can't be read any more; it can't be written.
     """
+    saver.wait()
     read = _gather_error(lambda: _read(bad.step, dataset, sampler))
     if bad.objective:
         objective.set_state_dict(bad.objective)

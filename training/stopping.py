@@ -23,7 +23,7 @@ import time
 import traceback
 
 from training.peers import connect
-from training.runtime import EXIT_LOST, EXIT_STOPPED, SAVING_THREAD, STARTED, exit_now, one_line
+from training.runtime import EXIT_LOST, EXIT_STOPPED, SAVING_THREAD, STARTED, exit_now, is_mistake, one_line, say
 
 TICK = 0.5  # seconds between two looks around
 BUSY_TICK = 0.05  # while the ranks agree on a step
@@ -92,6 +92,7 @@ class Stopping:
         self._longest = self._longest_save = self._saving = 0.0  # seconds of a step with what follows it; of a save
         self._last_due = time.monotonic()
         self._thread = self._closing = None
+        self._watched = True  # until the watch fails
 
     def start(self, first_step, *, rank=0, world_size=1):
         """Takes over the signals and starts the watch; every rank calls it.
@@ -115,7 +116,7 @@ class Stopping:
         if threading.current_thread() is threading.main_thread():
             # Python's own handlers run when the main thread is back from C++. The bytes in this socket come at once.
             self._old_waker = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-            self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+            self._handlers = {signum: signal.signal(signum, self._in_main_thread) for signum in SIGNALS}
             for signum in SIGNALS:
                 signal.siginterrupt(signum, False)  # system calls of C++ go on
         self._catch_terminate()
@@ -146,7 +147,7 @@ class Stopping:
     def leave(self, text):
         """Ends a run that has stopped and saved: rank 0 says `text`, exit code `EXIT_STOPPED`."""
         if self.rank == 0:
-            print(f"stopped by {self.request} {text}", flush=True)
+            say(f"stopped by {self.request} {text}")
         raise SystemExit(EXIT_STOPPED)
 
     def lost(self):
@@ -161,9 +162,12 @@ class Stopping:
         if self._thread is None:
             return
         if isinstance(error, Exception):
-            if self.world_size > 1 and not isinstance(error, (ValueError, OSError)) and _COLLECTIVE.search(str(error)):
+            if self.world_size > 1 and not is_mistake(error) and _COLLECTIVE.search(str(error)):
                 self.lost()
             self._failed = (one_line(error) or repr(error))[:1000]
+            if self.world_size > 1:
+                time.sleep(2 * TICK if self.rank else 0)  # what rank 0 has said is up to a tick old
+                self._let_rank_0_save()
         self._close()
 
     def close_sockets(self):
@@ -195,8 +199,7 @@ class Stopping:
         now = time.monotonic()
         if now - self._last_look > SILENCE + TICK:
             self._asleep += now - self._last_look
-        saving = any(thread.name == SAVING_THREAD for thread in threading.enumerate())
-        self._saving = self._saving + now - self._last_look if saving else 0.0
+        self._saving = self._saving + now - self._last_look if _is_saving() else 0.0
         self._longest_save = max(self._longest_save, self._saving)
         self._last_look = now
         if self.rank == 0 and self.max_hours and self.request is None:
@@ -209,6 +212,36 @@ class Stopping:
     # The watch.
 
     def _watch(self):
+        try:
+            self._look_around()
+        except Exception as error:  # a defect
+            if not self._closing:
+                self._go_without_watch(f"the watch has failed: {error!r}")
+
+    def _go_without_watch(self, text):
+        if self.world_size == 1:
+            with self._changed:
+                self._watched = False
+                self._stop_at = self._committed if self.request else None
+                self._changed.notify_all()
+            self._say(f"{text}; training goes on, a signal ends it without a checkpoint from here on")
+            return
+        # The ranks could not agree on a step to stop at.
+        _end_within(2 * GRACE + SAVING_SECONDS, EXIT_LOST)
+        self._failed = text
+        self._say(f"error: {text}")
+        with contextlib.suppress(Exception):
+            self._tell(self._status())
+            self._let_rank_0_save()
+        exit_now(EXIT_LOST, SAVING_SECONDS)
+
+    def _in_main_thread(self, signum, _):
+        """Python's handler of a signal: the watch has seen it, if there is one."""
+        if not self._watched:
+            signal.signal(signum, self._handlers[signum])
+            signal.raise_signal(signum)
+
+    def _look_around(self):
         while not self._closing:
             agreeing = self.request is not None and self._stop_at is None
             if self._woken(BUSY_TICK if agreeing and self.rank == 0 else TICK):
@@ -235,13 +268,16 @@ class Stopping:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
-            if self.request is None:
-                self._say(f"{signum.name}: finishing the step, then saving; a second signal leaves at once")
+            news = self.request is None
             self._ask(signum.name)
+            if news:
+                self._say(f"{signum.name}: finishing the step, then saving; a second signal leaves at once")
             return
         # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
-        launched = int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))
-        if signum == signal.SIGINT or now - self._signalled > 1 + launched:
+        repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
+        if signum == signal.SIGTERM and now - self._signalled <= repeated:
+            self._say(f"another SIGTERM within {repeated} s is taken for the launcher's; a later one leaves at once")
+        else:
             self._failed = f"a second {signum.name}: left at once"
             _end_within(GRACE, 128 + signum)
             self._tell(self._status())
@@ -266,9 +302,20 @@ class Stopping:
             "lost": now - self._lost_since if self._lost_since is not None else 0,
             "failed": self._failed,
             "bye": False,
+            "waits": self.world_size > 1 and waits_for_others(_main_frame()),
+            "saving": _is_saving(),
         }
 
     def _exchange(self):
+        self._hear()
+        own = self._status()
+        self._statuses[self.rank], self._heard[self.rank] = own, self._now()
+        if self.rank == 0:
+            self._decide()
+        self._tell(own)
+        self._obey()
+
+    def _hear(self):
         arrived, now = self._peers.receive(), self._now()
         for rank, message in arrived.items():
             self._heard[rank] = now
@@ -279,12 +326,6 @@ class Stopping:
                 self._order = message
                 self._ask(message["request"])
                 self._statuses[0] = message["status"]
-        own = self._status()
-        self._statuses[self.rank], self._heard[self.rank] = own, now
-        if self.rank == 0:
-            self._decide()
-        self._tell(own)
-        self._obey()
 
     def _decide(self):
         """Rank 0: the step to stop at, and who is to blame for a halt."""
@@ -310,25 +351,30 @@ class Stopping:
             gone = self._peers.lines[0].closed or self._now() - self._heard[0] >= SILENCE
             if gone and not self._statuses[0]["bye"]:
                 verdict = self._judge()
-        if verdict is not None and not self._closing:
+        if verdict is not None and not self._ends_by_itself():
             self._end(verdict)
+
+    def _ends_by_itself(self):
+        return self._closing or self._failed is not None
 
     def _end(self, verdict):
         """Ends this process: that of the rank to blame at once, with its stack, the others a little later."""
-        _end_within(2 * GRACE + SAVING_SECONDS, EXIT_LOST)
+        timer = _end_within(2 * GRACE + SAVING_SECONDS, EXIT_LOST)
         text = f"error: {verdict['text']}"
         if self.rank in verdict["ranks"]:
-            stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+            stack = traceback.format_stack(_main_frame())
             self._say("\n".join([text, "its stack, the innermost call last:", *(line.rstrip() for line in stack)]))
             time.sleep(TICK)  # an end of the connection that comes too early takes the last message with it
         else:
             if not verdict["failed"]:
                 self._say(text)
             self._wait_for_a_word(GRACE)
-            if self._closing:
+            if self._ends_by_itself():
+                timer.cancel()
                 return
             if verdict["failed"]:
                 self._say(text)
+        self._let_rank_0_save()
         exit_now(EXIT_LOST, SAVING_SECONDS)
 
     def _wait_for_a_word(self, seconds):
@@ -336,13 +382,26 @@ class Stopping:
         end = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        while (left := end - time.monotonic()) > 0 and not self._closing:
+        while (left := end - time.monotonic()) > 0 and not self._ends_by_itself():
             if poll.poll(1000 * left) and set(SIGNALS) & set(self._wake.recv(4096)):
                 return
 
+    def _let_rank_0_save(self):
+        """Waits for a checkpoint that is being written: a launcher kills rank 0 three seconds after another's end."""
+        end = time.monotonic() + SAVING_SECONDS
+        while time.monotonic() < end and self._rank_0_saves():
+            time.sleep(BUSY_TICK)
+            if threading.current_thread() is self._thread:
+                self._hear()
+
+    def _rank_0_saves(self):
+        """By what it said last, as long as it is there."""
+        return self._statuses[0]["saving"] and not self._peers.lines[0].closed if self.rank else _is_saving()
+
     def _say(self, text):
-        below_the_bar = "\n" if sys.stderr.isatty() else ""
-        print(below_the_bar + text, file=sys.stderr, flush=True)
+        with contextlib.suppress(ValueError, AttributeError):  # closed, or None
+            below_the_bar = "\n" if sys.stderr.isatty() else ""
+            say(below_the_bar + text, sys.stderr)
 
     # C++.
 
@@ -375,6 +434,31 @@ def _end_within(seconds, code):
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
+    return timer
+
+
+def _is_saving():
+    return any(thread.name == SAVING_THREAD for thread in threading.enumerate())
+
+
+def _main_frame():
+    """The innermost Python call of the main thread."""
+    return sys._current_frames()[threading.main_thread().ident]
+
+
+def waits_for_others(frame):
+    """Whether the innermost call of a thread is a collective, or a backward pass, in which gradients are reduced.
+
+    Only the innermost: the wrappers of a network are around its whole forward pass. Waiting for a GPU does not count:
+    it may be the rank's own that hangs.
+    """
+    paddle = sys.modules.get("paddle")
+    if paddle is None:
+        return False
+    folder, path = os.path.dirname(paddle.__file__), frame.f_code.co_filename
+    if path.startswith(os.path.join(folder, "distributed", "")):
+        return True
+    return path.startswith(os.path.join(folder, "")) and frame.f_code.co_name == "backward"
 
 
 def judge(statuses, silence, gone, hang_timeout, world_size):
@@ -397,6 +481,8 @@ def judge(statuses, silence, gone, hang_timeout, world_size):
         where = f"while {status['phase']} (step {status['step']})"
         return {"ranks": [], "text": f"rank {rank} is gone, {where}; see its log", "failed": False}
     present = {rank: status for rank, status in statuses.items() if not status["bye"]}
+    if any(status["failed"] and silence[rank] < SILENCE for rank, status in present.items()):
+        return None  # about to leave, once rank 0 has saved
     ages = {rank: status["age"] + silence[rank] for rank, status in present.items()}
     halted = hang_timeout and any(age >= hang_timeout for age in ages.values())
     if not halted and not any(status["lost"] >= SILENCE for status in present.values()):
@@ -404,7 +490,8 @@ def judge(statuses, silence, gone, hang_timeout, world_size):
     mute = [rank for rank in present if silence[rank] >= SILENCE]
     able = [rank for rank in present if not present[rank]["lost"]]
     lowest = min((present[rank]["count"] for rank in able), default=None)
-    blamed = sorted(mute or [rank for rank in able if present[rank]["count"] == lowest])
+    behind = [rank for rank in able if present[rank]["count"] == lowest]
+    blamed = sorted(mute or [rank for rank in behind if not present[rank]["waits"]] or behind)
     if not blamed:
         return None
     if world_size == 1:

@@ -235,10 +235,12 @@ class LatentDiffusionTrainer(Trainer):
             dataset=self.train_dataset,
             sampler=self.sampler,
             precision=self.precision,
+            saver=self.saver,
         )
 
     def before_optimizer(self):
         """The watch judges the gradients inside the optimizer's step."""
+        self.stopping.phase("updating the weights")
         self._lr = self.optimizer.get_lr()
         self.watch.begin_update(self.state.global_step + 1, self._lr, self.scaler if self.do_grad_scaling else None)
 
@@ -324,7 +326,7 @@ class LatentDiffusionTrainer(Trainer):
             self.log_writer.close()
             self.stopping.leave(
                 f"after step {self.state.global_step} of {self.args.max_steps}, saved in {self.args.output_dir}; the "
-                "same command goes on"
+                "same command goes on with --resume_from_checkpoint auto"
             )
         if self.sampler.first_step < self.args.max_steps:
             self.log_writer.print(

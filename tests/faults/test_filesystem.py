@@ -149,3 +149,23 @@ def test_flipped_bits_are_found(tmp_path, run_loop):
     assert set(found) >= {"manifest.json", "config.json", "objective.pdparams", "optimizer.pdopt", "trainer_state.json"}
     assert len(found) == 7 and set(found.values()) == {30}
     assert ckpt.pick_checkpoint(run.output) == run.checkpoints()[4]  # all bits are as they were
+
+
+def test_streams_that_take_nothing_end_no_run(features, tmp_path):
+    """stdout and stderr on a full disk, as a launcher's logs may be; the reader of a pipe gone is the same error."""
+    arguments = loop_arguments(
+        "notrainer", config=write_config(tmp_path / "Tiny.json"), features=features, output=tmp_path / "out", steps=4
+    )
+    arguments.remove("--disable_tqdm=True")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "train_image_generation_notrainer.py", *arguments, "--ckpt_every=2"],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=full,
+            stderr=full,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert ckpt.pick_checkpoint(tmp_path / "out").endswith("0000004")

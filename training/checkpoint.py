@@ -283,7 +283,7 @@ class CheckpointSaver:
             if self._failure is not None:
                 raise self._failure
 
-        _of_rank_0(last)
+        of_rank_0(last)
 
     def wait(self):
         """Waits for the save under way, on rank 0; nothing is under way on the others."""
@@ -388,7 +388,7 @@ def load_checkpoint(path, experiment_name=None):
     path = str(path)
     if os.path.isfile(path):
         return _load_official(path)
-    folder = _of_rank_0(lambda: pick_checkpoint(path, experiment_name))
+    folder = of_rank_0(lambda: pick_checkpoint(path, experiment_name))
     if folder is None:
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
@@ -491,7 +491,7 @@ def open_experiment(resume, results_dir, config_file, config):
     name = os.path.splitext(os.path.basename(config_file))[0]
     try:
         if resume == "auto":
-            any_there = _of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
+            any_there = of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
             checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
         else:
             checkpoint = open_checkpoint(resume, config) if resume else None
@@ -511,10 +511,10 @@ def open_experiment(resume, results_dir, config_file, config):
         os.makedirs(path)
         return path
 
-    return checkpoint, _of_rank_0(folder)
+    return checkpoint, of_rank_0(folder)
 
 
-def _of_rank_0(decide):
+def of_rank_0(decide):
     """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently.
 
     An exception of it is raised on every rank.
@@ -546,14 +546,14 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
         checkpoint = open_checkpoint(resume, config)
     else:
         anew = overwrite and resume != "auto"
-        any_there = not anew and _of_rank_0(lambda: bool(find_checkpoints(output_dir)))
+        any_there = not anew and of_rank_0(lambda: bool(find_checkpoints(output_dir)))
         try:
             checkpoint = open_checkpoint(output_dir, config) if any_there else None
         except ValueError as error:
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
-    _of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
+    of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 

@@ -20,7 +20,7 @@ import paddle
 import paddle.distributed as dist
 
 from objectives import Rows
-from training.checkpoint import _of_rank_0, whole_weights, write_checkpoint
+from training.checkpoint import of_rank_0, whole_weights, write_checkpoint
 from training.runtime import seed_step
 from training.shares import Shares, master_weights
 
@@ -54,7 +54,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
     parts = [_compute(bad.step, batch, config, model, objective, sampler, precision) for batch in read]
     batch = _merged(_gathered(parts))
     sources = [dataset.source(index) for index in batch["index"]]
-    path = _of_rank_0(lambda: _free_path(folder, bad.step))
+    path = of_rank_0(lambda: _free_path(folder, bad.step))
     if path is None:
         said = f"{os.path.join(folder, PARENT)} holds {MOST_DUMPS} dumps of this step, and no other is written."
         return f"{find_cause(batch, sources)} {said}"
@@ -69,7 +69,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
         if failure is not None:
             raise failure
 
-    _of_rank_0(written)  # no rank ends, and the job with it, before it is written
+    of_rank_0(written)  # no rank ends, and the job with it, before it is written
     return f"{find_cause(batch, sources)} The step is kept in {path}: see python tools/replay_step.py {path}."
 
 

@@ -125,6 +125,16 @@ def as_zip(path, program, **members):
     return path
 
 
+def write_checkpoint(folder):
+    """A training checkpoint of one weight, without a manifest."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": TINY_MODELS["DiT"]}))
+    (folder / "trainer_state.json").write_text('{"global_step": 1, "samples_seen": 8}')
+    for file in ("model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt"):
+        save_pdparams({"w": np.ones(2, "f4")}, folder / file)
+    return folder
+
+
 class TestPrograms:
     @pytest.mark.parametrize("name", PROGRAMS)
     def test_is_refused_by_the_name_it_asks_for(self, tmp_path, name):
@@ -226,12 +236,7 @@ class TestEntries:
 
     @pytest.mark.parametrize("name", ["model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt"])
     def test_checkpoint_folders(self, tmp_path, hostile, name):
-        folder = tmp_path / "checkpoint-1"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model": TINY_MODELS["DiT"]}))
-        (folder / "trainer_state.json").write_text('{"global_step": 1, "samples_seen": 8}')
-        for file in ("model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt"):
-            save_pdparams({"w": np.ones(2, "f4")}, folder / file)
+        folder = write_checkpoint(tmp_path / "checkpoint-1")
         hostile(folder / name)
         with pytest.raises(ValueError, match=f"{name}: {self.REFUSED}"):
             load_checkpoint(folder).optimizer  # noqa: B018 (read when it is wanted)
@@ -709,12 +714,7 @@ class TestPaths:
 
     @pytest.mark.parametrize("name", ["model_state.pdparams", "config.json", "trainer_state.json", "optimizer.pdopt"])
     def test_links_in_a_checkpoint(self, tmp_path, name):
-        folder = tmp_path / "checkpoint-1"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model": TINY_MODELS["DiT"]}))
-        (folder / "trainer_state.json").write_text('{"global_step": 1, "samples_seen": 8}')
-        for file in ("model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt"):
-            save_pdparams({"w": np.ones(2, "f4")}, folder / file)
+        folder = write_checkpoint(tmp_path / "checkpoint-1")
         load_checkpoint(folder)
         (folder / name).rename(tmp_path / name)
         (folder / name).symlink_to(tmp_path / name)

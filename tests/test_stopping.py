@@ -23,6 +23,7 @@ from conftest import (
     launch_command,
     loop_arguments,
     read_losses,
+    run_script,
     write_config,
 )
 
@@ -237,6 +238,31 @@ def test_a_signal_stops_a_run_that_nobody_listens_to():
     process.terminate()
     code, out, _ = ended(process)
     assert code == EXIT_STOPPED and "stopped by SIGTERM after step" in out
+
+
+LEAVING = """
+import multiprocessing, signal, sys, threading, time
+from training.runtime import exit_now
+
+def killed(*_):
+    raise SystemError("DataLoader process exited")  # as Paddle's handler does in the main thread
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, killed)
+    for _ in range(30):
+        multiprocessing.Process(target=time.sleep, args=[60], daemon=True).start()
+    if sys.argv[1] == "main":
+        exit_now(3)
+    threading.Thread(target=exit_now, args=[3]).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_the_loaders_that_an_exit_kills_do_not_change_its_code(thread, tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    done = run_script(tmp_path / "leaving.py", [thread])
+    assert done.returncode == 3 and "SystemError" not in done.stderr, done.stderr
 
 
 def test_ctrl_c_before_training_is_one_line():

@@ -115,7 +115,15 @@ def exit_now(code, saving_seconds=None):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
             stream.flush()
     # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    if children:
+        # Paddle's handler raises in the main thread when a loader dies, maybe before the last line here. Unlike
+        # `signal.signal`, this may be called in any thread.
+        with contextlib.suppress(OSError, AttributeError):
+            libc_signal = ctypes.CDLL(None).signal
+            libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+            libc_signal(signal.SIGCHLD, int(signal.SIG_IGN))
+    for child in children:
         child.kill()
     os._exit(code)
 

@@ -404,3 +404,59 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monke
     assert threads == {"MainThread"}
     assert "training waits while they are written" in capsys.readouterr().out
     assert run.steps() == [12, 10, 8, 6, 4, 2]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_weights_are_given_back_before_the_optimizer_is_read(loop, saved, features, tmp_path, run_loop, monkeypatch):
+    """The host has them beside the largest file of a checkpoint only where master weights may need them."""
+    held, read = [], ckpt.Checkpoint.optimizer.fget
+    monkeypatch.setattr(ckpt.Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
+    flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
+    run_loop(loop, [*arguments_of(loop, tmp_path, features), f"{flag}={checkpoint_path(loop, saved[loop], 4)}"])
+    assert held == [0]
+    losses = read_losses(saved[loop])
+    assert read_losses(tmp_path / "out") == {step: losses[step] for step in (5, 6)}
+
+
+def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
+    """A run in half precision (AMP O2) that goes on from a float32 run."""
+    from objectives import build_objective
+    from training import setup
+    from training.optimizer import build_lr_scheduler, build_optimizer
+    from training.shares import master_weights
+
+    checkpoint = ckpt.load_checkpoint(checkpoint_path("trainer", saved["trainer"], 4))
+    config, weights = checkpoint.config, dict(checkpoint.model)
+    model = setup.build_network(config)
+    ckpt.restore_model(checkpoint, model)
+    model.bfloat16()
+    schedule = build_lr_scheduler(config["training"], 6)
+    optimizer = build_optimizer(model, config["training"], schedule, multi_precision=True)
+    parts = {"lr_scheduler": schedule, "scaler": None, "objective": build_objective(config)}
+    ckpt.restore_training(checkpoint, model=model, optimizer=optimizer, **parts)
+    masters = master_weights(optimizer)
+    trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
+    assert len(masters) == len(trained) > 0
+    for name, parameter in trained.items():
+        assert (masters[parameter.name].numpy() == weights[name]).all()
+
+
+def test_the_benchmark_saves_and_resumes(tmp_path, capsys):
+    """benchmarks/checkpoint.py, the workers of two of its parts."""
+    import argparse
+
+    from benchmarks import checkpoint as benchmark
+
+    args = argparse.Namespace(config_file=write_config(tmp_path / "Tiny.json"), batch_size=2, turns=1)
+    found = {}
+    for part in ("save", "load"):
+        (tmp_path / part).mkdir()
+        getattr(benchmark, f"{part}_worker")(args, str(tmp_path / part))
+        found[part] = json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
+    (row,) = found["save"]["rounds"]
+    assert row["background whole"] >= row["background wait"] > 0
+    assert row["foreground whole"] == pytest.approx(row["foreground wait"], rel=0.2)
+    assert row["plain after background"] > 0 and row["plain after foreground"] > 0
+    assert found["save"]["bytes"] > 0.9 * found["load"]["bytes"] > 0
+    assert [row["cold"] for row in found["load"]["rounds"]] == [False, True]
+    assert all(row["resume"] > row["checksums"] for row in found["load"]["rounds"])

@@ -61,6 +61,27 @@ def test_previews_leave_the_losses_alone(kind, loop, tmp_path, run_loop):
     assert not list((tmp_path / "plain").rglob("*.png"))
 
 
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop):
+    from visualdl.reader.reader import LogReader
+
+    features = write_features(tmp_path / "features", count=16, shape=(4, 4, 4))
+    config = tmp_path / "preview.json"
+    config.write_text(json.dumps({"model": LATENT4}))
+    vae_flag = "--vae" if loop == "notrainer" else "--vae_name_or_path"
+    flags = ["--image_logging_steps=1", f"{vae_flag}={ROOT / 'assets/digits_vae'}", "--num_inference_steps=1"]
+    flags.append("--resume=auto" if loop == "notrainer" else "--resume_from_checkpoint=auto")
+    shown = {}
+    for steps in (12, 13):
+        run = {"config": str(config), "features": features, "output": tmp_path / "out", "steps": steps}
+        run_loop(loop, [*loop_arguments(loop, **run), *flags, f"--logging_dir={tmp_path / str(steps)}"])
+        (log,) = (tmp_path / str(steps)).glob("*.log")
+        shown[steps] = {record.id: record for record in LogReader(file_path=str(log)).get_data("image", "samples/ema")}
+    assert sorted(shown[12]) == list(range(1, 13))
+    assert sorted(shown[13]) == [1, 2, 4, 5, 7, 8, 9, 11, 12, 13]  # at most nine, evenly spread, and the new one
+    assert shown[13][1].image.encoded_image_string == shown[12][1].image.encoded_image_string
+
+
 def test_previews_need_an_autoencoder_that_is_there(features, tmp_path, run_loop):
     config = write_config(tmp_path / "Tiny.json")
     arguments = loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=2)

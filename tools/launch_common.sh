@@ -28,6 +28,9 @@ launch() {
     log_dir=$1
     script=$2
     shift 2
+    for word in "$@"; do
+        case "$word" in -h | --help) exec "$PYTHON" "$script" --help ;; esac  # at once, and not into the launcher's log
+    done
     # Both loops' switches, each only where its variable is set; the flags that follow win over them.
     set -- "$script" \
         ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \

@@ -22,7 +22,12 @@ fail() {
 
 case "${1:-}" in
 "" | --print) ;;
-*) fail "tools/setup_env.sh: unknown argument '$1'; it takes none, or --print" ;;
+-h | --help)
+    echo 'usage: bash tools/setup_env.sh [--print]'
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' tools/setup_env.sh
+    exit 0
+    ;;
+*) fail "tools/setup_env.sh: unknown argument '$1'; it takes none, --print or --help" ;;
 esac
 
 # Choose the Python: the one .venv has, or $PYTHON, or the first of the usual names that Paddle has wheels for.

@@ -672,7 +672,10 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
 
     Call it after the model has its weights and the optimizer its wrappers.
     """
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer), weights=checkpoint.model)
+    # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
+    half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())
+    weights, checkpoint.model = (checkpoint.model if half else None), {}
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer), weights=weights)
     progress = checkpoint.progress
     lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler_state = progress.get("scaler") or {}
@@ -682,6 +685,6 @@ def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, obje
         objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})
     if "random" in progress:
         _set_random_state(progress["random"])
-    # Three times the model's size, on every rank: not needed any more.
-    checkpoint.model, checkpoint.ema, checkpoint.objective = {}, None, {}
+    # On every rank: not needed any more.
+    checkpoint.ema, checkpoint.objective = None, {}
     checkpoint.read_optimizer = dict

@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
@@ -135,21 +137,29 @@ def damage(folder, *, required, checksums=False):
     if checksums:
         total = sum(size for size, _ in expected.values())
         name = os.path.basename(os.path.normpath(folder))
-        with tqdm(total=total, desc=f"checking {name}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
-            for name, (_, digest) in expected.items():
-                try:
-                    read = _sha256(os.path.join(folder, name), bar)
-                except OSError as error:
-                    return f"{name} cannot be read: {error.strerror}"
-                if read != digest:
-                    return f"{name} is damaged: its checksum is not that of what was written"
+        stop = threading.Event()
+        with (
+            tqdm(total=total, desc=f"checking {name}", unit="B", unit_scale=True, delay=2, leave=False) as bar,
+            ThreadPoolExecutor(4) as pool,  # SHA-256 is slower than a disk; a checkpoint has three large files
+        ):
+            try:
+                digests = {name: pool.submit(_sha256, os.path.join(folder, name), bar, stop) for name in expected}
+                for name, (_, digest) in expected.items():
+                    try:
+                        read = digests[name].result()
+                    except OSError as error:
+                        return f"{name} cannot be read: {error.strerror}"
+                    if read != digest:
+                        return f"{name} is damaged: its checksum is not that of what was written"
+            finally:
+                stop.set()  # neither Ctrl-C nor what is damaged waits for the files that are still being read
     return None
 
 
-def _sha256(path, bar):
+def _sha256(path, bar, stop):
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_BUFFER))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        while not stop.is_set() and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
             bar.update(count)
     return digest.hexdigest()

@@ -30,7 +30,7 @@ def train(args, config, stopping):
     from training import setup
     from training.data import FeatureLoader
     from training.metrics import TrainingLog
-    from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
+    from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.preview import log_preview
     from training.runtime import init_distributed, resolve_device, say, seed_step
     from training.step_dump import dump_step
@@ -74,7 +74,9 @@ def train(args, config, stopping):
     )
     grad_norm = optimizer._grad_clip
     scaler = precision.scaler()
-    if checkpoint is not None:
+    if checkpoint is None:
+        create_state(optimizer, model)
+    else:
         ckpt.restore_training(
             checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
         )

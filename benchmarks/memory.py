@@ -4,6 +4,8 @@ Every case trains a small network for three steps with one of the project's own 
 allocator had given out at most (`host_memory_stat_peak_value("Allocated")`, a CPU's `max_memory_allocated`). The same
 config goes through `training.memory_plan`. Prints the table of docs/memory.md.
 
+The networks run with a GPU's operators here, not with those of `models.cpu_ops`, which keep less.
+
 There are no half-precision kernels for a CPU. Cases marked "O1" stand in for them: float64 plays float32 and float32
 plays bfloat16, with the casts that Paddle's lists ask for, and all bytes are halved.
 """
@@ -185,7 +187,10 @@ def worker(path, loop, flags, emulate):
     import paddle
     from paddle.base import core
 
+    from models import cpu_ops
     from training import checkpoint
+
+    cpu_ops.enable(False)
 
     def read_peak(*args, **options):
         # Instead of saving: the host's copies of a checkpoint are the allocator's too on a CPU, not on a GPU.

@@ -1,16 +1,21 @@
 """How long a training step takes, against PyTorch and against the step's matrix multiplications alone.
 
-Three processes hold the same network, optimizer (AdamW), average and loss, on random latents, and take turns (A B A B),
-so that what else the machine does falls on all of them; ratios are formed turn by turn, and their medians reported:
+Processes hold the same network, optimizer (AdamW), average and loss, on random latents, and take turns (A B A B), so
+that what else the machine does falls on all of them; ratios are formed turn by turn, and their medians reported:
 
-- this project: the step of the hand-written loop, its watch on the numbers included,
-- the products: the matrix multiplications of one such step, forward and backward, on tensors made before: the limit,
-- PyTorch: diffusers' DiTTransformer2DModel of the same size, for DiT and SiT (`--torch_python`: the Python of an
-  environment with torch and diffusers from PyPI; without it this part is left out).
+- ours: the step of the hand-written loop, its watch on the numbers included,
+- products: the matrix multiplications of one such step, forward and backward, on tensors made before: the limit,
+- reference (--reference, DiT): the layout of PaddleMIX's example, written down here from its description: q, k and v by
+  a transpose in five dimensions, gradients filled with zeros, a loss that the host reads in each step, Paddle's own
+  settings of allocator and strides. Threads are those of the others,
+- PyTorch (--torch_python, DiT and SiT): diffusers' DiTTransformer2DModel of the same size.
 
 "above" is the peak of the resident memory during steps, less that before the network was made, less weights, gradients,
-moments and averages. Operators and kernel launches of one step are counted by Paddle's profiler, reads of a tensor by
-the host by counting calls.
+moments and averages. "activations" are what Paddle's allocator has given out more after a forward pass than before it.
+"update" is the share of a step that the optimizer, the norm of the gradients and the average take. Operators are those
+of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets; "written" are the
+bytes of their results there, by training/memory_tape.py, plain attention. Reads of a tensor by the host are counted by
+its methods' calls.
 """
 
 import argparse
@@ -19,67 +24,81 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.turns import Worker, memory, reset_peak, serve  # noqa: E402
+
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 LATENT, CLASSES = 32, 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: a process that makes a step, then times as many as it is told on its standard input.
+# Workers: processes that make a step, then time as many as they are asked for
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _memory(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+def _serve(step, states, baseline, facts):
+    """Answers a number of steps with their seconds.
 
-
-def _serve(step, states, baseline, extra):
+    Args:
+        step: returns the seconds of its update, or None.
+        states: bytes of weights, gradients, moments and averages. facts: dictionary, added to each answer.
+    """
     for _ in range(3):
         step()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak from here on
-    print(json.dumps({"ready": True, **extra()}), flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
+    reset_peak()
+
+    def turn(count):
+        seconds, update = [], []
+        for _ in range(count):
             start = time.perf_counter()
-            step()
+            update.append(step())
             seconds.append(time.perf_counter() - start)
-        above = _memory("VmHWM") - baseline - states
-        print(json.dumps({"seconds": seconds, "above": above}), flush=True)
+        above = memory("VmHWM") - baseline - states
+        shares = [part / whole for part, whole in zip(update, seconds, strict=True) if part is not None]
+        update_share = statistics.median(shares) if shares else None
+        return {"seconds": statistics.median(seconds), "above": above, "update_share": update_share, **facts}
+
+    serve(turn)
 
 
-def _model_config(case):
+def _config(case):
+    from training.config import resolve_config
+
     layers, heads, head_dim = SIZES[case["size"]]
     model = {"type": case["type"], "sample_size": LATENT, "patch_size": case["patch"], "in_channels": 4}
-    return {**model, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    model = {**model, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    training = {"recompute": case["recompute"], "use_ema": True, "amp_dtype": "float32"}
+    return resolve_config({"model": model, "training": training}, source="benchmark")
+
+
+def _batch(case):
+    import paddle
+
+    return paddle.randn([case["batch"], 4, LATENT, LATENT]), paddle.randint(0, CLASSES, [case["batch"]])
 
 
 def _paddle_step(case):
     """`(step, forward, states)` of this project: the hand-written loop's step."""
-    import paddle
-
     from objectives import build_objective
     from training import setup
-    from training.config import resolve_config
-    from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
+    from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.watch import NumberWatch
 
-    training = {"recompute": case["recompute"], "use_ema": True, "amp_dtype": "float32"}
-    config = resolve_config({"model": _model_config(case), "training": training}, source="benchmark")
+    config = _config(case)
     settings = config["training"]
     model, objective = setup.build_network(config), build_objective(config)
     model.train()
     ema, watch, schedule = setup.build_ema(config, model), NumberWatch(settings), build_lr_scheduler(settings, 1000)
     optimizer = build_optimizer(model, settings, schedule, watch=watch)
-    x = paddle.randn([case["batch"], 4, LATENT, LATENT])
-    y = paddle.randint(0, CLASSES, [case["batch"]])
+    create_state(optimizer, model)
+    x, y = _batch(case)
     numbers = iter(range(1, 1 << 30))
 
     def forward():
@@ -88,6 +107,7 @@ def _paddle_step(case):
     def step():
         loss = forward()
         loss.backward()
+        start = time.perf_counter()
         watch.add(loss.detach())
         watch.begin_update(next(numbers), 1e-4)
         optimizer.step()
@@ -96,13 +116,70 @@ def _paddle_step(case):
         schedule.step()
         objective.end_step()
         ema.update(model, master_weights(optimizer))
+        return time.perf_counter() - start
 
+    return step, forward, _state_bytes(model)
+
+
+def _state_bytes(model):
     trained = sum(p.size for p in model.parameters() if not p.stop_gradient)
-    return step, forward, 4 * (2 * sum(p.size for p in model.parameters()) + 3 * trained)
+    return 4 * (2 * sum(p.size for p in model.parameters()) + 3 * trained)
+
+
+def _reference_step(case):
+    """`(step, forward, states)` in the layout of the reference."""
+    import paddle
+    from paddle.nn import functional as F
+
+    from models import attention, cpu_ops, dit
+    from objectives import build_objective
+    from training import setup
+
+    def modulate(x, shift, scale):
+        return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+    def attend(self, x):
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape([batch, tokens, 3, -1, self.head_dim]).transpose([2, 0, 3, 1, 4])
+        q, k, v = qkv.unbind(0)
+        weights = F.softmax(paddle.matmul(q * self.head_dim**-0.5, k.transpose([0, 1, 3, 2])), axis=-1)
+        return self.proj(paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([batch, tokens, width]))
+
+    def block(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, axis=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(norm(self.norm1, x), shift_a, scale_a))
+        h = self.mlp.fc2(F.gelu(self.mlp.fc1(modulate(norm(self.norm2, x), shift_m, scale_m)), approximate=True))
+        return x + gate_m.unsqueeze(1) * h
+
+    norm = paddle.nn.LayerNorm.forward
+    cpu_ops.enable(False)
+    attention.Attention.forward, dit.DiTBlock.forward = attend, block
+    config = _config(case)
+    model, objective = setup.build_network(config), build_objective(config)
+    model.train()
+    averages = {name: parameter.clone().detach() for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=trained, weight_decay=0.0)
+    x, y = _batch(case)
+
+    def forward():
+        return objective.training_losses(model, x, y)["loss"].mean()
+
+    def step():
+        loss = forward()
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        with paddle.no_grad():
+            for name, parameter in model.named_parameters():
+                averages[name].copy_(averages[name] * 0.9999 + parameter * (1 - 0.9999), True)
+        float(loss)
+
+    return step, forward, _state_bytes(model)
 
 
 def _counted(step):
-    """Operators, kernel launches and host reads of one step."""
+    """Operators and host reads of one step; Paddle's profiler runs once in a process."""
     import paddle
     from paddle import profiler
 
@@ -125,17 +202,27 @@ def _counted(step):
             kinds = collections.Counter(event.get("cat") for event in json.load(file)["traceEvents"])
     for name, original in originals.items():
         setattr(paddle.Tensor, name, original)
-    return {
-        "operators": kinds["Operator"],
-        "kernel_launches": kinds["DygraphKernelLaunch"],
-        "host_reads": sum(reads.values()),
-    }
+    return {"operators": kinds["Operator"], "kernels": kinds["DygraphKernelLaunch"], "host_reads": sum(reads.values())}
+
+
+def _kept(forward):
+    """Bytes that a forward pass leaves behind until its backward pass."""
+    from paddle.base import core
+
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    loss = forward()
+    kept = core.host_memory_stat_current_value("Allocated", 0) - before
+    del loss
+    return kept
 
 
 def _products(forward):
     """The matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
     from paddle import _C_ops
 
+    from models import cpu_ops
+
+    cpu_ops.enable(False)  # the plain formulas: every product is one of the two operators
     found, kept = [], (_C_ops.matmul, _C_ops.linear)
 
     def matmul(x, y, transpose_x=False, transpose_y=False, **options):
@@ -154,25 +241,39 @@ def _products(forward):
     return found
 
 
-def paddle_worker(case, only_products):
-    sys.path.insert(0, ROOT)
-    from training.runtime import configure_runtime
+def paddle_worker(part, case):
+    if part != "reference":
+        from training.runtime import configure_runtime
 
-    configure_runtime()
+        configure_runtime()
+    import paddle  # noqa: F401 (before the baseline)
+
+    baseline = memory("VmRSS")
+    step, forward, states = (_reference_step if part == "reference" else _paddle_step)(case)
+    if part == "counted":
+        from models import cpu_ops
+
+        cpu_ops.enable(case["cpu_ops"])
+        step()
+        serve(lambda _: _counted(step))
+    elif part == "products":
+        _serve_products(_products(forward))
+    else:
+        facts = {"activations": _kept(forward)}
+        if part == "reference":
+            step()
+            facts.update(_counted(step))
+        _serve(step, states, baseline, facts)
+
+
+def _serve_products(shapes):
     import paddle
 
-    baseline = _memory("VmRSS")
-    step, forward, states = _paddle_step(case)
-    if not only_products:
-        _serve(step, states, baseline, lambda: _counted(step))
-        return
     operands = []
-    with paddle.no_grad():
-        for x, w, transpose_y in _products(forward):
-            out = [*x[:-1], w[-2] if transpose_y else w[-1]]
-            operands.append((paddle.randn(x), paddle.randn(w), paddle.randn(out), transpose_y))
+    for x, w, transpose_y in shapes:
+        out = [*x[:-1], w[-2] if transpose_y else w[-1]]
+        operands.append((paddle.randn(x), paddle.randn(w), paddle.randn(out), transpose_y))
 
-    @paddle.no_grad()
     def products():
         for x, w, gradient, transpose_y in operands:
             paddle.matmul(x, w, transpose_y=transpose_y)
@@ -183,7 +284,8 @@ def paddle_worker(case, only_products):
                 paddle.matmul(x, gradient, transpose_x=True)
 
     flops = 2 * 3 * sum(x.size * (w.shape[-2] if transposed else w.shape[-1]) for x, w, _, transposed in operands)
-    _serve(products, 0, baseline, lambda: {"flops": flops})
+    paddle.set_grad_enabled(False)
+    _serve(products, 0, 0, {"flops": flops})
 
 
 def torch_worker(case):
@@ -192,7 +294,7 @@ def torch_worker(case):
     from diffusers import DiTTransformer2DModel
 
     torch.set_num_threads(case["threads"])
-    baseline = _memory("VmRSS")
+    baseline = memory("VmRSS")
     layers, heads, head_dim = SIZES[case["size"]]
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
@@ -262,7 +364,7 @@ def torch_worker(case):
             torch._foreach_add_(ema, list(model.parameters()), alpha=1e-4)
 
     count = sum(parameter.numel() for parameter in model.parameters())
-    _serve(step, 4 * 5 * count, baseline, lambda: {"parameters": count})
+    _serve(step, 4 * 5 * count, baseline, {"parameters": count})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,61 +372,52 @@ def torch_worker(case):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Worker:
-    def __init__(self, python, part, case):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(case["threads"]), "MKL_NUM_THREADS": str(case["threads"])}
-        environment["TRANSFORMERS_OFFLINE"] = environment["HF_HUB_OFFLINE"] = "1"
-        self.process = subprocess.Popen(
-            [python, os.path.abspath(__file__), "--worker", part, json.dumps(case)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if not os.environ.get("TRACEBACK") else None,
-            text=True,
-            env=environment,
-        )
-        self.part = part
-        self.facts = self._answer()
+def _count(case, cpu_ops):
+    worker = Worker(sys.executable, __file__, "counted", {**case, "cpu_ops": cpu_ops})
+    try:
+        return worker.ask(0)
+    finally:
+        worker.close()
 
-    def _answer(self):
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):
-                answer = json.loads(line)
-                if isinstance(answer, dict):
-                    return answer
-        raise ValueError(f"the {self.part} process ended before it answered; TRACEBACK=1 shows its messages")
 
-    def turn(self, steps):
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self._answer()
+def _written(case):
+    """Bytes of the results of a step's operators on a GPU, forward and backward."""
+    from training.memory_plan import Sizes
+    from training.memory_tape import activations
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    return activations(
+        Sizes.of(_config(case)), case["batch"], recompute=case["recompute"], fused_attention=False
+    ).written
 
 
 def measure(case, args):
     """The figures of one case."""
     parts = {"ours": sys.executable, "products": sys.executable}
+    if args.reference and case["type"] == "DiT":
+        parts["reference"] = sys.executable
     if args.torch_python and case["type"] in ("DiT", "SiT"):
         parts["torch"] = args.torch_python
+    row = {**case, **_count(case, True), "gpu": _count(case, False), "written": _written(case)}
     workers = {}
     try:
         for part, python in parts.items():
-            workers[part] = Worker(python, part, case)
-        turns = [{part: worker.turn(args.steps) for part, worker in workers.items()} for _ in range(args.turns)]
+            workers[part] = Worker(python, __file__, part, case)
+        turns = [{part: worker.ask(args.steps) for part, worker in workers.items()} for _ in range(args.turns)]
     finally:
         for worker in workers.values():
             worker.close()
-    seconds = {part: [statistics.median(turn[part]["seconds"]) for turn in turns] for part in workers}
-    row = {**case, **workers["ours"].facts, "flops": workers["products"].facts["flops"], "seconds": seconds}
-    row.pop("ready")
-    row["step_s"] = statistics.median(seconds["ours"])
-    row["share_of_limit"] = statistics.median(p / o for p, o in zip(seconds["products"], seconds["ours"], strict=True))
-    row["above"] = turns[-1]["ours"]["above"]
-    if "torch" in workers:
-        row["against_torch"] = statistics.median(o / t for o, t in zip(seconds["ours"], seconds["torch"], strict=True))
-        row["memory_against_torch"] = row["above"] / turns[-1]["torch"]["above"]
+    last = turns[-1]
+    row["seconds"] = {part: [turn[part]["seconds"] for turn in turns] for part in parts}
+    row["step_s"] = statistics.median(row["seconds"]["ours"])
+    row.update({key: last["ours"][key] for key in ("above", "activations")}, flops=last["products"]["flops"])
+    row["update_share"] = statistics.median(turn["ours"]["update_share"] for turn in turns)
+    row["share_of_limit"] = statistics.median(t["products"]["seconds"] / t["ours"]["seconds"] for t in turns)
+    for part in ("reference", "torch"):
+        if part in parts:
+            row[f"against_{part}"] = statistics.median(t["ours"]["seconds"] / t[part]["seconds"] for t in turns)
+            row[f"memory_against_{part}"] = last["ours"]["above"] / last[part]["above"]
+    if "reference" in parts:
+        row["reference"] = {key: last["reference"][key] for key in ("operators", "host_reads", "above")}
     return row
 
 
@@ -337,6 +430,37 @@ def _case(text, args, recompute, threads):
     return {**case, "recompute": recompute, "threads": threads}
 
 
+HEADS = (
+    "model | threads | recompute | step | samples/s | products / step | of PyTorch's time | of its memory | "
+    "of the reference's time | above | activations | update | operators: here, on a GPU, reference | written | reads"
+)
+
+
+def _line(row):
+    def ratio(key):
+        return f"{row[key]:.2f}" if key in row else "-"
+
+    counts = [row["operators"], row["gpu"]["operators"], row.get("reference", {}).get("operators", "-")]
+    cells = [
+        f"{row['type']}-{row['size']}/{row['patch']}",
+        row["threads"],
+        "yes" if row["recompute"] else "no",
+        f"{row['step_s']:.3f} s",
+        f"{row['batch'] / row['step_s']:.1f}",
+        ratio("share_of_limit"),
+        ratio("against_torch"),
+        ratio("memory_against_torch"),
+        ratio("against_reference"),
+        f"{row['above'] / 2**20:.0f} MiB",
+        f"{row['activations'] / 2**20:.0f} MiB",
+        f"{100 * row['update_share']:.1f}%",
+        ", ".join(map(str, counts)),
+        f"{row['written'] / 2**30:.2f} GiB",
+        row["host_reads"],
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def run(args):
     from tqdm import tqdm
 
@@ -347,19 +471,11 @@ def run(args):
         for recompute in ((False, True) if args.recompute else (False,))
     ]
     rows = []
-    heads = ("model", "threads", "recompute", "step", "samples/s", "products / step")
-    print(f"| {' | '.join(heads)} | of PyTorch's time | of its memory | operators |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print(f"| {HEADS} |")
+    print("|" + " --- |" * (HEADS.count("|") + 1), flush=True)
     for case in tqdm(cases, unit="case"):
-        row = measure(case, args)
-        rows.append(row)
-        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("against_torch", "memory_against_torch")]
-        name = f"{case['type']}-{case['size']}/{case['patch']}"
-        tqdm.write(
-            f"| {name} | {case['threads']} | {case['recompute']} | {row['step_s']:.3f} s | "
-            f"{case['batch'] / row['step_s']:.1f} | {row['share_of_limit']:.2f} | {ratios[0]} | {ratios[1]} | "
-            f"{row['operators']} |"
-        )
+        rows.append(measure(case, args))
+        tqdm.write(_line(rows[-1]))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump({"load_average": os.getloadavg(), "rows": rows}, file, indent=2)
@@ -378,18 +494,16 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="[%(default)s]")
     parser.add_argument("--threads", nargs="+", type=int, default=[2], help="[2]")
     parser.add_argument("--recompute", action="store_true", help="each case with recompute too")
-    parser.add_argument("--turns", type=int, default=7, help="[%(default)s]")
-    parser.add_argument("--steps", type=int, default=3, help="of each process in a turn [%(default)s]")
+    parser.add_argument("--turns", type=int, default=5, help="[%(default)s]")
+    parser.add_argument("--steps", type=int, default=2, help="of each process in a turn [%(default)s]")
     parser.add_argument("--torch_python", metavar="PYTHON", help="Python with torch and diffusers [no comparison]")
+    parser.add_argument("--reference", action="store_true", help="compare with the layout of PaddleMIX's example too")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         part, case = args.worker[0], json.loads(args.worker[1])
-        if part == "torch":
-            torch_worker(case)
-        else:
-            paddle_worker(case, part == "products")
+        torch_worker(case) if part == "torch" else paddle_worker(part, case)
         return
     run(args)
 
@@ -398,7 +512,6 @@ if __name__ == "__main__":
     if "--worker" in sys.argv:
         main()
     else:
-        sys.path.insert(0, ROOT)
         from training.runtime import run_cli
 
         run_cli(main)

@@ -6,17 +6,43 @@ as Paddle does. Shapes: N batch, T tokens, D hidden width, C latent channels, H 
 
 import paddle
 from paddle import nn
-from paddle.nn import functional as F
 
+from . import cpu_ops
 from .attention import Attention
 from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .parallel import column_linear, linear, row_linear
+from .parallel import column_linear, linear, linear_of_gelu, row_linear
 
 
 def modulate(x, shift, scale):
-    """`x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)`."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """`x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
+    if shift.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    return x * (1 + scale) + shift
+
+
+class AdaptiveLayerNorm(nn.LayerNorm):
+    """Layer norm without weights of its own, modulated: x `(N, T, D)`, shift and scale `(N, 1, D)` -> `(N, T, D)`."""
+
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size, epsilon=1e-6, weight_attr=False, bias_attr=False)
+
+    def forward(self, x, shift, scale):
+        if cpu_ops.usable(x, shift, scale):
+            return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=1e-6, center=True)
+        return modulate(super().forward(x), shift, scale)
+
+
+def add_gated(x, gate, h):
+    """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+    if cpu_ops.usable(x, gate, h):
+        return cpu_ops.gated_add(x, gate, h)
+    return x + gate * h
+
+
+def modulations(layer, c, count):
+    """`layer`'s output of the conditioning `(N, E)`, in `count` tensors `(N, 1, D)`."""
+    return layer(c).unsqueeze(1).split(count, axis=-1)
 
 
 class Mlp(nn.Layer):
@@ -28,11 +54,7 @@ class Mlp(nn.Layer):
         self.fc2 = row_linear(mlp_hidden_size, hidden_size)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=True))
-
-
-def _layer_norm(hidden_size):
-    return nn.LayerNorm(hidden_size, epsilon=1e-6, weight_attr=False, bias_attr=False)
+        return linear_of_gelu(self.fc2, self.fc1(x))
 
 
 class DiTBlock(nn.Layer):
@@ -40,16 +62,16 @@ class DiTBlock(nn.Layer):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, fused_attention=False):
         super().__init__()
-        self.norm1 = _layer_norm(hidden_size)
+        self.norm1 = AdaptiveLayerNorm(hidden_size)
         self.attn = Attention(hidden_size, num_heads, fused=fused_attention)
-        self.norm2 = _layer_norm(hidden_size)
+        self.norm2 = AdaptiveLayerNorm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.Silu(), column_linear(hidden_size, 6 * hidden_size, gather=True))
 
     def forward(self, x, c):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6, axis=-1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
+        x = add_gated(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
+        return add_gated(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Layer):
@@ -61,13 +83,13 @@ class FinalLayer(nn.Layer):
 
     def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()
-        self.norm_final = _layer_norm(hidden_size)
+        self.norm_final = AdaptiveLayerNorm(hidden_size)
         self.linear = linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), linear(condition_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).split(2, axis=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = modulations(self.adaLN_modulation, c, 2)
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class DiT(LatentTransformer):

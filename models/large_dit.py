@@ -13,9 +13,10 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from . import cpu_ops
 from .attention import scaled_dot_product
 from .base import LatentTransformer
-from .dit import FinalLayer, modulate
+from .dit import FinalLayer, add_gated, modulate, modulations
 from .embeddings import LabelEmbedder, TimestepEmbedder
 from .parallel import SharedInput, column_linear, layer_norm, linear, row_linear, swiglu_width
 from .sit import WithoutVariance
@@ -55,18 +56,25 @@ def swiglu(gate, x):
 
 
 class RMSNorm(nn.Layer):
-    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 whatever AMP says; x keeps its type."""
+    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 whatever AMP says; x keeps its type.
+
+    With shift and scale `(N, 1, D)` x `(N, T, D)` is modulated after it.
+    """
 
     def __init__(self, hidden_size, eps):
         super().__init__()
         self.eps = eps
         self.weight = self.create_parameter([hidden_size], default_initializer=nn.initializer.Constant(1.0))
 
-    def forward(self, x):
+    def forward(self, x, shift=None, scale=None):
+        if shift is not None and cpu_ops.usable(x, shift, scale, self.weight):
+            factor = (1 + scale) * self.weight
+            return cpu_ops.adaptive_norm(x, shift, factor, epsilon=self.eps, center=False)
         with paddle.amp.auto_cast(enable=False):
             h = x.astype("float32")
             h = h * paddle.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-            return (h * self.weight.astype("float32")).astype(x.dtype)
+            normal = (h * self.weight.astype("float32")).astype(x.dtype)
+        return normal if shift is None else modulate(normal, shift, scale)
 
 
 class GroupedQueryAttention(nn.Layer):
@@ -140,9 +148,9 @@ class LargeDiTBlock(nn.Layer):
         self.adaLN_modulation = nn.Sequential(nn.Silu(), column_linear(condition_size, 6 * hidden_size, gather=True))
 
     def forward(self, x, c, cos, sin):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).split(6, axis=-1)
-        x = x + gate_msa.unsqueeze(1) * self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), cos, sin)
-        return x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
+        x = add_gated(x, gate_msa, self.attention(self.attention_norm(x, shift_msa, scale_msa), cos, sin))
+        return add_gated(x, gate_mlp, self.feed_forward(self.ffn_norm(x, shift_mlp, scale_mlp)))
 
 
 class LargeDiT(LatentTransformer):

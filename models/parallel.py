@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.nn import functional as F
+
+from . import cpu_ops
 
 _group = None  # of the network that is being built; None: a whole one
 
@@ -135,9 +138,19 @@ def _undrawn():
     return paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, which a CPU computes with `models.cpu_ops`."""
+
+    def forward(self, x, gelu=False):
+        """`x @ weight + bias` of x `(..., in)`, or of GELU (tanh approximation) of x."""
+        if self.bias is not None and cpu_ops.usable(x, self.weight):
+            return cpu_ops.linear(x, self.weight, self.bias, gelu=gelu)
+        return super().forward(F.gelu(x, approximate=True) if gelu else x)
+
+
 def linear(in_features, out_features, bias=True):
-    """A whole `nn.Linear`; its weight is 0 until the network initialises it."""
-    return nn.Linear(in_features, out_features, weight_attr=_undrawn(), bias_attr=None if bias else False)
+    """A whole Linear; its weight is 0 until the network initialises it."""
+    return Linear(in_features, out_features, weight_attr=_undrawn(), bias_attr=None if bias else False)
 
 
 def column_linear(in_features, out_features, bias=True, *, segments=1, gather=False, shared_input=False):
@@ -169,6 +182,11 @@ def row_linear(in_features, out_features, bias=True):
     )
     _mark(layer.weight, 0)
     return layer
+
+
+def linear_of_gelu(layer, x):
+    """GELU (tanh approximation) of x, then `layer`: one of this module's."""
+    return layer(x, gelu=True) if isinstance(layer, Linear) else layer(F.gelu(x, approximate=True))
 
 
 def _fleet_layers():

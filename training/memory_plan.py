@@ -369,8 +369,10 @@ def plan(config, setting):
     """
     sizes = Sizes.of(config)
     held = states(sizes, setting)
-    # Stage 3 makes the slices of the gradients in the backward pass, and drops them after the optimizer's step.
-    passing = held.pop("gradients") if setting.sharding == "stage3" and setting.accumulation == 1 else 0
+    # Gradients are made in the backward pass and dropped after the optimizer's step. Sharding stages 1 and 2 keep them,
+    # and DataParallel makes them all at its start.
+    drops = setting.sharding in ("", "stage3") and setting.accumulation == 1 and setting.reducer != "buckets"
+    passing = held.pop("gradients") if drops else 0
     step = _play(
         sizes,
         setting.batch,
@@ -406,18 +408,27 @@ def _phases(sizes, setting, held, step, passing):
         sliced = max((p.numel for p in locals_ if p.trainable and p.numel > SLICED_FROM), default=0)
         phases["forward and backward"]["gathered weights"] = 3 * setting.weight_size * sliced
     if passing:
-        # When the last slices are made the activations of the other blocks are gone.
+        # In the first block's backward pass the activations of the others are gone, and their gradients are there.
         last = dict(phases["forward and backward"])
         for kind, size in step.per_block.items():
             last[kind] -= (sizes.layers - 1) * size
-        phases["end of the backward pass"] = {**last, "gradients": passing}
+        names = [p.name for p in _all_parameters(sizes)]
+        trained = [(name, p.numel) for name, p in zip(names, locals_, strict=True) if p.trainable]
+        there = sum(numel for name, numel in trained if _is_after_first_block(name))
+        last["gradients"] = round(passing * there / sum(numel for _, numel in trained))
+        phases["end of the backward pass"] = last
     if setting.reducer == "fused":
-        phases["averaging the gradients"] = {"fused gradients": held["gradients"]}
+        phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}
     # The average of a parameter, or the square of its gradient, and their float32 copies.
     copies = 1 if setting.weight_size == SINGLE else 2
     phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * largest, "gradients": passing}
     phases["start"] = _start(setting, held, weights)
     return phases
+
+
+def _is_after_first_block(name):
+    layer = name.split(".")[1] if name.startswith(("blocks.", "layers.")) else None
+    return name.startswith("final_layer") if layer is None else layer != "0"
 
 
 def _start(setting, held, weights):

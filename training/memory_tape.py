@@ -27,7 +27,7 @@ class _Memory:
 
     def __init__(self):
         self.kinds = [0] * len(KINDS)
-        self.total = self.peak = 0
+        self.total = self.peak = self.written = 0
         self.at_peak = tuple(self.kinds)
 
 
@@ -40,6 +40,7 @@ class _Storage:
         self.memory, self.kind, self.size = memory, kind, size
         memory.kinds[kind] += size
         memory.total += size
+        memory.written += size
         if memory.total > memory.peak:
             memory.peak = memory.total
             memory.at_peak = tuple(memory.kinds)
@@ -525,6 +526,7 @@ class Activations:
         peak: `{kind: bytes}` when most is held: in the backward pass of the last block, as a rule.
         sent: bytes that this rank sends to its tensor-parallel group.
         operators: how many are run, forward and backward.
+        written: bytes of their results.
         by_operator: `[(operator, kind, bytes)]` that a block keeps; a tensor that several operators keep is counted at
             the first one.
     """
@@ -534,6 +536,7 @@ class Activations:
     peak: dict
     sent: float
     operators: int
+    written: int
     by_operator: list
 
 
@@ -608,5 +611,6 @@ def activations(sizes, batch, *, recompute, fused_attention, precision="float32"
         peak=all_blocks(memory.at_peak),
         sent=tape.sent * sizes.layers / played,
         operators=tape.operators * sizes.layers // played,
+        written=memory.written * sizes.layers // played,
         by_operator=by_operator,
     )

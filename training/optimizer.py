@@ -48,7 +48,13 @@ def build_lr_scheduler(training, total_steps):
 
 
 class AdamW(paddle.optimizer.AdamW):
-    """AdamW that leaves the weights alone in a step that its `GradientNorm`'s watch finds bad."""
+    """AdamW that leaves the weights alone in a step that its `GradientNorm`'s watch finds bad.
+
+    Gradients are given up between steps, not filled with zeros: a backward pass writes them instead of adding to them.
+    """
+
+    def clear_grad(self, set_to_zero=False):
+        super().clear_grad(set_to_zero)
 
     def _create_param_lr(self, param_and_grad):
         rate = super()._create_param_lr(param_and_grad)
@@ -134,6 +140,14 @@ _ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 def _create_accumulators(inner, parameters):
     inner._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+
+
+def create_state(optimizer, model, shares=None):
+    """Makes AdamW's state of this rank's parts now, at 0.
+
+    Paddle makes it at the first step, where the activations were before: the process then grows by as much.
+    """
+    optimizer_state(optimizer, model, shares)
 
 
 def optimizer_state(optimizer, model, shares=None):

@@ -12,7 +12,7 @@ from training import checkpoint as ckpt
 from training import setup
 from training.data import FeatureLoader
 from training.metrics import TrainingLog
-from training.optimizer import build_lr_scheduler, build_optimizer, inner_optimizer, master_weights
+from training.optimizer import build_lr_scheduler, build_optimizer, create_state, inner_optimizer, master_weights
 from training.preview import log_preview
 from training.runtime import seed_step
 from training.shares import Shares
@@ -214,7 +214,9 @@ class LatentDiffusionTrainer(Trainer):
         self._grad_norm.shares = shares
         if self.ema is not None:
             self.ema.shard(shares)
-        if self.resumed is not None:
+        if self.resumed is None:
+            create_state(self.optimizer, self.model, shares)
+        else:
             ckpt.restore_training(
                 self.resumed,
                 model=self.model,

@@ -1,0 +1,151 @@
+"""The layers between the matrix products as a CPU computes them fast; on a GPU nothing here is used.
+
+Paddle's CPU kernels use all cores, and the vector units well, where both operands have the same shape. A broadcast
+operand `(N, 1, D)`, the sum that is its gradient, a bias's gradient and that of a layer norm cost ten times as much
+each: together more than the matrix products of a training step. Here the same formulas are written with expanded
+operands, and with sums as products by a vector of ones; and as `PyLayer`s, so that the backward pass keeps less.
+
+Shapes: N batch, T tokens, D hidden width.
+"""
+
+import functools
+
+import paddle
+from paddle.autograd import PyLayer
+from paddle.nn import functional as F
+
+_enabled = True
+
+
+def enable(value):
+    """Switches these operators on or off in this process, for comparisons; returns whether they were on."""
+    global _enabled
+    before, _enabled = _enabled, value
+    return before
+
+
+def usable(*tensors):
+    """Whether tensors are to be computed with here: float32 on a CPU, in eager mode."""
+    return (
+        _enabled
+        and paddle.in_dynamic_mode()
+        and all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _filled(shape, value):
+    return paddle.full(shape, value)
+
+
+def _over_tokens(x):
+    """`(N, T, D)` summed over the tokens: `(N, 1, D)`."""
+    return paddle.matmul(_filled((x.shape[0], 1, x.shape[1]), 1.0), x)
+
+
+def _row_means(x):
+    """`(N, T, D)` to the means over the last axis, `(N, T, 1)`."""
+    return paddle.matmul(x, _filled((x.shape[-1], 1), 1.0 / x.shape[-1]))
+
+
+def _remember(ctx, *inputs):
+    """Keeps which inputs want a gradient: a `PyLayer` has to return None for the others."""
+    ctx.wanted = [not x.stop_gradient for x in inputs]
+
+
+def _wanted(ctx, *gradients):
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
+
+
+class _AdaptiveNorm(PyLayer):
+    @staticmethod
+    def forward(ctx, x, shift, factor, epsilon, center):
+        normal = x - _row_means(x).expand(x.shape) if center else x
+        inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
+        normal = normal * inverse.expand(x.shape)
+        _remember(ctx, x, shift, factor)
+        ctx.center = center
+        ctx.save_for_backward(normal, inverse, factor)
+        out = normal * factor.expand(x.shape)
+        return out.add_(shift.expand(x.shape))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        normal, inverse, factor = ctx.saved_tensor()
+        shape = gradient.shape
+        for_shift, for_factor = _over_tokens(gradient), _over_tokens(gradient * normal)
+        gradient = gradient * factor.expand(shape)
+        means = _row_means(gradient * normal).expand(shape) * normal
+        if ctx.center:
+            means.add_(_row_means(gradient).expand(shape))
+        gradient.subtract_(means)
+        return _wanted(ctx, gradient.multiply_(inverse.expand(shape)), for_shift, for_factor)
+
+
+def adaptive_norm(x, shift, factor, *, epsilon, center):
+    """`normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
+
+    Args:
+        x: `(N, T, D)`. shift, factor: `(N, 1, D)`; a layer norm's modulation has `1 + scale` as the factor.
+
+    Returns:
+        `(N, T, D)`.
+    """
+    return _AdaptiveNorm.apply(x, shift, factor, epsilon, center)
+
+
+class _GatedAdd(PyLayer):
+    @staticmethod
+    def forward(ctx, x, gate, h):
+        _remember(ctx, x, gate, h)
+        ctx.save_for_backward(gate, h)
+        return (h * gate.expand(h.shape)).add_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, h = ctx.saved_tensor()
+        for_h = gradient * gate.expand(h.shape)
+        return _wanted(ctx, gradient, _over_tokens(gradient * h), for_h)
+
+
+def gated_add(x, gate, h):
+    """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+    return _GatedAdd.apply(x, gate, h)
+
+
+class _Linear(PyLayer):
+    @staticmethod
+    def forward(ctx, x, weight, bias, gelu):
+        _remember(ctx, x, weight, bias)
+        ctx.gelu = gelu
+        ctx.save_for_backward(x, weight)
+        rows = F.gelu(x, approximate=True) if gelu else x
+        out = paddle.addmm(bias, rows.reshape([-1, x.shape[-1]]), weight)
+        return out.reshape([*x.shape[:-1], out.shape[-1]])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensor()
+        inputs = x
+        if ctx.gelu:
+            with paddle.enable_grad():
+                inputs = x.detach()
+                inputs.stop_gradient = False
+                activated = F.gelu(inputs, approximate=True)
+            x = activated.detach()
+        rows = gradient.reshape([-1, gradient.shape[-1]])
+        for_weight = paddle.matmul(x.reshape([-1, x.shape[-1]]), rows, transpose_x=True)
+        for_bias = paddle.matmul(_filled((rows.shape[0],), 1.0), rows)
+        for_x = paddle.matmul(gradient, weight, transpose_y=True) if ctx.wanted[0] else None
+        if ctx.gelu:
+            paddle.autograd.backward([activated], [for_x])
+            for_x = inputs.grad
+        return _wanted(ctx, for_x, for_weight, for_bias)
+
+
+def linear(x, weight, bias, *, gelu=False):
+    """`x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
+
+    The backward pass computes the GELU again instead of keeping it.
+    """
+    return _Linear.apply(x, weight, bias, gelu)

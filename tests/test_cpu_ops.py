@@ -1,0 +1,169 @@
+"""The operators that a CPU gets against the formulas that a GPU gets: values, gradients, a training run."""
+
+import numpy as np
+import paddle
+import pytest
+from conftest import TINY_MODELS
+from paddle.nn import functional as F
+
+from models import build_model, cpu_ops
+from models.dit import Mlp, add_gated, modulate
+from models.parallel import linear
+from objectives import build_objective
+from training.config import resolve_config
+from training.optimizer import build_lr_scheduler, build_optimizer
+
+
+@pytest.fixture
+def plain():
+    """Runs a function with the plain formulas."""
+
+    def run(function):
+        before = cpu_ops.enable(False)
+        try:
+            return function()
+        finally:
+            cpu_ops.enable(before)
+
+    return run
+
+
+def leaf(*shape):
+    tensor = paddle.randn(shape)
+    tensor.stop_gradient = False
+    return tensor
+
+
+def outputs(function, inputs):
+    """The value, and the gradients of the inputs for a fixed gradient of the value."""
+    out = function(*inputs)
+    weights = paddle.to_tensor(np.random.RandomState(1).randn(*out.shape).astype("float32"))
+    gradients = paddle.grad([out], [x for x in inputs if not x.stop_gradient], [weights])
+    return [out.numpy(), *(gradient.numpy() for gradient in gradients)]
+
+
+def assert_same(ours, others):
+    assert len(ours) == len(others)
+    for a, b in zip(ours, others, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()), rtol=0)
+
+
+SHAPES = [(3, 5, 8), (1, 7, 12), (4, 1, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adaptive_layer_norm(shape):
+    batch, _, width = shape
+    x, shift, scale = leaf(*shape), leaf(batch, 1, width), leaf(batch, 1, width)
+    assert_same(
+        outputs(lambda *a: cpu_ops.adaptive_norm(a[0], a[1], 1 + a[2], epsilon=1e-6, center=True), (x, shift, scale)),
+        outputs(lambda *a: modulate(F.layer_norm(a[0], width, epsilon=1e-6), a[1], a[2]), (x, shift, scale)),
+    )
+
+
+def test_a_layer_norm_far_from_zero_keeps_its_digits():
+    """A variance by the mean of the squares would lose them."""
+    x, none = paddle.randn([2, 5, 64]) + 1000.0, paddle.zeros([2, 1, 64])
+    ours = cpu_ops.adaptive_norm(x, none, none + 1, epsilon=1e-6, center=True)
+    np.testing.assert_allclose(ours, F.layer_norm(x.astype("float64"), 64, epsilon=1e-6), atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adaptive_rms_norm(shape):
+    batch, _, width = shape
+    x, shift, factor = leaf(*shape), leaf(batch, 1, width), leaf(batch, 1, width)
+    assert_same(
+        outputs(lambda *a: cpu_ops.adaptive_norm(*a, epsilon=1e-5, center=False), (x, shift, factor)),
+        outputs(
+            lambda x, shift, factor: x * paddle.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * factor + shift,
+            (x, shift, factor),
+        ),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gated_add(shape, plain):
+    inputs = leaf(*shape), leaf(shape[0], 1, shape[2]), leaf(*shape)
+    assert_same(outputs(add_gated, inputs), plain(lambda: outputs(add_gated, inputs)))
+
+
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
+@pytest.mark.parametrize("shape", [(3, 5, 8), (6, 8), (2, 3, 4, 8)])
+def test_linear(shape, gelu):
+    inputs = leaf(*shape), leaf(8, 12), leaf(12)
+    assert_same(
+        outputs(lambda *a: cpu_ops.linear(*a, gelu=gelu), inputs),
+        outputs(lambda x, w, b: F.linear(F.gelu(x, approximate=True) if gelu else x, w, b), inputs),
+    )
+
+
+def test_what_wants_no_gradient_gets_none():
+    for frozen in range(3):
+        for function, inputs in (
+            (cpu_ops.gated_add, [leaf(2, 3, 4), leaf(2, 1, 4), leaf(2, 3, 4)]),
+            (lambda *a: cpu_ops.linear(*a), [leaf(2, 4), leaf(4, 5), leaf(5)]),
+            (lambda *a: cpu_ops.linear(*a, gelu=True), [leaf(2, 4), leaf(4, 5), leaf(5)]),
+            (
+                lambda *a: cpu_ops.adaptive_norm(*a, epsilon=1e-6, center=True),
+                [leaf(2, 3, 4), leaf(2, 1, 4), leaf(2, 1, 4)],
+            ),
+        ):
+            inputs[frozen].stop_gradient = True
+            function(*inputs).sum().backward()
+            assert [x.grad is None for x in inputs] == [i == frozen for i in range(3)]
+
+
+def test_where_they_are_used(plain):
+    x = leaf(2, 3, 4)
+    layer = linear(4, 5)
+    assert cpu_ops.usable(x) and not cpu_ops.usable(x, x.astype("float64"))
+    assert not plain(lambda: cpu_ops.usable(x))
+    assert "PyLayer" in layer(x).grad_fn.name() and "PyLayer" not in plain(lambda: layer(x).grad_fn.name())
+
+
+def test_the_mlp_keeps_no_gelu():
+    from paddle.base import core
+
+    mlp, x = Mlp(64, 256), leaf(8, 64, 64)
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    out = mlp(x)
+    kept = core.host_memory_stat_current_value("Allocated", 0) - before
+    assert kept < 1.1 * 4 * (8 * 64 * 256 + out.size)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_hundred_steps_are_those_of_the_plain_formulas(kind, plain):
+    config = resolve_config({"model": TINY_MODELS[kind], "training": {"learning_rate": 1e-3}})
+    side, channels = config["model"]["sample_size"], config["model"]["in_channels"]
+
+    def losses():
+        paddle.seed(0)
+        model, objective = build_model(config), build_objective(config)
+        model.train()
+        optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], 100))
+        x, y = paddle.randn([8, channels, side, side]), paddle.randint(0, 10, [8])
+        values = []
+        for _ in range(100):
+            loss = objective.training_losses(model, x, y)["loss"].mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.clear_grad()
+            values.append(float(loss))
+        return values
+
+    np.testing.assert_allclose(losses(), plain(losses), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_given_up_between_steps_and_summed_within_them():
+    config = resolve_config({"model": TINY_MODELS["DiT"]})
+    model = build_model(config)
+    optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], 10))
+    bias = model.final_layer.linear.bias
+    for _ in range(2):
+        bias.sum().backward()
+    np.testing.assert_array_equal(bias.grad, np.full(bias.shape, 2.0, "float32"))
+    optimizer.clear_grad()
+    assert bias.grad is None
+    bias.sum().backward()
+    np.testing.assert_array_equal(bias.grad, np.ones(bias.shape, "float32"))

@@ -10,6 +10,7 @@ Shapes: N batch, T tokens, D hidden width.
 
 import functools
 
+import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
@@ -149,3 +150,37 @@ def linear(x, weight, bias, *, gelu=False):
     The backward pass computes the GELU again instead of keeping it.
     """
     return _Linear.apply(x, weight, bias, gelu)
+
+
+@functools.lru_cache(maxsize=8)
+def _quarter_turn(width):
+    """Matrix that takes every pair (a, b) of a row to (-b, a)."""
+    matrix = np.zeros([width, width], "float32")
+    even = np.arange(0, width, 2)
+    matrix[even + 1, even], matrix[even, even + 1] = -1.0, 1.0
+    return paddle.to_tensor(matrix)
+
+
+class _Rotate(PyLayer):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        turned = paddle.matmul(x, _quarter_turn(x.shape[-1])).multiply_(sin.expand(x.shape))
+        return turned.add_(x * cos.expand(x.shape))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensor()
+        shape = gradient.shape
+        turned = paddle.matmul(gradient * sin.expand(shape), _quarter_turn(shape[-1]), transpose_y=True)
+        return turned.add_(gradient * cos.expand(shape)), None, None
+
+
+def rotate(x, cos, sin):
+    """Pairs (0, 1), (2, 3), ... of the last axis turned by angles (RoPE).
+
+    Args:
+        x: `(N, T, heads, head_dim)`. cos, sin: of the angles, `(T, 1, head_dim / 2)`.
+    """
+    shape = [*cos.shape[:-1], x.shape[-1]]
+    return _Rotate.apply(x, *(paddle.stack([part, part], axis=-1).reshape(shape) for part in (cos, sin)))

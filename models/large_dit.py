@@ -44,6 +44,8 @@ def rotate(x, cos, sin):
     Returns:
         as x, of its type.
     """
+    if cpu_ops.usable(x):
+        return cpu_ops.rotate(x, cos, sin)
     with paddle.amp.auto_cast(enable=False):
         first, second = x.astype("float32").reshape([*x.shape[:-1], -1, 2]).unbind(-1)  # (N, T, heads, head_dim / 2)
         turned = paddle.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)

@@ -8,6 +8,7 @@ from paddle.nn import functional as F
 
 from models import build_model, cpu_ops
 from models.dit import Mlp, add_gated, modulate
+from models.large_dit import rotary_table, rotate
 from models.parallel import linear
 from objectives import build_objective
 from training.config import resolve_config
@@ -96,6 +97,13 @@ def test_linear(shape, gelu):
         outputs(lambda *a: cpu_ops.linear(*a, gelu=gelu), inputs),
         outputs(lambda x, w, b: F.linear(F.gelu(x, approximate=True) if gelu else x, w, b), inputs),
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 4, 1, 2)])
+def test_rotate(shape, plain):
+    tables = [paddle.to_tensor(part).unsqueeze(1) for part in rotary_table(shape[-1], shape[1])]
+    x = leaf(*shape)
+    assert_same(outputs(rotate, (x, *tables)), plain(lambda: outputs(rotate, (x, *tables))))
 
 
 def test_what_wants_no_gradient_gets_none():

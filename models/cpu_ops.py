@@ -61,9 +61,13 @@ def _wanted(ctx, *gradients):
 class _AdaptiveNorm(PyLayer):
     @staticmethod
     def forward(ctx, x, shift, factor, epsilon, center):
-        normal = x - _row_means(x).expand(x.shape) if center else x
-        inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
-        normal = normal * inverse.expand(x.shape)
+        if center:
+            normal = x - _row_means(x).expand(x.shape)
+            inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
+            normal.multiply_(inverse.expand(x.shape))
+        else:
+            inverse = paddle.rsqrt(_row_means(x * x) + epsilon)
+            normal = x * inverse.expand(x.shape)
         _remember(ctx, x, shift, factor)
         ctx.center = center
         ctx.save_for_backward(normal, inverse, factor)
@@ -75,12 +79,12 @@ class _AdaptiveNorm(PyLayer):
         normal, inverse, factor = ctx.saved_tensor()
         shape = gradient.shape
         for_shift, for_factor = _over_tokens(gradient), _over_tokens(gradient * normal)
-        gradient = gradient * factor.expand(shape)
-        means = _row_means(gradient * normal).expand(shape) * normal
+        for_x = gradient * factor.expand(shape)
+        along = normal * _row_means(for_x * normal).expand(shape)
         if ctx.center:
-            means.add_(_row_means(gradient).expand(shape))
-        gradient.subtract_(means)
-        return _wanted(ctx, gradient.multiply_(inverse.expand(shape)), for_shift, for_factor)
+            along.add_(_row_means(for_x).expand(shape))
+        for_x.subtract_(along).multiply_(inverse.expand(shape))
+        return _wanted(ctx, for_x, for_shift, for_factor)
 
 
 def adaptive_norm(x, shift, factor, *, epsilon, center):

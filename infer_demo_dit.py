@@ -7,24 +7,31 @@
 --model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
 checkpoint folder, whose averages are then sampled with --vae. Without it: ./DiT_XL_2_256 if that folder is there, else
 the public facebook/DiT-XL-2-256. One class gives one image, several a grid.
+
+--backend inference samples by Paddle Inference, of which --dtype bfloat16 also runs on a CPU that has it. --model_path
+may then also be a folder of tools/export_inference.py; any other is exported for this run, which takes a few seconds.
+Such a folder is a program: it runs as code of whoever made it.
 """
 
 import argparse
 import os
+import tempfile
 from dataclasses import dataclass
 
 from tools.image_demo import (
     add_flags,
+    check_model_path,
     check_model_type,
-    check_pipeline,
     checkpoint_labels,
     draw,
     find_classes,
+    load_pipeline,
     make_generator,
+    pipeline_labels,
+    read_dit,
     read_labels,
 )
 from training.runtime import run_cli
-from untrusted import read_json
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
 
@@ -47,42 +54,8 @@ class Demo:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two kinds of model: a pipeline, a training checkpoint
+# Three kinds of model: a pipeline, a training checkpoint, a folder for Paddle Inference
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_model_path(path):
-    """Raises `ValueError` for what is neither a folder nor may be a name on the hub."""
-    if os.path.isfile(path):
-        raise ValueError(
-            f"--model_path {path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
-            "file of weights)"
-        )
-    parts = path.split("/")
-    if not os.path.isdir(path) and (len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0])):
-        raise ValueError(f"--model_path {path}: there is no such folder")  # a name on the hub is OWNER/NAME
-
-
-def load_pipeline(name_or_path, dtype):
-    """The DiTPipeline of a folder or of the hub; `ValueError` with one line if there is none."""
-    from sampling.pretrained import load_dit_pipeline
-
-    local = os.path.isdir(name_or_path)
-    if local:
-        check_pipeline(name_or_path, "DiTPipeline")
-    try:
-        return load_dit_pipeline(name_or_path, dtype)
-    except Exception as error:  # the hub clients raise a dozen unrelated types
-        if local and isinstance(error, ValueError):
-            raise
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
-        if local:
-            raise ValueError(f"--model_path {name_or_path}: cannot be loaded ({reason})") from None
-        raise ValueError(
-            f"{name_or_path}: there is no such folder, and it cannot be downloaded ({reason}). Without a network, give "
-            "a folder by --model_path: one copied from a machine that has a network, or one that "
-            "tools/convert_dit_to_ppdiffusers.py wrote"
-        ) from None
 
 
 def check_guidance(scale, has_null_class, path):
@@ -97,23 +70,16 @@ def check_guidance(scale, has_null_class, path):
 def sample_pipeline(args):
     """uint8 images `(N, H, W, 3)` and the classes' labels, through a DiTPipeline."""
     from paddlenlp.trainer import set_seed
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+
+    from sampling.pretrained import has_null_class
 
     if args.scheduler == "ddpm":
         raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
     pipe = load_pipeline(args.model_path, args.dtype)
-    if isinstance(pipe.scheduler, EDMEulerScheduler):  # a SiT, see sampling.export_sit
-        if args.scheduler is not None:
-            raise ValueError(f"--scheduler {args.scheduler}: {args.model_path} is a SiT, which has its own scheduler")
-    else:
-        scheduler_class = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[args.scheduler or "ddim"]
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-
+    pipe.scheduler = choose_scheduler(pipe.scheduler, args)
     labels = pipeline_labels(args.model_path, pipe) if args.id2label is None else read_labels(args.id2label)
     classes = find_classes(args.classes, labels, max(labels, default=999) + 1)
-    # The exporter fills the null class's row of a network that has none with NaN.
-    table = label_table(pipe.transformer)
-    guidance_scale = check_guidance(args.guidance_scale, bool(table[-1].isfinite().all()), args.model_path)
+    guidance_scale = check_guidance(args.guidance_scale, has_null_class(pipe.transformer), args.model_path)
     set_seed(42)
     if args.guidance_channels == "all":
         images = pipe(
@@ -127,19 +93,16 @@ def sample_pipeline(args):
     return images, [labels.get(i, str(i)) for i in classes]
 
 
-def label_table(transformer):
-    """The label embedding of a `Transformer2DModel` or a `LargeDiTTransformer`."""
-    if hasattr(transformer, "y_embedder"):
-        return transformer.y_embedder.embedding_table.weight
-    return transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+def choose_scheduler(scheduler, args):
+    """The scheduler that --scheduler names, with the settings of a pipeline's own."""
+    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
-
-def pipeline_labels(path, pipe):
-    index = os.path.join(path, "model_index.json")
-    if os.path.isfile(index):
-        labels = read_json(index).get("id2label") or {}
-        return {int(key): label for key, label in labels.items()}
-    return {index: label for label, index in pipe.labels.items()}
+    if isinstance(scheduler, EDMEulerScheduler):  # a SiT, see sampling.export_sit
+        if args.scheduler is not None:
+            raise ValueError(f"--scheduler {args.scheduler}: {args.model_path} is a SiT, which has its own scheduler")
+        return scheduler
+    scheduler_class = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[args.scheduler or "ddim"]
+    return scheduler_class.from_config(scheduler.config)
 
 
 def sample_transformer(pipe, classes, guidance_scale, args):
@@ -157,6 +120,42 @@ def sample_transformer(pipe, classes, guidance_scale, args):
     denoiser = guided(model, y, guidance_scale, channels=3, null_class=1000)
     noise = make_noise(len(classes), settings.in_channels, settings.sample_size, args.seed, pipe.transformer.dtype)
     return LatentDecoder(pipe.vae)(run_scheduler(pipe.scheduler, denoiser, noise, args.num_inference_steps))
+
+
+def sample_inference(args):
+    """uint8 images `(N, H, W, 3)` and the classes' labels, by Paddle Inference."""
+    import paddle
+
+    from sampling.decoder import LatentDecoder
+    from sampling.guidance import guided
+    from sampling.inference import check_dtype, export_inference, is_exported, load_inference
+
+    if args.scheduler == "ddpm":
+        raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
+    device = paddle.get_device()
+    check_dtype(device, args.dtype)
+    if is_exported(args.model_path):
+        pipe = load_inference(args.model_path, device=device, dtype=args.dtype)
+    else:
+        print(f"exporting {args.model_path} for this run (tools/export_inference.py keeps it)", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            export_inference(read_dit(args.model_path, vae=args.vae, key=args.key), folder)
+            pipe = load_inference(folder, device=device, dtype=args.dtype)
+
+    labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
+    classes = find_classes(args.classes, labels, pipe.num_classes)
+    scale = check_guidance(args.guidance_scale, pipe.null_class is not None, args.model_path)
+    scheduler = choose_scheduler(pipe.scheduler, args)
+
+    def model(x, t, y):
+        return pipe.network(x, t.astype("float32"), y)
+
+    y = paddle.to_tensor(classes, dtype="int64")
+    channels = None if args.guidance_channels == "all" else 3
+    denoiser = guided(model, y, scale, channels=channels, null_class=pipe.null_class or 0)
+    noise = make_noise(len(classes), pipe.in_channels, pipe.sample_size, args.seed, "float32")
+    images = LatentDecoder(pipe.vae)(run_scheduler(scheduler, denoiser, noise, args.num_inference_steps))
+    return images, [labels.get(i, str(i)) for i in classes]
 
 
 def run_scheduler(scheduler, denoiser, latents, num_steps):
@@ -248,6 +247,7 @@ def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
     parser.add_argument("--model_path", help="pipeline folder, its hub name, or training checkpoint folder")
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="ddpm for checkpoints only [ddim]")
+    parser.add_argument("--backend", choices=("eager", "inference"), default="eager", help="what computes [eager]")
     checkpoint = parser.add_argument_group("for a training checkpoint")
     checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
@@ -262,7 +262,15 @@ def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
 def sample(args):
     """Images and labels of whichever kind of model --model_path is."""
     from sampling.checkpoint import is_training_checkpoint
+    from sampling.inference import is_exported
 
+    if args.backend == "inference":
+        return sample_inference(args)
+    if is_exported(args.model_path):
+        raise ValueError(
+            f"--model_path {args.model_path}: holds programs for Paddle Inference; if you trust whoever made them "
+            "(they run as code), add --backend inference"
+        )
     return sample_checkpoint(args) if is_training_checkpoint(args.model_path) else sample_pipeline(args)
 
 

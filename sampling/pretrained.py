@@ -200,6 +200,13 @@ def _reason(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def is_id2label(value):
+    """Whether a value out of a JSON file is `{"0": label, ...}`."""
+    return isinstance(value, dict) and all(
+        key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
+    )
+
+
 def load_dit_pipeline(name_or_path, dtype=None):
     """The `ppdiffusers.DiTPipeline` of a folder or of a name on the hub.
 
@@ -228,9 +235,7 @@ def load_dit_pipeline(name_or_path, dtype=None):
         if kinds[name] not in known:
             raise ValueError(f"{index_path}: {name} is {printable(given)}, expected a {' or '.join(known)}")
     labels = index.get("id2label") or {}
-    if not isinstance(labels, dict) or any(
-        not (key.isdigit() and len(key) < 7 and isinstance(value, str)) for key, value in labels.items()
-    ):
+    if not is_id2label(labels):
         raise ValueError(f'{index_path}: id2label: expected {{"0": "name", ...}}')
 
     large = kinds["transformer"] != "Transformer2DModel"
@@ -243,3 +248,14 @@ def load_dit_pipeline(name_or_path, dtype=None):
     )
     vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
     return DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
+
+
+def has_null_class(transformer):
+    """Whether a DiTPipeline's transformer can be guided: the exporter fills the row of a null class that is not there
+    with NaN.
+    """
+    if hasattr(transformer, "y_embedder"):  # a Large-DiT
+        embedder = transformer.y_embedder
+    else:
+        embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
+    return bool(embedder.embedding_table.weight[-1].isfinite().all())

@@ -96,6 +96,10 @@ class TestClasses:
         with pytest.raises(ValueError, match=f"--classes {text}: {message}"):
             image_demo.find_class(text, self.LABELS, 5)
 
+    def test_labels_of_another_network(self):
+        with pytest.raises(ValueError, match=r"--classes tench: is class 7 of the labels; the classes are 0\.\.4"):
+            image_demo.find_class("tench", {7: "tench"}, 5)
+
     def test_default(self):
         assert image_demo.find_classes(None, self.LABELS, 5) == [2]
         assert image_demo.find_classes(None, {}, 12) == list(range(10))

@@ -5,6 +5,7 @@ import re
 
 from tools.pipeline_converter import IMAGENET_LABELS
 from training.runtime import configure_runtime, resolve_device
+from untrusted import read_json
 
 DEFAULT_CLASS = "golden retriever"
 # The demo for a pipeline folder, by the class that model_index.json names, and for a model, by its config's type.
@@ -28,8 +29,6 @@ def check_pipeline(path, pipeline):
     Args:
         path: a folder that is no training checkpoint. pipeline: a class of `PIPELINE_DEMOS`.
     """
-    from training.config import read_json
-
     index = os.path.join(path, "model_index.json")
     if not os.path.isfile(index):
         raise ValueError(
@@ -50,6 +49,73 @@ def check_model_type(kind, demo, what):
         raise ValueError(f"{what} a {kind}; use {MODEL_DEMOS[kind]}")
 
 
+def check_model_path(path):
+    """Raises `ValueError` for what is neither a folder nor may be a name on the hub."""
+    if os.path.isfile(path):
+        raise ValueError(
+            f"--model_path {path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
+            "file of weights)"
+        )
+    parts = path.split("/")
+    if not os.path.isdir(path) and (len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0])):
+        raise ValueError(f"--model_path {path}: there is no such folder")  # a name on the hub is OWNER/NAME
+
+
+def load_pipeline(name_or_path, dtype):
+    """The DiTPipeline of a folder or of the hub; `ValueError` with one line if there is none."""
+    from sampling.pretrained import load_dit_pipeline
+
+    local = os.path.isdir(name_or_path)
+    if local:
+        check_pipeline(name_or_path, "DiTPipeline")
+    try:
+        return load_dit_pipeline(name_or_path, dtype)
+    except Exception as error:  # the hub clients raise a dozen unrelated types
+        if local and isinstance(error, ValueError):
+            raise
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        if local:
+            raise ValueError(f"--model_path {name_or_path}: cannot be loaded ({reason})") from None
+        raise ValueError(
+            f"{name_or_path}: there is no such folder, and it cannot be downloaded ({reason}). Without a network, give "
+            "a folder by --model_path: one copied from a machine that has a network, or one that "
+            "tools/convert_dit_to_ppdiffusers.py wrote"
+        ) from None
+
+
+def read_dit(path, *, vae, key=None, id2label=None):
+    """A DiT or a Large-DiT in eager mode and float32, as a `sampling.inference.Pipeline`.
+
+    Args:
+        path: a DiTPipeline folder, its name on the hub, or a training checkpoint folder.
+        vae, key: of a checkpoint: name or folder of its VAE, and which weights. id2label: JSON of labels, or None.
+
+    Raises:
+        ValueError: one line: none of these, or what can't be exported.
+    """
+    from sampling.checkpoint import is_training_checkpoint, read_weights
+    from sampling.decoder import load_vae
+    from sampling.inference import from_checkpoint, from_dit_pipeline
+    from training.config import load_config
+
+    if not is_training_checkpoint(path):
+        pipe = load_pipeline(path, "float32")
+        return from_dit_pipeline(pipe, pipeline_labels(path, pipe) if id2label is None else read_labels(id2label))
+    config = load_config(os.path.join(path, "config.json"))
+    check_model_type(config["model"]["type"], "infer_demo_dit.py", f"--model_path {path}: is")
+    labels = checkpoint_labels(id2label, config["model"]["num_classes"])
+    state, source = read_weights(path, key=key)
+    return from_checkpoint(config, state, load_vae(vae), labels, source=source)
+
+
+def pipeline_labels(path, pipe):
+    index = os.path.join(path, "model_index.json")
+    if os.path.isfile(index):
+        labels = read_json(index).get("id2label") or {}
+        return {int(key): label for key, label in labels.items()}
+    return {index: label for label, index in pipe.labels.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Classes by name or id
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,8 +131,10 @@ def find_class(text, labels, num_classes):
     found = found or [i for i, label in labels.items() if text in [name.strip() for name in label.split(",")]]
     if len(found) > 1:
         raise ValueError(f"--classes {text}: the name of several classes, give the id: {', '.join(map(str, found))}")
-    if found:
+    if found and found[0] < num_classes:
         return found[0]
+    if found:
+        raise ValueError(f"--classes {text}: is class {found[0]} of the labels; the classes are 0..{num_classes - 1}")
     if re.fullmatch(r"\d+", text):
         if int(text) < num_classes:
             return int(text)
@@ -90,8 +158,6 @@ def find_classes(wanted, labels, num_classes):
 
 def read_labels(path):
     """`{id: label}` of a JSON with or without the key "id2label"."""
-    from training.config import read_json
-
     labels = read_json(path)
     labels = labels.get("id2label", labels) if isinstance(labels, dict) else labels
     if not isinstance(labels, dict) or not all(str(key).isdigit() for key in labels):
@@ -178,7 +244,8 @@ def draw(kind, args, sample, least_steps=1):
     paddle.set_device(device)
     if args.dtype is None:
         args.dtype = "float32" if device == "cpu" else args.gpu_dtype
-    if device == "cpu" and args.dtype != "float32":
+    eager = getattr(args, "backend", "eager") == "eager"
+    if device == "cpu" and args.dtype != "float32" and eager:
         raise ValueError(f"--dtype {args.dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
 
     from sampling.grid import make_grid

@@ -1,0 +1,199 @@
+"""Export for Paddle Inference, and infer_demo_dit.py --backend inference."""
+
+import json
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+import test_large_dit_tools
+from conftest import GOLDEN, ROOT
+from PIL import Image
+from test_convert import make_config, make_model, state_of, tree_of
+
+import infer_demo_dit
+from sampling.decoder import load_vae
+from sampling.export import export_dit_pipeline
+from sampling.export_large_dit import export_large_dit_pipeline
+from sampling.export_sit import export_stock_sit
+from sampling.inference import MANIFEST, cpu_has_bfloat16
+from tools import export_inference
+
+VAE = str(ROOT / "assets" / "digits_vae")
+KINDS = ("dit", "large_dit", "sit", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """`{kind: (source, exported)}`: a pipeline folder or training checkpoint of each kind, and its export."""
+    folder = tmp_path_factory.mktemp("inference")
+    vae, labels = load_vae(VAE), {i: f"digit {i}" for i in range(10)}
+    config = make_config()
+    export_dit_pipeline(config, state_of(make_model(config)), vae, folder / "dit", id2label=labels)
+    large = test_large_dit_tools.make_config(qk_norm=True, num_kv_heads=1)
+    state = state_of(test_large_dit_tools.make_model(large))
+    export_large_dit_pipeline(large, state, vae, folder / "large_dit", id2label=labels)
+    sit = make_config({"type": "transport"}, type="SiT")
+    export_stock_sit(sit, state_of(make_model(sit)), vae, folder / "sit", id2label=labels)
+    test_large_dit_tools.write_checkpoint(folder / "checkpoint", test_large_dit_tools.make_config("DiT"))
+    for kind in KINDS:
+        flags = ["--vae", VAE] if kind == "checkpoint" else []
+        export_inference.main(["--model_path", str(folder / kind), "--output", str(folder / f"{kind}_out"), *flags])
+    return {kind: (folder / kind, folder / f"{kind}_out") for kind in KINDS}
+
+
+def draw(path, *flags):
+    """The image that the demo draws."""
+    number = len(list(path.parent.glob("*.png")))
+    output = path.parent / f"{number}.png"
+    arguments = ["--model_path", path, "--vae", VAE, "--output", output, "--device", "cpu", *flags]
+    infer_demo_dit.main([str(argument) for argument in arguments])
+    return np.asarray(Image.open(output)).astype(int)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of 8-bit images, dB."""
+    return 10 * np.log10(255**2 / max(np.square(a - b).mean(), 1e-9))
+
+
+FLAGS = ["--seed", 5, "--num_inference_steps", 5, "--guidance_scale", 2, "--classes", 3, 7, 1]
+
+
+@pytest.mark.parametrize("kind, channels", [*((kind, "all") for kind in KINDS), ("dit", "3"), ("checkpoint", "3")])
+def test_draws_what_eager_mode_draws(models, kind, channels):
+    source, exported = models[kind]
+    flags = [*FLAGS, "--guidance_channels", channels]
+    eager = draw(source, *flags)
+    assert eager.std() > 20
+    assert psnr(draw(exported, "--backend", "inference", *flags), eager) > 60
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 (avx512_bf16 or AMX)")
+@pytest.mark.parametrize("kind", ["dit", "large_dit", "checkpoint"])
+def test_bfloat16_draws_nearly_that(models, kind):
+    source, exported = models[kind]
+    eager = draw(source, *FLAGS)
+    image = draw(exported, "--backend", "inference", "--dtype", "bfloat16", *FLAGS)
+    assert 35 < psnr(image, eager) < 75  # above that float32 was computed in
+
+
+def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    source, exported = models["dit"]
+    assert (draw(source, "--backend", "inference") == draw(exported, "--backend", "inference")).all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seeds_schedulers_names_and_batch_sizes(models):
+    source, exported = models["dit"]
+    flags = ["--num_inference_steps", 4, "--scheduler", "dpm"]
+    images = {}
+    for name, more in (
+        ("one", ["--classes", "digit 3"]),
+        ("same", ["--classes", 3]),
+        ("seed", ["--classes", 3, "--seed", 1]),
+        ("unguided", ["--classes", 3, "--guidance_scale", 1]),
+        ("ten", []),
+    ):
+        images[name] = draw(exported, "--backend", "inference", *flags, *more)
+        assert psnr(images[name], draw(source, *flags, *more)) > 60
+    assert (images["one"] == images["same"]).all() and images["ten"].size > images["one"].size
+    for name in ("seed", "unguided"):
+        assert not (images["one"] == images[name]).all()
+
+
+def test_what_is_in_the_folder(models):
+    _, exported = models["dit"]
+    assert [name for name in tree_of(exported) if os.sep not in name] == [MANIFEST]
+    assert {name.split(os.sep)[0] for name in tree_of(exported)} == {MANIFEST, "scheduler", "transformer", "vae"}
+    manifest = json.loads((exported / MANIFEST).read_text())
+    assert manifest["id2label"]["7"] == "digit 7" and manifest["null_class"] == 1000
+
+
+def test_a_network_without_null_class(models, tmp_path):
+    config = make_config(class_dropout_prob=0.0)
+    export_dit_pipeline(config, state_of(make_model(config)), load_vae(VAE), tmp_path / "dit")
+    export_inference.main(["--model_path", str(tmp_path / "dit"), "--output", str(tmp_path / "out")])
+    flags = ["--num_inference_steps", 2, "--classes", 1]
+    with pytest.raises(ValueError, match="trained without a null class, can't be guided"):
+        draw(tmp_path / "out", "--backend", "inference", "--guidance_scale", 4, *flags)
+    image = draw(tmp_path / "out", "--backend", "inference", *flags)  # its default is no guidance
+    assert psnr(image, draw(tmp_path / "dit", *flags)) > 60
+
+
+def edit(key, value):
+    def change(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest[key] = value
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return change
+
+
+def cut(folder):
+    path = folder / "transformer" / "model.pdiparams"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil(folder):
+    path = folder / "vae" / "model.json"
+    path.write_bytes(b"{" + path.read_bytes()[1:].replace(b"conv2d", b"c\nnv2d"))
+
+
+def lead_out(folder):
+    (folder / "vae" / "model.json").unlink()
+    (folder / "vae" / "model.json").symlink_to(GOLDEN / "dit_tiny.pt")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: (folder / MANIFEST).write_text("{"), "inference.json: broken JSON at line 1"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "inference.json: expected a JSON object"),
+        (edit("format", 2), "inference.json: format 2, expected 1; export it anew"),
+        (edit("in_channels", "4"), "inference.json: in_channels is 4, expected a positive integer"),
+        (edit("sample_size", 10**9), "sample_size is 1000000000, expected a positive integer"),
+        (edit("null_class", -1), "null_class is -1, expected a class id or null"),
+        (edit("scaling_factor", None), "scaling_factor is None, expected a positive number"),
+        (edit("scheduler", "os.system"), "scheduler is os.system, expected a scheduler of ppdiffusers"),
+        (edit("scheduler", ["DDIMScheduler"]), "expected a scheduler of ppdiffusers"),
+        (edit("id2label", {"a": "b"}), 'expected {"0": "name", ...}'),
+        (edit("bytes", {}), "inference.json: bytes: names no program and weights of transformer"),
+        (cut, r"model.pdiparams: has [\d,]+ bytes, inference.json says [\d,]+: the folder is not whole"),
+        (lambda folder: (folder / "vae" / "model.pdiparams").unlink(), "model.pdiparams: is missing, inference.json"),
+        (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json: no such"),
+        (spoil, r"vae/model.json: Paddle [\d.]+ cannot load it: "),
+        (lead_out, "vae/model.json: leads out of the folder"),
+    ],
+)
+def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
+    shutil.copytree(models["dit"][1], tmp_path / "out")
+    change(tmp_path / "out")
+    with pytest.raises(ValueError, match=message) as error:
+        draw(tmp_path / "out", "--backend", "inference")
+    assert len(str(error.value)) < 600
+
+
+def test_mistakes(models, tmp_path, monkeypatch):
+    source, exported = models["dit"]
+    for path, flags, message in (
+        (exported, [], "holds programs for Paddle Inference; if you trust whoever made them .* --backend inference"),
+        (source, ["--dtype", "bfloat16"], "--dtype bfloat16: Paddle computes in float32 only on a CPU"),
+        (exported, ["--backend", "inference", "--dtype", "float16"], "dtype float16: .* on a GPU only"),
+        (exported, ["--backend", "inference", "--scheduler", "ddpm"], "--scheduler ddpm: not with --backend"),
+        (exported, ["--backend", "inference", "--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
+        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline folder"),
+        (models["sit"][1], ["--backend", "inference", "--scheduler", "ddim"], "is a SiT, which has its own scheduler"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(path, *flags)
+    for flags, message in (
+        (["--model_path", source, "--output", exported], "dit_out: is there already; give the name of a new folder"),
+        (["--model_path", exported, "--output", tmp_path / "out"], "dit_out: is exported already"),
+        (["--model_path", tmp_path / "no", "--output", tmp_path / "out"], "there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_inference.main([str(flag) for flag in flags])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,50 @@
+"""Export a DiT or a Large-DiT for Paddle Inference: programs and weights, for infer_demo_dit.py --backend inference.
+
+    python tools/export_inference.py --model_path DiT_pipeline --output DiT_inference
+    python tools/export_inference.py --model_path output/checkpoint-5000 --vae assets/digits_vae --output DiT_inference
+    python infer_demo_dit.py --model_path DiT_inference --backend inference --classes 207
+
+--model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, or a training checkpoint folder,
+whose averages are taken.
+
+The folder holds the network and the VAE's decoder as programs, the scheduler, the labels and inference.json. It serves
+any batch size, CPU and GPU; weights are float32, half precision is chosen by infer_demo_dit.py --dtype. Its latents
+have one size. Whoever runs it runs a program of yours: as with any code, take such folders only from people you trust.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools.image_demo import check_model_path, read_dit  # noqa: E402
+from training.runtime import configure_runtime, run_cli  # noqa: E402
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="pipeline folder, its hub name, or training checkpoint")
+    parser.add_argument("--output", required=True, help="folder to write; must not be there yet")
+    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels')
+    checkpoint = parser.add_argument_group("for a training checkpoint")
+    checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
+    checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
+    args = parser.parse_args(argv)
+    check_model_path(args.model_path)
+
+    configure_runtime()
+    from sampling.inference import check_free, export_inference, is_exported
+
+    if is_exported(args.model_path):
+        raise ValueError(f"--model_path {args.model_path}: is exported already")
+    check_free(args.output)
+    print(f"reading {args.model_path}", flush=True)
+    pipeline = read_dit(args.model_path, vae=args.vae, key=args.key, id2label=args.id2label)
+    print("tracing the network and the VAE's decoder", flush=True)
+    export_inference(pipeline, args.output)
+    print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")
+
+
+if __name__ == "__main__":
+    run_cli(main)

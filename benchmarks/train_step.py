@@ -15,7 +15,7 @@ moments and averages. "activations" are what Paddle's allocator has given out mo
 "update" is the share of a step that the optimizer, the norm of the gradients and the average take. Operators are those
 of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets; "written" are the
 bytes of their results there, by training/memory_tape.py, plain attention. Reads of a tensor by the host are counted by
-its methods' calls.
+its methods' calls. The JSON file has the time by kernel too.
 """
 
 import argparse
@@ -179,7 +179,10 @@ def _reference_step(case):
 
 
 def _counted(step):
-    """Operators and host reads of one step; Paddle's profiler runs once in a process."""
+    """Operators, host reads, and `{kernel: [launches, seconds]}` of one step.
+
+    Paddle's profiler runs once in a process.
+    """
     import paddle
     from paddle import profiler
 
@@ -199,10 +202,20 @@ def _counted(step):
         ):
             step()
         with open(path) as file:
-            kinds = collections.Counter(event.get("cat") for event in json.load(file)["traceEvents"])
+            events = json.load(file)["traceEvents"]
+    kinds, by_kernel = collections.Counter(event.get("cat") for event in events), {}
+    for event in events:
+        if event.get("cat") == "DygraphKernelLaunch":
+            entry = by_kernel.setdefault(event["name"].split(" kernel launch")[0], [0, 0.0])
+            entry[0] += 1
+            entry[1] += event["dur"] / 1e6
     for name, original in originals.items():
         setattr(paddle.Tensor, name, original)
-    return {"operators": kinds["Operator"], "kernels": kinds["DygraphKernelLaunch"], "host_reads": sum(reads.values())}
+    return {
+        "operators": kinds["Operator"],
+        "host_reads": sum(reads.values()),
+        "by_kernel": dict(sorted(by_kernel.items(), key=lambda item: -item[1][1])),
+    }
 
 
 def _kept(forward):

@@ -2,8 +2,8 @@
 
 Paddle's CPU kernels use all cores, and the vector units well, where both operands have the same shape. A broadcast
 operand `(N, 1, D)`, the sum that is its gradient, a bias's gradient and that of a layer norm cost ten times as much
-each: together more than the matrix products of a training step. Here the same formulas are written with expanded
-operands, and with sums as products by a vector of ones; and as `PyLayer`s, so that the backward pass keeps less.
+each: together more than the matrix products of a training step. Here the same formulas are written with operands of
+one shape, repeated and summed by products with ones; and as `PyLayer`s, so that the backward pass keeps less.
 
 Shapes: N batch, T tokens, D hidden width.
 """
@@ -58,32 +58,42 @@ def _wanted(ctx, *gradients):
     return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
 
 
+def _to_tokens(row, tokens):
+    """`(N, 1, D)` repeated for every token: `(N, T, D)`."""
+    return paddle.matmul(_filled((row.shape[0], tokens, 1), 1.0), row)
+
+
+def _to_width(column, width):
+    """`(N, T, 1)` repeated over the width: `(N, T, D)`."""
+    return paddle.matmul(column, _filled((1, width), 1.0))
+
+
 class _AdaptiveNorm(PyLayer):
     @staticmethod
     def forward(ctx, x, shift, factor, epsilon, center):
+        _, tokens, width = x.shape
         if center:
-            normal = x - _row_means(x).expand(x.shape)
+            normal = x - _to_width(_row_means(x), width)
             inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
-            normal.multiply_(inverse.expand(x.shape))
+            normal.multiply_(_to_width(inverse, width))
         else:
             inverse = paddle.rsqrt(_row_means(x * x) + epsilon)
-            normal = x * inverse.expand(x.shape)
+            normal = _to_width(inverse, width).multiply_(x)
         _remember(ctx, x, shift, factor)
         ctx.center = center
         ctx.save_for_backward(normal, inverse, factor)
-        out = normal * factor.expand(x.shape)
-        return out.add_(shift.expand(x.shape))
+        return _to_tokens(factor, tokens).multiply_(normal).add_(_to_tokens(shift, tokens))
 
     @staticmethod
     def backward(ctx, gradient):
         normal, inverse, factor = ctx.saved_tensor()
-        shape = gradient.shape
+        _, tokens, width = gradient.shape
         for_shift, for_factor = _over_tokens(gradient), _over_tokens(gradient * normal)
-        for_x = gradient * factor.expand(shape)
-        along = normal * _row_means(for_x * normal).expand(shape)
+        for_x = _to_tokens(factor, tokens).multiply_(gradient)
+        along = _to_width(_row_means(for_x * normal), width).multiply_(normal)
         if ctx.center:
-            along.add_(_row_means(for_x).expand(shape))
-        for_x.subtract_(along).multiply_(inverse.expand(shape))
+            along.add_(_to_width(_row_means(for_x), width))
+        for_x.subtract_(along).multiply_(_to_width(inverse, width))
         return _wanted(ctx, for_x, for_shift, for_factor)
 
 
@@ -104,12 +114,12 @@ class _GatedAdd(PyLayer):
     def forward(ctx, x, gate, h):
         _remember(ctx, x, gate, h)
         ctx.save_for_backward(gate, h)
-        return (h * gate.expand(h.shape)).add_(x)
+        return _to_tokens(gate, h.shape[1]).multiply_(h).add_(x)
 
     @staticmethod
     def backward(ctx, gradient):
         gate, h = ctx.saved_tensor()
-        for_h = gradient * gate.expand(h.shape)
+        for_h = _to_tokens(gate, h.shape[1]).multiply_(gradient)
         return _wanted(ctx, gradient, _over_tokens(gradient * h), for_h)
 
 

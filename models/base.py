@@ -6,6 +6,7 @@ Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent hei
 import paddle
 from paddle import nn
 
+from . import cpu_ops
 from .guidance import combine_guidance
 from .parallel import initialize
 
@@ -69,8 +70,12 @@ class LatentTransformer(nn.Layer):
         if self.enable_recompute and self.training:
             from paddle.distributed.fleet.utils import recompute
 
+            def run(*inputs):
+                with cpu_ops.keeping_gelu():
+                    return block(*inputs)
+
             # Blocks draw no random numbers: there is no generator state to save and restore.
-            return recompute(block, *inputs, preserve_rng_state=False)
+            return recompute(run, *inputs, preserve_rng_state=False)
         return block(*inputs)
 
     def unpatchify(self, x):

@@ -8,6 +8,7 @@ one shape, repeated and summed by products with ones; and as `PyLayer`s, so that
 Shapes: N batch, T tokens, D hidden width.
 """
 
+import contextlib
 import functools
 
 import numpy as np
@@ -34,9 +35,13 @@ def usable(*tensors):
     )
 
 
+def _on_cpu(array):
+    return paddle.to_tensor(array, place=paddle.CPUPlace())  # whatever the current device is
+
+
 @functools.lru_cache(maxsize=64)
 def _filled(shape, value):
-    return paddle.full(shape, value)
+    return _on_cpu(np.full(shape, value, "float32"))
 
 
 def _over_tokens(x):
@@ -68,10 +73,15 @@ def _to_width(column, width):
     return paddle.matmul(column, _filled((1, width), 1.0))
 
 
+def _modulated(x, shift, factor):
+    tokens = x.shape[1]
+    return _to_tokens(factor, tokens).multiply_(x).add_(_to_tokens(shift, tokens))
+
+
 class _AdaptiveNorm(PyLayer):
     @staticmethod
     def forward(ctx, x, shift, factor, epsilon, center):
-        _, tokens, width = x.shape
+        width = x.shape[-1]
         if center:
             normal = x - _to_width(_row_means(x), width)
             inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
@@ -82,7 +92,7 @@ class _AdaptiveNorm(PyLayer):
         _remember(ctx, x, shift, factor)
         ctx.center = center
         ctx.save_for_backward(normal, inverse, factor)
-        return _to_tokens(factor, tokens).multiply_(normal).add_(_to_tokens(shift, tokens))
+        return _modulated(normal, shift, factor)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -106,6 +116,9 @@ def adaptive_norm(x, shift, factor, *, epsilon, center):
     Returns:
         `(N, T, D)`.
     """
+    if center and not paddle.is_grad_enabled():  # Paddle's kernel is fast, but does not tell the variance
+        normal = F.layer_norm(x, x.shape[-1:], epsilon=epsilon)
+        return _modulated(normal, shift, factor)
     return _AdaptiveNorm.apply(x, shift, factor, epsilon, center)
 
 
@@ -158,11 +171,27 @@ class _Linear(PyLayer):
         return _wanted(ctx, for_x, for_weight, for_bias)
 
 
+_keeps_gelu = False
+
+
+@contextlib.contextmanager
+def keeping_gelu():
+    """Inside, `linear` keeps the GELU: of a block that is computed again anyway."""
+    global _keeps_gelu
+    before, _keeps_gelu = _keeps_gelu, True
+    try:
+        yield
+    finally:
+        _keeps_gelu = before
+
+
 def linear(x, weight, bias, *, gelu=False):
     """`x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
 
     The backward pass computes the GELU again instead of keeping it.
     """
+    if gelu and _keeps_gelu:
+        x, gelu = F.gelu(x, approximate=True), False
     return _Linear.apply(x, weight, bias, gelu)
 
 
@@ -172,7 +201,7 @@ def _quarter_turn(width):
     matrix = np.zeros([width, width], "float32")
     even = np.arange(0, width, 2)
     matrix[even + 1, even], matrix[even, even + 1] = -1.0, 1.0
-    return paddle.to_tensor(matrix)
+    return _on_cpu(matrix)
 
 
 class _Rotate(PyLayer):

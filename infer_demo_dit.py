@@ -139,7 +139,7 @@ def sample_inference(args):
     else:
         print(f"exporting {args.model_path} for this run (tools/export_inference.py keeps it)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            export_inference(read_dit(args.model_path, vae=args.vae, key=args.key), folder)
+            export_inference(read_dit(args.model_path, vae=args.vae, key=args.key, id2label=args.id2label), folder)
             pipe = load_inference(folder, device=device, dtype=args.dtype)
 
     labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
@@ -244,10 +244,17 @@ def make_noise(count, channels, size, seed, dtype):
 
 def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
     parser = argparse.ArgumentParser(description=demo.description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", help="pipeline folder, its hub name, or training checkpoint folder")
+    parser.add_argument(
+        "--model_path", help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder"
+    )
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="ddpm for checkpoints only [ddim]")
-    parser.add_argument("--backend", choices=("eager", "inference"), default="eager", help="what computes [eager]")
+    parser.add_argument(
+        "--backend",
+        choices=("eager", "inference"),
+        default="eager",
+        help="inference: Paddle Inference, see tools/export_inference.py [eager]",
+    )
     checkpoint = parser.add_argument_group("for a training checkpoint")
     checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")

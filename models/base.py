@@ -45,6 +45,11 @@ class LatentTransformer(nn.Layer):
         self.learn_sigma = learn_sigma
         self.enable_recompute = enable_recompute
 
+    def __call__(self, *inputs, **named):
+        latents = inputs[0] if inputs else named["x"]
+        with cpu_ops.plain(not latents.stop_gradient):
+            return super().__call__(*inputs, **named)
+
     def _initialize_linears(self):
         """Every Linear: Xavier uniform, bias 0."""
         xavier, zeros = nn.initializer.XavierUniform(), nn.initializer.Constant(0.0)
@@ -108,7 +113,7 @@ class LatentTransformer(nn.Layer):
         if self.class_dropout_prob == 0:
             raise ValueError("this network has no null class (class_dropout_prob 0): it can't be guided")
         half = x[: x.shape[0] // 2]
-        out = self.forward(paddle.concat([half, half], axis=0), t, y)
+        out = self(paddle.concat([half, half], axis=0), t, y)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
         guided, rest = out[:, :channels], out[:, channels:]
         cond, uncond = guided.split(2, axis=0)

@@ -5,6 +5,11 @@ operand `(N, 1, D)`, the sum that is its gradient, a bias's gradient and that of
 each: together more than the matrix products of a training step. Here the same formulas are written with operands of
 one shape, repeated and summed by products with ones; and as `PyLayer`s, so that the backward pass keeps less.
 
+They are for training: one backward pass, first order, to all inputs that want a gradient. Paddle's `PyLayer` ends a
+second pass through a kept graph in a crash, and a `paddle.grad` to some of the inputs in an error. A network whose
+latents want a gradient (a likelihood, guidance by a classifier) computes with the plain formulas; for anything else
+there is `plain`.
+
 Shapes: N batch, T tokens, D hidden width.
 """
 
@@ -24,6 +29,16 @@ def enable(value):
     global _enabled
     before, _enabled = _enabled, value
     return before
+
+
+@contextlib.contextmanager
+def plain(condition=True):
+    """Inside, if the condition is true, the plain formulas are used."""
+    before = enable(_enabled and not condition)
+    try:
+        yield
+    finally:
+        enable(before)
 
 
 def usable(*tensors):
@@ -133,7 +148,8 @@ class _GatedAdd(PyLayer):
     def backward(ctx, gradient):
         gate, h = ctx.saved_tensor()
         for_h = _to_tokens(gate, h.shape[1]).multiply_(gradient)
-        return _wanted(ctx, gradient, _over_tokens(gradient * h), for_h)
+        # A copy: Paddle adds other gradients of x in place, and a hook may have kept this one.
+        return _wanted(ctx, gradient.clone(), _over_tokens(gradient * h), for_h)
 
 
 def gated_add(x, gate, h):

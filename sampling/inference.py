@@ -9,6 +9,7 @@ one. The JSON files and the sizes of the others are checked so that a broken fol
 one safe.
 """
 
+import contextlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -254,7 +255,8 @@ class Predictor:
         config.disable_glog_info()
         if device == "cpu":
             config.disable_gpu()
-            config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+            config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
             config.enable_mkldnn()
             config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
             if part == "vae":  # the convolutions alone: Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
@@ -265,16 +267,21 @@ class Predictor:
             precision = inference.PrecisionType
             types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
             config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
-        try:
+        self._program = program
+        with self._one_line("cannot load it"):
             self._predictor = inference.create_predictor(config)
+
+    @contextlib.contextmanager
+    def _one_line(self, what):
+        try:
+            yield
         except Exception as error:  # Paddle's own types, of several lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ValueError(
-                f"{program}: Paddle {paddle.__version__} cannot load it: {printable(reason, 200)}"
-            ) from None
+            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {printable(reason, 200)}") from None
 
     def __call__(self, *inputs):
-        (output,) = self._predictor.run([x.contiguous() for x in inputs])
+        with self._one_line(f"cannot run it with the sizes of {MANIFEST}"):
+            (output,) = self._predictor.run([x.contiguous() for x in inputs])
         return output
 
 

@@ -203,7 +203,7 @@ def _reason(error):
 def is_id2label(value):
     """Whether a value out of a JSON file is `{"0": label, ...}`."""
     return isinstance(value, dict) and all(
-        key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
+        key.isascii() and key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
     )
 
 

@@ -20,11 +20,8 @@ def plain():
     """Runs a function with the plain formulas."""
 
     def run(function):
-        before = cpu_ops.enable(False)
-        try:
+        with cpu_ops.plain():
             return function()
-        finally:
-            cpu_ops.enable(before)
 
     return run
 
@@ -128,6 +125,39 @@ def test_where_they_are_used(plain):
     assert cpu_ops.usable(x) and not cpu_ops.usable(x, x.astype("float64"))
     assert not plain(lambda: cpu_ops.usable(x))
     assert "PyLayer" in layer(x).grad_fn.name() and "PyLayer" not in plain(lambda: layer(x).grad_fn.name())
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_gradient_of_the_latents_alone(kind, plain):
+    """A likelihood asks for it, of a network whose weights are trainable: a PyLayer can't leave those out."""
+    config = resolve_config({"model": TINY_MODELS[kind]})
+    model = build_model(config)
+    with paddle.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * paddle.randn(parameter.shape))
+    model.eval()
+    side, channels = config["model"]["sample_size"], config["model"]["in_channels"]
+    x, t, y = leaf(2, channels, side, side), paddle.to_tensor([0.1, 0.9]), paddle.to_tensor([1, 2])
+
+    def gradient():
+        return paddle.grad(model(x, t, y).square().sum(), x)[0].numpy()
+
+    assert np.abs(gradient()).max() > 0
+    np.testing.assert_array_equal(gradient(), plain(gradient))
+
+
+def test_a_kept_gradient_is_not_changed_afterwards(plain):
+    """Paddle sums gradients in place."""
+    x, gate, h = leaf(2, 3, 4), leaf(2, 1, 4), leaf(2, 3, 4)
+
+    def kept():
+        middle = add_gated(x, gate, h)
+        middle.retain_grads()
+        out = add_gated(middle, gate, middle * 2)
+        (out * out).sum().backward()
+        return middle.grad.numpy()
+
+    np.testing.assert_allclose(kept(), plain(kept), rtol=1e-5, atol=1e-5)
 
 
 def test_the_mlp_keeps_no_gelu():

@@ -109,11 +109,8 @@ def test_activations_are_what_paddle_allocates(kind, model, recompute):
     from models import cpu_ops
 
     played = activations(Sizes.of(config), 8, recompute=recompute, fused_attention=False, device="cpu")
-    before = cpu_ops.enable(False)
-    try:
+    with cpu_ops.plain():
         forward, peak = measured_activations(config, 8, recompute)
-    finally:
-        cpu_ops.enable(before)
     # The batch is planned too; labels, timesteps and a few more numbers a sample are not.
     assert sum(played.kept.values()) == pytest.approx(forward, rel=0.03)
     assert sum(played.peak.values()) == pytest.approx(peak, rel=0.02)

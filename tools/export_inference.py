@@ -25,7 +25,7 @@ from training.runtime import configure_runtime, run_cli  # noqa: E402
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="pipeline folder, its hub name, or training checkpoint")
-    parser.add_argument("--output", required=True, help="folder to write; must not be there yet")
+    parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels')
     checkpoint = parser.add_argument_group("for a training checkpoint")
     checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")

@@ -107,7 +107,7 @@ class TrainingLog:
         self.global_batch_size = global_batch_size
         self.last_step = last_step
         self.visualdl_dir = visualdl_dir
-        self._step = self._reported = first_step
+        self.first_step = self._step = self._reported = first_step
         self._start = time.perf_counter()
         self._paused = 0.0
         self._writer = self._file = self._bar = None

@@ -100,7 +100,7 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
             grid = preview.decode(latents)
             path = os.path.join(folder, f"{step:07d}.png")
             if not preview.earlier_shown:
-                _show_earlier(log, folder, step)
+                _show_earlier(log, folder)
                 preview.earlier_shown = True
             log.add_image("samples/ema", grid, step)
             try:
@@ -113,8 +113,10 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
     log.pause(time.perf_counter() - start)
 
 
-def _show_earlier(log, folder, step, count=9):
+def _show_earlier(log, folder, count=9):
     """Puts previews of before a resume into the VisualDL log: of a folder VisualDL shows the newest file only.
+
+    Those of later steps than the resumed one are of a branch that was left.
 
     Args:
         count: at most so many, evenly spread: VisualDL shows 10 images of a tag.
@@ -122,7 +124,9 @@ def _show_earlier(log, folder, step, count=9):
     from PIL import Image
 
     names = {path: os.path.splitext(os.path.basename(path))[0] for path in glob.glob(f"{glob.escape(folder)}/*.png")}
-    earlier = sorted((int(name), path) for path, name in names.items() if name.isdecimal() and int(name) < step)
+    earlier = sorted(
+        (int(name), path) for path, name in names.items() if name.isdecimal() and int(name) <= log.first_step
+    )
     for place in np.linspace(0, len(earlier) - 1, min(count, len(earlier))).round().astype(int):
         number, path = earlier[place]
         with contextlib.suppress(OSError), Image.open(path) as image:  # one that a kill has cut

@@ -1,9 +1,13 @@
 """Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config."""
 
+from runtime.machine import set_mkl_cpu_type
+
 from .dit import DiT
 from .embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
 from .large_dit import LargeDiT, LargeSiT
 from .sit import SiT
+
+set_mkl_cpu_type()  # in programs that know nothing of `training.runtime.configure_runtime`
 
 MODELS = {"DiT": DiT, "SiT": SiT, "LargeDiT": LargeDiT, "LargeSiT": LargeSiT}
 

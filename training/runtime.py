@@ -14,6 +14,8 @@ import time
 import traceback
 import warnings
 
+from runtime.machine import set_mkl_cpu_type
+
 DEVICES = ("auto", "cpu", "gpu")
 SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
 STARTED = time.monotonic()
@@ -29,12 +31,14 @@ def configure_runtime():
 
     - `OMP_NUM_THREADS`: Paddle's CPU build computes on one thread unless it is set: the cores over the local processes.
     - `FLAGS_use_stride_kernel=0`: strided views make later operators copy element by element on a CPU.
+    - `MKL_DEBUG_CPU_TYPE=5` on processors of other vendors than Intel, see `runtime.machine.set_mkl_cpu_type`.
     - glibc's malloc thresholds: large buffers are kept instead of being mapped and unmapped at each use.
     """
     processes = max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")
+    set_mkl_cpu_type()
     # Noise of Paddle's import that tells a user of this project nothing.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")

@@ -1,0 +1,1 @@
+"""What stands under everything else: the machine at hand. Standard library only."""

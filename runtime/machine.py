@@ -1,0 +1,63 @@
+"""What Paddle's CPU build has to be told of the machine. Standard library only, and quick to import.
+
+`tools/setup_env.sh` lets the Python of `.venv` call `set_mkl_cpu_type` whenever it starts.
+"""
+
+import os
+import sys
+import sysconfig
+
+AVX2 = "5"  # of MKL_DEBUG_CPU_TYPE
+
+
+def read_processor(path="/proc/cpuinfo"):
+    """Returns vendor and feature flags of the first processor that Linux lists: `("AuthenticAMD", {"avx2", ...})`.
+
+    Both are empty where it lists none, as on arm64 and on other systems.
+    """
+    fields = _first_processor(path)
+    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
+
+
+def _first_processor(path):
+    fields = {}
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if not name.strip():  # the first processor ends here; a server has hundreds
+                    break
+                fields[name.strip()] = value.strip()
+    except OSError:
+        pass
+    return fields
+
+
+def has_bundled_mkl(folders=None):
+    """Returns whether the Paddle that would be imported brings an MKL of 2019 along, as its x86 wheels do."""
+    if folders is None:
+        folders = [*sys.path, sysconfig.get_path("platlib")]
+    return any(os.path.isfile(os.path.join(folder, "paddle", "libs", "libmklml_intel.so")) for folder in folders)
+
+
+def processor_name(path="/proc/cpuinfo"):
+    """Returns vendor and model of the first processor, to stand beside a figure: `AuthenticAMD, AMD EPYC ...`."""
+    fields = _first_processor(path)
+    return ", ".join(fields.get(name, "unknown") for name in ("vendor_id", "model name"))
+
+
+def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
+    """Sets MKL_DEBUG_CPU_TYPE, so that Paddle's matrix products use AVX2 on processors that are not Intel's.
+
+    The MKL in Paddle's CPU wheels takes its slowest path wherever the vendor is another one. Newer releases of MKL,
+    such as PyTorch's, do not read the variable. What the environment has already stays, an empty value too. MKL reads
+    it at the first product: until then it takes effect even if Paddle is imported.
+
+    Args:
+        environ: the mapping to set it in. cpuinfo: as in `read_processor`. folders: as in `has_bundled_mkl`.
+    """
+    if "MKL_DEBUG_CPU_TYPE" in environ:
+        return
+    vendor, flags = read_processor(cpuinfo)
+    if vendor and vendor != "GenuineIntel" and "avx2" in flags and has_bundled_mkl(folders):
+        environ["MKL_DEBUG_CPU_TYPE"] = AVX2

@@ -4,6 +4,7 @@ Processes hold the same network, optimizer (AdamW), average and loss, on random 
 that what else the machine does falls on all of them; ratios are formed turn by turn, and their medians reported:
 
 - ours: the step of the hand-written loop, its watch on the numbers included,
+- plain: the same by Paddle's own operators, without `models.cpu_ops`,
 - products: the matrix multiplications of one such step, forward and backward, on tensors made before: the limit,
 - reference (--reference, DiT): the layout of PaddleMIX's example, written down here from its description: q, k and v by
   a transpose in five dimensions, gradients filled with zeros, a loss that the host reads in each step, Paddle's own
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.turns import Worker, memory, reset_peak, serve  # noqa: E402
+from runtime.machine import processor_name  # noqa: E402
 
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 LATENT, CLASSES = 32, 1000
@@ -272,6 +274,10 @@ def paddle_worker(part, case):
     elif part == "products":
         _serve_products(_products(forward))
     else:
+        if part == "plain":
+            from models import cpu_ops
+
+            cpu_ops.enable(False)
         facts = {"activations": _kept(forward)}
         if part == "reference":
             step()
@@ -405,7 +411,7 @@ def _written(case):
 
 def measure(case, args):
     """The figures of one case."""
-    parts = {"ours": sys.executable, "products": sys.executable}
+    parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
     if args.reference and case["type"] == "DiT":
         parts["reference"] = sys.executable
     if args.torch_python and case["type"] in ("DiT", "SiT"):
@@ -425,7 +431,7 @@ def measure(case, args):
     row.update({key: last["ours"][key] for key in ("above", "activations")}, flops=last["products"]["flops"])
     row["update_share"] = statistics.median(turn["ours"]["update_share"] for turn in turns)
     row["share_of_limit"] = statistics.median(t["products"]["seconds"] / t["ours"]["seconds"] for t in turns)
-    for part in ("reference", "torch"):
+    for part in ("plain", "reference", "torch"):
         if part in parts:
             row[f"against_{part}"] = statistics.median(t["ours"]["seconds"] / t[part]["seconds"] for t in turns)
             row[f"memory_against_{part}"] = last["ours"]["above"] / last[part]["above"]
@@ -444,7 +450,8 @@ def _case(text, args, recompute, threads):
 
 
 HEADS = (
-    "model | threads | recompute | step | samples/s | products / step | of PyTorch's time | of its memory | "
+    "model | threads | recompute | step | samples/s | products / step | of the plain operators' time | "
+    "of PyTorch's time | of its memory | "
     "of the reference's time | above | activations | update | operators: here, on a GPU, reference | written | reads"
 )
 
@@ -461,6 +468,7 @@ def _line(row):
         f"{row['step_s']:.3f} s",
         f"{row['batch'] / row['step_s']:.1f}",
         ratio("share_of_limit"),
+        ratio("against_plain"),
         ratio("against_torch"),
         ratio("memory_against_torch"),
         ratio("against_reference"),
@@ -484,6 +492,7 @@ def run(args):
         for recompute in ((False, True) if args.recompute else (False,))
     ]
     rows = []
+    print(f"processor: {processor_name()}\n")
     print(f"| {HEADS} |")
     print("|" + " --- |" * (HEADS.count("|") + 1), flush=True)
     for case in tqdm(cases, unit="case"):
@@ -491,7 +500,8 @@ def run(args):
         tqdm.write(_line(rows[-1]))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"load_average": os.getloadavg(), "rows": rows}, file, indent=2)
+            figures = {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows}
+            json.dump(figures, file, indent=2)
         print(f"figures: {args.output}")
 
 

@@ -11,7 +11,7 @@ from .guidance import combine_guidance
 from .parallel import initialize
 
 
-class LatentTransformer(nn.Layer):
+class LatentTransformer(cpu_ops.Layer):
     """Base of `DiT` and `LargeDiT`: transformers `forward(x, t, y)` on square latents in p x p patches.
 
     A subclass makes `t_embedder`, `y_embedder` and `final_layer`, and blocks with `adaLN_modulation`.
@@ -45,11 +45,6 @@ class LatentTransformer(nn.Layer):
         self.learn_sigma = learn_sigma
         self.enable_recompute = enable_recompute
 
-    def __call__(self, *inputs, **named):
-        latents = inputs[0] if inputs else named["x"]
-        with cpu_ops.plain(not latents.stop_gradient):
-            return super().__call__(*inputs, **named)
-
     def _initialize_linears(self):
         """Every Linear: Xavier uniform, bias 0."""
         xavier, zeros = nn.initializer.XavierUniform(), nn.initializer.Constant(0.0)
@@ -79,8 +74,11 @@ class LatentTransformer(nn.Layer):
                 with cpu_ops.keeping_gelu():
                     return block(*inputs)
 
+            # Reentrant recompute is a PyLayer, with the limits of those in `cpu_ops`; it leaves the weights without
+            # gradients where no input wants one, as with frozen embeddings. The other kind does neither.
+            reentrant = self.single_backward and not all(x.stop_gradient for x in inputs)
             # Blocks draw no random numbers: there is no generator state to save and restore.
-            return recompute(run, *inputs, preserve_rng_state=False)
+            return recompute(run, *inputs, preserve_rng_state=False, use_reentrant=reentrant)
         return block(*inputs)
 
     def unpatchify(self, x):

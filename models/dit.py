@@ -21,23 +21,24 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-class AdaptiveLayerNorm(nn.LayerNorm):
+class AdaptiveLayerNorm(cpu_ops.Layer, nn.LayerNorm):
     """Layer norm without weights of its own, modulated: x `(N, T, D)`, shift and scale `(N, 1, D)` -> `(N, T, D)`."""
 
     def __init__(self, hidden_size):
         super().__init__(hidden_size, epsilon=1e-6, weight_attr=False, bias_attr=False)
 
     def forward(self, x, shift, scale):
-        if cpu_ops.usable(x, shift, scale):
+        if self.fast(x, shift, scale):
             return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=1e-6, center=True)
         return modulate(super().forward(x), shift, scale)
 
 
-def add_gated(x, gate, h):
-    """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
-    if cpu_ops.usable(x, gate, h):
-        return cpu_ops.gated_add(x, gate, h)
-    return x + gate * h
+class Block(cpu_ops.Layer):
+    """What the blocks of all networks share."""
+
+    def add_gated(self, x, gate, h):
+        """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+        return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
 
 
 def modulations(layer, c, count):
@@ -57,7 +58,7 @@ class Mlp(nn.Layer):
         return linear_of_gelu(self.fc2, self.fc1(x))
 
 
-class DiTBlock(nn.Layer):
+class DiTBlock(Block):
     """Transformer block with adaptive layer norm: tokens `(N, T, D)`, conditioning `(N, D)` -> tokens."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, fused_attention=False):
@@ -70,8 +71,8 @@ class DiTBlock(nn.Layer):
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
-        x = add_gated(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
-        return add_gated(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+        x = self.add_gated(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
+        return self.add_gated(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Layer):
@@ -108,6 +109,10 @@ class DiT(LatentTransformer):
         learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021).
         fused_attention: use Paddle's fused attention where device and dtype allow; same numbers.
         enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients.
+        single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to
+            all parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then
+            cost less; anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is
+            an error of Paddle's, or a crash.
 
     Raises:
         ValueError: a size that can't be: the message names it.
@@ -127,6 +132,7 @@ class DiT(LatentTransformer):
         learn_sigma=True,
         fused_attention=False,
         enable_recompute=False,
+        single_backward=False,
     ):
         super().__init__(
             sample_size=sample_size,
@@ -159,6 +165,8 @@ class DiT(LatentTransformer):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+        if single_backward:
+            cpu_ops.promise_single_backward(self)
 
     @paddle.no_grad()
     def initialize_weights(self):

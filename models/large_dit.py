@@ -16,7 +16,7 @@ from paddle.nn import functional as F
 from . import cpu_ops
 from .attention import scaled_dot_product
 from .base import LatentTransformer
-from .dit import FinalLayer, add_gated, modulate, modulations
+from .dit import Block, FinalLayer, modulate, modulations
 from .embeddings import LabelEmbedder, TimestepEmbedder
 from .parallel import SharedInput, column_linear, layer_norm, linear, row_linear, swiglu_width
 from .sit import WithoutVariance
@@ -34,17 +34,18 @@ def rotary_table(head_dim, num_tokens, theta=10000.0):
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, sin, fast=False):
     """Turns the pairs (0, 1), (2, 3), ... of the last axis by RoPE's angles, in float32 whatever AMP says.
 
     Args:
         x: `(N, T, heads, head_dim)`.
         cos, sin: float32 `(T, 1, head_dim / 2)`.
+        fast: compute with `cpu_ops`.
 
     Returns:
         as x, of its type.
     """
-    if cpu_ops.usable(x):
+    if fast:
         return cpu_ops.rotate(x, cos, sin)
     with paddle.amp.auto_cast(enable=False):
         first, second = x.astype("float32").reshape([*x.shape[:-1], -1, 2]).unbind(-1)  # (N, T, heads, head_dim / 2)
@@ -57,7 +58,7 @@ def swiglu(gate, x):
     return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
 
 
-class RMSNorm(nn.Layer):
+class RMSNorm(cpu_ops.Layer):
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 whatever AMP says; x keeps its type.
 
     With shift and scale `(N, 1, D)` x `(N, T, D)` is modulated after it.
@@ -69,7 +70,7 @@ class RMSNorm(nn.Layer):
         self.weight = self.create_parameter([hidden_size], default_initializer=nn.initializer.Constant(1.0))
 
     def forward(self, x, shift=None, scale=None):
-        if shift is not None and cpu_ops.usable(x, shift, scale, self.weight):
+        if shift is not None and self.fast(x, shift, scale, self.weight):
             factor = (1 + scale) * self.weight
             return cpu_ops.adaptive_norm(x, shift, factor, epsilon=self.eps, center=False)
         with paddle.amp.auto_cast(enable=False):
@@ -79,7 +80,7 @@ class RMSNorm(nn.Layer):
         return normal if shift is None else modulate(normal, shift, scale)
 
 
-class GroupedQueryAttention(nn.Layer):
+class GroupedQueryAttention(cpu_ops.Layer):
     """Self-attention over tokens `(N, T, D)` with RoPE; `num_heads / num_kv_heads` query heads share a key and a value.
 
     Args:
@@ -105,7 +106,7 @@ class GroupedQueryAttention(nn.Layer):
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (z.reshape([batch, tokens, -1, self.head_dim]) for z in (q, k, v))  # (N, T, heads, head_dim)
         # The layer norms of AMP give float32: attention is to run in the type of the projections.
-        q, k = (rotate(z, cos, sin).astype(v.dtype) for z in (q, k))
+        q, k = (rotate(z, cos, sin, self.fast(z)).astype(v.dtype) for z in (q, k))
         k, v = (self._repeat(z, q.shape[2] // z.shape[2]) for z in (k, v))
         out = scaled_dot_product(q, k, v, fused=self.fused)
         return self.wo(out.flatten(2))
@@ -138,7 +139,7 @@ class FeedForward(nn.Layer):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
-class LargeDiTBlock(nn.Layer):
+class LargeDiTBlock(Block):
     """LLaMA's block with adaptive norms: tokens `(N, T, D)`, conditioning `(N, E)`, RoPE's cos and sin -> tokens."""
 
     def __init__(self, attention, feed_forward, hidden_size, condition_size, norm_eps):
@@ -151,8 +152,8 @@ class LargeDiTBlock(nn.Layer):
 
     def forward(self, x, c, cos, sin):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
-        x = add_gated(x, gate_msa, self.attention(self.attention_norm(x, shift_msa, scale_msa), cos, sin))
-        return add_gated(x, gate_mlp, self.feed_forward(self.ffn_norm(x, shift_mlp, scale_mlp)))
+        x = self.add_gated(x, gate_msa, self.attention(self.attention_norm(x, shift_msa, scale_msa), cos, sin))
+        return self.add_gated(x, gate_mlp, self.feed_forward(self.ffn_norm(x, shift_mlp, scale_mlp)))
 
 
 class LargeDiT(LatentTransformer):
@@ -174,6 +175,10 @@ class LargeDiT(LatentTransformer):
         norm_eps: of the RMS norms.
         fused_attention: use Paddle's fused attention where device and dtype allow; same numbers.
         enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients.
+        single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to
+            all parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then
+            cost less; anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is
+            an error of Paddle's, or a crash.
 
     Raises:
         ValueError: a size that can't be: the message names it.
@@ -197,6 +202,7 @@ class LargeDiT(LatentTransformer):
         norm_eps=1e-5,
         fused_attention=False,
         enable_recompute=False,
+        single_backward=False,
     ):
         super().__init__(
             sample_size=sample_size,
@@ -237,6 +243,8 @@ class LargeDiT(LatentTransformer):
         table = rotary_table(attention_head_dim, self.grid_size**2)
         self._rotary = tuple(paddle.to_tensor(part).unsqueeze(1) for part in table)  # 2 x (T, 1, head_dim / 2)
         self.initialize_weights()
+        if single_backward:
+            cpu_ops.promise_single_backward(self)
 
     @paddle.no_grad()
     def initialize_weights(self):

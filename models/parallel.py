@@ -138,12 +138,12 @@ def _undrawn():
     return paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
 
 
-class Linear(nn.Linear):
+class Linear(cpu_ops.Layer, nn.Linear):
     """`nn.Linear`, which a CPU computes with `models.cpu_ops`."""
 
     def forward(self, x, gelu=False):
         """`x @ weight + bias` of x `(..., in)`, or of GELU (tanh approximation) of x."""
-        if self.bias is not None and cpu_ops.usable(x, self.weight):
+        if self.bias is not None and self.fast(x, self.weight):
             return cpu_ops.linear(x, self.weight, self.bias, gelu=gelu)
         return super().forward(F.gelu(x, approximate=True) if gelu else x)
 
@@ -224,8 +224,18 @@ class SharedInput(nn.Layer):
 def layer_norm(width, epsilon):
     """Layer norm over a width that the group shares: statistics of the whole width, weight and bias of this part."""
     if _group is None:
-        return nn.LayerNorm(width, epsilon=epsilon)
+        return _LayerNorm(width, epsilon=epsilon)
     return _SplitLayerNorm(width, epsilon)
+
+
+class _LayerNorm(cpu_ops.Layer, nn.LayerNorm):
+    def forward(self, x):
+        # Where nobody asks for the weight's gradient, Paddle's CPU kernel leaves the weight out of the input's. Whether
+        # somebody will is known for a promised backward pass alone.
+        promised = self.single_backward and not self.weight.stop_gradient
+        if paddle.is_grad_enabled() and x.place.is_cpu_place() and not promised:
+            return F.layer_norm(x, x.shape[-1:], epsilon=self._epsilon) * self.weight + self.bias
+        return super().forward(x)
 
 
 class _SplitLayerNorm(nn.Layer):

@@ -74,7 +74,7 @@ def measured_activations(config, batch, recompute):
     def allocated(which):
         return getattr(core, f"host_memory_stat_{which}_value")("Allocated", 0)
 
-    model = build_model(config, enable_recompute=recompute)
+    model = build_model(config, enable_recompute=recompute, single_backward=True)  # as both loops build it
     model.train()
     objective = build_objective(config)
     side = config["model"]["sample_size"]

@@ -608,7 +608,7 @@ def test_likelihood_of_a_network(tiny):
     case = load_golden("sit_ode_linear_velocity_nocfg")
     z, y = tensors(case, "z", "y")
     fn = Sampler(create_transport()).sample_ode_likelihood(sampling_method="heun2", num_steps=3)
-    logp, latents = fn(z, tiny, y=y)
+    logp, latents = fn(z, tiny.forward, y=y)  # as the official samplers are given a network
     reverse = Sampler(create_transport()).sample_ode(sampling_method="heun2", num_steps=3, reverse=True)
     np.testing.assert_allclose(latents, reverse(z, tiny, y=y)[-1], atol=1e-5)
     assert logp.shape == [2] and paddle.isfinite(logp).all()

@@ -38,7 +38,10 @@ def build_network(config, tensor_group=None):
     paddle.seed(training["seed"])
     with tensor_parallel(tensor_group):
         return build_model(
-            config["model"], fused_attention=training["fused_attention"], enable_recompute=training["recompute"]
+            config["model"],
+            fused_attention=training["fused_attention"],
+            enable_recompute=training["recompute"],
+            single_backward=True,
         )
 
 

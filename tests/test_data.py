@@ -115,6 +115,46 @@ def test_latents_without_the_leading_axis_and_of_other_dtypes(tmp_path):
     assert_same([everything(target)], [everything(dataset(tmp_path / "pairs"))])
 
 
+def write_npy(path, array, way):
+    """A `.npy` file of an array in one of the ways that numpy may write it."""
+    with open(path, "wb") as file:
+        if way == "version 2":
+            np.lib.format.write_array(file, array, version=(2, 0))
+        elif way == "Fortran order":
+            np.save(file, np.asfortranarray(array))
+        elif way == "big-endian":
+            np.save(file, array.astype(array.dtype.newbyteorder(">")))
+        else:
+            np.save(file, array)
+        if way == "an array behind":
+            np.save(file, array + 3)
+        elif way == "zeros behind":
+            file.write(bytes(8))
+
+
+WAYS = ["an array behind", "zeros behind", "version 2", "Fortran order", "big-endian", "plain"]
+
+
+def test_files_are_read_as_numpy_reads_them_however_often(tmp_path):
+    """The first array counts, whatever stands behind it, and whichever file was read before."""
+    rng = np.random.default_rng(3)
+    names = [f"{way} {copy}" for copy in range(2) for way in WAYS]
+    write_set(tmp_path, names=names)
+    latents, labels = rng.standard_normal((len(names), 1, *SHAPE)).astype("float32"), np.arange(len(names)) % 7
+    for index, name in enumerate(names):
+        write_npy(tmp_path / f"imagenet64_features/{name}.npy", latents[index], name[:-2])
+        label = np.array(labels[index]) if index % 2 else labels[index : index + 1]  # of no dimension, or of one
+        write_npy(tmp_path / f"imagenet64_labels/{name}.npy", label, name[:-2])
+    data = dataset(tmp_path)
+    place = {data.store.name(index): index for index in range(len(names))}
+    order = np.array([place[name] for name in names])
+    for start in range(len(names)):
+        rolled = np.roll(np.arange(len(names)), start).repeat(2)
+        found, classes = data.read(order[rolled])
+        np.testing.assert_array_equal(found, latents[rolled, 0])
+        assert classes.tolist() == labels[rolled].tolist()
+
+
 def test_float16_on_request(tmp_path, capsys):
     latents, _ = write_set(tmp_path / "pairs", 6)
     target = dataset(pack_set(tmp_path / "pairs", tmp_path / "packed", "--dtype", "float16"))

@@ -11,7 +11,8 @@ FEATURES_PATH/NAME_manifest.json          what it was made of, counts, and which
 Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped, an
 EXIF orientation is not applied. Of 16 bits the high byte is kept; a note tells of images that come out dark by it.
 Class folders named 0..N-1 keep their numbers as labels, other numbers are sorted as numbers, other names as text.
-Image i is the i-th by label, then by name (in a list: its i-th line); an image that can't be read leaves a gap. The noise of image i depends on (seed, i) alone.
+Image i is the i-th by label, then by name (in a list: its i-th line); an image that can't be read leaves a gap. The
+noise of image i depends on (seed, i) alone.
 
 Many GPUs: python -m paddle.distributed.launch tools/extract_features.py ...; the ranks share the images and the folder.
 After an interruption the same command goes on where it was, and ends with the same files, to the bit (on the same

@@ -1,14 +1,18 @@
 """Feature sets: pairs and packed, their order, flips, posterior samples, parts, the index, and the loader."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import loop_arguments, read_losses, run_script, write_config, write_features
+from conftest import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
 
 from tools.pack_features import main as pack
 from training import packed, pairs
@@ -492,6 +496,53 @@ def test_each_loop_trains_alike_on_both_formats(tmp_path, features, run_loop):
         run_loop(loop, [*arguments, workers])
         losses.append(read_losses(output))
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 8
+
+
+def test_batches_that_do_not_fit_into_shared_memory_go_through_pipes(both, monkeypatch, capsys):
+    data = dataset(both / "pairs", flip=True)
+    expected = load(data)
+    asked = []
+    monkeypatch.setattr("training.data.free_shared_memory", lambda: asked.append(1) or 100_000)
+    assert_same(load(data, num_workers=2), expected)
+    told = capsys.readouterr().out
+    assert asked == [1] and told.count("note: /dev/shm has 0.1 MiB free") == 1
+    # (2 * 2 + 4) batches of 8 samples of 4x8x8 float32 and a label, and two pages each.
+    monkeypatch.setattr("training.data.free_shared_memory", lambda: 8 * (8 * (4 * 256 + 8) + 8192))
+    assert_same(load(data, num_workers=2), expected)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "2")  # which share it
+    load(data, num_workers=2, steps=1)
+    assert "were needed" in capsys.readouterr().out
+
+
+def test_a_container_with_little_shared_memory(both, tmp_path):
+    """As Docker's 64 MiB with larger batches."""
+    mount = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("needs the right to mount a file system in a namespace of its own")
+    (tmp_path / "load.py").write_text(
+        f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from training.runtime import run_cli
+from test_data import dataset, load
+run_cli(lambda: print("batches", len(load(dataset(Path({str(both / "pairs")!r})), num_workers=2, batch=32))))
+"""
+    )
+    command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {tmp_path / 'load.py'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and "batches 9" in done.stdout and "Traceback" not in done.stderr
+    assert "note: /dev/shm has 0.1 MiB free" in done.stdout
+
+
+def test_a_loader_process_that_dies_is_one_line(both):
+    batches = iter(FeatureLoader(dataset(both / "pairs"), sampler(dataset(both / "pairs"), steps=500), num_workers=1))
+    next(batches)
+    with pytest.raises(ValueError, match="a loader process died. .* /dev/shm.* --num_workers 0 .*pack_features.py"):
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        for _ in batches:  # Paddle's handler raises here or there
+            time.sleep(0.01)
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_loop_and_the_thread_ends(both):

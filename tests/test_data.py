@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -375,6 +377,19 @@ def test_packed_mistakes_are_one_line(both, tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message) as caught:
         dataset(tmp_path / "data")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tar_file_of_features_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    (tmp_path / "my data").mkdir()
+    tar = tmp_path / "my data/set.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(write_features(tmp_path / "set", 4), "set")
+    for asked in (tar, tar.with_suffix(""), tar.parent):
+        with pytest.raises(ValueError, match=re.escape(f"{asked}: ")) as error:
+            find_features(str(asked), 64)
+        command = re.search(r"unpack set.tar first: (tar .*), and give the folder", str(error.value))[1]
+    subprocess.run(command, shell=True, check=True)
+    assert len(dataset(tmp_path / "my data/set")) == 4
 
 
 def test_mistakes_of_a_mirrored_set_of_pairs(tmp_path):

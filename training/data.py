@@ -7,6 +7,8 @@ large ones (`training.packed`), and perhaps NAME_manifest.json, which tools/extr
 import copy
 import itertools
 import os
+import re
+import shlex
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,10 @@ def find_features(feature_path, resolution):
         ValueError: nothing fits, more than one set does, or the set is not finished.
     """
     if not os.path.isdir(feature_path):
-        raise ValueError(f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it")
+        raise ValueError(
+            f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
+            f"{_unpacking(feature_path)}"
+        )
     endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
     found = {}  # {name: kinds}
     for entry in os.scandir(feature_path):
@@ -51,7 +56,7 @@ def find_features(feature_path, resolution):
     if not whole:
         raise ValueError(
             f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
-            "folder in it"
+            f"folder in it{_unpacking(feature_path)}"
         )
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
@@ -63,6 +68,22 @@ def find_features(feature_path, resolution):
     if os.path.isdir(unfinished):
         raise ValueError(f"{unfinished}: the extraction of {name} is not finished; run the same command again")
     return ("packed" if "packed" in found[name] else "pairs"), name
+
+
+def _unpacking(feature_path):
+    """The end of a message on missing features: the command that unpacks them, if they lie there in a tar file."""
+    path = os.fspath(feature_path).rstrip("/")
+    if os.path.isdir(path):
+        folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
+    else:
+        folder, files = os.path.dirname(path) or ".", [path, *(path + ending for ending in (".tar", ".tar.gz", ".tgz"))]
+    tars = [file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)]
+    if not tars:
+        return ""
+    return (
+        f"; unpack {os.path.basename(tars[0])} first: tar -xf {shlex.quote(tars[0])} -C {shlex.quote(folder)}, and "
+        "give the folder that then holds NAME_features/ and NAME_labels/"
+    )
 
 
 def open_store(feature_path, kind, name):

@@ -145,7 +145,13 @@ def features_among_the_classes(images, tmp_path):
     return arguments(tmp_path / "in", tmp_path / "in" / "out"), "where the images are"
 
 
+def seed_beyond_the_range(images, tmp_path):
+    words = "--seed 4294967296: expected an integer from 0 to 4294967295"
+    return arguments(images, tmp_path / "out", "--seed", "4294967296"), words
+
+
 CASES = [missing_folder, no_classes, size_not_divisible, no_vae, bad_batch_size, features_among_the_classes]
+CASES += [seed_beyond_the_range]
 
 
 @pytest.mark.parametrize("case", CASES)

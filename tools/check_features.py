@@ -17,8 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools.image_folder import counted  # noqa: E402
-from training.runtime import run_cli  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 SHOWN = 10  # problems of a kind on the console; the report has all

@@ -33,13 +33,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools.image_folder import UnreadableImage, dim_note  # noqa: E402
+from tools.image_folder import UnreadableImage, dim_note, unreadable_list  # noqa: E402
 from tools.image_source import find_archives, open_source, printable, source_root  # noqa: E402
-from training.runtime import compute_capability, configure_runtime, resolve_device, run_cli  # noqa: E402
+from training.arguments import check_seed  # noqa: E402
+from training.runtime import compute_capability, configure_runtime, counted, resolve_device, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
-
-MOST_LISTED = 20  # unreadable images named at the end; the manifest has them all
 
 
 class LatentEncoder:
@@ -259,9 +258,10 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
 
 
 def extract(args) -> None:
-    for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
+    for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, key) < least:
             raise ValueError(f"--{key} {getattr(args, key)}: expected at least {least}")
+    check_seed("seed", args.seed)
     if args.data_path:  # what can be said before the slow imports
         find_archives(args.data_path)
         inside, outside = os.path.realpath(args.features_path), os.path.realpath(args.data_path)
@@ -347,14 +347,10 @@ def report(layout, manifest):
     """Says what was written, and what was not."""
     lost = manifest["unreadable"]
     if lost:
-        print(f"{len(lost)} images could not be read and are left out:")
-        for entry in lost[:MOST_LISTED]:
-            print(f"  {entry['image']}: {entry['reason']}")
-        if len(lost) > MOST_LISTED:
-            print(f"  ... and {len(lost) - MOST_LISTED} more, all in {layout.manifest}")
+        print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
     places = [layout.packed] if manifest["format"] == "packed" else [layout.features, layout.labels]
     print(
-        f"{manifest['num_samples']} images of {manifest['num_classes']} classes: "
+        f"{counted(manifest['num_samples'], 'image')} of {counted(manifest['num_classes'], 'class', 'classes')}: "
         f"{', '.join([*places, layout.classes, layout.manifest])}"
     )
 

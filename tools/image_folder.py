@@ -7,6 +7,10 @@ import os
 import re
 import warnings
 
+from training.runtime import counted
+
+MOST_LISTED = 20  # unreadable images named at the end of a command
+
 
 @functools.cache
 def image_formats() -> list:
@@ -28,11 +32,6 @@ def image_suffixes() -> tuple:
 def printable(name):
     """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 image`, `1,200 images`."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def some_of(names) -> str:
@@ -225,6 +224,20 @@ def center_crop(image, size: int):
     image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def unreadable_list(lost: list, everything: str = "") -> str:
+    """Lines for the end of a command that left out images which can't be read.
+
+    Args:
+        lost: (name, reason) of each.
+        everything: where all of them are named, if there is such a file.
+    """
+    lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
+    lines += [f"  {printable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
+    if len(lost) > MOST_LISTED:
+        lines.append(f"  ... and {len(lost) - MOST_LISTED:,} more" + (f", all in {everything}" if everything else ""))
+    return "\n".join(lines)
 
 
 def dim_note(dim: list) -> str:

@@ -10,8 +10,9 @@ import tarfile
 
 import numpy as np
 
-from tools.image_folder import counted, find_images, image_suffixes, load_pixels, order_classes, printable, some_of
+from tools.image_folder import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
 from training.npy import load_npz
+from training.runtime import counted
 from untrusted import parse_json
 
 MAX_LABEL = 999_999  # a number beyond it is a mistake in the list

@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import run_cli  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
@@ -88,7 +88,7 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--image_size", type=int, default=32, help="side of the PNGs in pixels (default 32)")
     args = parser.parse_args(argv)
     written = prepare_digits(args.output, args.image_size)
-    print(f"{args.output}: train/ and heldout/ are complete ({written} images written)")
+    print(f"{args.output}: train/ and heldout/ are complete ({counted(written, 'image')} written)")
 
 
 if __name__ == "__main__":

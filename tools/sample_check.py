@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tools.extraction import sha256_of_file
-from tools.image_folder import counted
 from tools.image_source import MAX_LABEL
 from training.packed import PackedStore
 from training.pairs import NpyReader
-from training.runtime import one_line
+from training.runtime import counted, one_line
 
 
 @dataclass(frozen=True)

@@ -379,6 +379,12 @@ def test_packed_mistakes_are_one_line(both, tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_with_a_seed_beyond_todays_range_is_read(tmp_path):
+    write_set(tmp_path, 4)
+    (tmp_path / "imagenet64_manifest.json").write_text(f'{{"seed": {3**60}, "moments": false}}')
+    assert len(dataset(tmp_path)) == 4
+
+
 def test_a_tar_file_of_features_is_refused_with_the_command_that_unpacks_it(tmp_path):
     (tmp_path / "my data").mkdir()
     tar = tmp_path / "my data/set.tar"

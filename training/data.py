@@ -96,7 +96,7 @@ def read_manifest(feature_path, name):
     path = os.path.join(feature_path, f"{name}_manifest.json")
     if not os.path.exists(path):
         return {}
-    manifest = read_json(path)
+    manifest = read_json(path, large=True)  # extractions took seeds of any size
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return manifest

@@ -113,13 +113,16 @@ def _kind(entry, above):
     return None if (state.st_dev, state.st_ino) in above else "folder"
 
 
-def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
+def find_images(
+    root: str, others: list | None = None, *, notes: list | None = None, earlier: list | None = None
+) -> tuple[list, list]:
     """List the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
     depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
 
     Args:
+        others: gets the paths of the files in class folders whose names are not those of images.
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
         earlier: see `order_classes`.
 
@@ -131,11 +134,11 @@ def find_images(root: str, notes: list | None = None, earlier: list | None = Non
     """
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
-    notes = [] if notes is None else notes
+    others, notes = [] if others is None else others, [] if notes is None else notes
     suffixes = image_suffixes()
     state = os.stat(root)
     above = {(state.st_dev, state.st_ino)}
-    classes, loose, lost, others, samples = [], [], [], [], []
+    classes, loose, lost, samples = [], [], [], []
     for entry in os.scandir(root):
         if entry.name.startswith("."):
             continue

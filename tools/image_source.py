@@ -135,7 +135,7 @@ def open_source(data_path=None, list_file=None, earlier=None):
         return _read_list(list_file, source_root(data_path, list_file), archives)
     if archives:
         return _class_tars(data_path, archives, notes, earlier)
-    samples, classes = find_images(data_path, notes, earlier)
+    samples, classes = find_images(data_path, notes=notes, earlier=earlier)
     names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
     return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
 

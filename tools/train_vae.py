@@ -68,7 +68,7 @@ def load_folder(root: str, size: int, lost: list | None = None):
     import numpy as np
 
     notes, dim, images = [], [], []
-    samples, _ = find_images(root, notes)
+    samples, _ = find_images(root, notes=notes)
     for path, _ in samples:
         try:
             images.append(load_image(path, size, dim))

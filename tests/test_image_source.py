@@ -333,6 +333,15 @@ def test_tar_files_are_the_folder_that_they_were_made_from(make, folder, tmp_pat
     assert contents(ImageSource.load(tmp_path / "list.npz", source.root)) == FOLDER
 
 
+def test_links_in_a_tar_file_are_told_of(folder, tmp_path):
+    (folder / "cat" / "part").symlink_to(folder / "dog")
+    os.link(folder / "cat" / "b,c.png", folder / "dog" / "z.png")
+    source = open_source(tar_of_folders(folder, tmp_path))
+    assert source.notes == [
+        "left out, links in tar files and what is no plain file: 2 (./images/cat/part, ./images/dog/z.png)"
+    ]
+
+
 def test_a_list_may_name_the_images_of_a_tar_file(folder, tmp_path):
     flat = pack(tmp_path / "val.tar", {"v_1.JPEG": (folder / NAMES[1]).read_bytes(), "v_2.JPEG": b""})
     with pytest.raises(ValueError, match="val.tar: 2 images in no class folder; give their classes with --list"):

@@ -166,8 +166,11 @@ def _stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def scan_archives(archives):
+def scan_archives(archives, lost=None):
     """Finds the images in tar files by reading the headers alone.
+
+    Args:
+        lost: gets the names of links and of what is no plain file.
 
     Returns:
         (found, inner): found is a list of (name, archive, offset, size), in no order; the name of an image in a tar
@@ -185,12 +188,12 @@ def scan_archives(archives):
         for number, path in enumerate(archives):
             before = progress.n
             with open(path, "rb") as file:
-                for name, offset, size in _members(file, path, 0):
+                for name, offset, size in _members(file, path, 0, lost):
                     progress.update(before + offset - progress.n)
                     name = posixpath.normpath(name).lstrip("/")
                     if name.lower().endswith(".tar"):
                         inner.add(_stem(name))
-                        for image, *span in _members(file, f"{path}: {name}", offset):
+                        for image, *span in _members(file, f"{path}: {name}", offset, lost):
                             progress.update(before + span[0] - progress.n)
                             if _is_image(image, suffixes):
                                 found.append((f"{_stem(name)}/{posixpath.normpath(image)}", number, *span))
@@ -204,7 +207,7 @@ def _is_image(name, suffixes):
     return name.lower().endswith(suffixes) and not posixpath.basename(name).startswith(".")
 
 
-def _members(file, shown, start):
+def _members(file, shown, start, lost):
     """Yields (name, offset in `file`, size) of the plain files in the tar file that starts at `start`."""
     try:
         file.seek(start)
@@ -213,6 +216,8 @@ def _members(file, shown, start):
             tar.members.clear()  # it would keep a million headers
             if member.isreg() and not member.issparse():
                 yield member.name, member.offset_data, member.size
+            elif lost is not None and not member.isdir():
+                lost.append(member.name)
     except tarfile.TarError as error:
         raise ValueError(f"{shown}: no plain tar file, or damaged or cut short ({error}); unpack a .tar.gz") from None
     # tarfile takes a damaged header for the end, which is a block of zeros.
@@ -222,7 +227,10 @@ def _members(file, shown, start):
 
 
 def _class_tars(data_path, archives, notes, earlier):
-    found, inner = scan_archives(archives)
+    lost = []
+    found, inner = scan_archives(archives, lost)
+    if lost:
+        notes.append(f"left out, links in tar files and what is no plain file: {len(lost)} ({some_of(sorted(lost))})")
     if inner and any(name.split("/", 1)[0] not in inner for name, *_ in found):
         raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
     if not inner and archives != [data_path]:

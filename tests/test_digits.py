@@ -89,6 +89,17 @@ def test_digits_refuse_a_folder_with_other_files(name, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
+def test_digits_write_nothing_through_links(digits, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copytree(digits / "train", tmp_path / "mine")
+    own = sorted((tmp_path / "mine/0").iterdir())[0]
+    own.write_bytes(b"mine")
+    (tmp_path / "out/train").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=f"holds train/0/{own.name}, which is not one of the digits"):
+        prepare_digits.main(["--output", str(tmp_path / "out")])
+    assert own.read_bytes() == b"mine" and os.listdir(tmp_path / "out") == ["train"]
+
+
 def test_shipped_vae_reconstructs_heldout_digits(digits, vae):
     import paddle
 

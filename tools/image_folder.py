@@ -81,21 +81,22 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     return numbered
 
 
-def _walk(folder, above, lost):
-    """Yields the paths of the files below a folder, hidden ones left out; links are followed.
+def walk_files(folder, above, lost, *, hidden=False):
+    """Yields the paths of the files below a folder, following links.
 
     Args:
         above: (device, inode) of the folders that lead here: a link to one of them would never end.
         lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
+        hidden: with files and folders whose names begin with a dot.
     """
     state = os.stat(folder)
     above = {*above, (state.st_dev, state.st_ino)}
     with os.scandir(folder) as entries:
-        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
     for entry in entries:
         kind = _kind(entry, above)
         if kind == "folder":
-            yield from _walk(entry.path, above, lost)
+            yield from walk_files(entry.path, above, lost, hidden=hidden)
         elif kind == "file":
             yield entry.path
         else:
@@ -155,7 +156,7 @@ def find_images(
         raise ValueError(f"{root}: {error}") from None
     for label, name in enumerate(classes):
         paths = []
-        for path in _walk(os.path.join(root, name), above, lost):
+        for path in walk_files(os.path.join(root, name), above, lost):
             (paths if path.lower().endswith(suffixes) else others).append(path)
         samples += [(path, label) for path in sorted(paths)]
     if not samples:

@@ -249,6 +249,16 @@ def test_the_report_lands_beside_the_features(healthy, tmp_path, monkeypatch, ca
     assert os.listdir(tmp_path) == ["data"]
 
 
+def die(task):
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
+    monkeypatch.setattr("tools.sample_check.check_pairs", die)
+    with pytest.raises(ValueError, match="a process of the check died; .* smaller --num_workers"):
+        run(healthy / "pairs")
+
+
 def test_picture(tmp_path):
     """Decoded samples in the order of their classes, a mirrored twin right of each."""
     import paddle

@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -430,7 +431,10 @@ def check(args):
     if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise ValueError(f"--output {output}: there is no such folder")
     if whole.open():
-        whole.run()
+        try:
+            whole.run()
+        except BrokenProcessPool:
+            raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
     write_json(output, whole.report())
     whole.summary()
     shown = {}

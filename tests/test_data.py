@@ -557,10 +557,12 @@ run_cli(lambda: print("batches", len(load(dataset(Path({str(both / "pairs")!r}))
 
 
 def test_a_loader_process_that_dies_is_one_line(both):
-    batches = iter(FeatureLoader(dataset(both / "pairs"), sampler(dataset(both / "pairs"), steps=500), num_workers=1))
+    data = dataset(both / "pairs")
+    others = multiprocessing.active_children()  # of tests before, which may still be ending
+    batches = iter(FeatureLoader(data, sampler(data, steps=500), num_workers=1))
     next(batches)
+    (child,) = [child for child in multiprocessing.active_children() if child not in others]
     with pytest.raises(ValueError, match="a loader process died. .* /dev/shm.* --num_workers 0 .*pack_features.py"):
-        (child,) = multiprocessing.active_children()
         child.kill()
         for _ in batches:  # Paddle's handler raises here or there
             time.sleep(0.01)

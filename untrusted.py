@@ -84,8 +84,12 @@ def check_network(settings, where):
         )
 
 
-def parse_json(text, *, infinity=False):
-    """The value of a JSON text, str or UTF-8 bytes; `infinity` allows what Python writes for it.
+def parse_json(text, *, infinity=False, large=False):
+    """The value of a JSON text, str or UTF-8 bytes.
+
+    Args:
+        infinity: allow what Python writes for it.
+        large: integers beyond 64 bits become floats instead of an error.
 
     Raises:
         ValueError: one line, without a file's name: broken, not UTF-8, nested more than `MAX_JSON_DEPTH` deep, a key
@@ -97,7 +101,7 @@ def parse_json(text, *, infinity=False):
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_int=_integer,
+            parse_int=_integer_or_float if large else _integer,
             parse_float=_finite,
             parse_constant=float if infinity else _constant,
         )
@@ -133,6 +137,13 @@ def _integer(digits):
     return int(digits)
 
 
+def _integer_or_float(digits):
+    try:
+        return _integer(digits)
+    except ValueError:
+        return _finite(digits)
+
+
 def _finite(digits):
     value = float(digits)
     if value - value != 0:  # infinity
@@ -144,7 +155,7 @@ def _constant(name):
     raise ValueError(f"{name} is no JSON value")
 
 
-def read_json(path, *, infinity=False):
+def read_json(path, *, infinity=False, large=False):
     """Reads a JSON file; raises `ValueError` with one line naming the file, and what is wrong; see `parse_json`."""
     try:
         with open_regular(path) as file:
@@ -156,6 +167,6 @@ def read_json(path, *, infinity=False):
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: has more than {MAX_JSON_BYTES >> 20} MiB, too much for a JSON file of settings")
     try:
-        return parse_json(text, infinity=infinity)
+        return parse_json(text, infinity=infinity, large=large)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -1,7 +1,9 @@
 """tools/check_features.py: a healthy set passes, and each fault is found in either format."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +216,47 @@ def test_without_a_manifest_the_config_says_what_is_expected(own, tmp_path):
     config = write_config(tmp_path / "Tiny.json")
     report = run(own, "--config_file", config, expect=1)
     assert report["moments"] and report["problems"][0]["text"].endswith("label 12, expected 0..9")
+
+
+def test_pairs_of_another_shape_than_the_configs_are_named(own, tmp_path):
+    drop_manifest(own)
+    config = json.loads(Path(write_config(tmp_path / "Tiny.json")).read_text())
+    config["model"]["sample_size"] = 4
+    (tmp_path / "Tiny.json").write_text(json.dumps(config))
+    found = [text for _, text in problems(own, "--config_file", tmp_path / "Tiny.json")]
+    if (own / "imagenet64_packed").is_dir():
+        assert "holds latents of shape (8, 8, 8), expected (8, 4, 4)" in found[0]
+    else:
+        assert "features/0.npy: holds float32 of shape (8, 8, 8), expected float32 of shape (8, 4, 4)" in found[0]
+        assert len(found) == 80  # the twins too
+
+
+def test_a_config_of_too_few_classes_is_no_fault_of_the_manifest(own, tmp_path):
+    config = json.loads(Path(write_config(tmp_path / "Tiny.json")).read_text())
+    config["model"]["num_classes"] = 9
+    (tmp_path / "Tiny.json").write_text(json.dumps(config))
+    report = run(own, "--no_checksums", "--config_file", tmp_path / "Tiny.json", expect=1)
+    assert [problem["text"].split(": ")[-1] for problem in report["problems"]] == ["label 9, expected 0..8"] * 4
+    assert report["class_counts"] == [4] * 10 and report["notes"] == []
+
+
+def test_the_report_lands_beside_the_features(healthy, tmp_path, monkeypatch, capsys):
+    shutil.copytree(healthy / "packed", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet64_check.json", "imagenet64_check-2.json"):
+        main(["--feature_path", "data", "--num_workers", "1"])
+        assert f"report: data/{name}" in capsys.readouterr().out and (tmp_path / "data" / name).exists()
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def die(task):
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
+    monkeypatch.setattr("tools.sample_check.check_pairs", die)
+    with pytest.raises(ValueError, match="a process of the check died; .* smaller --num_workers"):
+        run(healthy / "pairs")
 
 
 def test_picture(tmp_path):

@@ -1,14 +1,20 @@
 """Feature sets: pairs and packed, their order, flips, posterior samples, parts, the index, and the loader."""
 
 import json
+import multiprocessing
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import loop_arguments, read_losses, run_script, write_config, write_features
+from conftest import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
 
 from tools.pack_features import main as pack
 from training import packed, pairs
@@ -113,6 +119,46 @@ def test_latents_without_the_leading_axis_and_of_other_dtypes(tmp_path):
     target = dataset(pack_set(tmp_path / "pairs", tmp_path / "packed"))
     assert target.store.dtype == np.float16  # kept, and no file grew
     assert_same([everything(target)], [everything(dataset(tmp_path / "pairs"))])
+
+
+def write_npy(path, array, way):
+    """A `.npy` file of an array in one of the ways that numpy may write it."""
+    with open(path, "wb") as file:
+        if way == "version 2":
+            np.lib.format.write_array(file, array, version=(2, 0))
+        elif way == "Fortran order":
+            np.save(file, np.asfortranarray(array))
+        elif way == "big-endian":
+            np.save(file, array.astype(array.dtype.newbyteorder(">")))
+        else:
+            np.save(file, array)
+        if way == "an array behind":
+            np.save(file, array + 3)
+        elif way == "zeros behind":
+            file.write(bytes(8))
+
+
+WAYS = ["an array behind", "zeros behind", "version 2", "Fortran order", "big-endian", "plain"]
+
+
+def test_files_are_read_as_numpy_reads_them_however_often(tmp_path):
+    """The first array counts, whatever stands behind it, and whichever file was read before."""
+    rng = np.random.default_rng(3)
+    names = [f"{way} {copy}" for copy in range(2) for way in WAYS]
+    write_set(tmp_path, names=names)
+    latents, labels = rng.standard_normal((len(names), 1, *SHAPE)).astype("float32"), np.arange(len(names)) % 7
+    for index, name in enumerate(names):
+        write_npy(tmp_path / f"imagenet64_features/{name}.npy", latents[index], name[:-2])
+        label = np.array(labels[index]) if index % 2 else labels[index : index + 1]  # of no dimension, or of one
+        write_npy(tmp_path / f"imagenet64_labels/{name}.npy", label, name[:-2])
+    data = dataset(tmp_path)
+    place = {data.store.name(index): index for index in range(len(names))}
+    order = np.array([place[name] for name in names])
+    for start in range(len(names)):
+        rolled = np.roll(np.arange(len(names)), start).repeat(2)
+        found, classes = data.read(order[rolled])
+        np.testing.assert_array_equal(found, latents[rolled, 0])
+        assert classes.tolist() == labels[rolled].tolist()
 
 
 def test_float16_on_request(tmp_path, capsys):
@@ -333,6 +379,25 @@ def test_packed_mistakes_are_one_line(both, tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_with_a_seed_beyond_todays_range_is_read(tmp_path):
+    write_set(tmp_path, 4)
+    (tmp_path / "imagenet64_manifest.json").write_text(f'{{"seed": {3**60}, "moments": false}}')
+    assert len(dataset(tmp_path)) == 4
+
+
+def test_a_tar_file_of_features_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    (tmp_path / "my data").mkdir()
+    tar = tmp_path / "my data/set.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(write_features(tmp_path / "set", 4), "set")
+    for asked in (tar, tar.with_suffix(""), tar.parent):
+        with pytest.raises(ValueError, match=re.escape(f"{asked}: ")) as error:
+            find_features(str(asked), 64)
+        command = re.search(r"unpack set.tar first: (tar .*), and give the folder", str(error.value))[1]
+    subprocess.run(command, shell=True, check=True)
+    assert len(dataset(tmp_path / "my data/set")) == 4
+
+
 def test_mistakes_of_a_mirrored_set_of_pairs(tmp_path):
     write_set(tmp_path, 6, flip=True)
     with pytest.raises(ValueError, match="flips were asked for, but no mirrored latents are there"):
@@ -452,6 +517,55 @@ def test_each_loop_trains_alike_on_both_formats(tmp_path, features, run_loop):
         run_loop(loop, [*arguments, workers])
         losses.append(read_losses(output))
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 8
+
+
+def test_batches_that_do_not_fit_into_shared_memory_go_through_pipes(both, monkeypatch, capsys):
+    data = dataset(both / "pairs", flip=True)
+    expected = load(data)
+    asked = []
+    monkeypatch.setattr("training.data.free_shared_memory", lambda: asked.append(1) or 100_000)
+    assert_same(load(data, num_workers=2), expected)
+    told = capsys.readouterr().out
+    assert asked == [1] and told.count("note: /dev/shm has 0.1 MiB free") == 1
+    # (2 * 2 + 4) batches of 8 samples of 4x8x8 float32 and a label, and two pages each.
+    monkeypatch.setattr("training.data.free_shared_memory", lambda: 8 * (8 * (4 * 256 + 8) + 8192))
+    assert_same(load(data, num_workers=2), expected)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "2")  # which share it
+    load(data, num_workers=2, steps=1)
+    assert "were needed" in capsys.readouterr().out
+
+
+def test_a_container_with_little_shared_memory(both, tmp_path):
+    """As Docker's 64 MiB with larger batches."""
+    mount = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("needs the right to mount a file system in a namespace of its own")
+    (tmp_path / "load.py").write_text(
+        f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from training.runtime import run_cli
+from test_data import dataset, load
+run_cli(lambda: print("batches", len(load(dataset(Path({str(both / "pairs")!r})), num_workers=2, batch=32))))
+"""
+    )
+    command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {tmp_path / 'load.py'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and "batches 9" in done.stdout and "Traceback" not in done.stderr
+    assert "note: /dev/shm has 0.1 MiB free" in done.stdout
+
+
+def test_a_loader_process_that_dies_is_one_line(both):
+    data = dataset(both / "pairs")
+    others = multiprocessing.active_children()  # of tests before, which may still be ending
+    batches = iter(FeatureLoader(data, sampler(data, steps=500), num_workers=1))
+    next(batches)
+    (child,) = [child for child in multiprocessing.active_children() if child not in others]
+    with pytest.raises(ValueError, match="a loader process died. .* /dev/shm.* --num_workers 0 .*pack_features.py"):
+        child.kill()
+        for _ in batches:  # Paddle's handler raises here or there
+            time.sleep(0.01)
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_loop_and_the_thread_ends(both):

@@ -73,7 +73,7 @@ def test_digits_again_writes_nothing_but_what_is_missing(digits, capsys):
     content = path.read_bytes()
     path.unlink()
     prepare_digits.main(["--output", str(digits)])
-    assert "1 images written" in capsys.readouterr().out
+    assert "1 image written" in capsys.readouterr().out
     assert path.read_bytes() == content
     prepare_digits.main(["--output", str(digits)])
     assert "0 images written" in capsys.readouterr().out
@@ -87,6 +87,17 @@ def test_digits_refuse_a_folder_with_other_files(name, tmp_path):
         prepare_digits.main(["--output", str(tmp_path)])
     assert (tmp_path / name).read_text() == "mine"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_digits_write_nothing_through_links(digits, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copytree(digits / "train", tmp_path / "mine")
+    own = sorted((tmp_path / "mine/0").iterdir())[0]
+    own.write_bytes(b"mine")
+    (tmp_path / "out/train").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=f"holds train/0/{own.name}, which is not one of the digits"):
+        prepare_digits.main(["--output", str(tmp_path / "out")])
+    assert own.read_bytes() == b"mine" and os.listdir(tmp_path / "out") == ["train"]
 
 
 def test_shipped_vae_reconstructs_heldout_digits(digits, vae):
@@ -142,6 +153,43 @@ def test_train_vae_names_a_misspelt_key(few_digits, tmp_path):
     command = ["--data", str(few_digits), "--config_file", str(tmp_path / "bad.json"), "--output", str(tmp_path / "x")]
     with pytest.raises(ValueError, match="bad.json: unknown key 'step'"):
         train_vae.main(command)
+
+
+@pytest.mark.parametrize(
+    ("training", "flags", "message"),
+    [
+        ({}, ["--seed", "4294967296"], "--seed 4294967296: expected an integer from 0 to 4294967295"),
+        ({"seed": -1}, [], "own.json: seed -1: expected an integer from 0 to 4294967295"),
+        ({"steps": "many"}, [], "own.json: steps 'many': expected an integer from 1 on"),
+        ({"steps": "many"}, ["--steps", "0"], "--steps 0: expected an integer from 1 on"),
+        ({}, ["--lr", "nan"], "--lr nan: expected a number above 0"),
+    ],
+)
+def test_train_vae_refuses_settings_before_it_reads_images(training, flags, message, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"vae": {}, "training": training}))
+    command = ["--data", str(tmp_path / "none"), "--config_file", str(tmp_path / "own.json")]
+    with pytest.raises(ValueError, match=message):
+        train_vae.main([*command, "--output", str(tmp_path / "x"), *flags])
+
+
+def test_train_vae_skips_unreadable_images_on_request(few_digits, tmp_path, capsys):
+    shutil.copytree(few_digits / "train", tmp_path / "train")
+    spoilt = [*(tmp_path / "train/3").iterdir()][0]
+    spoilt.write_bytes(b"no image")
+    lost = []
+    size = len(train_vae.load_folder(str(few_digits / "train"), 16))
+    assert len(train_vae.load_folder(str(tmp_path / "train"), 16, lost)) == size - 1
+    assert lost == [(str(spoilt), "no image format that Pillow knows")]
+    with pytest.raises(ValueError, match=f"{spoilt.name}: cannot be read .*; repair or remove it, or give --on_error"):
+        train_vae.load_folder(str(tmp_path / "train"), 16)
+
+    settings = json.loads((VAE / "training.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    command = ["--data", str(tmp_path / "train"), "--config_file", str(tmp_path / "own.json"), "--steps", "1"]
+    command += ["--batch_size", "1", "--output", str(tmp_path / "vae")]
+    train_vae.main([*command, "--on_error", "skip"])
+    told = capsys.readouterr().out
+    assert f"1 image could not be read and is left out:\n  {spoilt}: no image format" in told
 
 
 def real_digits(root: Path):

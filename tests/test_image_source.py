@@ -2,14 +2,17 @@
 
 import io
 import os
+import re
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 from conftest import load_golden
 from PIL import Image
 
-from tools.image_folder import center_crop, load_pixels
+from tools.image_folder import center_crop, dim_note, load_pixels
 from tools.image_source import ImageSource, open_source, printable
 
 
@@ -75,6 +78,26 @@ def test_16_bit_grey_keeps_its_high_byte(suffix, tmp_path):
     assert (pixels == high[..., None]).all()
 
 
+def test_integers_of_a_small_range_are_told_of(tmp_path):
+    grey = (np.arange(64).reshape(8, 8) * 4).astype("uint16")
+    images = {"u16.png": grey, "i32.tif": grey.astype("int32"), "scan12.tif": grey * 16, "night.png": grey * 17}
+    for name, array in images.items():
+        Image.fromarray(array).save(tmp_path / name)
+    colour = np.repeat(grey.astype(">u2")[..., None], 3, axis=2)
+    rows = b"".join(b"\0" + row.tobytes() for row in colour)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "rgb16.png").write_bytes(png)
+    Image.fromarray(np.zeros((8, 8), "uint8")).save(tmp_path / "black.png")
+    dim = []
+    for path in sorted(tmp_path.iterdir()):
+        load_pixels(str(path), 8, dim=dim)
+    assert [os.path.basename(path) for path in dim] == ["i32.tif", "rgb16.png", "scan12.tif", "u16.png"]
+    assert dim_note(dim).startswith("4 images with 16 or 32 bits") and "rgb16.png" in dim_note(dim)
+
+
 def test_numbers_of_unknown_range_are_refused(tmp_path):
     with pytest.raises(ValueError, match="f.tif: cannot be read as an image .32-bit floats"):
         saved(tmp_path / "f.tif", Image.fromarray(np.ones((8, 8), "float32")))
@@ -134,9 +157,77 @@ def test_folder(folder):
     assert contents(source) == [(name, label + 1, red) for name, label, red in FOLDER]
     assert source.classes == ["ant", "cat", "dog", "鸟"] and source.class_counts().tolist() == [0, 2, 2, 1]
     assert source.notes == [
-        "left out, no images by their names: 1 files (.txt)",
+        "left out, no images by their names: 1 file (.txt)",
         "1 of 4 classes have no image but keep their label: ant",
     ]
+
+
+@pytest.mark.parametrize("made_as", ["folders", "tar of folders", "tar of tars"])
+@pytest.mark.parametrize(
+    ("names", "classes", "words"),
+    [
+        (range(12), [*range(12)], "folder 2 is label 2; torchvision's ImageFolder, .* gives it label 4"),
+        (range(1, 12), [*range(1, 12)], "numbers are not 0..10: .* folder 1 is label 0"),
+        (["7", "100", "20"], ["7", "20", "100"], "folder 7 is label 0"),
+        (["00", "01", "10", "02"], ["00", "01", "02", "10"], "not 0..3: .* folder 10 is label 3"),
+        (["1" + "0" * 30, "9"], ["9", "1" + "0" * 30], "folder 9 is label 0"),
+        ([f"{i:02d}" for i in range(11)], [f"{i:02d}" for i in range(11)], None),
+        (["-1", "10", "2"], ["-1", "10", "2"], None),
+        (["٣", "10", "2"], ["10", "2", "٣"], None),
+        (["c2", "c10"], ["c10", "c2"], None),
+    ],
+)
+def test_labels_of_numbered_classes_follow_the_numbers(names, classes, words, made_as, tmp_path):
+    for name in names:
+        (tmp_path / "images" / str(name)).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / str(name) / "x.png")
+    source = open_source(str(tmp_path / "images"))
+    if made_as != "folders":
+        digest = source.digest()
+        with tarfile.open(tmp_path / "all.tar", "w") as tar:
+            for name in names:
+                if made_as == "tar of folders":
+                    tar.add(tmp_path / "images" / str(name), str(name))
+                else:
+                    image = (tmp_path / "images" / str(name) / "x.png").read_bytes()
+                    tar.add(pack(tmp_path / f"{name}.tar", {"x.png": image}), f"{name}.tar")
+        source = open_source(str(tmp_path / "all.tar"))
+        assert source.digest() == digest
+    assert source.classes == [str(name) for name in classes]
+    assert [(source.name(i), i) for i in source.labels] == [(f"{name}/x.png", i) for i, name in enumerate(classes)]
+    assert re.search(words, " ".join(source.notes)) if words else source.notes == []
+
+
+def test_two_folders_of_one_number_are_refused(tmp_path):
+    for name in ("1", "01", "2"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="class folders 01 and 1 are the same number; rename one"):
+        open_source(str(tmp_path))
+
+
+def test_links_are_followed_and_what_is_left_out_is_said(folder, tmp_path):
+    (folder / "cat" / "part").symlink_to(folder / "dog")
+    (folder / "ape").symlink_to(folder / "cat")
+    (folder / "cat" / "one.png").symlink_to(folder / "dog" / "x.png")
+    names = [open_source(str(folder)).name(i) for i in range(13)]
+    cat = ["a b.png", "b,c.png", "one.png", "part/sub/ü.png", "part/x.png"]
+    assert names == [f"{name}/{file}" for name in ("ape", "cat") for file in cat] + NAMES[2:]
+    assert open_source(str(folder)).notes == []
+
+    (folder / "dog" / "sub" / "up").symlink_to(folder)
+    (folder / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
+    (folder / "self").symlink_to(folder / "self")
+    (folder / "again").symlink_to(folder)
+    (folder / "dog" / "above").symlink_to(tmp_path)
+    os.mkfifo(folder / "dog" / "pipe.png")
+    Image.new("L", (8, 8)).save(folder / "loose.png")
+    source = open_source(str(folder))
+    assert [source.name(i) for i in range(len(source))] == names
+    loose, lost = source.notes
+    assert loose == "left out, in no class folder: 1 image (loose.png)"
+    assert "left out, links that lead nowhere or back" in lost and "again, " in lost
+    assert source.classes == ["ape", "cat", "dog", "鸟"]
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
@@ -242,6 +333,15 @@ def test_tar_files_are_the_folder_that_they_were_made_from(make, folder, tmp_pat
     assert contents(ImageSource.load(tmp_path / "list.npz", source.root)) == FOLDER
 
 
+def test_links_in_a_tar_file_are_told_of(folder, tmp_path):
+    (folder / "cat" / "part").symlink_to(folder / "dog")
+    os.link(folder / "cat" / "b,c.png", folder / "dog" / "z.png")
+    source = open_source(tar_of_folders(folder, tmp_path))
+    assert source.notes == [
+        "left out, links in tar files and what is no plain file: 2 (./images/cat/part, ./images/dog/z.png)"
+    ]
+
+
 def test_a_list_may_name_the_images_of_a_tar_file(folder, tmp_path):
     flat = pack(tmp_path / "val.tar", {"v_1.JPEG": (folder / NAMES[1]).read_bytes(), "v_2.JPEG": b""})
     with pytest.raises(ValueError, match="val.tar: 2 images in no class folder; give their classes with --list"):
@@ -258,7 +358,7 @@ def test_a_list_may_name_the_images_of_a_tar_file(folder, tmp_path):
 def test_class_folders_beside_their_tar_files_are_read(folder):
     (folder / "cat.tar").write_bytes(b"")
     source = open_source(str(folder))
-    assert contents(source) == FOLDER and "its 1 tar files are not" in source.notes[0]
+    assert contents(source) == FOLDER and "its 1 tar file is not" in source.notes[0]
 
 
 def cut_short(path):

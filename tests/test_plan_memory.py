@@ -404,7 +404,7 @@ def test_the_tool_prints_tables_and_writes_json(capsys, tmp_path):
     target = tmp_path / "plan.json"
     flags = ["--config_file", ROOT / "config/DiT_XL_patch2.json", "--world_size", 4, "--gpu_memory", 24]
     out = run_tool(capsys, *flags, "--json", target, "--operators", "--recompute", "False", "--top", 2)
-    assert "675,129,632 parameters" in out and "4 GPUs, data parallel 4; 64 samples x 1 micro-batches" in out
+    assert "675,129,632 parameters" in out and "4 GPUs, data parallel 4; 64 samples x 1 micro-batch a GPU" in out
     assert "bfloat16 O1, no recompute, EMA, fused attention" in out
     assert "mlp gelu" in out and "this setting does not fit into 24 GiB" in out
     written = json.loads(target.read_text())

@@ -123,7 +123,7 @@ def test_a_run_stops_with_a_dump(spoiled, tmp_path, run_loop, monkeypatch, capsy
 
     printed = replay(dump, monkeypatch, capsys)
     assert "the same samples are finite, finite losses differ by 0 at most" in printed
-    assert f"1 numbers not finite: {path}" in printed and f"Numbers of its sample {row} ({path}) are not" in printed
+    assert f"1 number not finite: {path}" in printed and f"Numbers of its sample {row} ({path}) are not" in printed
     assert "gradients: 31 of 31 parameters not finite" in printed
 
 

@@ -5,7 +5,8 @@ against the number of classes, mean and standard deviation of the latents (about
 is in them), duplicates, and, where NAME_manifest.json is, its counts and the checksum of every file. With --vae some
 samples are decoded into a picture, mirrored twins beside their originals.
 
-Each problem is one line. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.
+Each problem is one line. The report, and the picture beside it, go to FEATURE_PATH/NAME_check.json (numbered if it is
+there) unless --output names another file. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.
 """
 
 import argparse
@@ -13,10 +14,11 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import run_cli  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 SHOWN = 10  # problems of a kind on the console; the report has all
@@ -78,6 +80,9 @@ class Check:
             first = self._first_shape()
         if not self.size or first is None:
             self.problem("format", f"{self.folder}: no readable sample in it")
+            return False
+        if len(first[0]) != 3:
+            self.problem("format", f"{self.folder}: holds rows of shape {first[0]}, expected (C, h, w)")
             return False
         self.expected = self._expect(*first)
         return True
@@ -195,9 +200,10 @@ class Check:
 
         classes = self.expected.num_classes
         self.histogram = np.bincount(self.labels[self.labels >= 0], minlength=classes or 0)
-        empty = int((self.histogram == 0).sum())
+        counts = self.histogram[:classes]  # without labels that are none of the classes
+        empty = int((counts == 0).sum())
         if empty:
-            self.notes.append(f"{empty} of {len(self.histogram)} classes have no sample")
+            self.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
         used = np.trim_zeros(self.histogram, "b").tolist()  # the config may have more classes than the set
         for key, found in (("num_samples", self.size), ("class_counts", used)):
             there = self.manifest.get(key, found)
@@ -334,16 +340,18 @@ class Check:
             return
         what = "moments" if self.expected.moments else "latents"
         print(
-            f"{self.size:,} samples in {self.folder}: {what} {self.expected.row_shape} {self.expected.dtype}"
+            f"{counted(self.size, 'sample')} in {self.folder}: {what} {self.expected.row_shape} {self.expected.dtype}"
             f"{', mirrored twins' if self.has_flip else ''}"
         )
         counts = self.histogram[self.histogram > 0]
         if len(counts):
-            print(f"{len(counts)} classes with {counts.min():,} to {counts.max():,} samples")
+            to = counted(counts.max(), "sample")
+            print(f"{counted(len(counts), 'class', 'classes')} with {counts.min():,} to {to}")
         if self.mean is not None:
-            print(f"latents: mean {self.mean:.4f}, standard deviation {self.std:.4f}; {self.duplicates} duplicates")
+            again = counted(self.duplicates, "duplicate")
+            print(f"latents: mean {self.mean:.4f}, standard deviation {self.std:.4f}; {again}")
         if self.num_files is not None:
-            print(f"{self.num_files:,} files compared with their checksums")
+            print(f"{counted(self.num_files, 'file')} compared with the checksums")
         for note in self.notes:
             print(f"note: {note}")
 
@@ -388,8 +396,11 @@ class Check:
         return array.reshape(array.shape[-3:]).astype("float32")
 
 
-def find_output(path, name, overwrite):
-    """The report's file: the one asked for, else a free `NAME_check.json` here."""
+def find_output(path, folder, name, overwrite):
+    """The report's file: the one asked for, else a free `NAME_check.json` in the folder of the features.
+
+    It lands in the working folder where that of the features can't be written.
+    """
     if path is not None:
         if not path.endswith(".json"):
             raise ValueError(f"--output {path}: expected a name that ends in .json")
@@ -397,10 +408,11 @@ def find_output(path, name, overwrite):
             if os.path.exists(taken) and not overwrite:
                 raise ValueError(f"--output {path}: {taken} exists already; give another name, or --overwrite")
         return path
-    path, number = f"{name}_check.json", 1
+    folder = folder if os.access(folder, os.W_OK) else "."
+    path, number = os.path.join(folder, f"{name}_check.json"), 1
     while os.path.exists(path) or os.path.exists(picture_path(path)):
         number += 1
-        path = f"{name}_check-{number}.json"
+        path = os.path.join(folder, f"{name}_check-{number}.json")
     return path
 
 
@@ -415,11 +427,14 @@ def check(args):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
     whole = Check(args)
-    output = find_output(args.output, whole.name, args.overwrite)
+    output = find_output(args.output, args.feature_path, whole.name, args.overwrite)
     if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise ValueError(f"--output {output}: there is no such folder")
     if whole.open():
-        whole.run()
+        try:
+            whole.run()
+        except BrokenProcessPool:
+            raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
     write_json(output, whole.report())
     whole.summary()
     shown = {}
@@ -447,7 +462,7 @@ def main(argv=None):
     parser.add_argument("--config_file", help="config of the model to train: shape and classes [the manifest's]")
     parser.add_argument("--vae", help="AutoencoderKL folder or hub name, to decode some samples")
     parser.add_argument("--num_images", type=int, default=32, metavar="N", help="samples in the picture [32]")
-    parser.add_argument("--output", help="report to write, JSON; the picture beside it [NAME_check.json, numbered]")
+    parser.add_argument("--output", help="report to write, JSON; the picture beside it [FEATURE_PATH/NAME_check.json]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     parser.add_argument("--no_checksums", action="store_true", help="don't compare the files with their checksums")
     parser.add_argument("--allow_duplicates", action="store_true", help="equal latents of one class are no problem")

@@ -16,6 +16,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools.image_folder import find_images, load_image  # noqa: E402
+from training.arguments import check_seed  # noqa: E402
 from training.config import read_json  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
@@ -136,6 +137,7 @@ def save_grid(images, path: str, columns: int) -> None:
 def run(args) -> None:
     import numpy as np
 
+    check_seed("seed", args.seed)
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
     num_classes = len(find_images(train_root)[1])
     find_images(heldout_root)

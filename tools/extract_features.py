@@ -9,8 +9,10 @@ FEATURES_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURES_PATH
 FEATURES_PATH/NAME_manifest.json          what it was made of, counts, and which images could not be read
 
 Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped, an
-EXIF orientation is not applied. Image i is the i-th by class, then by name (in a list: its i-th line); an image that
-can't be read leaves a gap. The noise of image i depends on (seed, i) alone.
+EXIF orientation is not applied. Of 16 bits the high byte is kept; a note tells of images that come out dark by it.
+Class folders named 0..N-1 keep their numbers as labels, other numbers are sorted as numbers, other names as text.
+Image i is the i-th by label, then by name (in a list: its i-th line); an image that can't be read leaves a gap. The
+noise of image i depends on (seed, i) alone.
 
 Many GPUs: python -m paddle.distributed.launch tools/extract_features.py ...; the ranks share the images and the folder.
 After an interruption the same command goes on where it was, and ends with the same files, to the bit (on the same
@@ -31,13 +33,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools.image_folder import UnreadableImage  # noqa: E402
+from tools.image_folder import UnreadableImage, dim_note, unreadable_list  # noqa: E402
 from tools.image_source import find_archives, open_source, printable, source_root  # noqa: E402
-from training.runtime import compute_capability, configure_runtime, resolve_device, run_cli  # noqa: E402
+from training.arguments import check_seed  # noqa: E402
+from training.runtime import compute_capability, configure_runtime, counted, resolve_device, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
-
-MOST_LISTED = 20  # unreadable images named at the end; the manifest has them all
 
 
 class LatentEncoder:
@@ -82,17 +83,18 @@ class LatentEncoder:
         return (mean + std * paddle.to_tensor(noise)) * self.vae.config.scaling_factor
 
 
-def read_batches(source, batches, image_size, num_workers):
+def read_batches(source, batches, image_size, num_workers, dim=None):
     """Yields (indices, pixels uint8 [N, S, S, 3], unreadable) of each batch; threads read ahead.
 
     Threads, not processes: Pillow decodes and scales without Python's lock. An unreadable image's pixels are zeros:
     a batch has one shape whatever fails, so that the others come out the same to the bit. unreadable: `{index: error}`.
+    dim: see `load_pixels`.
     """
     import numpy as np
 
     def read(index):
         try:
-            return source.pixels(index, image_size)
+            return source.pixels(index, image_size, dim)
         except UnreadableImage as error:
             return error
 
@@ -256,9 +258,10 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
 
 
 def extract(args) -> None:
-    for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
+    for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, key) < least:
             raise ValueError(f"--{key} {getattr(args, key)}: expected at least {least}")
+    check_seed("seed", args.seed)
     if args.data_path:  # what can be said before the slow imports
         find_archives(args.data_path)
         inside, outside = os.path.realpath(args.features_path), os.path.realpath(args.data_path)
@@ -287,21 +290,20 @@ def extract(args) -> None:
 
     # Begin, or go on.
     layout = Layout(args.features_path, name)
-    opened = open_extraction(
+    source, settings = open_extraction(
         layout,
         source_root(args.data_path, args.list),
-        lambda: open_source(args.data_path, args.list),
+        lambda earlier: open_source(args.data_path, args.list, earlier),
         lambda source: {**settings, **source_settings(source)},
         rank,
     )
-    if opened is None:
-        if rank == 0:
-            print(f"{layout.manifest}: complete since an earlier start, nothing to do")
-        return
-    source, settings = opened
     if rank == 0:
         for sentence in filter(None, [note, *source.notes]):
             print(sentence, flush=True)
+        if settings is None:
+            print(f"{layout.manifest}: complete since an earlier start, nothing to do")
+    if settings is None:
+        return
 
     # Read, encode, write.
     writer = WRITERS[args.format](
@@ -312,10 +314,12 @@ def extract(args) -> None:
         num_images=len(source),
     )
     encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
+    dim = []
     encoders = [encoder, *([functools.partial(encoder, mirrored=True)] if args.flip else [])]
 
     def encode(batches):
-        return encode_batches(source, read_batches(source, batches, args.image_size, args.num_workers), encoders)
+        read = read_batches(source, batches, args.image_size, args.num_workers, dim)
+        return encode_batches(source, read, encoders)
 
     goes_on = "what is done is kept, the same command goes on from there"
     try:
@@ -334,20 +338,19 @@ def extract(args) -> None:
             raise
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; {goes_on}", error.filename or layout.features_path) from None
+    finally:
+        if dim:
+            print(dim_note(dim), flush=True)
 
 
 def report(layout, manifest):
     """Says what was written, and what was not."""
     lost = manifest["unreadable"]
     if lost:
-        print(f"{len(lost)} images could not be read and are left out:")
-        for entry in lost[:MOST_LISTED]:
-            print(f"  {entry['image']}: {entry['reason']}")
-        if len(lost) > MOST_LISTED:
-            print(f"  ... and {len(lost) - MOST_LISTED} more, all in {layout.manifest}")
+        print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
     places = [layout.packed] if manifest["format"] == "packed" else [layout.features, layout.labels]
     print(
-        f"{manifest['num_samples']} images of {manifest['num_classes']} classes: "
+        f"{counted(manifest['num_samples'], 'image')} of {counted(manifest['num_classes'], 'class', 'classes')}: "
         f"{', '.join([*places, layout.classes, layout.manifest])}"
     )
 

@@ -121,12 +121,12 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     Args:
         layout: a `Layout`.
         root: where the images are.
-        list_images: returns the `ImageSource`; called by rank 0.
+        list_images: returns the `ImageSource`, of the classes of an earlier start if it gets them; called by rank 0.
         make_settings: of a source, the manifest as far as it is known before.
         rank: the others wait until rank 0 has listed the images.
 
     Returns:
-        (source, settings), or None if all is done already.
+        (source, settings); settings is None if all is done already.
 
     Raises:
         ValueError: the folder holds another extraction.
@@ -134,23 +134,32 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if rank > 0:
         return _join(layout, root, make_settings)
     if os.path.exists(layout.manifest):
-        check_settings(layout.manifest, make_settings(list_images()))
+        source = list_images(_earlier_classes(layout))
+        check_settings(layout.manifest, make_settings(source))
         layout.check_there(read_json(layout.manifest)["format"])
         layout.remove_state()
-        return None
+        return source, None
     if os.path.exists(layout.settings):
         source = ImageSource.load(layout.images, root)
         if source.kind != "tar":  # whose headers take long to read
-            source = list_images()
+            source = list_images(source.classes)
         check_settings(layout.settings, make_settings(source))
         return source, read_json(layout.settings)
     layout.check_free()
-    source = list_images()
+    source = list_images(None)
     settings = make_settings(source)
     os.makedirs(layout.state, exist_ok=True)
     write_whole(layout.images, source.save)
     write_whole(layout.settings, lambda path: write_json(path, settings))
     return source, settings
+
+
+def _earlier_classes(layout):
+    """The classes of a complete extraction in the order of their labels; None if its file of names is gone."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        names = read_json(layout.classes)["id2label"]
+        return [str(names[str(label)]) for label in range(len(names))]
+    return None
 
 
 def _join(layout, root, make_settings):
@@ -164,7 +173,7 @@ def _join(layout, root, make_settings):
                 check_settings(layout.settings, settings)
                 return source, settings
         if os.path.exists(layout.manifest):
-            return None
+            return None, None
         if not told and time.monotonic() - began > 60:
             print(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", file=sys.stderr)
             told = True

@@ -2,8 +2,14 @@
 
 import functools
 import io
+import itertools
 import os
+import re
 import warnings
+
+from training.runtime import counted
+
+MOST_LISTED = 20  # unreadable images named at the end of a command
 
 
 @functools.cache
@@ -23,40 +29,149 @@ def image_suffixes() -> tuple:
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
 
 
-def find_images(root: str, others: list | None = None) -> tuple[list, list]:
+def printable(name):
+    """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def some_of(names) -> str:
+    """The first five of many names, for a sentence."""
+    return ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def order_classes(names, notes: list, earlier: list | None = None) -> list:
+    """The class names in the order of their labels.
+
+    Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
+    Other names are sorted as text.
+
+    Args:
+        notes: gets a sentence where a number is not its label, or not the label that an order as text would give it.
+        earlier: the order that a set begun earlier has; it is kept for the same names.
+
+    Raises:
+        ValueError: two names are the same number.
+    """
+    text = sorted(names)
+    if not all(re.fullmatch("[0-9]+", name) for name in text):
+        return text
+    numbered = sorted(text, key=int)
+    if earlier is not None and sorted(earlier) == text and earlier != numbered:  # before numbers were sorted as such
+        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
+        notes.append(
+            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
+            f"{label}; a new extraction gives it label {numbered.index(name)}"
+        )
+        return earlier
+    for one, other in itertools.pairwise(numbered):
+        if int(one) == int(other):
+            raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
+    moved = next((label for label, name in enumerate(numbered) if name != text[label]), None)
+    if moved is not None:
+        notes.append(
+            f"labels follow the numbers of the class folders: folder {numbered[moved]} is label {moved}; torchvision's "
+            f"ImageFolder, which sorts names as text, gives it label {text.index(numbered[moved])}"
+        )
+    off = next((label for label, name in enumerate(numbered) if int(name) != label), None)
+    if off is not None:
+        notes.append(
+            f"the class folders' numbers are not 0..{len(numbered) - 1}: labels are their places in the order of the "
+            f"numbers, folder {numbered[off]} is label {off}"
+        )
+    return numbered
+
+
+def walk_files(folder, above, lost, *, hidden=False):
+    """Yields the paths of the files below a folder, following links.
+
+    Args:
+        above: (device, inode) of the folders that lead here: a link to one of them would never end.
+        lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
+        hidden: with files and folders whose names begin with a dot.
+    """
+    state = os.stat(folder)
+    above = {*above, (state.st_dev, state.st_ino)}
+    with os.scandir(folder) as entries:
+        entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
+    for entry in entries:
+        kind = _kind(entry, above)
+        if kind == "folder":
+            yield from walk_files(entry.path, above, lost, hidden=hidden)
+        elif kind == "file":
+            yield entry.path
+        else:
+            lost.append(entry.path)
+
+
+def _kind(entry, above):
+    """`folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
+    try:
+        if not entry.is_dir():
+            return "file" if entry.is_file() else None
+        state = os.stat(entry.path)
+    except OSError:  # a link to itself
+        return None
+    return None if (state.st_dev, state.st_ino) in above else "folder"
+
+
+def find_images(
+    root: str, others: list | None = None, *, notes: list | None = None, earlier: list | None = None
+) -> tuple[list, list]:
     """List the images of an image folder.
 
-    Subfolders of `root` are the classes, labelled 0, 1, ... in the order of their sorted names; images may lie at any
-    depth below them, in any format that Pillow reads. Hidden files and folders are skipped.
+    Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
+    depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
 
     Args:
         others: gets the paths of the files in class folders whose names are not those of images.
+        notes: gets sentences for the user: on the order of the labels, and on what was left out.
+        earlier: see `order_classes`.
 
     Returns:
-        (samples, classes): samples is a list of (path, label) sorted by class, then path; classes the folder names.
+        (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
 
     Raises:
         ValueError: `root` is not a folder, has no subfolder, or there is no image in it.
     """
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
+    others, notes = [] if others is None else others, [] if notes is None else notes
     suffixes = image_suffixes()
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    samples = []
+    state = os.stat(root)
+    above = {(state.st_dev, state.st_ino)}
+    classes, loose, lost, samples = [], [], [], []
+    for entry in os.scandir(root):
+        if entry.name.startswith("."):
+            continue
+        kind = _kind(entry, above)
+        if kind == "folder":
+            classes.append(entry.name)
+        elif kind is None:
+            lost.append(entry.path)
+        elif entry.name.lower().endswith(suffixes):
+            loose.append(entry.name)
+    try:
+        classes = order_classes(classes, notes, earlier)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from None
     for label, name in enumerate(classes):
         paths = []
-        for folder, subfolders, files in os.walk(os.path.join(root, name)):
-            subfolders[:] = [sub for sub in subfolders if not sub.startswith(".")]
-            for file in files:
-                if file.startswith("."):
-                    continue
-                if file.lower().endswith(suffixes):
-                    paths.append(os.path.join(folder, file))
-                elif others is not None:
-                    others.append(os.path.join(folder, file))
+        for path in walk_files(os.path.join(root, name), above, lost):
+            (paths if path.lower().endswith(suffixes) else others).append(path)
         samples += [(path, label) for path in sorted(paths)]
     if not samples:
         raise ValueError(f"{root}: no images found; expected {root}/<class>/<image>, in a format that Pillow reads")
+    if others:
+        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
+        notes.append(f"left out, no images by their names: {counted(len(others), 'file')} ({some_of(kinds)})")
+    if loose:
+        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(sorted(loose))})")
+    if lost:
+        names = sorted(os.path.relpath(path, root) for path in lost)
+        notes.append(
+            f"left out, links that lead nowhere or back to a folder above them, and what is no file: {len(lost)} "
+            f"({some_of(names)})"
+        )
     return samples, classes
 
 
@@ -73,7 +188,8 @@ def to_rgb(image):
 
     So an alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
     animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
-    Pillow does for 16-bit colour, and what has no known range is refused.
+    Pillow does for 16-bit colour, and what has no known range is refused. Numbers that do not fill their 16 bits come
+    out dark: `dim_note` tells of them.
 
     Raises:
         ValueError: floats, or integers beyond 16 bits.
@@ -114,11 +230,35 @@ def center_crop(image, size: int):
     return image.crop((left, top, left + size, top + size))
 
 
-def load_pixels(path: str, size: int, data: bytes | None = None):
+def unreadable_list(lost: list, everything: str = "") -> str:
+    """Lines for the end of a command that left out images which can't be read.
+
+    Args:
+        lost: (name, reason) of each.
+        everything: where all of them are named, if there is such a file.
+    """
+    lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
+    lines += [f"  {printable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
+    if len(lost) > MOST_LISTED:
+        lines.append(f"  ... and {len(lost) - MOST_LISTED:,} more" + (f", all in {everything}" if everything else ""))
+    return "\n".join(lines)
+
+
+def dim_note(dim: list) -> str:
+    """A sentence on the images that `load_pixels` found to use little of their range."""
+    return (
+        f"{counted(len(dim), 'image')} with 16 or 32 bits a number, all of them below 4096, came out almost black: "
+        f"{some_of(sorted(dim))}. The high byte of 0..65535 is kept; save images of another range with 8 bits, or "
+        "scaled to 0..65535"
+    )
+
+
+def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | None = None):
     """Read one image as uint8 [size, size, 3], centre-cropped.
 
     Args:
         path: the file, or where `data`, its bytes, comes from.
+        dim: gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16.
 
     Raises:
         UnreadableImage: Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
@@ -128,7 +268,12 @@ def load_pixels(path: str, size: int, data: bytes | None = None):
 
     try:
         with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()) as file:
-            return np.asarray(center_crop(to_rgb(file), size))
+            # The mode tells of grey; colour is cut to its high bytes while the file is read.
+            deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
+            image = to_rgb(file)
+            if dim is not None and deep and max(high for _, high in image.getextrema()) < 16:
+                dim.append(path)
+            return np.asarray(center_crop(image, size))
     except UnidentifiedImageError:
         reason = "no image format that Pillow knows"
     except MemoryError:
@@ -138,6 +283,6 @@ def load_pixels(path: str, size: int, data: bytes | None = None):
     raise UnreadableImage(path, reason)
 
 
-def load_image(path: str, size: int):
-    """Read one image as float32 [3, size, size] in [-1, 1], centre-cropped; `UnreadableImage` if need be."""
-    return load_pixels(path, size).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0
+def load_image(path: str, size: int, dim: list | None = None):
+    """Read one image as float32 [3, size, size] in [-1, 1], centre-cropped; arguments and errors of `load_pixels`."""
+    return load_pixels(path, size, dim=dim).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0

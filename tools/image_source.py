@@ -10,16 +10,12 @@ import tarfile
 
 import numpy as np
 
-from tools.image_folder import find_images, image_suffixes, load_pixels
+from tools.image_folder import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
 from training.npy import load_npz
+from training.runtime import counted
 from untrusted import parse_json
 
 MAX_LABEL = 999_999  # a number beyond it is a mistake in the list
-
-
-def printable(name):
-    """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class ImageSource:
@@ -52,8 +48,8 @@ class ImageSource:
         }
         empty = [printable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
         if empty:
-            some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-            notes = [*notes, f"{len(empty)} of {len(classes)} classes have no image but keep their label: {some}"]
+            many = counted(len(classes), "class", "classes")
+            notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]
         self._meta["notes"] = list(notes)
 
     kind = property(lambda self: self._meta["kind"])
@@ -79,15 +75,15 @@ class ImageSource:
         ends = self._arrays["ends"]
         return os.fsdecode(self._arrays["names"][ends[index - 1] if index else 0 : ends[index]].tobytes())
 
-    def pixels(self, index, size):
-        """The centre-cropped image, uint8 (size, size, 3); ValueError naming it if it can't be read."""
+    def pixels(self, index, size, dim=None):
+        """The centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
         path = os.path.join(self.root, self.name(index))
         if not self._meta["archives"]:
-            return load_pixels(path, size)
+            return load_pixels(path, size, dim=dim)
         archive, offset, length = self._arrays["spans"][index].tolist()
         with open(self._archive(archive), "rb") as file:
             data = os.pread(file.fileno(), length, offset)
-        return load_pixels(path, size, data)
+        return load_pixels(path, size, data, dim)
 
     def digest(self):
         """sha256 of classes, names and labels: the same for a folder and for the tar files that it came out of."""
@@ -118,7 +114,7 @@ def source_root(data_path, list_file):
     return data_path or os.path.dirname(os.path.abspath(list_file))
 
 
-def open_source(data_path=None, list_file=None):
+def open_source(data_path=None, list_file=None, earlier=None):
     """Lists the images: of a folder by class, of tar files, or those that a list file names.
 
     Args:
@@ -126,8 +122,9 @@ def open_source(data_path=None, list_file=None):
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
         list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
             relative to `data_path` (default: the list's folder), or names of a tar file's images.
+        earlier: the classes in the order of their labels of a set that was begun before, see `order_classes`.
 
-    The order is that of the list, else by class, then by name, whatever the order in a tar file: the same as in the
+    The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
     folder that it was made from.
 
     Raises:
@@ -137,13 +134,8 @@ def open_source(data_path=None, list_file=None):
     if list_file:
         return _read_list(list_file, source_root(data_path, list_file), archives)
     if archives:
-        return _class_tars(data_path, archives, notes)
-    others = []
-    samples, classes = find_images(data_path, others)
-    if others:
-        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
-        some = printable(", ".join(kinds[:5]))
-        notes.append(f"left out, no images by their names: {len(others)} files ({some})")
+        return _class_tars(data_path, archives, notes, earlier)
+    samples, classes = find_images(data_path, notes=notes, earlier=earlier)
     names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
     return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
 
@@ -160,7 +152,8 @@ def find_archives(data_path):
     entries = [entry for entry in os.scandir(data_path) if not entry.name.startswith(".")]
     archives = sorted(entry.path for entry in entries if entry.name.lower().endswith(".tar") and entry.is_file())
     if archives and any(entry.is_dir() for entry in entries):
-        return [], [f"{data_path}: its class folders are read, its {len(archives)} tar files are not"]
+        are = "is" if len(archives) == 1 else "are"
+        return [], [f"{data_path}: its class folders are read, its {counted(len(archives), 'tar file')} {are} not"]
     return archives, []
 
 
@@ -173,8 +166,11 @@ def _stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def scan_archives(archives):
+def scan_archives(archives, lost=None):
     """Finds the images in tar files by reading the headers alone.
+
+    Args:
+        lost: gets the names of links and of what is no plain file.
 
     Returns:
         (found, inner): found is a list of (name, archive, offset, size), in no order; the name of an image in a tar
@@ -192,12 +188,12 @@ def scan_archives(archives):
         for number, path in enumerate(archives):
             before = progress.n
             with open(path, "rb") as file:
-                for name, offset, size in _members(file, path, 0):
+                for name, offset, size in _members(file, path, 0, lost):
                     progress.update(before + offset - progress.n)
                     name = posixpath.normpath(name).lstrip("/")
                     if name.lower().endswith(".tar"):
                         inner.add(_stem(name))
-                        for image, *span in _members(file, f"{path}: {name}", offset):
+                        for image, *span in _members(file, f"{path}: {name}", offset, lost):
                             progress.update(before + span[0] - progress.n)
                             if _is_image(image, suffixes):
                                 found.append((f"{_stem(name)}/{posixpath.normpath(image)}", number, *span))
@@ -211,7 +207,7 @@ def _is_image(name, suffixes):
     return name.lower().endswith(suffixes) and not posixpath.basename(name).startswith(".")
 
 
-def _members(file, shown, start):
+def _members(file, shown, start, lost):
     """Yields (name, offset in `file`, size) of the plain files in the tar file that starts at `start`."""
     try:
         file.seek(start)
@@ -220,6 +216,8 @@ def _members(file, shown, start):
             tar.members.clear()  # it would keep a million headers
             if member.isreg() and not member.issparse():
                 yield member.name, member.offset_data, member.size
+            elif lost is not None and not member.isdir():
+                lost.append(member.name)
     except tarfile.TarError as error:
         raise ValueError(f"{shown}: no plain tar file, or damaged or cut short ({error}); unpack a .tar.gz") from None
     # tarfile takes a damaged header for the end, which is a block of zeros.
@@ -228,8 +226,11 @@ def _members(file, shown, start):
         raise ValueError(f"{shown}: damaged or cut short at byte {tar.offset}")
 
 
-def _class_tars(data_path, archives, notes):
-    found, inner = scan_archives(archives)
+def _class_tars(data_path, archives, notes, earlier):
+    lost = []
+    found, inner = scan_archives(archives, lost)
+    if lost:
+        notes.append(f"left out, links in tar files and what is no plain file: {len(lost)} ({some_of(sorted(lost))})")
     if inner and any(name.split("/", 1)[0] not in inner for name, *_ in found):
         raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
     if not inner and archives != [data_path]:
@@ -243,18 +244,21 @@ def _class_tars(data_path, archives, notes):
     loose = sum("/" not in name for name, *_ in found)
     if loose:
         raise ValueError(
-            f"{data_path}: {loose} images in no class folder; give their classes with --list FILE, one path,label "
-            "a line"
+            f"{data_path}: {counted(loose, 'image')} in no class folder; give their classes with --list FILE, one "
+            "path,label a line"
         )
     if not found:
         raise ValueError(f"{data_path}: no images found; expected one tar file or folder per class in the tar file")
-    found = sorted((name.split("/", 1)[0], name, *span) for name, *span in found)
-    classes = sorted({class_name for class_name, *_ in found} | inner)
+    try:
+        classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, earlier)
+    except ValueError as error:
+        raise ValueError(f"{data_path}: {error}") from None
     label = {class_name: number for number, class_name in enumerate(classes)}
+    found = sorted((label[name.split("/", 1)[0]], name, *span) for name, *span in found)
     return ImageSource(
         *("tar", data_path, classes),
         [name for _, name, *_ in found],
-        [label[class_name] for class_name, *_ in found],
+        [label for label, *_ in found],
         archives=archives,
         spans=[span for _, _, *span in found],
         notes=notes,

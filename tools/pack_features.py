@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import run_cli  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
@@ -95,7 +95,8 @@ def compare(source, target, rounded_to):
     from tqdm import tqdm
 
     if len(source.store) != len(target.store) or source.store.has_flip != target.store.has_flip:
-        raise ValueError(f"{target.store.path}: holds {len(target.store)} samples, the source {len(source.store)}")
+        found = counted(len(target.store), "sample")
+        raise ValueError(f"{target.store.path}: holds {found}, the source {len(source.store)}")
     worst = 0.0
 
     def check(chunk):
@@ -379,7 +380,7 @@ def convert(args):
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
     place = layout.packed if kind == "packed" else f"{layout.features}, {layout.labels}"
-    print(f"{len(store):,} samples, compared bit for bit: {place}, {layout.manifest}")
+    print(f"{counted(len(store), 'sample')}, compared bit for bit: {place}, {layout.manifest}")
     if worst and store.dtype != "float16":
         print(f"note: stored as float16, the largest rounding error is {worst:.2g}")
 

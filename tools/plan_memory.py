@@ -30,7 +30,7 @@ from training.memory_plan import (  # noqa: E402
     plan,
     step_seconds,
 )
-from training.runtime import run_cli  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
@@ -182,8 +182,9 @@ def describe(setting):
         ("fused attention", setting.fused_attention),
     ):
         switches.append(words if value else f"no {words}")
+    batches = counted(setting.accumulation, "micro-batch", "micro-batches")
     return (
-        f"{', '.join(parts)}; {setting.batch} samples x {setting.accumulation} micro-batches a GPU, "
+        f"{', '.join(parts)}; {counted(setting.batch, 'sample')} x {batches} a GPU, "
         f"{setting.global_batch} a step; {', '.join(switches)}"
     )
 

@@ -11,7 +11,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import run_cli  # noqa: E402
+from tools.image_folder import walk_files  # noqa: E402
+from training.runtime import counted, run_cli  # noqa: E402
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
@@ -63,16 +64,16 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
     present = set()
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output {output} is a file; expected a folder")
-    for folder, _, names in os.walk(output):
-        for name in names:
-            path = os.path.join(folder, name)
-            relative = os.path.relpath(path, output)
-            if relative not in images or not holds_image(path, images[relative]):
-                raise ValueError(
-                    f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
-                    "nothing was written, give a new or empty folder"
-                )
-            present.add(relative)
+    lost = []  # links that lead nowhere, and the like
+    found = list(walk_files(output, set(), lost, hidden=True)) if os.path.exists(output) else []
+    for path in lost + found:
+        relative = os.path.relpath(path, output)
+        if relative not in images or path in lost or not holds_image(path, images[relative]):
+            raise ValueError(
+                f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
+                "nothing was written, give a new or empty folder"
+            )
+        present.add(relative)
 
     missing = [relative for relative in images if relative not in present]
     for relative in tqdm(missing, desc="digits", unit="image", disable=not missing):
@@ -88,7 +89,7 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--image_size", type=int, default=32, help="side of the PNGs in pixels (default 32)")
     args = parser.parse_args(argv)
     written = prepare_digits(args.output, args.image_size)
-    print(f"{args.output}: train/ and heldout/ are complete ({written} images written)")
+    print(f"{args.output}: train/ and heldout/ are complete ({counted(written, 'image')} written)")
 
 
 if __name__ == "__main__":

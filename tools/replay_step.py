@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from training.runtime import configure_runtime, counted, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
 
@@ -146,13 +146,13 @@ def print_samples(batch, sources, losses, limit):
     for row in order[:limit]:
         dropped = "force_drop_ids" in batch and bool(batch["force_drop_ids"][row])
         label = "null" if dropped else int(batch["y"][row])
-        latent = "" if finite[row] else f"{int((~np.isfinite(batch['x'][row])).sum())} numbers not finite: "
+        latent = "" if finite[row] else f"{counted((~np.isfinite(batch['x'][row])).sum(), 'number')} not finite: "
         print(
             f"{row:>6} {batch['rank'][row]:>4} {batch['micro_step'][row]:>5} {label:>6} {batch['t'][row]:>9.5g} "
             f"{batch['loss'][row]:>11.5g} {losses[row]:>11.5g}  {latent}{printable(sources[row], 500)}"
         )
     if len(order) > limit:
-        print(f"... and {len(order) - limit} more samples (--show)")
+        print(f"... and {counted(len(order) - limit, 'more sample')} (--show)")
 
 
 def main():
@@ -173,9 +173,10 @@ def main():
     paddle.set_device(resolve_device(args.device))
     config, batch, state = read_dump(args.dump)
     sources = state["sources"]
+    samples, ranks = counted(len(sources), "sample"), counted(state["data_ranks"], "data rank")
     print(
         f"step {state['step']} ({state['kind']}): loss {state['loss']}, gradient norm {state['grad_norm']}, learning "
-        f"rate {state['learning_rate']}; {len(sources)} samples on {state['data_ranks']} data rank(s) in micro-batches "
+        f"rate {state['learning_rate']}; {samples} on {ranks} in micro-batches "
         f"of {state['micro_batch']}; {state['precision']['dtype']} on {state['device']} then, {paddle.get_device()} now"
     )
     losses, gradients, layer = replay(args.dump, config, batch, state)

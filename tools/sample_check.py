@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tools.extraction import sha256_of_file
+from tools.image_source import MAX_LABEL
 from training.packed import PackedStore
 from training.pairs import NpyReader
-from training.runtime import one_line
+from training.runtime import counted, one_line
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Expected:
         return self.row_shape[0] // (2 if self.moments else 1)
 
     def label_problem(self, label):
-        from tools.image_source import MAX_LABEL
-
+        """What is wrong with a label, or None."""
         most = MAX_LABEL if self.num_classes is None else self.num_classes - 1
         if not 0 <= label <= most:
             return f"label {label}, expected 0..{most}"
@@ -47,7 +47,8 @@ class Chunk:
 
     Attributes:
         problems: [(kind, line), ...].
-        labels: `(n,)` int64, -1 where there is none; usable: `(n,)` bool, the samples with whole and finite latents.
+        labels: `(n,)` int64, -1 where there is none, or none from 0 on.
+        usable: `(n,)` bool, the samples with whole and finite latents.
         digests: `(n, 2)` uint64 of the latents; twins: how many mirrored latents are their originals.
         sums: `(3, C)` float64: of x, of x**2, and with moments of std**2; count: numbers a channel in them.
         files: `{path under the feature folder: sha256}` of the files read.
@@ -76,17 +77,16 @@ class Chunk:
             content = hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest()
             self.digests[place] = np.frombuffer(content, "uint64")
         for array in rows[1:]:
-            self.twins += int((array == rows[0]).reshape(len(places), -1).all(axis=1).sum())
+            self.twins += int((array == rows[0]).all(axis=(1, 2, 3)).sum())
 
     def _check(self, rows, sources):
         rows = rows.astype("float32", copy=False)
-        right = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+        right = np.isfinite(rows).all(axis=(1, 2, 3))
         for place in np.flatnonzero(~right).tolist():
-            self.problems.append(
-                ("finite", f"{sources[place]()}: {(~np.isfinite(rows[place])).sum()} numbers not finite")
-            )
+            wrong = counted((~np.isfinite(rows[place])).sum(), "number")
+            self.problems.append(("finite", f"{sources[place]()}: {wrong} not finite"))
         if self.expected.moments:
-            negative = right & ~(rows[:, self.expected.channels :] > 0).reshape(len(rows), -1).all(axis=1)
+            negative = right & ~(rows[:, self.expected.channels :] > 0).all(axis=(1, 2, 3))
             for place in np.flatnonzero(negative).tolist():
                 self.problems.append(("moments", f"{sources[place]()}: a standard deviation is not above 0"))
             right &= ~negative
@@ -98,6 +98,14 @@ class Chunk:
             self.sums[2] += np.square(std).sum(axis=(0, 2, 3))
         self.count += mean.size // self.expected.channels
         return right
+
+    def add_label(self, place, label):
+        """Counts a label; ValueError if it is not one of the classes."""
+        if 0 <= label <= MAX_LABEL:
+            self.labels[place] = label
+        problem = self.expected.label_problem(label)
+        if problem:
+            raise ValueError(problem)
 
     def problem(self, kind, path, error):
         text = one_line(error)
@@ -124,11 +132,7 @@ def check_pairs(task):
         label = load(path)
         if label.size != 1 or label.dtype.kind not in "iu":
             raise ValueError(f"expected one integer label, found {label.dtype} of shape {label.shape}")
-        label = int(label.reshape(-1)[0])
-        problem = expected.label_problem(label)
-        if problem:
-            raise ValueError(problem)
-        return label
+        return int(label.reshape(-1)[0])
 
     def load_latent(path):
         latent = load(path)
@@ -143,7 +147,7 @@ def check_pairs(task):
     for place, name in enumerate(names):
         path = os.path.join(folders[1], name)
         try:
-            chunk.labels[place] = load_label(path)
+            chunk.add_label(place, load_label(path))
         except (ValueError, OSError) as error:
             chunk.problem("labels", path, error)
         for out, folder in zip(rows, latent_folders, strict=True):
@@ -174,11 +178,10 @@ def check_packed(task):
     for twin, out in enumerate(rows):
         labels = store.read(indices, out, np.full(len(indices), bool(twin)))
     for place, label in enumerate(labels.tolist()):
-        problem = expected.label_problem(label)
-        if problem:
-            chunk.problem("labels", store.label_source(start + place), ValueError(problem))
-        else:
-            chunk.labels[place] = label
+        try:
+            chunk.add_label(place, label)
+        except ValueError as error:
+            chunk.problem("labels", store.label_source(start + place), error)
     files = ("latents.npy", "flipped.npy")
     chunk.add(rows, np.arange(len(indices)), lambda place, twin: store.source(start + place, files[twin]))
     return chunk

@@ -18,8 +18,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools.image_folder import find_images, load_image  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from tools.image_folder import UnreadableImage, dim_note, find_images, load_image, unreadable_list  # noqa: E402
+from training.config import MAX_SEED  # noqa: E402
+from training.runtime import configure_runtime, counted, run_cli  # noqa: E402
 from untrusted import read_json  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
@@ -39,11 +40,47 @@ def load_settings(path: str) -> dict:
     return {"vae": settings["vae"], "training": {**DEFAULTS, **settings.get("training", {})}}
 
 
-def load_folder(root: str, size: int):
-    """All images of an image folder, float32 [N, 3, size, size] in [-1, 1]."""
+def check_training(training: dict, given: dict, path: str) -> None:
+    """ValueError naming the first setting that can't be.
+
+    Args:
+        training: the settings in effect.
+        given: those that are flags; others are of the file `path`.
+    """
+    for key, value in training.items():
+        if key in ("lr", "kl_weight"):
+            expected = "a number above 0" if key == "lr" else "a number from 0 on"
+            right = type(value) in (int, float) and 0 <= value < math.inf and (value > 0 or key != "lr")
+        else:
+            least, most = (0, MAX_SEED) if key == "seed" else (1, math.inf)
+            expected = f"an integer from {least} {f'to {most}' if key == 'seed' else 'on'}"
+            right = type(value) is int and least <= value <= most
+        if not right:
+            raise ValueError(f"{f'--{key}' if key in given else f'{path}: {key}'} {value!r}: expected {expected}")
+
+
+def load_folder(root: str, size: int, lost: list | None = None):
+    """The images of an image folder, float32 [N, 3, size, size] in [-1, 1]; prints what else is to be said of them.
+
+    Args:
+        lost: gets (name, reason) of unreadable images, which are left out; None: the first is an error.
+    """
     import numpy as np
 
-    return np.stack([load_image(path, size) for path, _ in find_images(root)[0]])
+    notes, dim, images = [], [], []
+    samples, _ = find_images(root, notes=notes)
+    for path, _ in samples:
+        try:
+            images.append(load_image(path, size, dim))
+        except UnreadableImage as error:
+            if lost is None:
+                raise ValueError(f"{error}; repair or remove it, or give --on_error skip") from None
+            lost.append((path, error.reason))
+    if not images:
+        raise ValueError(f"{root}: not one of its {len(samples)} images can be read: {lost[-1][1]}")
+    for note in [*notes, *([dim_note(dim)] if dim else [])]:
+        print(note, flush=True)
+    return np.stack(images)
 
 
 def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> None:
@@ -96,19 +133,21 @@ def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
 
 def run(args) -> None:
     settings = load_settings(args.config_file)
-    for key in DEFAULTS:
-        if getattr(args, key) is not None:
-            settings["training"][key] = getattr(args, key)
+    given = {key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None}
+    settings["training"].update(given)
+    check_training(settings["training"], given, args.config_file)
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise ValueError(f"--output {args.output} is not empty; nothing was written")
+    size = settings["vae"].get("sample_size", 32)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{args.config_file}: sample_size {size!r}: expected an integer from 1 on")
+    lost = [] if args.on_error == "skip" else None
+    images = load_folder(args.data, size, lost)
+    heldout = load_folder(args.heldout, size, lost) if args.heldout else None
 
     import paddle
     from ppdiffusers import AutoencoderKL
 
-    # Load the images, build the model.
-    size = settings["vae"].get("sample_size", 32)
-    images = load_folder(args.data, size)
-    heldout = load_folder(args.heldout, size) if args.heldout else None
     paddle.seed(settings["training"]["seed"])
     try:
         vae = AutoencoderKL(**settings["vae"])
@@ -119,13 +158,15 @@ def run(args) -> None:
     train(vae, images, **settings["training"])
     psnr, std = measure(vae, images)
     vae.register_to_config(scaling_factor=round(1.0 / std, 5))
-    print(f"{len(images)} training images: PSNR {psnr:.2f} dB, latents' std {std:.4f} before scaling")
+    print(f"{counted(len(images), 'training image')}: PSNR {psnr:.2f} dB, latents' std {std:.4f} before scaling")
     if heldout is not None:
-        print(f"{len(heldout)} held-out images: PSNR {measure(vae, heldout)[0]:.2f} dB")
+        print(f"{counted(len(heldout), 'held-out image')}: PSNR {measure(vae, heldout)[0]:.2f} dB")
     vae.save_pretrained(args.output, safe_serialization=False)
     with open(os.path.join(args.output, "training.json"), "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=2)
         file.write("\n")
+    if lost:
+        print(unreadable_list(lost))
     print(f"The autoencoder is in {args.output}")
 
 
@@ -135,6 +176,12 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--heldout", help="image folder by class on which to measure the reconstruction")
     parser.add_argument("--config_file", required=True, help="JSON with sections vae and training")
     parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps; as all below, wins over the JSON")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate")

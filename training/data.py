@@ -7,6 +7,10 @@ large ones (`training.packed`), and perhaps NAME_manifest.json, which tools/extr
 import copy
 import itertools
 import os
+import re
+import shlex
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +18,7 @@ import numpy as np
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
+from training.runtime import say
 from training.stopping import start_worker
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
@@ -30,7 +35,10 @@ def find_features(feature_path, resolution):
         ValueError: nothing fits, more than one set does, or the set is not finished.
     """
     if not os.path.isdir(feature_path):
-        raise ValueError(f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it")
+        raise ValueError(
+            f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
+            f"{_unpacking(feature_path)}"
+        )
     endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
     found = {}  # {name: kinds}
     for entry in os.scandir(feature_path):
@@ -48,7 +56,7 @@ def find_features(feature_path, resolution):
     if not whole:
         raise ValueError(
             f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
-            "folder in it"
+            f"folder in it{_unpacking(feature_path)}"
         )
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
@@ -62,6 +70,22 @@ def find_features(feature_path, resolution):
     return ("packed" if "packed" in found[name] else "pairs"), name
 
 
+def _unpacking(feature_path):
+    """The end of a message on missing features: the command that unpacks them, if they lie there in a tar file."""
+    path = os.fspath(feature_path).rstrip("/")
+    if os.path.isdir(path):
+        folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
+    else:
+        folder, files = os.path.dirname(path) or ".", [path, *(path + ending for ending in (".tar", ".tar.gz", ".tgz"))]
+    tars = [file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)]
+    if not tars:
+        return ""
+    return (
+        f"; unpack {os.path.basename(tars[0])} first: tar -xf {shlex.quote(tars[0])} -C {shlex.quote(folder)}, and "
+        "give the folder that then holds NAME_features/ and NAME_labels/"
+    )
+
+
 def open_store(feature_path, kind, name):
     """The `PackedStore` or `PairStore` of a set."""
     return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
@@ -72,10 +96,15 @@ def read_manifest(feature_path, name):
     path = os.path.join(feature_path, f"{name}_manifest.json")
     if not os.path.exists(path):
         return {}
-    manifest = read_json(path)
+    manifest = read_json(path, large=True)  # extractions took seeds of any size
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return manifest
+
+
+def _local_processes():
+    """How many processes the launcher started on this machine."""
+    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
 
 
 class MemoryStore:
@@ -100,8 +129,7 @@ class MemoryStore:
         shape = (1 + self.has_flip, len(indices), *self.row_shape)
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()
-        # Each process of the launcher on this machine holds the samples for itself.
-        processes = max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
+        processes = _local_processes()  # each of them holds the samples for itself
         if memory is not None and self.num_bytes * processes > 0.9 * memory:
             raise ValueError(
                 f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
@@ -496,6 +524,41 @@ def _only(items):
     return items[0]
 
 
+LOADER_DIED = (
+    "a loader process died. Was the memory full, or /dev/shm, through which batches come? Give --num_workers 0 "
+    "(--dataloader_num_workers 0 to the Trainer) or a larger /dev/shm (docker run --shm-size), or pack the features "
+    "with tools/pack_features.py: packed ones are read without processes"
+)
+
+
+def free_shared_memory():
+    """Free bytes of `/dev/shm`; None where there is none."""
+    try:
+        state = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return None
+    return state.f_bavail * state.f_frsize
+
+
+def _name_dead_loaders():
+    """Makes the death of a loader process one line, whatever this process does then: Paddle's handler of SIGCHLD
+    raises a SystemError of many lines there."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if getattr(handler, "names_dead_loaders", False):  # Paddle sets its own only once
+        return
+
+    def handle(signum, frame):
+        try:
+            handler(signum, frame)
+        except SystemError:
+            raise ValueError(LOADER_DIED) from None
+
+    handle.names_dead_loaders = True
+    signal.signal(signal.SIGCHLD, handle)
+
+
 class FeatureLoader:
     """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
 
@@ -507,7 +570,7 @@ class FeatureLoader:
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
     Raises, while iterating:
-        ValueError: what the dataset raised for a sample.
+        ValueError: what the dataset raised for a sample, or that a loader process died.
     """
 
     def __init__(self, dataset, sampler, *, num_workers, phase=None):
@@ -519,6 +582,22 @@ class FeatureLoader:
     def __len__(self):
         return len(self.sampler)
 
+    def _use_shared_memory(self):
+        """Whether the batches of all loader processes on this machine fit into the free shared memory."""
+        free = free_shared_memory()
+        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
+        batches = (2 * self._num_workers + 4) * _local_processes()
+        batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
+        if free is None or batches * batch_bytes <= free:
+            return True
+        if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+            say(
+                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {batches * batch_bytes / 2**20:.1f} MiB were needed: "
+                "loader processes send batches through pipes, which takes longer; a larger /dev/shm (docker run "
+                "--shm-size) or tools/pack_features.py avoids it"
+            )
+        return False
+
     def _by_processes(self):
         from paddle.io import DataLoader
 
@@ -528,11 +607,25 @@ class FeatureLoader:
             collate_fn=_only,  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
+            use_shared_memory=self._use_shared_memory(),
         )
         state = np.random.get_state()
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError as error:  # queues between processes take a few pages of /dev/shm too
+            raise ValueError(
+                f"loader processes can't be started: {error.strerror}. Is /dev/shm full? Give --num_workers 0 "
+                "(--dataloader_num_workers 0 to the Trainer)"
+            ) from None
         np.random.set_state(state)  # it has drawn a seed for the workers: a resumed run must not draw once more
-        for batch in batches:
+        _name_dead_loaders()
+        while True:
+            try:
+                batch = next(batches, None)
+            except SystemError:
+                raise ValueError(LOADER_DIED) from None
+            if batch is None:
+                return
             if len(batch) == 1:
                 raise ValueError(batch[0].numpy().tobytes().decode())
             yield batch

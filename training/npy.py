@@ -30,6 +30,12 @@ def load_npy(path, *, mapped=False):
         raise ValueError(f"{path}: not a readable .npy file (truncated?): {_reason(error)}") from None
 
 
+def header_bytes(data):
+    """How many bytes of a `.npy` file stand in front of its array; data: the file, of which `load_npy` had an array."""
+    start = 10 if data[6:7] == b"\1" else 12  # magic, version and the length, of 2 or 4 bytes
+    return start + int.from_bytes(data[8:start], "little")
+
+
 def load_npz(path, names):
     """`{name: array}` of a `.npz` file that `numpy.savez` wrote; names that it lacks are left out.
 

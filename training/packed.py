@@ -255,7 +255,9 @@ class PackedStore:
         first = self._rows[0][0] if self._rows[0] else array
         if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
             raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
-        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]) or not array.flags.c_contiguous:
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{path}: is stored in Fortran order, expected rows one after another")
+        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
             raise ValueError(f"{path}: holds {_describe(array)}, the first shard {_describe(first)}")
         if len(array) != count:
             raise ValueError(f"{path}: holds {len(array)} rows, its labels.npy {count}")

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from training.npy import load_npy, load_npz
+from training.npy import header_bytes, load_npy, load_npz
 
 INDEX_LEAST = 20_000
 _LARGEST = 1 << 30  # bytes of a file that is read at once
@@ -45,7 +45,7 @@ class NpyReader:
     """Reads `.npy` files that are mostly alike: a header seen before is not parsed again, which is most of the time."""
 
     def __init__(self):
-        self._known = None  # (header, bytes of the file, dtype, shape), replaced as a whole: threads share it
+        self._known = None  # (header, where the array ends, dtype, shape), replaced as a whole: threads share it
 
     def __call__(self, path):
         """The array of a file, perhaps read-only; raises as `load_npy`."""
@@ -56,14 +56,15 @@ class NpyReader:
         return self.parse(data, path)
 
     def parse(self, data, path):
-        """The array in the bytes of a file; raises as `load_npy`."""
+        """The array in the bytes of a file, whatever stands behind it; raises as `load_npy`."""
         known = self._known
-        if known is not None and len(data) == known[1] and data.startswith(known[0]):
-            return np.frombuffer(data, known[2], offset=len(known[0])).reshape(known[3])
+        if known is not None and len(data) >= known[1] and data.startswith(known[0]):
+            header, end, dtype, shape = known
+            return np.frombuffer(data[:end], dtype, offset=len(header)).reshape(shape)
         array = load_npy(path)
-        header = data[: len(data) - array.nbytes]
-        if array.size and b"'fortran_order': False" in header and len(header) + array.nbytes == len(data):
-            self._known = header, len(data), array.dtype, array.shape
+        header = data[: header_bytes(data)]
+        if array.size and b"'fortran_order': False" in header:
+            self._known = header, len(header) + array.nbytes, array.dtype, array.shape
         return array
 
 

@@ -145,6 +145,11 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 image`, `1,200 images`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def resolve_device(requested):
     """`auto`, `cpu`, `gpu` or `gpu:N` to what Paddle takes; raises `ValueError` for a GPU that is not there."""
     import paddle

@@ -2,10 +2,20 @@
 
 import json
 
+import numpy as np
+import paddle
 import pytest
-from conftest import checkpoint_path, loop_arguments, write_config, write_features
+from conftest import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
+from PIL import Image
+from ppdiffusers import AutoencoderKL
 
-from training.config import load_config
+from models import build_model
+from sampling import inference
+from sampling.autoencoder import LatentScaling
+from sampling.decoder import LatentDecoder, load_vae
+from sampling.export import export_dit_pipeline
+from tools import check_features, extract_features
+from training.config import load_config, resolve_config
 from training.setup import describe_features
 
 
@@ -73,3 +83,187 @@ def test_odd_files_of_a_set(file, content, message, tmp_path):
     (tmp_path / f"imagenet64_{file}.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         describe_features(tmp_path, 64, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scale of latents
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHIFTED = {"latent_channels": 16, "shift_factor": 0.6, "scaling_factor": 1.5}
+STATISTICS = {"latents_mean": [0.5, -0.3, 0.1, 2.0], "latents_std": [2.0, 0.5, 1.0, 4.0], "scaling_factor": 0.8}
+
+
+def make_vae(folder=None, **settings):
+    """A tiny autoencoder of 2x smaller latents, random weights."""
+    paddle.seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, **blocks, **settings)
+    vae.eval()
+    if folder is not None:
+        vae.save_pretrained(str(folder), safe_serialization=False)
+    return vae
+
+
+def expected_latents(z, settings):
+    """What diffusers' pipelines make of `z`: Stable Diffusion 3 of a shift, Stable Diffusion XL of statistics."""
+    if "shift_factor" in settings:
+        return (z - settings["shift_factor"]) * settings["scaling_factor"]
+    mean, std = (np.reshape(np.array(settings[key]), [1, -1, 1, 1]) for key in ("latents_mean", "latents_std"))
+    return (z - mean) * settings["scaling_factor"] / std
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for index in range(2):
+            Image.fromarray(random.integers(0, 256, [8, 8, 3], "uint8")).save(root / name / f"{index}.png")
+    return root
+
+
+def extract(images, folder, vae, *flags):
+    paths = ["--data_path", str(images), "--features_path", str(folder), "--vae", str(vae)]
+    extract_features.main([*paths, "--image_size", "8", "--device", "cpu", *flags])
+    return folder
+
+
+def read_set(folder, kind="features"):
+    return np.concatenate([np.load(folder / f"imagenet8_{kind}" / f"{index}.npy") for index in range(4)])
+
+
+@pytest.mark.parametrize("settings", [SHIFTED, STATISTICS], ids=["shift", "statistics"])
+def test_extraction_and_decoder_scale_as_diffusers_does(settings, images, tmp_path, capsys):
+    vae = make_vae(tmp_path / "vae", **settings)
+    extract(images, tmp_path / "set", tmp_path / "vae", "--moments", "--flip")
+    pixels = [np.asarray(Image.open(path)) for path in sorted(images.rglob("*.png"))]
+    mirrored = [image[:, ::-1] for image in pixels]
+    for kind, batch in (("features", pixels), ("features_flip", mirrored)):
+        x = paddle.to_tensor(np.stack(batch).transpose(0, 3, 1, 2) / 127.5 - 1).astype("float32")
+        with paddle.no_grad():
+            posterior = vae.encode(x).latent_dist
+        mean, std = np.split(read_set(tmp_path / "set", kind), 2, axis=1)
+        wanted = expected_latents(posterior.mean.numpy(), settings)
+        np.testing.assert_allclose(mean, wanted, atol=2e-5)
+        one_std_up = expected_latents((posterior.mean + posterior.std).numpy(), settings)
+        np.testing.assert_allclose(std, one_std_up - wanted, atol=2e-5)
+
+    with paddle.no_grad():
+        decoded = vae.decode(posterior.mean).sample.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(
+        LatentDecoder(vae).decode(paddle.to_tensor(mean)), (decoded / 2 + 0.5).clip(0, 1), atol=1e-5
+    )
+    manifest = json.loads((tmp_path / "set" / "imagenet8_manifest.json").read_text())
+    nothing = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    expected = {**nothing, **settings}
+    expected.pop("latent_channels", None)
+    assert {key: manifest[key] for key in expected} == expected
+
+    # The same weights with another scale can't go on in this set.
+    capsys.readouterr()
+    make_vae(tmp_path / "other", **{**settings, "scaling_factor": 1.0})
+    with pytest.raises(ValueError, match="scaling_factor of the VAE was"):
+        extract(images, tmp_path / "set", tmp_path / "other", "--moments", "--flip")
+
+
+def test_samples_are_shifted_too(images, tmp_path):
+    make_vae(tmp_path / "vae", **SHIFTED)
+    make_vae(tmp_path / "plain", **{**SHIFTED, "shift_factor": None})
+    sets = [read_set(extract(images, tmp_path / f"{name}_set", tmp_path / name)) for name in ("vae", "plain")]
+    np.testing.assert_allclose(sets[0], sets[1] - 0.6 * 1.5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"shift_factor": 0.5, "latents_mean": 0.0, "latents_std": 1.0}, "can't be combined"),
+        ({"latents_mean": [0.0] * 4}, "has latents_mean but no latents_std; expected both or none"),
+        ({"latents_mean": 0.0, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std is 0.0, expected a number above 0"),
+        ({"latents_mean": [0.0] * 3, "latents_std": 1.0}, "3 values, expected one for each of 4 channels"),
+        ({"scaling_factor": 0}, "scaling_factor is 0, expected a number above 0"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_one_line(settings, message, tmp_path):
+    make_vae(tmp_path, **settings)
+    with pytest.raises(ValueError, match=message) as error:
+        load_vae(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+@pytest.mark.parametrize("settings", [SHIFTED, STATISTICS], ids=["shift", "statistics"])
+def test_stock_folders_hold_the_scale_in_their_vae(settings, convolutions, tmp_path):
+    """DiTPipeline decodes latents / scaling_factor; its folder must give the pictures of our decoder all the same."""
+    from ppdiffusers import DiTPipeline
+
+    channels = settings.get("latent_channels", 4)
+    vae = make_vae(use_quant_conv=convolutions, use_post_quant_conv=convolutions, **settings)
+    config = resolve_config({"model": {**TINY_MODELS["DiT"], "sample_size": 4, "in_channels": channels}})
+    network = build_model(config["model"])
+    state = {name: value.numpy() for name, value in network.named_parameters()}
+    export_dit_pipeline(config, state, vae, tmp_path / "pipe", timestep_embedding="keep")
+
+    pipe = DiTPipeline.from_pretrained(str(tmp_path / "pipe"))
+    latents = paddle.randn([2, channels, 4, 4])
+    with paddle.no_grad():
+        stock = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    ours = LatentDecoder(vae).decode(latents)
+    np.testing.assert_allclose(stock.clip(0, 1).numpy().transpose(0, 2, 3, 1), ours, atol=1e-5)
+
+    # Whoever encodes with the folder's VAE, or decodes with it here, gets the same latents and pictures.
+    np.testing.assert_allclose(LatentDecoder(load_vae(str(tmp_path / "pipe" / "vae"))).decode(latents), ours, atol=1e-5)
+    with paddle.no_grad():
+        pixels = paddle.randn([2, 3, 8, 8])
+        theirs, own = (one.encode(pixels).latent_dist for one in (pipe.vae, vae))
+    scaling = LatentScaling.of(vae.config)
+    factor = settings["scaling_factor"]
+    np.testing.assert_allclose(theirs.mean * factor, scaling.normalize(own.mean), atol=1e-5)
+    np.testing.assert_allclose(theirs.std * factor, scaling.normalize_std(own.std), atol=1e-5)
+
+
+def test_programs_for_paddle_inference_shift_too(tmp_path):
+    vae = make_vae(**SHIFTED)
+    config = resolve_config({"model": {**TINY_MODELS["DiT"], "sample_size": 4, "in_channels": 16, "num_layers": 1}})
+    state = {name: value.numpy() for name, value in build_model(config["model"]).named_parameters()}
+    inference.export_inference(inference.from_checkpoint(config, state, vae, {}), str(tmp_path / "out"))
+    latents = paddle.randn([2, 16, 4, 4])
+    loaded = inference.load_inference(str(tmp_path / "out"))
+    np.testing.assert_allclose(LatentDecoder(loaded.vae).decode(latents), LatentDecoder(vae).decode(latents), atol=1e-4)
+
+    # A folder of before has the scaling factor alone.
+    path = tmp_path / "out" / "inference.json"
+    manifest = json.loads(path.read_text())
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        del manifest[key]
+    path.write_text(json.dumps(manifest))
+    assert LatentDecoder(inference.load_inference(str(tmp_path / "out")).vae).scaling.is_plain
+
+
+def test_statistics_of_many_channels_are_read(tmp_path):
+    settings = {"latent_channels": 40, "latents_mean": [0.1] * 40, "latents_std": [2.0] * 40}
+    make_vae(tmp_path, **settings)
+    assert LatentScaling.of(load_vae(str(tmp_path)).config).latents_std == [2.0] * 40
+
+
+def test_check_features_knows_latents_without_their_statistics(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    statistics = {"scaling_factor": 1.0, "latents_mean": [5.0, -5.0, 0.0, 0.0], "latents_std": [4.0] * 4}
+    write_set(tmp_path, {**MANIFEST, "shift_factor": None, **statistics}, {})
+    mean = np.reshape([5, -5, 0, 0], [4, 1, 1])
+    for path in (tmp_path / "imagenet64_features").glob("*.npy"):
+        np.save(path, (np.load(path) * 4 + mean).astype("float32"))
+    with pytest.raises(SystemExit):
+        check_features.main(["--feature_path", str(tmp_path), "--resolution", "64", "--num_workers", "1"])
+    assert "scaling factor 1, with shift or statistics, is not in them" in capsys.readouterr().out
+
+
+def test_a_set_of_before_the_shift_was_written_is_the_same_set(images, tmp_path, capsys):
+    make_vae(tmp_path / "vae")
+    path = extract(images, tmp_path / "set", tmp_path / "vae") / "imagenet8_manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        del manifest[key]
+    path.write_text(json.dumps(manifest))
+    extract(images, tmp_path / "set", tmp_path / "vae")
+    assert "complete since an earlier start" in capsys.readouterr().out

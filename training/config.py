@@ -11,6 +11,7 @@ import os
 import re
 from collections import namedtuple
 
+from sampling.autoencoder import SCALING_KEYS
 from untrusted import check_network, read_json
 
 # What a key accepts: `check(value)` decides, `expected` is the text of the error.
@@ -189,7 +190,6 @@ VAE_KEYS = {
         None, _or_one_a_channel(_positive(None).check), "a number above 0, a list of one a channel, or null"
     ),
 }
-SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 FEATURES_KEYS = {
     "image_size": _or_null(_positive_int(None)),
     "class_names": _or_null(Key(None, _is_class_names, 'names by label, {"0": "name", ...}')),
@@ -362,6 +362,23 @@ def manifest_features(manifest, where):
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
     return resolve_config(read_json(path), source=str(path), file_name=str(path))
+
+
+def weights_features(path, config):
+    """The `features` section of weights: that of the checkpoint folder they lie in, if it tells any, else the config's.
+
+    Args:
+        path: a training checkpoint folder, a file of weights in one, or any other. config: what describes the network.
+    """
+    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
+    beside = os.path.join(folder, "config.json")
+    if name in ("", "model_state.pdparams", "ema_state.pdparams") and os.path.isfile(beside):
+        raw = read_json(beside)
+        if isinstance(raw, dict) and "features" in raw:
+            features = resolve_features(raw["features"], f"{beside}: features")
+            if any(value is not None for value in features.values()):
+                return features
+    return config["features"]
 
 
 def write_json(path, value):

@@ -10,7 +10,8 @@ import paddle
 
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
-from training.config import SCALING_KEYS, ineffective_settings, manifest_features, write_json
+from sampling.autoencoder import SCALING_KEYS
+from training.config import ineffective_settings, manifest_features, write_json
 from training.data import FeatureDataset, MicroBatchSampler, find_features, read_manifest, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision

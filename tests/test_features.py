@@ -1,6 +1,10 @@
 """What a feature set is made of travels with it: to the run, its checkpoints, its pipelines and the demos."""
 
+import contextlib
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -9,14 +13,25 @@ from conftest import TINY_MODELS, checkpoint_path, loop_arguments, write_config,
 from PIL import Image
 from ppdiffusers import AutoencoderKL
 
+import infer_demo_dit
+import infer_demo_sit
 from models import build_model
-from sampling import inference
-from sampling.autoencoder import LatentScaling
+from models.weights import save_pdparams
+from sampling import decoder, inference
+from sampling.autoencoder import LatentScaling, choose_vae
 from sampling.decoder import LatentDecoder, load_vae
 from sampling.export import export_dit_pipeline
-from tools import check_features, extract_features
+from tools import (
+    check_features,
+    convert_dit_to_ppdiffusers,
+    convert_sit_to_ppdiffusers,
+    export_inference,
+    extract_features,
+    image_demo,
+)
+from tools.pipeline_converter import find_labels
 from training.config import load_config, resolve_config
-from training.setup import describe_features
+from training.setup import build_dataset, describe_features, other_data_note
 
 
 def write_set(folder, manifest, names):
@@ -267,3 +282,197 @@ def test_a_set_of_before_the_shift_was_written_is_the_same_set(images, tmp_path,
     path.write_text(json.dumps(manifest))
     extract(images, tmp_path / "set", tmp_path / "vae")
     assert "complete since an earlier start" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which autoencoder, and the names of classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """A set extracted with a relative VAE, and checkpoints of networks for it: `{"vae", "set", "DiT", "SiT"}`."""
+    folder = tmp_path_factory.mktemp("run")
+    make_vae(folder / "vae")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        extract(images, folder / "set", "vae")
+    finally:
+        os.chdir(before)
+    model = {**TINY_MODELS["DiT"], "sample_size": 4, "num_classes": 3, "num_layers": 1}
+    checkpoints = {}
+    for kind in ("DiT", "SiT"):
+        config = resolve_config({"model": {**model, "type": kind}})
+        build_dataset(config, folder / "set", 8)
+        checkpoints[kind] = checkpoint = folder / kind / "checkpoint-1"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        state = {name: value.numpy() for name, value in build_model(config["model"]).named_parameters()}
+        save_pdparams(state, str(checkpoint / "model_state.pdparams"))
+    return {"vae": folder / "vae", "set": folder / "set", **checkpoints}
+
+
+CONVERTERS = {"DiT": convert_dit_to_ppdiffusers, "SiT": convert_sit_to_ppdiffusers}
+DEMOS = {"DiT": infer_demo_dit, "SiT": infer_demo_sit}
+
+
+def draw(kind, path, output, *flags):
+    DEMOS[kind].main(
+        ["--model_path", str(path), "--num_inference_steps", "2", "--output", str(output), *map(str, flags)]
+    )
+    return np.asarray(Image.open(output))
+
+
+def convert(kind, weights, output, *flags):
+    CONVERTERS[kind].main(["--model_weights", str(weights), "--checkpoint_path", str(output), *map(str, flags)])
+
+
+@pytest.mark.parametrize("kind", ["DiT", "SiT"])
+def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = draw(kind, run[kind], tmp_path / "told.png", "--classes", "1", "--vae", run["vae"])
+    image = draw(kind, run[kind], tmp_path / "a.png", "--classes", "dog")
+    assert (image == told).all() and "note" not in capsys.readouterr().out
+    convert(kind, run[kind], tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "cat", "1": "dog", "2": "2"}
+    draw(kind, tmp_path / "pipe", tmp_path / "b.png", "--classes", "dog")
+
+    # Weights by file with a plain config of the same network: what stands beside them is not forgotten.
+    config = tmp_path / f"{kind}.json"
+    config.write_text(json.dumps({"model": json.loads((run[kind] / "config.json").read_text())["model"]}))
+    convert(kind, run[kind] / "model_state.pdparams", tmp_path / "by_file", "--config_file", config)
+    assert json.loads((tmp_path / "by_file" / "model_index.json").read_text())["id2label"]["1"] == "dog"
+
+
+def test_inference_export_and_names_by_flag(run, tmp_path, capsys):
+    export_inference.main(["--model_path", str(run["DiT"]), "--output", str(tmp_path / "out")])
+    manifest = json.loads((tmp_path / "out" / "inference.json").read_text())
+    assert manifest["id2label"] == {"0": "cat", "1": "dog"}
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    convert("DiT", run["DiT"], tmp_path / "pipe", "--id2label", labels)
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["id2label"]["1"] == "b"
+
+
+def test_the_features_weights_decode_as_the_features_were_scaled(run, tmp_path, capsys):
+    """The same weights beside a config of another scale: the latents are still what they are."""
+    make_vae(tmp_path / "v2", scaling_factor=1.1)
+    right = draw("DiT", run["DiT"], tmp_path / "a.png")
+    image = draw("DiT", run["DiT"], tmp_path / "b.png", "--vae", tmp_path / "v2")
+    said = capsys.readouterr().out
+    assert said.count("scaling_factor 0.18215, not 1.1") == 1 and str(tmp_path / "v2") in said
+    assert (image == right).all()
+
+
+def other_weights(folder, **settings):
+    vae = make_vae(**settings)
+    vae.decoder.conv_out.bias.set_value(vae.decoder.conv_out.bias + 0.5)
+    vae.save_pretrained(str(folder), safe_serialization=False)
+    return folder
+
+
+@pytest.mark.parametrize("tool", ["demo", "converter", "export_inference", "check_features", "preview"])
+def test_another_autoencoder_is_used_and_said(tool, run, tmp_path, capsys, run_loop, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = other_weights(tmp_path / "other")
+    bad = make_vae(tmp_path / "bad", latent_channels=8) and tmp_path / "bad"
+
+    def use(vae, output):
+        if tool == "demo":
+            draw("SiT", run["SiT"], tmp_path / f"{output}.png", "--vae", vae)
+        elif tool == "converter":
+            convert("SiT", run["SiT"], tmp_path / output, "--vae_model", vae)
+        elif tool == "export_inference":
+            flags = ["--model_path", run["DiT"], "--vae", vae, "--output", tmp_path / output]
+            export_inference.main([str(flag) for flag in flags])
+        elif tool == "check_features":
+            flags = ["--feature_path", run["set"], "--vae", vae, "--output", tmp_path / f"{output}.json"]
+            with contextlib.suppress(SystemExit):  # random weights have no latents of unit variance
+                check_features.main([str(flag) for flag in [*flags, "--num_workers", 1]])
+        else:
+            config = tmp_path / "config.json"
+            model = json.loads((run["DiT"] / "config.json").read_text())["model"]
+            config.write_text(json.dumps({"model": model}))
+            flags = loop_arguments(
+                "notrainer", config=config, features=run["set"], output=tmp_path / output, steps=1, batch=4
+            )
+            flags = [flag.replace("image_size=64", "image_size=8") for flag in flags]
+            run_loop("notrainer", [*flags, "--image_logging_steps=1", "--num_inference_steps=2", f"--vae={vae}"])
+
+    use(vae, "out")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "the features were made with" in line]
+    assert len(notes) == 1 and str(vae) in notes[0] and "weights of sha256" in notes[0]
+    with pytest.raises(ValueError, match="latent_channels is 8, and 4 for the autoencoder that made the features"):
+        use(bad, "no")
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_previews_take_the_features_autoencoder(loop, run, tmp_path, run_loop, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": json.loads((run["DiT"] / "config.json").read_text())["model"]}))
+    flags = loop_arguments(loop, config=config, features=run["set"], output=tmp_path / "out", steps=1, batch=4)
+    flags = [flag.replace("=64", "=8") for flag in flags]
+    run_loop(loop, [*flags, "--image_logging_steps=1", "--num_inference_steps=2"])
+    assert list((tmp_path / "out").rglob("images/*.png")) and "the features were made" not in capsys.readouterr().out
+
+
+def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "load_vae", lambda name: pytest.fail(f"{name} was loaded"))
+    checkpoint = shutil.copytree(run["DiT"], tmp_path / "checkpoint-1")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["features"]["vae"]["name"] = str(tmp_path / "gone")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="gone: there is no such folder; .*sha256 .* give it by --vae_model"):
+        convert("DiT", checkpoint, tmp_path / "pipe")
+    with pytest.raises(ValueError, match="give it by --vae$"):
+        draw("DiT", checkpoint, tmp_path / "a.png")
+
+    # Nothing but a name is known: the default, and a note.
+    unknown = {**dict.fromkeys(config["features"]["vae"]), "name": "gone"}
+    assert choose_vae(None, unknown, "the/default", "--vae")[0] == "the/default"
+    assert choose_vae(None, None, "the/default", "--vae") == ("the/default", None)
+    assert choose_vae(None, {**unknown, "name": "owner/name"}, "the/default", "--vae") == ("owner/name", None)
+
+
+def test_imagenets_names_are_for_those_without_their_own():
+    config = resolve_config({"model": {**TINY_MODELS["DiT"], "num_classes": 1000}})
+    labels, note = find_labels(None, config)
+    assert labels["207"] == "golden retriever" and "ImageNet's" in note
+    config["features"]["class_names"] = {str(i): f"own {i}" for i in range(1000)}
+    assert find_labels(None, config) == (config["features"]["class_names"], None)
+    ids = ["n01440764", *(f"n0{i}" for i in range(2000000, 2000998)), "n15075141"]  # ImageNet's own folders
+    config["features"]["class_names"] = {str(i): name for i, name in enumerate(ids)}
+    assert find_labels(None, config)[0]["207"] == "golden retriever"
+
+
+def test_numbered_folders_mean_one_class_everywhere(tmp_path):
+    """Labels 2 and 10 are named 10 and 2: a class that is named is that one, with and without a pipeline."""
+    config = resolve_config({"model": {**TINY_MODELS["DiT"], "num_classes": 12}})
+    names = sorted(map(str, range(12)))
+    config["features"]["class_names"] = {str(i): name for i, name in enumerate(names)}
+    labels = image_demo.checkpoint_labels(None, config)
+    assert image_demo.find_classes(["2"], labels, 12) == [4]
+    assert {int(key): name for key, name in find_labels(None, config)[0].items()} == labels
+
+
+def test_a_resumed_run_with_latents_of_another_autoencoder_says_so(run, tmp_path, images):
+    other = extract(images, tmp_path / "set", other_weights(tmp_path / "other"))
+    saved = load_config(run["DiT"] / "config.json")
+    config = {**saved, "features": describe_features(other, 8, 3)[0]}
+    checkpoint = SimpleNamespace(progress={}, config=saved)
+    note = other_data_note(checkpoint, config, [None] * 4)
+    assert f"autoencoder {str(tmp_path / 'other')[:60]}" in note
+    assert other_data_note(checkpoint, saved, [None] * 4) is None
+
+
+def test_fine_tuning_on_latents_of_another_autoencoder_says_so(run, tmp_path, images, run_loop, capsys):
+    other = extract(images, tmp_path / "set", other_weights(tmp_path / "other"))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": json.loads((run["DiT"] / "config.json").read_text())["model"]}))
+    for features, count in ((run["set"], 0), (other, 1)):
+        output = tmp_path / f"out{count}"
+        flags = loop_arguments("notrainer", config=config, features=features, output=output, steps=1, batch=4)
+        run_loop("notrainer", [*flags, f"--pretrained_model_path={run['DiT']}"])
+        assert capsys.readouterr().out.count("was trained on other latents: autoencoder ") == count

@@ -11,7 +11,7 @@ import paddle
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
 from sampling.autoencoder import SCALING_KEYS
-from training.config import ineffective_settings, manifest_features, write_json
+from training.config import ineffective_settings, manifest_features, weights_features, write_json
 from training.data import FeatureDataset, MicroBatchSampler, find_features, read_manifest, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
@@ -230,6 +230,15 @@ def other_data_note(checkpoint, config, dataset):
     ):
         note += "; held-out samples may have been trained on before"
     return note
+
+
+def pretrained_note(path, config):
+    """A sentence to print if the weights that a run starts from were trained on another autoencoder's latents."""
+    if not path:
+        return None
+    features = {**weights_features(path, config), "class_names": None}
+    changes = features_changes(features, config["features"])
+    return f"{path} was trained on other latents: {changes}" if changes else None
 
 
 def progress_state(config, *, step, samples_seen, num_samples, world_size, watch):

@@ -79,8 +79,8 @@ def load_pipeline(args, path):
     check_model_type(config["model"]["type"], "infer_demo_sit.py", f"{config_file}: describes")
     config["features"] = weights_features(path, config)
     labels = checkpoint_labels(args.id2label, config)
-    vae = checkpoint_vae(args.vae, config, PUBLIC_VAE)
     state, source = read_weights(path, key=args.key)
+    vae = checkpoint_vae(args.vae, config, PUBLIC_VAE)
     return SiTPipeline.from_weights(config, state, vae, source=source), labels
 
 

@@ -105,9 +105,8 @@ def read_dit(path, *, vae, key=None, id2label=None):
     config = load_config(os.path.join(path, "config.json"))
     check_model_type(config["model"]["type"], "infer_demo_dit.py", f"--model_path {path}: is")
     labels = checkpoint_labels(id2label, config)
-    vae = checkpoint_vae(vae, config)
     state, source = read_weights(path, key=key)
-    return from_checkpoint(config, state, vae, labels, source=source)
+    return from_checkpoint(config, state, checkpoint_vae(vae, config), labels, source=source)
 
 
 def checkpoint_vae(given, config, default=DEFAULT_VAE):

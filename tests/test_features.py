@@ -71,6 +71,9 @@ def test_a_run_carries_what_its_features_were_made_of(loop, tmp_path, run_loop, 
     }
     said = capsys.readouterr().out
     assert "scaling_factor 0.5 here, 1.5 there; class 0 is bird here, cat there" in said
+    plain = write_features(tmp_path / "plain")
+    run_loop(loop, loop_arguments(loop, config=config, features=plain, output=tmp_path / "three", steps=1))
+    assert "this one counts: it has neither manifest nor class names" in capsys.readouterr().out
 
 
 def test_relative_autoencoder_folder_is_found_from_elsewhere(tmp_path, monkeypatch):

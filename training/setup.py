@@ -71,7 +71,10 @@ def build_dataset(config, feature_path, resolution):
     )
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     dataset.notes += notes
-    if changes := features_changes(config["features"], features):
+    changes = features_changes(config["features"], features)
+    if not any(features.values()) and any(config["features"].values()):
+        changes = "it has neither manifest nor class names"
+    if changes:
         dataset.notes.append(f"the config's section features is of another set, and this one counts: {changes}")
     config["features"] = features
     if data["classes"] is not None:

@@ -5,7 +5,7 @@
     python infer_demo_dit.py --model_path output/checkpoint-5000 --vae assets/digits_vae --classes 3 7
 
 --model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
-checkpoint folder, whose averages are then sampled with --vae. Without it: ./DiT_XL_2_256 if that folder is there, else
+checkpoint folder, whose averages are sampled. Without it: ./DiT_XL_2_256 if that folder is there, else
 the public facebook/DiT-XL-2-256. One class gives one image, several a grid.
 
 --backend inference samples by Paddle Inference, of which --dtype bfloat16 also runs on a CPU that has it. --model_path
@@ -18,11 +18,13 @@ import os
 import tempfile
 from dataclasses import dataclass
 
+from sampling.autoencoder import DEFAULT_VAE
 from tools.image_demo import (
     add_flags,
     check_model_path,
     check_model_type,
     checkpoint_labels,
+    checkpoint_vae,
     draw,
     find_classes,
     load_pipeline,
@@ -191,15 +193,15 @@ def sample_checkpoint(args):
     check_model_type(settings["type"], "infer_demo_dit.py", f"--model_path {args.model_path}: is")
     guidance_scale = check_guidance(args.guidance_scale, settings["class_dropout_prob"] > 0, args.model_path)
 
-    labels = checkpoint_labels(args.id2label, settings["num_classes"])
+    labels = checkpoint_labels(args.id2label, config)
     classes = find_classes(args.classes, labels, settings["num_classes"])
 
     # The network.
-    decoder = LatentDecoder.from_pretrained(args.vae)
+    decoder = LatentDecoder(checkpoint_vae(args.vae, config))
     if decoder.vae.config.latent_channels != settings["in_channels"]:
         raise ValueError(
-            f"--vae {args.vae}: has {decoder.vae.config.latent_channels} latent channels, {args.model_path} was "
-            f"trained on {settings['in_channels']}"
+            f"--vae {args.vae or DEFAULT_VAE}: has {decoder.vae.config.latent_channels} latent channels, "
+            f"{args.model_path} was trained on {settings['in_channels']}"
         )
     state, source = read_weights(args.model_path, key=args.key)
     check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
@@ -256,7 +258,7 @@ def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
         help="inference: Paddle Inference, see tools/export_inference.py [eager]",
     )
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
+    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     if args.model_path is None:

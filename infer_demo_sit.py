@@ -20,6 +20,7 @@ from tools.image_demo import (
     check_model_type,
     check_pipeline,
     checkpoint_labels,
+    checkpoint_vae,
     draw,
     find_classes,
     make_generator,
@@ -53,8 +54,7 @@ def load_pipeline(args, path):
     """A SiTPipeline and its labels `{id: label}`, from a pipeline folder, a training checkpoint or a file."""
     from sampling import SiTPipeline
     from sampling.checkpoint import is_training_checkpoint, read_weights
-    from sampling.decoder import load_vae
-    from training.config import load_config
+    from training.config import load_config, weights_features
 
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
@@ -77,9 +77,11 @@ def load_pipeline(args, path):
         config_file = args.config_file or PUBLIC_CONFIG
     config = load_config(config_file)
     check_model_type(config["model"]["type"], "infer_demo_sit.py", f"{config_file}: describes")
-    labels = checkpoint_labels(args.id2label, config["model"]["num_classes"])
+    config["features"] = weights_features(path, config)
+    labels = checkpoint_labels(args.id2label, config)
     state, source = read_weights(path, key=args.key)
-    return SiTPipeline.from_weights(config, state, load_vae(args.vae or PUBLIC_VAE), source=source), labels
+    vae = checkpoint_vae(args.vae, config, PUBLIC_VAE)
+    return SiTPipeline.from_weights(config, state, vae, source=source), labels
 
 
 def sample(args):
@@ -131,7 +133,7 @@ def main(argv=None):
     sde.add_argument("--last_step_size", type=float, help="[0.4]")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", help="JSON of a file's network [config/SiT_XL_patch2.json]")
-    weights.add_argument("--vae", help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
+    weights.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {PUBLIC_VAE}]")
     weights.add_argument("--key", choices=("model", "ema"), help="which weights of a checkpoint [ema]")
     args = parser.parse_args(argv)
     if args.sampler == "ode":

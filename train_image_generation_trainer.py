@@ -76,7 +76,13 @@ def train(args, others, config, stopping):
             device=device,
             world_size=world_size,
             last_step=last_step,
-            notes=[*degree_notes, note, start_note, setup.other_data_note(checkpoint, config, dataset)],
+            notes=[
+                *degree_notes,
+                note,
+                start_note,
+                start_note and setup.pretrained_note(args.pretrained_model_path, config),
+                setup.other_data_note(checkpoint, config, dataset),
+            ],
         )
         if checkpoint is not None:
             say(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}")

@@ -1,10 +1,11 @@
-"""Latents to pixels. The scale factor, and the step from [-1, 1] to 8 bits, live here only."""
+"""Latents to pixels. The step from [-1, 1] to 8 bits lives here only, the scale of latents in `autoencoder`."""
 
 import os
 
 import numpy as np
 import paddle
 
+from sampling.autoencoder import LatentScaling
 from sampling.pretrained import load_model
 
 
@@ -14,14 +15,15 @@ def load_vae(name_or_path):
     Nothing that it holds is executed.
 
     Raises:
-        ValueError: one line: no VAE there, or the download failed, and what to do without a network.
+        ValueError: one line: no VAE there, one whose scale of latents can't be, or the download failed, and what to do
+            without a network.
     """
     from ppdiffusers import AutoencoderKL
 
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"{name_or_path}: no config.json in this folder; expected an AutoencoderKL")
     try:
-        return load_model(AutoencoderKL, name_or_path)
+        vae = load_model(AutoencoderKL, name_or_path)
     except Exception as error:  # the hub clients raise a dozen unrelated types
         if isinstance(error, ValueError) and os.path.isdir(name_or_path):
             raise
@@ -30,18 +32,21 @@ def load_vae(name_or_path):
             f"VAE {name_or_path}: cannot be loaded or downloaded ({reason}). Without a network, copy the VAE here "
             "from a machine that has one and give its folder, which holds config.json and model_state.pdparams"
         ) from None
+    LatentScaling.of(vae.config, channels=vae.config.latent_channels, source=f"VAE {name_or_path}")
+    return vae
 
 
 class LatentDecoder:
     """Latents, as networks see them, to images.
 
     Args:
-        vae: an `AutoencoderKL`; its `scaling_factor` is what the latents were multiplied by.
+        vae: an `AutoencoderKL`; its config says how the latents were scaled, see `LatentScaling`.
         batch_size: latents decoded at once.
     """
 
     def __init__(self, vae, batch_size=16):
         self.vae = vae
+        self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
         self.batch_size = batch_size
 
     @classmethod
@@ -54,7 +59,7 @@ class LatentDecoder:
         """Latents `(N, C, h, w)` to float32 numpy `(N, H, W, 3)` in [0, 1]; what lies outside is cut off."""
         images = []
         for start in range(0, latents.shape[0], self.batch_size):
-            batch = latents[start : start + self.batch_size] / self.vae.config.scaling_factor
+            batch = self.scaling.denormalize(latents[start : start + self.batch_size])
             decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
             decoded = (decoded.astype("float32") / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1])
             images.append(decoded.numpy())

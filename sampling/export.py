@@ -11,6 +11,8 @@ Where the stock classes differ from DiT, and what is done about it:
 * Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one are refused.
 * MLP. Its width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
 * Guidance. The pipeline guides all latent channels, the official `forward_with_cfg` the first three.
+* Latents. The pipeline decodes `latents / scaling_factor`: an autoencoder's shift or statistics are folded into its
+  convolutions, see `sampling.autoencoder.fold_scaling`.
 * A learned variance is ignored by both schedulers: the pipeline cuts it off.
 """
 
@@ -20,6 +22,7 @@ import shutil
 import numpy as np
 
 from models.weights import check_state, expected_shapes
+from sampling.autoencoder import LatentScaling, fold_scaling
 from sampling.folder import check_id2label, check_output, write_components, write_folder
 from sampling.timestep_fit import fit_timestep_embedding, own_timestep_mlp
 
@@ -252,11 +255,12 @@ def check_export(model, state, vae, output_dir, id2label, overwrite, source):
 
 
 def check_vae(vae, in_channels):
-    """Raises ValueError unless the VAE decodes latents of that many channels."""
+    """Raises ValueError unless the VAE decodes latents of that many channels, scaled in a way that we know."""
     if vae.config.latent_channels != in_channels:
         raise ValueError(
             f"the VAE has {vae.config.latent_channels} latent channels, the network's in_channels is {in_channels}"
         )
+    LatentScaling.of(vae.config, channels=in_channels, source="the VAE's config")
 
 
 def write_stock_folder(
@@ -268,6 +272,7 @@ def write_stock_folder(
         transformer: `(package, class name, constructor keywords)`, and weights: `{name: array}` under its names.
         code: a file to put beside the weights, with the transformer's class.
     """
+    vae = fold_scaling(vae)
 
     def write(folder):
         write_components(

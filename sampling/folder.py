@@ -22,6 +22,8 @@ SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
 SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
 MAX_SIZE = 1_000_000  # of any number in a folder's settings
 MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
+# A scheduler's, of any length, and one value a latent channel.
+LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.export_large_dit`
 
 
@@ -66,9 +68,7 @@ def check_sizes(settings, path):
     """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
     for key, value in settings.items():
         shown = f"{path}: {printable(key)} is {printable(value, 40)}"
-        if (
-            isinstance(value, list) and len(value) > MAX_BLOCKS and key != "trained_betas"
-        ):  # a scheduler's, of any length
+        if isinstance(value, list) and len(value) > MAX_BLOCKS and key not in LONG_LISTS:
             raise ValueError(f"{shown}, {len(value):,} values, which is more than any network has")
         limit = MAX_BLOCK_LAYERS if "layers_per" in key else MAX_LAYERS if "layers" in key else MAX_SIZE
         for number in value if isinstance(value, list) else [value]:

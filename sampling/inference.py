@@ -21,6 +21,7 @@ from paddle.static import InputSpec
 
 from models import LargeDiT, build_model
 from models.weights import check_state, expected_shapes
+from sampling.autoencoder import SCALING_KEYS, LatentScaling
 from sampling.export import NULL_CLASS, check_vae, make_scheduler
 from sampling.folder import MAX_SIZE, read_json_object, write_folder, write_json
 from sampling.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
@@ -76,7 +77,7 @@ class StockTransformer(nn.Layer):
 
 
 class Decoder(nn.Layer):
-    """An `AutoencoderKL`'s way from latents, divided by its scaling factor, to images in [-1, 1]."""
+    """An `AutoencoderKL`'s way from latents, as it encodes them itself, to images in [-1, 1]."""
 
     def __init__(self, vae):
         super().__init__()
@@ -181,7 +182,7 @@ def export_inference(pipeline, output_dir):
             "sample_size": pipeline.sample_size,
             "num_classes": pipeline.num_classes,
             "null_class": pipeline.null_class,
-            "scaling_factor": float(pipeline.vae.config.scaling_factor),
+            **LatentScaling.of(pipeline.vae.config).as_dict(),
             "scheduler": type(pipeline.scheduler).__name__,
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
             "id2label": {str(key): label for key, label in pipeline.id2label.items()},
@@ -309,7 +310,9 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         predictor("transformer", dtype),
         # What a `LatentDecoder` asks of an AutoencoderKL.
         SimpleNamespace(
-            config=SimpleNamespace(scaling_factor=manifest["scaling_factor"], latent_channels=manifest["in_channels"]),
+            config=SimpleNamespace(
+                **{key: manifest.get(key) for key in SCALING_KEYS}, latent_channels=manifest["in_channels"]
+            ),
             dtype=paddle.float32,
             decode=lambda latents: SimpleNamespace(sample=vae(latents)),
         ),
@@ -345,6 +348,7 @@ def _read_manifest(folder):
     for key, (good, expected) in checks.items():
         if not good(manifest.get(key)):
             raise ValueError(f"{path}: {key} is {printable(manifest.get(key), 40)}, expected {expected}")
+    LatentScaling.of(manifest, channels=manifest["in_channels"], source=path)
     for part in PARTS:
         if not any(f"{part}/{name}" in sizes for name in PROGRAMS) or f"{part}/{WEIGHTS}" not in sizes:
             raise ValueError(f"{path}: bytes: names no program and weights of {part}")

@@ -247,6 +247,8 @@ def load_dit_pipeline(name_or_path, dtype=None):
         dtype=dtype,
     )
     vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
+    # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says: what the folder was made for.
+    vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
     return DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
 
 

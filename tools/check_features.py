@@ -11,6 +11,7 @@ there) unless --output names another file. Exit code: 0 all is well, 1 there are
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -224,6 +225,8 @@ class Check:
     def _check_statistics(self, sums, count):
         import numpy as np
 
+        from sampling.autoencoder import LatentScaling
+
         if not count:
             self.mean = self.std = None
             return
@@ -235,10 +238,18 @@ class Check:
         if STD_RANGE[0] <= self.std <= STD_RANGE[1]:
             return
         text = f"{self.folder}: the latents' standard deviation is {self.std:.4g}, expected about 1"
-        factor = self.manifest.get("scaling_factor") or 0.18215  # Stable Diffusion's
-        for value, what in ((self.std * factor, "is not in them"), (self.std / factor, "is in them twice")):
-            if STD_RANGE[0] <= value <= STD_RANGE[1]:
-                text += f"; it looks as if the autoencoder's scaling factor {factor:g} {what}"
+        known = self.manifest if self.manifest.get("scaling_factor") else {"scaling_factor": 0.18215}  # SD's
+        scaling = LatentScaling.of(known, channels=len(mean), source=self._manifest_path())
+        name = f"scaling factor {scaling.scaling_factor:g}" + (
+            "" if scaling.is_plain else ", with shift or statistics,"
+        )
+        # Mean and standard deviation of each channel, had they been scaled once more or less.
+        ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - self.channel_std, mean + self.channel_std)]
+        for change, what in ((scaling.normalize, "is not in them"), (scaling.denormalize, "is in them twice")):
+            low, high = map(change, ends)
+            middle, half = (low + high) / 2, (high - low) / 2
+            if STD_RANGE[0] <= math.sqrt(np.mean(half**2) + np.var(middle)) <= STD_RANGE[1]:
+                text += f"; it looks as if the autoencoder's {name} {what}"
         self.problem("scale", text)
 
     def _check_duplicates(self, digests, twins):
@@ -373,14 +384,19 @@ class Check:
         import paddle
 
         paddle.set_device(resolve_device(self.args.device))
+        from sampling.autoencoder import open_vae
         from sampling.decoder import LatentDecoder
         from sampling.grid import make_grid
+        from training.config import manifest_features
 
-        decoder = LatentDecoder.from_pretrained(self.args.vae)
-        if decoder.vae.config.latent_channels != channels:
-            theirs = decoder.vae.config.latent_channels
+        made_with = manifest_features(self.manifest, self._manifest_path())["vae"]
+        vae, notes = open_vae(self.args.vae, made_with, default=None, flag="--vae")
+        for note in notes:
+            print(f"note: {note}")
+        if vae.config.latent_channels != channels:
+            theirs = vae.config.latent_channels
             raise ValueError(f"--vae {self.args.vae}: decodes {theirs} channels, the latents have {channels}")
-        images = decoder(paddle.to_tensor(np.stack(rows)))
+        images = LatentDecoder(vae)(paddle.to_tensor(np.stack(rows)))
         make_grid(images, columns=min(COLUMNS, len(images))).save(path)
 
     def _row(self, index, twin):

@@ -18,6 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from sampling.autoencoder import DEFAULT_VAE  # noqa: E402
 from tools.image_demo import check_model_path, read_dit  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
@@ -28,7 +29,7 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels')
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of its VAE")
+    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_model_path(args.model_path)

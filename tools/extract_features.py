@@ -1,6 +1,6 @@
 """Encode images with a VAE into the features that both training loops read.
 
-FEATURES_PATH/NAME_features/<i>.npy       float32 [1, C, H/f, W/f], a posterior sample times the VAE's scaling_factor
+FEATURES_PATH/NAME_features/<i>.npy       float32 [1, C, H/f, W/f], a posterior sample, scaled as the VAE's config says
 FEATURES_PATH/NAME_features_flip/<i>.npy  with --flip: the same of the mirrored image
 FEATURES_PATH/NAME_labels/<i>.npy         int64 [1]
 FEATURES_PATH/NAME_packed/                with --format packed: all of it in a few large files
@@ -23,7 +23,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
 import os
 import sys
@@ -33,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from sampling.autoencoder import DEFAULT_VAE  # noqa: E402
 from tools.image_folder import UnreadableImage, dim_note, unreadable_list  # noqa: E402
 from tools.image_source import find_archives, open_source, printable, source_root  # noqa: E402
 from training.arguments import check_seed  # noqa: E402
@@ -52,12 +52,15 @@ class LatentEncoder:
     """
 
     def __init__(self, vae, precision, *, seed, moments):
+        from sampling.autoencoder import LatentScaling
+
         self.vae, self.precision, self.seed, self.moments = vae, precision, seed, moments
+        self.scaling = LatentScaling.of(vae.config)
 
     def __call__(self, pixels, indices, mirrored=False):
         """Starts the work and returns a tensor float32 (N, C, h, w), with moments (N, 2C, h, w): mean, then std.
 
-        Both are times the VAE's scaling_factor, as a sample mean + std * noise is.
+        Both are scaled as the VAE's config says, as a sample mean + std * noise is.
 
         Args:
             pixels: uint8 (N, S, S, 3).
@@ -77,10 +80,10 @@ class LatentEncoder:
         mean = posterior.mean.astype("float32")  # (N, C, h, w)
         std = paddle.exp(0.5 * posterior.logvar.astype("float32"))
         if self.moments:
-            return paddle.concat([mean, std], axis=1) * self.vae.config.scaling_factor
+            return paddle.concat([self.scaling.normalize(mean), self.scaling.normalize_std(std)], axis=1)
         rngs = [np.random.default_rng((self.seed, index, 1) if mirrored else (self.seed, index)) for index in indices]
         noise = np.stack([rng.standard_normal(mean.shape[1:], "float32") for rng in rngs])
-        return (mean + std * paddle.to_tensor(noise)) * self.vae.config.scaling_factor
+        return self.scaling.normalize(mean + std * paddle.to_tensor(noise))
 
 
 def read_batches(source, batches, image_size, num_workers, dim=None):
@@ -151,23 +154,15 @@ def encode_batches(source, read, encoders):
         yield fetch(*running)
 
 
-def weights_digest(vae):
-    """sha256 of a network's weights by name, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        array = value.numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def make_settings(args, name, vae, *, device, dtype):
     """The manifest of a set, as far as it does not depend on the images.
 
     Raises:
         ValueError: images of this size are not for this VAE.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    from sampling.autoencoder import LatentScaling, downsampling, weights_digest
+
+    factor = downsampling(vae)
     if args.image_size % factor:
         raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
     if vae.config.in_channels != 3:
@@ -182,9 +177,10 @@ def make_settings(args, name, vae, *, device, dtype):
         "flip": args.flip,
         "image_size": args.image_size,
         "seed": args.seed,
-        "scaling_factor": vae.config.scaling_factor,
+        **LatentScaling.of(vae.config).as_dict(),
         "vae": {
             "name": printable(args.vae),
+            "path": printable(os.path.abspath(args.vae)) if os.path.isdir(args.vae) else None,
             "weights_sha256": weights_digest(vae),
             "latent_channels": vae.config.latent_channels,
             "downsampling": factor,
@@ -372,7 +368,7 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--name", help="prefix of what is written (default imagenet<image_size>)")
     parser.add_argument("--format", choices=("npy", "packed"), default="npy", help="a file pair an image (default npy)")
     parser.add_argument("--image_size", type=int, default=256, help="side of the crops in pixels (default 256)")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub name of an AutoencoderKL")
+    parser.add_argument("--vae", default=DEFAULT_VAE, help="folder or hub name of an AutoencoderKL")
     parser.add_argument("--flip", action="store_true", help="also store the latents of the mirrored images")
     parser.add_argument(
         "--moments",

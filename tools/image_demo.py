@@ -3,7 +3,8 @@
 import os
 import re
 
-from tools.pipeline_converter import IMAGENET_LABELS
+from sampling.autoencoder import DEFAULT_VAE, open_vae
+from tools.pipeline_converter import IMAGENET_LABELS, class_names  # noqa: F401 (as a name of this module too)
 from training.runtime import configure_runtime, resolve_device
 from untrusted import read_json
 
@@ -88,13 +89,13 @@ def read_dit(path, *, vae, key=None, id2label=None):
 
     Args:
         path: a DiTPipeline folder, its name on the hub, or a training checkpoint folder.
-        vae, key: of a checkpoint: name or folder of its VAE, and which weights. id2label: JSON of labels, or None.
+        vae, key: of a checkpoint: name or folder of its VAE, None for the features' own, and which weights.
+        id2label: JSON of labels, or None.
 
     Raises:
         ValueError: one line: none of these, or what can't be exported.
     """
     from sampling.checkpoint import is_training_checkpoint, read_weights
-    from sampling.decoder import load_vae
     from sampling.inference import from_checkpoint, from_dit_pipeline
     from training.config import load_config
 
@@ -103,9 +104,17 @@ def read_dit(path, *, vae, key=None, id2label=None):
         return from_dit_pipeline(pipe, pipeline_labels(path, pipe) if id2label is None else read_labels(id2label))
     config = load_config(os.path.join(path, "config.json"))
     check_model_type(config["model"]["type"], "infer_demo_dit.py", f"--model_path {path}: is")
-    labels = checkpoint_labels(id2label, config["model"]["num_classes"])
+    labels = checkpoint_labels(id2label, config)
     state, source = read_weights(path, key=key)
-    return from_checkpoint(config, state, load_vae(vae), labels, source=source)
+    return from_checkpoint(config, state, checkpoint_vae(vae, config), labels, source=source)
+
+
+def checkpoint_vae(given, config, default=DEFAULT_VAE):
+    """The autoencoder for a checkpoint's latents: that of --vae, else the features' own, else the default."""
+    vae, notes = open_vae(given, config["features"]["vae"], default=default, flag="--vae")
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return vae
 
 
 def pipeline_labels(path, pipe):
@@ -165,9 +174,14 @@ def read_labels(path):
     return {int(key): str(value) for key, value in labels.items()}
 
 
-def checkpoint_labels(path, num_classes):
-    """Labels for weights that come without: those of --id2label, ImageNet's for 1000 classes, else none."""
-    return read_labels(path or IMAGENET_LABELS) if path is not None or num_classes == 1000 else {}
+def checkpoint_labels(path, config):
+    """Labels for weights that come without: those of --id2label, else those of `class_names`, else none."""
+    if path is not None:
+        return read_labels(path)
+    names, note = class_names(config)
+    if note:
+        print(f"note: {note}", flush=True)
+    return {int(key): name for key, name in names.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --save_steps "$save_steps" \
     --save_total_limit "${save_total_limit:-50}" \
     --dataloader_num_workers "$num_workers" \
-    --vae_name_or_path "${vae_name_or_path:-stabilityai/sd-vae-ft-mse}" \
+    --vae_name_or_path "${vae_name_or_path:-None}" \
     --config_file "$config_file" \
     --num_inference_steps "${num_inference_steps:-25}" \
     --disable_tqdm "${disable_tqdm:-True}" \

@@ -2,11 +2,14 @@
 
 import os
 
+from sampling.autoencoder import choose_vae, open_vae
 from training.arguments import str2bool
 from training.runtime import configure_runtime
+from untrusted import read_json
 
 # num_layers, num_attention_heads, attention_head_dim
 SIZES = {"XL": (28, 16, 72), "L": (24, 16, 64), "B": (12, 12, 64), "S": (12, 6, 64)}
+IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
 IMAGENET_LABELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ImageNet_id2label.json")
 
 
@@ -49,13 +52,31 @@ def find_config(kind, args):
     return named_config(kind, args.model_name, args.image_size)
 
 
-def find_labels(path, num_classes):
-    """`{id: label}` from --id2label, ImageNet's for 1000 classes, else None; and a sentence for the user, or None."""
-    from training.config import read_json
+def class_names(config):
+    """`({label: name}, note or None)` of the classes a config's network was trained on.
 
-    if path is None and num_classes != 1000:
-        return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
-    labels = read_json(path or IMAGENET_LABELS)
+    The names of its own set; ImageNet's for 1000 classes without any, or with ImageNet's ids (n01440764 ...), and then
+    a sentence for the user; else none.
+    """
+    names = config["features"]["class_names"] or {}
+    ids = list(names.values())
+    are_imagenet = len(ids) == 1000 and (ids[0], ids[-1]) == IMAGENET_IDS and ids == sorted(ids)
+    if config["model"]["num_classes"] == 1000 and (not names or are_imagenet):
+        return read_json(IMAGENET_LABELS)["id2label"], "the class names are ImageNet's; --id2label FILE for others"
+    return names, None
+
+
+def find_labels(path, config):
+    """`({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
+    num_classes = config["model"]["num_classes"]
+    if path is None:
+        names, note = class_names(config)
+        if not names:
+            return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
+        taken = set(names.values())
+        missing = {str(i): f"class {i}" if str(i) in taken else str(i) for i in range(num_classes)}
+        return {**missing, **names}, note
+    labels = read_json(path)
     if isinstance(labels, dict) and isinstance(labels.get("id2label"), dict):
         labels = labels["id2label"]
     if not isinstance(labels, dict):
@@ -67,7 +88,8 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
     """The flags of both converters; kind is DiT or SiT, the others are defaults."""
     parser.add_argument("--image_size", type=int, default=256, help="pixels, with --model_name [256]")
     parser.add_argument("--model_name", default=f"{kind}_XL_2", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
-    parser.add_argument("--vae_model", default=vae_model, help=f"folder or hub name [{vae_model}]")
+    parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae_model}]")
+    parser.set_defaults(default_vae=vae_model)
     parser.add_argument("--model_weights", default=model_weights, help=f"[{model_weights}]")
     parser.add_argument(
         "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
@@ -75,7 +97,10 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
     parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
     parser.add_argument("--config_file", help="JSON of the network, instead of --model_name")
     parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
-    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} [ImageNet\'s for 1000 classes]')
+    parser.add_argument(
+        "--id2label",
+        help='JSON {"id2label": {"0": "name", ...}} [the names of the features\' set; ImageNet\'s for 1000 without]',
+    )
     parser.add_argument(
         "--weights_layout",
         default="auto",
@@ -102,14 +127,18 @@ def convert(kind, args, check, export):
     Raises:
         ValueError: whatever can't be done, in one line.
     """
+    from training.config import weights_features
+
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
     config = find_config(kind, args)
-    labels, note = find_labels(args.id2label, config["model"]["num_classes"])
+    config = {**config, "features": weights_features(args.model_weights, config)}
+    labels, note = find_labels(args.id2label, config)
+    chosen = (args.vae_model, config["features"]["vae"])
+    choose_vae(*chosen, args.default_vae, "--vae_model")
 
     configure_runtime()
     from sampling.checkpoint import read_weights
-    from sampling.decoder import load_vae
     from sampling.folder import check_id2label, check_output
 
     # What can be refused is refused before anything is loaded or downloaded.
@@ -125,8 +154,9 @@ def convert(kind, args, check, export):
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return None
-    notes = export(config, state, load_vae(args.vae_model), labels, source)
-    for text in [note, *notes]:
+    vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
+    notes = export(config, state, vae, labels, source)
+    for text in [note, *vae_notes, *notes]:
         if text:
             print(f"note: {text}")
     return source

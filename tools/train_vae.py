@@ -2,7 +2,8 @@
 
 The loss is the mean squared error over pixels in [-1, 1] plus kl_weight times the mean KL divergence of a latent's
 posterior to a unit Gaussian. OUTPUT gets config.json (with the scaling_factor that gives the latents of the training
-images unit standard deviation), model_state.pdparams and training.json, the settings that made it.
+images unit standard deviation, after a shift or statistics that the settings name), model_state.pdparams and
+training.json, the settings that made it.
 
 The autoencoder in assets/digits_vae was made by
     python tools/prepare_digits.py --output digits
@@ -116,10 +117,17 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples) over images."""
+    """(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples) over images.
+
+    The standard deviation is that before the scaling_factor, which follows from it.
+    """
     import numpy as np
     import paddle
 
+    from sampling.autoencoder import LatentScaling
+
+    config = vae.config
+    scaling = LatentScaling(1.0, config.shift_factor, config.latents_mean, config.latents_std)
     squared_error, latents = 0.0, []
     with paddle.no_grad():
         for start in range(0, len(images), batch_size):
@@ -127,7 +135,7 @@ def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
             posterior = vae.encode(x).latent_dist
             reconstruction = vae.decode(posterior.mean).sample.clip(-1, 1)
             squared_error += (reconstruction - x).square().sum().item()
-            latents.append(posterior.sample().numpy())
+            latents.append(scaling.normalize(posterior.sample()).numpy())
     return 10 * math.log10(4 * images.size / squared_error), float(np.concatenate(latents).std())
 
 
@@ -148,9 +156,12 @@ def run(args) -> None:
     import paddle
     from ppdiffusers import AutoencoderKL
 
+    from sampling.autoencoder import LatentScaling
+
     paddle.seed(settings["training"]["seed"])
     try:
         vae = AutoencoderKL(**settings["vae"])
+        LatentScaling.of(vae.config, channels=vae.config.latent_channels, source="its config")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{args.config_file}: AutoencoderKL refuses these settings: {error}") from None
 

@@ -6,6 +6,7 @@ A flag that is not given is None: then the config's JSON decides, then the defau
 import argparse
 import math
 
+from sampling.autoencoder import DEFAULT_VAE
 from training.config import DATA_KEYS, LR_SCHEDULES, MAX_SEED, load_config, override
 
 
@@ -155,9 +156,9 @@ def _add_preview_flags(parser):
     )
     group.add_argument(
         "--vae_name_or_path",
-        default="stabilityai/sd-vae-ft-mse",
+        type=_none_or_str,
         metavar="VAE",
-        help="AutoencoderKL folder or hub name for the previews [%(default)s]",
+        help=f"AutoencoderKL folder or hub name for the previews [the features' own, else {DEFAULT_VAE}]",
     )
     group.add_argument("--num_inference_steps", type=int, default=25, metavar="N", help="steps of a preview [25]")
     group.add_argument("--cfg_scale", type=float, default=4.0, help="guidance scale of a preview [4.0]")

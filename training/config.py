@@ -1,7 +1,8 @@
 """JSON configs: sections `model`, `objective`, `training` and `data`, checked key by key. Standard library only.
 
 The resolved config is what a run prints once and saves in every checkpoint: command line over JSON over the defaults
-that stand here.
+that stand here. Its section `features` says what the run's features were made of; it is filled in from the set itself
+(`training.setup.build_dataset`), so that every tool that gets a checkpoint knows its autoencoder and its class names.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import re
 from collections import namedtuple
 
+from sampling.autoencoder import SCALING_KEYS
 from untrusted import check_network, read_json
 
 # What a key accepts: `check(value)` decides, `expected` is the text of the error.
@@ -164,7 +166,39 @@ DATA_KEYS = {
     "validation_steps": _positive_int(1000),
 }
 
-SECTIONS = ("model", "objective", "training", "data")
+
+def _is_class_names(value):
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and key.isascii() and key.isdigit() and len(key) < 8 and str(int(key)) == key
+        for key, name in value.items()
+    )
+
+
+def _or_one_a_channel(check):
+    return lambda v: v is None or check(v) or (isinstance(v, list) and len(v) > 0 and all(map(check, v)))
+
+
+_TEXT = _or_null(Key(None, lambda v: isinstance(v, str), "text"))
+# The autoencoder that encoded the images; null where a set does not tell. The scaling is diffusers', by its names.
+VAE_KEYS = {
+    "name": _TEXT,
+    "weights_sha256": _TEXT,
+    "latent_channels": _or_null(_positive_int(None)),
+    "downsampling": _or_null(_positive_int(None)),
+    "scaling_factor": _or_null(_positive(None)),
+    "shift_factor": _or_null(Key(None, _is_number, "a number")),
+    "latents_mean": Key(None, _or_one_a_channel(_is_number), "a number, a list of one a channel, or null"),
+    "latents_std": Key(
+        None, _or_one_a_channel(_positive(None).check), "a number above 0, a list of one a channel, or null"
+    ),
+}
+FEATURES_KEYS = {
+    "image_size": _or_null(_positive_int(None)),
+    "class_names": _or_null(Key(None, _is_class_names, 'names by label, {"0": "name", ...}')),
+    "vae": _or_null(Key(None, lambda v: isinstance(v, dict), "an object {...}")),
+}
+
+SECTIONS = ("model", "objective", "training", "data", "features")
 
 
 def check_value(keys, name, value, where):
@@ -274,7 +308,7 @@ def resolve_config(raw, *, source="config", file_name=""):
         file_name: gives a flat file its model type.
 
     Returns:
-        `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}}`, every key present.
+        `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}, "features": {...}}`, every key present.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
@@ -302,12 +336,51 @@ def resolve_config(raw, *, source="config", file_name=""):
     _check_objective(model, objective, source)
     training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
     data = _section(DATA_KEYS, raw.get("data", {}), f"{source}: data")
-    return {"model": model, "objective": objective, "training": training, "data": data}
+    features = resolve_features(raw.get("features", {}), f"{source}: features")
+    return {"model": model, "objective": objective, "training": training, "data": data, "features": features}
+
+
+def resolve_features(given, where):
+    """Checks a `features` section and fills in nulls; raises `ValueError` as `resolve_config` does."""
+    features = _section(FEATURES_KEYS, given, where)
+    if features["vae"] is not None:
+        features["vae"] = _section(VAE_KEYS, features["vae"], f"{where}: vae")
+    return features
+
+
+def manifest_features(manifest, where):
+    """The `features` section that a set's manifest gives, without the class names, which stand in another file.
+
+    Raises:
+        ValueError: one line: a value that can't be.
+    """
+    vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
+    known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in VAE_KEYS}
+    if all(value is None for value in known.values()):
+        known = None
+    return resolve_features({"image_size": manifest.get("image_size"), "vae": known}, where)
 
 
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
     return resolve_config(read_json(path), source=str(path), file_name=str(path))
+
+
+def weights_features(path, config):
+    """The `features` section of weights: that of the checkpoint folder they lie in, if it tells any, else the config's.
+
+    Args:
+        path: a training checkpoint folder, a file of weights in one, or any other. config: what describes the network.
+    """
+    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
+    beside = os.path.join(folder, "config.json")
+    if name in ("", "model_state.pdparams", "ema_state.pdparams") and os.path.isfile(beside):
+        raw = read_json(beside)
+        if isinstance(raw, dict) and "features" in raw:
+            features = resolve_features(raw["features"], f"{beside}: features")
+            if any(value is not None for value in features.values()):
+                return features
+    return config["features"]
 
 
 def write_json(path, value):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import paddle
 
-from training.runtime import one_line
+from training.runtime import one_line, say
 from training.shares import Shares, held_part
 
 
@@ -43,7 +43,7 @@ class Preview:
     Args:
         objective: from `objectives.build_objective`.
         config: the resolved config.
-        vae: folder or name of an `AutoencoderKL`; loaded at once, on rank 0, which draws.
+        vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
         num_inference_steps: steps of the sampler.
         cfg_scale: guidance scale; 1 where the model has no null class.
         num_images: images in the grid.
@@ -57,12 +57,17 @@ class Preview:
         objective.check_num_steps(num_inference_steps)
         self.decoder, self.earlier_shown = None, False
         if paddle.distributed.get_rank() == 0:
+            from sampling.autoencoder import DEFAULT_VAE, open_vae
             from sampling.decoder import LatentDecoder
 
-            self.decoder = LatentDecoder.from_pretrained(vae)
-            channels = self.decoder.vae.config.latent_channels
+            name = vae or DEFAULT_VAE
+            vae, notes = open_vae(vae, config["features"]["vae"], default=DEFAULT_VAE, flag="--vae_name_or_path")
+            for note in notes:
+                say(f"note: {note}")
+            channels = vae.config.latent_channels
             if channels != model["in_channels"]:
-                raise ValueError(f"VAE {vae}: has {channels} latent channels, the model {model['in_channels']}")
+                raise ValueError(f"VAE {name}: has {channels} latent channels, the model {model['in_channels']}")
+            self.decoder = LatentDecoder(vae)
         self.objective = objective
         self.num_inference_steps = num_inference_steps
         self.cfg_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0

@@ -10,11 +10,15 @@ import paddle
 
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
-from training.config import ineffective_settings, write_json
-from training.data import FeatureDataset, MicroBatchSampler, total_steps
+from sampling.autoencoder import SCALING_KEYS
+from training.config import ineffective_settings, manifest_features, weights_features, write_json
+from training.data import FeatureDataset, MicroBatchSampler, find_features, read_manifest, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
 from training.runtime import compute_capability, say
+from untrusted import printable, read_json
+
+MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 
 
 def setup_precision(config, device):
@@ -54,7 +58,10 @@ def build_ema(config, model, *, on_host=False):
 
 
 def build_dataset(config, feature_path, resolution):
-    """`(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and `data` section."""
+    """`(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and `data` section.
+
+    Fills in the config's `features` section, which the set at hand decides, whatever a config file says.
+    """
     model, data = config["model"], config["data"]
     dataset = FeatureDataset(
         feature_path,
@@ -65,6 +72,14 @@ def build_dataset(config, feature_path, resolution):
         posterior=data["posterior"],
         seed=config["training"]["seed"],
     )
+    features, notes = describe_features(feature_path, resolution, model["num_classes"])
+    dataset.notes += notes
+    changes = features_changes(config["features"], features)
+    if not any(features.values()) and any(config["features"].values()):
+        changes = "it has neither manifest nor class names"
+    if changes:
+        dataset.notes.append(f"the config's section features is of another set, and this one counts: {changes}")
+    config["features"] = features
     if data["classes"] is not None:
         dataset = dataset.subset(data["classes"])
     if not dataset.moments and data["posterior"] == "mean":
@@ -73,6 +88,65 @@ def build_dataset(config, feature_path, resolution):
     if data["validation_samples"]:
         dataset, held_out = dataset.split(data["validation_samples"])
     return dataset.in_memory() if data["in_memory"] else dataset, held_out
+
+
+def describe_features(feature_path, resolution, num_classes):
+    """`(section, notes)`: what a set says of itself, as a config's `features` section, and sentences for the user."""
+    _, name = find_features(feature_path, resolution)
+    manifest = read_manifest(feature_path, name)
+    features = manifest_features(manifest, os.path.join(feature_path, f"{name}_manifest.json"))
+    vae = features["vae"]
+    if vae is not None and vae["name"] is not None:
+        # A relative path is the extraction's, and a run may be resumed or sampled from anywhere.
+        path = manifest["vae"].get("path")
+        if isinstance(path, str) and (os.path.isdir(path) or not os.path.isdir(vae["name"])):
+            vae["name"] = path
+        elif os.path.isdir(vae["name"]):
+            vae["name"] = os.path.abspath(vae["name"])
+    features["class_names"], note = read_class_names(os.path.join(feature_path, f"{name}_classes.json"), num_classes)
+    return features, [note] if note else []
+
+
+def read_class_names(path, num_classes):
+    """`({label: name} or None, note or None)` of a set's NAME_classes.json, for labels below `num_classes`.
+
+    Raises:
+        ValueError: one line: not such a file.
+    """
+    if not os.path.exists(path):
+        return None, None
+    too_many = f"{path}: its class names take more than {MAX_NAMES_BYTES >> 20} MiB and stay there"
+    if os.path.getsize(path) > 2 * MAX_NAMES_BYTES:
+        return None, too_many
+    content = read_json(path)
+    names = content.get("id2label") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(key.isascii() and key.isdigit() for key in names):
+        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
+    names = {int(key): printable(name, 200).strip() for key, name in names.items() if len(key) < 8}
+    names = {str(label): names[label] for label in sorted(names) if label < num_classes and names[label]}
+    if len(json.dumps(names, indent=2, ensure_ascii=False).encode()) > MAX_NAMES_BYTES:
+        return None, too_many
+    return names or None, None
+
+
+def features_changes(theirs, ours):
+    """How two `features` sections differ in what matters to a network, in words; empty if they don't."""
+    changes = []
+    there, here = theirs["vae"] or {}, ours["vae"] or {}
+    if None not in (there.get("weights_sha256"), here.get("weights_sha256")):
+        if there["weights_sha256"] != here["weights_sha256"]:
+            names = [f"{printable(vae['name'])} ({printable(vae['weights_sha256'], 8)})" for vae in (here, there)]
+            changes.append(f"autoencoder {names[0]} here, {names[1]} there")
+    if None not in (there.get("scaling_factor"), here.get("scaling_factor")):
+        for name in SCALING_KEYS:
+            if there[name] != here[name]:
+                changes.append(f"{name} {printable(here[name], 40)} here, {printable(there[name], 40)} there")
+    for label, there in (theirs["class_names"] or {}).items():
+        here = (ours["class_names"] or {}).get(label, there)
+        if here != there:
+            changes.append(f"class {label} is {printable(here)} here, {printable(there)} there")
+            break
+    return "; ".join(changes)
 
 
 def build_validation(config, objective, held_out, sampler, ranks_per_batch=1):
@@ -122,7 +196,7 @@ def build_preview(objective, config, args, *, vae):
 
 def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
     """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
-    say(json.dumps(config, indent=2))
+    say(json.dumps(_without_names(config), indent=2))
     for note in filter(None, [*notes, *dataset.notes, ineffective_settings(config["objective"])]):
         say(f"note: {note}")
     parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
@@ -132,6 +206,11 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
     )
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), config)
+
+
+def _without_names(config):
+    names = config["features"]["class_names"]
+    return {**config, "features": {**config["features"], "class_names": names and f"{len(names)} names"}}
 
 
 def other_data_note(checkpoint, config, dataset):
@@ -146,6 +225,8 @@ def other_data_note(checkpoint, config, dataset):
     for key in ("flip", "posterior", "classes", "validation_samples"):
         if theirs[key] != config["data"][key]:
             changes.append(f"{key} {config['data'][key]} here, {theirs[key]} there")
+    if checkpoint.config is not None:
+        changes += filter(None, [features_changes(checkpoint.config["features"], config["features"])])
     if not changes:
         return None
     note = "; ".join(changes) + ": other data, or in another order, from here"
@@ -155,6 +236,15 @@ def other_data_note(checkpoint, config, dataset):
     ):
         note += "; held-out samples may have been trained on before"
     return note
+
+
+def pretrained_note(path, config):
+    """A sentence to print if the weights that a run starts from were trained on another autoencoder's latents."""
+    if not path:
+        return None
+    features = {**weights_features(path, config), "class_names": None}
+    changes = features_changes(features, config["features"])
+    return f"{path} was trained on other latents: {changes}" if changes else None
 
 
 def progress_state(config, *, step, samples_seen, num_samples, world_size, watch):

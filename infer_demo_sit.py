@@ -132,7 +132,7 @@ def main(argv=None):
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", help="JSON of a file's network [config/SiT_XL_patch2.json]")
     weights.add_argument("--vae", help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
-    weights.add_argument("--key", choices=("model", "ema"), help="which weights of a checkpoint [ema]")
+    weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
     if args.sampler == "ode":
         for name in SDE_DEFAULTS:

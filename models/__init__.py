@@ -1,23 +1,33 @@
-"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config."""
+"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config.
 
-from .dit import DiT
-from .embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
-from .large_dit import LargeDiT, LargeSiT
-from .sit import SiT
+Names are imported on first use, so that reading a weight file (`models.weights`) does not wait for Paddle.
+"""
 
-MODELS = {"DiT": DiT, "SiT": SiT, "LargeDiT": LargeDiT, "LargeSiT": LargeSiT}
+import importlib
 
-__all__ = [
-    "MODELS",
-    "DiT",
-    "LabelEmbedder",
-    "LargeDiT",
-    "LargeSiT",
-    "SiT",
-    "TimestepEmbedder",
-    "build_model",
-    "get_2d_sincos_pos_embed",
-]
+_MODULES = {
+    "DiT": "dit",
+    "SiT": "sit",
+    "LargeDiT": "large_dit",
+    "LargeSiT": "large_dit",
+    "LabelEmbedder": "embeddings",
+    "TimestepEmbedder": "embeddings",
+    "get_2d_sincos_pos_embed": "embeddings",
+}
+_NETWORKS = ("DiT", "SiT", "LargeDiT", "LargeSiT")
+
+__all__ = ["MODELS", "build_model", *_MODULES]  # noqa: PLE0604 (strings)
+
+
+def __getattr__(name):
+    if name == "MODELS":
+        value = {kind: __getattr__(kind) for kind in _NETWORKS}
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def build_model(config, **overrides):
@@ -32,11 +42,11 @@ def build_model(config, **overrides):
     """
     keywords = dict(config["model"] if "model" in config else config)
     name = keywords.pop("type", "DiT")
-    if name not in MODELS:
-        raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
+    if name not in _NETWORKS:
+        raise ValueError(f"unknown model type {name!r}; known: {', '.join(_NETWORKS)}")
     keywords.update(overrides)
     try:
-        return MODELS[name](**keywords)
+        return __getattr__(name)(**keywords)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise ValueError(f"model type {name}: {str(error).split('()')[-1].strip()}") from None

@@ -31,6 +31,7 @@ from models.unpickle import (
     Blob,
     Budget,
     Namespace,
+    Placeholder,
     Refused,
     Storage,
     Tensor,
@@ -56,8 +57,12 @@ _PARTS = "UnpackBigParamInfor@@"  # in a paddle.save file: which parameters are 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def safe_load(path):
+def safe_load(path, *, tolerant=False):
     """Read a ``.pt``/``.pth``, ``.pdparams``/``.pdopt`` or ``.safetensors`` file; nothing in it is executed.
+
+    Args:
+        path: the file.
+        tolerant: an entry of the file's dict that holds anything else becomes a ``Placeholder``, and is no error.
 
     Returns:
         The file's nested dict / list / tuple / set / numbers / str / None, with every tensor as a numpy array of its
@@ -66,13 +71,13 @@ def safe_load(path):
 
     Raises:
         ValueError: one line that names the file: absent, truncated, of no known format, or asking for an import
-            outside the short list that weights need.
+            outside the short list that weights need, where it is not in an entry of a ``tolerant`` reading.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or not os.path.exists(path):
         what = "is a folder, expected a weight file" if os.path.isdir(path) else "there is no such file"
         raise ValueError(f"{path}: {what}")
-    return _opened(path, _read)
+    return _opened(path, lambda file: _read(file, tolerant))
 
 
 def _opened(path, read):
@@ -84,30 +89,42 @@ def _opened(path, read):
     try:
         with file:
             return read(file)
-    except Refused as error:
-        raise ValueError(f"{path}: refused: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except NotImplementedError as error:  # of no known format, or a zip file with what PyTorch never uses
         raise ValueError(f"{path}: not a weight file ({printable(error, 200)})") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
-        reason = printable(str(error) or type(error).__name__, 200)
-        raise ValueError(f"{path}: not a readable weight file, or truncated ({reason})") from None
+        raise _one_line(path, error) from None
 
 
-def _read(file):
+def readable(tree, name, path):
+    """The entry `name` of what `safe_load(path, tolerant=True)` gave; ValueError, one line, if it can't be read."""
+    if isinstance(tree[name], Placeholder):
+        raise _one_line(path, tree[name].error())
+    return tree[name]
+
+
+def _one_line(path, error):
+    """The `ValueError` for what a reader or a `Placeholder` says of a file."""
+    if isinstance(error, Refused):
+        return ValueError(f"{path}: refused: {error}")
+    reason = printable(str(error) or type(error).__name__, 200)
+    return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
+
+
+def _read(file, tolerant):
     start = file.read(16)
     file.seek(0)
     if start.startswith(b"PK"):
-        return _read_torch_zip(file)
+        return _read_torch_zip(file, tolerant)
     if len(start) > 8 and start[8:9] == b"{" and start[5:8] == b"\0\0\0":
         return _read_safetensors(file)
     if start[:1] == b"\x80" or start[:1] in b"(}]c" and start:  # protocols 0 and 1 have no mark of their own
-        return _read_pickle(file)
+        return _read_pickle(file, tolerant)
     raise NotImplementedError("expected .pt/.pth, .pdparams or .safetensors content")
 
 
-def _read_torch_zip(file):
+def _read_torch_zip(file, tolerant):
     size = file_size(file)
     limited = _ZipFile(file)
     with zipfile.ZipFile(limited) as archive:
@@ -143,7 +160,8 @@ def _read_torch_zip(file):
 
         program = member("data.pkl").data
         budget = Budget(size)
-        return _plain(Unpickler(io.BytesIO(program), len(program), budget, storage).load(), budget)
+        tree = Unpickler(io.BytesIO(program), len(program), budget, storage).load()
+        return _plain(tree, budget, tolerant=tolerant)
 
 
 class _ZipFile:
@@ -159,7 +177,7 @@ class _ZipFile:
         return self.file.read(count)
 
 
-def _read_pickle(file):
+def _read_pickle(file, tolerant):
     """Paddle's pickle, or the torch format before zip: pickles of magic, version, system, object, keys; then data."""
     size = file_size(file)
     budget = Budget(size)
@@ -169,7 +187,7 @@ def _read_pickle(file):
 
     first = load()
     if first != _LEGACY_MAGIC:
-        return _paddle_tree(_plain(first, budget, paddle=True), budget)
+        return _paddle_tree(_plain(first, budget, paddle=True, tolerant=tolerant), budget)
     load()  # protocol version
     big = not load().get("little_endian", True)
     storages = {}
@@ -182,13 +200,15 @@ def _read_pickle(file):
     if not isinstance(keys, list) or not all(isinstance(key, (str, int)) for key in keys):
         raise ValueError("it has no list of its storages")
     for key in keys:
+        if str(key) not in storages:  # how long it is can't be told
+            raise Refused("it has a storage of a type that weights don't have")
         item = storages[str(key)]
         (numel,) = struct.unpack("<q", file.read(8))
         length = item.numel * _itemsize(item.dtype)
         if numel != item.numel or length > size - file.tell() or item.data is not None:
             raise ValueError("its data end early")
         item.data = _native(read_array(file, length), item.dtype, big)
-    return _plain(tree, budget)
+    return _plain(tree, budget, tolerant=tolerant)
 
 
 def _safetensors_header(file):
@@ -270,12 +290,13 @@ def _paddle_tree(tree, budget):
     return tree
 
 
-def _plain(tree, budget, paddle=False):
+def _plain(tree, budget, paddle=False, tolerant=False):
     """Stand-ins -> numpy arrays and dicts; each object once (tied weights stay one array), cycles refused.
 
     Args:
         budget: of what is copied.
         paddle: of a paddle.save file: a pair (name, array) is a tensor, and uint16 is bfloat16.
+        tolerant: an entry of `tree`, a dict, that can't be converted becomes a `Placeholder`.
 
     Raises:
         ValueError: also for lists of lists that hold the same one many times: whoever walks through them, as
@@ -312,7 +333,11 @@ def _plain(tree, budget, paddle=False):
             return node
         if isinstance(node, Tensor):
             return _tensor(node, budget)
+        if isinstance(node, Placeholder):
+            raise node.error()
         if isinstance(node, Array):
+            if node.placeholder is not None:
+                raise node.placeholder.error()
             if node.array is None:
                 raise ValueError("an array without its data")
             return _widened(node.array, "bfloat16", budget) if paddle and node.array.dtype == np.uint16 else node.array
@@ -330,7 +355,17 @@ def _plain(tree, budget, paddle=False):
             return result
         raise Refused(f"it holds a {getattr(node, 'name', type(node).__name__)}, neither a tensor nor a plain value")
 
+    def visit_entry(node):
+        try:
+            return visit(node, 1)
+        except (Refused, ValueError) as error:
+            open_nodes.clear()
+            return Placeholder(type(error), str(error))
+
     try:
+        if tolerant and isinstance(tree, dict):
+            entries = ((name, visit_entry(value)) for name, value in tree.items() if not isinstance(name, Placeholder))
+            return type(tree)(entries)
         return visit(tree, 0)
     finally:
         seen.clear()  # `visit` and `convert` hold each other and this: the file's memory would wait for the collector
@@ -381,28 +416,39 @@ def _widen(array, dtype):
     return (array.astype(np.uint32) << 16).view(np.float32).reshape(array.shape)
 
 
-def load_weights(path, key=None):
+# How a checkpoint's sets of weights are named, where a key names averages, and where none does, the likeliest first.
+_AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNORECASE)
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "params")
+
+
+def load_weights(path, key=None, *, averages=True):
     """Read one model's weights, {name: array}, in the layout that the file has (see ``official_to_paddle``).
 
     Args:
         path: a file as for ``safe_load``.
         key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
-            "auto" takes "ema" where there is one, else "model", else the file's only state dict. None expects a
-            plain state dict.
+            "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
+            "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
+        averages: False: "auto" leaves averages out.
 
-    A leading "module." (DistributedDataParallel) is taken off.
+    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. A leading
+    "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) is taken off.
 
     Raises:
         ValueError: one line with the path: unreadable (see ``safe_load``), no such key, or not a state dict.
     """
-    tree = safe_load(path)
+    tree = safe_load(path, tolerant=True)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
     nested = [name for name, value in tree.items() if is_state(value)]
     listed = _first(nested, 10) or "none"
     if key == "auto":
-        key = next((name for name in ("ema", "model") if name in nested), None)
+        key = _pick_key(nested, averages)
+        if len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}:
+            print(f"note: {path} holds the sets of weights {listed}; {printable(key)} is taken")
     if key is not None:
+        if key in tree:
+            readable(tree, key, path)
         if key not in nested:
             what = "a plain state dict" if is_state(tree) else f"these sets of weights: {listed}"
             raise ValueError(f"{path}: has no weights under the key {key!r}; it holds {what}")
@@ -410,12 +456,34 @@ def load_weights(path, key=None):
     elif nested:
         raise ValueError(f"{path}: holds several sets of weights; choose a key of: {listed}")
     if not is_state(tree):
+        for name in tree:
+            readable(tree, name, path)
         odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
         why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
         raise ValueError(f"{path}: not a state dict ({why})")
-    if all(name.startswith("module.") for name in tree):
-        tree = {name[len("module.") :]: value for name, value in tree.items()}
-    return dict(tree)
+    return plain_names(tree)
+
+
+def _pick_key(nested, averages):
+    """The key of "auto" among those of a file's state dicts, or None if there is no telling."""
+    of_averages = [name for name in nested if isinstance(name, str) and _AVERAGES.search(name)]
+    others = [name for name in nested if name not in of_averages]
+    if averages and of_averages:
+        return "ema" if "ema" in of_averages else of_averages[0] if len(of_averages) == 1 else None
+    known = [name for name in _WEIGHTS if name in others]
+    return known[0] if known else others[0] if len(others) == 1 else None
+
+
+def plain_names(state):
+    """{name: array} under the network's own names, without what wrappers put before them.
+
+    Those are "module." (DistributedDataParallel) and "_orig_mod." (torch.compile), in any order and number, where all
+    names begin with it; "_orig_mod." also inside of a name, where a part of the network was compiled.
+    """
+    while prefix := next((p for p in ("module.", "_orig_mod.") if state and all(n.startswith(p) for n in state)), None):
+        state = {name[len(prefix) :]: value for name, value in state.items()}
+    inner = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
+    return inner if len(inner) == len(state) else dict(state)
 
 
 # Of the official Large-DiT: fairscale's ColumnParallelLinear splits weight and bias by rows of [out, in],

@@ -103,7 +103,7 @@ def main(argv=None):
     parser.add_argument(
         "--output", required=True, help="file to write: .pdparams or .safetensors; with --reverse .pt or .safetensors"
     )
-    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     convert(parser.parse_args(argv))

@@ -74,7 +74,7 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
     )
     parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
     parser.add_argument("--config_file", help="JSON of the network, instead of --model_name")
-    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} [ImageNet\'s for 1000 classes]')
     parser.add_argument(
         "--weights_layout",

@@ -25,7 +25,17 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.weights import check_state, is_state, load_weights, official_to_paddle, safe_load, save_pdparams
+from models.weights import (
+    check_finite,
+    check_state,
+    is_state,
+    load_weights,
+    official_to_paddle,
+    plain_names,
+    readable,
+    safe_load,
+    save_pdparams,
+)
 from sampling.checkpoint import is_training_checkpoint, read_weights
 from training.config import resolve_config
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
@@ -427,7 +437,9 @@ def _read_optimizer(path):
 
 def _load_official(path):
     """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
-    raw = safe_load(path)
+    raw = safe_load(path, tolerant=True)
+    if isinstance(raw, dict):
+        raw = {name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
@@ -436,11 +448,16 @@ def _load_official(path):
     for name in ("model", "ema"):
         if name in raw and not is_state(raw[name]):
             raise ValueError(f"{path}: its {name!r} is no state dict")
+        if name in raw:
+            raw[name] = plain_names(raw[name])
+            check_finite(raw[name], source=f"{path}: {name}")
     try:
         moments, step = _official_moments(raw)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = printable(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
+    for kind in ("moment1", "moment2"):
+        check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")
     return Checkpoint(
         source=path,
         config=None,

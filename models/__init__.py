@@ -1,31 +1,31 @@
 """Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config.
 
-Names are imported on first use, so that reading a weight file (`models.weights`) does not wait for Paddle.
+Names are imported on first use, so that whoever needs `models.weights` alone does not wait for Paddle.
 """
 
 import importlib
 
-_MODULES = {
-    "DiT": "dit",
-    "SiT": "sit",
-    "LargeDiT": "large_dit",
-    "LargeSiT": "large_dit",
-    "LabelEmbedder": "embeddings",
-    "TimestepEmbedder": "embeddings",
-    "get_2d_sincos_pos_embed": "embeddings",
+_EXPORTS = {
+    "DiT": "models.dit",
+    "LabelEmbedder": "models.embeddings",
+    "LargeDiT": "models.large_dit",
+    "LargeSiT": "models.large_dit",
+    "SiT": "models.sit",
+    "TimestepEmbedder": "models.embeddings",
+    "get_2d_sincos_pos_embed": "models.embeddings",
 }
 _NETWORKS = ("DiT", "SiT", "LargeDiT", "LargeSiT")
 
-__all__ = ["MODELS", "build_model", *_MODULES]  # noqa: PLE0604 (strings)
+__all__ = ["MODELS", "build_model", *_EXPORTS]
 
 
 def __getattr__(name):
     if name == "MODELS":
-        value = {kind: __getattr__(kind) for kind in _NETWORKS}
-    elif name in _MODULES:
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        value = {network: __getattr__(network) for network in _NETWORKS}
+    elif name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
     globals()[name] = value
     return value
 
@@ -42,11 +42,13 @@ def build_model(config, **overrides):
     """
     keywords = dict(config["model"] if "model" in config else config)
     name = keywords.pop("type", "DiT")
-    if name not in _NETWORKS:
-        raise ValueError(f"unknown model type {name!r}; known: {', '.join(_NETWORKS)}")
+    from models import MODELS
+
+    if name not in MODELS:
+        raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
     keywords.update(overrides)
     try:
-        return __getattr__(name)(**keywords)
+        return MODELS[name](**keywords)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise ValueError(f"model type {name}: {str(error).split('()')[-1].strip()}") from None

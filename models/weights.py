@@ -421,7 +421,7 @@ _AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNOREC
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "params")
 
 
-def load_weights(path, key=None, *, averages=True):
+def load_weights(path, key=None):
     """Read one model's weights, {name: array}, in the layout that the file has (see ``official_to_paddle``).
 
     Args:
@@ -429,7 +429,6 @@ def load_weights(path, key=None, *, averages=True):
         key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
             "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
             "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
-        averages: False: "auto" leaves averages out.
 
     What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. A leading
     "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) is taken off.
@@ -437,7 +436,18 @@ def load_weights(path, key=None, *, averages=True):
     Raises:
         ValueError: one line with the path: unreadable (see ``safe_load``), no such key, or not a state dict.
     """
-    tree = safe_load(path, tolerant=True)
+    return pick_weights(safe_load(path, tolerant=True), path, key)[0]
+
+
+def pick_weights(tree, path, key=None, *, averages=True):
+    """One model's weights of what ``safe_load(path, tolerant=True)`` gave, as ``load_weights`` picks them.
+
+    Args:
+        averages: False: "auto" leaves averages out.
+
+    Returns:
+        ``(weights, key)``; the key is None for a plain state dict.
+    """
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
     nested = [name for name, value in tree.items() if is_state(value)]
@@ -461,17 +471,22 @@ def load_weights(path, key=None, *, averages=True):
         odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
         why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
         raise ValueError(f"{path}: not a state dict ({why})")
-    return plain_names(tree)
+    return plain_names(tree), key
 
 
 def _pick_key(nested, averages):
     """The key of "auto" among those of a file's state dicts, or None if there is no telling."""
-    of_averages = [name for name in nested if isinstance(name, str) and _AVERAGES.search(name)]
+    of_averages = [name for name in nested if is_averages(name)]
     others = [name for name in nested if name not in of_averages]
     if averages and of_averages:
         return "ema" if "ema" in of_averages else of_averages[0] if len(of_averages) == 1 else None
     known = [name for name in _WEIGHTS if name in others]
     return known[0] if known else others[0] if len(others) == 1 else None
+
+
+def is_averages(key):
+    """Whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
+    return isinstance(key, str) and bool(_AVERAGES.search(key))
 
 
 def plain_names(state):
@@ -615,6 +630,16 @@ def check_state(state, expected_shapes, *, source):
     problems = [f"{len(found)} {kind}: {_first(found)}" for kind, found in kinds if found]
     if problems:
         raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
+
+
+def is_rounded(table, exact):
+    """Whether a table is the exact one to the rounding of a half precision: bfloat16's, the coarser one, is 2^-8."""
+    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
+
+
+def without_rounding(table, exact):
+    """`exact` where `table` is that in half precision, as a file of half-precision weights has it; else `table`."""
+    return exact if is_rounded(table, exact) else table
 
 
 def check_finite(state, *, source):

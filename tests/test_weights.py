@@ -28,6 +28,7 @@ from models.weights import (
     load_weights,
     official_to_paddle,
     paddle_to_official,
+    pick_weights,
     safe_load,
     save_pdparams,
     save_safetensors,
@@ -200,7 +201,8 @@ class TestKeys:
         said = capsys.readouterr().out
         assert bool(said) == (len(names) > 1 and names != ["model", "ema"])
         assert not said or f"{', '.join(names)}; {taken} is taken" in said
-        assert list(load_weights(path, "auto", averages=False)) == [of_weights]
+        weights, key = pick_weights(safe_load(path), path, "auto", averages=False)
+        assert list(weights) == [of_weights] == [key]
 
     @pytest.mark.parametrize("names", [["generator", "discriminator"], ["model", "ema_0.999", "ema_0.9999"]])
     def test_there_is_no_telling(self, tmp_path, names):

@@ -3,11 +3,11 @@
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
         --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
 
---weights is a plain state dict or a checkpoint of the official train.py, whose averages (ema) are taken unless --key
-says model. Of Large-DiT it may be the folder of a checkpoint, or one file of it: tensor-parallel shards
-(consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is executed. Names and shapes
-must be exactly those of the config's network. Names stay the official ones; Linear weights are turned from [out, in] to
-[in, out]; all weights are written as float32.
+--weights is a plain state dict, or a checkpoint such as the official train.py's, whose averages (ema) are taken unless
+--key names another set of weights in it. Of Large-DiT it may be the folder of a checkpoint, or one file of it:
+tensor-parallel shards (consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is
+executed. Names and shapes must be exactly those of the config's network. Names stay the official ones; Linear weights
+are turned from [out, in] to [in, out]; all weights are written as float32.
 
 With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is

@@ -632,19 +632,6 @@ def check_state(state, expected_shapes, *, source):
         raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
 
 
-def is_rounded(table, exact):
-    """Whether a table is the exact one to the rounding of a half precision: bfloat16's, the coarser one, is 2^-8."""
-    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
-
-
-def without_rounding(table, exact):
-    """`exact` where `table` is that in half precision, as a file of half-precision weights has it; else `table`.
-
-    What differs by the rounding of float32 alone, as averages do, stays as it is.
-    """
-    return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
-
-
 def check_finite(state, *, source):
     """Raise ValueError, one line, unless every number of ``state`` is finite: NaN and infinity draw black images.
 
@@ -706,6 +693,19 @@ def expected_shapes(model_config):
         names = [f"{stem}.{i}.{rest}" for i in range(model_config["num_layers"])] if in_block else [name]
         shapes.update(dict.fromkeys(names, tuple(parameter.shape)))
     return shapes
+
+
+def is_rounded(table, exact):
+    """Whether a table is the exact one to the rounding of a half precision: bfloat16's, the coarser one, is 2^-8."""
+    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
+
+
+def without_rounding(table, exact):
+    """`exact` where `table` is that in half precision, as a file of half-precision weights has it; else `table`.
+
+    What differs by the rounding of float32 alone, as averages do, stays as it is.
+    """
+    return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
 
 
 def _first(names, limit=3):

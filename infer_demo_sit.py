@@ -54,7 +54,7 @@ def load_pipeline(args, path):
     """A SiTPipeline and its labels `{id: label}`, from a pipeline folder, a training checkpoint or a file."""
     from sampling import SiTPipeline
     from sampling.checkpoint import is_training_checkpoint, read_weights
-    from training.config import load_config, weights_features
+    from training.config import load_config, weights_config, weights_features
 
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
@@ -73,9 +73,10 @@ def load_pipeline(args, path):
         if args.config_file is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
         config_file = os.path.join(path, "config.json")
+        config = load_config(config_file)
     else:
         config_file = args.config_file or PUBLIC_CONFIG
-    config = load_config(config_file)
+        config = weights_config(path, args.config_file) or load_config(config_file)
     check_model_type(config["model"]["type"], "infer_demo_sit.py", f"{config_file}: describes")
     config["features"] = weights_features(path, config)
     labels = checkpoint_labels(args.id2label, config)
@@ -132,9 +133,9 @@ def main(argv=None):
     sde.add_argument("--last_step", help="Mean, Tweedie, Euler or None [Mean]")
     sde.add_argument("--last_step_size", type=float, help="[0.4]")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", help="JSON of a file's network [config/SiT_XL_patch2.json]")
+    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]")
     weights.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {PUBLIC_VAE}]")
-    weights.add_argument("--key", choices=("model", "ema"), help="which weights of a checkpoint [ema]")
+    weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
     if args.sampler == "ode":
         for name in SDE_DEFAULTS:

@@ -13,6 +13,9 @@ samples, a grid PNG and figures that say how good they are. About 4 minutes on 2
   --loop    which training loop: trainer (PaddleNLP's Trainer, default) or notrainer (a plain for loop)
   --seed    of the whole run (default 0)
   --output  folder for everything (default quickstart_output/<model>-<loop>-seed<N>); if it exists, a numbered one beside it
+
+After Ctrl-C or a failure the same command goes on in the same folder: stages that are complete are not done again, and
+training resumes its run. A finished folder is left as it is.
 TEXT
 }
 
@@ -61,36 +64,79 @@ if [ -n "$output" ]; then
     esac
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
+bash tools/setup_env.sh
+python=.venv/bin/python
+
+# The folder: a new one, or an unfinished one of these settings. Its quickstart.txt has the settings, then a line for each
+# stage that is complete, at last "finished".
+settings="model $model, loop $loop, seed $seed"
+take() { # take FOLDER: work there; fails if it is something else, finished, or another quickstart is at work in it
+    local notes=$1/quickstart.txt
+    if [ -e "$1" ]; then
+        [ -f "$notes" ] && [ "$(head -n 1 "$notes")" = "$settings" ] && ! grep -qx finished "$notes" || return 1
+    fi
+    mkdir -p "$1" || exit 2
+    exec 9>>"$notes" || exit 2 # open, and so locked, as long as this script or a stage of it runs
+    if command -v flock >/dev/null && ! flock -n 9; then
+        echo "note: another quickstart is at work in $1" >&2
+        return 1
+    fi
+    [ -s "$notes" ] || echo "$settings" >&9
+}
 wanted=${output:-quickstart_output/$model-$loop-seed$seed}
 output=$wanted
 number=2
-while [ -e "$output" ]; do
+until take "$output"; do
     output=$wanted-$number
     number=$((number + 1))
 done
-
-bash tools/setup_env.sh
-python=.venv/bin/python
-mkdir -p "$output"
 
 # Two minutes of training that make good samples; the model and its EMA are in the config.
 config=config/${model}_digits.json
 batch_size=128
 max_steps=800
+save_steps=200 # where training goes on after a crash; Ctrl-C saves
 learning_rate=1e-3
 guidance_scale=2.0
 num_inference_steps=50
 
+# Ctrl-C goes to the running stage too, which saves what it can: bash runs a trap when the stage has ended.
+signalled=0
+trap 'signalled=130' INT
+trap 'signalled=143' TERM
+
+leave() { # leave CODE: say how to go on
+    local folder=$output
+    case "$folder" in
+    /*) ;;
+    *) folder=$PWD/$folder ;;
+    esac
+    printf 'to go on: bash %q --model %s --loop %s --seed %s --output %q\n' \
+        "$PWD/quickstart.sh" "$model" "$loop" "$seed" "$folder" >&2
+    exit "$1"
+}
+
 names=() times=()
-stage() { # stage NAME COMMAND...: run it, remember how long it took
-    local name=$1 start=$SECONDS
+stage() { # stage NAME COMMAND...: run it unless it is complete, remember how long it took
+    local name=$1 start=$SECONDS status=0
     shift
     echo
+    if tail -n +2 "$output/quickstart.txt" | grep -qxF "$name"; then
+        echo "=== $name: complete already"
+        return
+    fi
     echo "=== $name"
-    "$@" || {
+    [ $signalled -ne 0 ] || "$@" || status=$?
+    [ $signalled -ne 0 ] || [ $status -ne 0 ] || echo "$name" >&9
+    if [ $signalled -ne 0 ]; then
+        echo "the stage '$name' was interrupted" >&2
+        leave $signalled
+    elif [ $status -eq 75 ]; then # stopped on request, and saved
+        leave 75
+    elif [ $status -ne 0 ]; then
         echo "error: the stage '$name' failed, see above; what it wrote is in $output" >&2
-        exit 1
-    }
+        leave 1
+    fi
     names+=("$name")
     times+=($((SECONDS - start)))
 }
@@ -99,7 +145,7 @@ train_trainer() {
     $python train_image_generation_trainer.py --do_train \
         --config_file $config --feature_path "$output/features" --output_dir "$output/train" \
         --per_device_train_batch_size $batch_size --max_steps $max_steps --learning_rate $learning_rate \
-        --lr_scheduler_type constant --logging_steps 50 --save_steps $max_steps --dataloader_num_workers 0 \
+        --lr_scheduler_type constant --logging_steps 50 --save_steps $save_steps --dataloader_num_workers 0 \
         --seed "$seed" --resolution 32 --device cpu --disable_tqdm False
 }
 
@@ -107,7 +153,7 @@ train_notrainer() {
     $python train_image_generation_notrainer.py \
         --config_file $config --feature_path "$output/features" --results_dir "$output/train" \
         --global_batch_size $batch_size --max_steps $max_steps --learning_rate $learning_rate \
-        --log_every 50 --ckpt_every $max_steps --num_workers 0 \
+        --log_every 50 --ckpt_every $save_steps --num_workers 0 --resume auto \
         --global_seed "$seed" --image_size 32 --device cpu
 }
 
@@ -127,7 +173,7 @@ SiT) converter=tools/convert_sit_to_ppdiffusers.py options="" ;;
 esac
 # shellcheck disable=SC2086
 stage export $python $converter --model_weights "$checkpoint" --vae_model assets/digits_vae \
-    --id2label "$output/features/imagenet32_classes.json" $options --checkpoint_path "$output/pipeline"
+    --id2label "$output/features/imagenet32_classes.json" $options --checkpoint_path "$output/pipeline" --overwrite
 evaluate() { # evaluate NAME OPTION...
     local name=$1
     shift
@@ -144,6 +190,7 @@ SiT)
     ;;
 esac
 
+echo finished >&9
 echo
 echo "=== done"
 for i in "${!names[@]}"; do

@@ -65,7 +65,7 @@ def train(args, config, stopping):
     if checkpoint is not None:
         ckpt.restore_model(checkpoint, model, ema)
     elif args.pretrained_model_path:
-        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, ema)
+        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, ema, config=config)
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
     watch = NumberWatch(settings)

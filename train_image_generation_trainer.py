@@ -64,7 +64,7 @@ def train(args, others, config, stopping):
     objective = build_objective(config, ranks_per_batch=args.tensor_parallel_degree)
     start_note = None
     if args.pretrained_model_path and checkpoint is None:
-        start_note = ckpt.load_pretrained(args.pretrained_model_path, model)
+        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, config=config)
     preview = setup.build_preview(objective, config, args, vae=args.vae_name_or_path)
     validation = setup.build_validation(config, objective, held_out, sampler, args.tensor_parallel_degree)
     if paddle.distributed.get_rank() == 0:

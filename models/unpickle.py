@@ -1,9 +1,10 @@
 """Reads the pickles of PyTorch and Paddle weight files: tensors, numpy arrays and plain containers, nothing else.
 
 A pickle is a program for a small stack machine, whose GLOBAL and REDUCE import and call whatever they name. This is
-such a machine with a fixed list of names (`_NAMES`), each an inert function or class of this module; any other name
-ends the reading. It does not use Python's `pickle`, which also takes memory for any length or memo index that a file
-states: here a length is compared with what is left of the file, and operations and copies are counted.
+such a machine with a fixed list of names (`_NAMES`), each an inert function or class of this module. Any other name,
+and whatever the file makes of it, is a `Placeholder`: it holds nothing and does nothing, and is refused where it is
+wanted. It does not use Python's `pickle`, which also takes memory for any length or memo index that a file states: here
+a length is compared with what is left of the file, and operations and copies are counted.
 """
 
 import codecs
@@ -39,6 +40,22 @@ class Refused(Exception):
     """The file asks for something that weights don't need."""
 
 
+class Placeholder:
+    """Stands for an object that is not made, since weights need none such: a path or a device among the settings, say.
+
+    Nothing is kept of the object's arguments and state. `error()` says why it is not there.
+    """
+
+    __slots__ = ("kind", "message")
+
+    def __init__(self, kind, message):
+        self.kind, self.message = kind, message
+
+    def error(self):
+        """The exception to raise where the object is wanted."""
+        return self.kind(self.message)
+
+
 class Budget:
     """Bytes that may be copied beside those of the file itself; a small file can't ask for more and more of them."""
 
@@ -72,13 +89,16 @@ class Array:
     """A pickled numpy array: empty as ``_reconstruct`` makes it, filled by its state."""
 
     def __init__(self, machine, *unused):
-        self.budget, self.array = machine.budget, None
+        self.budget, self.array, self.placeholder = machine.budget, None, None
 
     def set_state(self, state):
         _, shape, dtype, fortran, data = state
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
     def fill(self, data, dtype, shape, order):
+        if isinstance(dtype, Placeholder):
+            self.placeholder = dtype
+            return
         if not isinstance(dtype, DType):
             raise ValueError("an array of no known type")
         if isinstance(data, str):  # what happened to be text of Python 2's bytes
@@ -97,9 +117,7 @@ class Array:
 class DType:
     """A pickled numpy dtype: a type code and, from its state, the byte order."""
 
-    def __init__(self, code, align=False, copy=False):
-        if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise ValueError(f"an array of type {_shown(code)}")
+    def __init__(self, code):
         self.dtype = np.dtype(code)
 
     def set_state(self, state):
@@ -166,6 +184,12 @@ def checked_shape(shape):
     return shape
 
 
+def _dtype(machine, code, *unused):
+    if not isinstance(code, str) or not _DTYPE.fullmatch(code):
+        return Placeholder(ValueError, f"an array of type {_shown(code)}")
+    return DType(code)
+
+
 def _scalar(machine, dtype, data):
     return np.frombuffer(_as_bytes(data), dtype.dtype, count=1)[0].astype(dtype.dtype.newbyteorder("=")).item()
 
@@ -206,9 +230,10 @@ _NAMES = {
     ("torch._utils", "_rebuild_parameter"): lambda machine, data, *unused: data,
     ("torch", "Size"): _container(tuple),
     ("collections", "OrderedDict"): _container(OrderedDict),
+    ("collections", "defaultdict"): lambda machine, *unused: {},
     ("argparse", "Namespace"): lambda machine: Namespace(),
     ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): lambda machine, *args: DType(*args),
+    ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
     **{
         (f"numpy.{core}.{module}", name): function
@@ -233,9 +258,9 @@ def _key(value):
     """A key of a dict or set. No tuple: many with one hash are easily made, and each is then compared with the rest."""
     if type(value) is int and not -(1 << 64) < value < 1 << 64:
         raise ValueError("a key of more than 64 bits")
-    if value is None or isinstance(value, (str, bytes, bool, int, float)):
+    if value is None or isinstance(value, (str, bytes, bool, int, float, Placeholder)):
         return value
-    raise ValueError(f"a {type(value).__name__} as a key")
+    return Placeholder(ValueError, f"a {type(value).__name__} as a key")
 
 
 class Unpickler:
@@ -251,13 +276,14 @@ class Unpickler:
     def __init__(self, file, size, budget, storage=None):
         self.file, self.size, self.budget, self._storage = file, size, budget, storage
         self.stack, self.below, self.memo = [], [], {}
+        self.placeholders = {}  # one for each name
         self.operations = 0
 
     def load(self):
         """The pickled object, of plain containers and the classes above.
 
         Raises:
-            Refused: a name or an operation outside the list. ValueError, IndexError, KeyError, TypeError, ...: damaged.
+            Refused: an operation or a call that no weights need. ValueError, IndexError, KeyError, ...: damaged.
         """
         try:
             while True:
@@ -322,13 +348,21 @@ class Unpickler:
     def name(self, module, name):
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name that is no text")
-        if (module, name) not in _NAMES:
+        if (module, name) in _NAMES:
+            self.push(_Name(name, _NAMES[module, name]))
+            return
+        if (module, name) not in self.placeholders:
             asked = f"{module}.{name}"
             asked = asked if asked.isprintable() and len(asked) <= 100 else _shown(asked)
-            raise Refused(f"it asks to import {asked}, which no weights need; nothing was run")
-        self.push(_Name(name, _NAMES[module, name]))
+            message = f"it asks to import {asked}, which no weights need; nothing was run"
+            self.placeholders[module, name] = Placeholder(Refused, message)
+        self.push(self.placeholders[module, name])
 
     def call(self, function, args):
+        for part in (function, *(args[:1] if isinstance(args, tuple) else ())):
+            if isinstance(part, Placeholder):  # what is made of one is one
+                self.push(part)
+                return
         if not isinstance(function, _Name) or function.function is None or not isinstance(args, tuple):
             what = function.name if isinstance(function, _Name) else f"a {type(function).__name__}"
             raise Refused(f"it calls {what}, which no weights need; nothing was run")
@@ -337,23 +371,29 @@ class Unpickler:
     def build(self):
         state = self.pop()
         target = self.stack[-1]
-        if isinstance(target, OrderedDict):  # attributes of a torch state dict, such as its versions
+        if isinstance(target, (OrderedDict, Placeholder)):  # attributes of a torch state dict, such as its versions
             return
         if not isinstance(target, (Array, DType, Namespace)):
             raise Refused(f"it sets the state of a {type(target).__name__}; nothing was run")
         target.set_state(state)
 
     def extend(self, items):
+        if isinstance(self.stack[-1], Placeholder):
+            return
         if type(self.stack[-1]) is not list:
             raise ValueError("it appends to what is no list")
         self.stack[-1].extend(items)
 
     def set_items(self, items):
+        if isinstance(self.stack[-1], Placeholder):
+            return
         if not isinstance(self.stack[-1], dict) or len(items) % 2:
             raise ValueError("it sets items of what is no dict")
         self.stack[-1].update((_key(name), value) for name, value in zip(items[::2], items[1::2], strict=True))
 
     def add_items(self, items):
+        if isinstance(self.stack[-1], Placeholder):
+            return
         if type(self.stack[-1]) is not set:
             raise ValueError("it adds to what is no set")
         self.stack[-1].update(map(_key, items))
@@ -383,6 +423,9 @@ class Unpickler:
         if self._storage is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise Refused(f"it refers to an outside object {_shown(pid)}")
         _, kind, key, _, numel = pid[:5]
+        if isinstance(kind, Placeholder):
+            self.push(kind)
+            return
         if not isinstance(kind, _Name) or kind.name not in STORAGE_TYPES:
             raise Refused(f"it has a storage of unknown type {_shown(kind)}")
         if len(pid) > 5 and pid[5] is not None:
@@ -456,9 +499,10 @@ def _reduce(machine):
 
 
 def _new_object_with_keywords(machine):
-    if machine.pop() != {}:
+    keywords, args, function = machine.pop(), machine.pop(), machine.pop()
+    if keywords != {} and not isinstance(function, Placeholder):
         raise Refused("it makes an object with keywords; nothing was run")
-    _reduce(machine)
+    machine.call(function, args)
 
 
 def _class_by_name(what):
@@ -467,9 +511,11 @@ def _class_by_name(what):
     def operation(machine):
         if what == "INST":
             _global(machine)
+            function = machine.pop()
+            machine.pop_mark()
         else:
-            machine.push(machine.pop_mark()[0])
-        machine.call(machine.pop(), None)
+            function = machine.pop_mark()[0]
+        machine.call(function, None)
 
     return operation
 

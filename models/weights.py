@@ -31,6 +31,7 @@ from models.unpickle import (
     Blob,
     Budget,
     Namespace,
+    Placeholder,
     Refused,
     Storage,
     Tensor,
@@ -56,8 +57,12 @@ _PARTS = "UnpackBigParamInfor@@"  # in a paddle.save file: which parameters are 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def safe_load(path):
+def safe_load(path, *, tolerant=False):
     """Read a ``.pt``/``.pth``, ``.pdparams``/``.pdopt`` or ``.safetensors`` file; nothing in it is executed.
+
+    Args:
+        path: the file.
+        tolerant: an entry of the file's dict that holds anything else becomes a ``Placeholder``, and is no error.
 
     Returns:
         The file's nested dict / list / tuple / set / numbers / str / None, with every tensor as a numpy array of its
@@ -66,13 +71,13 @@ def safe_load(path):
 
     Raises:
         ValueError: one line that names the file: absent, truncated, of no known format, or asking for an import
-            outside the short list that weights need.
+            outside the short list that weights need, where it is not in an entry of a ``tolerant`` reading.
     """
     path = os.fspath(path)
     if os.path.isdir(path) or not os.path.exists(path):
         what = "is a folder, expected a weight file" if os.path.isdir(path) else "there is no such file"
         raise ValueError(f"{path}: {what}")
-    return _opened(path, _read)
+    return _opened(path, lambda file: _read(file, tolerant))
 
 
 def _opened(path, read):
@@ -84,30 +89,42 @@ def _opened(path, read):
     try:
         with file:
             return read(file)
-    except Refused as error:
-        raise ValueError(f"{path}: refused: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except NotImplementedError as error:  # of no known format, or a zip file with what PyTorch never uses
         raise ValueError(f"{path}: not a weight file ({printable(error, 200)})") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
-        reason = printable(str(error) or type(error).__name__, 200)
-        raise ValueError(f"{path}: not a readable weight file, or truncated ({reason})") from None
+        raise _one_line(path, error) from None
 
 
-def _read(file):
+def readable(tree, name, path):
+    """The entry `name` of what `safe_load(path, tolerant=True)` gave; ValueError, one line, if it can't be read."""
+    if isinstance(tree[name], Placeholder):
+        raise _one_line(path, tree[name].error())
+    return tree[name]
+
+
+def _one_line(path, error):
+    """The `ValueError` for what a reader or a `Placeholder` says of a file."""
+    if isinstance(error, Refused):
+        return ValueError(f"{path}: refused: {error}")
+    reason = printable(str(error) or type(error).__name__, 200)
+    return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
+
+
+def _read(file, tolerant):
     start = file.read(16)
     file.seek(0)
     if start.startswith(b"PK"):
-        return _read_torch_zip(file)
+        return _read_torch_zip(file, tolerant)
     if len(start) > 8 and start[8:9] == b"{" and start[5:8] == b"\0\0\0":
         return _read_safetensors(file)
     if start[:1] == b"\x80" or start[:1] in b"(}]c" and start:  # protocols 0 and 1 have no mark of their own
-        return _read_pickle(file)
+        return _read_pickle(file, tolerant)
     raise NotImplementedError("expected .pt/.pth, .pdparams or .safetensors content")
 
 
-def _read_torch_zip(file):
+def _read_torch_zip(file, tolerant):
     size = file_size(file)
     limited = _ZipFile(file)
     with zipfile.ZipFile(limited) as archive:
@@ -143,7 +160,8 @@ def _read_torch_zip(file):
 
         program = member("data.pkl").data
         budget = Budget(size)
-        return _plain(Unpickler(io.BytesIO(program), len(program), budget, storage).load(), budget)
+        tree = Unpickler(io.BytesIO(program), len(program), budget, storage).load()
+        return _plain(tree, budget, tolerant=tolerant)
 
 
 class _ZipFile:
@@ -159,7 +177,7 @@ class _ZipFile:
         return self.file.read(count)
 
 
-def _read_pickle(file):
+def _read_pickle(file, tolerant):
     """Paddle's pickle, or the torch format before zip: pickles of magic, version, system, object, keys; then data."""
     size = file_size(file)
     budget = Budget(size)
@@ -169,7 +187,7 @@ def _read_pickle(file):
 
     first = load()
     if first != _LEGACY_MAGIC:
-        return _paddle_tree(_plain(first, budget, paddle=True), budget)
+        return _paddle_tree(_plain(first, budget, paddle=True, tolerant=tolerant), budget)
     load()  # protocol version
     big = not load().get("little_endian", True)
     storages = {}
@@ -182,13 +200,15 @@ def _read_pickle(file):
     if not isinstance(keys, list) or not all(isinstance(key, (str, int)) for key in keys):
         raise ValueError("it has no list of its storages")
     for key in keys:
+        if str(key) not in storages:  # how long it is can't be told
+            raise Refused("it has a storage of a type that weights don't have")
         item = storages[str(key)]
         (numel,) = struct.unpack("<q", file.read(8))
         length = item.numel * _itemsize(item.dtype)
         if numel != item.numel or length > size - file.tell() or item.data is not None:
             raise ValueError("its data end early")
         item.data = _native(read_array(file, length), item.dtype, big)
-    return _plain(tree, budget)
+    return _plain(tree, budget, tolerant=tolerant)
 
 
 def _safetensors_header(file):
@@ -270,12 +290,13 @@ def _paddle_tree(tree, budget):
     return tree
 
 
-def _plain(tree, budget, paddle=False):
+def _plain(tree, budget, paddle=False, tolerant=False):
     """Stand-ins -> numpy arrays and dicts; each object once (tied weights stay one array), cycles refused.
 
     Args:
         budget: of what is copied.
         paddle: of a paddle.save file: a pair (name, array) is a tensor, and uint16 is bfloat16.
+        tolerant: an entry of `tree`, a dict, that can't be converted becomes a `Placeholder`.
 
     Raises:
         ValueError: also for lists of lists that hold the same one many times: whoever walks through them, as
@@ -312,7 +333,11 @@ def _plain(tree, budget, paddle=False):
             return node
         if isinstance(node, Tensor):
             return _tensor(node, budget)
+        if isinstance(node, Placeholder):
+            raise node.error()
         if isinstance(node, Array):
+            if node.placeholder is not None:
+                raise node.placeholder.error()
             if node.array is None:
                 raise ValueError("an array without its data")
             return _widened(node.array, "bfloat16", budget) if paddle and node.array.dtype == np.uint16 else node.array
@@ -330,7 +355,17 @@ def _plain(tree, budget, paddle=False):
             return result
         raise Refused(f"it holds a {getattr(node, 'name', type(node).__name__)}, neither a tensor nor a plain value")
 
+    def visit_entry(node):
+        try:
+            return visit(node, 1)
+        except (Refused, ValueError) as error:
+            open_nodes.clear()
+            return Placeholder(type(error), str(error))
+
     try:
+        if tolerant and isinstance(tree, dict):
+            entries = ((name, visit_entry(value)) for name, value in tree.items() if not isinstance(name, Placeholder))
+            return type(tree)(entries)
         return visit(tree, 0)
     finally:
         seen.clear()  # `visit` and `convert` hold each other and this: the file's memory would wait for the collector
@@ -381,28 +416,49 @@ def _widen(array, dtype):
     return (array.astype(np.uint32) << 16).view(np.float32).reshape(array.shape)
 
 
+# How a checkpoint's sets of weights are named, where a key names averages, and where none does, the likeliest first.
+_AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNORECASE)
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "params")
+
+
 def load_weights(path, key=None):
     """Read one model's weights, {name: array}, in the layout that the file has (see ``official_to_paddle``).
 
     Args:
         path: a file as for ``safe_load``.
         key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
-            "auto" takes "ema" where there is one, else "model", else the file's only state dict. None expects a
-            plain state dict.
+            "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
+            "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
 
-    A leading "module." (DistributedDataParallel) is taken off.
+    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. A leading
+    "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) is taken off.
 
     Raises:
         ValueError: one line with the path: unreadable (see ``safe_load``), no such key, or not a state dict.
     """
-    tree = safe_load(path)
+    return pick_weights(safe_load(path, tolerant=True), path, key)[0]
+
+
+def pick_weights(tree, path, key=None, *, averages=True):
+    """One model's weights of what ``safe_load(path, tolerant=True)`` gave, as ``load_weights`` picks them.
+
+    Args:
+        averages: False: "auto" leaves averages out.
+
+    Returns:
+        ``(weights, key)``; the key is None for a plain state dict.
+    """
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
     nested = [name for name, value in tree.items() if is_state(value)]
     listed = _first(nested, 10) or "none"
     if key == "auto":
-        key = next((name for name in ("ema", "model") if name in nested), None)
+        key = _pick_key(nested, averages)
+        if len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}:
+            print(f"note: {path} holds the sets of weights {listed}; {printable(key)} is taken")
     if key is not None:
+        if key in tree:
+            readable(tree, key, path)
         if key not in nested:
             what = "a plain state dict" if is_state(tree) else f"these sets of weights: {listed}"
             raise ValueError(f"{path}: has no weights under the key {key!r}; it holds {what}")
@@ -410,12 +466,39 @@ def load_weights(path, key=None):
     elif nested:
         raise ValueError(f"{path}: holds several sets of weights; choose a key of: {listed}")
     if not is_state(tree):
+        for name in tree:
+            readable(tree, name, path)
         odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
         why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
         raise ValueError(f"{path}: not a state dict ({why})")
-    if all(name.startswith("module.") for name in tree):
-        tree = {name[len("module.") :]: value for name, value in tree.items()}
-    return dict(tree)
+    return plain_names(tree), key
+
+
+def _pick_key(nested, averages):
+    """The key of "auto" among those of a file's state dicts, or None if there is no telling."""
+    of_averages = [name for name in nested if is_averages(name)]
+    others = [name for name in nested if name not in of_averages]
+    if averages and of_averages:
+        return "ema" if "ema" in of_averages else of_averages[0] if len(of_averages) == 1 else None
+    known = [name for name in _WEIGHTS if name in others]
+    return known[0] if known else others[0] if len(others) == 1 else None
+
+
+def is_averages(key):
+    """Whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
+    return isinstance(key, str) and bool(_AVERAGES.search(key))
+
+
+def plain_names(state):
+    """{name: array} under the network's own names, without what wrappers put before them.
+
+    Those are "module." (DistributedDataParallel) and "_orig_mod." (torch.compile), in any order and number, where all
+    names begin with it; "_orig_mod." also inside of a name, where a part of the network was compiled.
+    """
+    while prefix := next((p for p in ("module.", "_orig_mod.") if state and all(n.startswith(p) for n in state)), None):
+        state = {name[len(prefix) :]: value for name, value in state.items()}
+    inner = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
+    return inner if len(inner) == len(state) else dict(state)
 
 
 # Of the official Large-DiT: fairscale's ColumnParallelLinear splits weight and bias by rows of [out, in],
@@ -549,6 +632,49 @@ def check_state(state, expected_shapes, *, source):
         raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
 
 
+def check_finite(state, *, source):
+    """Raise ValueError, one line, unless every number of ``state`` is finite: NaN and infinity draw black images.
+
+    Args:
+        state: {name: array}. source: the file, for the message.
+    """
+    bad = {}
+    for name, value in state.items():
+        count = _count_not_finite(value)
+        if count:
+            bad[name] = count
+    if not bad:
+        return
+    name, count = next(iter(bad.items()))
+    value = np.asarray(state[name])
+    why = ""
+    if np.isinf(value).any() and _fits_float16(value):
+        why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
+    raise ValueError(
+        f"{source}: {printable(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
+        f"and so have {len(bad):,} of {len(state):,} tensors{why}"
+    )
+
+
+def _count_not_finite(value, chunk=1 << 20):
+    """How many values are not finite, of an array that is walked through in the order of its memory, piece by piece."""
+    value = np.asarray(value)
+    if value.dtype.kind not in "fc":
+        return 0
+    flat = value.ravel(order="K")  # a view of what is contiguous in either order
+    return sum(
+        len(part) - int(np.count_nonzero(np.isfinite(part)))
+        for part in (flat[start : start + chunk] for start in range(0, len(flat), chunk))
+    )
+
+
+def _fits_float16(value):
+    """Whether the finite values are those of a float16, also where a reader has made them wider."""
+    with np.errstate(over="ignore"):
+        half = value.astype("float16")
+    return bool((~np.isfinite(value) | (half == value)).all())
+
+
 def expected_shapes(model_config):
     """{parameter name: shape} of the network that the `model` section of a config describes.
 
@@ -567,6 +693,19 @@ def expected_shapes(model_config):
         names = [f"{stem}.{i}.{rest}" for i in range(model_config["num_layers"])] if in_block else [name]
         shapes.update(dict.fromkeys(names, tuple(parameter.shape)))
     return shapes
+
+
+def is_rounded(table, exact):
+    """Whether a table is the exact one to the rounding of a half precision: bfloat16's, the coarser one, is 2^-8."""
+    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
+
+
+def without_rounding(table, exact):
+    """`exact` where `table` is that in half precision, as a file of half-precision weights has it; else `table`.
+
+    What differs by the rounding of float32 alone, as averages do, stays as it is.
+    """
+    return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
 
 
 def _first(names, limit=3):

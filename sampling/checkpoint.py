@@ -26,8 +26,8 @@ def read_weights(path, *, key=None, layout="auto"):
         path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
             official Large-DiT's tensor-parallel shards (`consolidated[_ema].NN-of-MM.pth`): their folder or one of
             them, which are merged.
-        key: "model" or "ema" of a training checkpoint folder or of an official training checkpoint; None takes the
-            averages where there are any.
+        key: "model" or "ema" of a training checkpoint folder, any key of a file that holds sets of weights; None takes
+            the averages where there are any (see `load_weights`).
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
             `.safetensors` file says of itself.
 

@@ -8,7 +8,9 @@ Where the stock classes differ from DiT, and what is done about it:
 * Timesteps. `Transformer2DModel` spaces the 128 frequencies of its sinusoidal features by 127, the official DiT by 128:
   with the weights as they are the timestep embedding is another one, and the network's output with it. The embedding
   is a small MLP of a scalar, so it is fitted anew, see `fit_timestep_embedding`.
-* Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one are refused.
+* Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one, by more than
+  the rounding of a half precision, are refused. From a `sample_size` of 128 on it divides the positions by
+  `sample_size // 64`, which makes every table another one: refused too.
 * MLP. Its width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
 * Guidance. The pipeline guides all latent channels, the official `forward_with_cfg` the first three.
 * Latents. The pipeline decodes `latents / scaling_factor`: an autoencoder's shift or statistics are folded into its
@@ -21,10 +23,9 @@ import shutil
 
 import numpy as np
 
-from models.weights import check_state, expected_shapes
+from models.weights import check_state, expected_shapes, is_rounded
 from sampling.autoencoder import LatentScaling, fold_scaling
 from sampling.folder import check_id2label, check_output, write_components, write_folder
-from sampling.timestep_fit import fit_timestep_embedding, own_timestep_mlp
 
 NULL_CLASS = 1000  # of the stock DiTPipeline
 SCHEDULERS = ("ddim", "dpm")
@@ -78,6 +79,12 @@ def transformer_config(model):
             f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
             "be exported; sample such a model from its checkpoint"
         )
+    scale = _position_scale(model)
+    if scale > 1 and model["sample_size"] > model["patch_size"]:  # one token alone stands at 0
+        raise ValueError(
+            f"sample_size {model['sample_size']}: from 128 on Transformer2DModel divides the positions by "
+            f"sample_size // 64, here {scale}; such a model can't be a DiTPipeline, sample it from its checkpoint"
+        )
     return {
         "sample_size": model["sample_size"],
         "patch_size": model["patch_size"],
@@ -93,6 +100,11 @@ def transformer_config(model):
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
     }
+
+
+def _position_scale(model):
+    """Transformer2DModel's `interpolation_scale`."""
+    return max(model["sample_size"] // 64, 1)
 
 
 def check_num_classes(model):
@@ -115,6 +127,8 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
     Returns:
         `{name: float32 array}`.
     """
+    from sampling.timestep_fit import own_timestep_mlp
+
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)
     _check_pos_embed(model, state["pos_embed"], source)
@@ -174,12 +188,11 @@ def _check_pos_embed(model, pos_embed, source):
     from ppdiffusers.models.embeddings import get_2d_sincos_pos_embed
 
     grid_size = model["sample_size"] // model["patch_size"]
-    scale = max(model["sample_size"] // 64, 1)  # Transformer2DModel's interpolation_scale
     stock = get_2d_sincos_pos_embed(
-        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=scale
+        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=_position_scale(model)
     )  # (T, D)
-    difference = np.abs(stock - pos_embed[0]).max()
-    if difference > 1e-5:
+    if not is_rounded(pos_embed[0], stock):
+        difference = np.abs(stock - pos_embed[0]).max()
         raise ValueError(
             f"{source}: pos_embed differs by up to {difference:.2g} from the sin-cos table that Transformer2DModel "
             "computes itself and can't be given; such a model can't be a DiTPipeline, sample it from its checkpoint"
@@ -219,6 +232,8 @@ def export_dit_pipeline(
     Raises:
         ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
     """
+    from sampling.timestep_fit import fit_timestep_embedding
+
     model = config["model"]
     settings = transformer_config(model)
     the_scheduler = make_scheduler(config["objective"], scheduler)

@@ -23,11 +23,18 @@ prediction on any path; for noise and score predictions a step is no `x + dt F`.
 import numpy as np
 
 from sampling.export import check_export, guidance_notes, transformer_config, transformer_state, write_stock_folder
-from sampling.sit_pipeline import TransportScheduler
-from sampling.timestep_fit import fit_time_embedding
 
 SIGMA_SCALE = 2.0**-12  # 1 + SIGMA_SCALE**2 rounds to 1 in float32
 SMALLEST = 2.0**-20  # what is left of the time at the last grid point
+
+
+def check_prediction(objective):
+    """Raises ValueError for a transport that does not predict velocity."""
+    if objective["prediction"] != "velocity":
+        raise ValueError(
+            f"prediction {objective['prediction']!r}: the stock DiTPipeline's Euler steps need prediction 'velocity'; "
+            "export a SiTPipeline instead"
+        )
 
 
 def make_flow_scheduler(objective):
@@ -44,12 +51,10 @@ def make_flow_scheduler(objective):
     """
     from ppdiffusers import EDMEulerScheduler
 
+    from sampling.sit_pipeline import TransportScheduler
+
     transport = TransportScheduler.from_objective(objective).transport
-    if objective["prediction"] != "velocity":
-        raise ValueError(
-            f"prediction {objective['prediction']!r}: the stock DiTPipeline's Euler steps need prediction 'velocity'; "
-            "export a SiTPipeline instead"
-        )
+    check_prediction(objective)
     t0, t1 = transport.check_interval(transport.train_eps, transport.sample_eps, eval=True)
     scheduler = EDMEulerScheduler(
         sigma_max=SIGMA_SCALE * (t1 - t0),
@@ -84,6 +89,8 @@ def export_stock_sit(
     Raises:
         ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
     """
+    from sampling.timestep_fit import fit_time_embedding
+
     model = config["model"]
     settings = transformer_config(model)
     scheduler, times = make_flow_scheduler(config["objective"])

@@ -22,8 +22,8 @@ from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipe
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
-from models import MODELS, LargeSiT, SiT, build_model
-from models.weights import check_state, expected_shapes, load_weights
+from models import MODELS, LargeSiT, SiT, build_model, get_2d_sincos_pos_embed
+from models.weights import check_state, expected_shapes, load_weights, without_rounding
 from sampling.decoder import LatentDecoder
 from sampling.export import check_vae
 from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
@@ -109,7 +109,11 @@ class SiTPipeline(DiffusionPipeline):
         if settings["type"] not in known:
             raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {' or '.join(known)}")
         scheduler = TransportScheduler.from_objective(config["objective"])
-        return cls(_build(settings, state, source), vae, scheduler, id2label)
+        network = _build(settings, state, source)
+        if isinstance(network, SiT):
+            table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
+            network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
+        return cls(network, vae, scheduler, id2label)
 
     # -- The folder ---------------------------------------------------------------------------------------------------
 

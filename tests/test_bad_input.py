@@ -178,12 +178,17 @@ def test_checkpoint_of_another_architecture(features, tmp_path, run_loop, loop):
     arguments = loop_arguments(loop, config=str(other), features=features, output=tmp_path / "new", steps=2)
     with pytest.raises(ValueError, match="holds another run's model: num_layers 2 there, 3 here"):
         run_loop(loop, [*arguments, flag, source])
+    config = write_config(tmp_path / "Start.json", objective={"type": "diffusion", "predict_xstart": True})
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "new", steps=2)
+    with pytest.raises(ValueError, match="holds another run's objective: predict_xstart False there, True here"):
+        run_loop(loop, [*arguments, flag, source])
 
     # The same config, but weights that are not its own.
     weights = paddle.load(str(source / "model_state.pdparams"))
     del weights["blocks.1.attn.qkv.bias"]
     paddle.save(weights, str(source / "model_state.pdparams"))
     (source / "manifest.json").unlink()
+    config = str(tmp_path / "Tiny.json")
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "new", steps=2)
     with pytest.raises(ValueError, match=r"do not fit the config: 1 missing: blocks.1.attn.qkv.bias"):
         run_loop(loop, [*arguments, flag, source])

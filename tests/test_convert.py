@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -12,13 +13,21 @@ from conftest import GOLDEN, ROOT, command_environment, relative_error
 
 from diffusion import create_diffusion
 from models import build_model
-from models.weights import load_weights, official_to_paddle, safe_load
-from sampling.export import export_dit_pipeline, make_scheduler, transformer_state
+from models.weights import (
+    load_weights,
+    official_to_paddle,
+    paddle_to_official,
+    safe_load,
+    save_pdparams,
+    save_torch,
+)
+from sampling.export import export_dit_pipeline, make_scheduler, transformer_config, transformer_state
 from sampling.folder import TREE
 from sampling.guidance import guided
 from sampling.timestep_fit import fit_timestep_embedding
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
 from tools.pipeline_converter import named_config
+from training.checkpoint import load_pretrained
 from training.config import resolve_config
 
 SCRIPTS = [
@@ -456,6 +465,219 @@ class TestPipelineConverter:
             named_config("DiT", name, 256)
 
 
+def bfloat16(array):
+    """Rounded to bfloat16, and float32 again."""
+    return paddle.to_tensor(array).astype("bfloat16").astype("float32").numpy()
+
+
+class TestConfigOfACheckpoint:
+    """What is given beside a checkpoint must agree with its own config."""
+
+    def run(self, *arguments):
+        convert_dit_to_ppdiffusers.main([*map(str, arguments), "--save", "False"])
+
+    def write(self, path, objective=None, **model):
+        path.write_text(json.dumps(make_config(objective, **model)))
+        return path
+
+    @pytest.mark.parametrize("file", ["", "ema_state.pdparams", "model_state.pdparams"])
+    @pytest.mark.parametrize(
+        "objective, model, message",
+        [
+            ({}, {"num_attention_heads": 2, "attention_head_dim": 32}, "model: .*num_attention_heads 4 there, 2 here"),
+            ({"predict_xstart": True}, {}, "objective: predict_xstart False there, True here"),
+            ({"diffusion_steps": 500}, {}, "objective: diffusion_steps 1000 there, 500 here"),
+        ],
+    )
+    def test_another_one_is_refused(self, tmp_path, checkpoint, file, objective, model, message):
+        config = self.write(tmp_path / "c.json", objective, **model)
+        with pytest.raises(ValueError, match=f"checkpoint-7.*: holds another run's {message}.*do not fit .*c.json"):
+            self.run("--config_file", config, "--model_weights", checkpoint[0] / file)
+
+    def test_another_type(self, tmp_path, checkpoint):
+        self.write(checkpoint[0] / "config.json", type="SiT")
+        config = self.write(tmp_path / "c.json")
+        with pytest.raises(ValueError, match="checkpoint-7: holds another run's model: type SiT there, DiT here;"):
+            self.run("--config_file", config, "--model_weights", checkpoint[0])
+
+    def test_the_same_network_may_be_trained_otherwise(self, tmp_path, checkpoint, capsys):
+        config = self.write(tmp_path / "c.json", {"timestep_sampler": "loss-second-moment"}, class_dropout_prob=0.2)
+        self.run("--config_file", config, "--model_weights", checkpoint[0])
+        assert "fits" in capsys.readouterr().out
+
+    def test_a_file_of_it_needs_no_config(self, checkpoint, capsys):
+        self.run("--model_weights", checkpoint[0] / "ema_state.pdparams")
+        assert "ema_state.pdparams fits" in capsys.readouterr().out
+
+    def test_a_config_of_ppdiffusers_is_none(self, tmp_path, checkpoint, capsys):
+        """As beside the weights in transformer/ of a pipeline folder."""
+        config = checkpoint[0] / "config.json"
+        config.rename(tmp_path / "c.json")
+        config.write_text('{"_class_name": "DiTLLaMA2DModel", "num_layers": 2}')
+        self.run("--config_file", tmp_path / "c.json", "--model_weights", checkpoint[0] / "model_state.pdparams")
+        assert "fits" in capsys.readouterr().out
+
+    def test_names_and_sizes(self, checkpoint, vae_folder):
+        flags = ["--model_weights", checkpoint[0], "--vae_model", vae_folder]
+        with pytest.raises(ValueError, match="another model than --model_name DiT_S_2: .*num_layers 2 there, 12 here"):
+            self.run(*flags, "--model_name", "DiT_S_2")
+        with pytest.raises(ValueError, match="another model than --image_size 256: sample_size 8 there, 256 here"):
+            self.run(*flags, "--image_size", "256")
+        self.run(*flags, "--image_size", "8")  # this autoencoder's latents are as large as its images
+
+    def test_of_the_official_converter(self, tmp_path, checkpoint):
+        config = self.write(tmp_path / "c.json", {"predict_xstart": True}, num_attention_heads=8, attention_head_dim=8)
+        out = ["--output", str(tmp_path / "x.pt"), "--weights", str(checkpoint[0]), "--reverse"]
+        with pytest.raises(ValueError, match="holds another run's model: .*num_attention_heads 4 there, 8 here"):
+            convert_official_weights.main(["--config_file", str(config), *out])
+        self.write(config, {"predict_xstart": True})  # weights alone have no objective
+        convert_official_weights.main(["--config_file", str(config), *out])
+
+    def test_of_the_start_of_a_run(self, checkpoint):
+        def start(objective=None, **model):
+            config = make_config(objective, **model)
+            return load_pretrained(str(checkpoint[0]), build_model(config), config=config)
+
+        with pytest.raises(ValueError, match="checkpoint-7: holds another run's model: .*num_attention_heads 4 there"):
+            start(num_attention_heads=2, attention_head_dim=32)
+        with pytest.raises(ValueError, match="checkpoint-7: holds another run's model: type DiT there, SiT here"):
+            start(type="SiT")
+        with pytest.raises(ValueError, match="checkpoint-7: holds another run's model: patch_size 2 there, 4 here"):
+            start(patch_size=4)
+        note = start({"predict_xstart": True, "use_kl": True}, num_classes=12, class_dropout_prob=0.2)
+        assert "a new label table" in note
+        assert note.endswith("trained for another objective: predict_xstart False there, True here")
+
+
+class TestNotFinite:
+    @pytest.fixture
+    def spoiled(self, tmp_path, checkpoint):
+        state = dict(checkpoint[2])
+        state["blocks.1.mlp.fc1.bias"] = np.full_like(state["blocks.1.mlp.fc1.bias"], np.nan)
+        save_pdparams(state, checkpoint[0] / "ema_state.pdparams")
+        save_torch(paddle_to_official(state), tmp_path / "x.pt")
+        return checkpoint[0]
+
+    def test_every_way_in(self, tmp_path, spoiled):
+        config = ["--config_file", str(spoiled / "config.json")]
+        ways = [
+            lambda: convert_dit_to_ppdiffusers.main(["--model_weights", str(spoiled)]),
+            lambda: convert_official_weights.main(
+                [*config, "--weights", str(tmp_path / "x.pt"), "--output", str(tmp_path / "o.pdparams")]
+            ),
+            lambda: convert_official_weights.main(
+                [*config, "--reverse", "--weights", str(spoiled), "--output", str(tmp_path / "o.pt")]
+            ),
+            lambda: extract_weights.main(
+                ["--model_file", str(spoiled), "--save_ema", "1", "--checkpoint_path", str(tmp_path / "o.pdparams")]
+            ),
+        ]
+        for way in ways:
+            with pytest.raises(
+                ValueError, match=r"(ema_state\.pdparams|x\.pt): blocks\.1\.mlp\.fc1\.bias has 256 of 256"
+            ):
+                way()
+        assert not list(tmp_path.glob("o.*"))
+
+    def test_weights_that_a_type_has_no_room_for(self, tmp_path):
+        save_pdparams({"a": np.float32([1.0, 7e4])}, tmp_path / "a.pdparams")
+        out = ["--model_file", str(tmp_path / "a.pdparams"), "--checkpoint_path", str(tmp_path / "o.pdparams")]
+        with pytest.raises(ValueError, match="in float16: a has 1 of 2 values that are not finite.* ends at 65504"):
+            extract_weights.main([*out, "--dtype", "float16"])
+        assert not (tmp_path / "o.pdparams").exists()
+
+
+class TestHalfPrecision:
+    """The position table of weights in half precision is the exact one, rounded."""
+
+    @pytest.mark.parametrize("rounded", [bfloat16, lambda array: array.astype("float16").astype("float32")])
+    def test_becomes_a_pipeline(self, tmp_path, rounded):
+        config = make_config()
+        state = {name: rounded(value) for name, value in state_of(make_model(config)).items()}
+        export_dit_pipeline(config, state, make_vae(), tmp_path / "out")
+        state["pos_embed"] = state["pos_embed"] * np.float32(1.01)
+        with pytest.raises(ValueError, match="pos_embed differs by up to 0.0"):
+            export_dit_pipeline(config, state, make_vae(), tmp_path / "other")
+
+    def test_starts_a_run_with_the_exact_table(self, tmp_path):
+        config = make_config()
+        state = {name: bfloat16(value) for name, value in state_of(make_model(config)).items()}
+        save_pdparams(state, tmp_path / "half.pdparams")
+        model = build_model(config)
+        exact = model.pos_embed.numpy()
+        load_pretrained(str(tmp_path / "half.pdparams"), model, config=config)
+        np.testing.assert_array_equal(model.pos_embed.numpy(), exact)
+        name = "blocks.0.attn.qkv.weight"
+        np.testing.assert_array_equal(state_of(model)[name], state[name])
+        state["pos_embed"] = exact + np.float32(0.1)  # one of its own: kept
+        save_pdparams(state, tmp_path / "other.pdparams")
+        load_pretrained(str(tmp_path / "other.pdparams"), model, config=config)
+        np.testing.assert_array_equal(model.pos_embed.numpy(), state["pos_embed"])
+
+
+@pytest.mark.parametrize("sample_size, fits", [(124, True), (128, False), (192, False)])
+def test_positions_of_large_latents(sample_size, fits):
+    """From 128 on the stock transformer scales its positions."""
+    from ppdiffusers.models.embeddings import PatchEmbed
+
+    model = make_config(sample_size=sample_size, patch_size=4)["model"]
+    if fits:
+        settings = transformer_config(model)
+        stock = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=4,
+            embed_dim=64,
+            interpolation_scale=max(settings["sample_size"] // 64, 1),
+        )
+        own = build_model({**model, "num_layers": 1}).pos_embed.numpy()
+        np.testing.assert_allclose(stock.pos_embed.numpy(), own, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match=f"sample_size {sample_size}: from 128 on .*sample it from its checkpoint"):
+            transformer_config(model)
+
+
+def test_flags_alone_are_refused_without_paddle(tmp_path, checkpoint):
+    (tmp_path / "full").mkdir()
+    for path in ("full/x", "w.pdparams", "o.pdparams"):
+        (tmp_path / path).write_text("x")
+    config = make_config(sample_size=128, patch_size=8)
+    (tmp_path / "large.json").write_text(json.dumps(config))
+    (tmp_path / "ok.json").write_text(json.dumps(make_config()))
+    (tmp_path / "sit.json").write_text(json.dumps(make_config({"prediction": "score"}, type="SiT")))
+    dit, sit = "convert_dit_to_ppdiffusers", "convert_sit_to_ppdiffusers"
+    official, extract = "convert_official_weights --config_file ok.json", "extract_weights"
+    commands = {
+        f"{dit} --model_weights w.pdparams --image_size 60": "--image_size 60",
+        f"{dit} --model_weights checkpoint-7 --checkpoint_path full": "full: is not empty",
+        f"{dit} --model_weights checkpoint-7 --checkpoint_path w.pdparams": "w.pdparams: is a file",
+        f"{dit} --model_weights checkpoint-7 --id2label ok.json": "id2label",
+        f"{dit} --model_weights w.pdparams --config_file large.json": "sample_size 128",
+        f"{dit} --model_weights w.pdparams --config_file sit.json": "is not sampled by",
+        f"{dit} --model_weights checkpoint-7 --stock_transformer": "--stock_transformer is for a Large-DiT",
+        f"{dit} --model_weights w.pdparams --config_file ok.json": "w.pdparams: not a weight file",
+        f"{sit} --model_weights w.pdparams --config_file sit.json --stock": "prediction 'score'",
+        f"{official} --weights none.pt --output y.pdparams": "none.pt: there is no such file",
+        f"{official} --weights w.pdparams --output y.pt": "y.pt: expected a name that ends in .pdparams",
+        f"{official} --weights w.pdparams --output y.pdparams --reverse": "expected a name that ends in .pt",
+        f"{official} --weights w.pdparams --output o.pdparams": "o.pdparams: exists already",
+        f"{extract} --model_file none.pdparams --checkpoint_path y.pdparams": "none.pdparams: there is no such file",
+        f"{extract} --model_file w.pdparams --checkpoint_path y.pt": "y.pt: expected a name that ends in .pdparams",
+    }
+    code = (
+        "import importlib, json, sys\n"
+        "for command, message in json.loads(sys.argv[1]).items():\n"
+        "    tool, *flags = command.split()\n"
+        "    try: importlib.import_module('tools.' + tool).main(flags)\n"
+        "    except ValueError as error: assert message in str(error), (command, str(error))\n"
+        "    else: assert False, command\n"
+        "    assert not {'paddle', 'ppdiffusers', 'paddlenlp'} & set(sys.modules), command\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 class TestExtractWeights:
     def run(self, *arguments):
         extract_weights.main([str(argument) for argument in arguments])
@@ -506,3 +728,11 @@ class TestExtractWeights:
         plain = checkpoint[0] / "model_state.pdparams"
         with pytest.raises(ValueError, match="holds no averages"):
             self.run("--model_file", plain, "--checkpoint_path", tmp_path / "o.pdparams", "--save_ema", "True")
+
+    @pytest.mark.parametrize("save_ema, expected", [("True", 2.0), ("False", 1.0)])
+    def test_a_file_of_several_sets(self, tmp_path, save_ema, expected):
+        tree = {"state_dict": {"module.a": np.ones(2, "f4")}, "state_dict_ema": {"a": np.full(2, 2.0, "f4")}}
+        (tmp_path / "x.pdparams").write_bytes(pickle.dumps({**tree, "epoch": 3}))
+        out = tmp_path / "o.pdparams"
+        self.run("--model_file", tmp_path / "x.pdparams", "--checkpoint_path", out, "--save_ema", save_ema)
+        assert safe_load(out)["a"][0] == expected

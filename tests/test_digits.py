@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 from test_sit_pipeline import make_config, make_model, make_pipeline, state_of
 
+from sampling.export_sit import export_stock_sit
 from tools import evaluate_digits, prepare_digits, train_vae
 from tools.image_folder import find_images, load_image
 
@@ -282,8 +286,6 @@ def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp
 def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, sit_folder, vae, tmp_path):
     from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
-    from sampling.export_sit import export_stock_sit
-
     assert evaluate_digits.load_pipeline(str(sit_folder))[1] == {"sampler": "ode"}
     # A stock folder of a DiT gets DDIM whatever it holds, one of a SiT keeps what it was exported with.
     shutil.copytree(pipeline_folder, tmp_path / "dit")
@@ -308,6 +310,22 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
     ):
         with pytest.raises(ValueError, match=expected):
             evaluate_digits.main(more)
+
+
+def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path):
+    config = make_config(sample_size=2 * vae.config.sample_size // 8)
+    export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "large")
+    command = ["--pipeline", str(tmp_path / "large"), "--num_images", "10", "--num_inference_steps", "2"]
+    message = "draws images of 64x64 pixels, .*png is 32x32; expected digits of that size: .*--image_size 64"
+    with pytest.raises(ValueError, match=message):
+        evaluate_digits.main([*command, "--digits", str(few_digits)])
+    for path in few_digits.rglob("*.png"):
+        larger = tmp_path / "digits" / path.relative_to(few_digits)
+        larger.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as digit:
+            digit.resize((64, 64)).save(larger)
+    evaluate_digits.main([*command, "--digits", str(tmp_path / "digits"), "--report", str(tmp_path / "report.json")])
+    assert json.loads((tmp_path / "report.json").read_text())["num_images"] == 10
 
 
 @pytest.mark.parametrize(
@@ -345,6 +363,76 @@ while [ $# -gt 1 ]; do
 done
 [ -z "$folder" ] || { mkdir -p "$folder" && : >"$folder/ema_state.pdparams"; }
 """
+
+
+class TestInterruptedQuickstart:
+    """With a stand-in for Python that ends as STOP says in the training stage."""
+
+    @pytest.fixture
+    def quickstart(self, tmp_path):
+        stop = 'case "$1" in train*) if [ -e stop ]; then . ./stop; fi ;; esac\n'
+        shutil.copy(ROOT / "quickstart.sh", tmp_path)
+        python = FAKE_PYTHON.replace("while [", f"{stop}while [", 1)
+        for name, text in (("tools/setup_env.sh", "exit 0\n"), (".venv/bin/python", python)):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+
+        def run(*flags, stop="", interrupt=None):
+            (tmp_path / "stop").write_text(stop)
+            (tmp_path / "commands.txt").unlink(missing_ok=True)
+            command = ["bash", str(tmp_path / "quickstart.sh"), *flags]
+            process = subprocess.Popen(
+                command, cwd=tmp_path, start_new_session=True, stdout=-1, stderr=-1, text=True, stdin=subprocess.DEVNULL
+            )
+            if interrupt is not None:
+                until = time.monotonic() + 20
+                while not (tmp_path / "started").exists() and time.monotonic() < until:
+                    time.sleep(0.02)
+                os.killpg(process.pid, interrupt)
+            out, err = process.communicate(timeout=20)
+            stages = [line.split()[0] for line in (tmp_path / "commands.txt").read_text().splitlines()]
+            return process.returncode, stages, out, err
+
+        return run
+
+    @pytest.mark.parametrize(
+        "stop, interrupt, code",
+        [
+            ("exit 75", None, 75),  # asked to stop in another way, and saved
+            (": >started; exec sleep 20", signal.SIGINT, 130),
+            ("trap 'exit 75' INT; : >started; while :; do sleep 0.1; done", signal.SIGINT, 130),
+            (": >started; exec sleep 20", signal.SIGTERM, 143),
+            ("exit 1", None, 1),
+        ],
+    )
+    def test_the_same_command_goes_on(self, tmp_path, quickstart, stop, interrupt, code):
+        folder = tmp_path / "a folder"
+        flags = ["--seed", "3", "--output", str(folder)]
+        found, stages, _, err = quickstart(*flags, stop=stop, interrupt=interrupt)
+        assert found == code and len(stages) == 3
+        assert ("failed" in err) == (code == 1)
+        script = shlex.join(["bash", str(tmp_path / "quickstart.sh"), "--model", "DiT", "--loop", "trainer"])
+        said = err.splitlines()[-1].removeprefix("to go on: ").replace("\\ ", "_")
+        assert said == f"{script} --seed 3 --output {tmp_path}/a_folder"
+
+        # With other settings it is another run, and goes elsewhere.
+        found, stages, out, _ = quickstart("--seed", "4", "--output", str(folder))
+        assert found == 0 and len(stages) == 5 and f"{folder}-2/report.json" in out
+
+        found, stages, out, err = quickstart(*flags)
+        assert found == 0, err
+        assert [stage.split("/")[-1].split("_")[0] for stage in stages] == ["train", "convert", "evaluate"]
+        assert f"{folder}/report.json" in out and "=== digits: complete already" in out
+
+        found, stages, out, _ = quickstart(*flags)  # a finished one stays
+        assert len(stages) == 5 and f"{folder}-3/report.json" in out
+
+    def test_a_folder_of_something_else_stays(self, tmp_path, quickstart):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/x").write_text("x")
+        found, _, out, _ = quickstart("--output", str(tmp_path / "mine"))
+        assert found == 0 and "/mine-2/report.json" in out and os.listdir(tmp_path / "mine") == ["x"]
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])

@@ -519,6 +519,30 @@ class TestConverter:
         assert SiTPipeline.from_pretrained(tmp_path / "out").get_label_ids("number 3") == [3]
         assert "sampling.SiTPipeline.from_pretrained" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("changed", [{"path_type": "GVP"}, {"prediction": "noise"}])
+    @pytest.mark.parametrize("file", ["", "ema_state.pdparams"])
+    def test_another_config_than_the_checkpoints(self, tmp_path, changed, file):
+        write_checkpoint(tmp_path / "sit", make_config())
+        (tmp_path / "SiT.json").write_text(json.dumps(make_config(changed)))
+        (key,) = changed
+        flags = ["--model_weights", tmp_path / "sit" / file, "--config_file", tmp_path / "SiT.json"]
+        with pytest.raises(ValueError, match=f"holds another run's objective: {key} .* there, {changed[key]} here"):
+            self.run(*flags, "--checkpoint_path", tmp_path / "out")
+        if file:  # the demo refuses any config beside a folder
+            with pytest.raises(ValueError, match=f"holds another run's objective: {key}"):
+                infer_demo_sit.main(["--model_path", str(flags[1]), "--config_file", str(flags[3]), "--device", "cpu"])
+
+    def test_the_exact_position_table_of_half_precision(self):
+        config = make_config()
+        state = state_of(make_model(config))
+        exact = state["pos_embed"].copy()
+        state["pos_embed"] = exact.astype("float16").astype("float32")
+        pipe = SiTPipeline.from_weights(config, state, load_vae(DIGITS_VAE))
+        np.testing.assert_array_equal(pipe.transformer.pos_embed.numpy(), exact)
+        state["pos_embed"] = exact + np.float32(0.1)
+        pipe = SiTPipeline.from_weights(config, state, load_vae(DIGITS_VAE))
+        np.testing.assert_array_equal(pipe.transformer.pos_embed.numpy(), state["pos_embed"])
+
     def test_mistakes(self, tmp_path):
         config = make_config({"prediction": "score"})
         write_checkpoint(tmp_path / "sit", config)

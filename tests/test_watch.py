@@ -479,6 +479,11 @@ def test_replay_finds_the_layer(tmp_path, features, run_loop, monkeypatch, capsy
     state["blocks.1.mlp.fc1.bias"][3] = np.inf
     save_pdparams(state, str(tmp_path / "spoiled.pdparams"))
     arguments = loop_arguments("notrainer", config=config, features=features, output=tmp_path / "b", steps=3)
+    with pytest.raises(
+        ValueError, match=r"spoiled\.pdparams: blocks\.1\.mlp\.fc1\.bias has 1 of 128 values .* not finite"
+    ):
+        run_loop("notrainer", [*arguments, "--pretrained_model_path", tmp_path / "spoiled.pdparams"])
+    monkeypatch.setattr("training.checkpoint.check_finite", lambda state, source: None)  # as if it came later
     with pytest.raises(BadStepError, match="step 1: .*the losses of all of them are not"):
         run_loop("notrainer", [*arguments, "--pretrained_model_path", tmp_path / "spoiled.pdparams"])
     printed = replay(dump_path(tmp_path / "b", 1), monkeypatch, capsys, "--show=3")

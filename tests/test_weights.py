@@ -1,13 +1,19 @@
 """Weight files: what is read, what is refused, and both layouts. PyTorch is not needed."""
 
+import argparse
+import collections
+import datetime
+import enum
+import functools
 import gc
 import json
 import os
 import pickle
 import struct
+import types
 import weakref
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import paddle
@@ -16,11 +22,13 @@ from conftest import GOLDEN, load_golden, relative_error
 
 from models import DiT
 from models.weights import (
+    check_finite,
     check_state,
     expected_shapes,
     load_weights,
     official_to_paddle,
     paddle_to_official,
+    pick_weights,
     safe_load,
     save_pdparams,
     save_safetensors,
@@ -88,9 +96,121 @@ class TestOfficialFiles:
         kinds = {key: str(value.dtype) for key, value in tree["model"].items()}
         assert kinds["bfloat16"] == "float32" and kinds["half"] == "float16" and kinds["int64"] == "int64"
 
-    def test_module_prefix_of_ddp_is_taken_off(self, tmp_path):
-        save_torch({"module.a.weight": np.ones([2, 3], "float32")}, tmp_path / "ddp.pt")
-        assert list(load_weights(tmp_path / "ddp.pt")) == ["a.weight"]
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "module.a.weight",
+            "_orig_mod.a.weight",
+            "module._orig_mod.a.weight",
+            "_orig_mod.module.a.weight",
+            "module._orig_mod.module.a._orig_mod.weight",
+        ],
+    )
+    def test_prefixes_of_wrappers_are_taken_off(self, tmp_path, name):
+        save_torch({name: np.ones([2, 3], "float32")}, tmp_path / "x.pt")
+        assert list(load_weights(tmp_path / "x.pt")) == ["a.weight"]
+
+    def test_a_prefix_that_not_all_names_have_stays(self, tmp_path):
+        save_torch({"module.a": np.ones(2, "f4"), "b": np.ones(2, "f4")}, tmp_path / "x.pt")
+        assert list(load_weights(tmp_path / "x.pt")) == ["module.a", "b"]
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+
+
+class AttributeDict(dict):
+    """As Lightning keeps hyperparameters."""
+
+
+# Among the settings of other people's checkpoints.
+SETTINGS = {
+    "path": PurePosixPath("/x"),
+    "windows": PureWindowsPath("C:/x"),
+    "enum": Mode.FAST,
+    "date": datetime.datetime(2024, 5, 1),
+    "defaultdict": collections.defaultdict(list, {"a": [PurePosixPath("/x")]}),
+    "subclass of dict": AttributeDict(lr=1e-4),
+    "namespace": types.SimpleNamespace(out=PurePosixPath("/x")),
+    "numbers": [np.float32(1), np.str_("x"), np.array(["x", None], dtype=object), np.datetime64("2024-05-01"), 1j],
+    "keys": {(1, 2): 3, PurePosixPath("/x"): 4, frozenset([5]): 6},
+    "sets": [{PurePosixPath("/x")}, frozenset([(1, 2)]), range(3), slice(2)],
+    "call": functools.partial(os.path.join, "x"),
+    "function": os.path.join,
+    "class": datetime.datetime,
+}
+
+
+class TestWhatStandsBesideTheWeights:
+    @pytest.mark.parametrize("protocol", range(6))
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_is_left_out(self, tmp_path, name, protocol):
+        weights = {"a": np.ones(2, "f4")}
+        for value in (SETTINGS[name], argparse.Namespace(x=SETTINGS[name]), {"x": [SETTINGS[name]]}):
+            path = tmp_path / "x.pt"
+            path.write_bytes(pickle.dumps({"args": value, "model": weights, "last": value}, protocol=protocol))
+            assert list(load_weights(path, "auto")) == ["a"]
+
+    def test_of_a_torch_file(self, tmp_path):
+        """torch.save of {"model": ..., "args": (torch.device("cpu"), torch.float16, a complex tensor)}."""
+        names = b"ctorch\ndevice\n(X\x03\0\0\0cputRctorch\nfloat16\n"
+        complex_storage = b"(X\x07\0\0\0storagectorch\nComplexFloatStorage\nX\x01\0\0\0" + b"9X\x03\0\0\0cpuK\x01tQ"
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + complex_storage + b"K\x00K\x01\x85K\x01\x85\x89NtR"
+        args = b"(X\x04\0\0\0args" + names + b"\x86" + tensor + b"\x86"
+        save_torch({"a": np.ones(2, "f4")}, tmp_path / "plain.pt")
+        with zipfile.ZipFile(tmp_path / "plain.pt") as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        state = parts["archive/data.pkl"][2:-1]
+        parts["archive/data.pkl"] = b"\x80\x02}" + args + b"X\x05\0\0\0model" + state + b"u."
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            for name, data in parts.items():
+                archive.writestr(name, data)
+        np.testing.assert_array_equal(load_weights(tmp_path / "x.pt", "auto")["a"], np.ones(2, "f4"))
+
+    def test_nothing_of_it_is_run(self, tmp_path):
+        mark, path = tmp_path / "was_run", tmp_path / "x.pt"
+        path.write_bytes(pickle.dumps({"model": {"a": np.ones(2, "f4")}, "args": Hostile(mark)}))
+        assert list(load_weights(path, "model")) == ["a"]
+        assert not mark.exists()
+        with pytest.raises(ValueError, match=r"x\.pt: refused: it asks to import posix\.mkdir"):
+            load_weights(path, "args")
+        path.write_bytes(pickle.dumps({"a": np.ones(2, "f4"), "b": Hostile(mark)}))
+        with pytest.raises(ValueError, match=r"x\.pt: refused: it asks to import posix\.mkdir"):
+            load_weights(path, "auto")
+        assert not mark.exists()
+
+
+class TestKeys:
+    """Which set of weights "auto" takes of a checkpoint that holds some."""
+
+    @pytest.mark.parametrize(
+        "names, taken, of_weights",
+        [
+            (["state_dict"], "state_dict", "state_dict"),
+            (["best_of_all"], "best_of_all", "best_of_all"),
+            (["model", "ema"], "ema", "model"),
+            (["state_dict", "state_dict_ema"], "state_dict_ema", "state_dict"),
+            (["model", "discriminator", "model_ema"], "model_ema", "model"),
+            (["generator", "ema"], "ema", "generator"),
+        ],
+    )
+    def test_taken(self, tmp_path, capsys, names, taken, of_weights):
+        path = tmp_path / "x.pdparams"
+        path.write_bytes(pickle.dumps({"epoch": 3, **{name: {name: np.ones(2, "f4")} for name in names}}))
+        assert list(load_weights(path, "auto")) == [taken]
+        said = capsys.readouterr().out
+        assert bool(said) == (len(names) > 1 and names != ["model", "ema"])
+        assert not said or f"{', '.join(names)}; {taken} is taken" in said
+        weights, key = pick_weights(safe_load(path), path, "auto", averages=False)
+        assert list(weights) == [of_weights] == [key]
+
+    @pytest.mark.parametrize("names", [["generator", "discriminator"], ["model", "ema_0.999", "ema_0.9999"]])
+    def test_there_is_no_telling(self, tmp_path, names):
+        path = tmp_path / "x.pdparams"
+        path.write_bytes(pickle.dumps({name: {name: np.ones(2, "f4")} for name in names}))
+        with pytest.raises(ValueError, match=f"several sets of weights; choose a key of: {', '.join(names)}"):
+            load_weights(path, "auto")
+        assert list(load_weights(path, names[1])) == [names[1]]
 
 
 class TestOtherFormats:
@@ -320,3 +440,26 @@ class TestCheckState:
             with pytest.raises(ValueError, match=message) as error:
                 check_state(state, expected, source="x.pt")
             assert "\n" not in str(error.value)
+
+
+class TestCheckFinite:
+    def test_the_first_tensor_is_named(self):
+        state = {"a": np.ones([3, 4], "f4"), "b": np.ones([5, 6], "f4").T, "n": np.arange(3), "c": np.ones(2, "f8")}
+        check_finite(state, source="x.pt")
+        state["b"][2, 1] = np.nan
+        state["b"][3, 1] = -np.inf
+        state["c"][0] = np.inf
+        message = r"^x\.pt: b has 2 of 30 values that are not finite .*2 of 4 tensors"
+        with pytest.raises(ValueError, match=message) as error:
+            check_finite(state, source="x.pt")
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("dtype", ["f2", "f4"])  # as stored, and as read
+    def test_half_precision_is_named_as_the_cause(self, dtype):
+        with np.errstate(over="ignore"):
+            half = np.array([0.1, 1e6], "f2").astype(dtype)
+        with pytest.raises(ValueError, match="float16 ends at 65504"):
+            check_finite({"w": half}, source="x.pt")
+        with pytest.raises(ValueError) as error:
+            check_finite({"w": np.array([0.1, np.inf], "f4")}, source="x.pt")
+        assert "float16" not in str(error.value)

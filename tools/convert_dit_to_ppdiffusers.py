@@ -3,9 +3,9 @@
     python tools/convert_dit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path DiT_pipeline
 
 --model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, an official `.pt`
-/ `.safetensors`, or a folder of an official Large-DiT's shards. The network is described by --config_file, else by the
-checkpoint's config.json, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels, learned
-variance).
+/ `.safetensors`, or a folder of an official Large-DiT's shards. The network is described by the checkpoint's own
+config.json, else by --config_file, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels,
+learned variance). What is given beside a checkpoint must agree with its config.
 
 The folder holds model_index.json (with id2label), scheduler/, transformer/ and vae/. What the stock pipeline does
 differently from this project is printed at the end. A Large-DiT's transformer/ also holds the code of its class.
@@ -53,8 +53,12 @@ def main(argv=None):
     def check(config):
         from sampling import export, export_large_dit
 
-        kind = config["model"]["type"]
-        export.make_scheduler(config["objective"], args.scheduler)
+        kind, objective = config["model"]["type"], config["objective"]["type"]
+        if objective != "diffusion":
+            raise ValueError(
+                f"the objective {objective!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
+                "For a SiT: tools/convert_sit_to_ppdiffusers.py"
+            )
         (export_large_dit if kind == "LargeDiT" else export).transformer_config(config["model"])
         if args.stock_transformer and kind != "LargeDiT":
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")

@@ -3,11 +3,11 @@
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
         --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
 
---weights is a plain state dict or a checkpoint of the official train.py, whose averages (ema) are taken unless --key
-says model. Of Large-DiT it may be the folder of a checkpoint, or one file of it: tensor-parallel shards
-(consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is executed. Names and shapes
-must be exactly those of the config's network. Names stay the official ones; Linear weights are turned from [out, in] to
-[in, out]; all weights are written as float32.
+--weights is a plain state dict, or a checkpoint such as the official train.py's, whose averages (ema) are taken unless
+--key names another set of weights in it. Of Large-DiT it may be the folder of a checkpoint, or one file of it:
+tensor-parallel shards (consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is
+executed. Names and shapes must be exactly those of the config's network. Names stay the official ones; Linear weights
+are turned from [out, in] to [in, out]; all weights are written as float32.
 
 With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is
@@ -26,19 +26,29 @@ from training.runtime import configure_runtime, run_cli  # noqa: E402
 
 def convert(args):
     """Reads, checks and writes one file, as the flags say; ValueError for whatever can't be."""
-    from training.config import load_config
+    from training.config import weights_config
 
-    model = load_config(args.config_file)["model"]
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, torch=args.reverse)
+    if not os.path.exists(args.weights):
+        raise ValueError(f"{args.weights}: there is no such file")
+    model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
 
     configure_runtime()
-    from models.weights import check_state, expected_shapes, paddle_to_official, save_safetensors, save_torch
+    from models.weights import (
+        check_finite,
+        check_state,
+        expected_shapes,
+        paddle_to_official,
+        save_safetensors,
+        save_torch,
+    )
     from sampling.checkpoint import find_shards, read_weights
 
     print(f"reading {args.weights}", flush=True)
     # safetensors say themselves which layout they are in.
     layout = "auto" if is_safetensors(args.weights) else "paddle" if args.reverse else "torch"
     state, source = read_weights(args.weights, key=args.key, layout=layout)
+    check_finite(state, source=source)
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
         save = functools.partial(save_safetensors, layout="torch") if is_safetensors(args.output) else save_torch
@@ -53,8 +63,17 @@ def convert(args):
         )
 
 
-def check_output(path, overwrite=False):
-    """Raises ValueError if `path` is there already and may not be replaced, or its folder is not there."""
+def check_output(path, overwrite=False, torch=False):
+    """Raises ValueError for a file that can't be written, or whose name would say another layout than it has.
+
+    Args:
+        overwrite: it may be there already. torch: it will hold PyTorch's layout, not Paddle's.
+    """
+    other = (".pdparams", ".pdopt") if torch else (".pt", ".pth", ".bin", ".ckpt")
+    if path.lower().endswith(other):
+        expected = ".pt or .safetensors" if torch else ".pdparams or .safetensors"
+        what = "PyTorch's" if torch else "Paddle's"
+        raise ValueError(f"{path}: expected a name that ends in {expected}, as the file will be in {what} layout")
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         raise ValueError(f"{path}: is a folder; expected the name of a file")
@@ -82,16 +101,21 @@ def is_safetensors(path):
 
 def save_paddle(state, path, dtype="float32", safe=False):
     """{name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
-    import paddle
+    import numpy as np
 
-    from models.weights import save_pdparams, save_safetensors
+    from models.weights import check_finite, save_pdparams, save_safetensors
 
     def cast(value):
         if dtype != "bfloat16":
-            return value.astype(dtype, copy=False)
+            with np.errstate(over="ignore"):
+                return value.astype(dtype, copy=False)
+        import paddle
+
         return paddle.to_tensor(value, place=paddle.CPUPlace()).astype(dtype).numpy()  # uint16
 
-    (save_safetensors if safe else save_pdparams)({name: cast(value) for name, value in state.items()}, path)
+    state = {name: cast(value) for name, value in state.items()}
+    check_finite(state, source=f"in {dtype}")
+    (save_safetensors if safe else save_pdparams)(state, path)
 
 
 def main(argv=None):
@@ -103,7 +127,7 @@ def main(argv=None):
     parser.add_argument(
         "--output", required=True, help="file to write: .pdparams or .safetensors; with --reverse .pt or .safetensors"
     )
-    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     convert(parser.parse_args(argv))

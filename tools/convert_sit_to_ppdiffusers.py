@@ -4,8 +4,9 @@
     python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_dit --stock
 
 --model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, or an official
-`.pt` / `.safetensors`. The network is described by --config_file, else by the checkpoint's config.json, else by
---model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction).
+`.pt` / `.safetensors`. The network is described by the checkpoint's own config.json, else by --config_file, else by
+--model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction). What is given beside
+a checkpoint must agree with its config.
 
 Both folders hold model_index.json (with id2label), scheduler/, transformer/ and vae/. SiTPipeline needs this project
 and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone and samples Euler steps of the
@@ -38,16 +39,18 @@ def main(argv=None):
         kind = config["model"]["type"]
         if kind not in ("SiT", "LargeSiT"):
             raise ValueError(f"this model is a {kind}; use tools/convert_dit_to_ppdiffusers.py")
+        if config["objective"]["type"] != "transport":
+            raise ValueError(f"the objective {config['objective']['type']!r} is none of a SiT's; expected 'transport'")
         if args.stock and kind != "SiT":
             raise ValueError(
                 f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"
             )
         if args.stock:
             from sampling.export import transformer_config
-            from sampling.export_sit import make_flow_scheduler
+            from sampling.export_sit import check_prediction
 
             transformer_config(config["model"])
-            make_flow_scheduler(config["objective"])
+            check_prediction(config["objective"])
 
     def export(config, state, vae, labels, source):
         if args.stock:

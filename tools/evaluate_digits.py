@@ -73,14 +73,33 @@ def draw(pipeline, labels, *, seed: int, batch_size: int = 100, **options):
     return np.concatenate(images)
 
 
-def load_digits_through_vae(vae, root: str, batch_size: int = 50):
-    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder."""
+def check_size(pipeline, path: str) -> int:
+    """The side of a pipeline's images in pixels; ValueError if the digit at path is not as large."""
+    from PIL import Image
+
+    side = pipeline.transformer.config.sample_size if hasattr(pipeline.transformer, "config") else None
+    side = (side or pipeline.transformer.sample_size) * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    with Image.open(path) as digit:
+        width, height = digit.size
+    if (width, height) != (side, side):
+        raise ValueError(
+            f"the pipeline draws images of {side}x{side} pixels, {path} is {width}x{height}; expected digits of that "
+            f"size: tools/prepare_digits.py --image_size {side}"
+        )
+    return side
+
+
+def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | None = None):
+    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder.
+
+    Images are cropped to size, by default the VAE's sample_size.
+    """
     import numpy as np
     import paddle
     from tqdm import tqdm
 
     samples, _ = find_images(root)
-    size = vae.config.sample_size
+    size = size or vae.config.sample_size
     images = []
     with paddle.no_grad():
         for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
@@ -139,7 +158,8 @@ def run(args) -> None:
 
     check_seed("seed", args.seed)
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
-    num_classes = len(find_images(train_root)[1])
+    digits, classes = find_images(train_root)
+    num_classes = len(classes)
     find_images(heldout_root)
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
@@ -147,6 +167,7 @@ def run(args) -> None:
 
     # Samples, class by class in turn, so that any batch holds every class.
     labels = np.arange(args.num_images) % num_classes
+    side = check_size(pipeline, digits[0][0])
     samples = draw(
         pipeline,
         labels,
@@ -161,8 +182,8 @@ def run(args) -> None:
         save_grid(samples[rows.reshape(-1)], args.grid, columns)
 
     # Figures.
-    train = load_digits_through_vae(pipeline.vae, train_root)
-    heldout = load_digits_through_vae(pipeline.vae, heldout_root)
+    train = load_digits_through_vae(pipeline.vae, train_root, size=side)
+    heldout = load_digits_through_vae(pipeline.vae, heldout_root, size=side)
     report = evaluate(samples, labels, train, heldout)
     report["settings"] = {
         key: getattr(args, key) for key in ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")

@@ -4,7 +4,8 @@
 
 --model_file is a training checkpoint folder of this project, or a `.pdparams` as PaddleMIX's DiT example saves it:
 names begin with `transformer.` (the network) and `model_ema.` (its averages, whose names have lost their dots); a VAE
-in it is left out. The file is read without executing anything it holds.
+in it is left out. Of a file that holds several sets of weights by key, --save_ema True takes the averages. The file is
+read without executing anything it holds.
 """
 
 import argparse
@@ -27,9 +28,11 @@ def extract(args):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing")
     check_output(args.checkpoint_path, args.overwrite)
+    if not os.path.exists(args.model_file):
+        raise ValueError(f"--model_file {args.model_file}: there is no such file or folder")
 
     configure_runtime()
-    from models.weights import load_weights, safetensors_layout
+    from models.weights import check_finite, is_averages, pick_weights, safe_load, safetensors_layout
     from sampling.checkpoint import read_weights
 
     if os.path.isdir(args.model_file):
@@ -38,7 +41,10 @@ def extract(args):
         source = args.model_file
         if is_safetensors(source) and safetensors_layout(source) != "paddle":
             raise ValueError(f"{source}: is in PyTorch's layout; use tools/convert_official_weights.py")
-        state = pick(load_weights(source), args.save_ema, source)
+        state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=args.save_ema)
+        if key is None or not is_averages(key):
+            state = pick(state, args.save_ema, source)
+    check_finite(state, source=source)
     safe = is_safetensors(args.checkpoint_path)
     write_beside(args.checkpoint_path, lambda path: save_paddle(state, path, args.dtype, safe))
     print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")

@@ -10,6 +10,7 @@ from untrusted import read_json
 # num_layers, num_attention_heads, attention_head_dim
 SIZES = {"XL": (28, 16, 72), "L": (24, 16, 64), "B": (12, 12, 64), "S": (12, 6, 64)}
 IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
+IMAGE_SIZE = 256  # pixels, of --model_name
 IMAGENET_LABELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ImageNet_id2label.json")
 
 
@@ -41,15 +42,49 @@ def named_config(kind, model_name, image_size):
 
 
 def find_config(kind, args):
-    """The resolved config of the network: --config_file, the checkpoint's own, or the one that --model_name names."""
-    from training.config import load_config
+    """The resolved config of the network: the checkpoint's own, --config_file, or the one that --model_name names.
 
-    if args.config_file:
-        return load_config(args.config_file)
+    Raises:
+        ValueError: one line: what is given describes another network than the checkpoint's own config.
+    """
+    from training.config import load_config, weights_config
+
+    config = weights_config(args.model_weights, args.config_file)
     beside = os.path.join(args.model_weights, "config.json")
-    if os.path.isfile(beside):
-        return load_config(beside)
-    return named_config(kind, args.model_name, args.image_size)
+    if config is None and os.path.isfile(beside):
+        config = load_config(beside)
+    if config is None:
+        size = IMAGE_SIZE if args.image_size is None else args.image_size
+        return named_config(kind, args.model_name or f"{kind}_XL_2", size)
+    _check_named(kind, args, config)
+    return config
+
+
+def _check_named(kind, args, config):
+    """Raises ValueError if --model_name or --image_size are given and are not what the config says."""
+    from training.config import differences
+
+    model, given = config["model"], []
+    if args.model_name is not None:
+        named = named_config(kind, args.model_name, IMAGE_SIZE)["model"]
+        keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        given.append((f"--model_name {args.model_name}", {key: named[key] for key in keys}))
+    if args.image_size is not None:
+        size = args.image_size / downsampling(args.vae_model)
+        given.append((f"--image_size {args.image_size}", {"sample_size": int(size) if size % 1 == 0 else size}))
+    for flag, named in given:
+        if listed := differences({key: model[key] for key in named}, named):
+            raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
+
+
+def downsampling(vae):
+    """How many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8."""
+    from training.config import read_json
+
+    path = os.path.join(vae or "", "config.json")
+    settings = read_json(path) if os.path.isfile(path) else None
+    blocks = settings.get("block_out_channels") if isinstance(settings, dict) else None
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
 
 
 def class_names(config):
@@ -86,8 +121,8 @@ def find_labels(path, config):
 
 def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
     """The flags of both converters; kind is DiT or SiT, the others are defaults."""
-    parser.add_argument("--image_size", type=int, default=256, help="pixels, with --model_name [256]")
-    parser.add_argument("--model_name", default=f"{kind}_XL_2", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
+    parser.add_argument("--image_size", type=int, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
+    parser.add_argument("--model_name", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
     parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae_model}]")
     parser.set_defaults(default_vae=vae_model)
     parser.add_argument("--model_weights", default=model_weights, help=f"[{model_weights}]")
@@ -95,8 +130,8 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
         "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
     )
     parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
-    parser.add_argument("--config_file", help="JSON of the network, instead of --model_name")
-    parser.add_argument("--key", choices=("model", "ema"), help="which weights of a training checkpoint [ema]")
+    parser.add_argument("--config_file", help="JSON of the network, instead of --model_name [the checkpoint's own]")
+    parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument(
         "--id2label",
         help='JSON {"id2label": {"0": "name", ...}} [the names of the features\' set; ImageNet\'s for 1000 without]',
@@ -127,10 +162,12 @@ def convert(kind, args, check, export):
     Raises:
         ValueError: whatever can't be done, in one line.
     """
-    from training.config import weights_features
+    from training.config import load_config, weights_features
 
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
+    if args.config_file:
+        check(load_config(args.config_file))
     config = find_config(kind, args)
     config = {**config, "features": weights_features(args.model_weights, config)}
     labels, note = find_labels(args.id2label, config)
@@ -138,19 +175,19 @@ def convert(kind, args, check, export):
     choose_vae(*chosen, args.default_vae, "--vae_model")
 
     configure_runtime()
+    from models.weights import check_finite, check_state, expected_shapes
     from sampling.checkpoint import read_weights
     from sampling.folder import check_id2label, check_output
 
-    # What can be refused is refused before anything is loaded or downloaded.
-    check(config)
+    # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
         check_output(args.checkpoint_path, args.overwrite)
+    check(config)
     print(f"reading {args.model_weights}", flush=True)
     state, source = read_weights(args.model_weights, key=args.key, layout=args.weights_layout)
+    check_finite(state, source=source)
     if not args.save:
-        from models.weights import check_state, expected_shapes
-
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return None

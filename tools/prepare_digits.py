@@ -16,6 +16,7 @@ from training.runtime import counted, run_cli  # noqa: E402
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def expected_images(image_size: int) -> dict:
@@ -68,6 +69,9 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
     found = list(walk_files(output, set(), lost, hidden=True)) if os.path.exists(output) else []
     for path in lost + found:
         relative = os.path.relpath(path, output)
+        if relative.endswith(PARTIAL) and relative.removesuffix(PARTIAL) in images:  # of a run that was killed
+            os.remove(path)
+            continue
         if relative not in images or path in lost or not holds_image(path, images[relative]):
             raise ValueError(
                 f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
@@ -79,7 +83,8 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
     for relative in tqdm(missing, desc="digits", unit="image", disable=not missing):
         path = os.path.join(output, relative)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        images[relative].save(path)
+        images[relative].save(path + PARTIAL, format="PNG")
+        os.replace(path + PARTIAL, path)
     return len(missing)
 
 

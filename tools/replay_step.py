@@ -76,7 +76,7 @@ def replay(folder, config, batch, state):
     from training.step_dump import WEIGHTS
 
     model = setup.build_network(config)
-    load_pretrained(os.path.join(folder, WEIGHTS), model)
+    load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
     precision, note = setup.setup_precision(config, paddle.get_device())
     if note:
         print(f"note: {note}")

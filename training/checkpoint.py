@@ -25,9 +25,20 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.weights import check_state, is_state, load_weights, official_to_paddle, safe_load, save_pdparams
+from models.weights import (
+    check_finite,
+    check_state,
+    is_state,
+    load_weights,
+    official_to_paddle,
+    plain_names,
+    readable,
+    safe_load,
+    save_pdparams,
+    without_rounding,
+)
 from sampling.checkpoint import is_training_checkpoint, read_weights
-from training.config import resolve_config
+from training.config import differences, own_config, resolve_config, sampling_differences
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
@@ -427,7 +438,9 @@ def _read_optimizer(path):
 
 def _load_official(path):
     """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
-    raw = safe_load(path)
+    raw = safe_load(path, tolerant=True)
+    if isinstance(raw, dict):
+        raw = {name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
@@ -436,11 +449,16 @@ def _load_official(path):
     for name in ("model", "ema"):
         if name in raw and not is_state(raw[name]):
             raise ValueError(f"{path}: its {name!r} is no state dict")
+        if name in raw:
+            raw[name] = plain_names(raw[name])
+            check_finite(raw[name], source=f"{path}: {name}")
     try:
         moments, step = _official_moments(raw)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = printable(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
+    for kind in ("moment1", "moment2"):
+        check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")
     return Checkpoint(
         source=path,
         config=None,
@@ -609,27 +627,34 @@ def check_same_model(checkpoint, config):
     if checkpoint.config is None:
         return
     for section in ("model", "objective"):
-        theirs, ours = checkpoint.config[section], config[section]
-        different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-        if different:
-            listed = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
+        if listed := differences(checkpoint.config[section], config[section]):
             raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
 
 
 @paddle.no_grad()
-def load_pretrained(path, model, ema=None):
+def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
     """Starts a run from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
 
-    A label table for another number of classes is left as it was initialised; everything else must fit.
+    A label table for another number of classes is left as it was initialised; everything else must fit. So is a
+    position table that differs from the network's by the rounding of a half precision.
+
+    Args:
+        config: the run's; a checkpoint's own must describe the same network. None: not compared.
+        as_stored: take all numbers as they are, also those that are not finite.
 
     Returns:
         A sentence to print.
 
     Raises:
-        ValueError: unreadable, or weights of another architecture.
+        ValueError: unreadable, not finite, or weights of another architecture.
     """
+    note = _check_start(path, config) if config is not None else ""
     state, source = read_weights(path)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    if not as_stored:
+        check_finite(state, source=source)
+        if "pos_embed" in state and "pos_embed" in parameters:
+            state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
     table = "y_embedder.embedding_table.weight"
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:
@@ -637,7 +662,27 @@ def load_pretrained(path, model, ema=None):
     _load_weights(state, model, source)
     if ema is not None:
         ema.set_state_dict(_parts(state, model))
-    return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "")
+    return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
+
+
+# Keys whose values may differ from those of the checkpoint that a run starts from: the label table is made anew, and
+# the shapes of the weights tell of the others.
+_FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
+
+
+def _check_start(path, config):
+    """A clause on what the checkpoint `path` was trained for, if it is not the run's objective; else an empty text.
+
+    Raises:
+        ValueError: its network is another one.
+    """
+    own = own_config(path)
+    if own is None:
+        return ""
+    if listed := differences(own["model"], config["model"], ignored=_FREE_AT_THE_START):
+        raise ValueError(f"{path}: holds another run's model: {listed}")
+    listed = sampling_differences(own["objective"], config["objective"])
+    return f"; they were trained for another objective: {listed}" if listed else ""
 
 
 @paddle.no_grad()

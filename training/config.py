@@ -366,20 +366,77 @@ def load_config(path):
     return resolve_config(read_json(path), source=str(path), file_name=str(path))
 
 
+# Settings that change how a network is trained, not what a sampler makes of it.
+_TRAINING_ONLY = (
+    *("use_kl", "rescale_learned_sigmas", "timestep_sampler"),
+    *("loss_weight", "timestep_sampling", "logit_mean", "logit_std", "cosine_loss"),
+)
+
+
+def own_config(path):
+    """The resolved config of the training checkpoint that `path` is, or is a file of; None if it has none of ours."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    file = os.path.join(folder, "config.json")
+    if not os.path.isfile(file):
+        return None
+    if folder != path and not os.path.isfile(os.path.join(folder, "model_state.pdparams")):
+        return None
+    raw = read_json(file)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):  # a config.json of ppdiffusers', say
+        return None
+    return resolve_config(raw, source=file)
+
+
+def differences(theirs, ours, *, ignored=()):
+    """The keys in which two sections differ, as text "key A there, B here, ..."; empty if there are none.
+
+    Args:
+        ignored: keys that are left out.
+    """
+    keys = {*theirs, *ours} if theirs.get("type") == ours.get("type") else {*theirs} & {*ours}
+    different = [key for key in sorted(keys - {*ignored}) if theirs.get(key) != ours.get(key)]
+    return ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
+
+
+def sampling_differences(theirs, ours):
+    """`differences` of two sections in what changes a trained network's images."""
+    ignored = set(_TRAINING_ONLY)
+    rates = theirs.get("class_dropout_prob"), ours.get("class_dropout_prob")
+    if None not in rates and min(rates) > 0:
+        ignored.add("class_dropout_prob")  # both have a null class
+    return differences(theirs, ours, ignored=ignored)
+
+
+def weights_config(path, config_file=None, sections=("model", "objective")):
+    """The config of weights: that of the training checkpoint they lie in, else of a config file; None without either.
+
+    Args:
+        path: of the weights. config_file: what the user gave, or None. sections: in which the two must agree.
+
+    Raises:
+        ValueError: one line: the keys in which the two describe another network.
+    """
+    own = own_config(path)
+    if config_file is None:
+        return own
+    config = load_config(config_file)
+    for section in sections if own is not None else ():
+        if listed := sampling_differences(own[section], config[section]):
+            raise ValueError(
+                f"{path}: holds another run's {section}: {listed}; these weights do not fit the config {config_file}"
+            )
+    return own or config
+
+
 def weights_features(path, config):
-    """The `features` section of weights: that of the checkpoint folder they lie in, if it tells any, else the config's.
+    """The `features` section of weights: that of the checkpoint that they lie in, if it tells any, else the config's.
 
     Args:
         path: a training checkpoint folder, a file of weights in one, or any other. config: what describes the network.
     """
-    folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-    beside = os.path.join(folder, "config.json")
-    if name in ("", "model_state.pdparams", "ema_state.pdparams") and os.path.isfile(beside):
-        raw = read_json(beside)
-        if isinstance(raw, dict) and "features" in raw:
-            features = resolve_features(raw["features"], f"{beside}: features")
-            if any(value is not None for value in features.values()):
-                return features
+    own = own_config(path)
+    if own is not None and any(value is not None for value in own["features"].values()):
+        return own["features"]
     return config["features"]
 
 

@@ -315,6 +315,7 @@ def _pdparams(folder):
 def _read_weights(path):
     from models.weights import safe_load
 
+    safe_load(path, tolerant=True)  # refuses nothing that is read otherwise
     safe_load(path)
 
 

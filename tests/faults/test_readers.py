@@ -395,6 +395,22 @@ class TestCheckpointsOfNoArrays:
         with pytest.raises(ValueError, match="its 'model' is no state dict"):
             load(model={"a.weight": "x"})
 
+    def test_official_file_of_a_wrapped_network(self, tmp_path):
+        path = tmp_path / "x.pt"
+        weights = {"module._orig_mod.a.weight": np.ones((2, 3), "f4")}
+        path.write_bytes(pickle.dumps({**self.official(model=weights), "ema": weights, "args": {"out": tmp_path}}))
+        checkpoint = load_checkpoint(path)
+        assert list(checkpoint.model) == list(checkpoint.ema) == list(checkpoint.optimizer) == ["a.weight"]
+
+    @pytest.mark.parametrize("part", ["model", "moment"])
+    def test_official_file_that_is_not_finite(self, tmp_path, part):
+        path = tmp_path / "x.pt"
+        bad = np.full((2, 3), np.nan, "f4")
+        path.write_bytes(pickle.dumps(self.official(**{part: {"a.weight": bad} if part == "model" else bad})))
+        with pytest.raises(ValueError, match=r"x\.pt: .*a\.weight has 6 of 6 values that are not finite") as error:
+            load_checkpoint(path)
+        one_line(error)
+
     def test_dump_of_a_step(self, tmp_path):
         from tools.replay_step import read_dump
         from training.manifest import FolderWriter

@@ -47,15 +47,12 @@ def train(args, config, stopping):
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     dataset, held_out = setup.build_dataset(config, args.feature_path, args.image_size)
     sampler = setup.build_sampler(config, dataset, rank=rank, world_size=world_size)
-    last_step = sampler.last_step
 
     # Checkpoint to resume, and the experiment's folder.
     checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config)
     checkpoints_dir = os.path.join(folder, "checkpoints")
-    first_step = 0
-    if checkpoint is not None:
-        first_step = checkpoint.progress["global_step"]
-        sampler.resume(first_step, checkpoint.progress["samples_seen"])
+    first_step = setup.resume_sampler(sampler, config, checkpoint)
+    last_step = sampler.last_step
 
     # Network, objective, EMA, optimizer.
     model = setup.build_network(config)

@@ -49,15 +49,15 @@ def train(args, others, config, stopping):
     dataset, held_out = setup.build_dataset(config, args.feature_path, args.resolution)
     data_rank = paddle.distributed.get_rank() // args.tensor_parallel_degree
     sampler = setup.build_sampler(config, dataset, rank=data_rank, world_size=data_ranks)
-    last_step = sampler.last_step
 
-    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
-    training_args = training_arguments(
-        args, others, config, precision, max_steps=last_step, batch_size=sampler.batch_size
-    )
+    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing. The last step
+    # depends on what a resumed run has done.
+    training_args = training_arguments(args, others, config, precision, batch_size=sampler.batch_size)
     checkpoint = ckpt.open_output_dir(
         args.output_dir, config, resume=args.resume_from_checkpoint, overwrite=bool(args.overwrite_output_dir)
     )
+    setup.resume_sampler(sampler, config, checkpoint)
+    training_args.max_steps = last_step = sampler.last_step
 
     # Network, objective, trainer.
     model = setup.build_network(config, tensor_parallel_group())

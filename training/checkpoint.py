@@ -447,8 +447,14 @@ def _load_official(path):
         model=official_to_paddle(raw["model"]),
         ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
         read_optimizer=lambda: moments,
-        progress={"global_step": step},
+        progress={"global_step": step, **_official_batch(raw.get("args"))},
     )
+
+
+def _official_batch(args):
+    """The global batch of the run that wrote an official file, if its `args` tell."""
+    batch = args.get("global_batch_size") if isinstance(args, dict) else None
+    return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
 
 
 def _official_moments(raw):
@@ -596,9 +602,10 @@ def open_checkpoint(path, config, experiment_name=None):
     """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
     checkpoint = load_checkpoint(path, experiment_name)
     check_same_model(checkpoint, config)
-    checkpoint.progress.setdefault(
-        "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]
-    )
+    progress = checkpoint.progress
+    if "samples_seen" not in progress:
+        batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
+        progress["samples_seen"] = progress["global_step"] * batch
     if config["training"]["use_ema"] and checkpoint.ema is None and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")
     return checkpoint

@@ -90,7 +90,7 @@ def build_validation(config, objective, held_out, sampler, ranks_per_batch=1):
 
 
 def build_sampler(config, dataset, *, rank, world_size):
-    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the run's last step."""
+    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the last step of a new run."""
     training = config["training"]
     return MicroBatchSampler(
         len(dataset),
@@ -99,13 +99,28 @@ def build_sampler(config, dataset, *, rank, world_size):
         rank=rank,
         world_size=world_size,
         seed=training["seed"],
-        last_step=total_steps(
-            len(dataset),
-            global_batch_size=training["global_batch_size"],
-            max_steps=training["max_steps"],
-            epochs=training["epochs"],
-        ),
+        last_step=_last_step(config, len(dataset)),
     )
+
+
+def resume_sampler(sampler, config, checkpoint):
+    """Puts a sampler where the run of a checkpoint (or None) stopped; the epochs that are left are counted from there.
+
+    Returns:
+        The step that is done.
+    """
+    if checkpoint is None:
+        return 0
+    step, seen = checkpoint.progress["global_step"], checkpoint.progress["samples_seen"]
+    last_step = _last_step(config, sampler.stream.num_samples, first_step=step, samples_seen=seen)
+    sampler.resume(step, seen, last_step)
+    return step
+
+
+def _last_step(config, num_samples, **done):
+    training = config["training"]
+    settings = {key: training[key] for key in ("global_batch_size", "max_steps", "epochs")}
+    return total_steps(num_samples, **settings, **done)
 
 
 def build_preview(objective, config, args, *, vae):

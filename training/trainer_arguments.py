@@ -78,15 +78,14 @@ def check_degrees(args, model, world_size):
     return world_size // tensor, notes
 
 
-def training_arguments(args, others, config, precision, *, max_steps, batch_size):
-    """PaddleNLP's arguments of a run; making them makes the process groups.
+def training_arguments(args, others, config, precision, *, batch_size):
+    """PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
     Args:
         args: flags of `training.arguments.trainer_parser`.
         others: the command line's other words, flags of TrainingArguments itself.
         config: the resolved config.
         precision: the resolved `Precision`; PaddleNLP is not asked for what the device can't do.
-        max_steps: optimizer steps of the run.
         batch_size: samples of a micro-batch on one device.
 
     Raises:
@@ -111,7 +110,6 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
         "learning_rate": settings["learning_rate"],
         "weight_decay": settings["weight_decay"],
         "max_grad_norm": max(0.0, settings["max_grad_norm"]),
-        "max_steps": max_steps,
         "logging_dir": args.logging_dir or os.path.join(args.output_dir, "tb_log"),
         "logging_steps": args.logging_steps,
         "save_steps": args.save_steps,

@@ -32,6 +32,7 @@ def train(args, config, stopping):
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.preview import log_preview
+    from training.run_lock import RunLock
     from training.runtime import init_distributed, resolve_device, say, seed_step
     from training.step_dump import dump_step
     from training.watch import NumberWatch
@@ -49,7 +50,8 @@ def train(args, config, stopping):
     sampler = setup.build_sampler(config, dataset, rank=rank, world_size=world_size)
 
     # Checkpoint to resume, and the experiment's folder.
-    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config)
+    lock = RunLock()  # of the run's folder, until this function is left
+    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config, lock)
     checkpoints_dir = os.path.join(folder, "checkpoints")
     first_step = setup.resume_sampler(sampler, config, checkpoint)
     last_step = sampler.last_step

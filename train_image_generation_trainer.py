@@ -32,6 +32,7 @@ def train(args, others, config, stopping):
     from objectives import build_objective
     from training import checkpoint as ckpt
     from training import setup
+    from training.run_lock import RunLock
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import check_degrees, tensor_parallel_group, training_arguments
 
@@ -53,8 +54,13 @@ def train(args, others, config, stopping):
     # Process group; then what is in the output folder: a run to resume, to put aside, or nothing. The last step
     # depends on what a resumed run has done.
     training_args = training_arguments(args, others, config, precision, batch_size=sampler.batch_size)
+    lock = RunLock()  # of the run's folder, until this function is left
     checkpoint = ckpt.open_output_dir(
-        args.output_dir, config, resume=args.resume_from_checkpoint, overwrite=bool(args.overwrite_output_dir)
+        args.output_dir,
+        config,
+        resume=args.resume_from_checkpoint,
+        overwrite=bool(args.overwrite_output_dir),
+        lock=lock,
     )
     setup.resume_sampler(sampler, config, checkpoint)
     training_args.max_steps = last_step = sampler.last_step

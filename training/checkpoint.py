@@ -31,6 +31,7 @@ from training.config import resolve_config
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
+from training.run_lock import check_idle
 from training.runtime import SAVING_THREAD, is_refusal, one_line, say
 from training.shares import Shares, held_name, held_part, master_weights
 from untrusted import inside, printable, read_json
@@ -484,7 +485,7 @@ def _number(value, below):
     return value
 
 
-def open_experiment(resume, results_dir, config_file, config):
+def open_experiment(resume, results_dir, config_file, config, lock):
     """The checkpoint to resume (or None) and the experiment folder `results_dir/NNN-CONFIG` of the hand-written loop.
 
     A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
@@ -493,9 +494,14 @@ def open_experiment(resume, results_dir, config_file, config):
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
         config_file: its name without `.json` names the experiment.
+        lock: a `RunLock`, which takes the experiment folder on rank 0.
+
+    Raises:
+        ValueError: what `load_checkpoint` raises; another run is at work in the experiment that would go on.
     """
     name = os.path.splitext(os.path.basename(config_file))[0]
     try:
+        of_rank_0(lambda: _check_experiment_idle(resume, results_dir, name))
         if resume == "auto":
             any_there = of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
             checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
@@ -510,14 +516,32 @@ def open_experiment(resume, results_dir, config_file, config):
             # What `auto` passed over is damaged, and may be done again in its place.
             mine = found if resume == "auto" else found[:1]
             if any(os.path.samefile(path, checkpoint.source) for path in mine):
+                lock.take(experiment)
                 clear_leftovers(os.path.dirname(checkpoint.source))
                 return experiment
         index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
-        path = os.path.join(results_dir, f"{index:03d}-{name}")
-        os.makedirs(path)
-        return path
+        while True:
+            path = os.path.join(results_dir, f"{index:03d}-{name}")
+            try:
+                os.makedirs(path)
+            except FileExistsError:  # of a run that was started in the same moment
+                index += 1
+            else:
+                lock.take(path)
+                return path
 
     return checkpoint, of_rank_0(folder)
+
+
+def _check_experiment_idle(resume, results_dir, name):
+    """ValueError if a run is at work in the experiment that `--resume` means: with `auto`, the newest of this name."""
+    if resume == "auto":
+        meant = list_experiments(results_dir, name)[-1:]
+    else:
+        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
+        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
+    for _, path in meant:
+        check_idle(path)
 
 
 def of_rank_0(decide):
@@ -538,16 +562,21 @@ def of_rank_0(decide):
     return answer[0]
 
 
-def open_output_dir(output_dir, config, *, resume, overwrite):
+def open_output_dir(output_dir, config, *, resume, overwrite, lock):
     """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
 
     Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
     With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
     of the run it replaces or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
+    Args:
+        lock: a `RunLock`, which takes the folder on rank 0.
+
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or one is at work in it.
     """
+    # A folder that is not there is made, and locked, when it is clear that there is something to run in it.
+    of_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
     else:
@@ -559,6 +588,7 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
+    of_rank_0(lambda: lock.take(output_dir))
     of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 

@@ -23,6 +23,7 @@ import time
 import traceback
 
 from training.peers import connect
+from training.run_lock import close_inherited
 from training.runtime import EXIT_LOST, EXIT_STOPPED, SAVING_THREAD, STARTED, exit_now, is_mistake, one_line, say
 
 TICK = 0.5  # seconds between two looks around
@@ -52,6 +53,7 @@ def start_worker(*_):
 
     They leave signals to the run: one to the whole group must not take them from it before it has saved. Only their
     parent ends them so. And they close its connections: while they are open, the others do not see that a rank is gone.
+    The lock of its folder they close as well.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,6 +67,7 @@ def start_worker(*_):
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+    close_inherited()
     if _running is not None:
         _running.close_sockets()
 

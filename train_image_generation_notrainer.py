@@ -6,12 +6,10 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import check_positive, notrainer_parser, resolve_training
+    from training.arguments import read_notrainer_flags
     from training.stopping import Stopping
 
-    args = notrainer_parser().parse_args()
-    check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
-    config = resolve_training(args, global_batch_size=args.global_batch_size, epochs=args.epochs, seed=args.global_seed)
+    args, config = read_notrainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 

@@ -6,22 +6,15 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import check_positive, resolve_training, trainer_parser
+    from training.arguments import read_trainer_flags
     from training.stopping import Stopping
 
-    args, others = trainer_parser().parse_known_args()
-    check_positive(
-        args,
-        *("resolution", "per_device_train_batch_size", "logging_steps", "save_steps", "num_inference_steps"),
-        *("save_total_limit", "sharding_parallel_degree", "tensor_parallel_degree"),
-        *("pipeline_parallel_degree", "sep_parallel_degree"),
-    )
-    config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+    args, config = read_trainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
-        train(args, others, config, stopping)
+        train(args, config, stopping)
 
 
-def train(args, others, config, stopping):
+def train(args, config, stopping):
     import paddle
 
     from training.runtime import resolve_device, say
@@ -53,7 +46,7 @@ def train(args, others, config, stopping):
 
     # Process group; then what is in the output folder: a run to resume, to put aside, or nothing. The last step
     # depends on what a resumed run has done.
-    training_args = training_arguments(args, others, config, precision, batch_size=sampler.batch_size)
+    training_args = training_arguments(args, config, precision, batch_size=sampler.batch_size)
     lock = RunLock()  # of the run's folder, until this function is left
     checkpoint = ckpt.open_output_dir(
         args.output_dir,

@@ -31,7 +31,7 @@ from training.config import resolve_config
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
-from training.run_lock import check_idle
+from training.run_lock import check_experiment_idle, experiment_name, list_experiments
 from training.runtime import SAVING_THREAD, is_refusal, one_line, say
 from training.shares import Shares, held_name, held_part, master_weights
 from untrusted import inside, printable, read_json
@@ -39,7 +39,6 @@ from untrusted import inside, printable, read_json
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
-_EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
 
 
 @dataclass
@@ -141,18 +140,6 @@ def pick_checkpoint(folder, experiment_name=None):
             f"one of a time before there was a {MANIFEST} can be resumed by its own path"
         )
     return None
-
-
-def list_experiments(folder, experiment_name=None):
-    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
-    if not os.path.isdir(folder):
-        return []
-    found = []
-    for entry in os.scandir(folder):
-        match = _EXPERIMENT_NAME.match(entry.name)
-        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
-            found.append((int(match.group(1)), entry.path))
-    return sorted(found)
 
 
 def _random_state():
@@ -499,9 +486,9 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     Raises:
         ValueError: what `load_checkpoint` raises; another run is at work in the experiment that would go on.
     """
-    name = os.path.splitext(os.path.basename(config_file))[0]
+    name = experiment_name(config_file)
     try:
-        of_rank_0(lambda: _check_experiment_idle(resume, results_dir, name))
+        of_rank_0(lambda: check_experiment_idle(resume, results_dir, name))
         if resume == "auto":
             any_there = of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
             checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
@@ -531,17 +518,6 @@ def open_experiment(resume, results_dir, config_file, config, lock):
                 return path
 
     return checkpoint, of_rank_0(folder)
-
-
-def _check_experiment_idle(resume, results_dir, name):
-    """ValueError if a run is at work in the experiment that `--resume` means: with `auto`, the newest of this name."""
-    if resume == "auto":
-        meant = list_experiments(results_dir, name)[-1:]
-    else:
-        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
-        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
-    for _, path in meant:
-        check_idle(path)
 
 
 def of_rank_0(decide):

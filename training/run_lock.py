@@ -6,10 +6,12 @@ The file `run.lock` in the folder tells who holds it. The system lets go of it w
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import weakref
 
 LOCK = "run.lock"
+_EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
 _held = weakref.WeakValueDictionary()  # the files that this process holds, by device and number
 
 
@@ -45,6 +47,34 @@ def check_idle(folder):
     """Raises `ValueError` if a run is at work in a folder; writes nothing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _lock(folder, "r+b")
+
+
+def experiment_name(config_file):
+    """The NAME of the hand-written loop's experiments `NNN-NAME` with this config."""
+    return os.path.splitext(os.path.basename(config_file))[0]
+
+
+def list_experiments(folder, experiment_name=None):
+    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
+    if not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in os.scandir(folder):
+        match = _EXPERIMENT_NAME.match(entry.name)
+        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
+            found.append((int(match.group(1)), entry.path))
+    return sorted(found)
+
+
+def check_experiment_idle(resume, results_dir, name):
+    """ValueError if a run is at work in the experiment that `--resume` means: with `auto`, the newest of this name."""
+    if resume == "auto":
+        meant = list_experiments(results_dir, name)[-1:]
+    else:
+        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
+        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
+    for _, path in meant:
+        check_idle(path)
 
 
 def close_inherited():

@@ -272,19 +272,19 @@ class Stopping:
         if self._signalled is None:
             self._signalled = now
             news = self.request is None
-            self._ask(signum.name)
+            self._ask(_name(signum))
             if news:
-                self._say(f"{signum.name}: finishing the step, then saving; a second signal leaves at once")
+                self._say(f"{_name(signum)}: finishing the step, then saving; a second signal leaves at once")
             return
         # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
         repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
         if signum == signal.SIGTERM and now - self._signalled <= repeated:
             self._say(f"another SIGTERM within {repeated} s is taken for the launcher's; a later one leaves at once")
         else:
-            self._failed = f"a second {signum.name}: left at once"
+            self._failed = f"a second {_name(signum)}: left at once"
             _end_within(GRACE, 128 + signum)
             self._tell(self._status())
-            self._say(f"{signum.name} again: left at once, the steps since the last checkpoint are lost")
+            self._say(f"{_name(signum)} again: left at once, the steps since the last checkpoint are lost")
             exit_now(128 + signum, saving_seconds=0)
 
     def _ask(self, request):
@@ -438,6 +438,12 @@ def _end_within(seconds, code):
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _name(signum):
+    """What a person calls a signal: at a terminal SIGINT is Ctrl-C."""
+    at_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+    return "Ctrl-C" if signum == signal.SIGINT and at_terminal else signum.name
 
 
 def _is_saving():

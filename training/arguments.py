@@ -263,7 +263,7 @@ def trainer_parser():
         default=True,
         help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
     )
-    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar on a terminal; in a log there is none [False]")
     _add_stopping_flags(parser)
     _add_preview_flags(parser)
     group = parser.add_argument_group("parallel degrees")
@@ -350,7 +350,7 @@ def notrainer_parser():
         default=True,
         help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
     )
-    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar on a terminal; in a log there is none [False]")
     group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
     _add_stopping_flags(parser)
     _add_preview_flags(parser)

@@ -91,7 +91,7 @@ class MemoryStore:
     """
 
     def __init__(self, store, indices, *, flip):
-        from tqdm import tqdm
+        from training.progress import tqdm
 
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip

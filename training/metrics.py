@@ -12,6 +12,8 @@ import paddle
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
+from training.progress import is_terminal
+
 
 def peak_memory_gib():
     """Peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
@@ -97,7 +99,7 @@ class TrainingLog:
         log_every: optimizer steps between reports.
         first_step, last_step: where the run starts and ends.
         global_batch_size: samples an optimizer step.
-        show_bar: a tqdm bar beside the lines.
+        show_bar: a tqdm bar beside the lines, on a terminal.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class TrainingLog:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=0.5,
-                disable=not show_bar,
+                disable=not (show_bar and is_terminal(sys.stderr)),
                 file=_Stream(sys.stderr),
             )
 

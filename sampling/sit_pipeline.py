@@ -361,9 +361,9 @@ class SiTPipeline(DiffusionPipeline):
 
     def _shows_progress(self):
         disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        return (
-            sys.stderr is not None and sys.stderr.isatty() if disable is None else not disable
-        )  # None: as tqdm has it
+        if disable is None:  # as tqdm has it
+            return sys.stderr is not None and sys.stderr.isatty()
+        return not disable
 
 
 def _build(settings, state, source):

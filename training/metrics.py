@@ -1,6 +1,7 @@
 """Losses and speeds of a run: to the console, to VisualDL, and as JSON lines. No host sync between two reports."""
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import resource
 import sys
 import time
 
+import numpy as np
 import paddle
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
@@ -124,6 +126,7 @@ class TrainingLog:
                 self._add_scalars("train", values)
             for values in self._validations.earlier:
                 self._add_scalars("validation", values)
+            self._add_earlier_images(os.path.join(folder, "images"))
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -214,6 +217,26 @@ class TrainingLog:
         """Puts an image `(H, W, 3)` uint8 into the VisualDL log, on rank 0."""
         if self._writer is not None:
             self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def _add_earlier_images(self, folder, count=9):
+        """Puts previews of before a resume into the VisualDL log.
+
+        Those of later steps than the resumed one are of a branch that was left.
+
+        Args:
+            count: at most so many, evenly spread: VisualDL shows 10 images of a tag.
+        """
+        from PIL import Image
+
+        paths = glob.glob(f"{glob.escape(folder)}/*.png")
+        names = {path: os.path.splitext(os.path.basename(path))[0] for path in paths}
+        earlier = sorted(
+            (int(name), path) for path, name in names.items() if name.isdecimal() and int(name) <= self.first_step
+        )
+        for place in np.linspace(0, len(earlier) - 1, min(count, len(earlier))).round().astype(int):
+            number, path = earlier[place]
+            with contextlib.suppress(OSError), Image.open(path) as image:  # one that a kill has cut
+                self.add_image("samples/ema", np.asarray(image.convert("RGB")), number)
 
     def close(self):
         if self._bar is not None:

@@ -609,3 +609,11 @@ def test_a_resumed_run_says_that_its_data_are_others(loop, features, tmp_path, r
     printed = capsys.readouterr().out
     assert "note: 36 samples here, 40 when the checkpoint was saved; validation_samples 4 here, 0 there" in printed
     assert "held-out samples may have been trained on before" in printed
+
+
+def test_a_run_without_validation_leaves_no_file_of_it(features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=1)
+    run_loop("trainer", arguments)
+    assert (tmp_path / "out/metrics.jsonl").is_file() and not (tmp_path / "out/validation.jsonl").exists()
+    assert "on cpu, 1 process; 40 samples in" in capsys.readouterr().out

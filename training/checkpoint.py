@@ -32,7 +32,7 @@ from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, d
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
 from training.run_lock import check_experiment_idle, experiment_name, list_experiments
-from training.runtime import SAVING_THREAD, is_refusal, one_line, say
+from training.runtime import SAVING_THREAD, counted, is_refusal, one_line, say
 from training.shares import Shares, held_name, held_part, master_weights
 from untrusted import inside, printable, read_json
 
@@ -597,7 +597,7 @@ def _put_aside(output_dir, checkpoint, overwrite):
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)
-        say(f"moved {len(moved)} item(s) of the earlier run to {aside}")
+        say(f"moved {counted(len(moved), 'item')} of the earlier run to {aside}")
 
 
 def _step_of(path):

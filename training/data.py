@@ -14,6 +14,7 @@ import numpy as np
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
+from training.runtime import counted
 from training.stopping import start_worker
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
@@ -340,7 +341,9 @@ class FeatureDataset:
             ValueError: nothing would be left to train on.
         """
         if not 0 <= held_out < len(self):
-            raise ValueError(f"{held_out} held-out samples: expected 0..{len(self) - 1}, the set has {len(self)}")
+            raise ValueError(
+                f"{counted(held_out, 'held-out sample')}: expected 0..{len(self) - 1}, the set has {len(self)}"
+            )
         if not held_out:
             return self, self._part(np.empty(0, "int64"))
         # In the order of a draw over the whole set: of a label subset as many of the same samples as can be.

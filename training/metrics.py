@@ -38,6 +38,7 @@ class _Rows:
     """A file of JSON lines, without those of steps that a resumed run is about to do again.
 
     A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
+    Without a row there is no file.
 
     Attributes:
         earlier: the rows that were there.
@@ -49,19 +50,23 @@ class _Rows:
             with open(path, encoding="utf-8", errors="replace") as file:
                 rows = [_row(line) for line in file]
         self.earlier = [row for row in rows if row is not None and row["step"] <= first_step]
-        self.path, self._pending, self._refused = path, b"", False
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.earlier)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
-        self._file = open(path, "ab", buffering=0)
+        self.path, self._file, self._pending, self._refused = path, None, b"", False
+        if self.earlier:
+            with open(f"{path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.earlier)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.partial", path)
+        elif os.path.exists(path):
+            os.remove(path)
 
     def append(self, values):
         """Writes a row. Returns a line to print the first time that the file system refuses, else None."""
         self._pending += (json.dumps(values) + "\n").encode()
         before, self._refused = self._refused, False
         try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
@@ -71,7 +76,8 @@ class _Rows:
         return None
 
     def close(self):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class _Stream(ObjectWrapper):

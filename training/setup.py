@@ -14,7 +14,7 @@ from training.config import ineffective_settings, write_json
 from training.data import FeatureDataset, MicroBatchSampler, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
-from training.runtime import compute_capability, say
+from training.runtime import compute_capability, counted, say
 
 
 def setup_precision(config, device):
@@ -139,8 +139,9 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
         say(f"note: {note}")
     parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
     say(
-        f"{config['model']['type']} with {parameters:,} parameters on {device}, {world_size} process(es); "
-        f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}"
+        f"{config['model']['type']} with {parameters:,} parameters on {device}, "
+        f"{counted(world_size, 'process', 'processes')}; {counted(len(dataset), 'sample')} in {dataset.features_dir}; "
+        f"training to step {last_step:,}; output in {folder}"
     )
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), config)
@@ -153,7 +154,7 @@ def other_data_note(checkpoint, config, dataset):
     changes = []
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
-        changes.append(f"{len(dataset):,} samples here, {before:,} when the checkpoint was saved")
+        changes.append(f"{counted(len(dataset), 'sample')} here, {before:,} when the checkpoint was saved")
     theirs = checkpoint.config["data"] if checkpoint.config is not None else config["data"]
     for key in ("flip", "posterior", "classes", "validation_samples"):
         if theirs[key] != config["data"][key]:

@@ -245,7 +245,7 @@ def test_a_wrong_flag_is_told_before_the_launcher_starts(script, tmp_path):
     assert done.stderr == expected and not (tmp_path / "output_trainer").exists()
 
 
-# What stands in for the launcher, and for its one training process, in a session of its own as Paddle's are.
+# What stands in for the launcher, and for its one training process, which the terminal does not reach either.
 LAUNCHER = """
 import os, subprocess, sys
 if "-u" in sys.argv:

@@ -48,6 +48,7 @@ fi
 # signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
 # the launcher.
 signal_processes() {
+    if [ -z "$launcher" ]; then return; fi
     found=
     for stat in /proc/[0-9]*/stat; do
         { read -r line <"$stat"; } 2>/dev/null || continue
@@ -118,12 +119,13 @@ launch() {
     # Ctrl-C and others come here alone, and go on to the training processes, which save and end with code 75.
     log=$log_dir/workerlog.0
     if [ -f "$log" ]; then logged=$(wc -c <"$log"); else logged=0; fi
-    stopped_by='' stopped_code='' code=127
-    setsid "$@" &
-    launcher=$!
+    launcher='' stopped_by='' stopped_code='' code=127
     trap 'stop INT Ctrl-C 130' INT
     trap 'stop TERM SIGTERM 143' TERM
     trap 'stop TERM SIGHUP 129' HUP
+    setsid "$@" &
+    launcher=$!
+    if [ -n "$stopped_by" ]; then signal_processes TERM; fi # in the moment before
     while :; do # a signal ends `wait`, not the launcher
         interrupted=
         status=0

@@ -2,9 +2,10 @@
 # SiT-XL/2 at 256 px with the hand-written loop. Every variable here and in tools/launch_*.sh can be set from the
 # environment, further flags are passed on: max_steps=20 bash 3_run_train_sit_notrainer.sh --device cpu
 set -eu
-cd "$(dirname "$0")"
+repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
+if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
-config_file=${config_file:-config/SiT_XL_patch2.json}
-results_dir=${results_dir:-./output_notrainer/SiT_XL_patch2_notrainer}
+config_file=${config_file:-${repo}config/SiT_XL_patch2.json}
+default_output=./output_notrainer/SiT_XL_patch2_notrainer
 
-. tools/launch_notrainer.sh
+. "${repo}tools/launch_notrainer.sh"

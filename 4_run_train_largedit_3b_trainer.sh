@@ -2,13 +2,16 @@
 # Large-DiT 3B at 256 px with the PaddleNLP Trainer. Every variable here and in tools/launch_*.sh can be set from the
 # environment, further flags are passed on: max_steps=20 batch_size=1 bash 4_run_train_largedit_3b_trainer.sh --device cpu
 set -eu
-cd "$(dirname "$0")"
+repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
+if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
-config_file=${config_file:-config/LargeDiT_3B_patch2.json}
-OUTPUT_DIR=${OUTPUT_DIR:-./output_trainer/LargeDiT_3B_patch2_trainer}
+config_file=${config_file:-${repo}config/LargeDiT_3B_patch2.json}
+default_output=./output_trainer/LargeDiT_3B_patch2_trainer
 logging_steps=${logging_steps:-1}
+resolution=${resolution:-${image_size:-256}}
+amp_master_grad=${amp_master_grad:-1}
 
-. tools/launch_common.sh
+. "${repo}tools/launch_common.sh"
 
 # On 8 GPUs tensor parallel 4 and sharding 2; with fewer, what divides them.
 if [ -z "${MP_DEGREE:-}" ]; then
@@ -20,9 +23,4 @@ if [ -z "${SHARDING_DEGREE:-}" ]; then
 fi
 if [ "$SHARDING_DEGREE" -gt 1 ]; then sharding=${sharding:-stage1}; fi
 
-set -- --resolution "${resolution:-256}" \
-    --amp_master_grad "${amp_master_grad:-1}" \
-    ${sharding_parallel_config:+--sharding_parallel_config "$sharding_parallel_config"} \
-    "$@"
-
-. tools/launch_trainer.sh
+. "${repo}tools/launch_trainer.sh"

@@ -15,6 +15,7 @@ Such a folder is a program: it runs as code of whoever made it.
 
 import argparse
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from tools.image_demo import (
     read_dit,
     read_labels,
 )
+from training.progress import is_terminal
 from training.runtime import run_cli
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
@@ -78,6 +80,7 @@ def sample_pipeline(args):
     if args.scheduler == "ddpm":
         raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
     pipe = load_pipeline(args.model_path, args.dtype)
+    pipe.set_progress_bar_config(disable=None)  # on a terminal only
     pipe.scheduler = choose_scheduler(pipe.scheduler, args)
     labels = pipeline_labels(args.model_path, pipe) if args.id2label is None else read_labels(args.id2label)
     classes = find_classes(args.classes, labels, max(labels, default=999) + 1)
@@ -163,7 +166,8 @@ def sample_inference(args):
 def run_scheduler(scheduler, denoiser, latents, num_steps):
     """Latents by a ppdiffusers scheduler and a denoiser(x, t); a learned variance is cut off."""
     import paddle
-    from tqdm import tqdm
+
+    from training.progress import tqdm
 
     scheduler.set_timesteps(num_steps)
     with paddle.no_grad():
@@ -219,16 +223,18 @@ def sample_checkpoint(args):
     denoiser = guided(model, y, guidance_scale, channels=channels, null_class=settings["num_classes"])
     noise = make_noise(len(classes), settings["in_channels"], settings["sample_size"], args.seed, "float32")
     paddle.seed(args.seed)  # the noise of ddpm's steps
-    steps = args.num_inference_steps
+    steps, shown = args.num_inference_steps, is_terminal(sys.stderr)
     with paddle.no_grad():
         if args.scheduler in (None, "ddim"):
             keywords = {key: value for key, value in objective.items() if key not in ("type", "timestep_sampler")}
             diffusion = create_diffusion(f"ddim{steps}", learn_sigma=settings["learn_sigma"], **keywords)
-            latents = diffusion.ddim_sample_loop(denoiser, noise.shape, noise=noise, clip_denoised=False, progress=True)
+            latents = diffusion.ddim_sample_loop(
+                denoiser, noise.shape, noise=noise, clip_denoised=False, progress=shown
+            )
         elif args.scheduler == "dpm":
             latents = run_scheduler(make_scheduler(objective, "dpm"), denoiser, noise, steps)
         else:
-            latents = build_objective(config).sample(denoiser, noise, num_steps=steps, progress=True)
+            latents = build_objective(config).sample(denoiser, noise, num_steps=steps, progress=shown)
     return decoder(latents), [labels.get(i, str(i)) for i in classes]
 
 

@@ -88,6 +88,7 @@ def load_pipeline(args, path):
 def sample(args):
     """PIL images and the classes' labels."""
     pipe, labels = load_pipeline(args, find_model(args.model_path))
+    pipe.set_progress_bar_config(disable=None)  # on a terminal only
     network = pipe.transformer
     classes = find_classes(args.classes, labels, network.num_classes)
     guidance_scale = args.guidance_scale

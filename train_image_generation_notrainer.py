@@ -6,12 +6,10 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import check_positive, notrainer_parser, resolve_training
+    from training.arguments import read_notrainer_flags
     from training.stopping import Stopping
 
-    args = notrainer_parser().parse_args()
-    check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
-    config = resolve_training(args, global_batch_size=args.global_batch_size, epochs=args.epochs, seed=args.global_seed)
+    args, config = read_notrainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 
@@ -32,6 +30,7 @@ def train(args, config, stopping):
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.preview import log_preview
+    from training.run_lock import RunLock
     from training.runtime import init_distributed, resolve_device, say, seed_step
     from training.step_dump import dump_step
     from training.watch import NumberWatch
@@ -47,15 +46,13 @@ def train(args, config, stopping):
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     dataset, held_out = setup.build_dataset(config, args.feature_path, args.image_size)
     sampler = setup.build_sampler(config, dataset, rank=rank, world_size=world_size)
-    last_step = sampler.last_step
 
     # Checkpoint to resume, and the experiment's folder.
-    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config)
+    lock = RunLock()  # of the run's folder, until this function is left
+    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config, lock)
     checkpoints_dir = os.path.join(folder, "checkpoints")
-    first_step = 0
-    if checkpoint is not None:
-        first_step = checkpoint.progress["global_step"]
-        sampler.resume(first_step, checkpoint.progress["samples_seen"])
+    first_step = setup.resume_sampler(sampler, config, checkpoint)
+    last_step = sampler.last_step
 
     # Network, objective, EMA, optimizer.
     model = setup.build_network(config)

@@ -6,22 +6,15 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import check_positive, resolve_training, trainer_parser
+    from training.arguments import read_trainer_flags
     from training.stopping import Stopping
 
-    args, others = trainer_parser().parse_known_args()
-    check_positive(
-        args,
-        *("resolution", "per_device_train_batch_size", "logging_steps", "save_steps", "num_inference_steps"),
-        *("save_total_limit", "sharding_parallel_degree", "tensor_parallel_degree"),
-        *("pipeline_parallel_degree", "sep_parallel_degree"),
-    )
-    config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+    args, config = read_trainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
-        train(args, others, config, stopping)
+        train(args, config, stopping)
 
 
-def train(args, others, config, stopping):
+def train(args, config, stopping):
     import paddle
 
     from training.runtime import resolve_device, say
@@ -32,6 +25,7 @@ def train(args, others, config, stopping):
     from objectives import build_objective
     from training import checkpoint as ckpt
     from training import setup
+    from training.run_lock import RunLock
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import check_degrees, tensor_parallel_group, training_arguments
 
@@ -49,15 +43,20 @@ def train(args, others, config, stopping):
     dataset, held_out = setup.build_dataset(config, args.feature_path, args.resolution)
     data_rank = paddle.distributed.get_rank() // args.tensor_parallel_degree
     sampler = setup.build_sampler(config, dataset, rank=data_rank, world_size=data_ranks)
-    last_step = sampler.last_step
 
-    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing.
-    training_args = training_arguments(
-        args, others, config, precision, max_steps=last_step, batch_size=sampler.batch_size
-    )
+    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing. The last step
+    # depends on what a resumed run has done.
+    training_args = training_arguments(args, config, precision, batch_size=sampler.batch_size)
+    lock = RunLock()  # of the run's folder, until this function is left
     checkpoint = ckpt.open_output_dir(
-        args.output_dir, config, resume=args.resume_from_checkpoint, overwrite=bool(args.overwrite_output_dir)
+        args.output_dir,
+        config,
+        resume=args.resume_from_checkpoint,
+        overwrite=bool(args.overwrite_output_dir),
+        lock=lock,
     )
+    setup.resume_sampler(sampler, config, checkpoint)
+    training_args.max_steps = last_step = sampler.last_step
 
     # Network, objective, trainer.
     model = setup.build_network(config, tensor_parallel_group())

@@ -43,7 +43,7 @@ def commands():
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".py" and "__main__" in text:
                 found.append(path)
-            elif text.startswith("#!") and ("--help" in text or ". tools/launch_" in text):
+            elif text.startswith("#!") and ("--help" in text or "tools/launch_" in text):
                 found.append(path)  # not run_tests.sh, whose flags are pytest's
     return [str(path.relative_to(ROOT)) for path in found]
 

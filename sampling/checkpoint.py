@@ -44,7 +44,7 @@ def read_weights(path, *, key=None, layout="auto"):
     if shards:
         path, layout = shards[0], "torch"
         if len(shards) > 1:
-            weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards"))
+            weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards", disable=None))
             path = f"{path} and its {len(shards) - 1} other shards"
         else:
             weights = load_weights(path)

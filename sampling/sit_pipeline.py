@@ -11,6 +11,7 @@ Time runs from noise (`t = 0`) to data (`t = 1`).
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable
 from numbers import Real
 
@@ -363,7 +364,10 @@ class SiTPipeline(DiffusionPipeline):
         return generators[0] if len(generators) == 1 else generators
 
     def _shows_progress(self):
-        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+        disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
+        if disable is None:  # as tqdm has it
+            return sys.stderr is not None and sys.stderr.isatty()
+        return not disable
 
 
 def _build(settings, state, source):

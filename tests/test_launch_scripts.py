@@ -1,6 +1,7 @@
 """The numbered shell scripts: the seed's flags, variables from the environment, further flags, CPU, two nodes."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -53,14 +54,14 @@ FROM_JSON = {
 }
 
 
-def launch_line(script, tmp_path, shell="sh", arguments=(), **variables):
+def launch_line(script, tmp_path, shell="sh", arguments=(), cwd=ROOT, **variables):
     """The words that a script would run Python with, caught by a stand-in for Python."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
     done = subprocess.run(
         [shell, str(ROOT / script), *arguments],
-        cwd=tmp_path,
+        cwd=cwd,
         env={"PATH": os.environ["PATH"], "PYTHON": str(python), **variables},
         capture_output=True,
         text=True,
@@ -174,6 +175,173 @@ def test_gpus_chosen_by_number(tmp_path):
     assert value(words, "--nproc_per_node") == "4"
     words = launch_line("1_run_train_dit_notrainer.sh", tmp_path, PATH=path, GPUS="1,3")
     assert (value(words, "--gpus"), value(words, "--nproc_per_node")) == ("1,3", "2")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_relative_paths_are_the_callers(script, tmp_path):
+    loop, config, output = SCRIPTS[script]
+    words = launch_line(script, tmp_path, cwd=tmp_path, feature_path="data set", arguments=["--vae", "a vae"])
+    assert str(ROOT / f"train_image_generation_{loop}.py") in words
+    assert value(words, "--config_file") == str(ROOT / config)
+    assert value(words, "--output_dir" if loop == "trainer" else "--results_dir") == output
+    assert value(words, "--log_dir") == f"{output}/launch_log"
+    assert value(words, "--feature_path") == "data set" and words[-1] == "a vae"
+    words = launch_line(script, tmp_path, cwd=tmp_path, config_file="mine.json", LOG_DIR="log")
+    assert (value(words, "--config_file"), value(words, "--log_dir")) == ("mine.json", "log")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_variables_that_every_script_takes(script, tmp_path):
+    flag = "--resolution" if SCRIPTS[script][0] == "trainer" else "--image_size"
+    for name in ("resolution", "image_size"):
+        assert value(launch_line(script, tmp_path, **{name: "64"}), flag) == "64"
+    words = launch_line(script, tmp_path, num_inference_steps="7", disable_tqdm="False")
+    assert (value(words, "--num_inference_steps"), value(words, "--disable_tqdm")) == ("7", "False")
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "line"),
+    [
+        ("0_run_train_dit_trainer.sh", {"global_batch_size": "8"}, "global_batch_size=8 is not used by this script"),
+        ("2_run_train_sit_trainer.sh", {"resume": "None"}, "the Trainer takes TRAINING_MODEL_RESUME"),
+        (LARGE, {"results_dir": "x"}, "the Trainer takes OUTPUT_DIR, the folder of the run itself"),
+        ("1_run_train_dit_notrainer.sh", {"batch_size": "8"}, "this loop takes global_batch_size"),
+        ("1_run_train_dit_notrainer.sh", {"OUTPUT_DIR": "x"}, "this loop takes results_dir, a folder of runs"),
+        ("3_run_train_sit_notrainer.sh", {"TRAINING_MODEL_RESUME": "x"}, "this loop takes resume"),
+        ("3_run_train_sit_notrainer.sh", {"MP_DEGREE": "2"}, "MP_DEGREE=2 is not used by this script"),
+        ("3_run_train_sit_notrainer.sh", {"image_size": "64", "resolution": "32"}, "are the same setting: give one"),
+    ],
+)
+def test_variables_of_other_scripts_are_named(script, variables, line, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        launch_line(script, tmp_path, **variables)
+    assert refused.value.returncode == 2
+    (error,) = refused.value.stderr.splitlines()
+    assert error.startswith("error: ") and line in error
+
+
+def test_paddlemix_variables_that_say_nothing_new_are_taken(tmp_path):
+    """What PaddleMIX's README sets for its Trainer script, in the environment of the other loop's."""
+    said = {"TRAINING_MODEL_RESUME": "None", "MP_DEGREE": "1", "SHARDING_DEGREE": "1", "DP_DEGREE": "8"}
+    words = launch_line("1_run_train_dit_notrainer.sh", tmp_path, TRAINING_GPUS_PER_NODE="8", **said)
+    assert value(words, "--nproc_per_node") == "8"
+
+
+@pytest.mark.parametrize("script", ["0_run_train_dit_trainer.sh", "1_run_train_dit_notrainer.sh"])
+def test_a_wrong_flag_is_told_before_the_launcher_starts(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" != -u ] || exit 3\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(ROOT / script), "--learning_rat", "1"],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and not done.stdout
+    expected = "error: command line: unknown flag --learning_rat (did you mean --learning_rate?); see --help\n"
+    assert done.stderr == expected and not (tmp_path / "output_trainer").exists()
+
+
+# What stands in for the launcher, and for its one training process, which the terminal does not reach either.
+LAUNCHER = """
+import os, subprocess, sys
+if "-u" in sys.argv:
+    log = os.path.join(sys.argv[sys.argv.index("--log_dir") + 1], "workerlog.0")
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    rank = [sys.executable, "-c", RANK, log]
+    code = subprocess.Popen(rank, start_new_session=True).wait()
+    sys.exit(code)
+"""
+RANK = """
+import signal, sys, time
+received = []
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda signum, _: received.append(signal.Signals(signum).name))
+print("trains", flush=True)
+while not received:
+    time.sleep(0.01)
+if SAVES:
+    with open(sys.argv[1], "a") as file:
+        print(f"stopped by {received[0]} after step 5 of 9, saved in out; --resume out goes on", file=file)
+    sys.exit(75)
+while len(received) < 2:
+    time.sleep(0.01)
+sys.exit(128 + signal.Signals[received[1]])
+"""
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize(
+    ("signum", "name", "times", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 1, 75),
+        (signal.SIGTERM, "SIGTERM", 1, 75),
+        (signal.SIGHUP, "SIGHUP", 1, 75),
+        (signal.SIGINT, "Ctrl-C", 2, 130),
+    ],
+)
+def test_a_signal_to_a_launch_script_is_the_training_processes(shell, signum, name, times, code, tmp_path):
+    rank = RANK.replace("SAVES", repr(times == 1))
+    (tmp_path / "launcher.py").write_text(LAUNCHER.replace("RANK", repr(rank)))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/launcher.py "$@"\n')
+    python.chmod(0o755)
+    log = tmp_path / "log/workerlog.0"
+    log.parent.mkdir()
+    log.write_text("stopped by SIGTERM after step 1 of 9, saved in an earlier run\n")
+    process = subprocess.Popen(
+        [shell, str(ROOT / "1_run_train_dit_notrainer.sh")],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "LOG_DIR": str(log.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "trains\n"
+    for _ in range(times):
+        os.killpg(process.pid, signum)  # as the terminal does: to all in the foreground
+        assert times == 1 or process.poll() is None
+        time.sleep(0.3 * (times - 1))
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, out + err
+    assert f"{name}: finishing the step, then saving; once more leaves at once" in err
+    said = f"stopped by {name} after step 5 of 9, saved in out; --resume out goes on\n"
+    assert out == (said if code == 75 else "")
+
+
+@pytest.mark.distributed
+def test_ctrl_c_at_a_launch_script_saves(features, tmp_path):
+    """Two processes, from another folder than the repository, with relative paths."""
+    write_config(tmp_path / "Tiny.json")
+    (tmp_path / "data").symlink_to(features)
+    settings = {"config_file": "Tiny.json", "feature_path": "data", "OUTPUT_DIR": "out", "resolution": "64"}
+    settings.update(batch_size="4", num_workers="0", logging_steps="1", TRAINING_GPUS_PER_NODE="2")
+    process = subprocess.Popen(
+        ["sh", str(ROOT / "0_run_train_dit_trainer.sh"), "--device", "cpu"],
+        env={**command_environment(), "PYTHON": sys.executable, **settings},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "out/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    last = max(read_losses(tmp_path / "out"))
+    assert process.returncode == 75, out
+    assert out.splitlines()[-1] == (
+        f"stopped by Ctrl-C after step {last} of 7000000, saved in out; the same command goes on with "
+        "--resume_from_checkpoint auto"
+    )
+    assert (tmp_path / f"out/checkpoint-{last}/manifest.json").is_file()
 
 
 @pytest.mark.distributed

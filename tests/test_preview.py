@@ -72,13 +72,16 @@ def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop):
     flags = ["--image_logging_steps=1", f"{vae_flag}={ROOT / 'assets/digits_vae'}", "--num_inference_steps=1"]
     flags.append("--resume=auto" if loop == "notrainer" else "--resume_from_checkpoint=auto")
     shown = {}
-    for steps in (12, 13):
+    for steps in (12, 13, 14):
+        if steps == 14:  # no new one comes: the earlier ones are there at once
+            flags.append("--image_logging_steps=-1")
         run = {"config": str(config), "features": features, "output": tmp_path / "out", "steps": steps}
         run_loop(loop, [*loop_arguments(loop, **run), *flags, f"--logging_dir={tmp_path / str(steps)}"])
         (log,) = (tmp_path / str(steps)).glob("*.log")
         shown[steps] = {record.id: record for record in LogReader(file_path=str(log)).get_data("image", "samples/ema")}
     assert sorted(shown[12]) == list(range(1, 13))
     assert sorted(shown[13]) == [1, 2, 4, 5, 7, 8, 9, 11, 12, 13]  # at most nine, evenly spread, and the new one
+    assert sorted(shown[14]) == [1, 3, 4, 5, 7, 9, 10, 11, 13]
     assert shown[13][1].image.encoded_image_string == shown[12][1].image.encoded_image_string
 
 

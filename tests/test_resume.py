@@ -18,6 +18,7 @@ from conftest import (
     read_metrics,
     run_in_process,
     write_config,
+    write_features,
 )
 from paddle.amp import grad_scaler
 from test_data import write_set
@@ -329,6 +330,37 @@ def test_an_epoch_ends_with_another_batch_size(features, tmp_path, run_loop, mon
     assert sorted(reads[:40]) == list(range(40)) and len(reads) == 44
     state = json.loads(files(loop, tmp_path / "out", 8)["trainer_state.json"])
     assert (state["global_step"], state["samples_seen"], state["epoch"]) == (8, 44, 1.1)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_epochs_are_counted_on_with_another_batch_and_another_set(tmp_path, run_loop, capsys, loop):
+    config = write_config(tmp_path / "Tiny.json", lr_scheduler_type="linear")
+    run = {"config": config, "features": write_features(tmp_path / "features"), "output": tmp_path / "out"}
+
+    def train(epochs, *more, **batches):
+        flag = "--epochs" if loop == "notrainer" else "--num_train_epochs"
+        flags = [f"{flag}={epochs}", resume_flag(loop, "auto"), *more]
+        run_loop(loop, [*loop_arguments(loop, **run, steps=-1, save_every=1000, **batches), *flags])
+
+    def state(step):
+        entries = json.loads(files(loop, tmp_path / "out", step)["trainer_state.json"])
+        return entries["samples_seen"], entries["epoch"]
+
+    train(2)  # 10 steps of 8
+    assert state(10) == (80, 2.0)
+    train(3, batch=16)  # 2 more: the last 8 samples are no whole batch
+    assert state(12) == (112, 2.8)
+    rates = read_metrics(tmp_path / "out", "learning_rate")
+    assert [rates[11], rates[12]] == pytest.approx([1e-3 * 2 / 12, 1e-3 * 1 / 12])
+    train(4, batch=4, accumulation=2)
+    assert state(24) == (160, 4.0)
+    train(4, batch=16)
+    assert "nothing to do: step 24 of 24 is reached" in capsys.readouterr().out
+    write_features(tmp_path / "features", count=60)
+    train(4)  # 240 samples now
+    assert state(34) == (240, 4.0)
+    train(6, "--max_steps=35")  # as it stands
+    assert state(35) == (248, 248 / 60)
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,11 @@ MISTAKES = [  # script, flag, the line that names it
     ("trainer", "--seed=-1", "--seed -1: expected an integer from 0 to 4294967295"),
     ("trainer", "--seed=4294967296", "--seed 4294967296: expected an integer from 0 to 4294967295"),
     ("notrainer", f"--global_seed={10**22}", f"--global_seed {10**22}: expected an integer from 0 to 4294967295"),
+    ("trainer", "--no_such_flag=1", "unknown flag --no_such_flag; see --help"),
+    ("trainer", "--image_size=64", "unknown flag --image_size (did you mean --resolution?)"),
+    ("trainer", "--scale_loss=much", "argument --scale_loss: invalid float value: 'much'"),
+    ("notrainer", "--save_step=5", "unknown flag --save_step"),
+    ("notrainer", "word", "unexpected 'word'"),
     ("notrainer", "--config_file=BIG_SEED", "training: seed 4294967296: expected an integer from 0 to 4294967295"),
 ]
 

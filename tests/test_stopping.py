@@ -129,6 +129,18 @@ def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch):
         assert stopping.due(2) and stopping.request == "--max_hours 1"
 
 
+def test_sigint_is_called_ctrl_c_at_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(closed=False, isatty=lambda: True))
+    with Stopping() as stopping:
+        stopping.start(0)
+        signal.raise_signal(signal.SIGINT)
+        wait_until(lambda: stopping.request, 10)
+        with pytest.raises(SystemExit):
+            stopping.leave("after step 1")
+    said = capsys.readouterr()
+    assert said.out == "stopped by Ctrl-C after step 1\n" and "Ctrl-C: finishing the step" in said.err
+
+
 def test_a_watch_that_fails_keeps_nobody_waiting(monkeypatch, capsys):
     with Stopping() as stopping:
         stopping.start(0)

@@ -135,6 +135,10 @@ def test_resuming_continues_the_stream_without_reading_what_went_before():
 def test_length_of_a_run():
     assert total_steps(100, global_batch_size=32, max_steps=7, epochs=2) == 7
     assert total_steps(100, global_batch_size=32, max_steps=-1, epochs=2) == 6
+    resumed = {"max_steps": -1, "epochs": 2, "first_step": 4}  # of batches of 20
+    assert total_steps(100, global_batch_size=40, samples_seen=80, **resumed) == 4 + 3
+    assert total_steps(100, global_batch_size=10, samples_seen=80, **resumed) == 4 + 12
+    assert total_steps(30, global_batch_size=10, samples_seen=80, **resumed) == 4  # a smaller set
     with pytest.raises(ValueError, match="global batch size 10 is not divisible by 4 data-parallel ranks"):
         MicroBatchSampler(9, global_batch_size=10, accumulation_steps=1, rank=0, world_size=4, seed=0, last_step=1)
 
@@ -201,6 +205,7 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
     config = resolve_config({"model": TRAIN_CONFIG})
     checkpoint = ckpt.open_checkpoint(GOLDEN / "dit_tiny_train_ckpt.pt", config)
     assert checkpoint.progress["global_step"] == 2
+    assert checkpoint.progress["samples_seen"] == 2 * 6  # the global batch in its args, not this run's 256
     model = build_model(config)
     ema = EMA(model)
     ckpt.restore_model(checkpoint, model, ema)
@@ -604,3 +609,11 @@ def test_a_resumed_run_says_that_its_data_are_others(loop, features, tmp_path, r
     printed = capsys.readouterr().out
     assert "note: 36 samples here, 40 when the checkpoint was saved; validation_samples 4 here, 0 there" in printed
     assert "held-out samples may have been trained on before" in printed
+
+
+def test_a_run_without_validation_leaves_no_file_of_it(features, tmp_path, run_loop, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=1)
+    run_loop("trainer", arguments)
+    assert (tmp_path / "out/metrics.jsonl").is_file() and not (tmp_path / "out/validation.jsonl").exists()
+    assert "on cpu, 1 process; 40 samples in" in capsys.readouterr().out

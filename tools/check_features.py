@@ -146,9 +146,9 @@ class Check:
     def run(self):
         """Checks everything; the results are in the attributes."""
         import numpy as np
-        from tqdm import tqdm
 
         from tools.sample_check import check_packed, check_pairs, hash_file
+        from training.progress import tqdm
 
         wanted = self._read_checksums()
         row_bytes = 4 * int(np.prod(self.expected.row_shape)) * (1 + self.has_flip)

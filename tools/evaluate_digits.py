@@ -61,7 +61,7 @@ def draw(pipeline, labels, *, seed: int, batch_size: int = 100, **options):
     images = []
     for start in range(0, len(labels), batch_size):
         chunk = [int(label) for label in labels[start : start + batch_size]]
-        pipeline.set_progress_bar_config(desc=f"samples {start}-{start + len(chunk) - 1}", unit="step")
+        pipeline.set_progress_bar_config(desc=f"samples {start}-{start + len(chunk) - 1}", unit="step", disable=None)
         images.append(
             pipeline(
                 class_labels=chunk,
@@ -96,7 +96,8 @@ def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | No
     """
     import numpy as np
     import paddle
-    from tqdm import tqdm
+
+    from training.progress import tqdm
 
     samples, _ = find_images(root)
     size = size or vae.config.sample_size

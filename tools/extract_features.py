@@ -205,7 +205,7 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
         encode: an iterable of batches of indices to what `encode_batches` yields.
         skip: leave out unreadable images; else the first is an `UnreadableImage`.
     """
-    from tqdm import tqdm
+    from training.progress import tqdm
 
     def images(part):
         return range(len(source))[part * writer.part_size : (part + 1) * writer.part_size]

@@ -7,7 +7,6 @@ The ranks share nothing but this folder: no process group, whose waiting has tim
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import numpy as np
 from tools.image_source import ImageSource, printable
 from training import packed
 from training.config import read_json, write_json
+from training.run_lock import try_lock
 
 # Settings that decide what is written, by their place in the manifest: what a message calls them.
 DECISIVE = {
@@ -225,12 +225,8 @@ class Journal:
         """Makes this rank's journal ready for `add`; ValueError if a process of an earlier start still holds it."""
         path = os.path.join(self.folder, f"rank-{self.rank:04d}.jsonl")
         self._file = open(path, "a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder}: another process is at work on this extraction; wait or end it") from None
-        except OSError:
-            pass  # a file system without locks
+        if not try_lock(self._file):
+            raise ValueError(f"{self.folder}: another process is at work on this extraction; wait or end it")
         # A line that a kill cut short would spoil the next one.
         self._file.seek(0)
         whole = self._file.read().rpartition(b"\n")

@@ -179,7 +179,7 @@ def scan_archives(archives, lost=None):
     Raises:
         ValueError: a file that is no tar file, is compressed, damaged or cut short.
     """
-    from tqdm import tqdm
+    from training.progress import tqdm
 
     found, inner = [], set()
     suffixes = image_suffixes()

@@ -1,9 +1,10 @@
 # What the numbered launch scripts share (POSIX sh, sourced): the interpreter, the processes a node, the launcher.
+# They set `repo`: this repository's path with a slash, or nothing where the caller is in it.
 # Several nodes: the same TRAINERS_NUM and MASTER (host:port of one of them) on each; ranks are given out by the master.
 
 if [ -z "${PYTHON:-}" ]; then
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=python
-    elif [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python
+    elif [ -x "${repo}.venv/bin/python" ]; then PYTHON=${repo}.venv/bin/python
     else PYTHON=python3
     fi
 fi
@@ -19,20 +20,71 @@ if [ "${GPUS_FOUND:-0}" -gt 0 ]; then PROCESSES_FOUND=$GPUS_FOUND; else PROCESSE
 if [ -n "${GPUS:-}" ]; then PROCESSES_FOUND=$(echo "$GPUS" | tr ',' '\n' | grep -c .); fi  # GPUS=0,1: only these
 TRAINING_GPUS_PER_NODE=${TRAINING_GPUS_PER_NODE:-$PROCESSES_FOUND}  # processes a node: its GPUs, else one
 
+# not_used WHY VARIABLE...: ends with one line if a variable is set that this script does not take. VARIABLE=VALUE: that
+# value says nothing new.
+not_used() {
+    why=$1
+    shift
+    for entry in "$@"; do
+        name=${entry%%=*}
+        eval "given=\${$name:-}"
+        if [ -n "$given" ] && [ "$entry" != "$name=$given" ]; then
+            echo "error: $name=$given is not used by this script: $why" >&2
+            exit 2
+        fi
+    done
+}
+
+resolution=${resolution:-${image_size:-}}             # one setting, by the name of either loop's flag
+if [ -n "${image_size:-}" ] && [ "$image_size" != "$resolution" ]; then
+    echo "error: resolution=$resolution and image_size=$image_size are the same setting: give one" >&2
+    exit 2
+fi
+
 # Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
 # USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
 # max_grad_norm gradient_accumulation_steps
 
+# signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
+# the launcher.
+signal_processes() {
+    if [ -z "$launcher" ]; then return; fi
+    found=
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line <"$stat"; } 2>/dev/null || continue
+        parent=${line##*) ? }
+        if [ "${parent%% *}" = "$launcher" ]; then
+            pid=${stat#/proc/}
+            kill -s "$1" "${pid%/stat}" 2>/dev/null || continue
+            found=1
+        fi
+    done
+    if [ -z "$found" ]; then kill -s TERM "$launcher" 2>/dev/null || true; fi
+}
+
+# stop SIGNAL NAME CODE: lets the training processes save and end. At the second call they end at once.
+stop() {
+    interrupted=1
+    if [ -z "$stopped_by" ]; then
+        stopped_by=$2 stopped_code=$3
+        echo "$2: finishing the step, then saving; once more leaves at once" >&2
+        signal_processes "$1"
+    else
+        signal_processes INT
+        signal_processes TERM # for those that don't train yet
+    fi
+}
+
 # launch LOG_DIR SCRIPT FLAGS...
 launch() {
     log_dir=$1
-    script=$2
+    script=$repo$2
     shift 2
     for word in "$@"; do
         case "$word" in -h | --help) exec "$PYTHON" "$script" --help ;; esac  # at once, and not into the launcher's log
     done
     # Both loops' switches, each only where its variable is set; the flags that follow win over them.
-    set -- "$script" \
+    set -- \
         ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
         ${learning_rate:+--learning_rate "$learning_rate"} \
         ${weight_decay:+--weight_decay "$weight_decay"} \
@@ -44,12 +96,52 @@ launch() {
         ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
         ${recompute:+--recompute "$recompute"} \
         ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
+        --disable_tqdm "${disable_tqdm:-True}" \
         "$@"
-    set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$@"
+    for name in TRAINING_PYTHON enable_tensorboard; do # in PaddleMIX's README
+        eval "given=\${$name:-}"
+        if [ -n "$given" ]; then
+            echo "note: $name is not used: PYTHON chooses the interpreter, and a VisualDL log is always written" >&2
+        fi
+    done
+    # A mistake is told at once, and not by each process in the launcher's log.
+    "$PYTHON" "${repo}tools/check_flags.py" "$script" "$@" >/dev/null || exit $?
+    set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$script" "$@"
     # A master is only needed between nodes; without one, several runs can share a machine.
     if [ "$TRAINERS_NUM" -gt 1 ] || [ -n "${MASTER:-}" ]; then
         set -- --master "${MASTER:-127.0.0.1:8080}" --ips "$TRAINER_INSTANCES" "$@"
     fi
     if [ -n "${GPUS:-}" ]; then set -- --gpus "$GPUS" "$@"; fi
-    exec "$PYTHON" -u -m paddle.distributed.launch "$@"
+    set -- "$PYTHON" -u -m paddle.distributed.launch "$@"
+    if ! command -v setsid >/dev/null || ! [ -r /proc/self/stat ]; then exec "$@"; fi # not Linux
+
+    # The launcher would answer a signal by SIGTERM for all, thirty seconds, and an exit code that tells nothing. So
+    # Ctrl-C and others come here alone, and go on to the training processes, which save and end with code 75.
+    log=$log_dir/workerlog.0
+    if [ -f "$log" ]; then logged=$(wc -c <"$log"); else logged=0; fi
+    launcher='' stopped_by='' stopped_code='' code=127
+    trap 'stop INT Ctrl-C 130' INT
+    trap 'stop TERM SIGTERM 143' TERM
+    trap 'stop TERM SIGHUP 129' HUP
+    setsid "$@" &
+    launcher=$!
+    if [ -n "$stopped_by" ]; then signal_processes TERM; fi # in the moment before
+    while :; do # a signal ends `wait`, not the launcher
+        interrupted=
+        status=0
+        wait "$launcher" || status=$?
+        if [ "$status" != 127 ]; then code=$status; fi
+        if [ -z "$interrupted" ]; then break; fi
+    done
+    trap - INT TERM HUP
+
+    # What rank 0 said of the end stands in its log.
+    said=$(tail -c +$((logged + 1)) "$log" 2>/dev/null | grep '^stopped by ' | tail -n 1) || said=
+    if [ -n "$said" ]; then
+        if [ -n "$stopped_by" ]; then said="stopped by $stopped_by after ${said#stopped by * after }"; fi
+        echo "$said"
+        exit 75
+    fi
+    case "$stopped_by $code" in ?*" 15" | ?*" 143" | ?*" 241") code=$stopped_code ;; esac # the launcher's own end
+    exit "$code"
 }

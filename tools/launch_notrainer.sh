@@ -1,18 +1,25 @@
 # The hand-written loop's launch line (POSIX sh, sourced by N_run_train_*_notrainer.sh, which sets config_file and
-# results_dir).
+# default_output).
 
-. tools/launch_common.sh
+. "${repo}tools/launch_common.sh"
 
+if [ -n "${batch_size:-}" ]; then
+    echo "error: batch_size is the Trainer's, per GPU; this loop takes global_batch_size" >&2
+    exit 2
+fi
+not_used "it is the Trainer's; this loop takes resume" TRAINING_MODEL_RESUME=None
+not_used "it is the Trainer's; this loop is data parallel only" sharding sharding_parallel_config amp_master_grad \
+    MP_DEGREE=1 SHARDING_DEGREE=1 "DP_DEGREE=$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE))"
+if [ -z "${results_dir:-}" ]; then
+    not_used "it is the Trainer's; this loop takes results_dir, a folder of runs" OUTPUT_DIR
+fi
+results_dir=${results_dir:-$default_output}
 feature_path=${feature_path:-./data/fastdit_imagenet256}
 global_batch_size=${global_batch_size:-256}
 num_workers=${num_workers:-8}
 max_steps=${max_steps:-7000000}
 logging_steps=${logging_steps:-50}
 save_steps=${save_steps:-5000}
-if [ -n "${batch_size:-}" ]; then
-    echo "error: batch_size is the Trainer's, per GPU; this loop takes global_batch_size" >&2
-    exit 2
-fi
 resume=${resume:-auto}                                # auto: the newest checkpoint of this config in results_dir
 
 launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py \
@@ -25,7 +32,9 @@ launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py
     --log_every "$logging_steps" \
     --ckpt_every "$save_steps" \
     --resume "$resume" \
+    ${resolution:+--image_size "$resolution"} \
     ${seed:+--global_seed "$seed"} \
+    ${num_inference_steps:+--num_inference_steps "$num_inference_steps"} \
     ${image_logging_steps:+--image_logging_steps "$image_logging_steps"} \
     ${vae_name_or_path:+--vae_name_or_path "$vae_name_or_path"} \
     ${save_total_limit:+--save_total_limit "$save_total_limit"} \

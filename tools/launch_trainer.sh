@@ -1,7 +1,13 @@
-# The Trainer's launch line (POSIX sh, sourced by N_run_train_*_trainer.sh, which sets config_file and OUTPUT_DIR).
+# The Trainer's launch line (POSIX sh, sourced by N_run_train_*_trainer.sh, which sets config_file and default_output).
 
-. tools/launch_common.sh
+. "${repo}tools/launch_common.sh"
 
+not_used "it is the hand-written loop's; the Trainer takes batch_size, per GPU" global_batch_size
+not_used "it is the hand-written loop's; the Trainer takes TRAINING_MODEL_RESUME" resume
+if [ -z "${OUTPUT_DIR:-}" ]; then
+    not_used "it is the hand-written loop's; the Trainer takes OUTPUT_DIR, the folder of the run itself" results_dir
+fi
+OUTPUT_DIR=${OUTPUT_DIR:-$default_output}
 TRAINING_MODEL_RESUME=${TRAINING_MODEL_RESUME:-None}  # a checkpoint; None: the newest in OUTPUT_DIR, if there is one
 MP_DEGREE=${MP_DEGREE:-1}                             # tensor_parallel_degree
 SHARES=$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE))
@@ -34,12 +40,14 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --vae_name_or_path "${vae_name_or_path:-None}" \
     --config_file "$config_file" \
     --num_inference_steps "${num_inference_steps:-25}" \
-    --disable_tqdm "${disable_tqdm:-True}" \
     --seed "$seed" \
     --dp_degree "$DP_DEGREE" \
     --tensor_parallel_degree "$MP_DEGREE" \
     --sharding_parallel_degree "$SHARDING_DEGREE" \
     ${sharding:+--sharding "$sharding"} \
+    ${sharding_parallel_config:+--sharding_parallel_config "$sharding_parallel_config"} \
+    ${resolution:+--resolution "$resolution"} \
+    ${amp_master_grad:+--amp_master_grad "$amp_master_grad"} \
     --pipeline_parallel_degree 1 \
     --sep_parallel_degree 1 \
     "$@"

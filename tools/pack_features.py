@@ -92,7 +92,8 @@ def compare(source, target, rounded_to):
         ValueError: the first sample that is not the same.
     """
     import numpy as np
-    from tqdm import tqdm
+
+    from training.progress import tqdm
 
     if len(source.store) != len(target.store) or source.store.has_flip != target.store.has_flip:
         found = counted(len(target.store), "sample")
@@ -126,9 +127,8 @@ def compare(source, target, rounded_to):
 
 def write_shards(source, folder, *, dtype, shard_samples):
     """Writes the shards that are not there yet."""
-    from tqdm import tqdm
-
     from training.packed import ShardWriter, finished_shards
+    from training.progress import tqdm
 
     store, done = source.store, finished_shards(folder)
     with tqdm(total=len(store), desc="packing", unit="sample") as bar:
@@ -146,9 +146,9 @@ def write_shards(source, folder, *, dtype, shard_samples):
 def write_pairs(source, layout, checksums, *, dtype):
     """Writes the pairs that are not there yet, and the sha256 of every file; layout is that of the work folder."""
     import numpy as np
-    from tqdm import tqdm
 
     from training.packed import cast, npy_header
+    from training.progress import tqdm
 
     folders = [layout.features, *([layout.flipped] if source.store.has_flip else []), layout.labels]
     for folder in folders:

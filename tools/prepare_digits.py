@@ -57,7 +57,7 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
 
     Raises ValueError, before writing anything, if output holds a file that is not one of these images.
     """
-    from tqdm import tqdm
+    from training.progress import tqdm
 
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")

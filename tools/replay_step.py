@@ -68,11 +68,11 @@ def replay(folder, config, batch, state):
     """
     import numpy as np
     import paddle
-    from tqdm import tqdm
 
     from objectives import build_objective
     from training import setup
     from training.checkpoint import load_pretrained
+    from training.progress import tqdm
     from training.step_dump import WEIGHTS
 
     model = setup.build_network(config)

@@ -88,7 +88,8 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
     """Train vae in place on images [N, 3, H, W] with AdamW, a short warm-up and a cosine decay to zero."""
     import numpy as np
     import paddle
-    from tqdm import tqdm
+
+    from training.progress import tqdm
 
     rng = np.random.default_rng(seed)
     warmup = min(100, steps // 10)

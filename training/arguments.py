@@ -4,10 +4,25 @@ A flag that is not given is None: then the config's JSON decides, then the defau
 """
 
 import argparse
+import difflib
 import math
 
 from sampling.autoencoder import DEFAULT_VAE
 from training.config import DATA_KEYS, LR_SCHEDULES, MAX_SEED, load_config, override
+from training.stopping import check_arguments
+
+# Settings that the two loops name differently, the Trainer's name first.
+TWINS = {
+    "resolution": "image_size",
+    "output_dir": "results_dir",
+    "resume_from_checkpoint": "resume",
+    "per_device_train_batch_size": "global_batch_size",
+    "num_train_epochs": "epochs",
+    "logging_steps": "log_every",
+    "save_steps": "ckpt_every",
+    "seed": "global_seed",
+    "dataloader_num_workers": "num_workers",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +30,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(f"command line: {message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), None)
+            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown_flag(flag.split("=")[0]))
+        return args
+
+    def _unknown_flag(self, flag):
+        known = self._option_string_actions
+        twins = {f"--{name}": f"--{twin}" for pair in TWINS.items() for name, twin in (pair, pair[::-1])}
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+        meant = twins[flag] if twins.get(flag) in known else near[0] if near else None
+        return f"unknown flag {flag}" + (f" (did you mean {meant}?)" if meant else "")
 
 
 def str2bool(text):
@@ -165,24 +194,22 @@ def _add_preview_flags(parser):
 
 
 # Flags of TrainingArguments itself that have an effect in our Trainer.
-PASSED_ON = (
-    "amp_master_grad",
-    "amp_custom_black_list",
-    "amp_custom_white_list",
-    "scale_loss",
-    "hybrid_parallel_topo_order",
-    "ddp_find_unused_parameters",
-    "to_static",
-)
+PASSED_ON = {
+    "amp_master_grad": {"type": str2bool, "metavar": "True|False"},
+    "amp_custom_black_list": {"nargs": "+", "metavar": "OPERATOR"},
+    "amp_custom_white_list": {"nargs": "+", "metavar": "OPERATOR"},
+    "scale_loss": {"type": float, "metavar": "F"},
+    "hybrid_parallel_topo_order": {"metavar": "ORDER"},
+    "ddp_find_unused_parameters": {"type": str2bool, "metavar": "True|False"},
+    "to_static": {"type": str2bool, "metavar": "True|False"},
+}
 
 
 def trainer_parser():
     """Flags of `train_image_generation_trainer.py`: those of PaddleMIX's example and of PaddleNLP that it uses."""
     parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
-        epilog="Passed on to paddlenlp.trainer.TrainingArguments: "
-        + ", ".join(f"--{name}" for name in PASSED_ON)
-        + ". On several GPUs: "
+        epilog="On several GPUs: "
         "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ...",
         allow_abbrev=False,
     )
@@ -237,7 +264,7 @@ def trainer_parser():
         default=True,
         help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
     )
-    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar on a terminal; in a log there is none [False]")
     _add_stopping_flags(parser)
     _add_preview_flags(parser)
     group = parser.add_argument_group("parallel degrees")
@@ -270,6 +297,11 @@ def trainer_parser():
         )
     for name in ("transformer_engine_backend", "use_fp8"):
         _add_bool(group, f"--{name}", help="accepted; only False is supported [False]")
+    group = parser.add_argument_group("passed on to paddlenlp.trainer.TrainingArguments")
+    for name, options in PASSED_ON.items():
+        if options.get("type") is str2bool:
+            options = {**options, "nargs": "?", "const": True}
+        group.add_argument(f"--{name}", **options)
     return parser
 
 
@@ -319,7 +351,7 @@ def notrainer_parser():
         default=True,
         help="write checkpoints beside the training, which waits for the copy out of the device only [True]",
     )
-    _add_bool(group, "--disable_tqdm", help="no progress bar [False]")
+    _add_bool(group, "--disable_tqdm", help="no progress bar on a terminal; in a log there is none [False]")
     group.add_argument("--logging_dir", help="VisualDL log [EXPERIMENT/tb_log]")
     _add_stopping_flags(parser)
     _add_preview_flags(parser)
@@ -327,6 +359,33 @@ def notrainer_parser():
         "--vae", help="previews' autoencoder: ema or mse (stabilityai/sd-vae-ft-...), a folder or a name"
     )
     return parser
+
+
+def read_trainer_flags(words=None):
+    """`(args, config)` of a command line of the Trainer (None: this process's), checked.
+
+    Raises:
+        ValueError: one line: an unknown flag, a wrong value, a wrong config.
+    """
+    args = trainer_parser().parse_args(words)
+    check_positive(
+        args,
+        *("resolution", "per_device_train_batch_size", "logging_steps", "save_steps", "num_inference_steps"),
+        *("save_total_limit", "sharding_parallel_degree", "tensor_parallel_degree"),
+        *("pipeline_parallel_degree", "sep_parallel_degree"),
+    )
+    check_arguments(args.max_hours, args.hang_timeout)
+    return args, resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+
+
+def read_notrainer_flags(words=None):
+    """As `read_trainer_flags`, for the hand-written loop."""
+    args = notrainer_parser().parse_args(words)
+    check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
+    check_arguments(args.max_hours, args.hang_timeout)
+    return args, resolve_training(
+        args, global_batch_size=args.global_batch_size, epochs=args.epochs, seed=args.global_seed
+    )
 
 
 def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):

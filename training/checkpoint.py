@@ -42,14 +42,14 @@ from training.config import differences, own_config, resolve_config, sampling_di
 from training.manifest import MANIFEST, FolderWriter, clear_leftovers, damage, delete_folder, restore_replaced
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.packed import available_memory
-from training.runtime import SAVING_THREAD, is_refusal, one_line, say
+from training.run_lock import check_experiment_idle, experiment_name, list_experiments
+from training.runtime import SAVING_THREAD, counted, is_refusal, one_line, say
 from training.shares import Shares, held_name, held_part, master_weights
 from untrusted import inside, printable, read_json
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
-_EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
 
 
 @dataclass
@@ -151,18 +151,6 @@ def pick_checkpoint(folder, experiment_name=None):
             f"one of a time before there was a {MANIFEST} can be resumed by its own path"
         )
     return None
-
-
-def list_experiments(folder, experiment_name=None):
-    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
-    if not os.path.isdir(folder):
-        return []
-    found = []
-    for entry in os.scandir(folder):
-        match = _EXPERIMENT_NAME.match(entry.name)
-        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
-            found.append((int(match.group(1)), entry.path))
-    return sorted(found)
 
 
 def _random_state():
@@ -465,8 +453,14 @@ def _load_official(path):
         model=official_to_paddle(raw["model"]),
         ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
         read_optimizer=lambda: moments,
-        progress={"global_step": step},
+        progress={"global_step": step, **_official_batch(raw.get("args"))},
     )
+
+
+def _official_batch(args):
+    """The global batch of the run that wrote an official file, if its `args` tell."""
+    batch = args.get("global_batch_size") if isinstance(args, dict) else None
+    return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
 
 
 def _official_moments(raw):
@@ -496,7 +490,7 @@ def _number(value, below):
     return value
 
 
-def open_experiment(resume, results_dir, config_file, config):
+def open_experiment(resume, results_dir, config_file, config, lock):
     """The checkpoint to resume (or None) and the experiment folder `results_dir/NNN-CONFIG` of the hand-written loop.
 
     A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
@@ -505,9 +499,14 @@ def open_experiment(resume, results_dir, config_file, config):
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
         config_file: its name without `.json` names the experiment.
+        lock: a `RunLock`, which takes the experiment folder on rank 0.
+
+    Raises:
+        ValueError: what `load_checkpoint` raises; another run is at work in the experiment that would go on.
     """
-    name = os.path.splitext(os.path.basename(config_file))[0]
+    name = experiment_name(config_file)
     try:
+        of_rank_0(lambda: check_experiment_idle(resume, results_dir, name))
         if resume == "auto":
             any_there = of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
             checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
@@ -522,12 +521,19 @@ def open_experiment(resume, results_dir, config_file, config):
             # What `auto` passed over is damaged, and may be done again in its place.
             mine = found if resume == "auto" else found[:1]
             if any(os.path.samefile(path, checkpoint.source) for path in mine):
+                lock.take(experiment)
                 clear_leftovers(os.path.dirname(checkpoint.source))
                 return experiment
         index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
-        path = os.path.join(results_dir, f"{index:03d}-{name}")
-        os.makedirs(path)
-        return path
+        while True:
+            path = os.path.join(results_dir, f"{index:03d}-{name}")
+            try:
+                os.makedirs(path)
+            except FileExistsError:  # of a run that was started in the same moment
+                index += 1
+            else:
+                lock.take(path)
+                return path
 
     return checkpoint, of_rank_0(folder)
 
@@ -550,16 +556,21 @@ def of_rank_0(decide):
     return answer[0]
 
 
-def open_output_dir(output_dir, config, *, resume, overwrite):
+def open_output_dir(output_dir, config, *, resume, overwrite, lock):
     """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
 
     Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
     With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
     of the run it replaces or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
+    Args:
+        lock: a `RunLock`, which takes the folder on rank 0.
+
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or one is at work in it.
     """
+    # A folder that is not there is made, and locked, when it is clear that there is something to run in it.
+    of_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
     else:
@@ -571,6 +582,7 @@ def open_output_dir(output_dir, config, *, resume, overwrite):
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
+    of_rank_0(lambda: lock.take(output_dir))
     of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
@@ -603,7 +615,7 @@ def _put_aside(output_dir, checkpoint, overwrite):
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)
-        say(f"moved {len(moved)} item(s) of the earlier run to {aside}")
+        say(f"moved {counted(len(moved), 'item')} of the earlier run to {aside}")
 
 
 def _step_of(path):
@@ -614,9 +626,10 @@ def open_checkpoint(path, config, experiment_name=None):
     """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
     checkpoint = load_checkpoint(path, experiment_name)
     check_same_model(checkpoint, config)
-    checkpoint.progress.setdefault(
-        "samples_seen", checkpoint.progress["global_step"] * config["training"]["global_batch_size"]
-    )
+    progress = checkpoint.progress
+    if "samples_seen" not in progress:
+        batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
+        progress["samples_seen"] = progress["global_step"] * batch
     if config["training"]["use_ema"] and checkpoint.ema is None and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")
     return checkpoint

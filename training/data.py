@@ -18,7 +18,7 @@ import numpy as np
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
-from training.runtime import say
+from training.runtime import counted, say
 from training.stopping import start_worker
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
@@ -120,7 +120,7 @@ class MemoryStore:
     """
 
     def __init__(self, store, indices, *, flip):
-        from tqdm import tqdm
+        from training.progress import tqdm
 
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
@@ -368,7 +368,9 @@ class FeatureDataset:
             ValueError: nothing would be left to train on.
         """
         if not 0 <= held_out < len(self):
-            raise ValueError(f"{held_out} held-out samples: expected 0..{len(self) - 1}, the set has {len(self)}")
+            raise ValueError(
+                f"{counted(held_out, 'held-out sample')}: expected 0..{len(self) - 1}, the set has {len(self)}"
+            )
         if not held_out:
             return self, self._part(np.empty(0, "int64"))
         # In the order of a draw over the whole set: of a label subset as many of the same samples as can be.
@@ -447,9 +449,14 @@ class MicroBatchSampler:
         start = (micro_step * self.world_size + self.rank) * self.batch_size
         return start, start + self.batch_size, self.global_batch_size
 
-    def resume(self, step, samples_seen):
-        """Goes on after `step` optimizer steps that took the first `samples_seen` samples of the stream."""
+    def resume(self, step, samples_seen, last_step=None):
+        """Goes on after `step` optimizer steps that took the first `samples_seen` samples of the stream.
+
+        Args:
+            last_step: where the run ends now; None: where it ended before.
+        """
         self.first_step, self.first_sample = step, samples_seen
+        self.last_step = self.last_step if last_step is None else last_step
 
     def samples_seen(self, step):
         """Samples of the stream taken after `step` optimizer steps, over all ranks."""
@@ -480,9 +487,17 @@ class MicroBatchSampler:
             yield indices.tolist()
 
 
-def total_steps(num_samples, *, global_batch_size, max_steps, epochs):
-    """Optimizer steps of a run: `max_steps`, or the whole global batches in `epochs` epochs if it is -1."""
-    return max_steps if max_steps > 0 else max(1, int(epochs * num_samples) // global_batch_size)
+def total_steps(num_samples, *, global_batch_size, max_steps, epochs, first_step=0, samples_seen=0):
+    """The last optimizer step of a run: `max_steps`, or where `epochs` epochs are over if it is -1.
+
+    Args:
+        first_step, samples_seen: steps that a resumed run has done, and the samples that they took. They may have been
+            of another global batch, of a set of another size.
+    """
+    if max_steps > 0:
+        return max_steps
+    steps = max(0, int(epochs * num_samples) - samples_seen) // global_batch_size  # a last, smaller batch is left out
+    return max(1, first_step + steps)
 
 
 class _Batches:

@@ -16,9 +16,8 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from training.config import read_json
+from training.progress import tqdm
 
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+(?:-\d+)?)\.(partial|replaced)$")

@@ -1,6 +1,7 @@
 """Losses and speeds of a run: to the console, to VisualDL, and as JSON lines. No host sync between two reports."""
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -8,9 +9,12 @@ import resource
 import sys
 import time
 
+import numpy as np
 import paddle
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
+
+from training.progress import is_terminal
 
 
 def peak_memory_gib():
@@ -34,6 +38,7 @@ class _Rows:
     """A file of JSON lines, without those of steps that a resumed run is about to do again.
 
     A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
+    Without a row there is no file.
 
     Attributes:
         earlier: the rows that were there.
@@ -45,19 +50,23 @@ class _Rows:
             with open(path, encoding="utf-8", errors="replace") as file:
                 rows = [_row(line) for line in file]
         self.earlier = [row for row in rows if row is not None and row["step"] <= first_step]
-        self.path, self._pending, self._refused = path, b"", False
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.earlier)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
-        self._file = open(path, "ab", buffering=0)
+        self.path, self._file, self._pending, self._refused = path, None, b"", False
+        if self.earlier:
+            with open(f"{path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.earlier)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.partial", path)
+        elif os.path.exists(path):
+            os.remove(path)
 
     def append(self, values):
         """Writes a row. Returns a line to print the first time that the file system refuses, else None."""
         self._pending += (json.dumps(values) + "\n").encode()
         before, self._refused = self._refused, False
         try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
@@ -67,7 +76,8 @@ class _Rows:
         return None
 
     def close(self):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class _Stream(ObjectWrapper):
@@ -97,7 +107,7 @@ class TrainingLog:
         log_every: optimizer steps between reports.
         first_step, last_step: where the run starts and ends.
         global_batch_size: samples an optimizer step.
-        show_bar: a tqdm bar beside the lines.
+        show_bar: a tqdm bar beside the lines, on a terminal.
     """
 
     def __init__(
@@ -122,6 +132,7 @@ class TrainingLog:
                 self._add_scalars("train", values)
             for values in self._validations.earlier:
                 self._add_scalars("validation", values)
+            self._add_earlier_images(os.path.join(folder, "images"))
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -129,7 +140,7 @@ class TrainingLog:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=0.5,
-                disable=not show_bar,
+                disable=not (show_bar and is_terminal(sys.stderr)),
                 file=_Stream(sys.stderr),
             )
 
@@ -212,6 +223,26 @@ class TrainingLog:
         """Puts an image `(H, W, 3)` uint8 into the VisualDL log, on rank 0."""
         if self._writer is not None:
             self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def _add_earlier_images(self, folder, count=9):
+        """Puts previews of before a resume into the VisualDL log.
+
+        Those of later steps than the resumed one are of a branch that was left.
+
+        Args:
+            count: at most so many, evenly spread: VisualDL shows 10 images of a tag.
+        """
+        from PIL import Image
+
+        paths = glob.glob(f"{glob.escape(folder)}/*.png")
+        names = {path: os.path.splitext(os.path.basename(path))[0] for path in paths}
+        earlier = sorted(
+            (int(name), path) for path, name in names.items() if name.isdecimal() and int(name) <= self.first_step
+        )
+        for place in np.linspace(0, len(earlier) - 1, min(count, len(earlier))).round().astype(int):
+            number, path = earlier[place]
+            with contextlib.suppress(OSError), Image.open(path) as image:  # one that a kill has cut
+                self.add_image("samples/ema", np.asarray(image.convert("RGB")), number)
 
     def close(self):
         if self._bar is not None:

@@ -21,6 +21,7 @@ import shutil
 import numpy as np
 
 from training.npy import load_npy
+from training.runtime import counted
 
 SHARD_SAMPLES = 8192
 # Mapped pages count as this process's memory, though they are the system's file cache: given back after so many bytes.
@@ -260,7 +261,7 @@ class PackedStore:
         if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
             raise ValueError(f"{path}: holds {_describe(array)}, the first shard {_describe(first)}")
         if len(array) != count:
-            raise ValueError(f"{path}: holds {len(array)} rows, its labels.npy {count}")
+            raise ValueError(f"{path}: holds {counted(len(array), 'row')}, its labels.npy {count}")
         rows.append(np.asarray(array))
         self._maps.append(array._mmap)
         self._offsets.append(array.offset)
@@ -345,7 +346,9 @@ class PackedStore:
         path = os.path.join(self.shards[shard], "names.npy")
         names, count = load_npy(path, mapped=mapped), self._ends[shard] - self._starts[shard]
         if names.dtype.kind != "S" or names.shape != (count,):
-            raise ValueError(f"{path}: holds {_describe(names)}, expected the names, bytes, of {count} samples")
+            raise ValueError(
+                f"{path}: holds {_describe(names)}, expected the names, bytes, of {counted(count, 'sample')}"
+            )
         return names
 
     def feature_source(self, index):

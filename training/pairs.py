@@ -240,7 +240,7 @@ class PairStore:
     def labels(self):
         """All labels, `(N,)`; reads every label file unless the index has them."""
         if self._labels is None:
-            from tqdm import tqdm
+            from training.progress import tqdm
 
             indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < INDEX_LEAST)
             self._labels = np.fromiter(map(self._label, indices), "int64", len(self))

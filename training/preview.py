@@ -1,7 +1,6 @@
 """Preview grids: images sampled from the EMA weights while a model trains."""
 
 import contextlib
-import glob
 import os
 import time
 
@@ -55,7 +54,7 @@ class Preview:
     def __init__(self, objective, config, *, vae, num_inference_steps=25, cfg_scale=4.0, num_images=8, seed=0):
         model = config["model"]
         objective.check_num_steps(num_inference_steps)
-        self.decoder, self.earlier_shown = None, False
+        self.decoder = None
         if paddle.distributed.get_rank() == 0:
             from sampling.autoencoder import DEFAULT_VAE, open_vae
             from sampling.decoder import LatentDecoder
@@ -104,9 +103,6 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
 
             grid = preview.decode(latents)
             path = os.path.join(folder, f"{step:07d}.png")
-            if not preview.earlier_shown:
-                _show_earlier(log, folder)
-                preview.earlier_shown = True
             log.add_image("samples/ema", grid, step)
             try:
                 os.makedirs(folder, exist_ok=True)
@@ -116,23 +112,3 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
                 log.print(f"warning: {path} is not saved: {one_line(error)}")
     model.train()
     log.pause(time.perf_counter() - start)
-
-
-def _show_earlier(log, folder, count=9):
-    """Puts previews of before a resume into the VisualDL log: of a folder VisualDL shows the newest file only.
-
-    Those of later steps than the resumed one are of a branch that was left.
-
-    Args:
-        count: at most so many, evenly spread: VisualDL shows 10 images of a tag.
-    """
-    from PIL import Image
-
-    names = {path: os.path.splitext(os.path.basename(path))[0] for path in glob.glob(f"{glob.escape(folder)}/*.png")}
-    earlier = sorted(
-        (int(name), path) for path, name in names.items() if name.isdecimal() and int(name) <= log.first_step
-    )
-    for place in np.linspace(0, len(earlier) - 1, min(count, len(earlier))).round().astype(int):
-        number, path = earlier[place]
-        with contextlib.suppress(OSError), Image.open(path) as image:  # one that a kill has cut
-            log.add_image("samples/ema", np.asarray(image.convert("RGB")), number)

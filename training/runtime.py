@@ -138,6 +138,11 @@ def say(text, stream=None):
         print(text, file=stream or sys.stdout, flush=True)
 
 
+def counted(number, noun, plural=None):
+    """ "1 sample", "2,000 samples"; `plural` for a noun that takes no s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def one_line(error):
     """The message of an error on one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -15,7 +15,7 @@ from training.config import ineffective_settings, manifest_features, weights_fea
 from training.data import FeatureDataset, MicroBatchSampler, find_features, read_manifest, total_steps
 from training.ema import EMA
 from training.precision import resolve_precision
-from training.runtime import compute_capability, say
+from training.runtime import compute_capability, counted, say
 from untrusted import printable, read_json
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
@@ -167,7 +167,7 @@ def build_validation(config, objective, held_out, sampler, ranks_per_batch=1):
 
 
 def build_sampler(config, dataset, *, rank, world_size):
-    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the run's last step."""
+    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the last step of a new run."""
     training = config["training"]
     return MicroBatchSampler(
         len(dataset),
@@ -176,13 +176,28 @@ def build_sampler(config, dataset, *, rank, world_size):
         rank=rank,
         world_size=world_size,
         seed=training["seed"],
-        last_step=total_steps(
-            len(dataset),
-            global_batch_size=training["global_batch_size"],
-            max_steps=training["max_steps"],
-            epochs=training["epochs"],
-        ),
+        last_step=_last_step(config, len(dataset)),
     )
+
+
+def resume_sampler(sampler, config, checkpoint):
+    """Puts a sampler where the run of a checkpoint (or None) stopped; the epochs that are left are counted from there.
+
+    Returns:
+        The step that is done.
+    """
+    if checkpoint is None:
+        return 0
+    step, seen = checkpoint.progress["global_step"], checkpoint.progress["samples_seen"]
+    last_step = _last_step(config, sampler.stream.num_samples, first_step=step, samples_seen=seen)
+    sampler.resume(step, seen, last_step)
+    return step
+
+
+def _last_step(config, num_samples, **done):
+    training = config["training"]
+    settings = {key: training[key] for key in ("global_batch_size", "max_steps", "epochs")}
+    return total_steps(num_samples, **settings, **done)
 
 
 def build_preview(objective, config, args, *, vae):
@@ -201,8 +216,9 @@ def describe_run(config, *, folder, dataset, model, device, world_size, last_ste
         say(f"note: {note}")
     parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
     say(
-        f"{config['model']['type']} with {parameters:,} parameters on {device}, {world_size} process(es); "
-        f"{len(dataset):,} samples in {dataset.features_dir}; training to step {last_step:,}; output in {folder}"
+        f"{config['model']['type']} with {parameters:,} parameters on {device}, "
+        f"{counted(world_size, 'process', 'processes')}; {counted(len(dataset), 'sample')} in {dataset.features_dir}; "
+        f"training to step {last_step:,}; output in {folder}"
     )
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), config)
@@ -220,7 +236,7 @@ def other_data_note(checkpoint, config, dataset):
     changes = []
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
-        changes.append(f"{len(dataset):,} samples here, {before:,} when the checkpoint was saved")
+        changes.append(f"{counted(len(dataset), 'sample')} here, {before:,} when the checkpoint was saved")
     theirs = checkpoint.config["data"] if checkpoint.config is not None else config["data"]
     for key in ("flip", "posterior", "classes", "validation_samples"):
         if theirs[key] != config["data"][key]:

@@ -21,7 +21,7 @@ import paddle.distributed as dist
 
 from objectives import Rows
 from training.checkpoint import of_rank_0, whole_weights, write_checkpoint
-from training.runtime import seed_step
+from training.runtime import counted, seed_step
 from training.shares import Shares, master_weights
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
@@ -87,12 +87,14 @@ def find_cause(batch, sources):
         return f"Numbers of its sample {wrong[0]} ({sources[wrong[0]]}){more} are not finite."
     wrong = np.flatnonzero(~np.isfinite(batch["loss"]))
     if len(wrong) == count:
+        if count == 1:
+            return "Its latent is finite, its loss is not: the weights have diverged."
         return f"Its {count} latents are finite, the losses of all of them are not: the weights have diverged."
     if len(wrong):
         first = wrong[0]
         return (
-            f"Its {count} latents are finite, the losses of {len(wrong)} are not, the first that of sample {first} "
-            f"({sources[first]}) at t = {batch['t'][first]:.6g}."
+            f"Its {count} latents are finite, {counted(len(wrong), 'loss is', 'losses are')} not, the first that of "
+            f"sample {first} ({sources[first]}) at t = {batch['t'][first]:.6g}."
         )
     most = int(np.argmax(batch["loss"]))
     return (

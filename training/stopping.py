@@ -23,6 +23,7 @@ import time
 import traceback
 
 from training.peers import connect
+from training.run_lock import close_inherited
 from training.runtime import EXIT_LOST, EXIT_STOPPED, SAVING_THREAD, STARTED, exit_now, is_mistake, one_line, say
 
 TICK = 0.5  # seconds between two looks around
@@ -52,6 +53,7 @@ def start_worker(*_):
 
     They leave signals to the run: one to the whole group must not take them from it before it has saved. Only their
     parent ends them so. And they close its connections: while they are open, the others do not see that a rank is gone.
+    The lock of its folder they close as well.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,6 +67,7 @@ def start_worker(*_):
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+    close_inherited()
     if _running is not None:
         _running.close_sockets()
 
@@ -269,19 +272,19 @@ class Stopping:
         if self._signalled is None:
             self._signalled = now
             news = self.request is None
-            self._ask(signum.name)
+            self._ask(_name(signum))
             if news:
-                self._say(f"{signum.name}: finishing the step, then saving; a second signal leaves at once")
+                self._say(f"{_name(signum)}: finishing the step, then saving; a second signal leaves at once")
             return
         # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
         repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
         if signum == signal.SIGTERM and now - self._signalled <= repeated:
             self._say(f"another SIGTERM within {repeated} s is taken for the launcher's; a later one leaves at once")
         else:
-            self._failed = f"a second {signum.name}: left at once"
+            self._failed = f"a second {_name(signum)}: left at once"
             _end_within(GRACE, 128 + signum)
             self._tell(self._status())
-            self._say(f"{signum.name} again: left at once, the steps since the last checkpoint are lost")
+            self._say(f"{_name(signum)} again: left at once, the steps since the last checkpoint are lost")
             exit_now(128 + signum, saving_seconds=0)
 
     def _ask(self, request):
@@ -435,6 +438,12 @@ def _end_within(seconds, code):
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _name(signum):
+    """What a person calls a signal: at a terminal SIGINT is Ctrl-C."""
+    at_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+    return "Ctrl-C" if signum == signal.SIGINT and at_terminal else signum.name
 
 
 def _is_saving():

@@ -46,7 +46,7 @@ class LatentDiffusionTrainer(Trainer):
         config: the resolved config.
         objective: from `objectives.build_objective`.
         train_dataset: `FeatureDataset`.
-        sampler: `MicroBatchSampler` of this rank.
+        sampler: `MicroBatchSampler` of this rank, put where the checkpoint's run stopped (`setup.resume_sampler`).
         precision: the resolved `Precision`; `args.fp16`, `args.bf16` must agree.
         stopping: a `Stopping`, entered; `train` starts it.
         preview: a `Preview`, or None; drawn every `image_logging_steps`.
@@ -95,14 +95,11 @@ class LatentDiffusionTrainer(Trainer):
         self._last_saved = self._last_done = None
         self._lr = self._grad_norm = None
         self.watch = NumberWatch(config["training"])
-        first_step = checkpoint.progress["global_step"] if checkpoint is not None else 0
-        if checkpoint is not None:
-            sampler.resume(first_step, checkpoint.progress["samples_seen"])
         self.log_writer = TrainingLog(
             args.output_dir,
             visualdl_dir=args.logging_dir,
             log_every=args.logging_steps,
-            first_step=first_step,
+            first_step=sampler.first_step,
             last_step=args.max_steps,
             global_batch_size=sampler.global_batch_size,
             show_bar=show_bar,

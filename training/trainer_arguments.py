@@ -78,27 +78,18 @@ def check_degrees(args, model, world_size):
     return world_size // tensor, notes
 
 
-def training_arguments(args, others, config, precision, *, max_steps, batch_size):
-    """PaddleNLP's arguments of a run; making them makes the process groups.
+def training_arguments(args, config, precision, *, batch_size):
+    """PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
     Args:
         args: flags of `training.arguments.trainer_parser`.
-        others: the command line's other words, flags of TrainingArguments itself.
         config: the resolved config.
         precision: the resolved `Precision`; PaddleNLP is not asked for what the device can't do.
-        max_steps: optimizer steps of the run.
         batch_size: samples of a micro-batch on one device.
 
     Raises:
-        ValueError: a flag that is not in `PASSED_ON`.
+        ValueError: a value that TrainingArguments does not take.
     """
-    for word in others:
-        name = word.split("=")[0].removeprefix("--")
-        if word.startswith("--") and name not in PASSED_ON:
-            raise ValueError(
-                f"command line: unknown flag {word.split('=')[0]}; see --help (of PaddleNLP's own flags these have an "
-                f"effect here: {', '.join(PASSED_ON)})"
-            )
     logger.logger.setLevel(logging.WARNING)
     if paddle.get_device() == "cpu":
         use_plain_collectives()
@@ -111,7 +102,6 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
         "learning_rate": settings["learning_rate"],
         "weight_decay": settings["weight_decay"],
         "max_grad_norm": max(0.0, settings["max_grad_norm"]),
-        "max_steps": max_steps,
         "logging_dir": args.logging_dir or os.path.join(args.output_dir, "tb_log"),
         "logging_steps": args.logging_steps,
         "save_steps": args.save_steps,
@@ -135,10 +125,13 @@ def training_arguments(args, others, config, precision, *, max_steps, batch_size
     }
     if args.save_total_limit is not None:
         values["save_total_limit"] = args.save_total_limit
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    values.update((name, getattr(args, name)) for name in PASSED_ON if getattr(args, name) is not None)
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     parser = PdArgumentParser(TrainingArguments, allow_abbrev=False)
     try:
-        (parsed,) = parser.parse_args_into_dataclasses(words + others)
+        (parsed,) = parser.parse_args_into_dataclasses(words)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"command line: {error}") from None
     if parsed.amp_master_grad and parsed.fp16 and not parsed.use_hybrid_parallel:

@@ -1,0 +1,40 @@
+"""Checks the command line of a training script without importing Paddle. The launch scripts do so before they start it.
+
+    python tools/check_flags.py train_image_generation_trainer.py --config_file config/DiT_XL_patch2.json ...
+
+A mistake is one line and exit code 2: an unknown flag, a wrong value or config, a run that is at work in the folder.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training.arguments import read_notrainer_flags, read_trainer_flags  # noqa: E402
+from training.run_lock import check_experiment_idle, check_idle, experiment_name  # noqa: E402
+from training.runtime import run_cli  # noqa: E402
+
+SCRIPTS = ("train_image_generation_trainer.py", "train_image_generation_notrainer.py")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help=" or ".join(SCRIPTS))
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="as the script takes them")
+    given = parser.parse_args()
+    name = os.path.basename(given.script)
+    if name not in SCRIPTS:
+        raise ValueError(f"{given.script}: expected {' or '.join(SCRIPTS)}")
+    if name == SCRIPTS[0]:
+        args, _ = read_trainer_flags(given.flags)
+        check_idle(args.output_dir)
+    else:
+        args, _ = read_notrainer_flags(given.flags)
+        check_experiment_idle(args.resume, args.results_dir, experiment_name(args.config_file))
+    print("the flags are right")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,53 @@
+"""A `tqdm` for terminals and for logs. Imports no Paddle."""
+
+import contextlib
+import sys
+import time
+
+from tqdm import tqdm as _Bar
+
+LINE_SECONDS = 30  # between two lines in a log
+
+
+class tqdm(_Bar):  # noqa: N801
+    """tqdm's bar on a terminal. In a log, where each refresh would be a line of its own, a plain line every
+    `LINE_SECONDS`, and one at the end.
+    """
+
+    def __init__(self, *args, **options):
+        self._plain = not is_terminal(options.get("file") or sys.stderr)
+        self._said, self._next_line = None, time.monotonic() + LINE_SECONDS
+        super().__init__(*args, **options)
+
+    def display(self, msg=None, pos=None):
+        if not self._plain:
+            return super().display(msg, pos)
+        if time.monotonic() >= self._next_line:
+            self._say()
+        return True
+
+    def clear(self, *args, **options):
+        if not self._plain:
+            super().clear(*args, **options)
+
+    def close(self):
+        if not self._plain or self.disable:
+            return super().close()
+        if self._said != self.n and (self.leave or self._said is not None):
+            self._say()
+        self.disable = True
+        self._decr_instances(self)
+        return None
+
+    def _say(self):
+        self._said, self._next_line = self.n, time.monotonic() + LINE_SECONDS
+        with contextlib.suppress(OSError, ValueError):
+            self.fp.write(self.format_meter(**{**self.format_dict, "bar_format": "{l_bar}{r_bar}"}) + "\n")
+            self.fp.flush()
+
+
+def is_terminal(stream):
+    """Whether somebody sees what is written to a stream at once."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+        return stream.isatty()
+    return False

@@ -1,0 +1,102 @@
+"""The lock of a run's folder: two runs in one folder would write into each other. Imports no Paddle.
+
+The file `run.lock` in the folder tells who holds it. The system lets go of it when the process ends, however it ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import weakref
+
+LOCK = "run.lock"
+_EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
+_held = weakref.WeakValueDictionary()  # the files that this process holds, by device and number
+
+
+def try_lock(file):
+    """Takes the lock of an open file; returns False if another process has it, True also where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+class RunLock:
+    """The lock of one folder, held from `take` until this object is gone: keep it as long as the run may write."""
+
+    def __init__(self):
+        self._file = None
+
+    def take(self, folder):
+        """Makes the folder if there is none, and holds it; ValueError if another run does."""
+        os.makedirs(folder, exist_ok=True)
+        file = _lock(folder, "a+b")
+        self._file = _held.setdefault(_key(file), file)
+        if self._file is file:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                file.write(f"{os.getpid()} {socket.gethostname()}\n".encode())
+
+
+def check_idle(folder):
+    """Raises `ValueError` if a run is at work in a folder; writes nothing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _lock(folder, "r+b")
+
+
+def experiment_name(config_file):
+    """The NAME of the hand-written loop's experiments `NNN-NAME` with this config."""
+    return os.path.splitext(os.path.basename(config_file))[0]
+
+
+def list_experiments(folder, experiment_name=None):
+    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
+    if not os.path.isdir(folder):
+        return []
+    found = []
+    for entry in os.scandir(folder):
+        match = _EXPERIMENT_NAME.match(entry.name)
+        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
+            found.append((int(match.group(1)), entry.path))
+    return sorted(found)
+
+
+def check_experiment_idle(resume, results_dir, name):
+    """ValueError if a run is at work in the experiment that `--resume` means: with `auto`, the newest of this name."""
+    if resume == "auto":
+        meant = list_experiments(results_dir, name)[-1:]
+    else:
+        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
+        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
+    for _, path in meant:
+        check_idle(path)
+
+
+def close_inherited():
+    """Closes the held files in a forked child, which would hold the locks beyond the end of its parent."""
+    for file in list(_held.values()):
+        file.close()
+
+
+def _lock(folder, mode):
+    path = os.path.join(folder, LOCK)
+    try:
+        file = open(path, mode, buffering=0)
+    except PermissionError:  # the file of an earlier run of somebody else
+        file = open(path, "rb", buffering=0)
+    if _key(file) not in _held and not try_lock(file):
+        file.seek(0)
+        pid, _, host = file.read(300).decode(errors="replace").strip().partition(" ")
+        who = f" (process {pid} on {host})" if pid.isdecimal() and host.isprintable() and host else ""
+        raise ValueError(f"another run is at work in {folder}{who}")
+    return file
+
+
+def _key(file):
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino

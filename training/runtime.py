@@ -139,7 +139,7 @@ def say(text, stream=None):
 
 
 def counted(number, noun, plural=None):
-    """ "1 sample", "2,000 samples"; `plural` for a noun that takes no s."""
+    """Returns a number with its noun: `1 image`, `1,200 images`; `plural` is for a noun that takes no s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -148,11 +148,6 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the file system'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 image`, `1,200 images`."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def resolve_device(requested):

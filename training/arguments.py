@@ -11,6 +11,10 @@ from sampling.autoencoder import DEFAULT_VAE
 from training.config import DATA_KEYS, LR_SCHEDULES, MAX_SEED, load_config, override
 from training.stopping import check_arguments
 
+ENVIRONMENT = (
+    "Environment: OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that are not "
+    "Intel's, MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md."
+)
 # Settings that the two loops name differently, the Trainer's name first.
 TWINS = {
     "resolution": "image_size",
@@ -210,7 +214,8 @@ def trainer_parser():
     parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
         epilog="On several GPUs: "
-        "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ...",
+        "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ... "
+        + ENVIRONMENT,
         allow_abbrev=False,
     )
     _add_bool(parser, "--do_train", help="train; the only mode, accepted for PaddleNLP's sake")
@@ -310,7 +315,8 @@ def notrainer_parser():
     parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with a hand-written loop.",
         epilog="On several GPUs: "
-        "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ...",
+        "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ... "
+        + ENVIRONMENT,
         allow_abbrev=False,
     )
     parser.add_argument("--config_file", default="config/DiT_XL_patch2.json", help="JSON config [%(default)s]")

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command_environment
+from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, write_config
 
 from benchmarks.startup import commands, help_command
 
@@ -52,6 +52,38 @@ def test_help_of_shell_scripts_starts_no_launcher(script, tmp_path):
     done = run(help_command(script), PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
+
+
+MISTAKES = [  # script, flag, the line that names it
+    ("trainer", "--seed=-1", "--seed -1: expected an integer from 0 to 4294967295"),
+    ("trainer", "--seed=4294967296", "--seed 4294967296: expected an integer from 0 to 4294967295"),
+    ("notrainer", f"--global_seed={10**22}", f"--global_seed {10**22}: expected an integer from 0 to 4294967295"),
+    ("notrainer", "--config_file=BIG_SEED", "training: seed 4294967296: expected an integer from 0 to 4294967295"),
+]
+
+
+@pytest.mark.parametrize(("loop", "flag", "line"), MISTAKES)
+def test_mistakes_on_the_command_line_are_told_before_a_framework_is_imported(loop, flag, line, tmp_path):
+    path = write_config(tmp_path / "Seed.json", seed=2**32)
+    code = (
+        "import os, runpy, sys; script, *sys.argv = sys.argv[1:]; sys.argv.insert(0, script)\n"
+        "leave, heavy = os._exit, {'paddle', 'paddlenlp', 'visualdl', 'numpy'}\n"
+        "os._exit = lambda code: leave(99 if heavy & set(sys.modules) else code)\n"
+        "runpy.run_path(script, run_name='__main__')"
+    )
+    script = str(ROOT / f"train_image_generation_{loop}.py")
+    done = run([sys.executable, "-c", code, script, flag.replace("BIG_SEED", path)])
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: ") and line in error
+
+
+@pytest.mark.parametrize(("loop", "flag"), [("trainer", "seed"), ("notrainer", "global_seed")])
+def test_the_largest_seed_trains(loop, flag, features, tmp_path, run_loop):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=1)
+    run_loop(loop, [*arguments, f"--{flag}={2**32 - 1}"])
+    assert checkpoint_path(loop, tmp_path / "out", 1).is_dir()
 
 
 def test_networks_import_nothing_beyond_paddle():

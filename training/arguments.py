@@ -6,7 +6,7 @@ A flag that is not given is None: then the config's JSON decides, then the defau
 import argparse
 import math
 
-from training.config import DATA_KEYS, LR_SCHEDULES, load_config, override
+from training.config import DATA_KEYS, LR_SCHEDULES, MAX_SEED, load_config, override
 
 
 class Parser(argparse.ArgumentParser):
@@ -338,6 +338,7 @@ def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
     Raises:
         ValueError: names the file or "command line", the key, and what was expected.
     """
+    check_seed("global_seed" if "global_seed" in args else "seed", seed)
     if args.bf16 and args.fp16:
         raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
     amp_dtype = None
@@ -363,7 +364,20 @@ def resolve_training(args, *, global_batch_size=None, epochs=None, seed=None):
         name: getattr(args, name) for name in ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
     }
     data = {name: getattr(args, name) for name in DATA_KEYS}
-    return override(load_config(args.config_file), given, objective, data)
+    config = override(load_config(args.config_file), given, objective, data)
+    seed = config["training"]["seed"]
+    if seed > MAX_SEED:
+        raise ValueError(f"{args.config_file}: training: seed {seed}: expected an integer from 0 to {MAX_SEED}")
+    return config
+
+
+def check_seed(name, value):
+    """Raises `ValueError` for a seed, the flag `--name`'s, that is not in the range that every command takes.
+
+    None, a flag that was not given, passes.
+    """
+    if value is not None and not 0 <= value <= MAX_SEED:
+        raise ValueError(f"--{name} {value}: expected an integer from 0 to {MAX_SEED}")
 
 
 def check_positive(args, *names):

@@ -15,6 +15,7 @@ from untrusted import check_network, read_json
 # What a key accepts: `check(value)` decides, `expected` is the text of the error.
 Key = namedtuple("Key", "default check expected")
 REQUIRED = object()
+MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
 
 
 def _is_int(value):
@@ -146,7 +147,8 @@ TRAINING_KEYS = {
     "epochs": _positive(1400),
     "global_batch_size": _positive_int(256),
     "gradient_accumulation_steps": _positive_int(1),
-    "seed": _int_from(0, 0),
+    # Only a run checks the upper end (`resolve_training`): checkpoints of runs with larger seeds are still read.
+    "seed": _int_from(0, 0)._replace(expected=f"an integer from 0 to {MAX_SEED}"),
 }
 
 DATA_KEYS = {

@@ -549,6 +549,49 @@ def check_state(state, expected_shapes, *, source):
         raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
 
 
+def check_finite(state, *, source):
+    """Raise ValueError, one line, unless every number of ``state`` is finite: NaN and infinity draw black images.
+
+    Args:
+        state: {name: array}. source: the file, for the message.
+    """
+    bad = {}
+    for name, value in state.items():
+        count = _count_not_finite(value)
+        if count:
+            bad[name] = count
+    if not bad:
+        return
+    name, count = next(iter(bad.items()))
+    value = np.asarray(state[name])
+    why = ""
+    if np.isinf(value).any() and _fits_float16(value):
+        why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
+    raise ValueError(
+        f"{source}: {printable(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
+        f"and so have {len(bad):,} of {len(state):,} tensors{why}"
+    )
+
+
+def _count_not_finite(value, chunk=1 << 20):
+    """How many values are not finite, of an array that is walked through in the order of its memory, piece by piece."""
+    value = np.asarray(value)
+    if value.dtype.kind not in "fc":
+        return 0
+    flat = value.ravel(order="K")  # a view of what is contiguous in either order
+    return sum(
+        len(part) - int(np.count_nonzero(np.isfinite(part)))
+        for part in (flat[start : start + chunk] for start in range(0, len(flat), chunk))
+    )
+
+
+def _fits_float16(value):
+    """Whether the finite values are those of a float16, also where a reader has made them wider."""
+    with np.errstate(over="ignore"):
+        half = value.astype("float16")
+    return bool((~np.isfinite(value) | (half == value)).all())
+
+
 def expected_shapes(model_config):
     """{parameter name: shape} of the network that the `model` section of a config describes.
 

@@ -16,6 +16,7 @@ from conftest import GOLDEN, load_golden, relative_error
 
 from models import DiT
 from models.weights import (
+    check_finite,
     check_state,
     expected_shapes,
     load_weights,
@@ -320,3 +321,26 @@ class TestCheckState:
             with pytest.raises(ValueError, match=message) as error:
                 check_state(state, expected, source="x.pt")
             assert "\n" not in str(error.value)
+
+
+class TestCheckFinite:
+    def test_the_first_tensor_is_named(self):
+        state = {"a": np.ones([3, 4], "f4"), "b": np.ones([5, 6], "f4").T, "n": np.arange(3), "c": np.ones(2, "f8")}
+        check_finite(state, source="x.pt")
+        state["b"][2, 1] = np.nan
+        state["b"][3, 1] = -np.inf
+        state["c"][0] = np.inf
+        message = r"^x\.pt: b has 2 of 30 values that are not finite .*2 of 4 tensors"
+        with pytest.raises(ValueError, match=message) as error:
+            check_finite(state, source="x.pt")
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("dtype", ["f2", "f4"])  # as stored, and as read
+    def test_half_precision_is_named_as_the_cause(self, dtype):
+        with np.errstate(over="ignore"):
+            half = np.array([0.1, 1e6], "f2").astype(dtype)
+        with pytest.raises(ValueError, match="float16 ends at 65504"):
+            check_finite({"w": half}, source="x.pt")
+        with pytest.raises(ValueError) as error:
+            check_finite({"w": np.array([0.1, np.inf], "f4")}, source="x.pt")
+        assert "float16" not in str(error.value)

@@ -1,23 +1,33 @@
-"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config."""
+"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config.
 
-from .dit import DiT
-from .embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
-from .large_dit import LargeDiT, LargeSiT
-from .sit import SiT
+Names are imported on first use, so that whoever needs `models.weights` alone does not wait for Paddle.
+"""
 
-MODELS = {"DiT": DiT, "SiT": SiT, "LargeDiT": LargeDiT, "LargeSiT": LargeSiT}
+import importlib
 
-__all__ = [
-    "MODELS",
-    "DiT",
-    "LabelEmbedder",
-    "LargeDiT",
-    "LargeSiT",
-    "SiT",
-    "TimestepEmbedder",
-    "build_model",
-    "get_2d_sincos_pos_embed",
-]
+_EXPORTS = {
+    "DiT": "models.dit",
+    "LabelEmbedder": "models.embeddings",
+    "LargeDiT": "models.large_dit",
+    "LargeSiT": "models.large_dit",
+    "SiT": "models.sit",
+    "TimestepEmbedder": "models.embeddings",
+    "get_2d_sincos_pos_embed": "models.embeddings",
+}
+_NETWORKS = ("DiT", "SiT", "LargeDiT", "LargeSiT")
+
+__all__ = ["MODELS", "build_model", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name == "MODELS":
+        value = {network: __getattr__(network) for network in _NETWORKS}
+    elif name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    else:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def build_model(config, **overrides):
@@ -32,6 +42,8 @@ def build_model(config, **overrides):
     """
     keywords = dict(config["model"] if "model" in config else config)
     name = keywords.pop("type", "DiT")
+    from models import MODELS
+
     if name not in MODELS:
         raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
     keywords.update(overrides)

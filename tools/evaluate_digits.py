@@ -10,12 +10,15 @@ Real images pass through the pipeline's VAE (encoded and decoded) first, as the 
 
 import argparse
 import json
+import math
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from sampling.step_counts import check_num_steps  # noqa: E402
 from tools.image_folder import find_images, load_image  # noqa: E402
+from training.arguments import check_seed  # noqa: E402
 from training.config import read_json  # noqa: E402
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
@@ -136,12 +139,26 @@ def save_grid(images, path: str, columns: int) -> None:
 def run(args) -> None:
     import numpy as np
 
+    check_seed("seed", args.seed)
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance_scale {args.guidance_scale}: expected a finite number, 1 for no guidance")
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
     num_classes = len(find_images(train_root)[1])
     find_images(heldout_root)
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
     pipeline, options = load_pipeline(args.pipeline, args.sampler)
+    if not options:  # a DiTPipeline
+        if args.guidance_scale < 1:
+            raise ValueError(
+                f"--guidance_scale {args.guidance_scale}: a DiTPipeline guides by scales above 1 only; expected 1 or "
+                "more"
+            )
+        settings = pipeline.scheduler.config
+        if "timestep_spacing" in settings:
+            check_num_steps(
+                args.num_inference_steps, settings.num_train_timesteps, leading=settings.timestep_spacing == "leading"
+            )
 
     # Samples, class by class in turn, so that any batch holds every class.
     labels = np.arange(args.num_images) % num_classes
@@ -153,6 +170,8 @@ def run(args) -> None:
         seed=args.seed,
         **options,
     )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{args.pipeline}: draws numbers that are not finite (NaN or infinity)")
     if args.grid:
         columns = min(10, args.num_images // num_classes)
         rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]

@@ -247,7 +247,9 @@ def export_dit_pipeline(
         model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
     )
 
-    if timestep_embedding == "fit" and not report["all_timesteps"]:
+    if timestep_embedding == "keep":
+        settings[FIT_KEY] = {scheduler: [], OTHER[scheduler]: []}
+    elif not report["all_timesteps"]:
         settings[FIT_KEY] = {scheduler: report["exact_steps"], OTHER[scheduler]: report["other_exact_steps"]}
     transformer = ("ppdiffusers", "Transformer2DModel", settings)
     write_stock_folder(

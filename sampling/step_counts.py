@@ -78,6 +78,6 @@ def fit_note(fit, schedulers, name, num_steps):
     if exact.issuperset(visited_timesteps(schedulers[name], num_steps)):
         return None
     return (
-        f"the timestep embedding of this narrow network was fitted for these numbers of steps: {describe_fit(fit)}; in "
+        f"the timestep embedding of this pipeline is exact in these numbers of steps: {describe_fit(fit)}; in "
         f"{num_steps} steps ({name}) its images differ from the checkpoint's"
     )

@@ -407,6 +407,27 @@ class TestDemo:
                 expected = f"10, 20, 25, 50 (ddim); none (dpm); in {count} steps ({scheduler}) its images differ"
                 assert expected in out and out.count("note: ") == 1
 
+    def test_stock_ppdiffusers_reads_what_is_said_of_the_fit_without_a_word(self, models, capfd):
+        from ppdiffusers import DiTPipeline
+
+        with open(models["pipeline"] / "transformer" / "config.json") as file:
+            assert json.load(file)["_timestep_fit"] == {"ddim": [10, 20, 25, 50], "dpm": []}
+        pipe = DiTPipeline.from_pretrained(str(models["pipeline"]), paddle_dtype=paddle.float32)
+        said = "".join(capfd.readouterr())
+        assert "fit" not in said and "not expected" not in said
+        assert len(pipe(class_labels=[1], num_inference_steps=2).images) == 1
+
+    def test_a_pipeline_that_kept_dits_embedding_says_so(self, models, capsys):
+        config = make_config()
+        export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "kept", timestep_embedding="keep")
+        draw("--model_path", "kept", "--classes", 1)
+        assert "note: the timestep embedding of this pipeline is exact in these numbers of steps: none" in (
+            capsys.readouterr().out
+        )
+
+    def test_the_largest_seed_draws(self, models):
+        draw("--model_path", models["pipeline"], "--classes", 1, "--num_inference_steps", 1, "--seed", 2**32 - 1)
+
     def test_as_many_steps_as_the_diffusion_has(self, tmp_path):
         config = make_config({"diffusion_steps": 30})
         state, vae = state_of(make_model(config)), make_vae()

@@ -79,12 +79,10 @@ def test_scales_below_one_draw_what_eager_mode_draws(models, scale):
 def test_says_where_a_narrow_network_is_not_exact(models, tmp_path, capsys):
     source, exported = models["dit"]
     export_inference.main(["--model_path", str(source), "--output", str(tmp_path / "out")])
-    assert "for these numbers of steps: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
+    assert "is exact in these numbers of steps: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
     for path, steps in ((exported, 10), (exported, 30), (source, 30)):
         draw(path, "--backend", "inference", "--num_inference_steps", steps, "--classes", 1)
-        expected = (
-            "note: the timestep embedding of this narrow network was fitted for these numbers of steps: 10, 20, 25, "
-        )
+        expected = "note: the timestep embedding of this pipeline is exact in these numbers of steps: 10, 20, 25, 50 "
         assert (expected in capsys.readouterr().out) == (steps == 30)
 
 

@@ -17,6 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from sampling.step_counts import check_num_steps  # noqa: E402
+from tools.image_demo import check_ending  # noqa: E402
 from tools.image_folder import find_images, load_image  # noqa: E402
 from training.arguments import check_seed  # noqa: E402
 from training.config import read_json  # noqa: E402
@@ -142,6 +143,8 @@ def run(args) -> None:
     check_seed("seed", args.seed)
     if not math.isfinite(args.guidance_scale):
         raise ValueError(f"--guidance_scale {args.guidance_scale}: expected a finite number, 1 for no guidance")
+    if args.grid:
+        check_ending("grid", args.grid)
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
     num_classes = len(find_images(train_root)[1])
     find_images(heldout_root)

@@ -58,7 +58,7 @@ def main(argv=None):
     pipeline = read_dit(args.model_path, vae=args.vae or PUBLIC_VAE, key=args.key, id2label=args.id2label)
     if pipeline.timestep_fit is not None:
         print(
-            "note: the timestep embedding of this narrow network was fitted for these numbers of steps: "
+            "note: the timestep embedding of this pipeline is exact in these numbers of steps: "
             f"{describe_fit(pipeline.timestep_fit)}"
         )
     print("tracing the network and the VAE's decoder", flush=True)

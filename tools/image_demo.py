@@ -441,12 +441,19 @@ def check_output(path, overwrite):
         raise ValueError(f"{shown}: is no regular file")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{shown}: the folder can't be written to")
+    check_ending("output", path)
+
+
+def check_ending(flag, path):
+    """Raises `ValueError` for an ending that no format of colour images has."""
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=_image_format(path))
     except (ValueError, OSError, KeyError):
         ending = os.path.splitext(path)[1]
         what = f"the ending {printable(ending)} names no format for colour images" if ending else "has no ending"
-        raise ValueError(f"{shown}: {what}; expected .png, or another that Pillow writes, such as .jpg") from None
+        raise ValueError(
+            f"--{flag} {printable(path, 500)}: {what}; expected .png, or another that Pillow writes, such as .jpg"
+        ) from None
 
 
 def _image_format(path):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from sampling.step_counts import check_ddim_stride, check_num_steps, fit_note
 from tools.image_demo import (
+    DEFAULT_VAE,
     add_flags,
     check_exportable,
     check_flags,
@@ -39,7 +40,6 @@ from tools.image_demo import (
 from training.runtime import run_cli
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
-PUBLIC_VAE = "stabilityai/sd-vae-ft-mse"
 SIT_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see sampling.export_sit
 
 
@@ -158,7 +158,7 @@ def sample_inference(args, model):
     else:
         print(f"exporting {model.path} for this run (tools/export_inference.py keeps it)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            source = read_dit(model.path, vae=args.vae or PUBLIC_VAE, key=args.key, id2label=args.id2label)
+            source = read_dit(model.path, vae=args.vae or DEFAULT_VAE, key=args.key, id2label=args.id2label)
             export_inference(source, folder)
             pipe = load_inference(folder, device=device, dtype=args.dtype)
     if args.id2label is not None:
@@ -234,7 +234,7 @@ def sample_checkpoint(args, model):
     classes = find_classes(args.classes, model.labels, model.num_classes)
 
     # The network.
-    vae = args.vae or PUBLIC_VAE
+    vae = args.vae or DEFAULT_VAE
     decoder = LatentDecoder.from_pretrained(vae)
     if decoder.vae.config.latent_channels != settings["in_channels"]:
         raise ValueError(
@@ -297,7 +297,7 @@ def main(argv=None, demo=DEMO):
         help="inference: Paddle Inference, see tools/export_inference.py [eager]",
     )
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
+    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [{DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     if args.model_path is None:

@@ -18,10 +18,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from infer_demo_dit import PUBLIC_VAE  # noqa: E402
 from sampling.folder import check_free, is_exported  # noqa: E402
 from sampling.step_counts import describe_fit  # noqa: E402
 from tools.image_demo import (  # noqa: E402
+    DEFAULT_VAE,
     MAX_NAME,
     check_exportable,
     check_model_path,
@@ -38,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels')
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [{PUBLIC_VAE}]")
+    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [{DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_model_path(args.model_path)
@@ -55,7 +55,7 @@ def main(argv=None):
     from sampling.inference import export_inference
 
     print(f"reading {args.model_path}", flush=True)
-    pipeline = read_dit(args.model_path, vae=args.vae or PUBLIC_VAE, key=args.key, id2label=args.id2label)
+    pipeline = read_dit(args.model_path, vae=args.vae or DEFAULT_VAE, key=args.key, id2label=args.id2label)
     if pipeline.timestep_fit is not None:
         print(
             "note: the timestep embedding of this pipeline is exact in these numbers of steps: "

@@ -22,6 +22,7 @@ from training.runtime import configure_runtime, resolve_device
 from untrusted import inside, printable, read_json
 
 DEFAULT_CLASS = "golden retriever"
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 MAX_NAME = 240  # bytes of a file's name; file systems take 255
 SCHEDULER_CONFIG = os.path.join("scheduler", "scheduler_config.json")
 # The demo for a pipeline folder, by the class that model_index.json names, and for a model, by its config's type.
@@ -90,10 +91,11 @@ def describe_model(path, pipeline, id2label=None):
     else:
         return Model("hub", path, labels=given or {})
     # What is not as it should be is left to the loaders, which say so.
-    labels = index.get("id2label") or {}
-    labels = {int(key): label for key, label in labels.items()} if is_id2label(labels) else {}
-    if num_classes is None and labels:
-        num_classes = max(labels) + 1
+    labels = {}
+    if is_id2label(index.get("id2label") or {}):
+        labels = {int(key): label for key, label in (index.get("id2label") or {}).items()}
+        if num_classes is None:
+            num_classes = max(labels, default=999) + 1
     return Model(
         kind,
         path,

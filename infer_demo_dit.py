@@ -20,16 +20,21 @@ import tempfile
 from dataclasses import dataclass
 
 from sampling.autoencoder import DEFAULT_VAE
+from sampling.step_counts import check_ddim_stride, check_num_steps, fit_note
 from tools.image_demo import (
     add_flags,
+    check_exportable,
+    check_flags,
+    check_guidance,
+    check_model,
     check_model_path,
-    check_model_type,
-    checkpoint_labels,
     checkpoint_vae,
+    describe_model,
     draw,
     find_classes,
     load_pipeline,
     make_generator,
+    note_weights_flags,
     pipeline_labels,
     read_dit,
     read_labels,
@@ -38,6 +43,7 @@ from training.progress import is_terminal
 from training.runtime import run_cli
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
+SIT_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see sampling.export_sit
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,62 @@ class Demo:
             there. seed: of the noise. gpu_dtype: on a GPU. description: of --help.
     """
 
+    description: str
     kind: str = "DiT"
     local_folder: str = "./DiT_XL_2_256"
     public_name: str = "facebook/DiT-XL-2-256"
     seed: int = 0
     gpu_dtype: str = "float32"
-    description: str = __doc__
+
+
+DEMO = Demo(description=__doc__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be refused before anything is loaded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(args, model):
+    """Raises `ValueError` for what the model can't do, as far as its JSON files say; notes flags of no effect.
+
+    Args:
+        model: a `tools.image_demo.Model`.
+    """
+    if model.kind == "exported" and args.backend == "eager":
+        raise ValueError(
+            f"--model_path {model.path}: holds programs for Paddle Inference; if you trust whoever made them "
+            "(they run as code), add --backend inference"
+        )
+    if args.scheduler == "ddpm" and args.backend == "inference":
+        raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
+    if args.scheduler == "ddpm" and model.kind != "checkpoint":
+        raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
+    check_model(args, model)
+    if model.kind == "checkpoint":
+        total = model.config["objective"]["diffusion_steps"]
+        is_ddim = args.scheduler in (None, "ddim")
+        if is_ddim and args.backend == "eager":
+            check_ddim_stride(args.num_inference_steps, total)
+        else:
+            check_num_steps(args.num_inference_steps, total, leading=is_ddim)
+    else:
+        check_steps(args, model.scheduler)
+    note_weights_flags(args, model)
+
+
+def check_steps(args, settings):
+    """Raises `ValueError` for a scheduler or a number of steps that a pipeline with these scheduler settings lacks."""
+    kind = settings.get("_class_name")
+    if kind == SIT_SCHEDULER:
+        if args.scheduler is not None:
+            raise ValueError(f"--scheduler {args.scheduler}: {args.model_path} is a SiT, which has its own scheduler")
+        return
+    total = settings.get("num_train_timesteps", 1000)
+    if kind is not None and type(total) is int:
+        spacing = settings.get("timestep_spacing", "leading" if kind == "DDIMScheduler" else None)
+        leading = args.scheduler in (None, "ddim") and spacing == "leading"
+        check_num_steps(args.num_inference_steps, total, leading=leading)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,105 +118,89 @@ class Demo:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_guidance(scale, has_null_class, path):
-    """The guidance scale asked for, or the default; `ValueError` if the network has no null class to guide with."""
-    if scale is None:
-        return 4.0 if has_null_class else 1.0
-    if scale != 1 and not has_null_class:
-        raise ValueError(f"{path}: trained without a null class, can't be guided; use --guidance_scale 1")
-    return scale
+def sample_pipeline(args, model):
+    """uint8 images `(N, H, W, 3)` and the classes' labels, through the parts of a DiTPipeline.
+
+    With all channels guided and a scale above 1 these are the pipeline's own images. It ignores scales below 1.
+    """
+    from sampling.inference import Pipeline
+    from sampling.pretrained import has_null_class, read_timestep_fit
+
+    pipe = load_pipeline(model.path, args.dtype)
+    transformer = pipe.transformer
+
+    def network(x, t, y):
+        return transformer(x, timestep=t, class_labels=y).sample
+
+    labels = pipeline_labels(model.path, pipe) if args.id2label is None else model.labels
+    pipeline = Pipeline(
+        network,
+        pipe.vae,
+        pipe.scheduler,
+        max(labels, default=999) + 1,
+        labels,
+        1000 if has_null_class(transformer) else None,
+        transformer.config.in_channels,
+        transformer.config.sample_size,
+        read_timestep_fit(model.path),
+    )
+    return run_pipeline(args, pipeline, transformer.dtype)
 
 
-def sample_pipeline(args):
-    """uint8 images `(N, H, W, 3)` and the classes' labels, through a DiTPipeline."""
-    from paddlenlp.trainer import set_seed
-
-    from sampling.pretrained import has_null_class
-
-    if args.scheduler == "ddpm":
-        raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
-    pipe = load_pipeline(args.model_path, args.dtype)
-    pipe.set_progress_bar_config(disable=None)  # on a terminal only
-    pipe.scheduler = choose_scheduler(pipe.scheduler, args)
-    labels = pipeline_labels(args.model_path, pipe) if args.id2label is None else read_labels(args.id2label)
-    classes = find_classes(args.classes, labels, max(labels, default=999) + 1)
-    guidance_scale = check_guidance(args.guidance_scale, has_null_class(pipe.transformer), args.model_path)
-    set_seed(42)
-    if args.guidance_channels == "all":
-        images = pipe(
-            class_labels=classes,
-            guidance_scale=guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=make_generator(args.seed),
-        ).images
-    else:
-        images = sample_transformer(pipe, classes, guidance_scale, args)
-    return images, [labels.get(i, str(i)) for i in classes]
-
-
-def choose_scheduler(scheduler, args):
-    """The scheduler that --scheduler names, with the settings of a pipeline's own."""
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
-
-    if isinstance(scheduler, EDMEulerScheduler):  # a SiT, see sampling.export_sit
-        if args.scheduler is not None:
-            raise ValueError(f"--scheduler {args.scheduler}: {args.model_path} is a SiT, which has its own scheduler")
-        return scheduler
-    scheduler_class = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[args.scheduler or "ddim"]
-    return scheduler_class.from_config(scheduler.config)
-
-
-def sample_transformer(pipe, classes, guidance_scale, args):
-    """As DiTPipeline samples, with only the first three channels guided."""
-    import paddle
-
-    from sampling.decoder import LatentDecoder
-    from sampling.guidance import guided
-
-    def model(x, t, y):
-        return pipe.transformer(x, timestep=t, class_labels=y).sample
-
-    y = paddle.to_tensor(classes, dtype="int64")
-    settings = pipe.transformer.config
-    denoiser = guided(model, y, guidance_scale, channels=3, null_class=1000)
-    noise = make_noise(len(classes), settings.in_channels, settings.sample_size, args.seed, pipe.transformer.dtype)
-    return LatentDecoder(pipe.vae)(run_scheduler(pipe.scheduler, denoiser, noise, args.num_inference_steps))
-
-
-def sample_inference(args):
+def sample_inference(args, model):
     """uint8 images `(N, H, W, 3)` and the classes' labels, by Paddle Inference."""
     import paddle
 
-    from sampling.decoder import LatentDecoder
-    from sampling.guidance import guided
-    from sampling.inference import check_dtype, export_inference, is_exported, load_inference
+    from sampling.decoder import NotFiniteError
+    from sampling.inference import check_dtype, check_programs, export_inference, load_inference
 
-    if args.scheduler == "ddpm":
-        raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
     device = paddle.get_device()
     check_dtype(device, args.dtype)
-    if is_exported(args.model_path):
-        pipe = load_inference(args.model_path, device=device, dtype=args.dtype)
+    if model.kind == "exported":
+        pipe = load_inference(model.path, device=device, dtype=args.dtype)
     else:
-        print(f"exporting {args.model_path} for this run (tools/export_inference.py keeps it)", flush=True)
+        print(f"exporting {model.path} for this run (tools/export_inference.py keeps it)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            export_inference(read_dit(args.model_path, vae=args.vae, key=args.key, id2label=args.id2label), folder)
+            export_inference(read_dit(model, vae=args.vae, key=args.key), folder)
             pipe = load_inference(folder, device=device, dtype=args.dtype)
+    if args.id2label is not None:
+        pipe.id2label = read_labels(args.id2label)
+    network = pipe.network
+    pipe.network = lambda x, t, y: network(x, t.astype("float32"), y)
+    try:
+        return run_pipeline(args, pipe, "float32")
+    except NotFiniteError:
+        if model.kind == "exported":
+            check_programs(model.path)
+        raise
 
-    labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
-    classes = find_classes(args.classes, labels, pipe.num_classes)
+
+def run_pipeline(args, pipe, dtype):
+    """uint8 images `(N, H, W, 3)` and the classes' labels, by a `sampling.inference.Pipeline` in that dtype."""
+    import paddle
+
+    from sampling.decoder import LatentDecoder
+    from sampling.export import pipeline_scheduler
+    from sampling.guidance import guided
+
+    scheduler, name = pipe.scheduler, args.scheduler or "ddim"
+    if type(scheduler).__name__ != SIT_SCHEDULER:
+        scheduler = pipeline_scheduler(pipe.scheduler, name)
+    check_steps(args, {**scheduler.config, "_class_name": type(scheduler).__name__})
+    if pipe.timestep_fit is not None:
+        schedulers = {kind: pipeline_scheduler(pipe.scheduler, kind) for kind in pipe.timestep_fit}
+        note = fit_note(pipe.timestep_fit, schedulers, name, args.num_inference_steps)
+        if note:
+            print(f"note: {note}", flush=True)
+    classes = find_classes(args.classes, pipe.id2label, pipe.num_classes)
     scale = check_guidance(args.guidance_scale, pipe.null_class is not None, args.model_path)
-    scheduler = choose_scheduler(pipe.scheduler, args)
-
-    def model(x, t, y):
-        return pipe.network(x, t.astype("float32"), y)
-
     y = paddle.to_tensor(classes, dtype="int64")
-    channels = None if args.guidance_channels == "all" else 3
-    denoiser = guided(model, y, scale, channels=channels, null_class=pipe.null_class or 0)
-    noise = make_noise(len(classes), pipe.in_channels, pipe.sample_size, args.seed, "float32")
+    channels = 3 if args.guidance_channels == "3" else None
+    denoiser = guided(pipe.network, y, scale, channels=channels, null_class=pipe.null_class or 0)
+    paddle.seed(args.seed)  # the noise of a scheduler's steps, if it draws any
+    noise = make_noise(len(classes), pipe.in_channels, pipe.sample_size, args.seed, dtype)
     images = LatentDecoder(pipe.vae)(run_scheduler(scheduler, denoiser, noise, args.num_inference_steps))
-    return images, [labels.get(i, str(i)) for i in classes]
+    return images, [pipe.id2label.get(i, str(i)) for i in classes]
 
 
 def run_scheduler(scheduler, denoiser, latents, num_steps):
@@ -178,27 +218,23 @@ def run_scheduler(scheduler, denoiser, latents, num_steps):
     return latents
 
 
-def sample_checkpoint(args):
+def sample_checkpoint(args, model):
     """uint8 images `(N, H, W, 3)` and the classes' labels, by this project's own diffusion code."""
     import paddle
 
     from diffusion import create_diffusion
     from models import build_model
-    from models.weights import check_state, expected_shapes
+    from models.weights import check_finite, check_state, expected_shapes
     from objectives import build_objective
     from sampling.checkpoint import read_weights
     from sampling.decoder import LatentDecoder
     from sampling.export import make_scheduler
     from sampling.guidance import guided
-    from training.config import load_config
 
-    config = load_config(os.path.join(args.model_path, "config.json"))
+    config = model.config
     settings, objective = config["model"], config["objective"]
-    check_model_type(settings["type"], "infer_demo_dit.py", f"--model_path {args.model_path}: is")
-    guidance_scale = check_guidance(args.guidance_scale, settings["class_dropout_prob"] > 0, args.model_path)
-
-    labels = checkpoint_labels(args.id2label, config)
-    classes = find_classes(args.classes, labels, settings["num_classes"])
+    guidance_scale = check_guidance(args.guidance_scale, model.has_null_class, args.model_path)
+    classes = find_classes(args.classes, model.labels, model.num_classes)
 
     # The network.
     decoder = LatentDecoder(checkpoint_vae(args.vae, config))
@@ -209,18 +245,19 @@ def sample_checkpoint(args):
         )
     state, source = read_weights(args.model_path, key=args.key)
     check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
+    check_finite(state, source=source)
     network = build_model(settings)
     network.set_state_dict(state)
     network.eval()
     network.to(dtype=args.dtype)
 
     # The sampler.
-    def model(x, t, y):
+    def predict(x, t, y):
         return network(x, t, y).astype("float32")
 
-    channels = None if args.guidance_channels == "all" else 3
+    channels = 3 if args.guidance_channels == "3" else None
     y = paddle.to_tensor(classes, dtype="int64")
-    denoiser = guided(model, y, guidance_scale, channels=channels, null_class=settings["num_classes"])
+    denoiser = guided(predict, y, guidance_scale, channels=channels, null_class=settings["num_classes"])
     noise = make_noise(len(classes), settings["in_channels"], settings["sample_size"], args.seed, "float32")
     paddle.seed(args.seed)  # the noise of ddpm's steps
     steps, shown = args.num_inference_steps, is_terminal(sys.stderr)
@@ -235,7 +272,7 @@ def sample_checkpoint(args):
             latents = run_scheduler(make_scheduler(objective, "dpm"), denoiser, noise, steps)
         else:
             latents = build_objective(config).sample(denoiser, noise, num_steps=steps, progress=shown)
-    return decoder(latents), [labels.get(i, str(i)) for i in classes]
+    return decoder(latents), [model.labels.get(i, str(i)) for i in classes]
 
 
 def make_noise(count, channels, size, seed, dtype):
@@ -250,7 +287,7 @@ def make_noise(count, channels, size, seed, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
+def main(argv=None, demo=DEMO):
     parser = argparse.ArgumentParser(description=demo.description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model_path", help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder"
@@ -271,22 +308,19 @@ def main(argv=None, demo=Demo()):  # noqa: B008 (frozen)
         args.model_path = demo.local_folder if os.path.isdir(demo.local_folder) else demo.public_name
     else:
         check_model_path(args.model_path)
-    draw(demo.kind, args, sample)
-
-
-def sample(args):
-    """Images and labels of whichever kind of model --model_path is."""
-    from sampling.checkpoint import is_training_checkpoint
-    from sampling.inference import is_exported
-
+    check_flags(args)
     if args.backend == "inference":
-        return sample_inference(args)
-    if is_exported(args.model_path):
-        raise ValueError(
-            f"--model_path {args.model_path}: holds programs for Paddle Inference; if you trust whoever made them "
-            "(they run as code), add --backend inference"
-        )
-    return sample_checkpoint(args) if is_training_checkpoint(args.model_path) else sample_pipeline(args)
+        check_exportable(args.model_path)
+    model = describe_model(args.model_path, "DiTPipeline", args.id2label)
+    check(args, model)
+    draw(demo.kind, args, lambda: sample(args, model))
+
+
+def sample(args, model):
+    """Images and labels of whichever kind of model --model_path is."""
+    if args.backend == "inference":
+        return sample_inference(args, model)
+    return (sample_checkpoint if model.kind == "checkpoint" else sample_pipeline)(args, model)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,21 @@ step besides.
 import argparse
 import os
 
+from sampling.checkpoint import is_training_checkpoint
 from tools.image_demo import (
     add_flags,
-    check_model_type,
-    check_pipeline,
-    checkpoint_labels,
+    check_flags,
+    check_guidance,
+    check_model,
     checkpoint_vae,
+    describe_model,
+    describe_weights,
     draw,
     find_classes,
     make_generator,
-    read_labels,
+    note_unused,
 )
+from training.config import load_config, weights_config, weights_features
 from training.runtime import run_cli
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
@@ -50,75 +54,85 @@ def find_model(path):
     )
 
 
-def load_pipeline(args, path):
-    """A SiTPipeline and its labels `{id: label}`, from a pipeline folder, a training checkpoint or a file."""
-    from sampling import SiTPipeline
-    from sampling.checkpoint import is_training_checkpoint, read_weights
-    from training.config import load_config, weights_config, weights_features
-
+def describe(args, path):
+    """The `tools.image_demo.Model` of a pipeline folder, a training checkpoint or a file of weights."""
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
-    if os.path.isdir(path) and not is_training_checkpoint(path):
-        check_pipeline(path, "SiTPipeline")
+    if not os.path.isdir(path):
+        config_file = args.config_file or PUBLIC_CONFIG
+        config = weights_config(path, args.config_file) or load_config(config_file)
+        config = {**config, "features": weights_features(path, config)}
+        return describe_weights("file", path, config, config_file, "SiTPipeline", args.id2label)
+    if not is_training_checkpoint(path):
+        model = describe_model(path, "SiTPipeline", args.id2label)
         for name in ("config_file", "vae", "key"):
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"--{name} is for a training checkpoint or a file of weights; {path} is a SiTPipeline folder, "
                     "which holds all it needs"
                 )
-        pipe = SiTPipeline.from_pretrained(path)
-        labels = pipe.id2label if args.id2label is None else read_labels(args.id2label)
-        return pipe, {int(key): label for key, label in labels.items()}
-    if os.path.isdir(path):
-        if args.config_file is not None:
-            raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
-        config_file = os.path.join(path, "config.json")
-        config = load_config(config_file)
+        return model
+    if args.config_file is not None:
+        raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
+    return describe_model(path, "SiTPipeline", args.id2label)
+
+
+def load_pipeline(args, model):
+    """A SiTPipeline, from a pipeline folder, a training checkpoint or a file of weights."""
+    from sampling import SiTPipeline
+    from sampling.checkpoint import read_weights
+
+    if model.kind == "pipeline":
+        return SiTPipeline.from_pretrained(model.path)
+    state, source = read_weights(model.path, key=args.key)
+    vae = checkpoint_vae(args.vae, model.config, PUBLIC_VAE)
+    return SiTPipeline.from_weights(model.config, state, vae, source=source)
+
+
+def check_sampler(args, model, options):
+    """Raises `ValueError`, before weights are read, for settings that the sampler does not take."""
+    from sampling.sit_pipeline import TransportScheduler
+
+    if model.kind == "pipeline":
+        scheduler = TransportScheduler.from_folder(model.path)
     else:
-        config_file = args.config_file or PUBLIC_CONFIG
-        config = weights_config(path, args.config_file) or load_config(config_file)
-    check_model_type(config["model"]["type"], "infer_demo_sit.py", f"{config_file}: describes")
-    config["features"] = weights_features(path, config)
-    labels = checkpoint_labels(args.id2label, config)
-    state, source = read_weights(path, key=args.key)
-    vae = checkpoint_vae(args.vae, config, PUBLIC_VAE)
-    return SiTPipeline.from_weights(config, state, vae, source=source), labels
+        scheduler = TransportScheduler.from_objective(model.config["objective"])
+    scheduler.make_sampler(args.sampler, args.method, {"num_steps": args.num_inference_steps, **options})
 
 
-def sample(args):
+def sample(args, model):
     """PIL images and the classes' labels."""
-    pipe, labels = load_pipeline(args, find_model(args.model_path))
-    pipe.set_progress_bar_config(disable=None)  # on a terminal only
-    network = pipe.transformer
-    classes = find_classes(args.classes, labels, network.num_classes)
-    guidance_scale = args.guidance_scale
-    if guidance_scale is None:
-        guidance_scale = 4.0 if network.class_dropout_prob > 0 else 1.0
-    if args.dtype != "float32":
-        pipe.to(dtype=args.dtype)
     options = {}
     if args.sampler == "sde":
         options = {name: getattr(args, name) for name in SDE_DEFAULTS}
         options = {name: SDE_DEFAULTS[name] if value is None else value for name, value in options.items()}
         options["last_step"] = None if options["last_step"] == "None" else options["last_step"]
+    check_sampler(args, model, options)
+    pipe = load_pipeline(args, model)
+    pipe.set_progress_bar_config(disable=None)  # on a terminal only
+    network = pipe.transformer
+    classes = find_classes(args.classes, model.labels, network.num_classes)
+    guidance_scale = check_guidance(args.guidance_scale, network.class_dropout_prob > 0, args.model_path)
+    if args.dtype != "float32":
+        pipe.to(dtype=args.dtype)
     images = pipe(
         classes,
         guidance_scale=guidance_scale,
         guidance_interval=args.guidance_interval,
-        guidance_channels=None if args.guidance_channels == "all" else 3,
+        guidance_channels={None: "auto", "3": 3, "all": None}[args.guidance_channels],
         sampler=args.sampler,
         method=args.method,
         num_inference_steps=args.num_inference_steps,
         generator=make_generator(args.seed),
         **options,
     ).images
-    return images, [labels.get(i, str(i)) for i in classes]
+    return images, [model.labels.get(i, str(i)) for i in classes]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", help="pipeline folder, training checkpoint folder, or file of weights")
-    add_flags(parser, "SiT", guidance_channels="3")
+    add_flags(parser, "SiT", guidance_channels="3 of 4 channels, all of any other number")
     parser.add_argument(
         "--guidance_interval", nargs=2, type=float, metavar=("LOWEST", "HIGHEST"), help="times, in [0, 1] [all]"
     )
@@ -142,7 +156,18 @@ def main(argv=None):
         for name in SDE_DEFAULTS:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is for --sampler sde")
-    draw("SiT", args, sample, least_steps=2)
+    check_flags(args, min_steps=2)
+    args.model_path = find_model(args.model_path)
+    model = describe(args, args.model_path)
+    check_model(args, model)
+    interval = args.guidance_interval
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(
+            f"--guidance_interval {interval[0]} {interval[1]}: expected two times in [0, 1], the lower first"
+        )
+    if args.last_step == "None" and args.last_step_size is not None:
+        note_unused(["last_step_size"], "with --last_step None")
+    draw("SiT", args, lambda: sample(args, model))
 
 
 if __name__ == "__main__":

@@ -174,12 +174,12 @@ def inference(case, dtype):
     from infer_demo_dit import run_scheduler
     from sampling.guidance import guided
     from sampling.inference import export_inference, load_inference
-    from tools.image_demo import read_dit
+    from tools.image_demo import describe_model, read_dit
 
     sources, pipes = {}, {}
     for kind in case["models"]:
         folder = os.path.join(case["folder"], f"{kind}_{dtype}")
-        sources[kind] = read_dit(os.path.join(case["folder"], f"{kind}_pipeline"), vae=None)
+        sources[kind] = read_dit(describe_model(os.path.join(case["folder"], f"{kind}_pipeline"), "DiTPipeline"))
         export_inference(sources[kind], folder)
         pipes[kind] = load_inference(folder, dtype=dtype)
 
@@ -241,12 +241,13 @@ def decoder(part, case):
 
     from sampling.decoder import LatentDecoder
     from sampling.inference import export_inference, load_inference
-    from tools.image_demo import read_dit
+    from tools.image_demo import describe_model, read_dit
 
     vae, latents = AutoencoderKL(**VAE_SIZE), paddle.randn([1, 4, 32, 32])
     vae.eval()
     if part == "inference":
-        source = read_dit(os.path.join(case["folder"], f"{case['models'][0]}_pipeline"), vae=None)
+        folder = os.path.join(case["folder"], f"{case['models'][0]}_pipeline")
+        source = read_dit(describe_model(folder, "DiTPipeline"))
         source.vae = vae
         folder = os.path.join(case["folder"], "decoder")
         export_inference(source, folder)

@@ -19,6 +19,13 @@ def is_training_checkpoint(path):
     return all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "model_state.pdparams"))
 
 
+def checkpoint_hint(folder):
+    """ "; did you mean ...?" with the newest training checkpoint below a folder, an empty text if there is none."""
+    found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
+    found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
+    return f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""
+
+
 def read_weights(path, *, key=None, layout="auto"):
     """Read one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
 
@@ -110,10 +117,9 @@ def find_shards(path, key=None):
 
 def _file_in_checkpoint(folder, key):
     if not is_training_checkpoint(folder):
-        found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
-        found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
-        hint = f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""
-        raise ValueError(f"{folder}: not a training checkpoint (config.json and model_state.pdparams){hint}")
+        raise ValueError(
+            f"{folder}: not a training checkpoint (config.json and model_state.pdparams){checkpoint_hint(folder)}"
+        )
     averages, weights = (inside(folder, name) for name in ("ema_state.pdparams", "model_state.pdparams"))
     if key is None:
         return averages if os.path.isfile(averages) else weights

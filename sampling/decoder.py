@@ -9,6 +9,12 @@ from sampling.autoencoder import LatentScaling
 from sampling.pretrained import load_model
 
 
+class NotFiniteError(ValueError):
+    """Images hold numbers that are not finite: they can't be shown. Doing the same again would end in the same way."""
+
+    exit_code = 65  # as training.runtime.EXIT_BAD_STEP
+
+
 def load_vae(name_or_path):
     """The `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub, in eval mode.
 
@@ -56,15 +62,27 @@ class LatentDecoder:
 
     @paddle.no_grad()
     def decode(self, latents):
-        """Latents `(N, C, h, w)` to float32 numpy `(N, H, W, 3)` in [0, 1]; what lies outside is cut off."""
-        images = []
+        """Latents `(N, C, h, w)` to float32 numpy `(N, H, W, 3)` in [0, 1]; what lies outside is cut off.
+
+        Raises:
+            NotFiniteError: NaN or infinity in latents or images; says in how many images, and which.
+        """
+        images, bad = [], []
         for start in range(0, latents.shape[0], self.batch_size):
             batch = self.scaling.denormalize(latents[start : start + self.batch_size])
             decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
-            decoded = (decoded.astype("float32") / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1])
-            images.append(decoded.numpy())
+            decoded = decoded.astype("float32")
+            good = batch.astype("float32").isfinite().all([1, 2, 3]) & decoded.isfinite().all([1, 2, 3])  # (n,)
+            bad.extend(start + i for i, is_good in enumerate(good.tolist()) if not is_good)
+            images.append((decoded / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
+        if bad:
+            which = f"{', '.join(map(str, bad[:10]))}{', ...' if len(bad) > 10 else ''}"
+            raise NotFiniteError(
+                f"{len(bad)} of {latents.shape[0]} images hold numbers that are not finite (NaN or infinity): number "
+                f"{which}, counted from 0. Such weights, half precision or a large guidance scale lead to it"
+            )
         return np.concatenate(images)
 
     def __call__(self, latents):
-        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`."""
+        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`; raises as `decode`."""
         return (self.decode(latents) * 255).round().astype("uint8")

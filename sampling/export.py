@@ -26,9 +26,11 @@ import numpy as np
 from models.weights import check_state, expected_shapes, is_rounded
 from sampling.autoencoder import LatentScaling, fold_scaling
 from sampling.folder import check_id2label, check_output, write_components, write_folder
+from sampling.step_counts import FIT_KEY
 
 NULL_CLASS = 1000  # of the stock DiTPipeline
 SCHEDULERS = ("ddim", "dpm")
+OTHER = {"ddim": "dpm", "dpm": "ddim"}
 
 
 def make_scheduler(objective, name="ddim"):
@@ -60,12 +62,30 @@ def make_scheduler(objective, name="ddim"):
     }
     if name == "ddim":
         return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", **settings)
-    if objective["noise_schedule"] == "squaredcos_cap_v2":
-        settings["lambda_min_clipped"] = -5.1  # its last steps are noise alone: the solver needs them cut
-    scheduler = DPMSolverMultistepScheduler(timestep_spacing="trailing", **settings)
+    scheduler = DPMSolverMultistepScheduler(**settings, **_dpm_settings(objective["noise_schedule"]))
     # Not its own: for whoever makes a DDIMScheduler from this config, which clips latents by default.
     scheduler.register_to_config(clip_sample=False)
     return scheduler
+
+
+def pipeline_scheduler(scheduler, name):
+    """The scheduler "ddim" or "dpm" for the diffusion that a pipeline's own scheduler describes.
+
+    A DDIM scheduler's "leading" spacing would let DPM-Solver++ start in the middle of the diffusion: it gets that of
+    `make_scheduler`.
+    """
+    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    if name == "ddim":
+        return DDIMScheduler.from_config(scheduler.config)
+    settings = _dpm_settings(scheduler.config.get("beta_schedule"))
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, **settings)
+
+
+def _dpm_settings(noise_schedule):
+    if noise_schedule == "squaredcos_cap_v2":  # its last steps are noise alone: the solver needs them cut
+        return {"timestep_spacing": "trailing", "lambda_min_clipped": -5.1}
+    return {"timestep_spacing": "trailing"}
 
 
 def transformer_config(model):
@@ -240,11 +260,15 @@ def export_dit_pipeline(
     if timestep_embedding not in ("fit", "keep"):
         raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
     labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
-    mlp, report = fit_timestep_embedding(state, the_scheduler)
+    mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, OTHER[scheduler]))
     weights = transformer_state(
         model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
     )
 
+    if timestep_embedding == "keep":
+        settings[FIT_KEY] = {scheduler: [], OTHER[scheduler]: []}
+    elif not report["all_timesteps"]:
+        settings[FIT_KEY] = {scheduler: report["exact_steps"], OTHER[scheduler]: report["other_exact_steps"]}
     transformer = ("ppdiffusers", "Transformer2DModel", settings)
     write_stock_folder(
         output_dir, transformer, weights, the_scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
@@ -325,9 +349,11 @@ def _notes(model, scheduler, timestep_embedding, report):
         notes.append("The timestep embedding was fitted to the stock transformer's frequencies: exact everywhere.")
     else:
         steps = ", ".join(map(str, report["exact_steps"])) or "no number of"
+        others = ", ".join(map(str, report["other_exact_steps"]))
+        others = f" (and {OTHER[scheduler]} in {others})" if others else ""
         notes.append(
             f"The timestep embedding was fitted to the stock transformer's frequencies: exact when this {scheduler} "
-            f"scheduler samples in {steps} steps; this network is too narrow for all timesteps (off by up to "
+            f"scheduler samples in {steps} steps{others}; this network is too narrow for all timesteps (off by up to "
             f"{report['max_error']:.1%} at others)."
         )
     return notes

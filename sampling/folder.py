@@ -25,6 +25,7 @@ MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blo
 # A scheduler's, of any length, and one value a latent channel.
 LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.export_large_dit`
+INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.inference`
 
 
 def write_json(path, value):
@@ -105,6 +106,17 @@ def check_output(output_dir, overwrite=False):
             path = os.path.relpath(os.path.join(root, name), output_dir)
             if path not in (*TREE, *SAFE_TREE, CODE):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
+
+
+def is_exported(path):
+    """Whether `path` is a folder that `sampling.inference.export_inference` wrote."""
+    return os.path.isfile(os.path.join(path, INFERENCE_MANIFEST))
+
+
+def check_free(output_dir):
+    """Raises ValueError unless `output_dir` is free for a new folder: nothing there, or an empty folder."""
+    if os.path.isfile(output_dir) or (os.path.isdir(output_dir) and os.listdir(output_dir)):
+        raise ValueError(f"{output_dir}: is there already; give the name of a new folder")
 
 
 def write_folder(output_dir, write, overwrite=False):

@@ -11,6 +11,14 @@ import paddle
 from models.guidance import combine_guidance
 
 
+def default_channels(in_channels):
+    """How many leading latent channels are guided unless somebody says it: `guided`'s argument `channels`.
+
+    Three of four, as in the official code. Of any other number all: three of sixteen would guide nothing to speak of.
+    """
+    return 3 if in_channels == 4 else None
+
+
 def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
     """A `denoiser(x, t)` that asks a class-conditional network with and without the class in one batch of 2N.
 

@@ -20,14 +20,15 @@ from paddle import nn
 from paddle.static import InputSpec
 
 from models import LargeDiT, build_model
-from models.weights import check_state, expected_shapes
+from models.weights import check_finite, check_state, expected_shapes
 from sampling.autoencoder import SCALING_KEYS, LatentScaling
 from sampling.export import NULL_CLASS, check_vae, make_scheduler
-from sampling.folder import MAX_SIZE, read_json_object, write_folder, write_json
-from sampling.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
+from sampling.folder import INFERENCE_MANIFEST, MAX_SIZE, check_free, read_json_object, write_folder, write_json
+from sampling.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler, without_null_rows
+from sampling.step_counts import is_timestep_fit
 from untrusted import inside, printable
 
-MANIFEST = "inference.json"
+MANIFEST = INFERENCE_MANIFEST
 FORMAT = 1
 PARTS = ("transformer", "vae")
 # A program's file: of Paddle 3, and of Paddle 2.
@@ -47,6 +48,8 @@ class Pipeline:
         num_classes: of the network. id2label: `{id: label}`, perhaps empty.
         null_class: the label without a class; None if the network has none.
         in_channels, sample_size: of the latents.
+        timestep_fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` in which the timestep embedding is exact;
+            None if it is at every timestep.
     """
 
     network: object
@@ -57,6 +60,7 @@ class Pipeline:
     null_class: int | None
     in_channels: int
     sample_size: int
+    timestep_fit: dict | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ class Decoder(nn.Layer):
         return self.vae.decode(latents).sample
 
 
-def from_dit_pipeline(pipe, id2label):
+def from_dit_pipeline(pipe, id2label, timestep_fit=None):
     """The `Pipeline` of a loaded `ppdiffusers.DiTPipeline`, see `sampling.pretrained.load_dit_pipeline`."""
     transformer = pipe.transformer
     settings = transformer.config
@@ -101,6 +105,7 @@ def from_dit_pipeline(pipe, id2label):
         NULL_CLASS if has_null_class(transformer) else None,
         settings.in_channels,
         settings.sample_size,
+        timestep_fit,
     )
 
 
@@ -125,12 +130,13 @@ def from_checkpoint(config, state, vae, id2label, *, scheduler="ddim", source="w
         scheduler: "ddim" or "dpm".
 
     Raises:
-        ValueError: one line: no diffusion, weights that don't fit, a VAE of other latent channels.
+        ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
     """
     settings = config["model"]
     the_scheduler = make_scheduler(config["objective"], scheduler)
     check_vae(vae, settings["in_channels"])
     check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
+    check_finite(state, source=source)
     network = build_model(settings)
     network.set_state_dict(state)
     network.eval()
@@ -186,16 +192,11 @@ def export_inference(pipeline, output_dir):
             "scheduler": type(pipeline.scheduler).__name__,
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
             "id2label": {str(key): label for key, label in pipeline.id2label.items()},
+            "timestep_fit": pipeline.timestep_fit,
         }
         write_json(os.path.join(folder, MANIFEST), manifest)
 
     write_folder(output_dir, write)
-
-
-def check_free(output_dir):
-    """Raises ValueError unless `output_dir` is free for a new folder: nothing there, or an empty folder."""
-    if os.path.isfile(output_dir) or (os.path.isdir(output_dir) and os.listdir(output_dir)):
-        raise ValueError(f"{output_dir}: is there already; give the name of a new folder")
 
 
 def _save(layer, inputs, path):
@@ -216,11 +217,6 @@ def _save(layer, inputs, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_exported(path):
-    """Whether `path` is a folder that `export_inference` wrote."""
-    return os.path.isfile(os.path.join(path, MANIFEST))
 
 
 def cpu_has_bfloat16():
@@ -322,7 +318,16 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         manifest["null_class"],
         manifest["in_channels"],
         manifest["sample_size"],
+        manifest.get("timestep_fit"),
     )
+
+
+def check_programs(folder):
+    """Raises ValueError, naming file and tensor, if there are weights in a folder of programs that are not finite."""
+    for part in PARTS:
+        tensors = paddle.jit.load(os.path.join(folder, part, "model")).state_dict().values()
+        state = {tensor.name: without_null_rows(tensor.numpy()) for tensor in tensors}
+        check_finite(state, source=os.path.join(folder, part, WEIGHTS))
 
 
 def _read_manifest(folder):
@@ -344,6 +349,7 @@ def _read_manifest(folder):
         "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
         "bytes": (lambda value: isinstance(value, dict) and all(type(n) is int for n in value.values()), "sizes"),
         "id2label": (is_id2label, '{"0": "name", ...}'),
+        "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
     }
     for key, (good, expected) in checks.items():
         if not good(manifest.get(key)):

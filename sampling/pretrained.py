@@ -8,8 +8,11 @@ of the tables below; weights go through `models.weights`. A folder's own code is
 
 import os
 
-from models.weights import check_state, load_weights
+import numpy as np
+
+from models.weights import check_finite, check_state, load_weights
 from sampling.folder import check_sizes
+from sampling.step_counts import FIT_KEY, is_timestep_fit
 from untrusted import inside, printable, read_json
 
 # Of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own names first.
@@ -21,8 +24,11 @@ WEIGHTS = {
 }
 VARIANTS = ("", ".fp16", ".fp32")
 MAX_SHARDS = 1000
-# What model_index.json may name.
-TRANSFORMERS = ("Transformer2DModel", "DiTLLaMA2DModel", "LargeDiTTransformer")
+# What model_index.json and the transformer's config.json may name: of a DiT, the second is diffusers' name for the same
+# settings and weights; of a Large-DiT.
+DIT_TRANSFORMERS = ("Transformer2DModel", "DiTTransformer2DModel")
+LARGE_DIT_TRANSFORMERS = ("DiTLLaMA2DModel", "LargeDiTTransformer")
+TRANSFORMERS = (*DIT_TRANSFORMERS, *LARGE_DIT_TRANSFORMERS)
 SCHEDULERS = (
     *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
@@ -149,8 +155,8 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
         dtype: of the weights; None for float32.
 
     Raises:
-        ValueError: one line that names the file: another class, weights that don't fit, or what `load_weights` refuses.
-            The hub clients raise a dozen other types.
+        ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what
+            `load_weights` refuses. The hub clients raise a dozen other types.
     """
     import paddle
 
@@ -176,6 +182,8 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
         print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {printable(extra[0])}")
     state = {name: value for name, value in state.items() if name in expected}
     check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, source=source)
+    tables = [name for name in state if name.endswith("embedding_table.weight")]
+    check_finite({**state, **{name: without_null_rows(state[name]) for name in tables}}, source=source)
     with paddle.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(paddle.to_tensor(state.pop(name)).astype(parameter.dtype), False)
@@ -183,6 +191,16 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
         model.to(dtype=dtype)
     model.eval()
     return model
+
+
+def without_null_rows(value):
+    """A matrix without its last rows, as far as they are NaN alone: those that the exporter gives a label table where
+    there is no null class. Every other array as it is.
+    """
+    rows = len(value) if value.ndim == 2 else 0
+    while rows and np.isnan(value[rows - 1]).all():
+        rows -= 1
+    return value[:rows] if rows else value
 
 
 def load_scheduler(kind, name_or_path, subfolder="scheduler"):
@@ -238,18 +256,28 @@ def load_dit_pipeline(name_or_path, dtype=None):
     if not is_id2label(labels):
         raise ValueError(f'{index_path}: id2label: expected {{"0": "name", ...}}')
 
-    large = kinds["transformer"] != "Transformer2DModel"
+    large = kinds["transformer"] in LARGE_DIT_TRANSFORMERS
     transformer = load_model(
         LargeDiTTransformer if large else Transformer2DModel,
         name_or_path,
         "transformer",
-        class_names=TRANSFORMERS[1:] if large else TRANSFORMERS[:1],
+        class_names=LARGE_DIT_TRANSFORMERS if large else DIT_TRANSFORMERS,
         dtype=dtype,
     )
     vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
     # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says: what the folder was made for.
     vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
     return DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
+
+
+def read_timestep_fit(name_or_path):
+    """In which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts.fit_note`."""
+    path = find_file(name_or_path, "config.json", "transformer")
+    settings = read_json(path, infinity=True)
+    fit = settings.get(FIT_KEY) if isinstance(settings, dict) else None
+    if not is_timestep_fit(fit):
+        raise ValueError(f'{path}: {FIT_KEY}: expected {{"ddim": numbers of steps, "dpm": numbers of steps}}')
+    return fit
 
 
 def has_null_class(transformer):

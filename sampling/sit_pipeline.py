@@ -24,11 +24,11 @@ from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
 from models import MODELS, LargeSiT, SiT, build_model, get_2d_sincos_pos_embed
-from models.weights import check_state, expected_shapes, load_weights, without_rounding
+from models.weights import check_finite, check_state, expected_shapes, load_weights, without_rounding
 from sampling.decoder import LatentDecoder
 from sampling.export import check_vae
 from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
-from sampling.guidance import guided
+from sampling.guidance import default_channels, guided
 from sampling.pretrained import find_weights, load_model
 from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
 from untrusted import inside
@@ -57,6 +57,35 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
         names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
         return cls(**{name: objective[name] for name in names})
+
+    @classmethod
+    def from_folder(cls, folder):
+        """That of a SiTPipeline folder."""
+        path = inside(folder, "scheduler/scheduler_config.json")
+        keywords = read_component(path, cls.__name__, cls)
+        try:
+            return cls(**keywords)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def make_sampler(self, sampler, method, options):
+        """`sample(noise, denoiser)` of `transport.Sampler`; ValueError for a setting that it does not take.
+
+        Args:
+            sampler: "ode" or "sde". method: of it, None for the default. options: of `sample_ode` or `sample_sde`.
+        """
+        if sampler not in DEFAULT_METHODS:
+            raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(DEFAULT_METHODS)}")
+        method = DEFAULT_METHODS[sampler] if method is None else method
+        methods = {"ode": ODE_METHODS, "sde": SDE_METHODS}[sampler]
+        if method not in methods:
+            raise ValueError(f"unknown method {method!r} of the sampler {sampler!r}; known: {', '.join(methods)}")
+        num_steps = options["num_steps"]
+        if type(num_steps) is not int or num_steps < 2:
+            raise ValueError(f"num_inference_steps {num_steps!r}: expected an integer of 2 or more (grid points)")
+        make = Sampler(self.transport)
+        make = make.sample_ode if sampler == "ode" else make.sample_sde
+        return make(sampling_method=method, **options)
 
 
 # All that a folder may name in model_index.json; nothing is imported by a name that stands in a file.
@@ -103,7 +132,7 @@ class SiTPipeline(DiffusionPipeline):
         """The pipeline of a resolved config and `{name: array}` in the Paddle layout.
 
         Raises:
-            ValueError: a config that is no SiT's, or weights that don't fit it; names `source`.
+            ValueError: a config that is no SiT's, or weights that don't fit it or are not finite; names `source`.
         """
         settings = config["model"]
         known = [network.__name__ for network in COMPONENTS["transformer"]]
@@ -180,12 +209,7 @@ class SiTPipeline(DiffusionPipeline):
                 f"{weights}: expected one file of weights in Paddle's layout, as save_pretrained writes it"
             )
         transformer = _build({"type": kind, **settings}, load_weights(weights), weights)
-        path = inside(folder, "scheduler/scheduler_config.json")
-        keywords = read_component(path, "TransportScheduler", TransportScheduler)
-        try:
-            scheduler = TransportScheduler(**keywords)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        scheduler = TransportScheduler.from_folder(folder)
         vae = load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
@@ -221,7 +245,7 @@ class SiTPipeline(DiffusionPipeline):
         class_labels,
         guidance_scale=4.0,
         guidance_interval=None,
-        guidance_channels=3,
+        guidance_channels="auto",
         sampler="ode",
         method=None,
         num_inference_steps=50,
@@ -242,8 +266,8 @@ class SiTPipeline(DiffusionPipeline):
             class_labels: class ids, a list or one.
             guidance_scale: of classifier-free guidance; 1 for none.
             guidance_interval: `(lowest, highest)` times in [0, 1] between which guidance is on; None for all.
-            guidance_channels: how many leading latent channels are guided: 3 as in the official code, None for all as
-                in DiTPipeline.
+            guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
+                DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all.
             sampler: "ode" or "sde".
             method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`, which chooses its
                 steps itself by `atol` and `rtol`; of the SDE `Euler` (default) or `Heun`.
@@ -261,7 +285,9 @@ class SiTPipeline(DiffusionPipeline):
             atol, rtol: tolerances of dopri5.
 
         Raises:
-            ValueError: a value that is not accepted; the message names those that are.
+            ValueError: a value that is not accepted; the message names those that are. Also, as a
+                `sampling.decoder.NotFiniteError`, images of numbers that are not finite; `output_type="latent"`
+                returns them.
         """
         y = self._check_labels(class_labels)
         self._check_guidance(guidance_scale, guidance_interval, guidance_channels)
@@ -278,9 +304,11 @@ class SiTPipeline(DiffusionPipeline):
                 last_step=last_step,
                 last_step_size=last_step_size,
             )
-        sample = self._sampler(sampler, method, options)
+        sample = self.scheduler.make_sampler(sampler, method, options)
 
         network = self.transformer
+        if guidance_channels == "auto":
+            guidance_channels = default_channels(network.in_channels)
         labels = paddle.to_tensor(y, dtype="int64")
 
         def model(x, t, y):
@@ -307,20 +335,6 @@ class SiTPipeline(DiffusionPipeline):
                 images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sampler(self, sampler, method, options):
-        if sampler not in DEFAULT_METHODS:
-            raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(DEFAULT_METHODS)}")
-        method = DEFAULT_METHODS[sampler] if method is None else method
-        methods = {"ode": ODE_METHODS, "sde": SDE_METHODS}[sampler]
-        if method not in methods:
-            raise ValueError(f"unknown method {method!r} of the sampler {sampler!r}; known: {', '.join(methods)}")
-        num_steps = options["num_steps"]
-        if type(num_steps) is not int or num_steps < 2:
-            raise ValueError(f"num_inference_steps {num_steps!r}: expected an integer of 2 or more (grid points)")
-        make = Sampler(self.scheduler.transport)
-        make = make.sample_ode if sampler == "ode" else make.sample_sde
-        return make(sampling_method=method, **options)
-
     def _check_labels(self, class_labels):
         labels = []
         for label in np.asarray(class_labels, dtype=object).reshape(-1):
@@ -343,8 +357,10 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
         if scale != 1 and self.transformer.class_dropout_prob == 0:
             raise ValueError("this network was trained without a null class, can't be guided; use guidance_scale=1")
-        if channels is not None and (type(channels) is not int or channels < 1):
-            raise ValueError(f"guidance_channels {channels!r}: expected 3, another positive integer, or None for all")
+        if channels not in (None, "auto") and (type(channels) is not int or channels < 1):
+            raise ValueError(
+                f"guidance_channels {channels!r}: expected 3, another positive integer, None for all, or 'auto'"
+            )
         if interval is not None:
             is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
             if not (is_pair and all(isinstance(t, Real) for t in interval) and 0 <= interval[0] <= interval[1] <= 1):
@@ -376,6 +392,7 @@ def _build(settings, state, source):
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{source}: its config describes no SiT: {error}") from None
     check_state(state, shapes, source=source)
+    check_finite(state, source=source)
     network = build_model(settings)
     network.set_state_dict(state)
     return network

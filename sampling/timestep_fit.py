@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from models.embeddings import TimestepEmbedder
+from sampling.step_counts import visited_timesteps
 
 NUM_FREQUENCIES = 256
 _TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -18,7 +19,7 @@ _TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
 _STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
 
 
-def fit_timestep_embedding(state, scheduler):
+def fit_timestep_embedding(state, scheduler, other=None):
     """A timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
 
     DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
@@ -29,12 +30,13 @@ def fit_timestep_embedding(state, scheduler):
 
     Args:
         state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
+        other: another scheduler that the folder may be sampled with; its timesteps come after all of the first.
 
     Returns:
         `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
         sampling steps of those above at all of whose timesteps the embedding is right to 1e-4 of its largest entry;
-        `all_timesteps`, whether every timestep is; `max_error` and `kept_error`, the largest error at any timestep, in
-        that unit, with these weights and with DiT's own kept.
+        `other_exact_steps`, those of the other scheduler; `all_timesteps`, whether every timestep is; `max_error` and
+        `kept_error`, the largest error at any timestep, in that unit, with these weights and with DiT's own kept.
     """
     num_timesteps = scheduler.config.num_train_timesteps
     t = paddle.arange(num_timesteps)
@@ -44,9 +46,11 @@ def fit_timestep_embedding(state, scheduler):
     hidden_size = target.shape[1]
 
     # Which timesteps must be right.
-    visited = {n: _timesteps(scheduler, n) for n in _STEPS_FIRST if n <= num_timesteps}
+    counts = [n for n in _STEPS_FIRST if n <= num_timesteps]
+    visited = {n: visited_timesteps(scheduler, n) for n in counts}
+    others = {n: visited_timesteps(other, n) for n in counts} if other is not None else {}
     first = np.zeros(num_timesteps, bool)
-    for steps in visited.values():
+    for steps in [*visited.values(), *others.values()]:
         more = first.copy()
         more[steps] = True
         if more.sum() <= 0.95 * (hidden_size + 1):
@@ -58,6 +62,7 @@ def fit_timestep_embedding(state, scheduler):
     error = np.abs(_timestep_mlp(stock, mlp) - target).max(axis=1) / unit  # (1000,)
     report = {
         "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
+        "other_exact_steps": sorted(n for n, steps in others.items() if error[steps].max() < 1e-4),
         "all_timesteps": bool(error.max() < 1e-4),
         "max_error": float(error.max()),
         "kept_error": float(np.abs(_timestep_mlp(stock, own) - target).max() / unit),
@@ -128,8 +133,3 @@ def _silu(x):
 def _timestep_mlp(features, mlp):
     hidden = _silu(features.astype("float64") @ mlp["0.weight"] + mlp["0.bias"])
     return hidden @ mlp["2.weight"] + mlp["2.bias"]
-
-
-def _timesteps(scheduler, num_steps):
-    scheduler.set_timesteps(num_steps)
-    return scheduler.timesteps.numpy()

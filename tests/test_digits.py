@@ -307,6 +307,17 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
         (["--pipeline", str(tmp_path), "--digits", str(few_digits)], "model_index.json"),
         (["--pipeline", str(pipeline_folder), "--digits", str(tmp_path)], "train: no such folder"),
         (["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "7"], "multiple of 10"),
+        (["--pipeline", "p", "--digits", "d", "--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
+        (["--pipeline", "p", "--digits", "d", "--grid", "grid"], "--grid grid: has no ending; expected .png"),
+        (["--pipeline", "p", "--digits", "d", "--guidance_scale", "nan"], "--guidance_scale nan: expected a finite"),
+        (
+            ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--guidance_scale", "0.5"],
+            "--guidance_scale 0.5: a DiTPipeline guides by scales above 1 only",
+        ),
+        (
+            ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_inference_steps", "501"],
+            "--num_inference_steps 501: DDIM would start at timestep 500 of 1000",
+        ),
     ):
         with pytest.raises(ValueError, match=expected):
             evaluate_digits.main(more)

@@ -1,6 +1,9 @@
 """Drawing images: guidance, decoding, grids, and infer_demo_dit.py with pipelines and training checkpoints."""
 
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import paddle
@@ -10,11 +13,16 @@ from PIL import Image
 from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
-from sampling.decoder import LatentDecoder
-from sampling.export import export_dit_pipeline
+import infer_demo_largedit_3b
+import infer_demo_largedit_7b
+import infer_demo_sit
+from models.weights import load_weights, save_pdparams, save_safetensors
+from sampling.decoder import LatentDecoder, NotFiniteError
+from sampling.export import export_dit_pipeline, make_scheduler, pipeline_scheduler
 from sampling.grid import make_grid
-from sampling.guidance import guided
+from sampling.guidance import default_channels, guided
 from tools import image_demo
+from training.runtime import EXIT_BAD_STEP
 
 
 class TestGuidance:
@@ -44,8 +52,22 @@ class TestGuidance:
             t = paddle.full([2], 500, dtype="int64")
             assert bool((guided(model, y, 1.0, null_class=10**6)(x, t) == model(x, t, y)).all())
 
+    def test_three_of_four_channels_and_all_of_any_other_number(self):
+        assert [default_channels(count) for count in (3, 4, 16)] == [None, 3, None]
+
 
 class TestDecoder:
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_images_that_are_not_finite_are_counted(self, value):
+        latents = paddle.randn([5, 4, 8, 8])
+        latents[1, 0, 0, 0] = latents[4, 3, 7, 7] = value
+        for draw in (LatentDecoder(make_vae(), batch_size=2), LatentDecoder(make_vae()).decode):
+            with pytest.raises(
+                NotFiniteError, match=r"2 of 5 images hold numbers .* not finite .* number 1, 4,"
+            ) as error:
+                draw(latents)
+            assert error.value.exit_code == EXIT_BAD_STEP
+
     def test_is_the_vaes_image_in_8_bits(self):
         vae = make_vae()
         latents = paddle.randn([5, 4, 8, 8])
@@ -127,6 +149,30 @@ def draw(*arguments):
     infer_demo_dit.main([str(argument) for argument in arguments] + ["--device", "cpu"])
 
 
+class TestSchedulers:
+    PUBLIC = {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}
+
+    @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+    @pytest.mark.parametrize("steps", [25, 100, 250, 500, 1000])
+    def test_dpm_on_a_pipeline_is_the_checkpoints(self, schedule, steps):
+        """Whatever spacing the folder's scheduler has; the public folder's has none."""
+        from ppdiffusers import DDIMScheduler
+
+        objective = {"type": "diffusion", "noise_schedule": schedule, "diffusion_steps": 1000, "predict_xstart": False}
+        expected = make_scheduler(objective, "dpm")
+        expected.set_timesteps(steps)
+        own = [make_scheduler(objective, name) for name in ("ddim", "dpm")]
+        if schedule == "linear":
+            own.append(DDIMScheduler.from_config(self.PUBLIC))
+        for scheduler in own:
+            found = pipeline_scheduler(scheduler, "dpm")
+            found.set_timesteps(steps)
+            assert np.array_equal(found.timesteps.numpy(), expected.timesteps.numpy())
+            np.testing.assert_allclose(found.sigmas.numpy(), expected.sigmas.numpy(), rtol=1e-6)
+        if schedule == "linear":
+            assert expected.timesteps[0] == 999
+
+
 class TestDemo:
     @pytest.fixture(autouse=True)
     def in_empty_folder(self, tmp_path, monkeypatch):
@@ -198,17 +244,239 @@ class TestDemo:
             (["--model_path", str(GOLDEN / "checkpoint-5")], "checkpoint-5: there is no such folder$"),
             (["--model_path", str(GOLDEN / "dit_tiny.pt")], "dit_tiny.pt: is a file; expected a folder"),
             (["--model_path", str(GOLDEN)], "neither a DiTPipeline folder .* nor a training checkpoint"),
-            (["--num_inference_steps", "0"], "--num_inference_steps 0: expected 1 or more"),
-            (["--output", "no/such/folder.png"], "there is no such folder"),
             (["--dtype", "float16"], "--dtype float16: Paddle computes in float32 only on a CPU"),
-            (["--classes", "unicorn"], "--classes unicorn: no such class"),
-            (["--scheduler", "ddpm"], "--scheduler ddpm needs a training checkpoint"),
         ],
     )
     def test_mistakes(self, models, tmp_path, flags, message):
         with pytest.raises(ValueError, match=message):
             draw("--model_path", models["pipeline"], *flags)
         assert list(tmp_path.iterdir()) == []
+
+    BOTH = ("pipeline", "checkpoint")
+
+    @pytest.mark.parametrize(
+        "kinds, flags, message",
+        [
+            (BOTH, ["--classes", "unicorn"], "--classes unicorn: no such class"),
+            (BOTH, ["--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
+            (BOTH, ["--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
+            (BOTH, ["--seed", "18446744073709551616"], "--seed 18446744073709551616: expected an integer from 0"),
+            (BOTH, ["--guidance_scale", "nan"], "--guidance_scale nan: expected a finite number"),
+            (BOTH, ["--guidance_scale=-inf"], "--guidance_scale -inf: expected a finite number"),
+            (BOTH, ["--num_inference_steps", "0"], "--num_inference_steps 0: expected 1 or more"),
+            (BOTH, ["--scheduler", "dpm", "--num_inference_steps", "1001"], "steps 1001: expected 1 to 1000"),
+            (BOTH, ["--num_inference_steps", "1001"], "--num_inference_steps 1001: expected 1 to 1000"),
+            (["checkpoint"], ["--scheduler", "ddpm", "--num_inference_steps", "1001"], "1001: expected 1 to 1000"),
+            (["checkpoint"], ["--num_inference_steps", "501"], "501: no integer stride takes exactly 501 of 1000"),
+            (["checkpoint"], ["--backend", "inference", "--num_inference_steps", "251"], "start at timestep 750"),
+            (["pipeline"], ["--num_inference_steps", "251"], "timestep 750 of 1000, .*; use 250 or 314"),
+            (["pipeline"], ["--num_inference_steps", "334"], "timestep 666 of 1000, .*; use 333 or 470"),
+            (["pipeline"], ["--num_inference_steps", "501"], "timestep 500 of 1000, .*; use 500 or 940"),
+            (["pipeline"], ["--num_inference_steps", "700"], "timestep 699 of 1000"),
+            (["pipeline"], ["--scheduler", "ddpm"], "--scheduler ddpm needs a training checkpoint"),
+            (BOTH, ["--output", "out"], "--output out: has no ending; expected .png, or another"),
+            (BOTH, ["--output", "out.xyz"], "--output out.xyz: the ending .xyz names no format"),
+            (BOTH, ["--output", "."], "--output .: is a folder"),
+            (BOTH, ["--output", "..", "--overwrite"], "--output ..: is a folder"),
+            (BOTH, ["--output", "no/such/folder.png"], "--output no/such/folder.png: there is no such folder"),
+            (BOTH, ["--output", f"{'x' * 300}.png"], "the name has more than 240 bytes"),
+        ],
+    )
+    def test_refused_before_paddle_is_imported(self, models, tmp_path, monkeypatch, kinds, flags, message):
+        monkeypatch.setattr(image_demo, "configure_runtime", lambda: pytest.fail("it would be imported here"))
+        for kind in kinds:
+            with pytest.raises(ValueError, match=message):
+                draw("--model_path", models[kind], *flags)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_leaves_nothing(self, models, tmp_path, monkeypatch):
+        def save(self, file, **options):
+            if hasattr(file, "fileno") and not hasattr(file, "getvalue"):
+                file.write(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Image.Image, "save", save)
+        flags = ["--model_path", models["pipeline"], "--classes", 1, "--num_inference_steps", 1]
+        with pytest.raises(ValueError, match="a.png: can't be written: No space left on device"):
+            draw(*flags, "--output", "a.png")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_long_label_is_cut_and_nothing_that_comes_meanwhile_is_overwritten(self, tmp_path):
+        image = Image.new("RGB", (2, 2), (1, 2, 3))
+        path = image_demo.find_output("DiT", None, ["a" * 300])
+        assert path == f"result_DiT_{'a' * 100}.png"
+        mine = tmp_path / "mine.png"
+        mine.write_text("mine")
+        args = infer_demo_dit.argparse.Namespace(output="mine.png", overwrite=False)
+        assert image_demo.save_image(image, "mine.png", args) == "mine-2.png"
+        assert mine.read_text() == "mine" and Image.open("mine-2.png").size == (2, 2)
+        assert sorted(os.listdir()) == ["mine-2.png", "mine.png"]
+        args.overwrite = True
+        assert image_demo.save_image(image, "mine.png", args) == "mine.png"
+        assert Image.open("mine.png").size == (2, 2)
+
+    @pytest.mark.parametrize("scale", [-2, 0, 0.5])
+    def test_scales_below_one_mean_the_same_everywhere(self, models, scale):
+        def image(kind, *flags):
+            draw("--model_path", models[kind], *flags, "--classes", 3, 7, "--output", f"{kind}.png", "--overwrite")
+            return np.asarray(Image.open(f"{kind}.png")).astype(int)
+
+        flags = ["--num_inference_steps", 10, "--guidance_scale", scale]
+        pipeline = image("pipeline", *flags)
+        assert np.abs(pipeline - image("checkpoint", "--vae", models["vae"], *flags)).max() <= 1
+        assert np.abs(pipeline - image("pipeline", *flags[:2], "--guidance_scale", 1)).max() > 1
+        if scale == 0:  # images without a class: the noise alone makes the difference
+            assert np.array_equal(image("pipeline", *flags, "--classes", 1, 2), pipeline)
+
+    def test_above_one_it_is_the_stock_pipelines_image(self, models):
+        from sampling.pretrained import load_dit_pipeline
+
+        flags = ["--classes", 3, 7, "--num_inference_steps", 10, "--guidance_scale", 3, "--seed", 5]
+        draw("--model_path", models["pipeline"], *flags, "--output", "a.png")
+        pipe = load_dit_pipeline(str(models["pipeline"]))
+        generator = paddle.Generator().manual_seed(5)
+        stock = pipe(class_labels=[3, 7], guidance_scale=3.0, num_inference_steps=10, generator=generator).images
+        stock = np.asarray(make_grid(stock, columns=2)).astype(int)
+        assert np.abs(np.asarray(Image.open("a.png")) - stock).max() <= 1
+
+    @pytest.mark.parametrize("kind", ["pipeline", "checkpoint"])
+    def test_weights_that_are_not_finite_are_named(self, models, tmp_path, kind):
+        file, tensor = {
+            "pipeline": ("transformer/model_state.pdparams", "transformer_blocks.1.ff.net.2.weight"),
+            "checkpoint": ("ema_state.pdparams", "blocks.1.mlp.fc1.weight"),
+        }[kind]
+        shutil.copytree(models[kind], "model")
+        state = {name: value.copy() for name, value in load_weights(f"model/{file}").items()}
+        state[tensor].flat[3] = np.nan
+        save_pdparams(state, f"model/{file}")
+        with pytest.raises(ValueError, match=f"{file}: {tensor} has 1 of .* values that are not finite"):
+            draw("--model_path", "model", "--vae", models["vae"], "--output", "a.png")
+        assert not os.path.exists("a.png")
+
+    @pytest.mark.parametrize("kind", ["pipeline", "checkpoint"])
+    def test_no_image_of_numbers_that_are_not_finite(self, models, kind):
+        flags = ["--guidance_scale", "1e30", "--classes", 1, "--num_inference_steps", 5, "--output", "a.png"]
+        with pytest.raises(NotFiniteError, match="1 of 1 images hold numbers that are not finite"):
+            draw("--model_path", models[kind], "--vae", models["vae"], *flags)
+        assert os.listdir() == []
+
+    def test_a_folder_of_todays_diffusers(self, models, capsys):
+        """Its name of the class, and weights in PyTorch's layout under diffusers' file name."""
+        from ppdiffusers import Transformer2DModel
+
+        shutil.copytree(models["pipeline"], "new")
+        for file, change in (
+            (
+                "model_index.json",
+                {
+                    "transformer": ["diffusers", "DiTTransformer2DModel"],
+                    "vae": ["diffusers", "AutoencoderKL"],
+                    "scheduler": ["diffusers", "DDIMScheduler"],
+                },
+            ),
+            (
+                "transformer/config.json",
+                {"_class_name": "DiTTransformer2DModel", "dropout": 0.0, "norm_num_groups": 32},
+            ),
+        ):
+            with open(f"new/{file}") as source:
+                content = {**json.load(source), **change}
+            with open(f"new/{file}", "w") as target:
+                json.dump(content, target)
+        with open("new/transformer/config.json") as source:
+            network = Transformer2DModel.from_config(json.load(source))
+        linear = {f"{name}.weight" for name, part in network.named_sublayers() if isinstance(part, paddle.nn.Linear)}
+        weights = load_weights("new/transformer/model_state.pdparams")
+        weights = {name: value.T if name in linear else value for name, value in weights.items()}
+        os.unlink("new/transformer/model_state.pdparams")
+        save_safetensors(weights, "new/transformer/diffusion_pytorch_model.safetensors", layout="torch")
+        for name, folder in (("a.png", models["pipeline"]), ("b.png", "new")):
+            draw("--model_path", folder, "--classes", 3, 7, "--num_inference_steps", 5, "--output", name)
+        assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    def test_says_where_a_narrow_network_is_not_exact(self, models, capsys, scheduler):
+        flags = ["--model_path", models["pipeline"], "--classes", 1, "--scheduler", scheduler]
+        steps = {"ddim": (5, 25, 50), "dpm": ()}[scheduler]  # of 64 hidden units DDIM's timesteps take all
+        for count in (*steps, 7, 30):
+            draw(*flags, "--num_inference_steps", count)
+            out = capsys.readouterr().out
+            if count in steps:
+                assert "note" not in out
+            else:
+                expected = f"10, 20, 25, 50 (ddim); none (dpm); in {count} steps ({scheduler}) its images differ"
+                assert expected in out and out.count("note: ") == 1
+
+    def test_stock_ppdiffusers_reads_what_is_said_of_the_fit_without_a_word(self, models, capfd):
+        from ppdiffusers import DiTPipeline
+
+        with open(models["pipeline"] / "transformer" / "config.json") as file:
+            assert json.load(file)["_timestep_fit"] == {"ddim": [10, 20, 25, 50], "dpm": []}
+        pipe = DiTPipeline.from_pretrained(str(models["pipeline"]), paddle_dtype=paddle.float32)
+        said = "".join(capfd.readouterr())
+        assert "fit" not in said and "not expected" not in said
+        assert len(pipe(class_labels=[1], num_inference_steps=2).images) == 1
+
+    def test_a_pipeline_that_kept_dits_embedding_says_so(self, models, capsys):
+        config = make_config()
+        export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "kept", timestep_embedding="keep")
+        draw("--model_path", "kept", "--classes", 1)
+        assert "note: the timestep embedding of this pipeline is exact in these numbers of steps: none" in (
+            capsys.readouterr().out
+        )
+
+    def test_the_largest_seed_draws(self, models):
+        draw("--model_path", models["pipeline"], "--classes", 1, "--num_inference_steps", 1, "--seed", 2**32 - 1)
+
+    def test_as_many_steps_as_the_diffusion_has(self, tmp_path):
+        config = make_config({"diffusion_steps": 30})
+        state, vae = state_of(make_model(config)), make_vae()
+        export_dit_pipeline(config, state, vae, "pipeline")
+        vae.save_pretrained("vae", safe_serialization=False)
+        os.mkdir("checkpoint")
+        (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+        save_pdparams(state, "checkpoint/model_state.pdparams")
+        for path in ("pipeline", "checkpoint"):
+            for scheduler in ("ddim", "dpm"):
+                flags = ["--model_path", path, "--vae", "vae", "--scheduler", scheduler, "--classes", 1]
+                draw(*flags, "--num_inference_steps", 30, "--output", f"{path}-{scheduler}.png")
+                with pytest.raises(ValueError, match="--num_inference_steps 31: expected 1 to 30"):
+                    draw(*flags, "--num_inference_steps", 31)
+        for scheduler in ("ddim", "dpm"):
+            pair = [
+                np.asarray(Image.open(f"{path}-{scheduler}.png")).astype(int) for path in ("pipeline", "checkpoint")
+            ]
+            assert np.abs(pair[0] - pair[1]).max() <= 1
+
+    def test_flags_of_no_effect_are_named_and_no_seed_is_announced(self, models, capfd):
+        flags = ["--classes", 1, "--num_inference_steps", 2, "--output", "a.png"]
+        more = ["--vae", "nowhere", "--key", "ema", "--guidance_channels", 3, "--guidance_scale", 1]
+        draw("--model_path", models["pipeline"], *flags, *more)
+        out = "".join(capfd.readouterr())
+        assert "note: --vae and --key have no effect on" in out
+        assert "note: --guidance_channels has no effect without guidance" in out
+        assert "seed is set" not in out
+        flags = ["--classes", 1, "--num_inference_steps", 2, "--overwrite"]
+        draw("--model_path", models["checkpoint"], "--vae", models["vae"], *flags)
+        assert "note: --overwrite has no effect without --output" in capfd.readouterr().out
+
+    @pytest.mark.parametrize("demo", [infer_demo_dit, infer_demo_largedit_3b, infer_demo_largedit_7b, infer_demo_sit])
+    def test_help_is_the_scripts_own_text(self, demo, capsys):
+        options = {} if demo is infer_demo_sit else {"demo": demo.DEMO}
+        main = infer_demo_sit.main if demo is infer_demo_sit else infer_demo_dit.main
+        with pytest.raises(SystemExit) as end:
+            main(["--help"], **options)
+        assert end.value.code == 0
+        assert demo.__doc__.strip() in capsys.readouterr().out and f"python {demo.__name__}.py" in demo.__doc__
+
+    def test_a_runs_folder_names_its_checkpoint(self, models):
+        for place in ("trainer/checkpoint-9", "results/000-DiT/checkpoints/0000009"):
+            shutil.copytree(models["checkpoint"], place)
+            open(f"{place}/trainer_state.json", "w").close()
+            run = place.split("/")[0]
+            for demo in (infer_demo_dit, infer_demo_sit):
+                with pytest.raises(ValueError, match=f"--model_path {run}: neither a .* did you mean {place}"):
+                    demo.main(["--model_path", run])
 
     def test_other_pipelines(self, tmp_path):
         for index, message in (

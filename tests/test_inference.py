@@ -13,7 +13,7 @@ from PIL import Image
 from test_convert import make_config, make_model, state_of, tree_of
 
 import infer_demo_dit
-from sampling.decoder import load_vae
+from sampling.decoder import NotFiniteError, load_vae
 from sampling.export import export_dit_pipeline
 from sampling.export_large_dit import export_large_dit_pipeline
 from sampling.export_sit import export_stock_sit
@@ -67,6 +67,39 @@ def test_draws_what_eager_mode_draws(models, kind, channels):
     eager = draw(source, *flags)
     assert eager.std() > 20
     assert psnr(draw(exported, "--backend", "inference", *flags), eager) > 60
+
+
+@pytest.mark.parametrize("scale", [-2, 0])
+def test_scales_below_one_draw_what_eager_mode_draws(models, scale):
+    source, exported = models["dit"]
+    flags = [*FLAGS, "--guidance_scale", scale]
+    assert psnr(draw(exported, "--backend", "inference", *flags), draw(source, *flags)) > 60
+
+
+def test_says_where_a_narrow_network_is_not_exact(models, tmp_path, capsys):
+    source, exported = models["dit"]
+    export_inference.main(["--model_path", str(source), "--output", str(tmp_path / "out")])
+    assert "is exact in these numbers of steps: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
+    for path, steps in ((exported, 10), (exported, 30), (source, 30)):
+        draw(path, "--backend", "inference", "--num_inference_steps", steps, "--classes", 1)
+        expected = "note: the timestep embedding of this pipeline is exact in these numbers of steps: 10, 20, 25, 50 "
+        assert (expected in capsys.readouterr().out) == (steps == 30)
+
+
+def test_programs_whose_weights_are_not_finite_are_named(models, tmp_path):
+    """And a scale that overflows is told from them."""
+    _, exported = models["dit"]
+    flags = ["--backend", "inference", "--classes", 1, "--num_inference_steps", 2]
+    with pytest.raises(NotFiniteError, match="1 of 1 images hold numbers that are not finite"):
+        draw(exported, *flags, "--guidance_scale", "1e30")
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out" / "transformer" / "model.pdiparams"
+    data = bytearray(path.read_bytes())
+    data[-8:-4] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"transformer/model.pdiparams: .* has 1 of .* values that are not finite"):
+        draw(tmp_path / "out", *flags)
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 (avx512_bf16 or AMX)")
@@ -160,6 +193,7 @@ def lead_out(folder):
         (edit("scheduler", "os.system"), "scheduler is os.system, expected a scheduler of ppdiffusers"),
         (edit("scheduler", ["DDIMScheduler"]), "expected a scheduler of ppdiffusers"),
         (edit("id2label", {"a": "b"}), 'expected {"0": "name", ...}'),
+        (edit("timestep_fit", {"ddim": [0], "dpm": []}), 'timestep_fit is .*, expected {"ddim": numbers of steps'),
         (edit("bytes", {}), "inference.json: bytes: names no program and weights of transformer"),
         (cut, r"model.pdiparams: has [\d,]+ bytes, inference.json says [\d,]+: the folder is not whole"),
         (lambda folder: (folder / "vae" / "model.pdiparams").unlink(), "model.pdiparams: is missing, inference.json"),
@@ -176,6 +210,38 @@ def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.parametrize(
+    "kind, objective, message",
+    [
+        (
+            "SiT",
+            {},
+            "is a SiT, which is exported by way of a DiTPipeline folder: .*convert_sit_to_ppdiffusers.py --stock",
+        ),
+        ("SiT", {"prediction": "noise"}, "is a SiT that does not predict velocity, which can't be exported"),
+        ("LargeSiT", {}, "is a LargeSiT, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"),
+    ],
+)
+def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
+    """As a checkpoint and as a SiTPipeline folder, by both commands that make programs, before Paddle is needed."""
+    config = test_large_dit_tools.make_config(kind, {"type": "transport", **objective})
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint" / "model_state.pdparams").touch()
+    (tmp_path / "pipeline" / "scheduler").mkdir(parents=True)
+    (tmp_path / "pipeline" / "model_index.json").write_text(
+        json.dumps({"_class_name": "SiTPipeline", "transformer": ["models", kind]})
+    )
+    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"prediction": objective.get("prediction", "velocity")})
+    )
+    for name in ("checkpoint", "pipeline"):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            export_inference.main(["--model_path", str(tmp_path / name), "--output", str(tmp_path / "out")])
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            infer_demo_dit.main(["--model_path", str(tmp_path / name), "--backend", "inference"])
+
+
 def test_mistakes(models, tmp_path, monkeypatch):
     source, exported = models["dit"]
     for path, flags, message in (
@@ -186,6 +252,12 @@ def test_mistakes(models, tmp_path, monkeypatch):
         (exported, ["--backend", "inference", "--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
         (tmp_path, ["--backend", "inference"], "neither a DiTPipeline folder"),
         (models["sit"][1], ["--backend", "inference", "--scheduler", "ddim"], "is a SiT, which has its own scheduler"),
+        (exported, ["--backend", "inference", "--num_inference_steps", "501"], "start at timestep 500 of 1000"),
+        (
+            exported,
+            ["--backend", "inference", "--scheduler", "dpm", "--num_inference_steps", "1001"],
+            "steps 1001: expected 1 to 1000",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             draw(path, *flags)

@@ -7,10 +7,13 @@ import paddle
 import pytest
 from conftest import ROOT, loop_arguments, read_losses, write_config, write_features
 from PIL import Image
+from ppdiffusers import AutoencoderKL
 
 from models import build_model
+from objectives import build_objective
 from training import EMA
-from training.preview import ema_weights
+from training.config import resolve_config
+from training.preview import Preview, ema_weights
 
 LATENT4 = {
     "type": "DiT",
@@ -59,6 +62,40 @@ def test_previews_leave_the_losses_alone(kind, loop, tmp_path, run_loop):
     picture = np.asarray(Image.open(images[0]))
     assert picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 0
     assert not list((tmp_path / "plain").rglob("*.png"))
+
+
+@pytest.mark.parametrize("in_channels, guided_channels", [(4, 3), (16, 16)])
+def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
+    """Three of four, as in the official code, and all of sixteen."""
+    config = resolve_config({"model": {**LATENT4, "in_channels": in_channels, "learn_sigma": False}})
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=in_channels)
+    monkeypatch.setattr("sampling.decoder.load_vae", lambda path: vae)
+    preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, cfg_scale=4.0)
+    seen = {}
+
+    def sample(denoiser, noise, num_steps):
+        seen["output"] = denoiser(noise, paddle.zeros([noise.shape[0]]))
+        return noise
+
+    monkeypatch.setattr(preview.objective, "sample", sample)
+    preview.sample(lambda x, t, y: (y != 10).astype("float32").reshape([-1, 1, 1, 1]).expand_as(x))
+    assert seen["output"].mean([0, 2, 3]).tolist() == [4.0] * guided_channels + [1.0] * (in_channels - guided_channels)
+    with pytest.raises(ValueError, match="--cfg_scale nan: expected a finite number"):
+        Preview(build_objective(config), config, vae="vae", cfg_scale=float("nan"))
+
+
+def test_no_preview_of_numbers_that_are_not_finite(tmp_path, run_loop, capsys, monkeypatch):
+    """It is said, and training goes on."""
+    features = write_features(tmp_path / "features", count=16, shape=(4, 4, 4))
+    (tmp_path / "preview.json").write_text(json.dumps({"model": LATENT4}))
+    run = {"config": str(tmp_path / "preview.json"), "features": features, "output": tmp_path / "out", "steps": 2}
+    flags = ["--image_logging_steps=1", f"--vae={ROOT / 'assets/digits_vae'}", "--num_inference_steps=2"]
+    monkeypatch.setattr(Preview, "sample", lambda self, model: paddle.full(self.noise.shape, float("nan")))
+    run_loop("notrainer", [*loop_arguments("notrainer", **run), *flags])
+    out = "".join(capsys.readouterr())
+    for step in (1, 2):
+        assert f"note: there is no preview of step {step}: 8 of 8 images hold numbers that are not finite" in out
+    assert not list((tmp_path / "out").rglob("*.png")) and len(read_losses(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])

@@ -16,14 +16,14 @@ import infer_demo_dit
 import infer_demo_sit
 from benchmarks import sampling_cost
 from models import build_model
-from models.weights import load_weights, official_to_paddle, safe_load
+from models.weights import load_weights, official_to_paddle, safe_load, save_pdparams
 from sampling import SiTPipeline
-from sampling.decoder import LatentDecoder, load_vae
+from sampling.decoder import LatentDecoder, NotFiniteError, load_vae
 from sampling.export_sit import export_stock_sit
 from sampling.folder import SAFE_TREE, TREE
 from sampling.guidance import guided
 from sampling.sit_pipeline import TransportScheduler
-from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers, image_demo
 from training.config import resolve_config
 from transport import Sampler, create_transport
 
@@ -683,12 +683,79 @@ class TestDemo:
             (["--method", "euler"], "unknown method 'euler' of the sampler 'sde'; known: Euler, Heun"),
             (["--sampler", "ode", "--last_step", "Mean"], "--last_step is for --sampler sde"),
             (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
+            (["--last_step_size", "nan"], "last_step_size=nan: expected a number"),
         ],
     )
     def test_mistakes(self, models, tmp_path, flags, message):
         with pytest.raises(ValueError, match=message):
             infer_demo_sit.main(["--model_path", str(models / "pipeline"), *flags, "--device", "cpu"])
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("kind", ["pipeline", "checkpoint", "sit.pdparams"])
+    def test_refused_before_paddle_is_imported(self, models, tmp_path, monkeypatch, kind):
+        monkeypatch.setattr(image_demo, "configure_runtime", lambda: pytest.fail("it would be imported here"))
+        model = ["--model_path", str(models / kind)]
+        model += ["--config_file", str(models / "SiT.json")] if kind.endswith(".pdparams") else []
+        for flags, message in (
+            (["--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
+            (["--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
+            (["--guidance_scale", "inf"], "--guidance_scale inf: expected a finite number"),
+            (["--guidance_interval", "0.2", "nan"], "--guidance_interval 0.2 nan: expected two times"),
+            (["--num_inference_steps", "1"], "--num_inference_steps 1: expected 2 or more"),
+            (["--output", "out"], "--output out: has no ending"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                infer_demo_sit.main([*model, *flags])
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("kind", ["pipeline", "checkpoint", "sit.pdparams"])
+    def test_settings_of_the_sampler_are_refused_before_weights_are_read(self, models, monkeypatch, kind):
+        for module in ("sampling.checkpoint.load_weights", "sampling.sit_pipeline.load_weights"):
+            monkeypatch.setattr(module, lambda *_: pytest.fail("weights are read"))
+        model = ["--model_path", str(models / kind), "--device", "cpu"]
+        model += ["--config_file", str(models / "SiT.json")] if kind.endswith(".pdparams") else []
+        with pytest.raises(ValueError, match="unknown diffusion_form 'none'"):
+            infer_demo_sit.main([*model, "--diffusion_form", "none"])
+
+    def test_numbers_that_are_not_finite(self, models, tmp_path):
+        flags = ["--vae", DIGITS_VAE, "--classes", 1, "--num_inference_steps", 3]
+        with pytest.raises(NotFiniteError, match="1 of 1 images hold numbers that are not finite"):
+            self.draw("a.png", "--model_path", models / "checkpoint", *flags, "--guidance_scale", "1e30")
+        state = {name: value.copy() for name, value in load_weights(models / "sit.pdparams").items()}
+        state["blocks.1.attn.qkv.weight"].flat[3] = np.inf
+        save_pdparams(state, tmp_path / "bad.pdparams")
+        file = ["--model_path", "bad.pdparams", "--config_file", models / "SiT.json"]
+        with pytest.raises(ValueError, match="bad.pdparams: blocks.1.attn.qkv.weight has 1 of 3,072 values"):
+            self.draw("a.png", *file, *flags)
+        assert os.listdir() == ["bad.pdparams"]
+
+    def test_flags_of_no_effect_are_named(self, models, capsys):
+        flags = ["--classes", 1, "--num_inference_steps", 3, "--guidance_scale", 1, "--guidance_channels", 3]
+        more = ["--guidance_interval", 0.1, 0.9, "--last_step", "None", "--last_step_size", 0.1]
+        self.draw("a.png", "--model_path", models / "pipeline", *flags, *more)
+        out = capsys.readouterr().out
+        assert "note: --guidance_channels and --guidance_interval have no effect without guidance" in out
+        assert "note: --last_step_size has no effect with --last_step None" in out
+
+    @pytest.mark.parametrize("in_channels", [4, 16])
+    def test_channels_that_are_guided_by_default(self, tmp_path, in_channels):
+        """Three of four, all of sixteen; --guidance_channels 3 means three."""
+        config = make_config(in_channels=in_channels)
+        pipe = make_pipeline(config, make_vae(in_channels))
+        pipe.save_pretrained(tmp_path / "pipeline")
+
+        def image(*flags):
+            flags = ["--classes", 3, "--num_inference_steps", 3, "--overwrite", *flags]
+            return self.draw("a.png", "--model_path", tmp_path / "pipeline", *flags)
+
+        default, three, everything = image(), image("--guidance_channels", 3), image("--guidance_channels", "all")
+        assert np.array_equal(default, three if in_channels == 4 else everything)
+        assert not np.array_equal(three, everything)
+        by_call = [
+            pipe([3], guidance_channels=channels, num_inference_steps=3, generator=seeded(), output_type="np").images
+            for channels in ("auto", 3 if in_channels == 4 else None)
+        ]
+        np.testing.assert_array_equal(*by_call)
 
     def test_the_other_demos_models(self, models):
         with pytest.raises(ValueError, match="is a DiTPipeline; use infer_demo_dit.py"):

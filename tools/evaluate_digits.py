@@ -10,11 +10,14 @@ Real images pass through the pipeline's VAE (encoded and decoded) first, as the 
 
 import argparse
 import json
+import math
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from sampling.step_counts import check_num_steps  # noqa: E402
+from tools.image_demo import check_ending  # noqa: E402
 from tools.image_folder import find_images, load_image  # noqa: E402
 from training.arguments import check_seed  # noqa: E402
 from training.config import read_json  # noqa: E402
@@ -158,6 +161,10 @@ def run(args) -> None:
     import numpy as np
 
     check_seed("seed", args.seed)
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance_scale {args.guidance_scale}: expected a finite number, 1 for no guidance")
+    if args.grid:
+        check_ending("grid", args.grid)
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
     digits, classes = find_images(train_root)
     num_classes = len(classes)
@@ -165,6 +172,17 @@ def run(args) -> None:
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
     pipeline, options = load_pipeline(args.pipeline, args.sampler)
+    if not options:  # a DiTPipeline
+        if args.guidance_scale < 1:
+            raise ValueError(
+                f"--guidance_scale {args.guidance_scale}: a DiTPipeline guides by scales above 1 only; expected 1 or "
+                "more"
+            )
+        settings = pipeline.scheduler.config
+        if "timestep_spacing" in settings:
+            check_num_steps(
+                args.num_inference_steps, settings.num_train_timesteps, leading=settings.timestep_spacing == "leading"
+            )
 
     # Samples, class by class in turn, so that any batch holds every class.
     labels = np.arange(args.num_images) % num_classes
@@ -177,6 +195,8 @@ def run(args) -> None:
         seed=args.seed,
         **options,
     )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{args.pipeline}: draws numbers that are not finite (NaN or infinity)")
     if args.grid:
         columns = min(10, args.num_images // num_classes)
         rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]

@@ -19,7 +19,16 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from sampling.autoencoder import DEFAULT_VAE  # noqa: E402
-from tools.image_demo import check_model_path, read_dit  # noqa: E402
+from sampling.folder import check_free, is_exported  # noqa: E402
+from sampling.step_counts import describe_fit  # noqa: E402
+from tools.image_demo import (  # noqa: E402
+    MAX_NAME,
+    check_exportable,
+    check_model_path,
+    describe_model,
+    note_weights_flags,
+    read_dit,
+)
 from training.runtime import configure_runtime, run_cli  # noqa: E402
 
 
@@ -33,15 +42,25 @@ def main(argv=None):
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_model_path(args.model_path)
-
-    configure_runtime()
-    from sampling.inference import check_free, export_inference, is_exported
-
     if is_exported(args.model_path):
         raise ValueError(f"--model_path {args.model_path}: is exported already")
+    if len(os.fsencode(os.path.basename(os.path.abspath(args.output)))) > MAX_NAME:
+        raise ValueError(f"--output {args.output}: the name has more than {MAX_NAME} bytes")
     check_free(args.output)
+    check_exportable(args.model_path)
+    model = describe_model(args.model_path, "DiTPipeline", args.id2label)
+    note_weights_flags(args, model)
+
+    configure_runtime()
+    from sampling.inference import export_inference
+
     print(f"reading {args.model_path}", flush=True)
-    pipeline = read_dit(args.model_path, vae=args.vae, key=args.key, id2label=args.id2label)
+    pipeline = read_dit(model, vae=args.vae, key=args.key)
+    if pipeline.timestep_fit is not None:
+        print(
+            "note: the timestep embedding of this pipeline is exact in these numbers of steps: "
+            f"{describe_fit(pipeline.timestep_fit)}"
+        )
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(pipeline, args.output)
     print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")

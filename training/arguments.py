@@ -214,8 +214,7 @@ def trainer_parser():
     parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with the PaddleNLP Trainer.",
         epilog="On several GPUs: "
-        "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ... "
-        + ENVIRONMENT,
+        "python -m paddle.distributed.launch --nproc_per_node 8 train_image_generation_trainer.py ... " + ENVIRONMENT,
         allow_abbrev=False,
     )
     _add_bool(parser, "--do_train", help="train; the only mode, accepted for PaddleNLP's sake")
@@ -315,8 +314,7 @@ def notrainer_parser():
     parser = Parser(
         description="Trains a class-conditional diffusion transformer on latent features with a hand-written loop.",
         epilog="On several GPUs: "
-        "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ... "
-        + ENVIRONMENT,
+        "python -m paddle.distributed.launch --gpus 0,1,2,3 train_image_generation_notrainer.py ... " + ENVIRONMENT,
         allow_abbrev=False,
     )
     parser.add_argument("--config_file", default="config/DiT_XL_patch2.json", help="JSON config [%(default)s]")

@@ -1,6 +1,7 @@
 """Preview grids: images sampled from the EMA weights while a model trains."""
 
 import contextlib
+import math
 import os
 import time
 
@@ -54,6 +55,8 @@ class Preview:
     def __init__(self, objective, config, *, vae, num_inference_steps=25, cfg_scale=4.0, num_images=8, seed=0):
         model = config["model"]
         objective.check_num_steps(num_inference_steps)
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"--cfg_scale {cfg_scale}: expected a finite number, 1 for no guidance")
         self.decoder = None
         if paddle.distributed.get_rank() == 0:
             from sampling.autoencoder import DEFAULT_VAE, open_vae
@@ -71,6 +74,7 @@ class Preview:
         self.num_inference_steps = num_inference_steps
         self.cfg_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0
         self.null_class = model["num_classes"]
+        self.in_channels = model["in_channels"]
         shape = [num_images, model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(seed).standard_normal(shape).astype("float32")
         self.labels = np.linspace(0, model["num_classes"] - 1, num_images).round().astype("int64")
@@ -78,9 +82,15 @@ class Preview:
     @paddle.no_grad()
     def sample(self, model):
         """Latents `(N, C, H, W)`, from a model in evaluation mode."""
-        from sampling.guidance import guided
+        from sampling.guidance import default_channels, guided
 
-        denoiser = guided(model, paddle.to_tensor(self.labels), self.cfg_scale, null_class=self.null_class)
+        denoiser = guided(
+            model,
+            paddle.to_tensor(self.labels),
+            self.cfg_scale,
+            channels=default_channels(self.in_channels),
+            null_class=self.null_class,
+        )
         return self.objective.sample(denoiser, paddle.to_tensor(self.noise), num_steps=self.num_inference_steps)
 
     def decode(self, latents):
@@ -99,16 +109,26 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
         model.eval()
         latents = preview.sample(model) if rank == 0 or shares.split else None
         if rank == 0:
-            from PIL import Image
-
-            grid = preview.decode(latents)
-            path = os.path.join(folder, f"{step:07d}.png")
-            log.add_image("samples/ema", grid, step)
-            try:
-                os.makedirs(folder, exist_ok=True)
-                Image.fromarray(grid).save(path)
-                log.print(f"preview of step {step}: {path}")
-            except OSError as error:  # a full disk does not end training
-                log.print(f"warning: {path} is not saved: {one_line(error)}")
+            _save_preview(preview, latents, log, folder, step)
     model.train()
     log.pause(time.perf_counter() - start)
+
+
+def _save_preview(preview, latents, log, folder, step):
+    from PIL import Image
+
+    from sampling.decoder import NotFiniteError
+
+    try:
+        grid = preview.decode(latents)
+    except NotFiniteError as error:  # the watch on the numbers ends training, not its previews
+        log.print(f"note: there is no preview of step {step}: {error}")
+        return
+    path = os.path.join(folder, f"{step:07d}.png")
+    log.add_image("samples/ema", grid, step)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        Image.fromarray(grid).save(path)
+        log.print(f"preview of step {step}: {path}")
+    except OSError as error:  # a full disk does not end training
+        log.print(f"warning: {path} is not saved: {one_line(error)}")

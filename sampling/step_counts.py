@@ -1,0 +1,83 @@
+"""Numbers of sampling steps: which a scheduler takes, and in which an exported network's timestep embedding is exact.
+
+Paddle is not imported, so that a number can be refused before anything is loaded.
+"""
+
+# Of an exported transformer's config.json, if its timestep embedding is not exact at every timestep. ppdiffusers reads
+# no key that begins with an underscore.
+FIT_KEY = "_timestep_fit"
+MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
+
+
+def check_num_steps(num_steps, total, *, leading=False):
+    """Raises `ValueError`, with the nearest numbers that do, for a number of steps that can't sample the diffusion.
+
+    Args:
+        num_steps: network evaluations.
+        total: timesteps of the diffusion.
+        leading: the steps have the whole length `total // num_steps` and start from 0 ("leading" spacing, DDIM's).
+            Where that is rounded down far, they would begin in the middle of the diffusion.
+    """
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"--num_inference_steps {num_steps}: expected 1 to {total}, the timesteps of the diffusion")
+    if leading and not _covers(num_steps, total):
+        below = next(n for n in range(num_steps, 0, -1) if _covers(n, total))
+        above = next(n for n in range(num_steps, total + 1) if _covers(n, total))
+        raise ValueError(
+            f"--num_inference_steps {num_steps}: DDIM would start at timestep {(num_steps - 1) * (total // num_steps)} "
+            f"of {total}, in the middle of the diffusion; use {below} or {above}"
+        )
+
+
+def check_ddim_stride(num_steps, total):
+    """Raises `ValueError` for a number of steps that `create_diffusion("ddimN")` does not take."""
+    check_num_steps(num_steps, total)
+    counts = {len(range(0, total, stride)) for stride in range(1, max(2, total))}
+    if num_steps not in counts:
+        below = max((n for n in counts if n < num_steps), default=None)
+        above = min(n for n in counts if n > num_steps)
+        raise ValueError(
+            f"--num_inference_steps {num_steps}: no integer stride takes exactly {num_steps} of {total} timesteps, as "
+            f"DDIM needs it; use {above if below is None else f'{below} or {above}'}"
+        )
+
+
+def _covers(num_steps, total):
+    return num_steps * (total // num_steps) >= MIN_COVER * total
+
+
+def visited_timesteps(scheduler, num_steps):
+    """The timesteps that a ppdiffusers scheduler visits, as a list of numbers."""
+    scheduler.set_timesteps(num_steps)
+    return scheduler.timesteps.numpy().tolist()
+
+
+def is_timestep_fit(value):
+    """Whether a value out of a JSON file is `{"ddim": numbers of steps, "dpm": numbers of steps}`, or None."""
+    return value is None or (
+        isinstance(value, dict)
+        and set(value) == {"ddim", "dpm"}
+        and all(isinstance(counts, list) and len(counts) <= 100 for counts in value.values())
+        and all(type(count) is int and 0 < count <= 1000 for counts in value.values() for count in counts)
+    )
+
+
+def describe_fit(fit):
+    """The numbers of steps of a fit in words."""
+    return "; ".join(f"{', '.join(map(str, counts)) or 'none'} ({name})" for name, counts in fit.items())
+
+
+def fit_note(fit, schedulers, name, num_steps):
+    """A sentence where the timestep embedding of an exported network is not exact in that many steps, else None.
+
+    Args:
+        fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` that are exact.
+        schedulers: `{"ddim": scheduler, "dpm": scheduler}`. name: the one that samples.
+    """
+    exact = {t for kind, counts in fit.items() for count in counts for t in visited_timesteps(schedulers[kind], count)}
+    if exact.issuperset(visited_timesteps(schedulers[name], num_steps)):
+        return None
+    return (
+        f"the timestep embedding of this pipeline is exact in these numbers of steps: {describe_fit(fit)}; in "
+        f"{num_steps} steps ({name}) its images differ from the checkpoint's"
+    )

@@ -55,7 +55,7 @@ def train(args, config, stopping):
     last_step = sampler.last_step
 
     # Network, objective, EMA, optimizer.
-    model = setup.build_network(config)
+    model = setup.build_network(config, single_backward=True)
     objective = build_objective(config)
     ema = setup.build_ema(config, model)
     start_note = None

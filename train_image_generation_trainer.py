@@ -59,7 +59,7 @@ def train(args, config, stopping):
     training_args.max_steps = last_step = sampler.last_step
 
     # Network, objective, trainer.
-    model = setup.build_network(config, tensor_parallel_group())
+    model = setup.build_network(config, tensor_parallel_group(), single_backward=True)
     objective = build_objective(config, ranks_per_batch=args.tensor_parallel_degree)
     start_note = None
     if args.pretrained_model_path and checkpoint is None:

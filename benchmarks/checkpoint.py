@@ -57,7 +57,8 @@ class Training:
         settings, shape = self.config["training"], self.config["model"]
         paddle.set_device("cpu")
         setup.setup_precision(self.config, "cpu")
-        self.model, self.objective = setup.build_network(self.config), build_objective(self.config)
+        self.model = setup.build_network(self.config, single_backward=True)
+        self.objective = build_objective(self.config)
         self.ema, self.watch = setup.build_ema(self.config, self.model), NumberWatch(settings)
         self.lr_scheduler = build_lr_scheduler(settings, 1 << 20)
         self.optimizer = build_optimizer(self.model, settings, self.lr_scheduler, watch=self.watch)

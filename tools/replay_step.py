@@ -75,7 +75,7 @@ def replay(folder, config, batch, state):
     from training.progress import tqdm
     from training.step_dump import WEIGHTS
 
-    model = setup.build_network(config)
+    model = setup.build_network(config, single_backward=True)
     load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
     precision, note = setup.setup_precision(config, paddle.get_device())
     if note:

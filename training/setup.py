@@ -30,11 +30,12 @@ def setup_precision(config, device):
     return precision, note
 
 
-def build_network(config, tensor_group=None):
+def build_network(config, tensor_group=None, *, single_backward=False):
     """The network of a run, in float32, from the run's seed: the same weights on every rank and in either loop.
 
     Args:
         tensor_group: the tensor-parallel group of ranks that hold a part each; None: whole.
+        single_backward: the promise of a training step, see `models.DiT`.
     """
     training = config["training"]
     random.seed(training["seed"])
@@ -45,7 +46,7 @@ def build_network(config, tensor_group=None):
             config["model"],
             fused_attention=training["fused_attention"],
             enable_recompute=training["recompute"],
-            single_backward=True,
+            single_backward=single_backward,
         )
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from runtime.process import local_processes
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
@@ -102,11 +103,6 @@ def read_manifest(feature_path, name):
     return manifest
 
 
-def _local_processes():
-    """How many processes the launcher started on this machine."""
-    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
-
-
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
@@ -129,7 +125,7 @@ class MemoryStore:
         shape = (1 + self.has_flip, len(indices), *self.row_shape)
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()
-        processes = _local_processes()  # each of them holds the samples for itself
+        processes = local_processes()  # each of them holds the samples for itself
         if memory is not None and self.num_bytes * processes > 0.9 * memory:
             raise ValueError(
                 f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
@@ -601,7 +597,7 @@ class FeatureLoader:
         """Whether the batches of all loader processes on this machine fit into the free shared memory."""
         free = free_shared_memory()
         # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
-        batches = (2 * self._num_workers + 4) * _local_processes()
+        batches = (2 * self._num_workers + 4) * local_processes()
         batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
         if free is None or batches * batch_bytes <= free:
             return True

@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm as _Bar
 
+from runtime.process import is_terminal
+
 LINE_SECONDS = 30  # between two lines in a log
 
 
@@ -44,10 +46,3 @@ class tqdm(_Bar):  # noqa: N801
         with contextlib.suppress(OSError, ValueError):
             self.fp.write(self.format_meter(**{**self.format_dict, "bar_format": "{l_bar}{r_bar}"}) + "\n")
             self.fp.flush()
-
-
-def is_terminal(stream):
-    """Whether somebody sees what is written to a stream at once."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-        return stream.isatty()
-    return False

@@ -204,10 +204,13 @@ def choose_vae(given, features, default, flag):
     )
 
 
-def open_vae(given, features, *, default, flag):
+def open_vae(given, features, *, default, flag, channels=None):
     """Loads the autoencoder for a model's latents, with the arguments of `choose_vae`.
 
     Weights that are the features' own decode latents as those were scaled, whatever the config beside them says.
+
+    Args:
+        channels: of the latents; None: not compared.
 
     Returns:
         `(vae, notes)`: sentences for the user, among them how it differs from the one that made the features.
@@ -219,7 +222,11 @@ def open_vae(given, features, *, default, flag):
 
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
-    return vae, [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    notes = [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    theirs = vae.config.latent_channels
+    if channels not in (None, theirs):
+        raise ValueError(f"{flag} {name}: decodes {theirs} channels, the latents have {channels}")
+    return vae, notes
 
 
 def match_vae(vae, name, features, flag):
@@ -232,7 +239,7 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     sha, theirs = weights_digest(vae), features["weights_sha256"]
-    there = f"the features were made with {printable(features['name'], 300)}"
+    there = f"the features were made with {printable(features['name'] or 'another one', 300)}"
     changes = []
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")

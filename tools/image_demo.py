@@ -242,7 +242,8 @@ def read_dit(model, *, vae=None, key=None):
 
 def checkpoint_vae(given, config, default=DEFAULT_VAE):
     """The autoencoder for a checkpoint's latents: that of --vae, else the features' own, else the default."""
-    vae, notes = open_vae(given, config["features"]["vae"], default=default, flag="--vae")
+    channels = config["model"]["in_channels"]
+    vae, notes = open_vae(given, config["features"]["vae"], default=default, flag="--vae", channels=channels)
     for note in notes:
         print(f"note: {note}", flush=True)
     return vae

@@ -61,7 +61,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_folder(cls, folder):
-        """That of a SiTPipeline folder."""
+        """Reads the scheduler of a SiTPipeline folder."""
         path = inside(folder, "scheduler/scheduler_config.json")
         keywords = read_component(path, cls.__name__, cls)
         try:
@@ -70,7 +70,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{path}: {error}") from None
 
     def make_sampler(self, sampler, method, options):
-        """`sample(noise, denoiser)` of `transport.Sampler`; ValueError for a setting that it does not take.
+        """Makes `sample(noise, denoiser)` by `transport.Sampler`; ValueError for a setting that it does not take.
 
         Args:
             sampler: "ode" or "sde". method: of it, None for the default. options: of `sample_ode` or `sample_sde`.

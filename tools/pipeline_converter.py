@@ -92,10 +92,10 @@ def downsampling(vae, features):
 
 
 def class_names(config):
-    """`({label: name}, note or None)` of the classes a config's network was trained on.
+    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
 
-    The names of its own set; ImageNet's for 1000 classes without any, or with ImageNet's ids (n01440764 ...), and then
-    a sentence for the user; else none.
+    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
+    of ImageNet's classes, and the note says so.
     """
     names = config["features"]["class_names"] or {}
     ids = list(names.values())
@@ -106,7 +106,7 @@ def class_names(config):
 
 
 def find_labels(path, config):
-    """`({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
+    """Returns `({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
     num_classes = config["model"]["num_classes"]
     if path is None:
         names, note = class_names(config)

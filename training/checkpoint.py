@@ -458,7 +458,7 @@ def _load_official(path):
 
 
 def _official_batch(args):
-    """The global batch of the run that wrote an official file, if its `args` tell."""
+    """Returns the global batch of the run that wrote an official file, if its `args` tell."""
     batch = args.get("global_batch_size") if isinstance(args, dict) else None
     return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
 
@@ -684,7 +684,7 @@ _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multi
 
 
 def _check_start(path, config):
-    """A clause on what the checkpoint `path` was trained for, if it is not the run's objective; else an empty text.
+    """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
 
     Raises:
         ValueError: its network is another one.

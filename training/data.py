@@ -72,7 +72,7 @@ def find_features(feature_path, resolution):
 
 
 def _unpacking(feature_path):
-    """The end of a message on missing features: the command that unpacks them, if they lie there in a tar file."""
+    """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
     path = os.fspath(feature_path).rstrip("/")
     if os.path.isdir(path):
         folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
@@ -543,7 +543,7 @@ LOADER_DIED = (
 
 
 def free_shared_memory():
-    """Free bytes of `/dev/shm`; None where there is none."""
+    """Returns the free bytes of `/dev/shm`; None where there is none."""
     try:
         state = os.statvfs("/dev/shm")
     except (OSError, AttributeError):
@@ -552,8 +552,10 @@ def free_shared_memory():
 
 
 def _name_dead_loaders():
-    """Makes the death of a loader process one line, whatever this process does then: Paddle's handler of SIGCHLD
-    raises a SystemError of many lines there."""
+    """Makes the death of a loader process one line, whatever this process does then.
+
+    Paddle's handler of SIGCHLD raises a SystemError of many lines there.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         return
@@ -594,7 +596,7 @@ class FeatureLoader:
         return len(self.sampler)
 
     def _use_shared_memory(self):
-        """Whether the batches of all loader processes on this machine fit into the free shared memory."""
+        """Returns whether the batches of all loader processes on this machine fit into the free shared memory."""
         free = free_shared_memory()
         # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
         batches = (2 * self._num_workers + 4) * local_processes()

@@ -12,8 +12,9 @@ LINE_SECONDS = 30  # between two lines in a log
 
 
 class tqdm(_Bar):  # noqa: N801
-    """tqdm's bar on a terminal. In a log, where each refresh would be a line of its own, a plain line every
-    `LINE_SECONDS`, and one at the end.
+    """tqdm's bar, which a log gets as plain lines: one every `LINE_SECONDS`, and one at the end.
+
+    There each refresh of the bar would be a line of its own.
     """
 
     def __init__(self, *args, **options):

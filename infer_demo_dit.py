@@ -38,7 +38,6 @@ from tools.image_demo import (
     note_weights_flags,
     pipeline_labels,
     read_dit,
-    read_labels,
 )
 from training.runtime import run_cli
 
@@ -150,7 +149,7 @@ def sample_inference(args, model):
             export_inference(read_dit(model, vae=args.vae, key=args.key), folder)
             pipe = load_inference(folder, device=device, dtype=args.dtype)
     if args.id2label is not None:
-        pipe.id2label = read_labels(args.id2label)
+        pipe.id2label = model.labels
     network = pipe.network
     pipe.network = lambda x, t, y: network(x, t.astype("float32"), y)
     try:

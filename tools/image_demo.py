@@ -280,7 +280,8 @@ def find_class(text, labels, num_classes):
         if int(text) < num_classes:
             return int(text)
         raise ValueError(f"--classes {text}: the classes are 0..{num_classes - 1}")
-    known = ", ".join(sorted(labels.values())[:10]) + (", ..." if len(labels) > 10 else "")
+    known = ", ".join(printable(label) for label in sorted(labels.values())[:10])
+    known += ", ..." if len(labels) > 10 else ""
     raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}" + known_names(known))
 
 

@@ -90,8 +90,10 @@ def _lock(folder, mode):
     path = os.path.join(folder, LOCK)
     try:
         file = open(path, mode, buffering=0)
-    except PermissionError:  # the file of an earlier run of somebody else
-        file = open(path, "rb", buffering=0)
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        file = open(path, "rb", buffering=0)  # of an earlier run of somebody else
     if _key(file) not in _held and not try_lock(file):
         file.seek(0)
         pid, _, host = file.read(300).decode(errors="replace").strip().partition(" ")

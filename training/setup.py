@@ -78,7 +78,7 @@ def build_dataset(config, feature_path, resolution):
     if not any(features.values()) and any(config["features"].values()):
         changes = "it has neither manifest nor class names"
     if changes:
-        dataset.notes.append(f"the config's section features is of another set, and this one counts: {changes}")
+        dataset.notes.append(f"the config's section features describes another set; this one counts: {changes}")
     config["features"] = features
     if data["classes"] is not None:
         dataset = dataset.subset(data["classes"])

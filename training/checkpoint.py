@@ -428,7 +428,7 @@ def _load_official(path):
     """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
     if isinstance(raw, dict):
-        raw = {name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}
+        raw = {**raw, **{name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "

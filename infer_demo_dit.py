@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
+from runtime.process import is_terminal
 from sampling.autoencoder import DEFAULT_VAE
 from sampling.step_counts import check_ddim_stride, check_num_steps, fit_note
 from tools.image_demo import (
@@ -37,9 +38,7 @@ from tools.image_demo import (
     note_weights_flags,
     pipeline_labels,
     read_dit,
-    read_labels,
 )
-from training.progress import is_terminal
 from training.runtime import run_cli
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
@@ -123,28 +122,14 @@ def sample_pipeline(args, model):
 
     With all channels guided and a scale above 1 these are the pipeline's own images. It ignores scales below 1.
     """
-    from sampling.inference import Pipeline
-    from sampling.pretrained import has_null_class, read_timestep_fit
+    from sampling.inference import StockTransformer, from_dit_pipeline
+    from sampling.pretrained import read_timestep_fit
 
     pipe = load_pipeline(model.path, args.dtype)
-    transformer = pipe.transformer
-
-    def network(x, t, y):
-        return transformer(x, timestep=t, class_labels=y).sample
-
     labels = pipeline_labels(model.path, pipe) if args.id2label is None else model.labels
-    pipeline = Pipeline(
-        network,
-        pipe.vae,
-        pipe.scheduler,
-        max(labels, default=999) + 1,
-        labels,
-        1000 if has_null_class(transformer) else None,
-        transformer.config.in_channels,
-        transformer.config.sample_size,
-        read_timestep_fit(model.path),
-    )
-    return run_pipeline(args, pipeline, transformer.dtype)
+    fit = read_timestep_fit(model.path)
+    pipeline = from_dit_pipeline(pipe, labels, fit, network=StockTransformer(pipe.transformer))
+    return run_pipeline(args, pipeline, pipe.transformer.dtype)
 
 
 def sample_inference(args, model):
@@ -164,7 +149,7 @@ def sample_inference(args, model):
             export_inference(read_dit(model, vae=args.vae, key=args.key), folder)
             pipe = load_inference(folder, device=device, dtype=args.dtype)
     if args.id2label is not None:
-        pipe.id2label = read_labels(args.id2label)
+        pipe.id2label = model.labels
     network = pipe.network
     pipe.network = lambda x, t, y: network(x, t.astype("float32"), y)
     try:
@@ -238,11 +223,6 @@ def sample_checkpoint(args, model):
 
     # The network.
     decoder = LatentDecoder(checkpoint_vae(args.vae, config))
-    if decoder.vae.config.latent_channels != settings["in_channels"]:
-        raise ValueError(
-            f"--vae {args.vae or DEFAULT_VAE}: has {decoder.vae.config.latent_channels} latent channels, "
-            f"{args.model_path} was trained on {settings['in_channels']}"
-        )
     state, source = read_weights(args.model_path, key=args.key)
     check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
     check_finite(state, source=source)

@@ -59,8 +59,11 @@ def describe(args, path):
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
     if not os.path.isdir(path):
-        config_file = args.config_file or PUBLIC_CONFIG
-        config = weights_config(path, args.config_file) or load_config(config_file)
+        config, config_file = weights_config(path, args.config_file), args.config_file
+        if config is None:
+            config, config_file = load_config(PUBLIC_CONFIG), PUBLIC_CONFIG
+        elif config_file is None:
+            config_file = os.path.join(os.path.dirname(path), "config.json")  # the checkpoint's own
         config = {**config, "features": weights_features(path, config)}
         return describe_weights("file", path, config, config_file, "SiTPipeline", args.id2label)
     if not is_training_checkpoint(path):

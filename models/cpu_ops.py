@@ -30,8 +30,8 @@ class Layer(nn.Layer):
     """A layer that may compute with this module.
 
     Attributes:
-        single_backward: what its outputs' graph records is used for one first-order backward pass, to all inputs and
-            parameters that want a gradient. `promise_single_backward` sets it.
+        single_backward: the promise that the graph of its outputs serves one first-order backward pass at most, to all
+            inputs and parameters that want a gradient. `promise_single_backward` sets it.
     """
 
     single_backward = False
@@ -65,7 +65,7 @@ def plain():
 
 
 def usable(*tensors, single_backward=False):
-    """Whether to compute with this module: float32 on a CPU in eager mode, where it is faster.
+    """Returns whether to compute with this module: float32 on a CPU in eager mode, where it is faster.
 
     Args:
         tensors: the operands. single_backward: see `Layer`; without it only where no graph is recorded.
@@ -81,9 +81,10 @@ def usable(*tensors, single_backward=False):
 
 @functools.cache
 def faster():
-    """Whether products with ones beat broadcasts and sums on this machine; measured once in a process, in 20 ms.
+    """Returns whether products with ones beat broadcasts and sums on this machine.
 
-    Where they do, they do so by a factor of 5 or more, which no noise hides; with a slow matrix product they lose.
+    It is measured once in a process, in 20 ms. Where the products win, they win by a factor of 5 or more, which no
+    noise hides. Where the matrix product is slow, they lose.
     """
     x, row = _filled((8, 64, 384), 0.5), _filled((8, 1, 384), 0.5)
 

@@ -34,7 +34,7 @@ class AdaptiveLayerNorm(cpu_ops.Layer, nn.LayerNorm):
 
 
 class Block(cpu_ops.Layer):
-    """What the blocks of all networks share."""
+    """A base that gives the blocks of all networks their gated sum."""
 
     def add_gated(self, x, gate, h):
         """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""

@@ -233,8 +233,8 @@ class _LayerNorm(cpu_ops.Layer, nn.LayerNorm):
         # Where nobody asks for the weight's gradient, Paddle's CPU kernel leaves the weight out of the input's. Whether
         # somebody will is known for a promised backward pass alone.
         promised = self.single_backward and not self.weight.stop_gradient
-        records = paddle.in_dynamic_mode() and paddle.is_grad_enabled()
-        if records and x.place.is_cpu_place() and not promised:
+        eager = paddle.in_dynamic_mode()  # while a program is traced, x has no place, and nobody asks for gradients
+        if eager and paddle.is_grad_enabled() and x.place.is_cpu_place() and not promised:
             return F.layer_norm(x, x.shape[-1:], epsilon=self._epsilon) * self.weight + self.bias
         return super().forward(x)
 

@@ -41,9 +41,9 @@ class Refused(Exception):
 
 
 class Placeholder:
-    """Stands for an object that is not made, since weights need none such: a path or a device among the settings, say.
+    """A placeholder stands for an object that weights don't need, such as a path or a device among the settings.
 
-    Nothing is kept of the object's arguments and state. `error()` says why it is not there.
+    The object is not made, and nothing is kept of its arguments and state. `error()` says why it is not there.
     """
 
     __slots__ = ("kind", "message")

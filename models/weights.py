@@ -98,7 +98,7 @@ def _opened(path, read):
 
 
 def readable(tree, name, path):
-    """The entry `name` of what `safe_load(path, tolerant=True)` gave; ValueError, one line, if it can't be read."""
+    """Returns the entry `name` of what `safe_load(path, tolerant=True)` gave; ValueError if it can't be read."""
     if isinstance(tree[name], Placeholder):
         raise _one_line(path, tree[name].error())
     return tree[name]
@@ -360,7 +360,7 @@ def _plain(tree, budget, paddle=False, tolerant=False):
             return visit(node, 1)
         except (Refused, ValueError) as error:
             open_nodes.clear()
-            return Placeholder(type(error), str(error))
+            return Placeholder(Refused if isinstance(error, Refused) else ValueError, str(error))
 
     try:
         if tolerant and isinstance(tree, dict):
@@ -440,7 +440,7 @@ def load_weights(path, key=None):
 
 
 def pick_weights(tree, path, key=None, *, averages=True):
-    """One model's weights of what ``safe_load(path, tolerant=True)`` gave, as ``load_weights`` picks them.
+    """Picks one model's weights, as ``load_weights`` does, out of what ``safe_load(path, tolerant=True)`` gave.
 
     Args:
         averages: False: "auto" leaves averages out.
@@ -485,7 +485,7 @@ def _pick_key(nested, averages):
 
 
 def is_averages(key):
-    """Whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
+    """Returns whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
     return isinstance(key, str) and bool(_AVERAGES.search(key))
 
 
@@ -657,7 +657,7 @@ def check_finite(state, *, source):
 
 
 def _count_not_finite(value, chunk=1 << 20):
-    """How many values are not finite, of an array that is walked through in the order of its memory, piece by piece."""
+    """Counts the values of an array that are not finite, piece by piece in the order of its memory."""
     value = np.asarray(value)
     if value.dtype.kind not in "fc":
         return 0
@@ -669,7 +669,7 @@ def _count_not_finite(value, chunk=1 << 20):
 
 
 def _fits_float16(value):
-    """Whether the finite values are those of a float16, also where a reader has made them wider."""
+    """Returns whether the finite values are those of a float16, also where a reader has made them wider."""
     with np.errstate(over="ignore"):
         half = value.astype("float16")
     return bool((~np.isfinite(value) | (half == value)).all())
@@ -696,14 +696,17 @@ def expected_shapes(model_config):
 
 
 def is_rounded(table, exact):
-    """Whether a table is the exact one to the rounding of a half precision: bfloat16's, the coarser one, is 2^-8."""
+    """Returns whether a table is the exact one to the rounding of a half precision.
+
+    That of bfloat16, the coarser one, is 2^-8.
+    """
     return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
 
 
 def without_rounding(table, exact):
-    """`exact` where `table` is that in half precision, as a file of half-precision weights has it; else `table`.
+    """Returns `exact` if `table` is that in half precision, as in a file of half-precision weights; else `table`.
 
-    What differs by the rounding of float32 alone, as averages do, stays as it is.
+    A table that differs by the rounding of float32 alone, as averages do, stays as it is.
     """
     return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
 

@@ -1,1 +1,1 @@
-"""What stands under everything else: the machine at hand. Standard library only."""
+"""The machine and the process at hand, under everything else. Standard library only."""

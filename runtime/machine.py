@@ -1,4 +1,4 @@
-"""What Paddle's CPU build has to be told of the machine. Standard library only, and quick to import.
+"""This module tells Paddle's CPU build which processor it runs on. Standard library only, and quick to import.
 
 `tools/setup_env.sh` lets the Python of `.venv` call `set_mkl_cpu_type` whenever it starts.
 """

@@ -61,21 +61,21 @@ class LatentScaling:
 
     @classmethod
     def of(cls, config, *, channels=None, source="VAE"):
-        """From an autoencoder's config, or any dict or object with the four keys; those that lack are null."""
+        """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null."""
         values = [config.get(key) if isinstance(config, dict) else getattr(config, key, None) for key in SCALING_KEYS]
         return cls(*values, channels=channels, source=source)
 
     def as_dict(self):
-        """The four keys and their values, for JSON."""
+        """Returns the four keys and their values, for JSON."""
         return {key: getattr(self, key) for key in SCALING_KEYS}
 
     @property
     def is_plain(self):
-        """Whether `z * scaling_factor` is all."""
+        """Is True where networks see `z * scaling_factor`, without shift or statistics."""
         return not self.shift_factor and self.latents_mean is None
 
     def differences(self, other):
-        """The values of `other` that are not those of this one, in words."""
+        """Lists, in words, the values of `other` that are not those of this one."""
         pairs = [(key, getattr(self, key), getattr(other, key)) for key in SCALING_KEYS]
         return [
             f"{key} {str(there)[:40]}, not {str(here)[:40]}"
@@ -87,23 +87,23 @@ class LatentScaling:
         return (self.shift_factor or 0.0) if self.latents_mean is None else self.latents_mean
 
     def normalize(self, z):
-        """Latents `(N, C, h, w)`, numpy or Paddle, as networks see them."""
+        """Returns latents `(N, C, h, w)`, numpy or Paddle, as networks see them, for an autoencoder's `z`."""
         return self.normalize_std(z if self.is_plain else z - _per_channel(self._offset(), z))
 
     def normalize_std(self, std):
-        """The standard deviation of latents, `(N, C, h, w)`, as networks see it: scaled, not shifted."""
+        """Returns the standard deviation of latents `(N, C, h, w)` as networks see it: scaled, not shifted."""
         std = std * self.scaling_factor
         return std if self.latents_std is None else std / _per_channel(self.latents_std, std)
 
     def denormalize(self, latents):
-        """What the autoencoder decodes, of latents `(N, C, h, w)` as networks see them."""
+        """Returns the `z` that the autoencoder decodes, for latents `(N, C, h, w)` as networks see them."""
         z = latents if self.latents_std is None else latents * _per_channel(self.latents_std, latents)
         z = z / self.scaling_factor
         return z if self.is_plain else z + _per_channel(self._offset(), z)
 
 
 def _per_channel(value, latents):
-    """A number as it is; a list as an array that broadcasts over the channels of `latents`, of its kind."""
+    """Returns a number as it is, and a list as an array that broadcasts over the channels of `latents`."""
     if not isinstance(value, list):
         return value
     import numpy as np
@@ -117,7 +117,7 @@ def _per_channel(value, latents):
 
 
 def fold_scaling(vae):
-    """An autoencoder of the same images whose latents are scaled by `scaling_factor` alone, for stock pipelines.
+    """Makes an autoencoder of the same images whose latents are scaled by `scaling_factor` alone, for stock pipelines.
 
     They decode `latents / scaling_factor`. Shift and statistics go into the 1x1 convolutions between encoder and
     latents, and between latents and decoder, exactly; a convolution that is missing is added.
@@ -160,7 +160,7 @@ def fold_scaling(vae):
 
 
 def weights_digest(vae):
-    """sha256 of a network's weights by name, whatever file they came from."""
+    """Returns the sha256 of a network's weights by name, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         array = value.numpy()
@@ -170,7 +170,7 @@ def weights_digest(vae):
 
 
 def downsampling(vae):
-    """How many pixels, in height and in width, become one latent."""
+    """Returns how many pixels, in height and in width, become one latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -180,7 +180,7 @@ def downsampling(vae):
 
 
 def choose_vae(given, features, default, flag):
-    """`(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
+    """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
     Args:
         given: the flag's value, or None.
@@ -204,10 +204,13 @@ def choose_vae(given, features, default, flag):
     )
 
 
-def open_vae(given, features, *, default, flag):
+def open_vae(given, features, *, default, flag, channels=None):
     """Loads the autoencoder for a model's latents, with the arguments of `choose_vae`.
 
     Weights that are the features' own decode latents as those were scaled, whatever the config beside them says.
+
+    Args:
+        channels: of the latents; None: not compared.
 
     Returns:
         `(vae, notes)`: sentences for the user, among them how it differs from the one that made the features.
@@ -219,11 +222,15 @@ def open_vae(given, features, *, default, flag):
 
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
-    return vae, [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    notes = [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    theirs = vae.config.latent_channels
+    if channels not in (None, theirs):
+        raise ValueError(f"{flag} {name}: decodes {theirs} channels, the latents have {channels}")
+    return vae, notes
 
 
 def match_vae(vae, name, features, flag):
-    """A sentence on how an autoencoder differs from the one that made the features, or None; see `open_vae`."""
+    """Returns a sentence on how an autoencoder differs from the features' own, or None; see `open_vae`."""
     if not features:
         return None
     for key, ours in (("latent_channels", vae.config.latent_channels), ("downsampling", downsampling(vae))):
@@ -232,7 +239,7 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     sha, theirs = weights_digest(vae), features["weights_sha256"]
-    there = f"the features were made with {printable(features['name'], 300)}"
+    there = f"the features were made with {printable(features['name'] or 'another one', 300)}"
     changes = []
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")

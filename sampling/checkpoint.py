@@ -20,7 +20,7 @@ def is_training_checkpoint(path):
 
 
 def checkpoint_hint(folder):
-    """ "; did you mean ...?" with the newest training checkpoint below a folder, an empty text if there is none."""
+    """Returns "; did you mean ...?" with the newest training checkpoint below a folder; empty if there is none."""
     found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
     found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
     return f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""

@@ -109,7 +109,7 @@ def check_output(output_dir, overwrite=False):
 
 
 def is_exported(path):
-    """Whether `path` is a folder that `sampling.inference.export_inference` wrote."""
+    """Returns whether `path` is a folder that `sampling.inference.export_inference` wrote."""
     return os.path.isfile(os.path.join(path, INFERENCE_MANIFEST))
 
 

@@ -12,9 +12,10 @@ from models.guidance import combine_guidance
 
 
 def default_channels(in_channels):
-    """How many leading latent channels are guided unless somebody says it: `guided`'s argument `channels`.
+    """Returns how many leading latent channels are guided by default, as the argument `channels` of `guided`.
 
-    Three of four, as in the official code. Of any other number all: three of sixteen would guide nothing to speak of.
+    Of four channels three are guided, as in the official code. Of any other number all are, because three of sixteen
+    would hardly guide anything.
     """
     return 3 if in_channels == 4 else None
 

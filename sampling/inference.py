@@ -92,12 +92,18 @@ class Decoder(nn.Layer):
         return self.vae.decode(latents).sample
 
 
-def from_dit_pipeline(pipe, id2label, timestep_fit=None):
-    """The `Pipeline` of a loaded `ppdiffusers.DiTPipeline`, see `sampling.pretrained.load_dit_pipeline`."""
+def from_dit_pipeline(pipe, id2label, timestep_fit=None, network=None):
+    """Returns the `Pipeline` of a loaded `ppdiffusers.DiTPipeline`, see `sampling.pretrained.load_dit_pipeline`.
+
+    Args:
+        id2label, timestep_fit: of the `Pipeline`. network: the same; None: one that can be exported.
+    """
     transformer = pipe.transformer
     settings = transformer.config
+    if network is None:
+        network = _large_dit(transformer) if hasattr(transformer, "y_embedder") else StockTransformer(transformer)
     return Pipeline(
-        _large_dit(transformer) if hasattr(transformer, "y_embedder") else StockTransformer(transformer),
+        network,
         pipe.vae,
         pipe.scheduler,
         max(id2label, default=NULL_CLASS - 1) + 1,

@@ -194,8 +194,9 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
 
 
 def without_null_rows(value):
-    """A matrix without its last rows, as far as they are NaN alone: those that the exporter gives a label table where
-    there is no null class. Every other array as it is.
+    """Returns a matrix without the rows of NaN at its end, and every other array as it is.
+
+    The exporter gives such rows to a label table where there is no null class.
     """
     rows = len(value) if value.ndim == 2 else 0
     while rows and np.isnan(value[rows - 1]).all():
@@ -271,7 +272,7 @@ def load_dit_pipeline(name_or_path, dtype=None):
 
 
 def read_timestep_fit(name_or_path):
-    """In which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts.fit_note`."""
+    """Reads in which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts`."""
     path = find_file(name_or_path, "config.json", "transformer")
     settings = read_json(path, infinity=True)
     fit = settings.get(FIT_KEY) if isinstance(settings, dict) else None

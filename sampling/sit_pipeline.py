@@ -25,6 +25,7 @@ from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
 from models import MODELS, LargeSiT, SiT, build_model, get_2d_sincos_pos_embed
 from models.weights import check_finite, check_state, expected_shapes, load_weights, without_rounding
+from runtime.process import is_terminal
 from sampling.decoder import LatentDecoder
 from sampling.export import check_vae
 from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
@@ -60,7 +61,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_folder(cls, folder):
-        """That of a SiTPipeline folder."""
+        """Reads the scheduler of a SiTPipeline folder."""
         path = inside(folder, "scheduler/scheduler_config.json")
         keywords = read_component(path, cls.__name__, cls)
         try:
@@ -69,7 +70,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{path}: {error}") from None
 
     def make_sampler(self, sampler, method, options):
-        """`sample(noise, denoiser)` of `transport.Sampler`; ValueError for a setting that it does not take.
+        """Makes `sample(noise, denoiser)` by `transport.Sampler`; ValueError for a setting that it does not take.
 
         Args:
             sampler: "ode" or "sde". method: of it, None for the default. options: of `sample_ode` or `sample_sde`.
@@ -382,7 +383,7 @@ class SiTPipeline(DiffusionPipeline):
     def _shows_progress(self):
         disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
         if disable is None:  # as tqdm has it
-            return sys.stderr is not None and sys.stderr.isatty()
+            return is_terminal(sys.stderr)
         return not disable
 
 

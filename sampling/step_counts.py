@@ -47,13 +47,13 @@ def _covers(num_steps, total):
 
 
 def visited_timesteps(scheduler, num_steps):
-    """The timesteps that a ppdiffusers scheduler visits, as a list of numbers."""
+    """Lists the timesteps that a ppdiffusers scheduler visits."""
     scheduler.set_timesteps(num_steps)
     return scheduler.timesteps.numpy().tolist()
 
 
 def is_timestep_fit(value):
-    """Whether a value out of a JSON file is `{"ddim": numbers of steps, "dpm": numbers of steps}`, or None."""
+    """Returns whether a value of a JSON file is `{"ddim": numbers of steps, "dpm": numbers of steps}`, or None."""
     return value is None or (
         isinstance(value, dict)
         and set(value) == {"ddim", "dpm"}
@@ -63,12 +63,12 @@ def is_timestep_fit(value):
 
 
 def describe_fit(fit):
-    """The numbers of steps of a fit in words."""
+    """Puts the numbers of steps of a fit into words."""
     return "; ".join(f"{', '.join(map(str, counts)) or 'none'} ({name})" for name, counts in fit.items())
 
 
 def fit_note(fit, schedulers, name, num_steps):
-    """A sentence where the timestep embedding of an exported network is not exact in that many steps, else None.
+    """Returns a sentence if the timestep embedding of an exported network is not exact in that many steps, else None.
 
     Args:
         fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` that are exact.

@@ -525,6 +525,18 @@ class TestConfigOfACheckpoint:
             self.run(*flags, "--image_size", "256")
         self.run(*flags, "--image_size", "8")  # this autoencoder's latents are as large as its images
 
+    def test_the_size_by_the_features_autoencoder(self, tmp_path, checkpoint, monkeypatch):
+        """A config.json in the working folder is none of the autoencoder's."""
+        (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": [8]}))
+        monkeypatch.chdir(tmp_path)
+        self.run("--model_weights", checkpoint[0], "--image_size", "64")  # nothing is known: 8 pixels a latent
+        config = make_config()
+        config["features"]["vae"] = {"name": "owner/name", "downsampling": 16}
+        (checkpoint[0] / "config.json").write_text(json.dumps(config))
+        self.run("--model_weights", checkpoint[0], "--image_size", "128")
+        with pytest.raises(ValueError, match="than --image_size 64: sample_size 8 there, 4 here"):
+            self.run("--model_weights", checkpoint[0], "--image_size", "64")
+
     def test_of_the_official_converter(self, tmp_path, checkpoint):
         config = self.write(tmp_path / "c.json", {"predict_xstart": True}, num_attention_heads=8, attention_head_dim=8)
         out = ["--output", str(tmp_path / "x.pt"), "--weights", str(checkpoint[0]), "--reverse"]

@@ -123,6 +123,7 @@ def test_what_wants_no_gradient_gets_none():
 
 
 def test_where_they_are_used(plain, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "faster", lambda: True)
     x, layer = leaf(2, 3, 4), linear(4, 5)
     assert not layer.fast(x)
     with paddle.no_grad():
@@ -218,8 +219,10 @@ def test_a_kept_gradient_is_not_changed_afterwards():
     np.testing.assert_allclose(kept(cpu_ops.gated_add), kept(lambda *a: a[0] + a[1] * a[2]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_mlp_keeps_no_gelu():
+def test_the_mlp_keeps_no_gelu(monkeypatch):
     from paddle.base import core
+
+    monkeypatch.setattr(cpu_ops, "faster", lambda: True)
 
     mlp, x = Mlp(64, 256), leaf(8, 64, 64)
     cpu_ops.promise_single_backward(mlp)

@@ -432,8 +432,15 @@ def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="give it by --vae$"):
         draw("DiT", checkpoint, tmp_path / "a.png")
 
+    # Weights alone don't say what they decode: the one that was loaded is named, and not the default.
+    config["features"]["vae"] = {"name": str(run["vae"])}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(decoder, "load_vae", lambda name: make_vae(latent_channels=8))
+    with pytest.raises(ValueError, match=f"--vae {run['vae']}: decodes 8 channels, the latents have 4"):
+        draw("DiT", checkpoint, tmp_path / "a.png")
+
     # Nothing but a name is known: the default, and a note.
-    unknown = {**dict.fromkeys(config["features"]["vae"]), "name": "gone"}
+    unknown = {"name": "gone", "weights_sha256": None}
     assert choose_vae(None, unknown, "the/default", "--vae")[0] == "the/default"
     assert choose_vae(None, None, "the/default", "--vae") == ("the/default", None)
     assert choose_vae(None, {**unknown, "name": "owner/name"}, "the/default", "--vae") == ("owner/name", None)

@@ -121,6 +121,9 @@ class TestClasses:
     def test_labels_of_another_network(self):
         with pytest.raises(ValueError, match=r"--classes tench: is class 7 of the labels; the classes are 0\.\.4"):
             image_demo.find_class("tench", {7: "tench"}, 5)
+        with pytest.raises(ValueError) as error:  # labels out of somebody else's folder
+            image_demo.find_class("tench", {0: "\x1b[2J"}, 5)
+        assert str(error.value).isprintable()
 
     def test_default(self):
         assert image_demo.find_classes(None, self.LABELS, 5) == [2]

@@ -757,6 +757,13 @@ class TestDemo:
         ]
         np.testing.assert_array_equal(*by_call)
 
+    def test_a_file_of_another_demos_checkpoint_names_its_config(self, tmp_path):
+        config = resolve_config({"model": {**make_config()["model"], "type": "DiT"}})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model_state.pdparams").touch()
+        with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: describes a DiT; use infer_demo_dit.py"):
+            self.draw("a.png", "--model_path", tmp_path / "model_state.pdparams")
+
     def test_the_other_demos_models(self, models):
         with pytest.raises(ValueError, match="is a DiTPipeline; use infer_demo_dit.py"):
             self.draw("a.png", "--model_path", models / "stock")

@@ -390,12 +390,9 @@ class Check:
         from training.config import manifest_features
 
         made_with = manifest_features(self.manifest, self._manifest_path())["vae"]
-        vae, notes = open_vae(self.args.vae, made_with, default=None, flag="--vae")
+        vae, notes = open_vae(self.args.vae, made_with, default=None, flag="--vae", channels=channels)
         for note in notes:
             print(f"note: {note}")
-        if vae.config.latent_channels != channels:
-            theirs = vae.config.latent_channels
-            raise ValueError(f"--vae {self.args.vae}: decodes {theirs} channels, the latents have {channels}")
         images = LatentDecoder(vae)(paddle.to_tensor(np.stack(rows)))
         make_grid(images, columns=min(COLUMNS, len(images))).save(path)
 

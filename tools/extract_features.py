@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from sampling.autoencoder import DEFAULT_VAE  # noqa: E402
+from sampling.autoencoder import DEFAULT_VAE, LatentScaling, downsampling, weights_digest  # noqa: E402
 from tools.image_folder import UnreadableImage, dim_note, unreadable_list  # noqa: E402
 from tools.image_source import find_archives, open_source, printable, source_root  # noqa: E402
 from training.arguments import check_seed  # noqa: E402
@@ -52,8 +52,6 @@ class LatentEncoder:
     """
 
     def __init__(self, vae, precision, *, seed, moments):
-        from sampling.autoencoder import LatentScaling
-
         self.vae, self.precision, self.seed, self.moments = vae, precision, seed, moments
         self.scaling = LatentScaling.of(vae.config)
 
@@ -160,8 +158,6 @@ def make_settings(args, name, vae, *, device, dtype):
     Raises:
         ValueError: images of this size are not for this VAE.
     """
-    from sampling.autoencoder import LatentScaling, downsampling, weights_digest
-
     factor = downsampling(vae)
     if args.image_size % factor:
         raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")

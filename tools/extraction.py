@@ -158,7 +158,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
 
 
 def _earlier_classes(layout):
-    """The classes of a complete extraction in the order of their labels; None if its file of names is gone."""
+    """Reads the classes of a complete extraction in the order of their labels; None if its file of names is gone."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         names = read_json(layout.classes)["id2label"]
         return [str(names[str(label)]) for label in range(len(names))]

@@ -42,7 +42,7 @@ MODEL_DEMOS = {
 
 @dataclass
 class Model:
-    """What a model path is, as far as the JSON files of it say.
+    """A model describes what a model path is, as far as its JSON files say.
 
     Attributes:
         kind: "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or
@@ -64,7 +64,7 @@ class Model:
 
 
 def describe_model(path, pipeline, id2label=None):
-    """The `Model` of a folder or a name on the hub.
+    """Returns the `Model` of a folder or a name on the hub.
 
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINE_DEMOS`. id2label: JSON of labels, or None.
@@ -108,7 +108,7 @@ def describe_model(path, pipeline, id2label=None):
 
 
 def describe_weights(kind, path, config, config_file, pipeline, id2label=None):
-    """The `Model` of a checkpoint or a file of weights, `kind`; config_file is where its config comes from."""
+    """Returns the `Model` of a checkpoint or a file of weights, `kind`; config_file is where its config comes from."""
     model = config["model"]
     verb = f"--model_path {path}: is" if pipeline == "DiTPipeline" else f"{config_file}: describes"
     check_model_type(model["type"], PIPELINE_DEMOS[pipeline], verb)
@@ -241,8 +241,9 @@ def read_dit(model, *, vae=None, key=None):
 
 
 def checkpoint_vae(given, config, default=DEFAULT_VAE):
-    """The autoencoder for a checkpoint's latents: that of --vae, else the features' own, else the default."""
-    vae, notes = open_vae(given, config["features"]["vae"], default=default, flag="--vae")
+    """Loads the autoencoder for a checkpoint's latents: that of --vae, else the features' own, else the default."""
+    channels = config["model"]["in_channels"]
+    vae, notes = open_vae(given, config["features"]["vae"], default=default, flag="--vae", channels=channels)
     for note in notes:
         print(f"note: {note}", flush=True)
     return vae
@@ -279,7 +280,8 @@ def find_class(text, labels, num_classes):
         if int(text) < num_classes:
             return int(text)
         raise ValueError(f"--classes {text}: the classes are 0..{num_classes - 1}")
-    known = ", ".join(sorted(labels.values())[:10]) + (", ..." if len(labels) > 10 else "")
+    known = ", ".join(printable(label) for label in sorted(labels.values())[:10])
+    known += ", ..." if len(labels) > 10 else ""
     raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}" + known_names(known))
 
 
@@ -306,7 +308,7 @@ def read_labels(path):
 
 
 def checkpoint_labels(path, config):
-    """Labels for weights that come without: those of --id2label, else those of `class_names`, else none."""
+    """Returns labels for weights that come without: those of --id2label, else those of `class_names`, else none."""
     if path is not None:
         return read_labels(path)
     names, note = class_names(config)

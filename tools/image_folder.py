@@ -35,12 +35,12 @@ def printable(name):
 
 
 def some_of(names) -> str:
-    """The first five of many names, for a sentence."""
+    """Returns the first five of many names, for a sentence."""
     return ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def order_classes(names, notes: list, earlier: list | None = None) -> list:
-    """The class names in the order of their labels.
+    """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
     Other names are sorted as text.
@@ -104,7 +104,7 @@ def walk_files(folder, above, lost, *, hidden=False):
 
 
 def _kind(entry, above):
-    """`folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
+    """Returns `folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
     try:
         if not entry.is_dir():
             return "file" if entry.is_file() else None
@@ -231,7 +231,7 @@ def center_crop(image, size: int):
 
 
 def unreadable_list(lost: list, everything: str = "") -> str:
-    """Lines for the end of a command that left out images which can't be read.
+    """Returns lines for the end of a command that left out images which can't be read.
 
     Args:
         lost: (name, reason) of each.
@@ -245,7 +245,7 @@ def unreadable_list(lost: list, everything: str = "") -> str:
 
 
 def dim_note(dim: list) -> str:
-    """A sentence on the images that `load_pixels` found to use little of their range."""
+    """Returns a sentence on the images that `load_pixels` found to use little of their range."""
     return (
         f"{counted(len(dim), 'image')} with 16 or 32 bits a number, all of them below 4096, came out almost black: "
         f"{some_of(sorted(dim))}. The high byte of 0..65535 is kept; save images of another range with 8 bits, or "

@@ -70,28 +70,32 @@ def _check_named(kind, args, config):
         keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         given.append((f"--model_name {args.model_name}", {key: named[key] for key in keys}))
     if args.image_size is not None:
-        size = args.image_size / downsampling(args.vae_model)
+        size = args.image_size / downsampling(args.vae_model, config["features"]["vae"])
         given.append((f"--image_size {args.image_size}", {"sample_size": int(size) if size % 1 == 0 else size}))
     for flag, named in given:
         if listed := differences({key: model[key] for key in named}, named):
             raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
 
 
-def downsampling(vae):
-    """How many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8."""
-    from training.config import read_json
+def downsampling(vae, features):
+    """Returns how many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8.
 
-    path = os.path.join(vae or "", "config.json")
+    Args:
+        vae: of --vae_model, or None: then the `vae` entry of a `features` section says it, if there is one.
+    """
+    if vae is None:
+        return (features or {}).get("downsampling") or 8
+    path = os.path.join(vae, "config.json")
     settings = read_json(path) if os.path.isfile(path) else None
     blocks = settings.get("block_out_channels") if isinstance(settings, dict) else None
     return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
 
 
 def class_names(config):
-    """`({label: name}, note or None)` of the classes a config's network was trained on.
+    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
 
-    The names of its own set; ImageNet's for 1000 classes without any, or with ImageNet's ids (n01440764 ...), and then
-    a sentence for the user; else none.
+    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
+    of ImageNet's classes, and the note says so.
     """
     names = config["features"]["class_names"] or {}
     ids = list(names.values())
@@ -102,7 +106,7 @@ def class_names(config):
 
 
 def find_labels(path, config):
-    """`({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
+    """Returns `({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
     num_classes = config["model"]["num_classes"]
     if path is None:
         names, note = class_names(config)

@@ -35,7 +35,7 @@ class Expected:
         return self.row_shape[0] // (2 if self.moments else 1)
 
     def label_problem(self, label):
-        """What is wrong with a label, or None."""
+        """Says what is wrong with a label; None if nothing is."""
         most = MAX_LABEL if self.num_classes is None else self.num_classes - 1
         if not 0 <= label <= most:
             return f"label {label}, expected 0..{most}"

@@ -199,13 +199,13 @@ def _add_preview_flags(parser):
 
 # Flags of TrainingArguments itself that have an effect in our Trainer.
 PASSED_ON = {
-    "amp_master_grad": {"type": str2bool, "metavar": "True|False"},
+    "amp_master_grad": None,  # a switch
     "amp_custom_black_list": {"nargs": "+", "metavar": "OPERATOR"},
     "amp_custom_white_list": {"nargs": "+", "metavar": "OPERATOR"},
     "scale_loss": {"type": float, "metavar": "F"},
     "hybrid_parallel_topo_order": {"metavar": "ORDER"},
-    "ddp_find_unused_parameters": {"type": str2bool, "metavar": "True|False"},
-    "to_static": {"type": str2bool, "metavar": "True|False"},
+    "ddp_find_unused_parameters": None,
+    "to_static": None,
 }
 
 
@@ -303,9 +303,10 @@ def trainer_parser():
         _add_bool(group, f"--{name}", help="accepted; only False is supported [False]")
     group = parser.add_argument_group("passed on to paddlenlp.trainer.TrainingArguments")
     for name, options in PASSED_ON.items():
-        if options.get("type") is str2bool:
-            options = {**options, "nargs": "?", "const": True}
-        group.add_argument(f"--{name}", **options)
+        if options is None:
+            _add_bool(group, f"--{name}")
+        else:
+            group.add_argument(f"--{name}", **options)
     return parser
 
 
@@ -366,7 +367,7 @@ def notrainer_parser():
 
 
 def read_trainer_flags(words=None):
-    """`(args, config)` of a command line of the Trainer (None: this process's), checked.
+    """Returns `(args, config)`, checked, of a command line of the Trainer (None: this process's).
 
     Raises:
         ValueError: one line: an unknown flag, a wrong value, a wrong config.
@@ -383,7 +384,7 @@ def read_trainer_flags(words=None):
 
 
 def read_notrainer_flags(words=None):
-    """As `read_trainer_flags`, for the hand-written loop."""
+    """Returns `(args, config)` of a command line of the hand-written loop, as `read_trainer_flags` does."""
     args = notrainer_parser().parse_args(words)
     check_positive(args, "image_size", "log_every", "ckpt_every", "num_inference_steps", "save_total_limit")
     check_arguments(args.max_hours, args.hang_timeout)

@@ -427,9 +427,8 @@ def _read_optimizer(path):
 def _load_official(path):
     """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
-    settings = raw.get("args") if isinstance(raw, dict) else None
     if isinstance(raw, dict):
-        raw = {name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}
+        raw = {**raw, **{name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
@@ -454,12 +453,12 @@ def _load_official(path):
         model=official_to_paddle(raw["model"]),
         ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
         read_optimizer=lambda: moments,
-        progress={"global_step": step, **_official_batch(settings)},
+        progress={"global_step": step, **_official_batch(raw.get("args"))},
     )
 
 
 def _official_batch(args):
-    """The global batch of the run that wrote an official file, if its `args` tell."""
+    """Returns the global batch of the run that wrote an official file, if its `args` tell."""
     batch = args.get("global_batch_size") if isinstance(args, dict) else None
     return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
 
@@ -685,7 +684,7 @@ _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multi
 
 
 def _check_start(path, config):
-    """A clause on what the checkpoint `path` was trained for, if it is not the run's objective; else an empty text.
+    """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
 
     Raises:
         ValueError: its network is another one.

@@ -349,7 +349,7 @@ def resolve_features(given, where):
 
 
 def manifest_features(manifest, where):
-    """The `features` section that a set's manifest gives, without the class names, which stand in another file.
+    """Returns the `features` section of a set's manifest, without the class names, which stand in another file.
 
     Raises:
         ValueError: one line: a value that can't be.
@@ -374,7 +374,7 @@ _TRAINING_ONLY = (
 
 
 def own_config(path):
-    """The resolved config of the training checkpoint that `path` is, or is a file of; None if it has none of ours."""
+    """Reads the resolved config of the training checkpoint that `path` is, or is a file of; None if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = os.path.join(folder, "config.json")
     if not os.path.isfile(file):
@@ -388,7 +388,7 @@ def own_config(path):
 
 
 def differences(theirs, ours, *, ignored=()):
-    """The keys in which two sections differ, as text "key A there, B here, ..."; empty if there are none.
+    """Lists the keys in which two sections differ, as text "key A there, B here, ..."; empty if there are none.
 
     Args:
         ignored: keys that are left out.
@@ -399,7 +399,7 @@ def differences(theirs, ours, *, ignored=()):
 
 
 def sampling_differences(theirs, ours):
-    """`differences` of two sections in what changes a trained network's images."""
+    """Lists the `differences` of two sections that change a trained network's images."""
     ignored = set(_TRAINING_ONLY)
     rates = theirs.get("class_dropout_prob"), ours.get("class_dropout_prob")
     if None not in rates and min(rates) > 0:
@@ -408,7 +408,7 @@ def sampling_differences(theirs, ours):
 
 
 def weights_config(path, config_file=None, sections=("model", "objective")):
-    """The config of weights: that of the training checkpoint they lie in, else of a config file; None without either.
+    """Reads the config of weights: that of the checkpoint they lie in, else a config file; None without either.
 
     Args:
         path: of the weights. config_file: what the user gave, or None. sections: in which the two must agree.
@@ -429,7 +429,7 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
 
 
 def weights_features(path, config):
-    """The `features` section of weights: that of the checkpoint that they lie in, if it tells any, else the config's.
+    """Returns the `features` section of weights: that of the checkpoint they lie in, if it has one, else the config's.
 
     Args:
         path: a training checkpoint folder, a file of weights in one, or any other. config: what describes the network.

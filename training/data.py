@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from runtime.process import local_processes
 from training.config import read_json
 from training.packed import PackedStore, available_memory, packed_folder, partial_folder
 from training.pairs import PairStore, features_folder
@@ -71,7 +72,7 @@ def find_features(feature_path, resolution):
 
 
 def _unpacking(feature_path):
-    """The end of a message on missing features: the command that unpacks them, if they lie there in a tar file."""
+    """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
     path = os.fspath(feature_path).rstrip("/")
     if os.path.isdir(path):
         folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
@@ -102,11 +103,6 @@ def read_manifest(feature_path, name):
     return manifest
 
 
-def _local_processes():
-    """How many processes the launcher started on this machine."""
-    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
-
-
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
@@ -129,7 +125,7 @@ class MemoryStore:
         shape = (1 + self.has_flip, len(indices), *self.row_shape)
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()
-        processes = _local_processes()  # each of them holds the samples for itself
+        processes = local_processes()  # each of them holds the samples for itself
         if memory is not None and self.num_bytes * processes > 0.9 * memory:
             raise ValueError(
                 f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
@@ -547,7 +543,7 @@ LOADER_DIED = (
 
 
 def free_shared_memory():
-    """Free bytes of `/dev/shm`; None where there is none."""
+    """Returns the free bytes of `/dev/shm`; None where there is none."""
     try:
         state = os.statvfs("/dev/shm")
     except (OSError, AttributeError):
@@ -556,8 +552,10 @@ def free_shared_memory():
 
 
 def _name_dead_loaders():
-    """Makes the death of a loader process one line, whatever this process does then: Paddle's handler of SIGCHLD
-    raises a SystemError of many lines there."""
+    """Makes the death of a loader process one line, whatever this process does then.
+
+    Paddle's handler of SIGCHLD raises a SystemError of many lines there.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         return
@@ -598,10 +596,10 @@ class FeatureLoader:
         return len(self.sampler)
 
     def _use_shared_memory(self):
-        """Whether the batches of all loader processes on this machine fit into the free shared memory."""
+        """Returns whether the batches of all loader processes on this machine fit into the free shared memory."""
         free = free_shared_memory()
         # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
-        batches = (2 * self._num_workers + 4) * _local_processes()
+        batches = (2 * self._num_workers + 4) * local_processes()
         batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
         if free is None or batches * batch_bytes <= free:
             return True

@@ -14,7 +14,7 @@ import paddle
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
-from training.progress import is_terminal
+from runtime.process import is_terminal
 
 
 def peak_memory_gib():

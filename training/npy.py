@@ -31,7 +31,7 @@ def load_npy(path, *, mapped=False):
 
 
 def header_bytes(data):
-    """How many bytes of a `.npy` file stand in front of its array; data: the file, of which `load_npy` had an array."""
+    """Returns how many bytes stand in front of the array in `data`, a `.npy` file that `load_npy` has read."""
     start = 10 if data[6:7] == b"\1" else 12  # magic, version and the length, of 2 or 4 bytes
     return start + int.from_bytes(data[8:start], "little")
 

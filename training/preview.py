@@ -62,13 +62,15 @@ class Preview:
             from sampling.autoencoder import DEFAULT_VAE, open_vae
             from sampling.decoder import LatentDecoder
 
-            name = vae or DEFAULT_VAE
-            vae, notes = open_vae(vae, config["features"]["vae"], default=DEFAULT_VAE, flag="--vae_name_or_path")
+            vae, notes = open_vae(
+                vae,
+                config["features"]["vae"],
+                default=DEFAULT_VAE,
+                flag="--vae_name_or_path",
+                channels=model["in_channels"],
+            )
             for note in notes:
                 say(f"note: {note}")
-            channels = vae.config.latent_channels
-            if channels != model["in_channels"]:
-                raise ValueError(f"VAE {name}: has {channels} latent channels, the model {model['in_channels']}")
             self.decoder = LatentDecoder(vae)
         self.objective = objective
         self.num_inference_steps = num_inference_steps

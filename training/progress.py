@@ -6,12 +6,15 @@ import time
 
 from tqdm import tqdm as _Bar
 
+from runtime.process import is_terminal
+
 LINE_SECONDS = 30  # between two lines in a log
 
 
 class tqdm(_Bar):  # noqa: N801
-    """tqdm's bar on a terminal. In a log, where each refresh would be a line of its own, a plain line every
-    `LINE_SECONDS`, and one at the end.
+    """tqdm's bar, which a log gets as plain lines: one every `LINE_SECONDS`, and one at the end.
+
+    There each refresh of the bar would be a line of its own.
     """
 
     def __init__(self, *args, **options):
@@ -44,10 +47,3 @@ class tqdm(_Bar):  # noqa: N801
         with contextlib.suppress(OSError, ValueError):
             self.fp.write(self.format_meter(**{**self.format_dict, "bar_format": "{l_bar}{r_bar}"}) + "\n")
             self.fp.flush()
-
-
-def is_terminal(stream):
-    """Whether somebody sees what is written to a stream at once."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-        return stream.isatty()
-    return False

@@ -50,7 +50,7 @@ def check_idle(folder):
 
 
 def experiment_name(config_file):
-    """The NAME of the hand-written loop's experiments `NNN-NAME` with this config."""
+    """Returns the NAME of the hand-written loop's experiments `NNN-NAME` with this config."""
     return os.path.splitext(os.path.basename(config_file))[0]
 
 
@@ -67,7 +67,10 @@ def list_experiments(folder, experiment_name=None):
 
 
 def check_experiment_idle(resume, results_dir, name):
-    """ValueError if a run is at work in the experiment that `--resume` means: with `auto`, the newest of this name."""
+    """Raises `ValueError` if a run is at work in the experiment that `--resume` means.
+
+    With `auto` that is the newest of this name.
+    """
     if resume == "auto":
         meant = list_experiments(results_dir, name)[-1:]
     else:
@@ -87,8 +90,10 @@ def _lock(folder, mode):
     path = os.path.join(folder, LOCK)
     try:
         file = open(path, mode, buffering=0)
-    except PermissionError:  # the file of an earlier run of somebody else
-        file = open(path, "rb", buffering=0)
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        file = open(path, "rb", buffering=0)  # of an earlier run of somebody else
     if _key(file) not in _held and not try_lock(file):
         file.seek(0)
         pid, _, host = file.read(300).decode(errors="replace").strip().partition(" ")

@@ -15,6 +15,7 @@ import traceback
 import warnings
 
 from runtime.machine import set_mkl_cpu_type
+from runtime.process import local_processes
 
 DEVICES = ("auto", "cpu", "gpu")
 SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
@@ -34,8 +35,7 @@ def configure_runtime():
     - `MKL_DEBUG_CPU_TYPE=5` on processors of other vendors than Intel, see `runtime.machine.set_mkl_cpu_type`.
     - glibc's malloc thresholds: large buffers are kept instead of being mapped and unmapped at each use.
     """
-    processes = max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_processes())))
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")
     set_mkl_cpu_type()

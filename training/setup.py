@@ -79,7 +79,7 @@ def build_dataset(config, feature_path, resolution):
     if not any(features.values()) and any(config["features"].values()):
         changes = "it has neither manifest nor class names"
     if changes:
-        dataset.notes.append(f"the config's section features is of another set, and this one counts: {changes}")
+        dataset.notes.append(f"the config's section features describes another set; this one counts: {changes}")
     config["features"] = features
     if data["classes"] is not None:
         dataset = dataset.subset(data["classes"])
@@ -92,7 +92,7 @@ def build_dataset(config, feature_path, resolution):
 
 
 def describe_features(feature_path, resolution, num_classes):
-    """`(section, notes)`: what a set says of itself, as a config's `features` section, and sentences for the user."""
+    """Returns `(section, notes)`: a set's own description as a config's `features` section, and sentences to print."""
     _, name = find_features(feature_path, resolution)
     manifest = read_manifest(feature_path, name)
     features = manifest_features(manifest, os.path.join(feature_path, f"{name}_manifest.json"))
@@ -109,7 +109,7 @@ def describe_features(feature_path, resolution, num_classes):
 
 
 def read_class_names(path, num_classes):
-    """`({label: name} or None, note or None)` of a set's NAME_classes.json, for labels below `num_classes`.
+    """Reads `({label: name} or None, note or None)` from a set's NAME_classes.json, for labels below `num_classes`.
 
     Raises:
         ValueError: one line: not such a file.
@@ -131,7 +131,7 @@ def read_class_names(path, num_classes):
 
 
 def features_changes(theirs, ours):
-    """How two `features` sections differ in what matters to a network, in words; empty if they don't."""
+    """Returns, in words, how two `features` sections differ in what matters to a network; empty if they don't."""
     changes = []
     there, here = theirs["vae"] or {}, ours["vae"] or {}
     if None not in (there.get("weights_sha256"), here.get("weights_sha256")):
@@ -140,7 +140,7 @@ def features_changes(theirs, ours):
             changes.append(f"autoencoder {names[0]} here, {names[1]} there")
     if None not in (there.get("scaling_factor"), here.get("scaling_factor")):
         for name in SCALING_KEYS:
-            if there[name] != here[name]:
+            if (there[name] or None) != (here[name] or None):  # no shift is one of 0
                 changes.append(f"{name} {printable(here[name], 40)} here, {printable(there[name], 40)} there")
     for label, there in (theirs["class_names"] or {}).items():
         here = (ours["class_names"] or {}).get(label, there)
@@ -256,9 +256,7 @@ def other_data_note(checkpoint, config, dataset):
 
 
 def pretrained_note(path, config):
-    """A sentence to print if the weights that a run starts from were trained on another autoencoder's latents."""
-    if not path:
-        return None
+    """Returns a sentence if the weights that a run starts from were trained on another autoencoder's latents."""
     features = {**weights_features(path, config), "class_names": None}
     changes = features_changes(features, config["features"])
     return f"{path} was trained on other latents: {changes}" if changes else None

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 
+from runtime.process import is_terminal
 from training.peers import connect
 from training.run_lock import close_inherited
 from training.runtime import EXIT_LOST, EXIT_STOPPED, SAVING_THREAD, STARTED, exit_now, is_mistake, one_line, say
@@ -403,7 +404,7 @@ class Stopping:
 
     def _say(self, text):
         with contextlib.suppress(ValueError, AttributeError):  # closed, or None
-            below_the_bar = "\n" if sys.stderr.isatty() else ""
+            below_the_bar = "\n" if is_terminal(sys.stderr) else ""
             say(below_the_bar + text, sys.stderr)
 
     # C++.
@@ -441,9 +442,8 @@ def _end_within(seconds, code):
 
 
 def _name(signum):
-    """What a person calls a signal: at a terminal SIGINT is Ctrl-C."""
-    at_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-    return "Ctrl-C" if signum == signal.SIGINT and at_terminal else signum.name
+    """Returns the name that a person has for a signal: at a terminal SIGINT is Ctrl-C."""
+    return "Ctrl-C" if signum == signal.SIGINT and is_terminal(sys.stdin) else signum.name
 
 
 def _is_saving():

@@ -427,7 +427,9 @@ def _read_optimizer(path):
 def _load_official(path):
     """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
+    args = None
     if isinstance(raw, dict):
+        args = raw.get("args")
         raw = {name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
@@ -453,7 +455,7 @@ def _load_official(path):
         model=official_to_paddle(raw["model"]),
         ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
         read_optimizer=lambda: moments,
-        progress={"global_step": step, **_official_batch(raw.get("args"))},
+        progress={"global_step": step, **_official_batch(args)},
     )
 
 

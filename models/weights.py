@@ -430,8 +430,8 @@ def load_weights(path, key=None):
             "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
             "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
 
-    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. A leading
-    "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) is taken off.
+    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
+    wrappers put before the names is taken off, see ``plain_names``.
 
     Raises:
         ValueError: one line with the path: unreadable (see ``safe_load``), no such key, or not a state dict.
@@ -489,13 +489,19 @@ def is_averages(key):
     return isinstance(key, str) and bool(_AVERAGES.search(key))
 
 
+# Of DistributedDataParallel and AveragedModel, torch.compile, a network inside another module, Paddle's DataParallel.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
+
+
 def plain_names(state):
     """{name: array} under the network's own names, without what wrappers put before them.
 
-    Those are "module." (DistributedDataParallel) and "_orig_mod." (torch.compile), in any order and number, where all
-    names begin with it; "_orig_mod." also inside of a name, where a part of the network was compiled.
+    Those are `_PREFIXES`, in any order and number, where all names begin with it; "_orig_mod." also inside of a name,
+    where a part of the network was compiled. PyTorch's AveragedModel adds how many models it has averaged: left out.
     """
-    while prefix := next((p for p in ("module.", "_orig_mod.") if state and all(n.startswith(p) for n in state)), None):
+    if "n_averaged" in state and state["n_averaged"].size == 1 and len(state) > 1:
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while prefix := next((p for p in _PREFIXES if state and all(n.startswith(p) for n in state)), None):
         state = {name[len(prefix) :]: value for name, value in state.items()}
     inner = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
     return inner if len(inner) == len(state) else dict(state)

@@ -560,6 +560,18 @@ class TestConfigOfACheckpoint:
         assert "a new label table" in note
         assert note.endswith("trained for another objective: predict_xstart False there, True here")
 
+    @pytest.mark.parametrize("kind", ["DiT", "LargeDiT"])
+    def test_only_a_network_without_a_position_table_starts_at_another_size(self, tmp_path, kind):
+        source, config = (make_config(type=kind, sample_size=size) for size in (8, 16))
+        weights = {name: value.numpy() for name, value in build_model(source).state_dict().items()}
+        save_pdparams(weights, tmp_path / "model_state.pdparams")
+        (tmp_path / "config.json").write_text(json.dumps(source))
+        if kind == "DiT":
+            with pytest.raises(ValueError, match="holds another run's model: sample_size 8 there, 16 here"):
+                load_pretrained(str(tmp_path), build_model(config), config=config)
+        else:
+            load_pretrained(str(tmp_path), build_model(config), config=config)
+
 
 class TestNotFinite:
     @pytest.fixture

@@ -104,11 +104,17 @@ class TestOfficialFiles:
             "module._orig_mod.a.weight",
             "_orig_mod.module.a.weight",
             "module._orig_mod.module.a._orig_mod.weight",
+            "model._orig_mod.a.weight",
+            "_layers.a.weight",
         ],
     )
     def test_prefixes_of_wrappers_are_taken_off(self, tmp_path, name):
         save_torch({name: np.ones([2, 3], "float32")}, tmp_path / "x.pt")
         assert list(load_weights(tmp_path / "x.pt")) == ["a.weight"]
+
+    def test_the_count_of_an_averaged_model_is_left_out(self, tmp_path):
+        save_torch({"n_averaged": np.array(7), "module.a": np.ones(2, "f4")}, tmp_path / "x.pt")
+        assert list(load_weights(tmp_path / "x.pt")) == ["a"]
 
     def test_a_prefix_that_not_all_names_have_stays(self, tmp_path):
         save_torch({"module.a": np.ones(2, "f4"), "b": np.ones(2, "f4")}, tmp_path / "x.pt")

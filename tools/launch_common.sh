@@ -48,8 +48,8 @@ fi
 # signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
 # the launcher.
 signal_processes() {
-    if [ -z "$launcher" ]; then return; fi
     found=
+    if [ -z "$launcher" ]; then return; fi
     for stat in /proc/[0-9]*/stat; do
         { read -r line <"$stat"; } 2>/dev/null || continue
         parent=${line##*) ? }
@@ -67,8 +67,8 @@ stop() {
     interrupted=1
     if [ -z "$stopped_by" ]; then
         stopped_by=$2 stopped_code=$3
-        echo "$2: finishing the step, then saving; once more leaves at once" >&2
         signal_processes "$1"
+        if [ -n "$found" ]; then echo "$2: finishing the step, then saving; once more leaves at once" >&2; fi
     else
         signal_processes INT
         signal_processes TERM # for those that don't train yet
@@ -143,5 +143,8 @@ launch() {
         exit 75
     fi
     case "$stopped_by $code" in ?*" 15" | ?*" 143" | ?*" 241") code=$stopped_code ;; esac # the launcher's own end
+    if [ -n "$stopped_by" ] && [ "$code" = "$stopped_code" ]; then
+        echo "ended by $stopped_by; nothing was saved since the last checkpoint, if there is one" >&2
+    fi
     exit "$code"
 }

@@ -218,7 +218,7 @@ def test_without_a_manifest_the_config_says_what_is_expected(own, tmp_path):
     assert report["moments"] and report["problems"][0]["text"].endswith("label 12, expected 0..9")
 
 
-def test_pairs_of_another_shape_than_the_configs_are_named(own, tmp_path):
+def test_pairs_of_another_shape_than_the_configs_are_named(own, tmp_path, capsys):
     drop_manifest(own)
     config = json.loads(Path(write_config(tmp_path / "Tiny.json")).read_text())
     config["model"]["sample_size"] = 4
@@ -229,6 +229,7 @@ def test_pairs_of_another_shape_than_the_configs_are_named(own, tmp_path):
     else:
         assert "features/0.npy: holds float32 of shape (8, 8, 8), expected float32 of shape (8, 4, 4)" in found[0]
         assert len(found) == 80  # the twins too
+        assert "features: expected moments (8, 4, 4) float32" in capsys.readouterr().out
 
 
 def test_a_config_of_too_few_classes_is_no_fault_of_the_manifest(own, tmp_path):

@@ -81,6 +81,10 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
             "training: ema_decay must be a number from 0 to below 1, got 2",
         ),
         ({"model": SMALL, "training": {"amp_dtype": "fp16"}}, "one of float32, float16, bfloat16"),
+        (
+            {"model": {**SMALL, "num_classes": 3}, "data": {"classes": [0, 3]}},
+            "data: classes: label 3 is outside the config's num_classes: 0..2",
+        ),
         ("[1, 2]", "expected a JSON object"),
         (
             {"model": SMALL, "objective": {"type": "transport"}},
@@ -135,6 +139,9 @@ def test_command_line_over_json_over_default(tmp_path, parser):
     with pytest.raises(
         ValueError, match="command line: --path_type is no setting of the config's objective 'diffusion'"
     ):
+        resolve_training(args)
+    args = parser().parse_args(["--config_file", str(path), "--classes", "0,1000"])
+    with pytest.raises(ValueError, match="command line: --classes: label 1000 is outside .*num_classes: 0..999"):
         resolve_training(args)
     args = parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
     with pytest.raises(ValueError, match="command line: learning_rate must be a number above 0, got -1.0"):

@@ -427,6 +427,14 @@ def test_packed_wins_over_pairs_and_says_so(both, tmp_path):
     assert find_features(tmp_path / "data", 64) == ("packed", "imagenet64")
 
 
+def test_the_only_set_is_taken_for_another_image_size_and_that_is_said(both):
+    for kind in ("pairs", "packed"):
+        for resolution in (None, 64, 60):
+            data = FeatureDataset(both / kind, resolution=resolution, sample_shape=SHAPE, num_classes=10)
+            said = [note for note in data.notes if "image size 60: no imagenet60" in note and "imagenet64" in note]
+            assert len(said) == (resolution == 60) and len(data) == 40
+
+
 # What is drawn at a visit.
 
 

@@ -310,6 +310,34 @@ def test_a_signal_to_a_launch_script_is_the_training_processes(shell, signum, na
     assert f"{name}: finishing the step, then saving; once more leaves at once" in err
     said = f"stopped by {name} after step 5 of 9, saved in out; --resume out goes on\n"
     assert out == (said if code == 75 else "")
+    assert ("ended by Ctrl-C; nothing was saved since the last checkpoint" in err) == (code == 130)
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_ctrl_c_before_training_starts_promises_no_checkpoint_and_leaves_no_process(shell, tmp_path):
+    # Asked to end, the launcher may be in the middle of starting a process, which would then go on without it.
+    (tmp_path / "launcher.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('one more process', flush=True))\n"
+        "print('starts', flush=True)\n"
+        "time.sleep(20)\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nif [ "$1" = -u ]; then exec {sys.executable} {tmp_path}/launcher.py; fi\n')
+    python.chmod(0o755)
+    process = subprocess.Popen(
+        [shell, str(ROOT / "1_run_train_dit_notrainer.sh")],
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "LOG_DIR": str(tmp_path / "log")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "starts\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and out == ""
+    assert err == "ended by Ctrl-C; nothing was saved since the last checkpoint, if there is one\n"
 
 
 @pytest.mark.distributed

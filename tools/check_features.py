@@ -350,6 +350,8 @@ class Check:
         if not hasattr(self, "histogram"):
             return
         what = "moments" if self.expected.moments else "latents"
+        if not self.usable.any():  # none has this shape
+            what = f"expected {what}"
         print(
             f"{counted(self.size, 'sample')} in {self.folder}: {what} {self.expected.row_shape} {self.expected.dtype}"
             f"{', mirrored twins' if self.has_flip else ''}"

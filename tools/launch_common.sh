@@ -46,10 +46,17 @@ fi
 # max_grad_norm gradient_accumulation_steps
 
 # signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
-# the launcher.
+# the launcher. That stands still meanwhile, because one that starts a process just then would leave it behind, training.
 signal_processes() {
-    if [ -z "$launcher" ]; then return; fi
     found=
+    if [ -z "$launcher" ]; then return; fi
+    kill -s STOP "$launcher" 2>/dev/null || return 0
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        line=
+        { read -r line <"/proc/$launcher/stat"; } 2>/dev/null || true
+        case "$line" in *") T "* | *") Z "* | "") break ;; esac
+        sleep 0.1 # it may be in the middle of a fork
+    done
     for stat in /proc/[0-9]*/stat; do
         { read -r line <"$stat"; } 2>/dev/null || continue
         parent=${line##*) ? }
@@ -59,7 +66,8 @@ signal_processes() {
             found=1
         fi
     done
-    if [ -z "$found" ]; then kill -s TERM "$launcher" 2>/dev/null || true; fi
+    if [ -z "$found" ]; then kill -s KILL "$launcher" 2>/dev/null || true; fi
+    kill -s CONT "$launcher" 2>/dev/null || true
 }
 
 # stop SIGNAL NAME CODE: lets the training processes save and end. At the second call they end at once.
@@ -67,8 +75,8 @@ stop() {
     interrupted=1
     if [ -z "$stopped_by" ]; then
         stopped_by=$2 stopped_code=$3
-        echo "$2: finishing the step, then saving; once more leaves at once" >&2
         signal_processes "$1"
+        if [ -n "$found" ]; then echo "$2: finishing the step, then saving; once more leaves at once" >&2; fi
     else
         signal_processes INT
         signal_processes TERM # for those that don't train yet
@@ -129,7 +137,7 @@ launch() {
     while :; do # a signal ends `wait`, not the launcher
         interrupted=
         status=0
-        wait "$launcher" || status=$?
+        wait "$launcher" 2>/dev/null || status=$? # some shells tell of a killed process there
         if [ "$status" != 127 ]; then code=$status; fi
         if [ -z "$interrupted" ]; then break; fi
     done
@@ -142,6 +150,10 @@ launch() {
         echo "$said"
         exit 75
     fi
-    case "$stopped_by $code" in ?*" 15" | ?*" 143" | ?*" 241") code=$stopped_code ;; esac # the launcher's own end
+    # The launcher's own end, and that of a process that was ended before it could save.
+    case "$stopped_by $code" in ?*" 15" | ?*" 137" | ?*" 143" | ?*" 241" | ?*" 254") code=$stopped_code ;; esac
+    if [ -n "$stopped_by" ] && [ "$code" = "$stopped_code" ]; then
+        echo "ended by $stopped_by; nothing was saved since the last checkpoint, if there is one" >&2
+    fi
     exit "$code"
 }

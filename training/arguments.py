@@ -15,6 +15,7 @@ ENVIRONMENT = (
     "Environment: OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that are not "
     "Intel's, MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md."
 )
+IMAGE_SIZE_HELP = "image size, picks imagenet{N}_features [256, else the only set]"
 # Settings that the two loops name differently, the Trainer's name first.
 TWINS = {
     "resolution": "image_size",
@@ -224,7 +225,7 @@ def trainer_parser():
         default="./data/fastdit_imagenet256",
         help="folder with NAME_features and NAME_labels [%(default)s]",
     )
-    parser.add_argument("--resolution", type=int, default=256, help="image size, picks imagenet{N}_features [256]")
+    parser.add_argument("--resolution", type=int, metavar="N", help=IMAGE_SIZE_HELP)
     parser.add_argument("--output_dir", default="output_dir", help="checkpoints and logs go here [%(default)s]")
     _add_bool(
         parser,
@@ -324,7 +325,7 @@ def notrainer_parser():
         default="data/fastdit_imagenet256",
         help="folder with NAME_features and NAME_labels [%(default)s]",
     )
-    parser.add_argument("--image_size", type=int, default=256, help="image size, picks imagenet{N}_features [256]")
+    parser.add_argument("--image_size", type=int, metavar="N", help=IMAGE_SIZE_HELP)
     parser.add_argument(
         "--results_dir", default="output_notrainer", help="experiments NNN-CONFIG are made in it [%(default)s]"
     )

@@ -336,8 +336,16 @@ def resolve_config(raw, *, source="config", file_name=""):
     _check_objective(model, objective, source)
     training = _section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training")
     data = _section(DATA_KEYS, raw.get("data", {}), f"{source}: data")
+    _check_classes(model, data, f"{source}: data: classes")
     features = resolve_features(raw.get("features", {}), f"{source}: features")
     return {"model": model, "objective": objective, "training": training, "data": data, "features": features}
+
+
+def _check_classes(model, data, where):
+    num_classes = model["num_classes"]
+    for label in data["classes"] or ():
+        if label >= num_classes:
+            raise ValueError(f"{where}: label {label} is outside the config's num_classes: 0..{num_classes - 1}")
 
 
 def resolve_features(given, where):
@@ -469,6 +477,7 @@ def override(config, training, objective, data=None, where="command line"):
                 value = None if value == "None" else value
                 result[section][name] = check_value(keys, name, value, where)
     _check_objective(result["model"], result["objective"], where)
+    _check_classes(result["model"], result["data"], f"{where}: --classes")
     return result
 
 

@@ -30,7 +30,8 @@ _FLIP, _NOISE, _FIXED_NOISE, _HELD_OUT = range(4)  # draws that must not repeat 
 def find_features(feature_path, resolution):
     """What a feature folder holds: `(kind, name)`, kind "packed" or "pairs".
 
-    The set `imagenet{resolution}` if it is there, else the only one. A set that is there in both forms is read packed.
+    The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
+    forms is read packed.
 
     Raises:
         ValueError: nothing fits, more than one set does, or the set is not finished.
@@ -46,7 +47,7 @@ def find_features(feature_path, resolution):
         for ending, kind in endings.items():
             if entry.name.endswith(ending) and entry.is_dir():
                 found.setdefault(entry.name[: -len(ending)], []).append(kind)
-    preferred = f"imagenet{resolution}"
+    preferred = f"imagenet{resolution or 256}"
     whole = sorted(name for name, kinds in found.items() if kinds != ["partial"])
     if preferred in whole:
         whole = [preferred]
@@ -191,7 +192,8 @@ class FeatureDataset:
 
     Args:
         feature_path: the folder that holds `NAME_features/` and `NAME_labels/`, or `NAME_packed/`.
-        resolution: image size in pixels, picks the set `imagenet{resolution}`.
+        resolution: image size in pixels, picks the set `imagenet{resolution}`; another that is the
+            only one is taken with a note, with None without.
         sample_shape: `(C, h, w)` that the model takes.
         num_classes: labels must be in 0..num_classes-1.
         flip: take the stored mirrored latent with probability 1/2.
@@ -213,7 +215,7 @@ class FeatureDataset:
     """
 
     def __init__(
-        self, feature_path, *, resolution=256, sample_shape, num_classes, flip=False, posterior="sample", seed=0
+        self, feature_path, *, resolution=None, sample_shape, num_classes, flip=False, posterior="sample", seed=0
     ):
         if posterior not in ("sample", "mean"):
             raise ValueError(f"posterior must be sample or mean, got {posterior!r}")
@@ -227,6 +229,10 @@ class FeatureDataset:
         if not len(self.store):
             raise ValueError(f"{self.features_dir}: no sample in it")
         self._check_shape(read_manifest(feature_path, name).get("moments"))
+        if resolution and name != f"imagenet{resolution}":
+            self.notes.append(
+                f"image size {resolution}: no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
+            )
         if flip and not self.store.has_flip:
             raise ValueError(
                 f"{self.features_dir}: flips were asked for, but no mirrored latents are there; extract with --flip"

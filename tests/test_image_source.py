@@ -172,9 +172,10 @@ def test_folder(folder):
         (["00", "01", "10", "02"], ["00", "01", "02", "10"], "not 0..3: .* folder 10 is label 3"),
         (["1" + "0" * 30, "9"], ["9", "1" + "0" * 30], "folder 9 is label 0"),
         ([f"{i:02d}" for i in range(11)], [f"{i:02d}" for i in range(11)], None),
-        (["-1", "10", "2"], ["-1", "10", "2"], None),
-        (["٣", "10", "2"], ["10", "2", "٣"], None),
-        (["c2", "c10"], ["c10", "c2"], None),
+        (["-1", "10", "2"], ["-1", "10", "2"], "as text, .* folder 10 is label 1, before 2"),
+        (["٣", "10", "2"], ["10", "2", "٣"], "as text, .* folder 10 is label 0, before 2"),
+        (["c2", "c10"], ["c10", "c2"], "as text, .* folder c10 is label 0, before c2"),
+        (["n02", "n10", "x1"], ["n02", "n10", "x1"], None),
     ],
 )
 def test_labels_of_numbered_classes_follow_the_numbers(names, classes, words, made_as, tmp_path):

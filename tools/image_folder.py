@@ -46,7 +46,8 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     Other names are sorted as text.
 
     Args:
-        notes: gets a sentence where a number is not its label, or not the label that an order as text would give it.
+        notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
+            and where text puts a name with a higher number first, as class10 before class2.
         earlier: the order that a set begun earlier has; it is kept for the same names.
 
     Raises:
@@ -54,6 +55,14 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     """
     text = sorted(names)
     if not all(re.fullmatch("[0-9]+", name) for name in text):
+        parts = [re.split("([0-9]+)", name) for name in text]  # texts and numbers in turn
+        for label, (one, other) in enumerate(itertools.pairwise(parts)):
+            if one[::2] == other[::2] and [*map(int, one[1::2])] > [*map(int, other[1::2])]:
+                notes.append(
+                    "labels follow the names of the class folders as text, not the numbers in them: folder "
+                    f"{printable(text[label])} is label {label}, before {printable(text[label + 1])}"
+                )
+                break
         return text
     numbered = sorted(text, key=int)
     if earlier is not None and sorted(earlier) == text and earlier != numbered:  # before numbers were sorted as such

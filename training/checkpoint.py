@@ -661,9 +661,9 @@ def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
     Raises:
         ValueError: unreadable, not finite, or weights of another architecture.
     """
-    parameters = dict(model.named_parameters()) if model is not None else {}
-    note = _check_start(path, config, parameters) if config is not None else ""
+    note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
     state, source = read_weights(path)
+    parameters = dict(model.named_parameters())
     if not as_stored:
         check_finite(state, source=source)
         if "pos_embed" in state and "pos_embed" in parameters:
@@ -683,11 +683,11 @@ def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
 _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
 
 
-def _check_start(path, config, parameters):
+def _check_start(path, config, has_position_table):
     """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
 
     Args:
-        parameters: the run's, by name.
+        has_position_table: whether the run's network has one, which fits images of one size.
 
     Raises:
         ValueError: its network is another one.
@@ -696,7 +696,7 @@ def _check_start(path, config, parameters):
     if own is None:
         return ""
     # Without a position table, as with Large-DiT's rotary positions, weights fit images of any size.
-    sizes = () if "pos_embed" in parameters else ("sample_size",)
+    sizes = () if has_position_table else ("sample_size",)
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
     listed = sampling_differences(own["objective"], config["objective"])

@@ -19,10 +19,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-from runtime.process import is_terminal
-from sampling.autoencoder import DEFAULT_VAE
-from sampling.step_counts import check_ddim_stride, check_num_steps, fit_note
-from tools.image_demo import (
+from config.schema import DEFAULT_VAE
+from runtime.process import is_terminal, run_cli
+from sampling.demo import (
     add_flags,
     check_exportable,
     check_flags,
@@ -39,10 +38,10 @@ from tools.image_demo import (
     pipeline_labels,
     read_dit,
 )
-from training.runtime import run_cli
+from sampling.step_counts import check_ddim_stride, check_num_steps, fit_note
 
 SCHEDULERS = ("ddim", "dpm", "ddpm")
-SIT_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see sampling.export_sit
+SIT_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see sampling.pipelines.export_sit
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def check(args, model):
     """Raises `ValueError` for what the model can't do, as far as its JSON files say; notes flags of no effect.
 
     Args:
-        model: a `tools.image_demo.Model`.
+        model: a `sampling.demo.Model`.
     """
     if model.kind == "exported" and args.backend == "eager":
         raise ValueError(
@@ -122,8 +121,8 @@ def sample_pipeline(args, model):
 
     With all channels guided and a scale above 1 these are the pipeline's own images. It ignores scales below 1.
     """
-    from sampling.inference import StockTransformer, from_dit_pipeline
-    from sampling.pretrained import read_timestep_fit
+    from sampling.pipelines.inference import StockTransformer, from_dit_pipeline
+    from sampling.pipelines.pretrained import read_timestep_fit
 
     pipe = load_pipeline(model.path, args.dtype)
     labels = pipeline_labels(model.path, pipe) if args.id2label is None else model.labels
@@ -136,8 +135,8 @@ def sample_inference(args, model):
     """uint8 images `(N, H, W, 3)` and the classes' labels, by Paddle Inference."""
     import paddle
 
-    from sampling.decoder import NotFiniteError
-    from sampling.inference import check_dtype, check_programs, export_inference, load_inference
+    from features.autoencoder import NotFiniteError
+    from sampling.pipelines.inference import check_dtype, check_programs, export_inference, load_inference
 
     device = paddle.get_device()
     check_dtype(device, args.dtype)
@@ -161,12 +160,13 @@ def sample_inference(args, model):
 
 
 def run_pipeline(args, pipe, dtype):
-    """uint8 images `(N, H, W, 3)` and the classes' labels, by a `sampling.inference.Pipeline` in that dtype."""
+    """uint8 images `(N, H, W, 3)` and the classes' labels, by a `sampling.pipelines.inference.Pipeline` in that
+    dtype."""
     import paddle
 
-    from sampling.decoder import LatentDecoder
-    from sampling.export import pipeline_scheduler
+    from features.autoencoder import LatentDecoder
     from sampling.guidance import guided
+    from sampling.pipelines.export import pipeline_scheduler
 
     scheduler, name = pipe.scheduler, args.scheduler or "ddim"
     if type(scheduler).__name__ != SIT_SCHEDULER:
@@ -192,7 +192,7 @@ def run_scheduler(scheduler, denoiser, latents, num_steps):
     """Latents by a ppdiffusers scheduler and a denoiser(x, t); a learned variance is cut off."""
     import paddle
 
-    from training.progress import tqdm
+    from runtime.progress import tqdm
 
     scheduler.set_timesteps(num_steps)
     with paddle.no_grad():
@@ -208,13 +208,13 @@ def sample_checkpoint(args, model):
     import paddle
 
     from diffusion import create_diffusion
+    from features.autoencoder import LatentDecoder
     from models import build_model
-    from models.weights import check_finite, check_state, expected_shapes
+    from models.state import check_finite, check_state, expected_shapes
     from objectives import build_objective
-    from sampling.checkpoint import read_weights
-    from sampling.decoder import LatentDecoder
-    from sampling.export import make_scheduler
     from sampling.guidance import guided
+    from sampling.pipelines.export import make_scheduler
+    from weights.source import read_weights
 
     config = model.config
     settings, objective = config["model"], config["objective"]

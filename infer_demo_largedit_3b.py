@@ -9,7 +9,7 @@ else the public Alpha-VLLM/Large-DiT-3B-256.
 """
 
 from infer_demo_dit import Demo, main
-from training.runtime import run_cli
+from runtime.process import run_cli
 
 DEMO = Demo(
     kind="LargeDiT_3B",

@@ -15,8 +15,9 @@ step besides.
 import argparse
 import os
 
-from sampling.checkpoint import is_training_checkpoint
-from tools.image_demo import (
+from config.schema import load_config, weights_config, weights_features
+from runtime.process import run_cli
+from sampling.demo import (
     add_flags,
     check_flags,
     check_guidance,
@@ -29,8 +30,7 @@ from tools.image_demo import (
     make_generator,
     note_unused,
 )
-from training.config import load_config, weights_config, weights_features
-from training.runtime import run_cli
+from weights.source import is_training_checkpoint
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
 PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "SiT_XL_patch2.json")
@@ -55,7 +55,7 @@ def find_model(path):
 
 
 def describe(args, path):
-    """The `tools.image_demo.Model` of a pipeline folder, a training checkpoint or a file of weights."""
+    """The `sampling.demo.Model` of a pipeline folder, a training checkpoint or a file of weights."""
     if not os.path.exists(path):
         raise ValueError(f"--model_path {path}: there is no such file or folder")
     if not os.path.isdir(path):
@@ -83,7 +83,7 @@ def describe(args, path):
 def load_pipeline(args, model):
     """A SiTPipeline, from a pipeline folder, a training checkpoint or a file of weights."""
     from sampling import SiTPipeline
-    from sampling.checkpoint import read_weights
+    from weights.source import read_weights
 
     if model.kind == "pipeline":
         return SiTPipeline.from_pretrained(model.path)

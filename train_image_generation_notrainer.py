@@ -1,13 +1,13 @@
 """Trains a class-conditional diffusion transformer with a loop to read and edit; `--help` lists the flags."""
 
-from training.runtime import configure_runtime, run_cli
+from runtime.process import configure_runtime, run_cli
 
 configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import read_notrainer_flags
-    from training.stopping import Stopping
+    from config.flags import read_notrainer_flags
+    from training.supervision.stopping import Stopping
 
     args, config = read_notrainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
@@ -23,17 +23,20 @@ def train(args, config, stopping):
     import paddle
     from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
+    from features.loader import FeatureLoader
     from objectives import Rows, build_objective
-    from training import checkpoint as ckpt
+    from runtime.process import init_distributed, resolve_device, say, seed_step
+    from runtime.run_lock import RunLock
     from training import setup
-    from training.data import FeatureLoader
+    from training.checkpoints.experiment import open_experiment
+    from training.checkpoints.read import load_pretrained
+    from training.checkpoints.saver import CheckpointSaver
+    from training.checkpoints.state import restore_model, restore_training
     from training.metrics import TrainingLog
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.preview import log_preview
-    from training.run_lock import RunLock
-    from training.runtime import init_distributed, resolve_device, say, seed_step
-    from training.step_dump import dump_step
-    from training.watch import NumberWatch
+    from training.supervision.number_watch import NumberWatch
+    from training.supervision.step_dump import dump_step
 
     # Device, process group, precision.
     settings = config["training"]
@@ -49,7 +52,7 @@ def train(args, config, stopping):
 
     # Checkpoint to resume, and the experiment's folder.
     lock = RunLock()  # of the run's folder, until this function is left
-    checkpoint, folder = ckpt.open_experiment(args.resume, args.results_dir, args.config_file, config, lock)
+    checkpoint, folder = open_experiment(args.resume, args.results_dir, args.config_file, config, lock)
     checkpoints_dir = os.path.join(folder, "checkpoints")
     first_step = setup.resume_sampler(sampler, config, checkpoint)
     last_step = sampler.last_step
@@ -60,9 +63,9 @@ def train(args, config, stopping):
     ema = setup.build_ema(config, model)
     start_note = None
     if checkpoint is not None:
-        ckpt.restore_model(checkpoint, model, ema)
+        restore_model(checkpoint, model, ema)
     elif args.pretrained_model_path:
-        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, ema, config=config)
+        start_note = load_pretrained(args.pretrained_model_path, model, ema, config=config)
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
     watch = NumberWatch(settings)
@@ -74,7 +77,7 @@ def train(args, config, stopping):
     if checkpoint is None:
         create_state(optimizer, model)
     else:
-        ckpt.restore_training(
+        restore_training(
             checkpoint, model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, objective=objective
         )
         watch.set_state_dict(checkpoint.progress.get("watch", {}))
@@ -117,7 +120,7 @@ def train(args, config, stopping):
         show_bar=not args.disable_tqdm,
         rank=rank,
     )
-    saver = ckpt.CheckpointSaver(say=log.print, save_total_limit=args.save_total_limit, background=args.async_save)
+    saver = CheckpointSaver(say=log.print, save_total_limit=args.save_total_limit, background=args.async_save)
 
     watch.dump = functools.partial(
         dump_step,

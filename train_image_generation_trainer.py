@@ -1,13 +1,13 @@
 """Trains a class-conditional diffusion transformer with the PaddleNLP Trainer; `--help` lists the flags."""
 
-from training.runtime import configure_runtime, run_cli
+from runtime.process import configure_runtime, run_cli
 
 configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from training.arguments import read_trainer_flags
-    from training.stopping import Stopping
+    from config.flags import read_trainer_flags
+    from training.supervision.stopping import Stopping
 
     args, config = read_trainer_flags()
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
@@ -17,17 +17,19 @@ def main():
 def train(args, config, stopping):
     import paddle
 
-    from training.runtime import resolve_device, say
+    from runtime.process import resolve_device, say
 
     paddle.set_device(resolve_device(args.device))
     device = paddle.get_device()
 
     from objectives import build_objective
-    from training import checkpoint as ckpt
+    from runtime.run_lock import RunLock
     from training import setup
-    from training.run_lock import RunLock
+    from training.checkpoints.experiment import open_output_dir
+    from training.checkpoints.read import load_pretrained
+    from training.parallel.degrees import check_degrees
     from training.trainer import LatentDiffusionTrainer
-    from training.trainer_arguments import check_degrees, tensor_parallel_group, training_arguments
+    from training.trainer_arguments import tensor_parallel_group, training_arguments
 
     # What is asked of the process group, before it is made.
     world_size = paddle.distributed.get_world_size()
@@ -48,7 +50,7 @@ def train(args, config, stopping):
     # depends on what a resumed run has done.
     training_args = training_arguments(args, config, precision, batch_size=sampler.batch_size)
     lock = RunLock()  # of the run's folder, until this function is left
-    checkpoint = ckpt.open_output_dir(
+    checkpoint = open_output_dir(
         args.output_dir,
         config,
         resume=args.resume_from_checkpoint,
@@ -63,7 +65,7 @@ def train(args, config, stopping):
     objective = build_objective(config, ranks_per_batch=args.tensor_parallel_degree)
     start_note = None
     if args.pretrained_model_path and checkpoint is None:
-        start_note = ckpt.load_pretrained(args.pretrained_model_path, model, config=config)
+        start_note = load_pretrained(args.pretrained_model_path, model, config=config)
     preview = setup.build_preview(objective, config, args, vae=args.vae_name_or_path)
     validation = setup.build_validation(config, objective, held_out, sampler, args.tensor_parallel_degree)
     if paddle.distributed.get_rank() == 0:

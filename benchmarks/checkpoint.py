@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.data import drop_cache, read_plain  # noqa: E402
 from benchmarks.turns import answer, ask, memory, reset_peak  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from runtime.process import configure_runtime, run_cli  # noqa: E402
 
 PARTS = ("save", "load", "memory", "tools")
 BLOCK = 1 << 24
@@ -47,11 +47,11 @@ class Training:
         configure_runtime()
         import paddle
 
+        from config.schema import load_config
         from objectives import build_objective
         from training import setup
-        from training.config import load_config
         from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
-        from training.watch import NumberWatch
+        from training.supervision.number_watch import NumberWatch
 
         self.config = load_config(config_file)
         settings, shape = self.config["training"], self.config["model"]
@@ -92,7 +92,7 @@ class Training:
 
     def save(self, folder, background):
         """Saves; returns `(seconds in the call, end)`, where `end` gives the seconds until it was whole, or None."""
-        from training.checkpoint import CheckpointSaver
+        from training.checkpoints.saver import CheckpointSaver
 
         said = []
         saver = CheckpointSaver(say=lambda text: said.append((time.perf_counter(), text)), background=background)
@@ -111,11 +111,12 @@ class Training:
 
     def resume(self, folder):
         """As --resume does it."""
-        from training import checkpoint as ckpt
+        from training.checkpoints.experiment import open_checkpoint
+        from training.checkpoints.state import restore_model, restore_training
 
-        checkpoint = ckpt.open_checkpoint(folder, self.config)
-        ckpt.restore_model(checkpoint, self.model, self.ema)
-        ckpt.restore_training(
+        checkpoint = open_checkpoint(folder, self.config)
+        restore_model(checkpoint, self.model, self.ema)
+        restore_training(
             checkpoint,
             model=self.model,
             optimizer=self.optimizer,
@@ -191,7 +192,7 @@ def save_worker(args, folder):
 
 
 def load_worker(args, folder):
-    from training.manifest import damage
+    from training.checkpoints.whole_folder import damage
 
     training = Training(args.config_file, 1)
     training.step()
@@ -247,7 +248,7 @@ def tool_worker(args, folder, kind):
     checkpoint = os.path.join(folder, "1")
     model_type = ask(__file__, "checkpoint", args.config_file, 1, 1, checkpoint)
     configure_runtime()
-    from models import weights  # noqa: F401 (and Paddle)
+  # noqa: F401 (and Paddle)
 
     if kind == "extract":
         from tools import extract_weights as tool
@@ -255,12 +256,13 @@ def tool_worker(args, folder, kind):
         flags = ["--model_file", checkpoint, "--checkpoint_path", os.path.join(folder, "extracted.pdparams")]
         flags += ["--save_ema", "True"]
     else:
-        from sampling import decoder, export, export_large_dit  # noqa: F401 (and ppdiffusers)
+        from features.autoencoder import load_vae
+        from sampling.pipelines import export, export_large_dit  # noqa: F401 (and ppdiffusers)
 
         tool = importlib.import_module(f"tools.convert_{'sit' if 'SiT' in model_type else 'dit'}_to_ppdiffusers")
         flags = ["--model_weights", checkpoint, "--checkpoint_path", os.path.join(folder, "pipeline")]
         flags += ["--vae_model", "assets/digits_vae"]
-        decoder.load_vae("assets/digits_vae")
+        load_vae("assets/digits_vae")
     averages, buffer = os.path.join(checkpoint, "ema_state.pdparams"), memoryview(os.urandom(BLOCK))
     size, rounds, above, plain_path = os.path.getsize(averages), [], None, os.path.join(folder, "plain")
     for _ in range(args.turns):
@@ -361,7 +363,7 @@ def tools(args, folder):
 
 
 def run(args):
-    from training.config import load_config, write_json
+    from config.schema import load_config, write_json
 
     load_config(args.config_file)  # a mistake is reported here
     if args.work_dir:

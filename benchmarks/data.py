@@ -26,7 +26,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from runtime.process import configure_runtime, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
 
@@ -46,7 +46,7 @@ def write_pairs(folder, count, *, whole=True):
     import numpy as np
     from tqdm import tqdm
 
-    from training.packed import npy_header
+    from features.packed import npy_header
 
     features, labels = (os.path.join(folder, f"{NAME}_{kind}") for kind in ("features", "labels"))
     os.makedirs(features)
@@ -67,19 +67,19 @@ def write_packed(folder, count, shape):
     """A packed set of zeros in shards as tools/pack_features.py would make them for `SHAPE`."""
     import numpy as np
 
-    from training import packed
+    from features.packed import ShardWriter, finish, partial_folder
 
-    partial, shard_samples = packed.partial_folder(folder, NAME), (1 << 32) // (4 * int(np.prod(SHAPE)))
+    partial, shard_samples = partial_folder(folder, NAME), (1 << 32) // (4 * int(np.prod(SHAPE)))
     for number, start in enumerate(range(0, count, shard_samples)):
         size = min(shard_samples, count - start)
-        with packed.ShardWriter(partial, number, row_shape=shape) as shard:
+        with ShardWriter(partial, number, row_shape=shape) as shard:
             names = [str(index) for index in range(start, start + size)]
             shard.append(np.zeros((size, *shape), "float32"), np.arange(start, start + size) % NUM_CLASSES, names)
-    packed.finish(folder, NAME)
+    finish(folder, NAME)
 
 
 def open_set(folder, shape=SHAPE):
-    from training.data import FeatureDataset
+    from features.dataset import FeatureDataset
 
     return FeatureDataset(folder, sample_shape=shape, num_classes=NUM_CLASSES)
 
@@ -126,7 +126,7 @@ def read_reference(folder, count, batch_size):
 
 
 def make_sampler(data, batch_size, count):
-    from training.data import MicroBatchSampler
+    from features.order import MicroBatchSampler
 
     return MicroBatchSampler(
         len(data),
@@ -140,7 +140,7 @@ def make_sampler(data, batch_size, count):
 
 
 def read_loader(data, count, batch_size, num_workers):
-    from training.data import FeatureLoader
+    from features.loader import FeatureLoader
 
     seen = 0
     for x, _ in FeatureLoader(data, make_sampler(data, batch_size, count), num_workers=num_workers):
@@ -244,12 +244,12 @@ def waiting(folder, num_workers, args):
     """`(seconds a step, seconds of it that the loop waits for data)` of the real training step, medians and mean."""
     import paddle
 
+    from config.schema import load_config
+    from features.loader import FeatureLoader
     from objectives import Rows, build_objective
+    from runtime.process import resolve_device
     from training import setup
-    from training.config import load_config
-    from training.data import FeatureLoader
     from training.optimizer import build_lr_scheduler, build_optimizer
-    from training.runtime import resolve_device
 
     paddle.set_device(resolve_device(args.device))
     config = load_config(args.config_file)
@@ -288,7 +288,7 @@ def own_memory():
 
 def measure_open(folder, shape, epoch):
     """Opens a set in this process; returns seconds, and bytes of memory by what was done."""
-    import training.data  # noqa: F401
+    import features.loader  # noqa: F401
 
     before = own_memory()
     start = time.perf_counter()

@@ -39,7 +39,7 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.join(ROOT, "tests", "faults")]
 
-from training.runtime import SAVING_THREAD, configure_runtime, exit_now, run_cli  # noqa: E402
+from runtime.process import SAVING_THREAD, configure_runtime, exit_now, run_cli  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not miss the threads of its parent
 configure_runtime()  # before Paddle is imported
@@ -165,9 +165,9 @@ class Run:
 
     def damaged(self):
         """What is wrong with checkpoints that have their names: lines."""
-        from training import checkpoint as ckpt
+        from training.checkpoints.find import _damage
 
-        wrong = {path: ckpt._damage(path, checksums=True) for path in self.checkpoints().values()}
+        wrong = {path: _damage(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
 
     def differences(self, other):
@@ -276,16 +276,16 @@ def what_a_kill_left(run, newest):
     Returns:
         `(step that will be resumed, lines of what is wrong)`.
     """
-    from training import checkpoint as ckpt
+    from training.checkpoints.find import _step_of, pick_checkpoint
 
     wrong = run.damaged()
     expected = max([newest, *run.checkpoints()])
     with _quiet() as said:
         try:
-            picked = ckpt.pick_checkpoint(run.output)
+            picked = pick_checkpoint(run.output)
         except ValueError as error:
             picked, wrong = None, [*wrong, str(error)]
-    step = ckpt._step_of(picked) if picked else 0
+    step = _step_of(picked) if picked else 0
     if step < expected:
         wrong.append(f"lost: step {expected} was there, {step} is picked; {said[0]}")
     return step, wrong
@@ -375,7 +375,7 @@ def flip_bits(run, count, seed):
     """`{file: how many of `count` random flipped bits were found}` in the newest checkpoint of a finished run."""
     from tqdm import tqdm
 
-    from training import checkpoint as ckpt
+    from training.checkpoints.find import pick_checkpoint
 
     rng, steps = random.Random(seed), sorted(run.checkpoints())
     newest, older = (run.checkpoints()[step] for step in reversed(steps[-2:]))
@@ -390,7 +390,7 @@ def flip_bits(run, count, seed):
             with open(path, "wb") as file:
                 file.write(data)
             with _quiet() as said:
-                picked = ckpt.pick_checkpoint(run.output)
+                picked = pick_checkpoint(run.output)
             found[name] += os.path.samefile(picked, older) and f"{newest} is passed over: " in said[0]
         with open(path, "wb") as file:
             file.write(whole)
@@ -504,7 +504,7 @@ def readonly(args, folder):
 
 def slow_writes(bytes_per_second):
     """Slows the writing of checkpoints down, in this process."""
-    from training import manifest
+    from training.checkpoints import whole_folder as manifest
 
     write = manifest._HashedFile.write
 
@@ -710,11 +710,12 @@ def main(argv=None):
 
 
 def run(args):
-    from training.config import write_json
+    from config.schema import write_json
 
     # Whatever a training imports, once.
     modules = ["objectives", *(f"train_image_generation_{loop}" for loop in args.loops)]
-    modules += [f"training.{name}" for name in ("arguments", "checkpoint", "metrics", "optimizer", "preview", "setup")]
+    modules += ["config.flags", "training.checkpoints.experiment", "training.checkpoints.saver"]
+    modules += [f"training.{name}" for name in ("metrics", "optimizer", "preview", "setup")]
     if "trainer" in args.loops:
         modules += ["training.trainer", "training.trainer_arguments"]
     for module in modules:

@@ -2,7 +2,7 @@
 
 Every case trains a small network for three steps with one of the project's own loops, and reads how many bytes Paddle's
 allocator had given out at most (`host_memory_stat_peak_value("Allocated")`, a CPU's `max_memory_allocated`). The same
-config goes through `training.memory_plan`. Prints the table of docs/memory.md.
+config goes through `training.parallel.memory_plan`. Prints the table of docs/memory.md.
 
 The networks run with a GPU's operators here, not with those of `models.cpu_ops`, which keep less.
 
@@ -21,9 +21,9 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from training import memory_plan  # noqa: E402
-from training.config import resolve_config, write_json  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from config.schema import resolve_config, write_json  # noqa: E402
+from runtime.process import configure_runtime, run_cli  # noqa: E402
+from training.parallel import memory_plan  # noqa: E402
 
 NARROW = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32}
 WIDE = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64}
@@ -116,7 +116,7 @@ def planned_for(case):
     sliced_from = memory_plan.SLICED_FROM
     try:
         if setting.sharding == "stage3":
-            memory_plan.SLICED_FROM = 0  # on a CPU every parameter is sliced, see training.cpu_parallel
+            memory_plan.SLICED_FROM = 0  # on a CPU every parameter is sliced, see training.parallel.cpu
         return memory_plan.plan(config, setting)
     finally:
         memory_plan.SLICED_FROM = sliced_from
@@ -188,7 +188,7 @@ def worker(path, loop, flags, emulate):
     from paddle.base import core
 
     from models import cpu_ops
-    from training import checkpoint
+    from training.checkpoints.saver import CheckpointSaver
 
     cpu_ops.enable(False)
 
@@ -197,7 +197,7 @@ def worker(path, loop, flags, emulate):
         with open(f"{path}-{paddle.distributed.get_rank()}", "w", encoding="utf-8") as file:
             file.write(str(core.host_memory_stat_peak_value("Allocated", 0)))
 
-    checkpoint.CheckpointSaver.save = read_peak
+    CheckpointSaver.save = read_peak
     if emulate:
         _emulate_half()
     sys.argv = [loop, *flags]

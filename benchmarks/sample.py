@@ -56,7 +56,7 @@ TINY_VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels":
 
 
 def _config(kind, case):
-    from training.config import load_config
+    from config.schema import load_config
 
     return load_config(os.path.join(ROOT, "config", f"{kind}_{case['size'].replace('/', '_patch')}.json"))
 
@@ -67,10 +67,10 @@ def prepare(case):
     from ppdiffusers import AutoencoderKL
 
     from models import build_model
-    from models.weights import save_pdparams
-    from sampling.export import export_dit_pipeline
-    from sampling.export_sit import export_stock_sit
-    from sampling.folder import write_json
+    from sampling.pipelines.export import export_dit_pipeline
+    from sampling.pipelines.export_sit import export_stock_sit
+    from sampling.pipelines.folder import write_json
+    from weights.files import save_pdparams
 
     paddle.seed(0)
     vae = AutoencoderKL(**TINY_VAE)
@@ -104,8 +104,8 @@ def eager(case):
 
     from models import build_model
     from objectives import build_objective
-    from sampling.checkpoint import read_weights
     from sampling.guidance import guided
+    from weights.source import read_weights
 
     y = paddle.to_tensor(_labels(case))
     options = {
@@ -147,7 +147,7 @@ def pipeline(case):
     import paddle
     from ppdiffusers import DDPMScheduler
 
-    from sampling.pretrained import load_dit_pipeline
+    from sampling.pipelines.pretrained import load_dit_pipeline
 
     pipes = {kind: load_dit_pipeline(os.path.join(case["folder"], f"{kind}_pipeline")) for kind in case["models"]}
     schedulers = {name: pipes[kind].scheduler for name, (kind, _, _) in SAMPLERS.items() if kind in pipes}
@@ -172,9 +172,9 @@ def inference(case, dtype):
     import paddle
 
     from infer_demo_dit import run_scheduler
+    from sampling.demo import describe_model, read_dit
     from sampling.guidance import guided
-    from sampling.inference import export_inference, load_inference
-    from tools.image_demo import describe_model, read_dit
+    from sampling.pipelines.inference import export_inference, load_inference
 
     sources, pipes = {}, {}
     for kind in case["models"]:
@@ -239,9 +239,9 @@ def decoder(part, case):
     import paddle
     from ppdiffusers import AutoencoderKL
 
-    from sampling.decoder import LatentDecoder
-    from sampling.inference import export_inference, load_inference
-    from tools.image_demo import describe_model, read_dit
+    from features.autoencoder import LatentDecoder
+    from sampling.demo import describe_model, read_dit
+    from sampling.pipelines.inference import export_inference, load_inference
 
     vae, latents = AutoencoderKL(**VAE_SIZE), paddle.randn([1, 4, 32, 32])
     vae.eval()
@@ -296,7 +296,7 @@ def work(part, case):
 
 def _network(size):
     """diffusers' keywords for a DiT of a config's size."""
-    from training.config import load_config
+    from config.schema import load_config
 
     path = os.path.join(ROOT, "config", f"DiT_{size.replace('/', '_patch')}.json")
     if not os.path.isfile(path):
@@ -421,11 +421,11 @@ def main(argv=None):
 if __name__ == "__main__":
     if "--worker" in sys.argv:
         if "PyTorch" not in " ".join(sys.argv):
-            from training.runtime import configure_runtime
+            from runtime.process import configure_runtime
 
             configure_runtime()
         main()
     else:
-        from training.runtime import run_cli
+        from runtime.process import run_cli
 
         run_cli(main)

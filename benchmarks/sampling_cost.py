@@ -14,8 +14,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from training.config import load_config  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from config.schema import load_config  # noqa: E402
+from runtime.process import configure_runtime, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
 

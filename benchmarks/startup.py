@@ -84,7 +84,7 @@ def measure_help(turns):
 
 def import_worker(names):
     """Imports modules in this process, one after the other; prints `[[seconds, new modules], ...]`."""
-    from training.runtime import configure_runtime
+    from process import configure_runtime
 
     configure_runtime()
     rows = []
@@ -116,7 +116,8 @@ def measure_imports(turns):
 
 def first_step_worker(loop, started, arguments):
     """Runs a training loop in this process, and writes down when it passes from one stage to the next."""
-    from training import runtime
+    from runtime import process
+    from runtime.process import configure_runtime, exit_now
 
     marks = {}
 
@@ -136,8 +137,8 @@ def first_step_worker(loop, started, arguments):
 
         setattr(owner, name, marked)
 
-    at(runtime, "seed_step", STAGES[4])
-    runtime.configure_runtime()
+    at(process, "seed_step", STAGES[4])
+    configure_runtime()
     mark(STAGES[0])
     import paddle  # noqa: F401 (timed)
 
@@ -151,7 +152,7 @@ def first_step_worker(loop, started, arguments):
     sys.argv = [script.__file__, *arguments]
     script.main()
     answer([marks[stage] for stage in STAGES])
-    runtime.exit_now(0)
+    exit_now(0)
 
 
 def measure_first(turns, folder):
@@ -201,7 +202,7 @@ def measure_first(turns, folder):
 def run(args):
     from tqdm import tqdm
 
-    from training.config import write_json
+    from config.schema import write_json
 
     results = {}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
@@ -238,6 +239,6 @@ if __name__ == "__main__":
         else:
             first_step_worker(words[0], float(words[1]), words[2:])
     else:
-        from training.runtime import run_cli
+        from runtime.process import run_cli
 
         run_cli(main)

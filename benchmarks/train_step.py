@@ -15,7 +15,7 @@ that what else the machine does falls on all of them; ratios are formed turn by 
 moments and averages. "activations" are what Paddle's allocator has given out more after a forward pass than before it.
 "update" is the share of a step that the optimizer, the norm of the gradients and the average take. Operators are those
 of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets; "written" are the
-bytes of their results there, by training/memory_tape.py, plain attention. Reads of a tensor by the host are counted by
+bytes of their results there, plain attention. Reads of a tensor by the host are counted by
 its methods' calls. The JSON file has the time by kernel too.
 """
 
@@ -71,7 +71,7 @@ def _serve(step, states, baseline, facts):
 
 
 def _config(case):
-    from training.config import resolve_config
+    from config.schema import resolve_config
 
     layers, heads, head_dim = SIZES[case["size"]]
     model = {"type": case["type"], "sample_size": LATENT, "patch_size": case["patch"], "in_channels": 4}
@@ -91,7 +91,7 @@ def _paddle_step(case):
     from objectives import build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
-    from training.watch import NumberWatch
+    from training.supervision.number_watch import NumberWatch
 
     config = _config(case)
     settings = config["training"]
@@ -258,7 +258,7 @@ def _products(forward):
 
 def paddle_worker(part, case):
     if part != "reference":
-        from training.runtime import configure_runtime
+        from runtime.process import configure_runtime
 
         configure_runtime()
     import paddle  # noqa: F401 (before the baseline)
@@ -401,8 +401,8 @@ def _count(case, cpu_ops):
 
 def _written(case):
     """Bytes of the results of a step's operators on a GPU, forward and backward."""
-    from training.memory_plan import Sizes
-    from training.memory_tape import activations
+    from training.parallel.memory_plan import Sizes
+    from training.parallel.memory_tape import activations
 
     return activations(
         Sizes.of(_config(case)), case["batch"], recompute=case["recompute"], fused_attention=False
@@ -535,6 +535,6 @@ if __name__ == "__main__":
     if "--worker" in sys.argv:
         main()
     else:
-        from training.runtime import run_cli
+        from runtime.process import run_cli
 
         run_cli(main)

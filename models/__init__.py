@@ -1,13 +1,13 @@
 """Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config.
 
-Names are imported on first use, so that whoever needs `models.weights` alone does not wait for Paddle.
+Names are imported on first use, so that whoever needs `weights.files` alone does not wait for Paddle.
 """
 
 import importlib
 
 from runtime.machine import set_mkl_cpu_type
 
-set_mkl_cpu_type()  # in programs that know nothing of `training.runtime.configure_runtime`
+set_mkl_cpu_type()  # in programs that know nothing of `runtime.process.configure_runtime`
 
 _EXPORTS = {
     "DiT": "models.dit",

@@ -3,6 +3,7 @@
 `tools/setup_env.sh` lets the Python of `.venv` call `set_mkl_cpu_type` whenever it starts.
 """
 
+import contextlib
 import os
 import sys
 import sysconfig
@@ -61,3 +62,15 @@ def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     vendor, flags = read_processor(cpuinfo)
     if vendor and vendor != "GenuineIntel" and "avx2" in flags and has_bundled_mkl(folders):
         environ["MKL_DEBUG_CPU_TYPE"] = AVX2
+
+
+def available_memory():
+    """Bytes that this machine or container could still give to a process and to its file cache; None: unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration, IndexError):
+        with open("/proc/meminfo") as file:
+            found.append(int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        with open("/sys/fs/cgroup/memory.max") as file:
+            found.append(int(file.read()))
+    return min(found, default=None)

@@ -1,7 +1,18 @@
 """This process: its terminal, and the others that the launcher started beside it. Standard library only."""
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+
+from runtime.machine import set_mkl_cpu_type
+from runtime.run_lock import close_inherited
 
 
 def is_terminal(stream):
@@ -14,3 +25,202 @@ def is_terminal(stream):
 def local_processes():
     """Returns how many processes the launcher started on this machine; 1 without a launcher."""
     return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
+
+
+DEVICES = ("auto", "cpu", "gpu")
+SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
+STARTED = time.monotonic()
+# Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
+EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
+EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): again is no use
+EXIT_LOST = 70  # a rank hangs or is gone (EX_SOFTWARE)
+EXIT_INTERRUPTED = 130  # Ctrl-C, nothing to save
+
+
+def configure_runtime():
+    """Sets what Paddle reads at import; call it first. Each setting can be overridden from the environment.
+
+    - `OMP_NUM_THREADS`: Paddle's CPU build computes on one thread unless it is set: the cores over the local processes.
+    - `FLAGS_use_stride_kernel=0`: strided views make later operators copy element by element on a CPU.
+    - `MKL_DEBUG_CPU_TYPE=5` on processors of other vendors than Intel, see `runtime.machine.set_mkl_cpu_type`.
+    - glibc's malloc thresholds: large buffers are kept instead of being mapped and unmapped at each use.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_processes())))
+    os.environ.setdefault("FLAGS_use_stride_kernel", "0")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    set_mkl_cpu_type()
+    # Noise of Paddle's import that tells a user of this project nothing.
+    warnings.filterwarnings("ignore", message="No ccache found")
+    warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            m_trim_threshold, m_mmap_threshold, gigabyte = -1, -3, 1 << 30
+            libc.mallopt(m_mmap_threshold, gigabyte)
+            libc.mallopt(m_trim_threshold, gigabyte)
+
+
+def run_cli(main):
+    """Runs a command: a user's mistake (`ValueError`) or a file system's refusal is one line on stderr, exit code 2.
+
+    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too.
+    """
+    try:
+        main()
+        leave_distributed()
+    except Exception as error:
+        if not is_mistake(error):
+            if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) == 1:
+                raise
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+            exit_now(1)  # the destructors of a process group may wait for the other ranks
+        if os.environ.get("TRACEBACK") == "1":
+            raise
+        say(f"error: {one_line(error)}", sys.stderr)
+        exit_now(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        say("interrupted", sys.stderr)
+        exit_now(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_STOPPED:
+            leave_distributed(EXIT_STOPPED)
+            exit_now(EXIT_STOPPED)
+        raise
+
+
+def is_mistake(error):
+    """Whether an exception is a user's mistake or a file system's refusal; others are errors of the program."""
+    return isinstance(error, ValueError) or is_refusal(error)
+
+
+def is_refusal(error):
+    """Whether an exception is a file system's or a network's; those of CUDA and NCCL are `OSError`s without errno."""
+    return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
+
+
+def leave_distributed(code=0):
+    """Ends this process of a finished job; does nothing in a process that is alone.
+
+    All ranks wait for one another, and run no destructors: those of a process group talk to the store of rank 0, and
+    abort where that is gone already.
+    """
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        import paddle.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+            exit_now(code)
+
+
+def exit_now(code, saving_seconds=None):
+    """Ends this process without destructors; loader processes are killed.
+
+    Args:
+        saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
+    """
+    for thread in threading.enumerate():
+        if thread.name == SAVING_THREAD and thread.is_alive():
+            # A launcher that ends the job because of this or another rank's error starts with SIGTERM.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            thread.join(saving_seconds)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
+            stream.flush()
+    # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
+    children = multiprocessing.active_children()
+    if children:
+        # Paddle's handler raises in the main thread when a loader dies, maybe before the last line here. Unlike
+        # `signal.signal`, this may be called in any thread.
+        with contextlib.suppress(OSError, AttributeError):
+            libc_signal = ctypes.CDLL(None).signal
+            libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+            libc_signal(signal.SIGCHLD, int(signal.SIG_IGN))
+    for child in children:
+        child.kill()
+    os._exit(code)
+
+
+def say(text, stream=None):
+    """Prints a line to `stream`, or stdout. One that takes nothing (a full disk, a reader that is gone) ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
+
+
+def counted(number, noun, plural=None):
+    """Returns a number with its noun: `1 image`, `1,200 images`; `plural` is for a noun that takes no s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def one_line(error):
+    """The message of an error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the file system'}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def resolve_device(requested):
+    """`auto`, `cpu`, `gpu` or `gpu:N` to what Paddle takes; raises `ValueError` for a GPU that is not there."""
+    import paddle
+
+    kind = requested.split(":")[0]
+    if kind not in DEVICES:
+        raise ValueError(f"device must be auto, cpu, gpu or gpu:N, got {requested!r}")
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if kind == "auto":
+        kind = requested = "gpu" if gpus else "cpu"
+    if kind == "gpu" and not gpus:
+        raise ValueError(
+            "device gpu was asked for, but Paddle sees no GPU here; use --device cpu, or install paddlepaddle-gpu"
+        )
+    return requested  # "gpu" alone is the one that the launcher chose for this process
+
+
+def compute_capability(device):
+    """`(major, minor)` of a GPU, None for other devices."""
+    import paddle
+
+    return tuple(paddle.device.cuda.get_device_capability(device)) if device.startswith("gpu") else None
+
+
+def init_distributed():
+    """Joins the process group of `paddle.distributed.launch`; returns `(rank, world_size)`."""
+    import paddle.distributed as dist
+
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        dist.init_parallel_env()
+        dist.barrier()  # a rank that ends with an error now does not leave the others waiting for its connection
+    return dist.get_rank(), dist.get_world_size()
+
+
+def seed_step(seed, step):
+    """Seeds Paddle's generators for an optimizer step: a resumed run draws the same noise as an unbroken one.
+
+    All ranks take the same seed: each draws for the whole global batch and keeps its rows (`objectives.Rows`).
+    """
+    import numpy as np
+    import paddle
+
+    paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def start_worker(*_):
+    """`worker_init_fn` of loader processes, which inherit everything of a run when they are forked.
+
+    They leave signals to the run: one to the whole group must not take them from it before it has saved. Only their
+    parent ends them so. And they close the lock of its folder.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Paddle's workers outlive a run that was killed
+
+    def wait_for_parent():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+    close_inherited()

@@ -23,16 +23,17 @@ from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipe
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
+from features.autoencoder import LatentDecoder
 from models import MODELS, LargeSiT, SiT, build_model, get_2d_sincos_pos_embed
-from models.weights import check_finite, check_state, expected_shapes, load_weights, without_rounding
+from models.state import check_finite, check_state, expected_shapes, without_rounding
 from runtime.process import is_terminal
-from sampling.decoder import LatentDecoder
-from sampling.export import check_vae
-from sampling.folder import check_id2label, read_component, read_json_object, write_components, write_folder
+from runtime.untrusted import inside
 from sampling.guidance import default_channels, guided
-from sampling.pretrained import find_weights, load_model
+from sampling.pipelines.export import check_vae
+from sampling.pipelines.folder import check_id2label, read_component, read_json_object, write_components, write_folder
 from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
-from untrusted import inside
+from weights.files import load_weights
+from weights.pretrained import find_weights, load_model
 
 DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
@@ -287,7 +288,7 @@ class SiTPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: a value that is not accepted; the message names those that are. Also, as a
-                `sampling.decoder.NotFiniteError`, images of numbers that are not finite; `output_type="latent"`
+                `features.autoencoder.NotFiniteError`, images of numbers that are not finite; `output_type="latent"`
                 returns them.
         """
         y = self._check_labels(class_labels)

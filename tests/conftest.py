@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.runtime import configure_runtime  # noqa: E402
+from runtime.process import configure_runtime  # noqa: E402
 
 configure_runtime()
 
@@ -57,7 +57,8 @@ RESIDUAL = (
 def golden_network(weights, config, scale=None, **overrides):
     """The network of a golden `.pt` file in evaluation mode; `scale` multiplies what feeds the residual stream."""
     from models import build_model
-    from models.weights import load_weights, official_to_paddle
+    from models.state import official_to_paddle
+    from weights.files import load_weights
 
     model = build_model(config, **overrides)
     state = official_to_paddle(load_weights(GOLDEN / weights))

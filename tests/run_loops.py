@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.runtime import configure_runtime, leave_distributed  # noqa: E402
+from runtime.process import configure_runtime, leave_distributed  # noqa: E402
 
 
 def keep_groups():

@@ -93,7 +93,7 @@ def test_data(own_features, tmp_path, run_loop, loop, spoil, message):
     arguments = loop_arguments(loop, config=config, features=own_features, output=tmp_path / "out", steps=4)
     with pytest.raises(ValueError, match=message) as caught:
         run_loop(loop, arguments)
-    from training.runtime import one_line
+    from runtime.process import one_line
 
     assert "\n" not in one_line(caught.value) and "Traceback" not in one_line(caught.value)
 

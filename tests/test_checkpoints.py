@@ -12,9 +12,12 @@ import threading
 import pytest
 from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
-from training import checkpoint as ckpt
-from training import manifest
-from training.runtime import SAVING_THREAD
+from runtime.process import SAVING_THREAD
+from training.checkpoints import whole_folder as manifest
+from training.checkpoints.find import Checkpoint, _damage, _step_of, find_checkpoints, list_checkpoints, pick_checkpoint
+from training.checkpoints.read import load_checkpoint
+from training.checkpoints.saver import rotate_checkpoints
+from training.checkpoints.state import restore_model, restore_training
 
 LOOPS = ["trainer", "notrainer"]
 FILES = ["config.json", "model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt", "trainer_state.json"]
@@ -64,7 +67,7 @@ class Run:
 
     def steps(self):
         """The steps that checkpoints are listed of."""
-        return [ckpt._step_of(path) for path in ckpt.find_checkpoints(self.output)]
+        return [_step_of(path) for path in find_checkpoints(self.output)]
 
     def resume(self, path="auto"):
         flag = "--resume" if self.loop == "notrainer" else "--resume_from_checkpoint"
@@ -102,7 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, harm, name, reason, capsys):
     assert f"resumed {run.at(4)} at step 4" in out
     # Steps 5 and 6 were done again, in the same place, with the same losses; checkpoint 6 is whole again.
     assert read_losses(run.output) == run.expected
-    assert ckpt.pick_checkpoint(run.output) == str(run.at(6))
+    assert pick_checkpoint(run.output) == str(run.at(6))
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -110,9 +113,9 @@ def test_any_flipped_bit_is_found(trainer_run, name):
     whole = (trainer_run.at(6) / name).read_bytes()
     for where in (0, 0.3, 0.7, 0.9999):
         flip_bit(trainer_run.at(6) / name, where)
-        assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(4)), where
+        assert pick_checkpoint(trainer_run.output) == str(trainer_run.at(4)), where
         (trainer_run.at(6) / name).write_bytes(whole)
-    assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(6))
+    assert pick_checkpoint(trainer_run.output) == str(trainer_run.at(6))
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(run):
@@ -144,7 +147,7 @@ def test_checkpoints_of_before_manifests(run, capsys):
     out = capsys.readouterr().out
     assert f"note: {run.at(6)} has no manifest.json" in out and f"resumed {run.at(6)} at step 6" in out
     assert run.steps() == [8, 6, 4, 2]
-    assert ckpt.pick_checkpoint(run.output) == str(run.at(8))
+    assert pick_checkpoint(run.output) == str(run.at(8))
 
 
 @pytest.mark.parametrize(
@@ -159,12 +162,12 @@ def test_checkpoints_of_before_manifests(run, capsys):
 )
 def test_a_manifest_that_says_little_is_not_believed(trainer_run, text, capsys):
     (trainer_run.at(6) / "manifest.json").write_text(text)
-    assert ckpt.pick_checkpoint(trainer_run.output) == str(trainer_run.at(4))
+    assert pick_checkpoint(trainer_run.output) == str(trainer_run.at(4))
     assert "its manifest.json is damaged" in capsys.readouterr().out
 
 
 def test_weights_are_read_with_and_without_a_manifest(trainer_run):
-    from sampling.checkpoint import read_weights
+    from weights.source import read_weights
 
     _, file = read_weights(trainer_run.at(6))
     (trainer_run.at(6) / "manifest.json").unlink()
@@ -176,12 +179,12 @@ def test_weights_are_read_with_and_without_a_manifest(trainer_run):
 
 def test_rotation_counts_whole_checkpoints_only(trainer_run):
     truncate(trainer_run.at(6) / "optimizer.pdopt")
-    ckpt.rotate_checkpoints(trainer_run.output, 2)
+    rotate_checkpoints(trainer_run.output, 2)
     assert trainer_run.steps() == [6, 4, 2]
-    ckpt.rotate_checkpoints(trainer_run.output, 1)
+    rotate_checkpoints(trainer_run.output, 1)
     assert trainer_run.steps() == [6, 4]
     truncate(trainer_run.at(4) / "optimizer.pdopt")
-    ckpt.rotate_checkpoints(trainer_run.output, 1)
+    rotate_checkpoints(trainer_run.output, 1)
     assert trainer_run.steps() == [6, 4]
 
 
@@ -236,16 +239,16 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
         if not child:
             kill_at_operation(kills, monkeypatch)
             write_folder(place / f"checkpoint-{step}", b"new")
-            ckpt.rotate_checkpoints(place, 1)
+            rotate_checkpoints(place, 1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        picked = ckpt.pick_checkpoint(place)
+        picked = pick_checkpoint(place)
         value = open(os.path.join(picked, "config.json"), "rb").read()
         assert (picked.rsplit("-")[-1], value) in {("4", b"old"), (str(step), b"new")}, kills
         # The next save leaves nothing behind but whole folders.
         write_folder(place / "checkpoint-8", b"next")
         assert not list(place.glob(".*"))
-        assert all(ckpt._damage(path, checksums=True) is None for path in ckpt.list_checkpoints(place))
+        assert all(_damage(path, checksums=True) is None for path in list_checkpoints(place))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -259,7 +262,7 @@ def test_a_loop_killed_while_saving_resumes(trainer_run):
     truncate(run.at(6) / "config.json")  # so that step 4 is resumed, and 6 done again
     code = (
         "import os, runpy, sys\n"
-        "from training import manifest\n"
+        "from training.checkpoints import whole_folder as manifest\n"
         "write = manifest._HashedFile.write\n"
         "def kill(self, data):\n"
         "    if 'optimizer' in self.file.name and self.size: os.kill(os.getpid(), 9)\n"
@@ -282,7 +285,7 @@ def test_a_loop_killed_while_saving_resumes(trainer_run):
     assert (partial / "optimizer.pdopt").exists() and run.steps() == [4, 2]
     run.resume()
     assert read_losses(run.output) == run.expected
-    assert not partial.exists() and ckpt.pick_checkpoint(run.output) == str(run.at(6))
+    assert not partial.exists() and pick_checkpoint(run.output) == str(run.at(6))
 
 
 # File systems that refuse.
@@ -374,7 +377,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys
     run.resume()
     assert writers[2] == 1 and max(writers) == 1  # steps 7, 8, 9, 10
     assert weights_at(run, 8) == expected
-    assert ckpt.pick_checkpoint(run.output) == str(run.at(10))
+    assert pick_checkpoint(run.output) == str(run.at(10))
     assert read_losses(run.output).keys() == set(range(1, 11))
     out = capsys.readouterr().out
     assert f"saved {run.at(8)}" in out and f"saved {run.at(10)}" in out
@@ -397,7 +400,7 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monke
     run.resume()
     assert threads == {"MainThread"}
     run.arguments += ["--max_steps=12", "--async_save=True"]
-    monkeypatch.setattr(ckpt, "available_memory", lambda: 1000)
+    monkeypatch.setattr("training.checkpoints.saver.available_memory", lambda: 1000)
     threads.clear()
     capsys.readouterr()
     run.resume()
@@ -409,8 +412,8 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monke
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_are_given_back_before_the_optimizer_is_read(loop, saved, features, tmp_path, run_loop, monkeypatch):
     """The host has them beside the largest file of a checkpoint only where master weights may need them."""
-    held, read = [], ckpt.Checkpoint.optimizer.fget
-    monkeypatch.setattr(ckpt.Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
+    held, read = [], Checkpoint.optimizer.fget
+    monkeypatch.setattr(Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
     flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
     run_loop(loop, [*arguments_of(loop, tmp_path, features), f"{flag}={checkpoint_path(loop, saved[loop], 4)}"])
     assert held == [0]
@@ -423,17 +426,17 @@ def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
     from objectives import build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer
-    from training.shares import master_weights
+    from training.parallel.shares import master_weights
 
-    checkpoint = ckpt.load_checkpoint(checkpoint_path("trainer", saved["trainer"], 4))
+    checkpoint = load_checkpoint(checkpoint_path("trainer", saved["trainer"], 4))
     config, weights = checkpoint.config, dict(checkpoint.model)
     model = setup.build_network(config)
-    ckpt.restore_model(checkpoint, model)
+    restore_model(checkpoint, model)
     model.bfloat16()
     schedule = build_lr_scheduler(config["training"], 6)
     optimizer = build_optimizer(model, config["training"], schedule, multi_precision=True)
     parts = {"lr_scheduler": schedule, "scaler": None, "objective": build_objective(config)}
-    ckpt.restore_training(checkpoint, model=model, optimizer=optimizer, **parts)
+    restore_training(checkpoint, model=model, optimizer=optimizer, **parts)
     masters = master_weights(optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     assert len(masters) == len(trained) > 0

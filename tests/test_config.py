@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import ROOT
 
-from training.arguments import notrainer_parser, resolve_training, trainer_parser
-from training.config import load_config, resolve_config
+from config.flags import notrainer_parser, resolve_training, trainer_parser
+from config.schema import load_config, resolve_config
 
 SMALL = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 # Sizes of the paper (Table 1): layers, width, heads.

@@ -11,24 +11,18 @@ import paddle
 import pytest
 from conftest import GOLDEN, ROOT, command_environment, relative_error
 
+from config.schema import resolve_config
 from diffusion import create_diffusion
 from models import build_model
-from models.weights import (
-    load_weights,
-    official_to_paddle,
-    paddle_to_official,
-    safe_load,
-    save_pdparams,
-    save_torch,
-)
-from sampling.export import export_dit_pipeline, make_scheduler, transformer_config, transformer_state
-from sampling.folder import TREE
+from models.state import official_to_paddle, paddle_to_official
 from sampling.guidance import guided
-from sampling.timestep_fit import fit_timestep_embedding
+from sampling.pipelines.converter import named_config
+from sampling.pipelines.export import export_dit_pipeline, make_scheduler, transformer_config, transformer_state
+from sampling.pipelines.folder import TREE
+from sampling.pipelines.timestep_fit import fit_timestep_embedding
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
-from tools.pipeline_converter import named_config
-from training.checkpoint import load_pretrained
-from training.config import resolve_config
+from training.checkpoints.read import load_pretrained
+from weights.files import load_weights, safe_load, save_pdparams, save_torch
 
 SCRIPTS = [
     "tools/convert_official_weights.py",

@@ -9,12 +9,12 @@ import pytest
 from conftest import TINY_MODELS
 from paddle.nn import functional as F
 
+from config.schema import resolve_config
 from models import build_model, cpu_ops
 from models.dit import Mlp, modulate
 from models.large_dit import rotary_table, rotate
 from models.parallel import linear
 from objectives import build_objective
-from training.config import resolve_config
 from training.optimizer import build_lr_scheduler, build_optimizer
 
 

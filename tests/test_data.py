@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
 
+from features import pairs
+from features.dataset import FeatureDataset
+from features.loader import FeatureLoader
+from features.order import MicroBatchSampler
+from features.packed import ShardWriter, finish, finished_shards, partial_folder
+from features.store import find_features
 from tools.pack_features import main as pack
-from training import packed, pairs
-from training.data import FeatureDataset, FeatureLoader, MicroBatchSampler, find_features
 
 SHAPE = (4, 8, 8)
 
@@ -183,13 +187,13 @@ def test_mixed_dtypes_are_not_rounded_unasked(tmp_path):
 
 
 def test_packing_goes_on_after_a_kill_with_the_same_result(both, tmp_path, monkeypatch):
-    def dying(self, *arguments, append=packed.ShardWriter.append):
+    def dying(self, *arguments, append=ShardWriter.append):
         if self.path.endswith("2"):
             raise OSError(28, "No space left on device", self.path)
         append(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(packed.ShardWriter, "append", dying)
+        patch.setattr(ShardWriter, "append", dying)
         pack_set(both / "pairs", tmp_path, "--shard_samples", 16)
     assert sorted(os.listdir(tmp_path / "imagenet64_packed.partial")) == ["shard-00000", "shard-00001"]
     with pytest.raises(ValueError, match="is not finished; run again the command that writes it"):
@@ -260,16 +264,16 @@ def test_manifest_and_classes_travel_with_the_samples(tmp_path):
 def test_several_shards_empty_ones_and_exact_reads(both, tmp_path):
     """Shards of any size, reads in any order, and the way of reading for sets larger than the memory."""
     latents, _ = write_set(tmp_path / "pairs", 9)
-    folder = packed.partial_folder(tmp_path, "imagenet64")
+    folder = partial_folder(tmp_path, "imagenet64")
     for number, (start, stop) in enumerate(((0, 4), (4, 4), (4, 5), (5, 9))):
-        with packed.ShardWriter(folder, number * 3, row_shape=SHAPE) as shard:
+        with ShardWriter(folder, number * 3, row_shape=SHAPE) as shard:
             for first in range(start, stop, 3):
                 part = latents[first : min(first + 3, stop)]
                 shard.append(
                     part, np.arange(first, first + len(part)), [str(i) for i in range(first, first + len(part))]
                 )
-    assert packed.finished_shards(folder) == {0: 4, 3: 0, 6: 1, 9: 4}
-    packed.finish(tmp_path, "imagenet64")
+    assert finished_shards(folder) == {0: 4, 3: 0, 6: 1, 9: 4}
+    finish(tmp_path, "imagenet64")
     data = dataset(tmp_path)
     order = np.random.default_rng(0).integers(0, 9, 50)
     for _ in range(2):
@@ -286,7 +290,7 @@ def test_several_shards_empty_ones_and_exact_reads(both, tmp_path):
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
     row = np.zeros((1, *SHAPE), "float32")
-    with pytest.raises(KeyboardInterrupt), packed.ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
         shard.append(row, [0], ["0"])
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
@@ -295,14 +299,14 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path):
         ((row[0], [0], ["0"]), r"latents.npy got \(4, 8, 8\) .* expected \(m, 4, 8, 8\)"),
         ((row, [0, 1], ["0"]), r"with labels \(2,\) and 1 names"),
     ):
-        with pytest.raises(ValueError, match=message), packed.ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
+        with pytest.raises(ValueError, match=message), ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
             shard.append(*arguments)
     assert os.listdir(tmp_path) == []
-    with packed.ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
+    with ShardWriter(tmp_path, 0, row_shape=SHAPE) as shard:
         shard.append(row, [0], ["0"])
     with (
         pytest.raises(ValueError, match="shard-00000: is there already"),
-        packed.ShardWriter(tmp_path, 0, row_shape=SHAPE),
+        ShardWriter(tmp_path, 0, row_shape=SHAPE),
     ):
         pass
 
@@ -531,12 +535,12 @@ def test_batches_that_do_not_fit_into_shared_memory_go_through_pipes(both, monke
     data = dataset(both / "pairs", flip=True)
     expected = load(data)
     asked = []
-    monkeypatch.setattr("training.data.free_shared_memory", lambda: asked.append(1) or 100_000)
+    monkeypatch.setattr("features.loader.free_shared_memory", lambda: asked.append(1) or 100_000)
     assert_same(load(data, num_workers=2), expected)
     told = capsys.readouterr().out
     assert asked == [1] and told.count("note: /dev/shm has 0.1 MiB free") == 1
     # (2 * 2 + 4) batches of 8 samples of 4x8x8 float32 and a label, and two pages each.
-    monkeypatch.setattr("training.data.free_shared_memory", lambda: 8 * (8 * (4 * 256 + 8) + 8192))
+    monkeypatch.setattr("features.loader.free_shared_memory", lambda: 8 * (8 * (4 * 256 + 8) + 8192))
     assert_same(load(data, num_workers=2), expected)
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "2")  # which share it
@@ -553,7 +557,7 @@ def test_a_container_with_little_shared_memory(both, tmp_path):
         f"""import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from training.runtime import run_cli
+from runtime.process import run_cli
 from test_data import dataset, load
 run_cli(lambda: print("batches", len(load(dataset(Path({str(both / "pairs")!r})), num_workers=2, batch=32))))
 """
@@ -628,7 +632,7 @@ def test_label_subset(both, kind):
 
 
 def test_memory_that_is_not_there(both, monkeypatch):
-    monkeypatch.setattr("training.data.available_memory", lambda: 500_000)  # the set takes 163,840
+    monkeypatch.setattr("features.store.available_memory", lambda: 500_000)  # the set takes 163,840
     data = dataset(both / "packed", flip=True)
     assert_same([everything(data.in_memory())], [everything(data)])
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "3")
@@ -715,12 +719,12 @@ def test_small_sets_get_no_index(tmp_path):
 
 def test_a_packed_set_keeps_nothing_but_labels_in_memory(tmp_path):
     """A hundred times the rows, and no more memory of the process's own than their labels."""
-    folder = packed.partial_folder(tmp_path, "imagenet64")
+    folder = partial_folder(tmp_path, "imagenet64")
     rows = np.zeros((4000, *SHAPE), "float32")
-    with packed.ShardWriter(folder, 0, row_shape=SHAPE) as shard:
+    with ShardWriter(folder, 0, row_shape=SHAPE) as shard:
         for start in range(0, 40_000, 4000):
             shard.append(rows, np.zeros(4000, "int64"), [str(i) for i in range(start, start + 4000)])
-    packed.finish(tmp_path, "imagenet64")
+    finish(tmp_path, "imagenet64")
     del rows
 
     def own_memory():

@@ -28,7 +28,8 @@ from diffusion import (
 )
 from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
 from models import build_model
-from models.weights import load_weights, official_to_paddle
+from models.state import official_to_paddle
+from weights.files import load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
@@ -762,7 +763,7 @@ import sys
 import numpy as np
 import paddle
 from diffusion import LossSecondMomentResampler, create_diffusion
-from training.runtime import leave_distributed
+from runtime.process import leave_distributed
 
 paddle.distributed.init_parallel_env()
 rank = paddle.distributed.get_rank()

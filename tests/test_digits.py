@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 from test_sit_pipeline import make_config, make_model, make_pipeline, state_of
 
-from sampling.export_sit import export_stock_sit
-from tools import evaluate_digits, prepare_digits, train_vae
-from tools.image_folder import find_images, load_image
+from evaluation.digits import evaluate, nearest_distance
+from features.images import find_images, load_image
+from sampling.pipelines.export_sit import export_stock_sit
+from tools import prepare_digits, train_vae
+from tools.evaluate_digits import load_pipeline, main
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE = ROOT / "assets" / "digits_vae"
@@ -204,20 +206,20 @@ def real_digits(root: Path):
 
 def test_evaluation_tells_right_from_wrong_and_copies_from_new(digits):
     train, heldout = real_digits(digits / "train"), real_digits(digits / "heldout")
-    right = evaluate_digits.evaluate(*heldout, train, heldout)
+    right = evaluate(*heldout, train, heldout)
     assert right["classifier_accuracy_on_heldout"] > 0.97
     assert right["share_assigned_to_class_asked_for"] == right["classifier_accuracy_on_heldout"]
     assert right["nearest_train_distance_of_samples"] == right["nearest_train_distance_of_heldout"] > 0.05
-    wrong = evaluate_digits.evaluate(heldout[0], (heldout[1] + 1) % 10, train, heldout)
+    wrong = evaluate(heldout[0], (heldout[1] + 1) % 10, train, heldout)
     assert wrong["share_assigned_to_class_asked_for"] < 0.02
-    copies = evaluate_digits.evaluate(train[0][::7], train[1][::7], train, heldout)
+    copies = evaluate(train[0][::7], train[1][::7], train, heldout)
     assert copies["nearest_train_distance_of_samples"] < 1e-3
 
 
 def test_nearest_distance_is_the_rms_difference():
     train = np.stack([np.zeros([4, 4, 3]), np.full([4, 4, 3], 0.9)])
     images = np.stack([np.full([4, 4, 3], 0.25), np.full([4, 4, 3], 0.8)])
-    np.testing.assert_allclose(evaluate_digits.nearest_distance(images, train), [0.25, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(nearest_distance(images, train), [0.25, 0.1], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,7 @@ def test_evaluation_of_a_pipeline_folder(pipeline_folder, few_digits, tmp_path, 
     command = ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "20"]
     command += ["--num_inference_steps", "2", "--grid", str(tmp_path / "new" / "grid.png")]
     command += ["--report", str(tmp_path / "report.json")]
-    evaluate_digits.main(command)
+    main(command)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["num_images"] == 20 and len(report["share_by_class"]) == 10
     assert report["settings"]["num_inference_steps"] == 2
@@ -257,7 +259,7 @@ def test_evaluation_of_a_pipeline_folder(pipeline_folder, few_digits, tmp_path, 
     assert f"{report['share_assigned_to_class_asked_for']:.3f} of 20" in capsys.readouterr().out
     # An untrained model can't please everybody: the bar is asked for, so the exit code tells.
     with pytest.raises(SystemExit, match="1"):
-        evaluate_digits.main([*command, "--min_accuracy", "0.9"])
+        main([*command, "--min_accuracy", "0.9"])
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
@@ -274,7 +276,7 @@ def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp
         command = ["--pipeline", str(sit_folder), "--digits", str(few_digits), "--num_images", "10"]
         command += ["--num_inference_steps", "3", "--sampler", sampler]
         command += ["--grid", str(tmp_path / "grid.png"), "--report", str(tmp_path / "report.json")]
-        evaluate_digits.main(command)
+        main(command)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["num_images"] == 10 and report["settings"]["sampler"] == sampler
         with Image.open(tmp_path / "grid.png") as grid:
@@ -286,7 +288,7 @@ def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp
 def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, sit_folder, vae, tmp_path):
     from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
-    assert evaluate_digits.load_pipeline(str(sit_folder))[1] == {"sampler": "ode"}
+    assert load_pipeline(str(sit_folder))[1] == {"sampler": "ode"}
     # A stock folder of a DiT gets DDIM whatever it holds, one of a SiT keeps what it was exported with.
     shutil.copytree(pipeline_folder, tmp_path / "dit")
     DPMSolverMultistepScheduler().save_pretrained(str(tmp_path / "dit" / "scheduler"))
@@ -296,10 +298,10 @@ def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, si
     config = make_config()
     export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "stock")
     for name, expected in (("dit", DDIMScheduler), ("stock", EDMEulerScheduler)):
-        pipeline, options = evaluate_digits.load_pipeline(str(tmp_path / name))
+        pipeline, options = load_pipeline(str(tmp_path / name))
         assert type(pipeline.scheduler) is expected and options == {}
         with pytest.raises(ValueError, match="--sampler sde is for a SiTPipeline; .* is a DiTPipeline"):
-            evaluate_digits.load_pipeline(str(tmp_path / name), "sde")
+            load_pipeline(str(tmp_path / name), "sde")
 
 
 def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
@@ -320,7 +322,7 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=expected):
-            evaluate_digits.main(more)
+            main(more)
 
 
 def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path):
@@ -329,13 +331,13 @@ def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path
     command = ["--pipeline", str(tmp_path / "large"), "--num_images", "10", "--num_inference_steps", "2"]
     message = "draws images of 64x64 pixels, .*png is 32x32; expected digits of that size: .*--image_size 64"
     with pytest.raises(ValueError, match=message):
-        evaluate_digits.main([*command, "--digits", str(few_digits)])
+        main([*command, "--digits", str(few_digits)])
     for path in few_digits.rglob("*.png"):
         larger = tmp_path / "digits" / path.relative_to(few_digits)
         larger.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(path) as digit:
             digit.resize((64, 64)).save(larger)
-    evaluate_digits.main([*command, "--digits", str(tmp_path / "digits"), "--report", str(tmp_path / "report.json")])
+    main([*command, "--digits", str(tmp_path / "digits"), "--report", str(tmp_path / "report.json")])
     assert json.loads((tmp_path / "report.json").read_text())["num_images"] == 10
 
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import command_environment
 from PIL import Image
 
-from tools import extraction
+from features.extraction import PairWriter
+from features.images import find_images, load_image
 from tools.extract_features import main
-from tools.image_folder import find_images, load_image
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE = str(ROOT / "assets" / "digits_vae")
@@ -252,7 +252,7 @@ def test_flips_have_noise_of_their_own(images, moments, tmp_path):
 
 
 def test_packed_holds_what_the_pairs_hold(images, moments, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "LEAST_SHARD", 8)  # two shards
+    monkeypatch.setattr("features.extraction.LEAST_SHARD", 8)  # two shards
     main(arguments(images, tmp_path, "--batch_size", "4", "--moments", "--flip", "--format", "packed"))
     shards = sorted((tmp_path / "imagenet32_packed").iterdir())
     assert [shard.name for shard in shards] == ["shard-00000", "shard-00001"]
@@ -425,7 +425,7 @@ def test_disk_full_is_one_line_and_a_restart_goes_on(spoilt, tmp_path):
 
 
 def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "LEAST_SHARD", 4)
+    monkeypatch.setattr("features.extraction.LEAST_SHARD", 4)
     output = tmp_path / "out"
     command = arguments(spoilt, output, "--batch_size", "2", "--format", "packed")
     for path in ("a_first/1.png", "a_first/2.bmp"):
@@ -496,7 +496,7 @@ def journals(output):
 
 def old_order(monkeypatch):
     """Lists class folders as it was done before numbers were sorted as numbers."""
-    from tools import image_folder
+    from features import images as image_folder
 
     monkeypatch.setattr(image_folder, "order_classes", lambda names, notes, earlier=None: sorted(names))
 
@@ -508,7 +508,7 @@ def test_numbered_classes_of_an_extraction_begun_in_text_order_keep_it(tmp_path,
     command = arguments(tmp_path / "images", tmp_path / "out", "--batch_size", "4")
     with monkeypatch.context() as before:
         old_order(before)
-        before.setattr(extraction.PairWriter, "write", kill_at_the_second_part(extraction.PairWriter.write))
+        before.setattr(PairWriter, "write", kill_at_the_second_part(PairWriter.write))
         with pytest.raises(RuntimeError, match="killed"):
             main(command)
     main(command)

@@ -15,23 +15,17 @@ from ppdiffusers import AutoencoderKL
 
 import infer_demo_dit
 import infer_demo_sit
+from config.schema import load_config, resolve_config
+from features.autoencoder import LatentDecoder, LatentScaling, choose_vae, load_vae
 from models import build_model
-from models.weights import save_pdparams
-from sampling import decoder, inference
-from sampling.autoencoder import LatentScaling, choose_vae
-from sampling.decoder import LatentDecoder, load_vae
-from sampling.export import export_dit_pipeline
-from tools import (
-    check_features,
-    convert_dit_to_ppdiffusers,
-    convert_sit_to_ppdiffusers,
-    export_inference,
-    extract_features,
-    image_demo,
-)
-from tools.pipeline_converter import find_labels
-from training.config import load_config, resolve_config
+from sampling import demo as image_demo
+from sampling.pipelines import inference
+from sampling.pipelines.converter import find_labels
+from sampling.pipelines.export import export_dit_pipeline
+from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
+from tools.extract_features import main
 from training.setup import build_dataset, describe_features, other_data_note
+from weights.files import save_pdparams
 
 
 def write_set(folder, manifest, names):
@@ -143,7 +137,7 @@ def images(tmp_path_factory):
 
 def extract(images, folder, vae, *flags):
     paths = ["--data_path", str(images), "--features_path", str(folder), "--vae", str(vae)]
-    extract_features.main([*paths, "--image_size", "8", "--device", "cpu", *flags])
+    main([*paths, "--image_size", "8", "--device", "cpu", *flags])
     return folder
 
 
@@ -422,7 +416,7 @@ def test_previews_take_the_features_autoencoder(loop, run, tmp_path, run_loop, c
 
 
 def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "load_vae", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr("features.autoencoder.load_vae", lambda name: pytest.fail(f"{name} was loaded"))
     checkpoint = shutil.copytree(run["DiT"], tmp_path / "checkpoint-1")
     config = json.loads((checkpoint / "config.json").read_text())
     config["features"]["vae"]["name"] = str(tmp_path / "gone")
@@ -435,7 +429,7 @@ def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
     # Weights alone don't say what they decode: the one that was loaded is named, and not the default.
     config["features"]["vae"] = {"name": str(run["vae"])}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(decoder, "load_vae", lambda name: make_vae(latent_channels=8))
+    monkeypatch.setattr("features.autoencoder.load_vae", lambda name: make_vae(latent_channels=8))
     with pytest.raises(ValueError, match=f"--vae {run['vae']}: decodes 8 channels, the latents have 4"):
         draw("DiT", checkpoint, tmp_path / "a.png")
 

@@ -1,4 +1,4 @@
-"""tools/image_folder.py, tools/image_source.py: the official crop, every kind of image, folders, lists, tar files."""
+"""features/images.py, features/image_source.py: the official crop, every kind of image, folders, lists, tar files."""
 
 import io
 import os
@@ -12,8 +12,8 @@ import pytest
 from conftest import load_golden
 from PIL import Image
 
-from tools.image_folder import center_crop, dim_note, load_pixels
-from tools.image_source import ImageSource, open_source, printable
+from features.image_source import ImageSource, open_source, printable
+from features.images import center_crop, dim_note, load_pixels
 
 
 def picture(width, height):

@@ -16,13 +16,13 @@ import infer_demo_dit
 import infer_demo_largedit_3b
 import infer_demo_largedit_7b
 import infer_demo_sit
-from models.weights import load_weights, save_pdparams, save_safetensors
-from sampling.decoder import LatentDecoder, NotFiniteError
-from sampling.export import export_dit_pipeline, make_scheduler, pipeline_scheduler
+from features.autoencoder import LatentDecoder, NotFiniteError
+from runtime.process import EXIT_BAD_STEP
+from sampling import demo as image_demo
 from sampling.grid import make_grid
 from sampling.guidance import default_channels, guided
-from tools import image_demo
-from training.runtime import EXIT_BAD_STEP
+from sampling.pipelines.export import export_dit_pipeline, make_scheduler, pipeline_scheduler
+from weights.files import load_weights, save_pdparams, save_safetensors
 
 
 class TestGuidance:
@@ -332,7 +332,7 @@ class TestDemo:
             assert np.array_equal(image("pipeline", *flags, "--classes", 1, 2), pipeline)
 
     def test_above_one_it_is_the_stock_pipelines_image(self, models):
-        from sampling.pretrained import load_dit_pipeline
+        from sampling.pipelines.pretrained import load_dit_pipeline
 
         flags = ["--classes", 3, 7, "--num_inference_steps", 10, "--guidance_scale", 3, "--seed", 5]
         draw("--model_path", models["pipeline"], *flags, "--output", "a.png")

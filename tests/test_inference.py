@@ -13,11 +13,11 @@ from PIL import Image
 from test_convert import make_config, make_model, state_of, tree_of
 
 import infer_demo_dit
-from sampling.decoder import NotFiniteError, load_vae
-from sampling.export import export_dit_pipeline
-from sampling.export_large_dit import export_large_dit_pipeline
-from sampling.export_sit import export_stock_sit
-from sampling.inference import MANIFEST, cpu_has_bfloat16
+from features.autoencoder import NotFiniteError, load_vae
+from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.export_large_dit import export_large_dit_pipeline
+from sampling.pipelines.export_sit import export_stock_sit
+from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from tools import export_inference
 
 VAE = str(ROOT / "assets" / "digits_vae")

@@ -9,11 +9,12 @@ import pytest
 from conftest import GOLDEN, ROOT, golden_inputs, golden_network, load_golden, relative_error
 from paddle.nn import functional as F
 
+from config.schema import load_config, resolve_config
 from models import LargeDiT, LargeSiT, build_model
 from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table, rotate, swiglu
-from models.weights import expected_shapes, load_weights, paddle_to_official
+from models.state import expected_shapes, paddle_to_official
 from tools import convert_official_weights
-from training.config import load_config, resolve_config
+from weights.files import load_weights
 
 TINY = {
     "type": "LargeDiT",

@@ -19,18 +19,21 @@ import infer_demo_dit
 import infer_demo_largedit_3b
 import infer_demo_largedit_7b
 import infer_demo_sit
+from config.schema import resolve_config
 from diffusion import create_diffusion
 from models import build_model
-from models.weights import paddle_to_official, safe_load, save_pdparams, save_torch, shard_axis
+from models.state import paddle_to_official
 from objectives import build_objective
 from sampling import SiTPipeline
-from sampling.export_large_dit import export_large_dit_pipeline
-from sampling.folder import CODE, TREE
+from sampling import demo as image_demo
 from sampling.guidance import guided
-from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers, image_demo
+from sampling.pipelines.export_large_dit import export_large_dit_pipeline
+from sampling.pipelines.folder import CODE, TREE
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
 from tools.convert_official_weights import save_paddle
-from training.config import resolve_config
 from transport import Sampler, create_transport
+from weights.files import safe_load, save_pdparams, save_torch
+from weights.shards import shard_axis
 
 # A network whose every size is another number, with grouped heads and qk_norm.
 ODD = {"num_attention_heads": 6, "attention_head_dim": 10, "num_kv_heads": 2, "qk_norm": True, "norm_eps": 1e-3}
@@ -299,7 +302,7 @@ def test_the_folder_needs_nothing_of_this_project(tmp_path):
 
 def test_half_precision_keeps_timesteps_and_norms(tmp_path):
     """In bfloat16 (which has no kernels here) 999 is 1000, and in float16 the squares of 300 overflow."""
-    from sampling.large_dit_transformer import LargeDiTTransformer
+    from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
 
     config = make_config()
     export_large_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
@@ -320,7 +323,7 @@ def test_why_ppdiffusers_own_class_is_not_used(tmp_path, monkeypatch):
     from ppdiffusers import DiTLLaMA2DModel
     from ppdiffusers.models.dit_llama import F as functional
 
-    from sampling.large_dit_transformer import LargeDiTTransformer, RMSNorm
+    from sampling.pipelines.large_dit_transformer import LargeDiTTransformer, RMSNorm
 
     config = make_config(**ODD)
     model = make_model(config)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, command_environment, free_port, read_losses, write_config
 
-from training.config import load_config
+from config.schema import load_config
 
 SCRIPTS = {
     "0_run_train_dit_trainer.sh": ("trainer", "config/DiT_XL_patch2.json", "./output_trainer/DiT_XL_patch2_trainer"),

@@ -18,7 +18,7 @@ from conftest import (
 )
 from PIL import Image
 
-from models.weights import safe_load
+from weights.files import safe_load
 
 LOOPS = ("trainer", "notrainer")
 KINDS = tuple(TINY_MODELS)

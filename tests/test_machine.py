@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import models
 from runtime import machine
-from training.runtime import configure_runtime
+from runtime.process import configure_runtime
 
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2 fma\n\nprocessor\t: 1\nvendor_id\t: other\n"
 

@@ -7,12 +7,12 @@ import paddle
 import pytest
 from conftest import TINY_MODELS
 
+from config.schema import resolve_config
 from models import build_model
 from models.parallel import Split, check_tensor_parallel, tensor_parallel
 from training import EMA
-from training.config import resolve_config
-from training.shares import Shares
-from training.trainer_arguments import check_degrees
+from training.parallel.degrees import check_degrees
+from training.parallel.shares import Shares
 
 
 def resolved(**model):

@@ -11,11 +11,21 @@ import pytest
 from conftest import ROOT, TINY, TINY_MODELS, command_environment, run_script
 
 from benchmarks.memory import measure, planned_for
+from config.schema import load_config, resolve_config
 from tools import plan_memory
-from training import memory_tape
-from training.config import load_config, resolve_config
-from training.memory_plan import Machine, Setting, Sizes, check, fitting, parameters, plan, states, step_seconds
-from training.memory_tape import activations, ring_all_reduce, ring_gather
+from training.parallel import memory_tape
+from training.parallel.memory_plan import (
+    Machine,
+    Setting,
+    Sizes,
+    check,
+    fitting,
+    parameters,
+    plan,
+    states,
+    step_seconds,
+)
+from training.parallel.memory_tape import activations, ring_all_reduce, ring_gather
 
 CONFIGS = sorted((ROOT / "config").glob("*.json"))
 GIB = 2**30
@@ -27,7 +37,7 @@ def config_of(kind="DiT", training=None, **model):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configs_parameters_are_those_of_its_network(path):
-    from models.weights import expected_shapes
+    from models.state import expected_shapes
 
     config = load_config(path)
     assert {p.name: p.shape for p in parameters(Sizes.of(config))} == expected_shapes(config["model"])

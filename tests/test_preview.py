@@ -9,11 +9,12 @@ from conftest import ROOT, loop_arguments, read_losses, write_config, write_feat
 from PIL import Image
 from ppdiffusers import AutoencoderKL
 
+from config.schema import resolve_config
 from models import build_model
 from objectives import build_objective
 from training import EMA
-from training.config import resolve_config
-from training.preview import Preview, ema_weights
+from training.averages import ema_weights
+from training.preview import Preview
 
 LATENT4 = {
     "type": "DiT",
@@ -69,7 +70,7 @@ def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
     """Three of four, as in the official code, and all of sixteen."""
     config = resolve_config({"model": {**LATENT4, "in_channels": in_channels, "learn_sigma": False}})
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=in_channels)
-    monkeypatch.setattr("sampling.decoder.load_vae", lambda path: vae)
+    monkeypatch.setattr("features.autoencoder.load_vae", lambda path: vae)
     preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, cfg_scale=4.0)
     seen = {}
 

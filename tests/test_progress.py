@@ -5,7 +5,7 @@ import io
 import pytest
 from conftest import loop_arguments, write_config
 
-from training import progress
+from runtime import progress
 
 
 class Stream(io.StringIO):

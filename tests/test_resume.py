@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +24,14 @@ from conftest import (
 from paddle.amp import grad_scaler
 from test_data import write_set
 
+from features.dataset import FeatureDataset
+from features.order import MicroBatchSampler
+from features.packed import PackedStore
+from features.pairs import NpyReader
 from objectives import DiffusionObjective
+from runtime.precision import Precision
 from tools.pack_features import main as pack
-from training import checkpoint as ckpt
-from training.data import FeatureDataset, MicroBatchSampler
-from training.packed import PackedStore
-from training.pairs import NpyReader
-from training.precision import Precision
+from training.checkpoints.saver import CheckpointSaver
 
 LOOPS = ("trainer", "notrainer")
 EPOCH, STEPS = 5, 10  # steps of 8 samples, 40 in an epoch beside 8 held-out ones
@@ -143,14 +145,14 @@ def test_restarted_after_every_step_by_the_other_loop(unbroken, moments, tmp_pat
     class Interrupted(Exception):
         pass
 
-    save = ckpt.CheckpointSaver.save
+    save = CheckpointSaver.save
 
     def save_and_die(self, folder, **parts):
         save(self, folder, **parts)
         self.finish()
         raise Interrupted
 
-    monkeypatch.setattr(ckpt.CheckpointSaver, "save", save_and_die)
+    monkeypatch.setattr(CheckpointSaver, "save", save_and_die)
     begun = None
     for step in range(1, STEPS + 1):
         turn = LOOPS[(LOOPS.index(loop) + step) % 2]
@@ -406,7 +408,7 @@ def test_two_ranks_go_on_with_what_one_began(unbroken, on_two_ranks, name):
 
 
 def test_two_runs_are_put_aside_in_the_same_second(features, tmp_path, run_loop, monkeypatch):
-    monkeypatch.setattr(ckpt.time, "strftime", lambda *_: "previous-now")
+    monkeypatch.setattr(time, "strftime", lambda *_: "previous-now")
     config = write_config(tmp_path / "Tiny.json")
     arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=1)
     for seed in (1, 2, 3):

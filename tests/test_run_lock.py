@@ -13,8 +13,11 @@ from conftest import ROOT, checkpoint_path, command_environment, launch, loop_ar
 from objectives import DiffusionObjective
 
 LOOPS = ("trainer", "notrainer")
-HOLD = "import sys; from training.run_lock import RunLock; lock = RunLock(); lock.take(sys.argv[1]); print(flush=True)"
-LOOK = "import sys; from training.run_lock import check_idle; check_idle(sys.argv[1])"
+HOLD = (
+    "import sys; from runtime.run_lock import RunLock; "
+    "lock = RunLock(); lock.take(sys.argv[1]); print(flush=True)"
+)
+LOOK = "import sys; from runtime.run_lock import check_idle; check_idle(sys.argv[1])"
 
 
 def python(code, *words, **options):

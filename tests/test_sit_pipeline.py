@@ -15,17 +15,19 @@ from test_convert import make_vae, state_of, tree_of
 import infer_demo_dit
 import infer_demo_sit
 from benchmarks import sampling_cost
+from config.schema import resolve_config
+from features.autoencoder import LatentDecoder, NotFiniteError, load_vae
 from models import build_model
-from models.weights import load_weights, official_to_paddle, safe_load, save_pdparams
+from models.state import official_to_paddle
 from sampling import SiTPipeline
-from sampling.decoder import LatentDecoder, NotFiniteError, load_vae
-from sampling.export_sit import export_stock_sit
-from sampling.folder import SAFE_TREE, TREE
+from sampling import demo as image_demo
 from sampling.guidance import guided
+from sampling.pipelines.export_sit import export_stock_sit
+from sampling.pipelines.folder import SAFE_TREE, TREE
 from sampling.sit_pipeline import TransportScheduler
-from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers, image_demo
-from training.config import resolve_config
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
 from transport import Sampler, create_transport
+from weights.files import load_weights, safe_load, save_pdparams
 
 DIGITS_VAE = str(ROOT / "assets" / "digits_vae")
 LABELS = {str(i): f"digit {i}, number {i}" for i in range(10)}
@@ -710,7 +712,7 @@ class TestDemo:
 
     @pytest.mark.parametrize("kind", ["pipeline", "checkpoint", "sit.pdparams"])
     def test_settings_of_the_sampler_are_refused_before_weights_are_read(self, models, monkeypatch, kind):
-        for module in ("sampling.checkpoint.load_weights", "sampling.sit_pipeline.load_weights"):
+        for module in ("weights.source.load_weights", "sampling.sit_pipeline.load_weights"):
             monkeypatch.setattr(module, lambda *_: pytest.fail("weights are read"))
         model = ["--model_path", str(models / kind), "--device", "cpu"]
         model += ["--config_file", str(models / "SiT.json")] if kind.endswith(".pdparams") else []

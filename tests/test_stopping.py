@@ -27,9 +27,9 @@ from conftest import (
     write_config,
 )
 
-from training.peers import connect
-from training.runtime import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, SAVING_THREAD
-from training.stopping import SILENCE, TICK, Stopping, judge, waits_for_others
+from runtime.process import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, SAVING_THREAD
+from training.supervision.peers import connect
+from training.supervision.stopping import SILENCE, TICK, Stopping, judge, waits_for_others
 
 LOOPS = ("trainer", "notrainer")
 
@@ -119,7 +119,7 @@ def test_limits_that_make_no_sense_are_refused():
 
 
 def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch):
-    monkeypatch.setattr("training.stopping.STARTED", time.monotonic() - 3580)
+    monkeypatch.setattr("training.supervision.stopping.STARTED", time.monotonic() - 3580)
     with Stopping(max_hours=1) as stopping:
         stopping.start(0)
         time.sleep(2 * TICK)
@@ -181,10 +181,10 @@ def ended(process, seconds=60):
 HANGING = """
 import os, sys, time
 sys.path.insert(0, ROOT)
-from training.runtime import configure_runtime, run_cli
+from runtime.process import configure_runtime, run_cli
 configure_runtime()
 import train_image_generation_notrainer as script
-from training.data import FeatureDataset
+from features.dataset import FeatureDataset
 read = FeatureDataset.read
 def hang(*batch):
     while os.path.exists(HANG):
@@ -226,8 +226,8 @@ def test_a_second_signal_leaves_at_once_and_a_hang_ends_with_its_stack(features,
 UNHEARD = """
 import sys, time
 from pathlib import Path
-from training.runtime import run_cli
-from training.stopping import Stopping
+from runtime.process import run_cli
+from training.supervision.stopping import Stopping
 def main():
     with Stopping() as stopping:
         stopping.start(0)
@@ -254,7 +254,7 @@ def test_a_signal_stops_a_run_that_nobody_listens_to():
 
 LEAVING = """
 import multiprocessing, signal, sys, threading, time
-from training.runtime import exit_now
+from runtime.process import exit_now
 
 def killed(*_):
     raise SystemError("DataLoader process exited")  # as Paddle's handler does in the main thread
@@ -278,7 +278,7 @@ def test_the_loaders_that_an_exit_kills_do_not_change_its_code(thread, tmp_path)
 
 
 def test_ctrl_c_before_training_is_one_line():
-    code = "import signal; from training.runtime import run_cli; run_cli(lambda: signal.raise_signal(signal.SIGINT))"
+    code = "import signal; from runtime.process import run_cli; run_cli(lambda: signal.raise_signal(signal.SIGINT))"
     assert ended(start([sys.executable, "-c", code])) == (EXIT_INTERRUPTED, "", "interrupted\n")
 
 
@@ -380,9 +380,9 @@ def test_two_ranks_end_together(loop, signum, target, exit_code, features, tmp_p
 # A rank that hangs in Python in the middle of a step; the other one is then in its backward pass, with the same count.
 HANGING_RANK = """
 import time
-from training.runtime import configure_runtime, init_distributed, run_cli
+from runtime.process import configure_runtime, init_distributed, run_cli
 configure_runtime()
-from training.stopping import Stopping
+from training.supervision.stopping import Stopping
 def main():
     import paddle
     paddle.set_device("cpu")
@@ -444,7 +444,7 @@ def store(monkeypatch):
 def test_ranks_stop_after_the_last_step_that_one_of_them_has_begun(store, monkeypatch):
     with Stopping() as ahead, Stopping() as behind, ThreadPoolExecutor() as pool:
         for rank, stopping in enumerate((ahead, behind)):
-            monkeypatch.setattr("training.peers._meetings", 0)
+            monkeypatch.setattr("training.supervision.peers._meetings", 0)
             stopping.start(4, rank=rank, world_size=2)
         assert not any((ahead.due(5), ahead.due(6), behind.due(5)))  # in step 7, and in step 6
         os.kill(os.getpid(), signal.SIGTERM)  # `behind` has the signals, as the last one that took them
@@ -459,9 +459,9 @@ def test_a_rank_that_fails_lets_rank_0_save_and_rank_0_leaves_its_end_alone(stor
     saved = threading.Event()
     saving = threading.Thread(target=saved.wait, name=SAVING_THREAD)
     with Stopping() as first, ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr("training.peers._meetings", 0)
+        monkeypatch.setattr("training.supervision.peers._meetings", 0)
         first.start(0, world_size=2)
-        monkeypatch.setattr("training.peers._meetings", 0)
+        monkeypatch.setattr("training.supervision.peers._meetings", 0)
         second = Stopping()
         pool.submit(second.start, 0, rank=1, world_size=2).result(20)
         saving.start()
@@ -485,7 +485,7 @@ def timers():
 
 def test_messages_arrive_and_strangers_are_left_out(store, monkeypatch):
     def join(rank):
-        monkeypatch.setattr("training.peers._meetings", 0)
+        monkeypatch.setattr("training.supervision.peers._meetings", 0)
         return connect(rank, 4)
 
     hub, first, second = join(0), join(1), join(2)

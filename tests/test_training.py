@@ -17,13 +17,16 @@ from conftest import (
 )
 from paddle import nn
 
+from config.schema import resolve_config
+from features.order import MicroBatchSampler, SampleStream, total_steps
 from models import build_model
+from runtime.precision import Precision, resolve_precision
 from training import EMA
-from training import checkpoint as ckpt
-from training.config import resolve_config
-from training.data import MicroBatchSampler, SampleStream, total_steps
+from training.checkpoints.experiment import open_checkpoint
+from training.checkpoints.find import list_checkpoints
+from training.checkpoints.read import load_checkpoint
+from training.checkpoints.state import restore_model
 from training.optimizer import build_lr_scheduler, build_optimizer, lr_factor, optimizer_state, set_optimizer_state
-from training.precision import Precision, resolve_precision
 
 # EMA.
 
@@ -179,7 +182,7 @@ def test_clipping_and_schedule_in_the_loops(kind, loop, features, tmp_path, run_
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["learning_rate"] for row in rows] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert rows[0]["grad_norm"] > 0.1  # reported before clipping
-    state = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "out", 6)).optimizer
+    state = load_checkpoint(checkpoint_path(loop, tmp_path / "out", 6)).optimizer
     # moment1 after six steps of gradients clipped to a global norm of 0.01.
     norm = sum((entry["moment1"] ** 2).sum() for entry in state.values()) ** 0.5
     assert 0 < norm <= 0.01 * (1 - 0.9**6) * 1.01
@@ -203,12 +206,12 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
 
     arrays = load_golden("dit_train_steps")
     config = resolve_config({"model": TRAIN_CONFIG})
-    checkpoint = ckpt.open_checkpoint(GOLDEN / "dit_tiny_train_ckpt.pt", config)
+    checkpoint = open_checkpoint(GOLDEN / "dit_tiny_train_ckpt.pt", config)
     assert checkpoint.progress["global_step"] == 2
     assert checkpoint.progress["samples_seen"] == 2 * 6  # the global batch in its args, not this run's 256
     model = build_model(config)
     ema = EMA(model)
-    ckpt.restore_model(checkpoint, model, ema)
+    restore_model(checkpoint, model, ema)
     training = config["training"]
     optimizer = build_optimizer(model, training, build_lr_scheduler(training, 4))
     set_optimizer_state(optimizer, model, checkpoint.optimizer)
@@ -230,7 +233,7 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
         optimizer.clear_grad()
         ema.update(model)
 
-    from models.weights import official_to_paddle
+    from models.state import official_to_paddle
 
     for prefix, state in (("p4", dict(model.named_parameters())), ("ema4", ema.state_dict())):
         for key, value in arrays.items():
@@ -318,7 +321,7 @@ def test_checkpoint_folder_and_rotation(kind, loop, features, tmp_path, run_loop
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=11, save_every=2)
     run_loop(loop, [*arguments, "--save_total_limit", "2"])
     last = checkpoint_path(loop, tmp_path / "out", 11)
-    assert [path.rsplit("/")[-1] for path in ckpt.list_checkpoints(last.parent)] == (
+    assert [path.rsplit("/")[-1] for path in list_checkpoints(last.parent)] == (
         ["checkpoint-10", "checkpoint-11"] if loop == "trainer" else ["0000010", "0000011"]
     )
     names = {path.name for path in last.iterdir()}
@@ -409,7 +412,7 @@ def test_loss_aware_timesteps_survive_a_resume(loop, features, tmp_path, run_loo
     objective = {"timestep_sampler": "loss-second-moment", "diffusion_steps": 21}
     run = {"config": write_config(tmp_path / "Tiny.json", objective=objective), "features": features, "batch": 64}
     run_loop(loop, loop_arguments(loop, **run, output=tmp_path / "whole", steps=12, save_every=8))
-    learned = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "whole", 8)).objective
+    learned = load_checkpoint(checkpoint_path(loop, tmp_path / "whole", 8)).objective
     assert learned["loss_counts"].min() >= 10  # past its warm-up: timesteps are drawn by their losses
     resumed = loop_arguments(loop, **run, output=tmp_path / "resumed", steps=12)
     flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
@@ -430,8 +433,8 @@ def test_starting_from_weights_with_other_classes(kind, loop, features, tmp_path
     arguments = loop_arguments(loop, config=str(other), features=features, output=tmp_path / "tuned", steps=1)
     run_loop(loop, [*arguments, f"--pretrained_model_path={source}", "--learning_rate=1e-30"])
     assert "but a new label table: it has other classes" in capsys.readouterr().out
-    begun = ckpt.load_checkpoint(source).ema
-    tuned = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "tuned", 1)).model
+    begun = load_checkpoint(source).ema
+    tuned = load_checkpoint(checkpoint_path(loop, tmp_path / "tuned", 1)).model
     table = "y_embedder.embedding_table.weight"
     assert begun.pop(table).shape[0] == 11 and tuned.pop(table).shape[0] == 13
     for name, value in begun.items():
@@ -452,7 +455,7 @@ def test_batch_size_of_the_json_is_the_trainers(features, tmp_path, run_loop):
     config = write_config(tmp_path / "Tiny.json", global_batch_size=20)
     arguments = loop_arguments("trainer", config=config, features=features, output=tmp_path / "out", steps=2)
     run_loop("trainer", [flag for flag in arguments if not flag.startswith("--per_device")])
-    assert ckpt.load_checkpoint(tmp_path / "out").progress["samples_seen"] == 40
+    assert load_checkpoint(tmp_path / "out").progress["samples_seen"] == 40
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pdopt", "global_step"])
@@ -466,7 +469,7 @@ def test_incomplete_checkpoints_are_refused(missing, features, tmp_path, run_loo
     else:
         (output / "checkpoint-2" / missing).unlink()
     with pytest.raises(ValueError, match=missing):
-        ckpt.load_checkpoint(output / "checkpoint-2")
+        load_checkpoint(output / "checkpoint-2")
 
 
 def test_metrics_of_steps_done_again_are_replaced(features, tmp_path, run_loop):
@@ -559,7 +562,7 @@ def test_transport_settings_from_json_and_from_flags(loop, features, tmp_path, r
         losses[name] = read_losses(tmp_path / name)
     assert losses["json"] == losses["flags"]
     assert len({tuple(values.values()) for values in losses.values()}) == 3
-    saved = ckpt.load_checkpoint(checkpoint_path(loop, tmp_path / "flags", 3)).config["objective"]
+    saved = load_checkpoint(checkpoint_path(loop, tmp_path / "flags", 3)).config["objective"]
     assert {key: saved[key] for key in settings} == settings
     capsys.readouterr()
     arguments = loop_arguments(loop, config=configs["default"], features=features, output=tmp_path / "note", steps=1)

@@ -10,7 +10,7 @@ import pytest
 from conftest import load_golden, relative_error
 from test_sit import golden_model
 
-from models.weights import official_to_paddle
+from models.state import official_to_paddle
 from transport import DIFFUSION_FORMS, LAST_STEPS, ModelType, Sampler, WeightType, create_transport
 
 PATHS = ("Linear", "GVP", "VP")

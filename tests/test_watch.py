@@ -19,14 +19,15 @@ from conftest import (
     write_features,
 )
 
-import training.watch
-from models.weights import safe_load, save_pdparams
+import training.supervision.number_watch
+from features.dataset import FeatureDataset
+from features.order import MicroBatchSampler
 from objectives import DiffusionObjective
-from training.data import FeatureDataset, MicroBatchSampler
-from training.manifest import FolderWriter, damage
+from runtime.precision import Precision
+from training.checkpoints.whole_folder import FolderWriter, damage
 from training.optimizer import build_optimizer
-from training.precision import Precision
-from training.watch import BadStepError, NumberWatch
+from training.supervision.number_watch import BadStepError, NumberWatch
+from weights.files import safe_load, save_pdparams
 
 LOOPS = ("trainer", "notrainer")
 LAST_GOOD, BAD, STEPS = 4, 5, 8
@@ -245,7 +246,7 @@ def test_the_mean_of_a_report_leaves_skipped_steps_out(spoiled, tmp_path, run_lo
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_skipping_without_end_ends(tmp_path, run_loop, monkeypatch, features, loop):
-    monkeypatch.setattr(training.watch, "MOST_CONSECUTIVE", 3)
+    monkeypatch.setattr(training.supervision.number_watch, "MOST_CONSECUTIVE", 3)
     config = write_config(tmp_path / "Tiny.json", on_nonfinite="skip")
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=STEPS)
     with pytest.raises(BadStepError, match="step 4: .*; so were 3 steps one after another.*weights have diverged"):
@@ -259,7 +260,7 @@ def test_skipping_without_end_ends(tmp_path, run_loop, monkeypatch, features, lo
 @pytest.fixture
 def spike(tmp_path, monkeypatch):
     """`(features, path, row)`: a sample of step BAD is 50 times as large; three steps warm the guard up."""
-    monkeypatch.setattr(training.watch, "SPIKE_WARMUP", 3)
+    monkeypatch.setattr(training.supervision.number_watch, "SPIKE_WARMUP", 3)
     folder = write_features(tmp_path / "features")
     return folder, *spoil(folder, 50.0)
 
@@ -367,17 +368,17 @@ def test_gradients_that_are_not_finite_though_the_loss_is():
 def test_the_running_mean():
     toy = Toy(loss_spike_factor=2.0, on_nonfinite="skip")
     toy.optimizer.set_lr(0.0)
-    for _ in range(training.watch.SPIKE_WARMUP - 1):
+    for _ in range(training.supervision.number_watch.SPIKE_WARMUP - 1):
         toy.step(1.0)
     toy.step(1000.0)  # within the warm-up
     assert toy.watch.take()["skipped_steps"] == 0
     mean = toy.watch.state_dict()["loss_mean"]
     toy.step(500.0)
     assert toy.watch.take()["skipped_steps"] == 1
-    assert toy.watch.state_dict() == {"loss_mean": mean, "loss_steps": training.watch.SPIKE_WARMUP}
-    for _ in range(2 * training.watch.SPIKE_WINDOW):
+    assert toy.watch.state_dict() == {"loss_mean": mean, "loss_steps": training.supervision.number_watch.SPIKE_WARMUP}
+    for _ in range(2 * training.supervision.number_watch.SPIKE_WINDOW):
         toy.step(1.0)
-    assert toy.watch.state_dict()["loss_steps"] == training.watch.SPIKE_WINDOW
+    assert toy.watch.state_dict()["loss_steps"] == training.supervision.number_watch.SPIKE_WINDOW
     assert toy.watch.state_dict()["loss_mean"] < mean / 2  # it has forgotten
 
 
@@ -483,7 +484,7 @@ def test_replay_finds_the_layer(tmp_path, features, run_loop, monkeypatch, capsy
         ValueError, match=r"spoiled\.pdparams: blocks\.1\.mlp\.fc1\.bias has 1 of 128 values .* not finite"
     ):
         run_loop("notrainer", [*arguments, "--pretrained_model_path", tmp_path / "spoiled.pdparams"])
-    monkeypatch.setattr("training.checkpoint.check_finite", lambda state, source: None)  # as if it came later
+    monkeypatch.setattr("training.checkpoints.read.check_finite", lambda state, source: None)  # as if it came later
     with pytest.raises(BadStepError, match="step 1: .*the losses of all of them are not"):
         run_loop("notrainer", [*arguments, "--pretrained_model_path", tmp_path / "spoiled.pdparams"])
     printed = replay(dump_path(tmp_path / "b", 1), monkeypatch, capsys, "--show=3")
@@ -592,7 +593,7 @@ def test_the_launcher_sees_the_exit_code(spoiled, tmp_path):
     slow.write_text(
         "import runpy, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from training import manifest\n"
+        "from training.checkpoints import whole_folder as manifest\n"
         "finish = manifest.FolderWriter.finish\n"
         "manifest.FolderWriter.finish = lambda self: (time.sleep(6), finish(self))\n"
         f"runpy.run_path({str(ROOT / 'train_image_generation_notrainer.py')!r}, run_name='__main__')\n"

@@ -21,19 +21,8 @@ import pytest
 from conftest import GOLDEN, load_golden, relative_error
 
 from models import DiT
-from models.weights import (
-    check_finite,
-    check_state,
-    expected_shapes,
-    load_weights,
-    official_to_paddle,
-    paddle_to_official,
-    pick_weights,
-    safe_load,
-    save_pdparams,
-    save_safetensors,
-    save_torch,
-)
+from models.state import check_finite, check_state, expected_shapes, official_to_paddle, paddle_to_official
+from weights.files import load_weights, pick_weights, safe_load, save_pdparams, save_safetensors, save_torch
 
 DATA = Path(__file__).parent / "data"
 SMALL = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_attention_heads": 4, "num_classes": 10}

@@ -17,9 +17,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from training.runtime import counted, run_cli  # noqa: E402
+from runtime.process import counted, run_cli
 
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 SHOWN = 10  # problems of a kind on the console; the report has all
@@ -37,7 +37,7 @@ class Check:
     def __init__(self, args):
         import numpy as np
 
-        from training.data import find_features, read_manifest
+        from features.store import find_features, read_manifest
 
         self.args = args
         self.kind, self.name = find_features(args.feature_path, args.resolution)
@@ -46,7 +46,7 @@ class Check:
         self.usable = np.zeros(0, bool)
         self.config = None
         if args.config_file:
-            from training.config import load_config
+            from config.schema import load_config
 
             self.config = load_config(args.config_file)["model"]
 
@@ -57,8 +57,8 @@ class Check:
 
     def open(self):
         """Lists the samples; returns False if there is nothing to look into."""
-        from training.packed import PackedStore, packed_folder
-        from training.pairs import features_folder, labels_folder
+        from features.packed import PackedStore, packed_folder
+        from features.pairs import features_folder, labels_folder
 
         path = self.args.feature_path
         if self.kind == "packed":
@@ -89,7 +89,7 @@ class Check:
         return True
 
     def _list_pairs(self):
-        from training.pairs import natural_order
+        from features.pairs import natural_order
 
         found = []
         for folder in self.folders:
@@ -108,7 +108,7 @@ class Check:
         return [os.fsdecode(name) for name in natural_order(list(both))]
 
     def _first_shape(self):
-        from training.npy import load_npy
+        from features.npy import load_npy
 
         for name in self.names[:1000]:
             try:
@@ -120,7 +120,7 @@ class Check:
         return None
 
     def _expect(self, row_shape, dtype):
-        from tools.sample_check import Expected
+        from features.check import Expected
 
         model, manifest = self.config, self.manifest
         sample_shape = manifest.get("sample_shape")
@@ -147,8 +147,8 @@ class Check:
         """Checks everything; the results are in the attributes."""
         import numpy as np
 
-        from tools.sample_check import check_packed, check_pairs, hash_file
-        from training.progress import tqdm
+        from features.check import check_packed, check_pairs, hash_file
+        from runtime.progress import tqdm
 
         wanted = self._read_checksums()
         row_bytes = 4 * int(np.prod(self.expected.row_shape)) * (1 + self.has_flip)
@@ -225,7 +225,7 @@ class Check:
     def _check_statistics(self, sums, count):
         import numpy as np
 
-        from sampling.autoencoder import LatentScaling
+        from features.autoencoder import LatentScaling
 
         if not count:
             self.mean = self.std = None
@@ -380,16 +380,15 @@ class Check:
             self._row(index, bool(twin))[:channels] for index in chosen.tolist() for twin in range(1 + self.has_flip)
         ]
 
-        from training.runtime import configure_runtime, resolve_device
+        from runtime.process import configure_runtime, resolve_device
 
         configure_runtime()
         import paddle
 
         paddle.set_device(resolve_device(self.args.device))
-        from sampling.autoencoder import open_vae
-        from sampling.decoder import LatentDecoder
+        from config.schema import manifest_features
+        from features.autoencoder import LatentDecoder, open_vae
         from sampling.grid import make_grid
-        from training.config import manifest_features
 
         made_with = manifest_features(self.manifest, self._manifest_path())["vae"]
         vae, notes = open_vae(self.args.vae, made_with, default=None, flag="--vae", channels=channels)
@@ -405,7 +404,7 @@ class Check:
             row = np.empty((1, *self.store.row_shape), "float32")
             self.store.read(np.array([index]), row, np.array([twin]))
             return row[0]
-        from training.npy import load_npy
+        from features.npy import load_npy
 
         array = load_npy(os.path.join(self.folder + ("_flip" if twin else ""), self.names[index]))
         return array.reshape(array.shape[-3:]).astype("float32")
@@ -436,7 +435,7 @@ def picture_path(report):
 
 
 def check(args):
-    from training.config import write_json
+    from config.schema import write_json
 
     for key in ("num_workers", "num_images"):
         if getattr(args, key) < 1:

@@ -7,14 +7,12 @@ A mistake is one line and exit code 2: an unknown flag, a wrong value or config,
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from training.arguments import read_notrainer_flags, read_trainer_flags  # noqa: E402
-from training.run_lock import check_experiment_idle, check_idle, experiment_name  # noqa: E402
-from training.runtime import run_cli  # noqa: E402
+from config.flags import read_notrainer_flags, read_trainer_flags
+from runtime.process import run_cli
+from runtime.run_lock import check_experiment_idle, check_idle, experiment_name
 
 SCRIPTS = ("train_image_generation_trainer.py", "train_image_generation_notrainer.py")
 

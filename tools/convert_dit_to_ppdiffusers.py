@@ -12,13 +12,11 @@ differently from this project is printed at the end. A Large-DiT's transformer/ 
 """
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from tools.pipeline_converter import add_flags, convert  # noqa: E402
-from training.runtime import run_cli  # noqa: E402
+from runtime.process import run_cli
+from sampling.pipelines.converter import add_flags, convert
 
 SCHEDULERS = ("ddim", "dpm")
 
@@ -51,7 +49,7 @@ def main(argv=None):
         raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
-        from sampling import export, export_large_dit
+        from sampling.pipelines import export, export_large_dit
 
         kind, objective = config["model"]["type"], config["objective"]["type"]
         if objective != "diffusion":
@@ -64,8 +62,8 @@ def main(argv=None):
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")
 
     def write(config, state, vae, labels, source):
-        from sampling.export import export_dit_pipeline
-        from sampling.export_large_dit import export_large_dit_pipeline
+        from sampling.pipelines.export import export_dit_pipeline
+        from sampling.pipelines.export_large_dit import export_large_dit_pipeline
 
         if config["model"]["type"] == "LargeDiT":
             export, options = export_large_dit_pipeline, {"stock_transformer": args.stock_transformer}

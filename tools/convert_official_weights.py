@@ -17,16 +17,15 @@ what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
 import argparse
 import functools
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from runtime.process import configure_runtime, run_cli
 
 
 def convert(args):
     """Reads, checks and writes one file, as the flags say; ValueError for whatever can't be."""
-    from training.config import weights_config
+    from config.schema import weights_config
 
     check_output(args.output, args.overwrite, torch=args.reverse)
     if not os.path.exists(args.weights):
@@ -34,15 +33,9 @@ def convert(args):
     model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
 
     configure_runtime()
-    from models.weights import (
-        check_finite,
-        check_state,
-        expected_shapes,
-        paddle_to_official,
-        save_safetensors,
-        save_torch,
-    )
-    from sampling.checkpoint import find_shards, read_weights
+    from models.state import check_finite, check_state, expected_shapes, paddle_to_official
+    from weights.files import save_safetensors, save_torch
+    from weights.source import find_shards, read_weights
 
     print(f"reading {args.weights}", flush=True)
     # safetensors say themselves which layout they are in.
@@ -103,7 +96,8 @@ def save_paddle(state, path, dtype="float32", safe=False):
     """{name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
     import numpy as np
 
-    from models.weights import check_finite, save_pdparams, save_safetensors
+    from models.state import check_finite
+    from weights.files import save_pdparams, save_safetensors
 
     def cast(value):
         if dtype != "bfloat16":

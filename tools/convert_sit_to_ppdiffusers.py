@@ -14,13 +14,11 @@ ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
 """
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from tools.pipeline_converter import add_flags, convert  # noqa: E402
-from training.runtime import run_cli  # noqa: E402
+from runtime.process import run_cli
+from sampling.pipelines.converter import add_flags, convert
 
 
 def main(argv=None):
@@ -46,15 +44,15 @@ def main(argv=None):
                 f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"
             )
         if args.stock:
-            from sampling.export import transformer_config
-            from sampling.export_sit import check_prediction
+            from sampling.pipelines.export import transformer_config
+            from sampling.pipelines.export_sit import check_prediction
 
             transformer_config(config["model"])
             check_prediction(config["objective"])
 
     def export(config, state, vae, labels, source):
         if args.stock:
-            from sampling.export_sit import export_stock_sit
+            from sampling.pipelines.export_sit import export_stock_sit
 
             return export_stock_sit(
                 config,

@@ -14,14 +14,15 @@ import math
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from sampling.step_counts import check_num_steps  # noqa: E402
-from tools.image_demo import check_ending  # noqa: E402
-from tools.image_folder import find_images, load_image  # noqa: E402
-from training.arguments import check_seed  # noqa: E402
-from training.config import read_json  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from config.flags import check_seed
+from config.schema import read_json
+from evaluation.digits import evaluate, load_digits_through_vae
+from features.images import find_images
+from runtime.process import configure_runtime, run_cli
+from sampling.demo import check_ending
+from sampling.step_counts import check_num_steps
 
 configure_runtime()  # before Paddle is imported
 
@@ -47,7 +48,7 @@ def load_pipeline(folder: str, sampler: str | None = None):
         raise ValueError(f"--sampler {sampler} is for a SiTPipeline; {folder} is a DiTPipeline, sampled with DDIM")
     from ppdiffusers import DDIMScheduler, EDMEulerScheduler
 
-    from sampling.pretrained import load_dit_pipeline
+    from sampling.pipelines.pretrained import load_dit_pipeline
 
     pipeline = load_dit_pipeline(folder)
     if not isinstance(pipeline.scheduler, EDMEulerScheduler):  # that one is a SiT's, and part of its export
@@ -90,63 +91,6 @@ def check_size(pipeline, path: str) -> int:
             f"size: tools/prepare_digits.py --image_size {side}"
         )
     return side
-
-
-def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | None = None):
-    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder.
-
-    Images are cropped to size, by default the VAE's sample_size.
-    """
-    import numpy as np
-    import paddle
-
-    from training.progress import tqdm
-
-    samples, _ = find_images(root)
-    size = size or vae.config.sample_size
-    images = []
-    with paddle.no_grad():
-        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
-            x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
-            x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
-            images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
-    return np.concatenate(images), np.array([label for _, label in samples])
-
-
-def to_grey(images):
-    """[N, H, W, 3] -> [N, H * W]."""
-    return images.mean(axis=-1).reshape(len(images), -1)
-
-
-def pool(images):
-    """[N, H, W, 3] -> [N, H * W / 4]: grey, means of 2x2 pixels, what the classifier sees."""
-    n, h, w, _ = images.shape
-    return images.mean(axis=-1).reshape(n, h // 2, 2, w // 2, 2).mean(axis=(2, 4)).reshape(n, -1)
-
-
-def nearest_distance(images, train_images):
-    """Distance of each image to the nearest training image, [N]: root of the mean squared grey-pixel difference."""
-    import numpy as np
-
-    a, b = to_grey(images).astype("float64"), to_grey(train_images).astype("float64")
-    squared = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)[None]  # (N, M)
-    return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
-
-
-def evaluate(samples, labels, train, heldout) -> dict:
-    """Figures of samples [N, H, W, 3] drawn for labels [N]; train and heldout are (images, labels) of real digits."""
-    from sklearn.svm import SVC
-
-    classifier = SVC(C=10.0).fit(pool(train[0]), train[1])
-    assigned = classifier.predict(pool(samples))
-    return {
-        "num_images": len(samples),
-        "classifier_accuracy_on_heldout": float((classifier.predict(pool(heldout[0])) == heldout[1]).mean()),
-        "share_assigned_to_class_asked_for": float((assigned == labels).mean()),
-        "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
-        "nearest_train_distance_of_samples": float(nearest_distance(samples, train[0]).mean()),
-        "nearest_train_distance_of_heldout": float(nearest_distance(heldout[0], train[0]).mean()),
-    }
 
 
 def save_grid(images, path: str, columns: int) -> None:

@@ -14,22 +14,14 @@ have one size. Whoever runs it runs a program of yours: as with any code, take s
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from sampling.autoencoder import DEFAULT_VAE  # noqa: E402
-from sampling.folder import check_free, is_exported  # noqa: E402
-from sampling.step_counts import describe_fit  # noqa: E402
-from tools.image_demo import (  # noqa: E402
-    MAX_NAME,
-    check_exportable,
-    check_model_path,
-    describe_model,
-    note_weights_flags,
-    read_dit,
-)
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from config.schema import DEFAULT_VAE
+from runtime.process import configure_runtime, run_cli
+from sampling.demo import MAX_NAME, check_exportable, check_model_path, describe_model, note_weights_flags, read_dit
+from sampling.pipelines.folder import check_free, is_exported
+from sampling.step_counts import describe_fit
 
 
 def main(argv=None):
@@ -52,7 +44,7 @@ def main(argv=None):
     note_weights_flags(args, model)
 
     configure_runtime()
-    from sampling.inference import export_inference
+    from sampling.pipelines.inference import export_inference
 
     print(f"reading {args.model_path}", flush=True)
     pipeline = read_dit(model, vae=args.vae, key=args.key)

@@ -20,233 +20,22 @@ kind of device). An extraction is complete when its manifest is there.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
-import itertools
 import os
-import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from sampling.autoencoder import DEFAULT_VAE, LatentScaling, downsampling, weights_digest  # noqa: E402
-from tools.image_folder import UnreadableImage, dim_note, unreadable_list  # noqa: E402
-from tools.image_source import find_archives, open_source, printable, source_root  # noqa: E402
-from training.arguments import check_seed  # noqa: E402
-from training.runtime import compute_capability, configure_runtime, counted, resolve_device, run_cli  # noqa: E402
+from config.flags import check_seed
+from config.schema import DEFAULT_VAE
+from features.autoencoder import LatentEncoder
+from features.extraction import encode_batches, make_settings, read_batches, source_settings, write_parts
+from features.image_source import find_archives, open_source, source_root
+from features.images import UnreadableImage, dim_note, unreadable_list
+from runtime.process import compute_capability, configure_runtime, counted, resolve_device, run_cli
 
 configure_runtime()  # before Paddle is imported
-
-
-class LatentEncoder:
-    """Pixels to what is stored of their latents.
-
-    Args:
-        vae: an `AutoencoderKL`.
-        precision: a `training.precision.Precision`.
-        seed: of the posterior samples.
-        moments: keep mean and standard deviation instead of a sample of them.
-    """
-
-    def __init__(self, vae, precision, *, seed, moments):
-        self.vae, self.precision, self.seed, self.moments = vae, precision, seed, moments
-        self.scaling = LatentScaling.of(vae.config)
-
-    def __call__(self, pixels, indices, mirrored=False):
-        """Starts the work and returns a tensor float32 (N, C, h, w), with moments (N, 2C, h, w): mean, then std.
-
-        Both are scaled as the VAE's config says, as a sample mean + std * noise is.
-
-        Args:
-            pixels: uint8 (N, S, S, 3).
-            indices: of the images, for the noise.
-            mirrored: encode the mirror images, with noise of their own.
-        """
-        import numpy as np
-        import paddle
-
-        images = paddle.to_tensor(np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels).astype("float32")
-        images = images.transpose([0, 3, 1, 2]) / 127.5 - 1.0  # (N, 3, S, S) in [-1, 1]
-        try:
-            with paddle.no_grad(), self.precision.autocast():
-                posterior = self.vae.encode(images).latent_dist
-        except MemoryError:
-            raise ValueError(f"--batch_size {len(pixels)}: too large for the device's memory; give a smaller") from None
-        mean = posterior.mean.astype("float32")  # (N, C, h, w)
-        std = paddle.exp(0.5 * posterior.logvar.astype("float32"))
-        if self.moments:
-            return paddle.concat([self.scaling.normalize(mean), self.scaling.normalize_std(std)], axis=1)
-        rngs = [np.random.default_rng((self.seed, index, 1) if mirrored else (self.seed, index)) for index in indices]
-        noise = np.stack([rng.standard_normal(mean.shape[1:], "float32") for rng in rngs])
-        return self.scaling.normalize(mean + std * paddle.to_tensor(noise))
-
-
-def read_batches(source, batches, image_size, num_workers, dim=None):
-    """Yields (indices, pixels uint8 [N, S, S, 3], unreadable) of each batch; threads read ahead.
-
-    Threads, not processes: Pillow decodes and scales without Python's lock. An unreadable image's pixels are zeros:
-    a batch has one shape whatever fails, so that the others come out the same to the bit. unreadable: `{index: error}`.
-    dim: see `load_pixels`.
-    """
-    import numpy as np
-
-    def read(index):
-        try:
-            return source.pixels(index, image_size, dim)
-        except UnreadableImage as error:
-            return error
-
-    batches = iter(batches)
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        started = collections.deque()
-        images_ahead = 0
-        try:
-            while True:
-                while images_ahead < 4 * num_workers or len(started) < 2:
-                    indices = next(batches, None)
-                    if indices is None:
-                        break
-                    started.append((indices, [pool.submit(read, index) for index in indices]))
-                    images_ahead += len(indices)
-                if not started:
-                    return
-                indices, futures = started.popleft()
-                images_ahead -= len(indices)
-                images = [future.result() for future in futures]
-                unreadable = {
-                    i: image for i, image in zip(indices, images, strict=True) if isinstance(image, ValueError)
-                }
-                empty = np.zeros((image_size, image_size, 3), "uint8")
-                yield indices, np.stack([empty if isinstance(x, ValueError) else x for x in images]), unreadable
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def encode_batches(source, read, encoders):
-    """Yields (indices, labels, arrays, unreadable) of each batch that was read, without the unreadable images.
-
-    arrays: a float32 [N, ...] of each encoder. One batch behind: while the device computes on one, the caller writes
-    the one before.
-    """
-    import numpy as np
-
-    def fetch(indices, tensors, unreadable):
-        good = [place for place, index in enumerate(indices) if index not in unreadable]
-        arrays = [tensor.numpy()[good] for tensor in tensors]
-        indices = [indices[place] for place in good]
-        for index, *latents in zip(indices, *arrays, strict=True):
-            if not all(np.isfinite(latent).all() for latent in latents):
-                raise ValueError(f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype")
-        return indices, source.labels[indices].tolist(), arrays, unreadable
-
-    running = None
-    for indices, pixels, unreadable in read:
-        started = indices, [encode(pixels, indices) for encode in encoders], unreadable
-        if running:
-            yield fetch(*running)
-        running = started
-    if running:
-        yield fetch(*running)
-
-
-def make_settings(args, name, vae, *, device, dtype):
-    """The manifest of a set, as far as it does not depend on the images.
-
-    Raises:
-        ValueError: images of this size are not for this VAE.
-    """
-    factor = downsampling(vae)
-    if args.image_size % factor:
-        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
-    if vae.config.in_channels != 3:
-        raise ValueError(f"VAE {args.vae}: takes images of {vae.config.in_channels} channels, expected 3")
-    return {
-        "version": 1,
-        "format": args.format,
-        "name": name,
-        "sample_shape": [vae.config.latent_channels, args.image_size // factor, args.image_size // factor],
-        "dtype": "float32",
-        "moments": args.moments,
-        "flip": args.flip,
-        "image_size": args.image_size,
-        "seed": args.seed,
-        **LatentScaling.of(vae.config).as_dict(),
-        "vae": {
-            "name": printable(args.vae),
-            "path": printable(os.path.abspath(args.vae)) if os.path.isdir(args.vae) else None,
-            "weights_sha256": weights_digest(vae),
-            "latent_channels": vae.config.latent_channels,
-            "downsampling": factor,
-        },
-        "encoding": {"device": device, "dtype": dtype, "batch_size": args.batch_size},
-    }
-
-
-def source_settings(source):
-    """What a manifest says of the images."""
-    return {
-        "num_images": len(source),
-        "num_classes": len(source.classes),
-        "source": {"kind": source.kind, "path": printable(source.root), "sha256": source.digest()},
-    }
-
-
-def write_parts(source, writer, journal, encode, *, batch_size, rank, world, skip):
-    """Encodes and writes this rank's parts; rank 0 then waits for the others'.
-
-    Args:
-        encode: an iterable of batches of indices to what `encode_batches` yields.
-        skip: leave out unreadable images; else the first is an `UnreadableImage`.
-    """
-    from training.progress import tqdm
-
-    def images(part):
-        return range(len(source))[part * writer.part_size : (part + 1) * writer.part_size]
-
-    def batches(part):
-        return [images(part)[first:][:batch_size] for first in range(0, len(images(part)), batch_size)]
-
-    journal.update()
-    left_out = [index for entries, _ in journal.parts.values() for index, _ in entries]
-    if left_out and not skip:
-        raise ValueError(
-            f"{source.name(min(left_out))}: could not be read, and an earlier start with --on_error skip left it out; "
-            "give that again, or choose another --features_path or --name to start anew"
-        )
-    parts = range(-(-len(source) // writer.part_size))
-    mine = [part for part in parts if part % world == rank and part not in journal.parts]
-    if mine:
-        journal.open()
-    encoded = encode(batch for part in mine for batch in batches(part))
-    done = sum(len(images(part)) for part in journal.parts)
-    with (
-        contextlib.closing(encoded),
-        tqdm(total=len(source), initial=done, desc="features", unit="image", disable=rank != 0) as progress,
-    ):
-
-        def readable(part, unreadable):
-            for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
-                if errors and not skip:
-                    raise errors[min(errors)]
-                unreadable += [[index, printable(errors[index].reason)] for index in sorted(errors)]
-                yield indices, labels, arrays
-                progress.update(len(indices) + len(errors))
-
-        def count_others():
-            progress.update(sum(len(images(part)) for part in journal.update()))
-
-        for part in mine:
-            unreadable = []
-            digests = writer.write(part, readable(part, unreadable))
-            journal.add(part, unreadable, digests)
-            if rank == 0 and world > 1:
-                count_others()
-        while rank == 0 and len(journal.parts) < len(parts):
-            time.sleep(0.2)
-            count_others()
 
 
 def extract(args) -> None:
@@ -263,9 +52,9 @@ def extract(args) -> None:
 
     import paddle
 
-    from sampling.decoder import load_vae
-    from tools.extraction import WRITERS, Journal, Layout, finish, open_extraction
-    from training.precision import resolve_precision
+    from features.autoencoder import load_vae
+    from features.extraction import WRITERS, Journal, Layout, finish, open_extraction
+    from runtime.precision import resolve_precision
 
     # Pillow warns of odd EXIF blocks and palettes, which change nothing here.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -10,13 +10,12 @@ read without executing anything it holds.
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from tools.convert_official_weights import check_output, is_safetensors, save_paddle, write_beside  # noqa: E402
-from training.arguments import str2bool  # noqa: E402
-from training.runtime import configure_runtime, run_cli  # noqa: E402
+from config.flags import str2bool
+from runtime.process import configure_runtime, run_cli
+from tools.convert_official_weights import check_output, is_safetensors, save_paddle, write_beside
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NETWORK, AVERAGES = "transformer.", "model_ema."
@@ -32,8 +31,9 @@ def extract(args):
         raise ValueError(f"--model_file {args.model_file}: there is no such file or folder")
 
     configure_runtime()
-    from models.weights import check_finite, is_averages, pick_weights, safe_load, safetensors_layout
-    from sampling.checkpoint import read_weights
+    from models.state import check_finite
+    from weights.files import is_averages, pick_weights, safe_load, safetensors_layout
+    from weights.source import read_weights
 
     if os.path.isdir(args.model_file):
         state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")

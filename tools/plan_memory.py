@@ -14,23 +14,13 @@ workspaces of cuBLAS, cuDNN and NCCL, and what the allocator can't use of what i
 import argparse
 import dataclasses
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from training.arguments import check_positive, resolve_training, trainer_parser  # noqa: E402
-from training.config import write_json  # noqa: E402
-from training.memory_plan import (  # noqa: E402
-    SHARDING,
-    Machine,
-    Setting,
-    Sizes,
-    check,
-    fitting,
-    plan,
-    step_seconds,
-)
-from training.runtime import counted, run_cli  # noqa: E402
+from config.flags import check_positive, resolve_training, trainer_parser
+from config.schema import write_json
+from runtime.process import counted, run_cli
+from training.parallel.memory_plan import SHARDING, Machine, Setting, Sizes, check, fitting, plan, step_seconds
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.

@@ -7,12 +7,11 @@ stratified and the same in every run, so that nothing held out is ever trained o
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from tools.image_folder import walk_files  # noqa: E402
-from training.runtime import counted, run_cli  # noqa: E402
+from features.images import walk_files
+from runtime.process import counted, run_cli
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
@@ -57,7 +56,7 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
 
     Raises ValueError, before writing anything, if output holds a file that is not one of these images.
     """
-    from training.progress import tqdm
+    from runtime.progress import tqdm
 
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")

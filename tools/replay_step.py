@@ -7,22 +7,21 @@ losses and gradients are not finite, and the first layer whose output is not.
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from training.runtime import configure_runtime, counted, run_cli  # noqa: E402
+from runtime.process import configure_runtime, counted, run_cli
 
 configure_runtime()  # before Paddle is imported
 
 
 def read_dump(folder):
     """`(config, batch, state)` of a dump: `batch` is arrays by name. ValueError if it is not whole."""
-    from models.weights import safe_load
-    from training.config import read_json, resolve_config
-    from training.manifest import damage
-    from training.step_dump import BATCH, CONFIG, STATE, WEIGHTS
-    from untrusted import inside
+    from config.schema import read_json, resolve_config
+    from runtime.untrusted import inside
+    from training.checkpoints.whole_folder import damage
+    from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
+    from weights.files import safe_load
 
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; expected RUN/bad_steps/STEP, which the run's error names")
@@ -70,10 +69,10 @@ def replay(folder, config, batch, state):
     import paddle
 
     from objectives import build_objective
+    from runtime.progress import tqdm
     from training import setup
-    from training.checkpoint import load_pretrained
-    from training.progress import tqdm
-    from training.step_dump import WEIGHTS
+    from training.checkpoints.read import load_pretrained
+    from training.supervision.step_dump import WEIGHTS
 
     model = setup.build_network(config, single_backward=True)
     load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
@@ -137,7 +136,7 @@ def print_samples(batch, sources, losses, limit):
     """A line for each of the `limit` worst samples: first what is not finite, then by loss."""
     import numpy as np
 
-    from untrusted import printable
+    from runtime.untrusted import printable
 
     finite = np.isfinite(batch["x"]).reshape(len(losses), -1).all(axis=1)
     key = np.where(np.isfinite(losses), losses, np.inf)
@@ -167,8 +166,8 @@ def main():
     import numpy as np
     import paddle
 
-    from training.runtime import resolve_device
-    from training.step_dump import find_cause
+    from runtime.process import resolve_device
+    from training.supervision.step_dump import find_cause
 
     paddle.set_device(resolve_device(args.device))
     config, batch, state = read_dump(args.dump)

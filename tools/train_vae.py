@@ -15,14 +15,13 @@ import argparse
 import json
 import math
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from tools.image_folder import UnreadableImage, dim_note, find_images, load_image, unreadable_list  # noqa: E402
-from training.config import MAX_SEED  # noqa: E402
-from training.runtime import configure_runtime, counted, run_cli  # noqa: E402
-from untrusted import read_json  # noqa: E402
+from config.schema import MAX_SEED
+from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
+from runtime.process import configure_runtime, counted, run_cli
+from runtime.untrusted import read_json
 
 configure_runtime()  # before Paddle is imported
 
@@ -89,7 +88,7 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
     import numpy as np
     import paddle
 
-    from training.progress import tqdm
+    from runtime.progress import tqdm
 
     rng = np.random.default_rng(seed)
     warmup = min(100, steps // 10)
@@ -125,7 +124,7 @@ def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
     import numpy as np
     import paddle
 
-    from sampling.autoencoder import LatentScaling
+    from features.autoencoder import LatentScaling
 
     config = vae.config
     scaling = LatentScaling(1.0, config.shift_factor, config.latents_mean, config.latents_std)
@@ -157,7 +156,7 @@ def run(args) -> None:
     import paddle
     from ppdiffusers import AutoencoderKL
 
-    from sampling.autoencoder import LatentScaling
+    from features.autoencoder import LatentScaling
 
     paddle.seed(settings["training"]["seed"])
     try:

@@ -6,10 +6,10 @@ Names are imported on first use, so that a script's `--help` does not wait for P
 import importlib
 
 _EXPORTS = {
-    "EMA": "training.ema",
-    "FeatureDataset": "training.data",
+    "EMA": "training.averages",
+    "FeatureDataset": "features.dataset",
     "LatentDiffusionTrainer": "training.trainer",
-    "load_config": "training.config",
+    "load_config": "config.schema",
 }
 
 __all__ = ["EMA", "FeatureDataset", "LatentDiffusionTrainer", "load_config"]

@@ -161,7 +161,7 @@ class TrainingLog:
         Args:
             loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
-            skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `training.watch`.
+            skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `NumberWatch`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported

@@ -7,7 +7,7 @@ import paddle
 from paddle import nn
 from paddle.base.framework import EagerParamBase
 
-from training.shares import Shares, held_name, held_part, inner_optimizer, master_weights
+from training.parallel.shares import Shares, held_name, held_part, inner_optimizer, master_weights
 
 
 def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
@@ -85,7 +85,7 @@ class GradientNorm(nn.clip.ClipGradBase):
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
-        watch: the `training.watch.NumberWatch` that judges each step by the norm, or None.
+        watch: the `training.supervision.number_watch.NumberWatch` that judges each step by the norm, or None.
 
     Attributes:
         square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.

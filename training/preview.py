@@ -8,33 +8,9 @@ import time
 import numpy as np
 import paddle
 
-from training.runtime import one_line, say
-from training.shares import Shares, held_part
-
-
-@paddle.no_grad()
-def _copy(value, target):
-    paddle.assign(value.astype(target.dtype), output=target)
-
-
-@contextlib.contextmanager
-def ema_weights(model, ema, shares=None):
-    """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
-    targets = {name: held_part(parameter) for name, parameter in model.named_parameters()}
-    own = {name: target.detach().clone() for name, target in targets.items()}
-    was_training = model.training
-    shares = shares or Shares(model)
-    averages = ema.state_dict()
-    try:
-        for name, target in targets.items():  # one by one: no rank holds all averages at once
-            _copy(averages[name] if shares.sliced else shares.of_rank(name, averages.get(name)), target)
-        model.eval()
-        yield model
-    finally:
-        for name, parameter in model.named_parameters():
-            _copy(own[name], held_part(parameter))
-        if was_training:
-            model.train()
+from runtime.process import one_line, say
+from training.averages import ema_weights
+from training.parallel.shares import Shares
 
 
 class Preview:
@@ -59,8 +35,8 @@ class Preview:
             raise ValueError(f"--cfg_scale {cfg_scale}: expected a finite number, 1 for no guidance")
         self.decoder = None
         if paddle.distributed.get_rank() == 0:
-            from sampling.autoencoder import DEFAULT_VAE, open_vae
-            from sampling.decoder import LatentDecoder
+            from config.schema import DEFAULT_VAE
+            from features.autoencoder import LatentDecoder, open_vae
 
             vae, notes = open_vae(
                 vae,
@@ -119,7 +95,7 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
 def _save_preview(preview, latents, log, folder, step):
     from PIL import Image
 
-    from sampling.decoder import NotFiniteError
+    from features.autoencoder import NotFiniteError
 
     try:
         grid = preview.decode(latents)

@@ -8,15 +8,16 @@ import random
 import numpy as np
 import paddle
 
+from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features, write_json
+from features.dataset import FeatureDataset
+from features.order import MicroBatchSampler, total_steps
+from features.store import find_features, read_manifest
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
-from sampling.autoencoder import SCALING_KEYS
-from training.config import ineffective_settings, manifest_features, weights_features, write_json
-from training.data import FeatureDataset, MicroBatchSampler, find_features, read_manifest, total_steps
-from training.ema import EMA
-from training.precision import resolve_precision
-from training.runtime import compute_capability, counted, say
-from untrusted import printable, read_json
+from runtime.precision import resolve_precision
+from runtime.process import compute_capability, counted, say
+from runtime.untrusted import printable, read_json
+from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 

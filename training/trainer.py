@@ -7,17 +7,18 @@ import time
 import paddle
 from paddlenlp.trainer import Trainer, TrainerCallback
 
+from features.loader import FeatureLoader
 from objectives import Rows
-from training import checkpoint as ckpt
+from runtime.process import seed_step
 from training import setup
-from training.data import FeatureLoader
+from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.state import restore_model, restore_training
 from training.metrics import TrainingLog
 from training.optimizer import build_lr_scheduler, build_optimizer, create_state, inner_optimizer, master_weights
+from training.parallel.shares import Shares
 from training.preview import log_preview
-from training.runtime import seed_step
-from training.shares import Shares
-from training.step_dump import dump_step
-from training.watch import NumberWatch
+from training.supervision.number_watch import NumberWatch
+from training.supervision.step_dump import dump_step
 
 
 class _StepCallback(TrainerCallback):
@@ -76,7 +77,7 @@ class LatentDiffusionTrainer(Trainer):
         # Averages and resumed weights are taken before AMP O2 casts the model.
         self.ema = setup.build_ema(config, model, on_host=bool(args.sharding))
         if checkpoint is not None:
-            ckpt.restore_model(checkpoint, model, self.ema)
+            restore_model(checkpoint, model, self.ema)
         super().__init__(model=model, args=args, train_dataset=train_dataset)
         # PaddleNLP's own printers and bars give way to TrainingLog, which both loops share.
         for callback in list(self.callback_handler.callbacks):
@@ -105,7 +106,7 @@ class LatentDiffusionTrainer(Trainer):
             show_bar=show_bar,
             rank=paddle.distributed.get_rank(),
         )
-        self.saver = ckpt.CheckpointSaver(
+        self.saver = CheckpointSaver(
             say=self.log_writer.print, save_total_limit=args.save_total_limit, background=async_save
         )
 
@@ -214,7 +215,7 @@ class LatentDiffusionTrainer(Trainer):
         if self.resumed is None:
             create_state(self.optimizer, self.model, shares)
         else:
-            ckpt.restore_training(
+            restore_training(
                 self.resumed,
                 model=self.model,
                 optimizer=self.optimizer,

@@ -6,8 +6,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from training.preview import ema_weights
-from training.shares import Shares
+from training.averages import ema_weights
+from training.parallel.shares import Shares
 
 
 class Validation:

@@ -249,13 +249,13 @@ def _arrays():
 def _config(folder):
     for name in ("DiT_XL_patch2.json", "SiT_XL_patch2.json"):
         shutil.copy(ROOT / "config" / name, folder)
-    from training.config import load_config, write_json
+    from config.schema import load_config, write_json
 
     write_json(folder / "resolved.json", load_config(str(folder / "SiT_XL_patch2.json")))
 
 
 def _read_config(path):
-    from training.config import load_config
+    from config.schema import load_config
 
     load_config(str(path))
 
@@ -268,8 +268,8 @@ def _npy(folder):
 
 
 def _read_npy(path):
-    from training.npy import load_npy
-    from training.pairs import NpyReader
+    from features.npy import load_npy
+    from features.pairs import NpyReader
 
     array = NpyReader()(str(path))
     same = load_npy(str(path), mapped=True)
@@ -277,7 +277,7 @@ def _read_npy(path):
 
 
 def _packed(folder):
-    from training.packed import ShardWriter
+    from features.packed import ShardWriter
 
     with contextlib.ExitStack() as stack:
         shard = stack.enter_context(ShardWriter(str(folder), 0, row_shape=(4, 8, 8)))
@@ -286,7 +286,7 @@ def _packed(folder):
 
 
 def _read_packed(path):
-    from training.packed import PackedStore
+    from features.packed import PackedStore
 
     store = PackedStore(str(path.parent.parent))
     if len(store) and len(store.row_shape) < 9:
@@ -298,7 +298,7 @@ def _read_packed(path):
 
 
 def _pdparams(folder):
-    from models.weights import save_pdparams
+    from weights.files import save_pdparams
 
     state = _arrays()
     save_pdparams(state, folder / "state.pdparams")
@@ -313,14 +313,14 @@ def _pdparams(folder):
 
 
 def _read_weights(path):
-    from models.weights import safe_load
+    from weights.files import safe_load
 
     safe_load(path, tolerant=True)  # refuses nothing that is read otherwise
     safe_load(path)
 
 
 def _pt(folder):
-    from models.weights import save_torch
+    from weights.files import save_torch
 
     save_torch(_arrays(), folder / "state.pt")
     for name in ("torch_views.pt", "torch_views_legacy.pt"):
@@ -332,14 +332,14 @@ def damage_pt(rng, data):
 
 
 def _safetensors(folder):
-    from models.weights import save_safetensors
+    from weights.files import save_safetensors
 
     state = OrderedDict(_arrays(), empty=np.zeros((0, 3), "f4"), half=np.ones(3, "u2"), scalar=np.array(5))
     save_safetensors(state, folder / "state.safetensors")
 
 
 def _manifest(folder):
-    from training.manifest import FolderWriter
+    from training.checkpoints.whole_folder import FolderWriter
 
     writer = FolderWriter(folder / "checkpoint-1")
     for name in ("config.json", "model_state.pdparams", "optimizer.pdopt", "trainer_state.json"):
@@ -349,7 +349,7 @@ def _manifest(folder):
 
 
 def _read_manifest(path):
-    from training.manifest import damage
+    from training.checkpoints.whole_folder import damage
 
     wrong = damage(str(path.parent), required=("config.json",), checksums=True)
     if wrong is not None:
@@ -459,10 +459,10 @@ def fuzz_all(readers, count, seed=0):
 
 def main():
     sys.path.insert(0, str(ROOT))
-    from training.runtime import configure_runtime
+    from runtime.process import configure_runtime
 
     configure_runtime()
-    import models.weights  # noqa: F401 (before the limit)
+    import weights.files  # noqa: F401 (before the limit)
 
     readers, count, *seed = sys.argv[1:]
     with open("/proc/self/statm") as file:

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
 from benchmarks import faults
-from training import checkpoint as ckpt
-from training import manifest
+from training.checkpoints import whole_folder as manifest
+from training.checkpoints.find import _step_of, list_checkpoints, pick_checkpoint
 from training.metrics import TrainingLog, _Rows
 
 LOOPS = ("trainer", "notrainer")
@@ -100,7 +100,7 @@ def test_training_goes_on_while_files_may_not_grow(features, tmp_path, run_loop,
     out = capsys.readouterr().out
     assert out.count("is not saved: ") == out.count("File too large; training goes on") == 2
     folder = checkpoint_path(loop, tmp_path / "out", 10).parent
-    assert [ckpt._step_of(path) for path in ckpt.list_checkpoints(folder)] == [2, 8, 10]
+    assert [_step_of(path) for path in list_checkpoints(folder)] == [2, 8, 10]
     assert not list(folder.glob(".*")) and list(read_losses(tmp_path / "out")) == list(range(1, 11))
 
 
@@ -148,7 +148,7 @@ def test_flipped_bits_are_found(tmp_path, run_loop):
     found = faults.flip_bits(run, 30, seed=1)
     assert set(found) >= {"manifest.json", "config.json", "objective.pdparams", "optimizer.pdopt", "trainer_state.json"}
     assert len(found) == 7 and set(found.values()) == {30}
-    assert ckpt.pick_checkpoint(run.output) == run.checkpoints()[4]  # all bits are as they were
+    assert pick_checkpoint(run.output) == run.checkpoints()[4]  # all bits are as they were
 
 
 def test_streams_that_take_nothing_end_no_run(features, tmp_path):
@@ -168,4 +168,4 @@ def test_streams_that_take_nothing_end_no_run(features, tmp_path):
             check=False,
         )
     assert done.returncode == 0
-    assert ckpt.pick_checkpoint(tmp_path / "out").endswith("0000004")
+    assert pick_checkpoint(tmp_path / "out").endswith("0000004")

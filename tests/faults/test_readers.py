@@ -27,29 +27,24 @@ from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
 import infer_demo_sit
-from models.unpickle import MAX_OPERATIONS
-from models.weights import (
-    check_state,
-    load_weights,
-    safe_load,
-    safetensors_layout,
-    save_pdparams,
-    save_safetensors,
-    save_torch,
-)
-from sampling.checkpoint import read_weights
-from sampling.decoder import load_vae
-from sampling.export import export_dit_pipeline
-from sampling.folder import read_component
-from sampling.pretrained import SCHEDULERS, find_weights, load_dit_pipeline
-from tools import convert_dit_to_ppdiffusers, convert_official_weights, evaluate_digits, extract_weights
-from tools.image_folder import UnreadableImage, find_images, load_pixels
-from tools.image_source import ImageSource, open_source
-from training.checkpoint import load_checkpoint, load_pretrained
-from training.config import load_config
-from training.npy import load_npy, load_npz
-from training.packed import PackedStore
-from untrusted import inside, parse_json, printable, read_json
+from config.schema import load_config
+from features.autoencoder import load_vae
+from features.image_source import ImageSource, open_source
+from features.images import UnreadableImage, find_images, load_pixels
+from features.npy import load_npy, load_npz
+from features.packed import PackedStore
+from models.state import check_state
+from runtime.untrusted import inside, parse_json, printable, read_json
+from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.folder import read_component
+from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
+from tools.evaluate_digits import load_pipeline
+from training.checkpoints.read import load_checkpoint, load_pretrained
+from weights.files import load_weights, safe_load, safetensors_layout, save_pdparams, save_safetensors, save_torch
+from weights.pretrained import find_weights
+from weights.source import read_weights
+from weights.unpickle import MAX_OPERATIONS
 
 
 def one_line(error):
@@ -112,7 +107,7 @@ RAW = {
     "os.system": b"(S'mkdir x'\nios\nsystem\n.",
     "builtins.dict.get": b"\x80\x04\x8c\x08builtins\x8c\x08dict.get\x93.",
     "collections.OrderedDict.fromkeys": b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.",
-    "models.weights.safe_load": b"\x80\x02cmodels.weights\nsafe_load\n(S'x'\ntR.",
+    "weights.files.safe_load": b"\x80\x02cweights.files\nsafe_load\n(S'x'\ntR.",
 }
 
 
@@ -255,7 +250,7 @@ class TestEntries:
         )  # fmt: skip
         for call in (
             lambda: demo.main(["--model_path", str(folder), "--output", str(tmp_path / "a.png"), "--device", "cpu"]),
-            lambda: evaluate_digits.load_pipeline(str(folder)),
+            lambda: load_pipeline(str(folder)),
         ):
             with pytest.raises(ValueError, match=expected):
                 call()
@@ -413,7 +408,7 @@ class TestCheckpointsOfNoArrays:
 
     def test_dump_of_a_step(self, tmp_path):
         from tools.replay_step import read_dump
-        from training.manifest import FolderWriter
+        from training.checkpoints.whole_folder import FolderWriter
 
         state = dict.fromkeys(("step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "device"), 1)
         state.update(micro_batch=2, precision={"dtype": "float32"}, sources=["a", "b"])
@@ -745,7 +740,7 @@ class TestPaths:
                     read(path)
 
     def test_a_pipe_among_the_features(self, tmp_path):
-        from training.pairs import PairStore
+        from features.pairs import PairStore
 
         write_features(tmp_path, count=3)
         path = tmp_path / "imagenet64_features" / "1.npy"

@@ -1,0 +1,1 @@
+"""JSON presets, the schema of their keys, and the command lines of both loops."""

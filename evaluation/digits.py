@@ -1,0 +1,69 @@
+"""How good drawn digits are, in three figures.
+
+- the accuracy of a classifier, trained on the real training digits, on real held-out digits;
+- the share of samples that this classifier assigns to the class that was asked for;
+- the mean distance of a sample to its nearest training image, next to that of held-out digits: samples much nearer to
+  the training images than held-out digits are have been memorised.
+Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+"""
+
+import os
+
+from features.images import find_images, load_image  # noqa: E402
+
+
+def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | None = None):
+    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder.
+
+    Images are cropped to size, by default the VAE's sample_size.
+    """
+    import numpy as np
+    import paddle
+
+    from runtime.progress import tqdm
+
+    samples, _ = find_images(root)
+    size = size or vae.config.sample_size
+    images = []
+    with paddle.no_grad():
+        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
+            x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
+            x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
+            images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
+    return np.concatenate(images), np.array([label for _, label in samples])
+
+
+def to_grey(images):
+    """[N, H, W, 3] -> [N, H * W]."""
+    return images.mean(axis=-1).reshape(len(images), -1)
+
+
+def pool(images):
+    """[N, H, W, 3] -> [N, H * W / 4]: grey, means of 2x2 pixels, what the classifier sees."""
+    n, h, w, _ = images.shape
+    return images.mean(axis=-1).reshape(n, h // 2, 2, w // 2, 2).mean(axis=(2, 4)).reshape(n, -1)
+
+
+def nearest_distance(images, train_images):
+    """Distance of each image to the nearest training image, [N]: root of the mean squared grey-pixel difference."""
+    import numpy as np
+
+    a, b = to_grey(images).astype("float64"), to_grey(train_images).astype("float64")
+    squared = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)[None]  # (N, M)
+    return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
+
+
+def evaluate(samples, labels, train, heldout) -> dict:
+    """Figures of samples [N, H, W, 3] drawn for labels [N]; train and heldout are (images, labels) of real digits."""
+    from sklearn.svm import SVC
+
+    classifier = SVC(C=10.0).fit(pool(train[0]), train[1])
+    assigned = classifier.predict(pool(samples))
+    return {
+        "num_images": len(samples),
+        "classifier_accuracy_on_heldout": float((classifier.predict(pool(heldout[0])) == heldout[1]).mean()),
+        "share_assigned_to_class_asked_for": float((assigned == labels).mean()),
+        "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
+        "nearest_train_distance_of_samples": float(nearest_distance(samples, train[0]).mean()),
+        "nearest_train_distance_of_heldout": float(nearest_distance(heldout[0], train[0]).mean()),
+    }

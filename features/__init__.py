@@ -1,0 +1,1 @@
+"""From images to the batches of a training loop: reading images, extraction, formats of a feature set, and loading."""

@@ -1,0 +1,236 @@
+"""Latent features as a dataset: a sample by its number, with the flips, noise and classes that a config asks for."""
+
+import copy
+import os
+
+import numpy as np
+
+from features.pairs import features_folder
+from features.store import MemoryStore, find_features, open_store, read_manifest
+from runtime.process import counted
+
+_FLIP, _NOISE, _FIXED_NOISE, _HELD_OUT = range(4)  # draws that must not repeat one another
+
+
+def _key(seed, purpose, words=1):
+    return np.random.SeedSequence([seed, purpose]).generate_state(words, "uint64")
+
+
+def _coins(seed, positions):
+    """`(n,)` bool, each a fair coin that depends on the seed and its position alone (SplitMix64's finalizer)."""
+    x = positions.astype("uint64") * np.uint64(0x9E3779B97F4A7C15) + _key(seed, _FLIP)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x >> np.uint64(63)).astype(bool)
+
+
+def _normals(key, positions, out):
+    """Fills `out[i]` with standard normal numbers that depend on the key and `positions[i]` alone."""
+    bits = np.random.Philox(key=key)
+    generator, state = np.random.Generator(bits), bits.state
+    for place, position in enumerate(positions.tolist()):
+        state["state"]["counter"][:] = (0, position, 0, 0)  # 2**64 blocks of numbers for each position
+        bits.state = state
+        generator.standard_normal(out=out[place], dtype="float32")
+
+
+class FeatureDataset:
+    """Latents and their labels, from pairs of files or packed: by what the folder holds, in the same order.
+
+    Args:
+        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`, or `NAME_packed/`.
+        resolution: image size in pixels, picks the set `imagenet{resolution}`; another that is the
+            only one is taken with a note, with None without.
+        sample_shape: `(C, h, w)` that the model takes.
+        num_classes: labels must be in 0..num_classes-1.
+        flip: take the stored mirrored latent with probability 1/2.
+        posterior: for a set that holds moments: "sample" draws `mean + std * noise` anew at every visit, as a loop with
+            the autoencoder in it does; "mean" takes the mean.
+        seed: of flips and posterior samples.
+
+    Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
+    function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
+    change nothing. Without a position nothing is mirrored, and posterior samples take the noise of their place in the
+    set.
+
+    `store` reads the rows; `notes` are sentences for the user.
+
+    Raises:
+        ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of
+            another shape, a label outside the classes, no mirrored latents to flip with. Of pairs, names and the first
+            pair are checked at once, the others when read; of a packed set everything but the rows' values at once.
+    """
+
+    def __init__(
+        self, feature_path, *, resolution=None, sample_shape, num_classes, flip=False, posterior="sample", seed=0
+    ):
+        if posterior not in ("sample", "mean"):
+            raise ValueError(f"posterior must be sample or mean, got {posterior!r}")
+        kind, name = find_features(feature_path, resolution)
+        self.store = open_store(feature_path, kind, name)
+        self.sample_shape = tuple(sample_shape)
+        self.num_classes = num_classes
+        self.flip, self.posterior, self.seed = flip, posterior, seed
+        self.notes = []
+        self._indices = self._classes = self._stored = None
+        if not len(self.store):
+            raise ValueError(f"{self.features_dir}: no sample in it")
+        self._check_shape(read_manifest(feature_path, name).get("moments"))
+        if resolution and name != f"imagenet{resolution}":
+            self.notes.append(
+                f"image size {resolution}: no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
+            )
+        if flip and not self.store.has_flip:
+            raise ValueError(
+                f"{self.features_dir}: flips were asked for, but no mirrored latents are there; extract with --flip"
+            )
+        if kind == "packed":
+            self._check_labels(self.store.labels, np.arange(len(self.store)))
+            if os.path.isdir(features_folder(feature_path, name)):
+                self.notes.append(f"{self.features_dir} is read, not {features_folder(feature_path, name)} beside it")
+        elif self.store.index_note:
+            self.notes.append(self.store.index_note)
+        self[0]
+
+    def _check_shape(self, moments):
+        """Finds out whether rows are moments; ValueError if they don't fit the model."""
+        channels, *size = self.sample_shape
+        shape = self.store.row_shape
+        # Without a manifest: twice the channels, and the second half can be standard deviations.
+        if moments is None and shape == (2 * channels, *size):
+            row = np.empty((1, *shape), "float32")
+            self.store.read(np.zeros(1, "int64"), row)
+            moments = bool((row[:, channels:] > 0).all())
+        self.moments = bool(moments)
+        expected = (2 * channels if self.moments else channels, *size)
+        takes = "the config's model takes float latents of shape "
+        takes += f"{self.sample_shape} (in_channels, sample_size, sample_size)"
+        if self.moments:
+            takes += f" and therefore moments of shape {expected}"
+        if shape != expected or self.store.dtype.kind != "f":
+            raise ValueError(f"{self.store.feature_source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
+        self.store.expected = takes
+
+    def _check_labels(self, labels, indices):
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{self.store.label_source(indices[first])}: label {labels[first]} is outside the config's "
+                f"num_classes: 0..{self.num_classes - 1}"
+            )
+        if self._classes is not None and not np.isin(labels, self._classes).all():
+            again = getattr(self.store, "index_path", None)  # a file that is rewritten leaves its folder as it was
+            again = f"delete {again} and start again" if again else "start again"
+            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; {again}")
+
+    @property
+    def features_dir(self):
+        """The folder that the samples are read from."""
+        return self.store.path
+
+    def source(self, index):
+        """Where the latent of a sample stands, for messages."""
+        return self.store.feature_source(index if self._indices is None else self._indices[index])
+
+    def __len__(self):
+        return len(self.store) if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        latents, labels = self.read([index % len(self)])
+        return latents[0], labels[0]
+
+    def read(self, indices, positions=None):
+        """Reads samples.
+
+        Args:
+            indices: `(n,)`, in 0..len-1.
+            positions: `(n,)`, where they stand in the sample stream; None for items as they are.
+
+        Returns:
+            `(latents float32 (n, C, h, w), labels int64 (n,))`.
+        """
+        stored = np.asarray(indices, dtype="int64")
+        if self._indices is not None:
+            stored = self._indices[stored]
+        positions = None if positions is None else np.asarray(positions, dtype="int64")
+        mirrored = _coins(self.seed, positions) if self.flip and positions is not None else None
+        rows = np.empty((len(stored), *self.store.row_shape), "float32")
+        labels = self.store.read(stored, rows, mirrored)
+        self._check_labels(labels, stored)
+        if not self.moments:
+            return rows, labels
+        mean, std = np.split(rows, 2, axis=1)
+        if self.posterior == "mean":
+            return np.ascontiguousarray(mean), labels
+        noise = np.empty(mean.shape, "float32")
+        if positions is None:
+            places = stored if self._stored is None else self._stored[stored]
+            _normals(_key(0, _FIXED_NOISE, 2), places, noise)  # not the run's seed: held-out samples stay the same
+        else:
+            _normals(_key(self.seed, _NOISE, 2), positions, noise)
+        noise *= std
+        noise += mean
+        return noise, labels
+
+    # Parts of the set. Each returns another dataset and leaves this one as it is.
+
+    def _part(self, indices):
+        part = copy.copy(self)
+        part._indices = indices if self._indices is None else self._indices[indices]
+        return part
+
+    def _labels(self):
+        labels = self.store.labels
+        return labels if self._indices is None else labels[self._indices]
+
+    def subset(self, classes):
+        """The samples of some classes; labels stay what they are. Of pairs it reads every label once.
+
+        Raises:
+            ValueError: a class that is none of the config's, or of which there is no sample.
+        """
+        classes = sorted(set(classes))
+        labels = self._labels()
+        counts = np.bincount(labels[(labels >= 0) & (labels < self.num_classes)], minlength=self.num_classes)
+        for label in classes:
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"label {label} is outside the config's num_classes: 0..{self.num_classes - 1}")
+            if not counts[label]:
+                raise ValueError(f"{self.features_dir}: no sample of class {label}")
+        if not classes:
+            raise ValueError("a label subset needs at least one class")
+        part = self._part(np.flatnonzero(np.isin(labels, classes)))
+        part._classes = classes
+        return part
+
+    def split(self, held_out, *, seed=0):
+        """`(the rest, held_out samples)`: drawn by index from the seed, the same on every rank and in every run.
+
+        The seed is not the run's: another run's training samples must not become this one's held-out ones. More
+        held-out samples are those of before and others. A label subset holds out its own samples: those that the whole
+        set would hold out first.
+
+        Raises:
+            ValueError: nothing would be left to train on.
+        """
+        if not 0 <= held_out < len(self):
+            raise ValueError(
+                f"{counted(held_out, 'held-out sample')}: expected 0..{len(self) - 1}, the set has {len(self)}"
+            )
+        if not held_out:
+            return self, self._part(np.empty(0, "int64"))
+        # In the order of a draw over the whole set: of a label subset as many of the same samples as can be.
+        rank = np.argsort(np.random.default_rng([seed, _HELD_OUT]).permutation(len(self.store)))
+        order = np.argsort(rank if self._indices is None else rank[self._indices])
+        return self._part(np.sort(order[held_out:])), self._part(np.sort(order[:held_out]))
+
+    def in_memory(self):
+        """The same samples read into this process's memory, for a disk that is slow even when read ahead."""
+        part = copy.copy(self)
+        indices = np.arange(len(self.store)) if self._indices is None else self._indices
+        part.store, part._indices = MemoryStore(self.store, indices, flip=self.flip), None
+        part._stored = indices
+        return part

@@ -1,0 +1,316 @@
+"""Labelled images in a fixed order, whatever holds them: a folder by class, a list file, or tar files left unopened."""
+
+import csv
+import hashlib
+import json
+import os
+import posixpath
+import re
+import tarfile
+
+import numpy as np
+
+from features.images import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
+from features.npy import load_npz
+from runtime.process import counted
+from runtime.untrusted import parse_json
+
+MAX_LABEL = 999_999  # a number beyond it is a mistake in the list
+
+
+class ImageSource:
+    """Image i is called `name(i)` and is of class `labels[i]`; `pixels(i, size)` reads it.
+
+    Args:
+        kind: folder, list or tar.
+        root: what the names are relative to.
+        classes: names of the classes, by label.
+        names: of the images: `class/file` in a folder or tar file, the list's own entry.
+        labels: their classes' numbers.
+        archives: paths of the tar files.
+        spans: archive, offset and size of each image in them; None for files of their own.
+        notes: sentences for the user on what was left out.
+    """
+
+    def __init__(self, kind, root, classes, names, labels, *, archives=(), spans=None, notes=()):
+        encoded = [os.fsencode(name) for name in names]
+        self.root = str(root)
+        # The tar files are named relative to root: it may move while an extraction rests.
+        archives = [path[len(self.root) :].lstrip("/") for path in archives]
+        self._meta = {"kind": kind, "classes": list(classes), "archives": archives}
+        self._meta["sizes"] = self._archive_sizes()
+        self._arrays = {
+            # One block of bytes instead of a million str objects.
+            "names": np.frombuffer(b"".join(encoded), dtype="uint8"),
+            "ends": np.cumsum([len(name) for name in encoded], dtype="int64"),
+            "labels": np.asarray(labels, dtype="int64"),  # (N,)
+            "spans": np.asarray(spans if archives else [], dtype="int64").reshape(-1, 3),  # (N, 3)
+        }
+        empty = [printable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
+        if empty:
+            many = counted(len(classes), "class", "classes")
+            notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]
+        self._meta["notes"] = list(notes)
+
+    kind = property(lambda self: self._meta["kind"])
+    classes = property(lambda self: self._meta["classes"])
+    notes = property(lambda self: self._meta["notes"])
+    labels = property(lambda self: self._arrays["labels"])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def _archive(self, number):
+        name = self._meta["archives"][number]
+        return os.path.join(self.root, name) if name else self.root
+
+    def _archive_sizes(self):
+        return [os.path.getsize(self._archive(number)) for number in range(len(self._meta["archives"]))]
+
+    def class_counts(self):
+        """Images by label, int64 (classes,)."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def name(self, index):
+        ends = self._arrays["ends"]
+        return os.fsdecode(self._arrays["names"][ends[index - 1] if index else 0 : ends[index]].tobytes())
+
+    def pixels(self, index, size, dim=None):
+        """The centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
+        path = os.path.join(self.root, self.name(index))
+        if not self._meta["archives"]:
+            return load_pixels(path, size, dim=dim)
+        archive, offset, length = self._arrays["spans"][index].tolist()
+        with open(self._archive(archive), "rb") as file:
+            data = os.pread(file.fileno(), length, offset)
+        return load_pixels(path, size, data, dim)
+
+    def digest(self):
+        """sha256 of classes, names and labels: the same for a folder and for the tar files that it came out of."""
+        digest = hashlib.sha256(os.fsencode("\0".join(self.classes)))
+        for key in ("names", "ends", "labels"):
+            digest.update(self._arrays[key].tobytes())
+        return digest.hexdigest()
+
+    def save(self, path):
+        """Writes the listing as `.npz`."""
+        meta = np.frombuffer(json.dumps(self._meta).encode(), dtype="uint8")
+        with open(path, "wb") as file:
+            np.savez(file, meta=meta, **self._arrays)
+
+    @classmethod
+    def load(cls, path, root):
+        """The listing that `save` wrote, of images that are now in `root`; ValueError if its tar files have changed."""
+        source = cls.__new__(cls)
+        source.root, source._arrays = str(root), load_npz(path, ["meta", "names", "ends", "labels", "spans"])
+        source._meta = parse_json(source._arrays.pop("meta").tobytes())
+        if source._meta["sizes"] != source._archive_sizes():
+            raise ValueError(f"{root}: its tar files are not those whose images were listed when the extraction began")
+        return source
+
+
+def source_root(data_path, list_file):
+    """What names are relative to: `data_path`, else the list's folder."""
+    return data_path or os.path.dirname(os.path.abspath(list_file))
+
+
+def open_source(data_path=None, list_file=None, earlier=None):
+    """Lists the images: of a folder by class, of tar files, or those that a list file names.
+
+    Args:
+        data_path: a folder with one subfolder per class; a tar file; or a folder of one tar file per class. A tar file
+            holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
+        list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
+            relative to `data_path` (default: the list's folder), or names of a tar file's images.
+        earlier: the classes in the order of their labels of a set that was begun before, see `order_classes`.
+
+    The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
+    folder that it was made from.
+
+    Raises:
+        ValueError: one line on what is not there, or can't be understood.
+    """
+    archives, notes = find_archives(data_path) if data_path else ([], [])
+    if list_file:
+        return _read_list(list_file, source_root(data_path, list_file), archives)
+    if archives:
+        return _class_tars(data_path, archives, notes, earlier)
+    samples, classes = find_images(data_path, notes=notes, earlier=earlier)
+    names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
+    return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
+
+
+def find_archives(data_path):
+    """(tar files, notes) that `data_path` is or holds, no tar file for a folder by class; ValueError if not there."""
+    if os.path.isfile(data_path):
+        return [data_path], []
+    if not os.path.isdir(data_path):
+        raise ValueError(
+            f"{data_path}: no such folder or tar file; expected an image folder with one subfolder per class, or tar "
+            "files of images"
+        )
+    entries = [entry for entry in os.scandir(data_path) if not entry.name.startswith(".")]
+    archives = sorted(entry.path for entry in entries if entry.name.lower().endswith(".tar") and entry.is_file())
+    if archives and any(entry.is_dir() for entry in entries):
+        are = "is" if len(archives) == 1 else "are"
+        return [], [f"{data_path}: its class folders are read, its {counted(len(archives), 'tar file')} {are} not"]
+    return archives, []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tar files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def scan_archives(archives, lost=None):
+    """Finds the images in tar files by reading the headers alone.
+
+    Args:
+        lost: gets the names of links and of what is no plain file.
+
+    Returns:
+        (found, inner): found is a list of (name, archive, offset, size), in no order; the name of an image in a tar
+        file within a tar file is `class/name`. inner is the set of those classes.
+
+    Raises:
+        ValueError: a file that is no tar file, is compressed, damaged or cut short.
+    """
+    from runtime.progress import tqdm
+
+    found, inner = [], set()
+    suffixes = image_suffixes()
+    total = sum(os.path.getsize(path) for path in archives)
+    with tqdm(total=total, desc="tar headers", unit="B", unit_scale=True, leave=False) as progress:
+        for number, path in enumerate(archives):
+            before = progress.n
+            with open(path, "rb") as file:
+                for name, offset, size in _members(file, path, 0, lost):
+                    progress.update(before + offset - progress.n)
+                    name = posixpath.normpath(name).lstrip("/")
+                    if name.lower().endswith(".tar"):
+                        inner.add(_stem(name))
+                        for image, *span in _members(file, f"{path}: {name}", offset, lost):
+                            progress.update(before + span[0] - progress.n)
+                            if _is_image(image, suffixes):
+                                found.append((f"{_stem(name)}/{posixpath.normpath(image)}", number, *span))
+                    elif _is_image(name, suffixes):
+                        found.append((name, number, offset, size))
+            progress.update(before + os.path.getsize(path) - progress.n)
+    return found, inner
+
+
+def _is_image(name, suffixes):
+    return name.lower().endswith(suffixes) and not posixpath.basename(name).startswith(".")
+
+
+def _members(file, shown, start, lost):
+    """Yields (name, offset in `file`, size) of the plain files in the tar file that starts at `start`."""
+    try:
+        file.seek(start)
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # it would keep a million headers
+            if member.isreg() and not member.issparse():
+                yield member.name, member.offset_data, member.size
+            elif lost is not None and not member.isdir():
+                lost.append(member.name)
+    except tarfile.TarError as error:
+        raise ValueError(f"{shown}: no plain tar file, or damaged or cut short ({error}); unpack a .tar.gz") from None
+    # tarfile takes a damaged header for the end, which is a block of zeros.
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"{shown}: damaged or cut short at byte {tar.offset}")
+
+
+def _class_tars(data_path, archives, notes, earlier):
+    lost = []
+    found, inner = scan_archives(archives, lost)
+    if lost:
+        notes.append(f"left out, links in tar files and what is no plain file: {len(lost)} ({some_of(sorted(lost))})")
+    if inner and any(name.split("/", 1)[0] not in inner for name, *_ in found):
+        raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
+    if not inner and archives != [data_path]:
+        inner = {_stem(path) for path in archives}
+        found = [(f"{_stem(archives[span[0]])}/{name}", *span) for name, *span in found]
+    # A tar file of one folder with the class folders in it.
+    while (
+        found and len({name.split("/", 1)[0] for name, *_ in found}) == 1 and all(n.count("/") > 1 for n, *_ in found)
+    ):
+        found = [(name.split("/", 1)[1], *span) for name, *span in found]
+    loose = sum("/" not in name for name, *_ in found)
+    if loose:
+        raise ValueError(
+            f"{data_path}: {counted(loose, 'image')} in no class folder; give their classes with --list FILE, one "
+            "path,label a line"
+        )
+    if not found:
+        raise ValueError(f"{data_path}: no images found; expected one tar file or folder per class in the tar file")
+    try:
+        classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, earlier)
+    except ValueError as error:
+        raise ValueError(f"{data_path}: {error}") from None
+    label = {class_name: number for number, class_name in enumerate(classes)}
+    found = sorted((label[name.split("/", 1)[0]], name, *span) for name, *span in found)
+    return ImageSource(
+        *("tar", data_path, classes),
+        [name for _, name, *_ in found],
+        [label for label, *_ in found],
+        archives=archives,
+        spans=[span for _, _, *span in found],
+        notes=notes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# List files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_list(list_file, root, archives):
+    names, labels = [], []
+    try:
+        with open(list_file, encoding="utf-8-sig", newline="") as file:
+            # Only the last comma separates: names may hold commas, quoted or not.
+            for number, row in enumerate(csv.reader(file), 1):
+                if not row or number == 1 and [cell.strip().lower() for cell in row] == ["path", "label"]:
+                    continue
+                *path, label = row
+                if not ",".join(path).strip() or not label.strip():
+                    raise ValueError(f"{list_file}: line {number}: expected path,label, found {','.join(row)!r}")
+                names.append(",".join(path))
+                labels.append(label.strip())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{list_file}: cannot be read as text with a line path,label an image ({error})") from None
+    if not names:
+        raise ValueError(f"{list_file}: no images in it; expected a line path,label an image")
+    classes, labels = _number(labels, list_file)
+    spans = None
+    if archives:
+        found, _ = scan_archives(archives)
+        where = {name: span for name, *span in found}
+        missing = [name for name in names if posixpath.normpath(name) not in where]
+        if missing:
+            raise ValueError(
+                f"{list_file}: {len(missing)} of its images are not in {root}, the first is {missing[0]}; the tar file "
+                f"has names such as {next(iter(where), 'none')}"
+            )
+        spans = [where[posixpath.normpath(name)] for name in names]
+    return ImageSource("list", root, classes, names, labels, archives=archives, spans=spans)
+
+
+def _number(labels, list_file):
+    """Classes and numbers of a list's labels: numbers as they are, names in sorted order."""
+    numeric = [re.fullmatch(r"[+-]?[0-9.]+", label) is not None for label in labels]
+    if not any(numeric):
+        classes = sorted(set(labels))
+        number = {label: i for i, label in enumerate(classes)}
+        return classes, [number[label] for label in labels]
+    wrong = [label for label in labels if not re.fullmatch("[0-9]{1,6}", label)]
+    if wrong:
+        raise ValueError(f"{list_file}: label {wrong[0]}: labels are all names, or all numbers 0..{MAX_LABEL}")
+    numbers = [int(label) for label in labels]
+    return [str(i) for i in range(max(numbers) + 1)], numbers

@@ -1,0 +1,297 @@
+"""Images in one folder per class: finding them, and the centre crop with which ADM and DiT prepare ImageNet."""
+
+import functools
+import io
+import itertools
+import os
+import re
+import warnings
+
+from runtime.process import counted
+
+MOST_LISTED = 20  # unreadable images named at the end of a command
+
+
+@functools.cache
+def image_formats() -> list:
+    """The formats that Pillow reads by itself: EPS is a program, which it hands to Ghostscript."""
+    from PIL import Image
+
+    Image.init()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many are an error
+    return [kind for kind in Image.ID if kind != "EPS"]
+
+
+def image_suffixes() -> tuple:
+    """The file name endings, lower case, of `image_formats`."""
+    from PIL import Image
+
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
+
+
+def printable(name):
+    """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def some_of(names) -> str:
+    """Returns the first five of many names, for a sentence."""
+    return ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def order_classes(names, notes: list, earlier: list | None = None) -> list:
+    """Returns the class names in the order of their labels.
+
+    Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
+    Other names are sorted as text.
+
+    Args:
+        notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
+            and where text puts a name with a higher number first, as class10 before class2.
+        earlier: the order that a set begun earlier has; it is kept for the same names.
+
+    Raises:
+        ValueError: two names are the same number.
+    """
+    text = sorted(names)
+    if not all(re.fullmatch("[0-9]+", name) for name in text):
+        parts = [re.split("([0-9]+)", name) for name in text]  # texts and numbers in turn
+        for label, (one, other) in enumerate(itertools.pairwise(parts)):
+            if one[::2] == other[::2] and [*map(int, one[1::2])] > [*map(int, other[1::2])]:
+                notes.append(
+                    "labels follow the names of the class folders as text, not the numbers in them: folder "
+                    f"{printable(text[label])} is label {label}, before {printable(text[label + 1])}"
+                )
+                break
+        return text
+    numbered = sorted(text, key=int)
+    if earlier is not None and sorted(earlier) == text and earlier != numbered:  # before numbers were sorted as such
+        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
+        notes.append(
+            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
+            f"{label}; a new extraction gives it label {numbered.index(name)}"
+        )
+        return earlier
+    for one, other in itertools.pairwise(numbered):
+        if int(one) == int(other):
+            raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
+    moved = next((label for label, name in enumerate(numbered) if name != text[label]), None)
+    if moved is not None:
+        notes.append(
+            f"labels follow the numbers of the class folders: folder {numbered[moved]} is label {moved}; torchvision's "
+            f"ImageFolder, which sorts names as text, gives it label {text.index(numbered[moved])}"
+        )
+    off = next((label for label, name in enumerate(numbered) if int(name) != label), None)
+    if off is not None:
+        notes.append(
+            f"the class folders' numbers are not 0..{len(numbered) - 1}: labels are their places in the order of the "
+            f"numbers, folder {numbered[off]} is label {off}"
+        )
+    return numbered
+
+
+def walk_files(folder, above, lost, *, hidden=False):
+    """Yields the paths of the files below a folder, following links.
+
+    Args:
+        above: (device, inode) of the folders that lead here: a link to one of them would never end.
+        lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
+        hidden: with files and folders whose names begin with a dot.
+    """
+    state = os.stat(folder)
+    above = {*above, (state.st_dev, state.st_ino)}
+    with os.scandir(folder) as entries:
+        entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
+    for entry in entries:
+        kind = _kind(entry, above)
+        if kind == "folder":
+            yield from walk_files(entry.path, above, lost, hidden=hidden)
+        elif kind == "file":
+            yield entry.path
+        else:
+            lost.append(entry.path)
+
+
+def _kind(entry, above):
+    """Returns `folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
+    try:
+        if not entry.is_dir():
+            return "file" if entry.is_file() else None
+        state = os.stat(entry.path)
+    except OSError:  # a link to itself
+        return None
+    return None if (state.st_dev, state.st_ino) in above else "folder"
+
+
+def find_images(
+    root: str, others: list | None = None, *, notes: list | None = None, earlier: list | None = None
+) -> tuple[list, list]:
+    """List the images of an image folder.
+
+    Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
+    depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
+
+    Args:
+        others: gets the paths of the files in class folders whose names are not those of images.
+        notes: gets sentences for the user: on the order of the labels, and on what was left out.
+        earlier: see `order_classes`.
+
+    Returns:
+        (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
+
+    Raises:
+        ValueError: `root` is not a folder, has no subfolder, or there is no image in it.
+    """
+    if not os.path.isdir(root):
+        raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
+    others, notes = [] if others is None else others, [] if notes is None else notes
+    suffixes = image_suffixes()
+    state = os.stat(root)
+    above = {(state.st_dev, state.st_ino)}
+    classes, loose, lost, samples = [], [], [], []
+    for entry in os.scandir(root):
+        if entry.name.startswith("."):
+            continue
+        kind = _kind(entry, above)
+        if kind == "folder":
+            classes.append(entry.name)
+        elif kind is None:
+            lost.append(entry.path)
+        elif entry.name.lower().endswith(suffixes):
+            loose.append(entry.name)
+    try:
+        classes = order_classes(classes, notes, earlier)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from None
+    for label, name in enumerate(classes):
+        paths = []
+        for path in walk_files(os.path.join(root, name), above, lost):
+            (paths if path.lower().endswith(suffixes) else others).append(path)
+        samples += [(path, label) for path in sorted(paths)]
+    if not samples:
+        raise ValueError(f"{root}: no images found; expected {root}/<class>/<image>, in a format that Pillow reads")
+    if others:
+        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
+        notes.append(f"left out, no images by their names: {counted(len(others), 'file')} ({some_of(kinds)})")
+    if loose:
+        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(sorted(loose))})")
+    if lost:
+        names = sorted(os.path.relpath(path, root) for path in lost)
+        notes.append(
+            f"left out, links that lead nowhere or back to a folder above them, and what is no file: {len(lost)} "
+            f"({some_of(names)})"
+        )
+    return samples, classes
+
+
+class UnreadableImage(ValueError):
+    """What Pillow can't read; `reason` says why."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: cannot be read as an image ({reason})")
+        self.reason = reason
+
+
+def to_rgb(image):
+    """An image of any mode as 8-bit RGB, as the official loaders do it: `convert("RGB")`.
+
+    So an alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
+    animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
+    Pillow does for 16-bit colour, and what has no known range is refused. Numbers that do not fill their 16 bits come
+    out dark: `dim_note` tells of them.
+
+    Raises:
+        ValueError: floats, or integers beyond 16 bits.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("32-bit floats, whose range is not known; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16, I;16B, ..., and I, as Pillow opens 16-bit PGM
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("integers outside 0..65535, whose range is not known; save it with 8 or 16 bits")
+        image = Image.fromarray((grey >> 8).astype("uint8"))
+    return image.convert("RGB")
+
+
+def center_crop(image, size: int):
+    """Scale a PIL image until its shorter side is `size` and cut out the centre, as ADM and DiT do for training.
+
+    Halves with a box filter while the shorter side is at least 2 * size, then one bicubic step to the exact size:
+    large photographs keep no aliasing. Returns a PIL image of size x size, the pixels of the official
+    `center_crop_arr` (guided-diffusion's image_datasets.py, DiT's train.py).
+
+    Raises:
+        ValueError: an image so narrow that scaling it to `size` takes more pixels than Pillow lets an image have.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow to be scaled to a side of {size}")
+    image = image.resize((width, height), Image.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def unreadable_list(lost: list, everything: str = "") -> str:
+    """Returns lines for the end of a command that left out images which can't be read.
+
+    Args:
+        lost: (name, reason) of each.
+        everything: where all of them are named, if there is such a file.
+    """
+    lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
+    lines += [f"  {printable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
+    if len(lost) > MOST_LISTED:
+        lines.append(f"  ... and {len(lost) - MOST_LISTED:,} more" + (f", all in {everything}" if everything else ""))
+    return "\n".join(lines)
+
+
+def dim_note(dim: list) -> str:
+    """Returns a sentence on the images that `load_pixels` found to use little of their range."""
+    return (
+        f"{counted(len(dim), 'image')} with 16 or 32 bits a number, all of them below 4096, came out almost black: "
+        f"{some_of(sorted(dim))}. The high byte of 0..65535 is kept; save images of another range with 8 bits, or "
+        "scaled to 0..65535"
+    )
+
+
+def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | None = None):
+    """Read one image as uint8 [size, size, 3], centre-cropped.
+
+    Args:
+        path: the file, or where `data`, its bytes, comes from.
+        dim: gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16.
+
+    Raises:
+        UnreadableImage: Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()) as file:
+            # The mode tells of grey; colour is cut to its high bytes while the file is read.
+            deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
+            image = to_rgb(file)
+            if dim is not None and deep and max(high for _, high in image.getextrema()) < 16:
+                dim.append(path)
+            return np.asarray(center_crop(image, size))
+    except UnidentifiedImageError:
+        reason = "no image format that Pillow knows"
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise a dozen unrelated types for a broken file
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise UnreadableImage(path, reason)
+
+
+def load_image(path: str, size: int, dim: list | None = None):
+    """Read one image as float32 [3, size, size] in [-1, 1], centre-cropped; arguments and errors of `load_pixels`."""
+    return load_pixels(path, size, dim=dim).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0

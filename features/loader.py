@@ -1,0 +1,205 @@
+"""The loader of both loops: micro-batches in the sampler's order, read ahead by a thread or by processes."""
+
+import itertools
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from features.pairs import PairStore
+from features.store import READ_BYTES
+from runtime.process import local_processes, say, start_worker
+
+
+class _Batches:
+    """The micro-batches as a batch sampler whose batches are one item each: workers then read a batch in one call."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        for batch in self.sampler.batches():
+            yield [batch]
+
+
+class _Guarded:
+    """A dataset of micro-batches; what can't be read comes out as `(message as bytes,)`.
+
+    An exception inside Paddle's DataLoader is lost: the loop waits for ever without workers, and gets a traceback of
+    another process with them.
+    """
+
+    def __init__(self, dataset, length):
+        self.dataset, self.length = dataset, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, batch):
+        try:
+            return self.dataset.read(*batch)
+        except Exception as error:  # even a bug must not hang the loop
+            message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
+            return (np.frombuffer(message.encode(), dtype="uint8"),)
+
+
+def _only(items):
+    return items[0]
+
+
+LOADER_DIED = (
+    "a loader process died. Was the memory full, or /dev/shm, through which batches come? Give --num_workers 0 "
+    "(--dataloader_num_workers 0 to the Trainer) or a larger /dev/shm (docker run --shm-size), or pack the features "
+    "with tools/pack_features.py: packed ones are read without processes"
+)
+
+
+def free_shared_memory():
+    """Returns the free bytes of `/dev/shm`; None where there is none."""
+    try:
+        state = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return None
+    return state.f_bavail * state.f_frsize
+
+
+def _name_dead_loaders():
+    """Makes the death of a loader process one line, whatever this process does then.
+
+    Paddle's handler of SIGCHLD raises a SystemError of many lines there.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if getattr(handler, "names_dead_loaders", False):  # Paddle sets its own only once
+        return
+
+    def handle(signum, frame):
+        try:
+            handler(signum, frame)
+        except SystemError:
+            raise ValueError(LOADER_DIED) from None
+
+    handle.names_dead_loaders = True
+    signal.signal(signal.SIGCHLD, handle)
+
+
+class FeatureLoader:
+    """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
+
+    Args:
+        dataset: a `FeatureDataset`.
+        sampler: a `MicroBatchSampler`.
+        num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
+            so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
+        phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
+
+    Raises, while iterating:
+        ValueError: what the dataset raised for a sample, or that a loader process died.
+    """
+
+    def __init__(self, dataset, sampler, *, num_workers, phase=None):
+        self.sampler = sampler
+        self._phase = phase or (lambda name: None)
+        self._dataset = dataset
+        self._num_workers = num_workers
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def _use_shared_memory(self):
+        """Returns whether the batches of all loader processes on this machine fit into the free shared memory."""
+        free = free_shared_memory()
+        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
+        batches = (2 * self._num_workers + 4) * local_processes()
+        batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
+        if free is None or batches * batch_bytes <= free:
+            return True
+        if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+            say(
+                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {batches * batch_bytes / 2**20:.1f} MiB were needed: "
+                "loader processes send batches through pipes, which takes longer; a larger /dev/shm (docker run "
+                "--shm-size) or tools/pack_features.py avoids it"
+            )
+        return False
+
+    def _by_processes(self):
+        from paddle.io import DataLoader
+
+        loader = DataLoader(
+            _Guarded(self._dataset, len(self.sampler)),
+            batch_sampler=_Batches(self.sampler),
+            collate_fn=_only,  # arrays: workers must not make tensors
+            num_workers=self._num_workers,
+            worker_init_fn=start_worker,
+            use_shared_memory=self._use_shared_memory(),
+        )
+        state = np.random.get_state()
+        try:
+            batches = iter(loader)
+        except OSError as error:  # queues between processes take a few pages of /dev/shm too
+            raise ValueError(
+                f"loader processes can't be started: {error.strerror}. Is /dev/shm full? Give --num_workers 0 "
+                "(--dataloader_num_workers 0 to the Trainer)"
+            ) from None
+        np.random.set_state(state)  # it has drawn a seed for the workers: a resumed run must not draw once more
+        _name_dead_loaders()
+        while True:
+            try:
+                batch = next(batches, None)
+            except SystemError:
+                raise ValueError(LOADER_DIED) from None
+            if batch is None:
+                return
+            if len(batch) == 1:
+                raise ValueError(batch[0].numpy().tobytes().decode())
+            yield batch
+
+    def _by_thread(self):
+        """Arrays of the micro-batches, several of them read by one call, while those before are used."""
+        batches, size = self.sampler.batches(), self.sampler.batch_size
+        row_bytes = 4 * int(np.prod(self._dataset.store.row_shape))
+        most = max(1, READ_BYTES // (row_bytes * size))
+
+        def read(count):
+            part = list(itertools.islice(batches, count))
+            if not part:
+                return None
+            return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
+
+        with ThreadPoolExecutor(1, "features") as pool:
+            count = 1  # the first step waits for one batch only
+            upcoming = pool.submit(read, count)
+            while (arrays := upcoming.result()) is not None:
+                count = min(2 * count, most)
+                upcoming = pool.submit(read, count)
+                for start in range(0, len(arrays[0]), size):
+                    yield [array[start : start + size] for array in arrays]
+
+    def __iter__(self):
+        batches = self._batches()
+        while True:
+            self._phase("reading data")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._phase("training")
+            yield batch
+
+    def _batches(self):
+        if self._num_workers > 0 and isinstance(self._dataset.store, PairStore):
+            yield from self._by_processes()
+            return
+        import paddle
+
+        read_ahead = self._num_workers > 0
+        batches = self._by_thread() if read_ahead else itertools.starmap(self._dataset.read, self.sampler.batches())
+        # On a CPU the tensors are the arrays, without another copy.
+        convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
+        for batch in batches:
+            yield [convert(array) for array in batch]

@@ -1,0 +1,377 @@
+"""The packed feature format: a few large `.npy` files, memory-mapped.
+
+    FEATURE_PATH/NAME_packed/shard-00000/
+        latents.npy    float32 or float16 (n, C, h, w); with moments (n, 2C, h, w): mean, then standard deviation
+        flipped.npy    only with mirrored twins: the same shape, of the mirrored images
+        labels.npy     int64 (n,)
+        names.npy      bytes (n,): what the sample's files are called in the seed's layout, without ".npy"
+
+The samples are the shards in the order of their numbers, row by row; a shard may have any number of rows. A shard
+appears by one rename when its files are whole, and so does the folder: whatever stands there is complete.
+`numpy.load(file, mmap_mode="r")` reads all of it.
+"""
+
+import contextlib
+import io
+import mmap
+import os
+import re
+import shutil
+
+import numpy as np
+
+from features.npy import load_npy
+from runtime.machine import available_memory
+from runtime.process import counted
+
+SHARD_SAMPLES = 8192
+# Mapped pages count as this process's memory, though they are the system's file cache: given back after so many bytes.
+MAPPED_BYTES = 1 << 32
+# The largest part of the free memory that a set may take to be read with the system's read-around.
+CACHED_SHARE = 0.5
+
+
+def packed_folder(feature_path, name):
+    """Where the packed set NAME lies."""
+    return os.path.join(feature_path, f"{name}_packed")
+
+
+def partial_folder(feature_path, name):
+    """Where the packed set NAME is written until it is complete."""
+    return packed_folder(feature_path, name) + ".partial"
+
+
+def shard_name(number):
+    """The folder of shard `number`."""
+    return f"shard-{number:05d}"
+
+
+def shard_files(flip):
+    """The files of a shard, with or without mirrored twins."""
+    return ("latents.npy", *(["flipped.npy"] if flip else []), "labels.npy", "names.npy")
+
+
+def _shard_numbers(folder):
+    """Numbers of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
+    if not os.path.isdir(folder):
+        return []
+    found = (re.fullmatch(r"shard-(\d{5,})", name) for name in os.listdir(folder))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def finished_shards(folder):
+    """`{number: rows}` of the whole shards in a folder; empty if it is not there."""
+    return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in _shard_numbers(folder)}
+
+
+def finish(feature_path, name):
+    """Puts the packed set in its place, all shards written.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    folder = packed_folder(feature_path, name)
+    if os.path.exists(folder):
+        raise ValueError(f"{folder}: is there already; nothing was overwritten")
+    os.rename(partial_folder(feature_path, name), folder)
+
+
+def npy_header(shape, dtype):
+    """The bytes in front of a C-ordered `.npy` array. numpy pads them: their length does not depend on `shape[0]`."""
+    file = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, description)
+    return file.getvalue()
+
+
+def cast(array, dtype, where):
+    """The array as `dtype`; ValueError, which names `where`, for values beyond float16."""
+    if array.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if np.isinf(narrow).sum() != np.isinf(array).sum():
+        largest = np.abs(array[np.isfinite(array)]).max()
+        raise ValueError(f"{where}: latents up to {largest:g} do not fit into {np.dtype(dtype).name}")
+    return narrow
+
+
+class _NpyStream:
+    """A `.npy` file of rows, written as they come."""
+
+    def __init__(self, path, row_shape, dtype):
+        self.row_shape, self.dtype, self.count = tuple(row_shape), np.dtype(dtype), 0
+        self.file = open(path, "wb")
+        self.file.write(npy_header((0, *self.row_shape), self.dtype))
+
+    def append(self, rows):
+        self.file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
+        self.count += len(rows)
+
+    def close(self):
+        start, header = self.file.tell(), npy_header((self.count, *self.row_shape), self.dtype)
+        self.file.seek(0)
+        self.file.write(header)
+        row_bytes = int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+        assert start == len(header) + self.count * row_bytes
+        _sync(self.file)
+        self.file.close()
+
+
+def _sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class ShardWriter:
+    """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
+
+    Args:
+        folder: from `partial_folder`; made if need be.
+        number: of the shard. A whole shard of that number must not be there; a killed one's leftovers are replaced.
+        row_shape: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments.
+        dtype: "float32" or "float16".
+        flip: whether mirrored twins are stored.
+    """
+
+    def __init__(self, folder, number, *, row_shape, dtype="float32", flip=False):
+        if np.dtype(dtype).name not in ("float32", "float16"):
+            raise ValueError(f"packed latents are stored as float32 or float16, not as {np.dtype(dtype).name}")
+        self.path = os.path.join(folder, shard_name(number))
+        self._partial = self.path + ".partial"
+        self.row_shape, self.flip = tuple(row_shape), flip
+        self.dtype = np.dtype(dtype)
+        self._names, self._streams = [], {}
+
+    def __enter__(self):
+        if os.path.exists(self.path):
+            raise ValueError(f"{self.path}: is there already; nothing was overwritten")
+        shutil.rmtree(self._partial, ignore_errors=True)
+        os.makedirs(self._partial)
+        for name in shard_files(self.flip)[:-2]:
+            self._streams[name] = _NpyStream(os.path.join(self._partial, name), self.row_shape, self.dtype)
+        self._streams["labels.npy"] = _NpyStream(os.path.join(self._partial, "labels.npy"), (), "int64")
+        return self
+
+    def append(self, latents, labels, names, flipped=None):
+        """Adds samples.
+
+        Args:
+            latents: `(m, *row_shape)`; cast to the shard's dtype.
+            labels: `(m,)` integers.
+            names: m texts, the samples' file names without `.npy`.
+            flipped: like `latents`, of the mirrored images; with `flip`, and only then.
+
+        Raises:
+            ValueError: another shape or number, or values beyond float16.
+        """
+        if (flipped is not None) != self.flip:
+            raise ValueError(f"{self.path}: mirrored latents {'expected' if self.flip else 'not expected'}")
+        labels = np.asarray(labels)
+        arrays = {"latents.npy": latents, **({"flipped.npy": flipped} if self.flip else {})}
+        for name, array in arrays.items():
+            if np.shape(array) != (len(names), *self.row_shape) or labels.shape != (len(names),):
+                raise ValueError(
+                    f"{self.path}: {name} got {np.shape(array)} with labels {labels.shape} and {len(names)} names; "
+                    f"expected (m, {', '.join(map(str, self.row_shape))}), (m,) and m"
+                )
+        arrays = {name: cast(np.asarray(array), self.dtype, self.path) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            self._streams[name].append(array)
+        self._streams["labels.npy"].append(labels)
+        self._names += [os.fsencode(name) for name in names]
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                for stream in self._streams.values():
+                    stream.close()
+                with open(os.path.join(self._partial, "names.npy"), "wb") as file:
+                    np.save(file, np.array(self._names, dtype=bytes if self._names else "S1"))
+                    _sync(file)
+                os.rename(self._partial, self.path)
+        finally:
+            for stream in self._streams.values():
+                with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
+                    stream.file.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class PackedStore:
+    """A packed set, read row by row in any order.
+
+    Nothing is kept in memory but the labels. Threads and forked processes may share it.
+
+    Args:
+        folder: `NAME_packed`.
+
+    Raises:
+        ValueError: one line naming the file: missing, truncated, or unlike the other shards.
+    """
+
+    def __init__(self, folder):
+        self.path = folder
+        self.shards = [os.path.join(folder, shard_name(number)) for number in _shard_numbers(folder)]
+        if not self.shards:
+            raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
+        self.has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
+        _allow_open_files(3 * len(self.shards))
+        # Per kind of row and shard: a plain view for speed; per file: its map, and where in it the rows begin.
+        self._rows, self._maps, self._offsets = [[], []], [], []
+        labels = []
+        for shard in self.shards:
+            labels.append(_labels(shard))
+            if os.path.exists(os.path.join(shard, "flipped.npy")) != self.has_flip:
+                raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
+            if not labels[-1].size or -(2**31) <= labels[-1].min() <= labels[-1].max() < 2**31:
+                labels[-1] = labels[-1].astype("int32")  # a wrong label stays what it is
+            for rows, name in zip(self._rows, shard_files(self.has_flip)[:-2], strict=False):
+                self._add(rows, os.path.join(shard, name), len(labels[-1]))
+        self.dtype, self.row_shape = self._rows[0][0].dtype, self._rows[0][0].shape[1:]
+        self.labels = np.concatenate(labels)
+        self._ends = np.cumsum([len(rows) for rows in labels])
+        self._starts = self._ends - [len(rows) for rows in labels]
+        self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
+        self._touched = 0
+        # The system reads far more around each row than was asked for, which soon has a whole set in the file cache.
+        # A set that does not fit there would be read many times over: then exactly the rows, all at once.
+        memory = available_memory()
+        self.exact_reads = False
+        if memory is not None and self.num_bytes > CACHED_SHARE * memory:
+            self.read_exactly()
+
+    def _add(self, rows, path, count):
+        array = load_npy(path, mapped=True)
+        first = self._rows[0][0] if self._rows[0] else array
+        if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
+            raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{path}: is stored in Fortran order, expected rows one after another")
+        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
+            raise ValueError(f"{path}: holds {_describe(array)}, the first shard {_describe(first)}")
+        if len(array) != count:
+            raise ValueError(f"{path}: holds {counted(len(array), 'row')}, its labels.npy {count}")
+        rows.append(np.asarray(array))
+        self._maps.append(array._mmap)
+        self._offsets.append(array.offset)
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def num_bytes(self):
+        """Bytes of all rows, mirrored ones included."""
+        return len(self) * self._row_bytes * (1 + self.has_flip)
+
+    def read_exactly(self):
+        """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.exact_reads = True
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_RANDOM)
+
+    def read(self, indices, out, mirrored=None):
+        """Puts rows into `out` and returns their labels.
+
+        Args:
+            indices: `(n,)` int64.
+            out: `(n, *row_shape)`, float; rows are cast to its dtype.
+            mirrored: `(n,)` bool: which rows to take from the mirrored twins; None: no row.
+
+        Returns:
+            `(n,)` int64.
+        """
+        shards = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - self._starts[shards]
+        plain = mirrored is None or not mirrored.any()
+        if self.exact_reads:
+            self._will_need(shards, rows, mirrored)
+        if plain and (shards == shards[0]).all():
+            source = self._rows[0][shards[0]]
+            if out.dtype == source.dtype and out.flags.c_contiguous:
+                np.take(source, rows, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
+            else:
+                out[...] = source[rows]
+        elif plain:
+            arrays = self._rows[0]
+            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+                out[place] = arrays[shard][row]
+        else:
+            for place, (twin, shard, row) in enumerate(
+                zip(mirrored.tolist(), shards.tolist(), rows.tolist(), strict=True)
+            ):
+                out[place] = self._rows[twin][shard][row]
+        self._touched += len(indices) * self._row_bytes
+        if self._touched > MAPPED_BYTES:
+            self._touched = 0
+            self._unmap()
+        return self.labels[indices].astype("int64")
+
+    def _will_need(self, shards, rows, mirrored):
+        """Starts the reading of all rows at once: a disk, above all a network one, is fast with many requests."""
+        kinds = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
+        files = shards * (1 + self.has_flip) + kinds
+        starts = np.array(self._offsets)[files] + rows * self._row_bytes
+        pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = starts - pages + self._row_bytes
+        for file, page, length in zip(files.tolist(), pages.tolist(), lengths.tolist(), strict=True):
+            self._maps[file].madvise(mmap.MADV_WILLNEED, page, length)
+
+    def _unmap(self):
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def name(self, index):
+        """The sample's name: its files in the seed's layout without `.npy`."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return os.fsdecode(self._names(shard, mapped=True)[index - self._starts[shard]])
+
+    def names(self):
+        """All names, `(N,)` bytes."""
+        return np.concatenate([self._names(shard) for shard in range(len(self.shards))])
+
+    def _names(self, shard, mapped=False):
+        path = os.path.join(self.shards[shard], "names.npy")
+        names, count = load_npy(path, mapped=mapped), self._ends[shard] - self._starts[shard]
+        if names.dtype.kind != "S" or names.shape != (count,):
+            raise ValueError(
+                f"{path}: holds {_describe(names)}, expected the names, bytes, of {counted(count, 'sample')}"
+            )
+        return names
+
+    def feature_source(self, index):
+        """Where the latent of a sample stands, for messages."""
+        return self.source(index, "latents.npy")
+
+    def label_source(self, index):
+        """Where the label of a sample stands, for messages."""
+        return self.source(index, "labels.npy")
+
+    def source(self, index, name):
+        """Where a sample stands in the files of that name."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self.shards[shard]}/{name} row {index - self._starts[shard]}"
+
+
+def _labels(shard):
+    path = os.path.join(shard, "labels.npy")
+    labels = load_npy(path)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected integers (n,), found {_describe(labels)}")
+    return labels
+
+
+def _describe(array):
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _allow_open_files(count):
+    """A memory map holds its file open: raises this process's limit if so many more files need it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < count + 256:
+            wanted = count + 256 if hard == resource.RLIM_INFINITY else min(hard, count + 256)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

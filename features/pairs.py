@@ -1,0 +1,275 @@
+"""The seed's layout: one pair of `.npy` files a sample, and an index that spares listing millions of them.
+
+    FEATURE_PATH/NAME_features/*.npy         latents (1, C, h, w) or (C, h, w), times the autoencoder's scaling factor;
+                                             with moments (1, 2C, h, w): mean, then standard deviation
+    FEATURE_PATH/NAME_features_flip/*.npy    only with mirrored twins: the same names
+    FEATURE_PATH/NAME_labels/*.npy           the same names: one class id
+    FEATURE_PATH/NAME_index.npz              written here, from INDEX_LEAST samples on: the sorted names
+
+The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
+"""
+
+import contextlib
+import os
+import re
+import stat
+import tempfile
+import time
+
+import numpy as np
+
+from features.npy import header_bytes, load_npy, load_npz
+
+INDEX_LEAST = 20_000
+_LARGEST = 1 << 30  # bytes of a file that is read at once
+# A folder whose times are younger than this may still change without their changing: a file system's clock is coarse.
+_CLOCK_NS = 2_000_000_000
+
+
+def features_folder(feature_path, name):
+    """Where the latents of the set NAME lie; their twins in the same with `_flip` at its end."""
+    return os.path.join(feature_path, f"{name}_features")
+
+
+def labels_folder(feature_path, name):
+    """Where the labels of the set NAME lie."""
+    return os.path.join(feature_path, f"{name}_labels")
+
+
+def index_file(feature_path, name):
+    """The index of the set NAME."""
+    return os.path.join(feature_path, f"{name}_index.npz")
+
+
+class NpyReader:
+    """Reads `.npy` files that are mostly alike: a header seen before is not parsed again, which is most of the time."""
+
+    def __init__(self):
+        self._known = None  # (header, where the array ends, dtype, shape), replaced as a whole: threads share it
+
+    def __call__(self, path):
+        """The array of a file, perhaps read-only; raises as `load_npy`."""
+        try:
+            data = _read_regular(path)
+        except OSError:
+            return load_npy(path)  # says what is wrong
+        return self.parse(data, path)
+
+    def parse(self, data, path):
+        """The array in the bytes of a file, whatever stands behind it; raises as `load_npy`."""
+        known = self._known
+        if known is not None and len(data) >= known[1] and data.startswith(known[0]):
+            header, end, dtype, shape = known
+            return np.frombuffer(data[:end], dtype, offset=len(header)).reshape(shape)
+        array = load_npy(path)
+        header = data[: header_bytes(data)]
+        if array.size and b"'fortran_order': False" in header:
+            self._known = header, len(header) + array.nbytes, array.dtype, array.shape
+        return array
+
+
+def _read_regular(path):
+    """The bytes of a regular file; OSError for a pipe or device, which may never end, and for more than one sample."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST:
+            raise OSError("no regular file of a sample's size")
+        return os.read(descriptor, state.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def natural_order(names):
+    """The names of `.npy` files, bytes, sorted as people count: `2.npy` before `10.npy`.
+
+    Returns:
+        `(N,)` bytes array.
+    """
+    stems = [name[: -len(b".npy")] for name in names]
+    if names and all(map(bytes.isdigit, stems)) and max(map(len, stems)) < 19:
+        names = np.array(names)
+        return names[np.lexsort((names, np.array(stems).astype("int64")))]
+
+    def key(name):
+        parts = re.split(r"(\d+)", os.fsdecode(name))  # text, digits, text, ...
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+    return np.array(sorted(names, key=key), dtype=bytes if names else "S1")
+
+
+def _listing(folder):
+    """`(names of the .npy files as bytes, signature)` of a folder; the signature changes with the names."""
+    signature = _signature(folder)
+    return [name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")], signature
+
+
+def _signature(folder):
+    state = os.stat(folder)
+    return [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+
+
+class PairStore:
+    """The pairs of a set NAME, read file by file in any order.
+
+    Args:
+        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`.
+        name: of the set.
+
+    `index_note` says where the index lies, or why there is none (None: a set too small to need one).
+
+    Raises:
+        ValueError: one line naming the folder or file: no labels folder, no pair, a file without its counterpart.
+    """
+
+    def __init__(self, feature_path, name):
+        self.path, self.labels_dir = features_folder(feature_path, name), labels_folder(feature_path, name)
+        if not os.path.isdir(self.labels_dir):
+            raise ValueError(f"{self.path}: its labels folder {self.labels_dir} is missing")
+        self.flip_dir = self.path + "_flip"
+        self.has_flip = os.path.isdir(self.flip_dir)
+        self._folders = [self.path, self.labels_dir, *([self.flip_dir] if self.has_flip else [])]
+        self.index_path = index_file(feature_path, name)
+        self.index_note = None
+        self._read_feature, self._read_label = NpyReader(), NpyReader()
+        self._labels = self._signatures = None
+        if not self._load_index():
+            self._scan()
+        first = self._feature(self.path, 0)
+        self.row_shape, self.dtype = first.shape, first.dtype
+        self.expected = f"the first sample is of shape {self.row_shape}"  # completes the error on another shape
+
+    # Names.
+
+    def _load_index(self):
+        """Takes the names from the index, if it is there and of these very folders."""
+        try:
+            self._signatures = [_signature(folder) for folder in self._folders]
+            if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
+                return False
+            index = load_npz(self.index_path, ["names", "labels"])
+            self._names, self._labels = index["names"], index.get("labels")
+        except (OSError, ValueError, KeyError):  # no index, or a broken one: the folders are read again
+            return False
+        self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
+        return len(self._names) > 0
+
+    def _scan(self):
+        (features, *others), signatures = zip(*[_listing(folder) for folder in self._folders], strict=True)
+        if not features:
+            raise ValueError(f"{self.path}: no .npy file in it")
+        features_set = set(features)
+        for folder, what, names in zip(self._folders[1:], ("label", "mirrored"), others, strict=False):
+            if len(names) == len(features) and features_set.issuperset(names):
+                continue
+            names = set(names)
+            for name in map(os.fsdecode, natural_order(list(features_set - names))):
+                raise ValueError(f"{os.path.join(self.path, name)}: has no {what} file {folder}/{name}")
+            for name in map(os.fsdecode, natural_order(list(names - features_set))):
+                raise ValueError(f"{os.path.join(folder, name)}: has no feature file {self.path}/{name}")
+        self._names = natural_order(features)
+        self._signatures = signatures
+        if len(self._names) >= INDEX_LEAST:
+            self._save_index()
+
+    def _save_index(self):
+        newest = max(max(signature[:2]) for signature in self._signatures)
+        if time.time_ns() - newest < _CLOCK_NS:
+            self.index_note = f"no index {self.index_path}: the folders have just changed"
+            return
+        arrays = {"signature": np.array(self._signatures), "names": self._names}
+        if self._labels is not None:
+            arrays["labels"] = self._labels
+        folder, name = os.path.split(self.index_path)
+        try:
+            # Several ranks may write it at once: each its own file, and a rename.
+            handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
+            try:
+                with open(handle, "wb") as file:
+                    np.savez(file, **arrays)
+                os.chmod(partial, 0o666 & ~_umask())  # mkstemp's is for one user alone
+                os.replace(partial, self.index_path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+        except OSError as error:
+            self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
+            return
+        self.index_note = f"names of the samples are kept in {self.index_path}, for the next start"
+
+    # Samples.
+
+    def __len__(self):
+        return len(self._names)
+
+    @property
+    def num_bytes(self):
+        """Bytes of all rows, mirrored ones included."""
+        return len(self) * int(np.prod(self.row_shape)) * self.dtype.itemsize * (1 + self.has_flip)
+
+    def _feature(self, folder, index):
+        path = os.path.join(folder, self.file_name(index))
+        latent = self._read_feature(path)
+        if latent.ndim == 4 and latent.shape[0] == 1:
+            latent = latent[0]
+        return latent
+
+    def read(self, indices, out, mirrored=None):
+        """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
+        labels = np.empty(len(indices), "int64")
+        for place, index in enumerate(indices.tolist()):
+            twin = mirrored is not None and mirrored[place]
+            folder = self.flip_dir if twin else self.path
+            latent = self._feature(folder, index)
+            if latent.shape != self.row_shape or latent.dtype.kind != "f":
+                path = os.path.join(folder, self.file_name(index))
+                raise ValueError(f"{path}: holds {latent.dtype} of shape {latent.shape}, {self.expected}")
+            out[place] = latent
+            labels[place] = self._label(index)
+        return labels
+
+    def _label(self, index):
+        label = self._read_label(self.label_source(index))
+        if label.size != 1 or label.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.label_source(index)}: expected one integer label, found {label.dtype} of shape {label.shape}"
+            )
+        return int(label.reshape(-1)[0])
+
+    @property
+    def labels(self):
+        """All labels, `(N,)`; reads every label file unless the index has them."""
+        if self._labels is None:
+            from runtime.progress import tqdm
+
+            indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < INDEX_LEAST)
+            self._labels = np.fromiter(map(self._label, indices), "int64", len(self))
+            if len(self) >= INDEX_LEAST:
+                self._save_index()
+        return self._labels
+
+    def file_name(self, index):
+        """The sample's file name, the same in every folder of the set."""
+        return os.fsdecode(self._names[index])
+
+    def name(self, index):
+        """The sample's name: its files' without `.npy`."""
+        return self.file_name(index)[: -len(".npy")]
+
+    def names(self):
+        """All names, `(N,)` bytes."""
+        return np.array([name[: -len(b".npy")] for name in self._names.tolist()], dtype=bytes)
+
+    def feature_source(self, index):
+        """The latent's file of a sample."""
+        return os.path.join(self.path, self.file_name(index))
+
+    def label_source(self, index):
+        """The label's file of a sample."""
+        return os.path.join(self.labels_dir, self.file_name(index))
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

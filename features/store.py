@@ -1,0 +1,158 @@
+"""Where the samples of a feature set lie: finding a set in a folder, opening it, and holding it in memory.
+
+A feature folder holds a set NAME as pairs of small files (`features.pairs`, PaddleMIX's layout) or packed into a few
+large ones (`features.packed`), and perhaps NAME_manifest.json, which tools/extract_features.py writes.
+"""
+
+import os
+import re
+import shlex
+
+import numpy as np
+
+from features.packed import PackedStore, packed_folder, partial_folder
+from features.pairs import PairStore
+from runtime.machine import available_memory
+from runtime.process import local_processes
+from runtime.untrusted import read_json
+
+# What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
+READ_BYTES = 1 << 22
+
+
+def find_features(feature_path, resolution):
+    """What a feature folder holds: `(kind, name)`, kind "packed" or "pairs".
+
+    The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
+    forms is read packed.
+
+    Raises:
+        ValueError: nothing fits, more than one set does, or the set is not finished.
+    """
+    if not os.path.isdir(feature_path):
+        raise ValueError(
+            f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
+            f"{_unpacking(feature_path)}"
+        )
+    endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
+    found = {}  # {name: kinds}
+    for entry in os.scandir(feature_path):
+        for ending, kind in endings.items():
+            if entry.name.endswith(ending) and entry.is_dir():
+                found.setdefault(entry.name[: -len(ending)], []).append(kind)
+    preferred = f"imagenet{resolution or 256}"
+    whole = sorted(name for name, kinds in found.items() if kinds != ["partial"])
+    if preferred in whole:
+        whole = [preferred]
+    if not whole and found:
+        raise ValueError(
+            f"{partial_folder(feature_path, min(found))}: is not finished; run again the command that writes it"
+        )
+    if not whole:
+        raise ValueError(
+            f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
+            f"folder in it{_unpacking(feature_path)}"
+        )
+    if len(whole) > 1:
+        names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
+        raise ValueError(
+            f"feature_path {feature_path}: no {preferred}_features/ and several others ({names}); leave one"
+        )
+    (name,) = whole
+    unfinished = os.path.join(feature_path, f"{name}_extraction")
+    if os.path.isdir(unfinished):
+        raise ValueError(f"{unfinished}: the extraction of {name} is not finished; run the same command again")
+    return ("packed" if "packed" in found[name] else "pairs"), name
+
+
+def _unpacking(feature_path):
+    """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
+    path = os.fspath(feature_path).rstrip("/")
+    if os.path.isdir(path):
+        folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
+    else:
+        folder, files = os.path.dirname(path) or ".", [path, *(path + ending for ending in (".tar", ".tar.gz", ".tgz"))]
+    tars = [file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)]
+    if not tars:
+        return ""
+    return (
+        f"; unpack {os.path.basename(tars[0])} first: tar -xf {shlex.quote(tars[0])} -C {shlex.quote(folder)}, and "
+        "give the folder that then holds NAME_features/ and NAME_labels/"
+    )
+
+
+def open_store(feature_path, kind, name):
+    """The `PackedStore` or `PairStore` of a set."""
+    return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
+
+
+def read_manifest(feature_path, name):
+    """The set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
+    path = os.path.join(feature_path, f"{name}_manifest.json")
+    if not os.path.exists(path):
+        return {}
+    manifest = read_json(path, large=True)  # extractions took seeds of any size
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return manifest
+
+
+class MemoryStore:
+    """Samples of another store, held in this process's memory.
+
+    Args:
+        store: where they are.
+        indices: `(n,)` which of them.
+        flip: with their mirrored twins.
+
+    Raises:
+        ValueError: they don't fit into the free memory, or what the store raises.
+    """
+
+    def __init__(self, store, indices, *, flip):
+        from runtime.progress import tqdm
+
+        self._store, self._indices = store, indices
+        self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
+        # Pairs of files may be of several dtypes.
+        self.dtype = store.dtype if isinstance(store, PackedStore) else np.dtype("float32")
+        shape = (1 + self.has_flip, len(indices), *self.row_shape)
+        self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
+        memory = available_memory()
+        processes = local_processes()  # each of them holds the samples for itself
+        if memory is not None and self.num_bytes * processes > 0.9 * memory:
+            raise ValueError(
+                f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
+                f"{processes} process(es), {memory / 2**30:.1f} GiB are free; leave them on the disk, which the system "
+                "caches for all of them"
+            )
+        self._rows = np.empty(shape, self.dtype)
+        self.labels = np.empty(len(indices), "int64")
+        step = max(1, READ_BYTES // (self._rows[0, :1].nbytes or 1))
+        with tqdm(total=len(indices), desc="to memory", unit="sample", disable=len(indices) < 10_000) as bar:
+            for start in range(0, len(indices), step):
+                part = indices[start : start + step]
+                place = slice(start, start + len(part))
+                for twin in range(1 + self.has_flip):
+                    mirrored = np.full(len(part), bool(twin))
+                    self.labels[place] = store.read(part, self._rows[twin, place], mirrored)
+                bar.update(len(part))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, indices, out, mirrored=None):
+        """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
+        if mirrored is not None and mirrored.any():
+            out[...] = self._rows[mirrored.astype("int64"), indices]
+        elif out.dtype == self.dtype:
+            np.take(self._rows[0], indices, axis=0, out=out, mode="clip")
+        else:
+            out[...] = self._rows[0, indices]
+        return self.labels[indices]
+
+    def feature_source(self, index):
+        return self._store.feature_source(self._indices[index])
+
+    def label_source(self, index):
+        return self._store.label_source(self._indices[index])

@@ -1,0 +1,159 @@
+"""The weights of a network by name: official and Paddle layouts, shapes expected of a network, and what is wrong with a
+state."""
+
+import numpy as np
+
+from runtime.untrusted import printable
+
+# Of DistributedDataParallel and AveragedModel, torch.compile, a network inside another module, Paddle's DataParallel.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
+
+
+def plain_names(state):
+    """{name: array} under the network's own names, without what wrappers put before them.
+
+    Those are `_PREFIXES`, in any order and number, where all names begin with it; "_orig_mod." also inside of a name,
+    where a part of the network was compiled. PyTorch's AveragedModel adds how many models it has averaged: left out.
+    """
+    if "n_averaged" in state and state["n_averaged"].size == 1 and len(state) > 1:
+        state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while prefix := next((p for p in _PREFIXES if state and all(n.startswith(p) for n in state)), None):
+        state = {name[len(prefix) :]: value for name, value in state.items()}
+    inner = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
+    return inner if len(inner) == len(state) else dict(state)
+
+
+def is_state(tree):
+    """Whether this is `{name: array}`, of at least one."""
+    return (
+        isinstance(tree, dict)
+        and bool(tree)
+        and all(isinstance(n, str) and isinstance(v, np.ndarray) for n, v in tree.items())
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def official_to_paddle(state):
+    """Official (PyTorch) layout -> this project's: Linear weights [out, in] -> [in, out]; all else as it is.
+
+    The names are the same on both sides. Convolutions, embedding tables, pos_embed and vectors are not turned.
+    """
+    return {name: turn_linear(name, value) for name, value in state.items()}
+
+
+def paddle_to_official(state):
+    """The inverse of ``official_to_paddle``, bit for bit (a transpose is its own inverse)."""
+    return official_to_paddle(state)
+
+
+def turn_linear(name, value):
+    """A Linear weight [out, in] -> [in, out] or back; any other parameter as it is."""
+    linear = value.ndim == 2 and name.endswith("weight") and not name.endswith("embedding_table.weight")
+    return np.ascontiguousarray(value.T) if linear else value
+
+
+def check_state(state, expected_shapes, *, source):
+    """Raise ValueError, one line, unless ``state`` has exactly the names and shapes of ``expected_shapes``.
+
+    Args:
+        state: {name: array}. expected_shapes: {name: shape}. source: the file, for the message.
+    """
+    expected = {name: tuple(shape) for name, shape in expected_shapes.items()}
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [
+        f"{name} is {list(state[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    problems = [f"{len(found)} {kind}: {_first(found)}" for kind, found in kinds if found]
+    if problems:
+        raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
+
+
+def check_finite(state, *, source):
+    """Raise ValueError, one line, unless every number of ``state`` is finite: NaN and infinity draw black images.
+
+    Args:
+        state: {name: array}. source: the file, for the message.
+    """
+    bad = {}
+    for name, value in state.items():
+        count = _count_not_finite(value)
+        if count:
+            bad[name] = count
+    if not bad:
+        return
+    name, count = next(iter(bad.items()))
+    value = np.asarray(state[name])
+    why = ""
+    if np.isinf(value).any() and _fits_float16(value):
+        why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
+    raise ValueError(
+        f"{source}: {printable(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
+        f"and so have {len(bad):,} of {len(state):,} tensors{why}"
+    )
+
+
+def _count_not_finite(value, chunk=1 << 20):
+    """Counts the values of an array that are not finite, piece by piece in the order of its memory."""
+    value = np.asarray(value)
+    if value.dtype.kind not in "fc":
+        return 0
+    flat = value.ravel(order="K")  # a view of what is contiguous in either order
+    return sum(
+        len(part) - int(np.count_nonzero(np.isfinite(part)))
+        for part in (flat[start : start + chunk] for start in range(0, len(flat), chunk))
+    )
+
+
+def _fits_float16(value):
+    """Returns whether the finite values are those of a float16, also where a reader has made them wider."""
+    with np.errstate(over="ignore"):
+        half = value.astype("float16")
+    return bool((~np.isfinite(value) | (half == value)).all())
+
+
+def expected_shapes(model_config):
+    """{parameter name: shape} of the network that the `model` section of a config describes.
+
+    Only one block is built, since all of them have the same shapes, and no memory is allocated for it.
+    """
+    import paddle
+
+    from . import build_model
+
+    with paddle.LazyGuard():
+        model = build_model({**model_config, "num_layers": 1})
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        stem, dot, rest = name.partition(".0.")
+        in_block = dot and stem in ("blocks", "layers")
+        names = [f"{stem}.{i}.{rest}" for i in range(model_config["num_layers"])] if in_block else [name]
+        shapes.update(dict.fromkeys(names, tuple(parameter.shape)))
+    return shapes
+
+
+def is_rounded(table, exact):
+    """Returns whether a table is the exact one to the rounding of a half precision.
+
+    That of bfloat16, the coarser one, is 2^-8.
+    """
+    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
+
+
+def without_rounding(table, exact):
+    """Returns `exact` if `table` is that in half precision, as in a file of half-precision weights; else `table`.
+
+    A table that differs by the rounding of float32 alone, as averages do, stays as it is.
+    """
+    return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
+
+
+def _first(names, limit=3):
+    return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")

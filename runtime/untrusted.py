@@ -1,0 +1,191 @@
+"""Files that others made, opened without trusting them: JSON, regular files, paths inside a folder. Stdlib only."""
+
+import json
+import math
+import os
+import stat
+
+MAX_JSON_BYTES = 1 << 22  # in memory it can be 30 times as large
+MAX_JSON_DEPTH = 64
+MAX_INTEGER = 1 << 64
+MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network: tokens times width, the size of its table of positions
+MAX_SIZE = 1_000_000  # of any number in a folder's settings
+# A scheduler's, of any length, and one value a latent channel.
+LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")
+MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
+
+
+def printable(value, limit=80):
+    """Text out of a file for a message: on one line, escaped where it would steer the terminal, and cut."""
+    text = str(value)[: limit + 1]
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def open_regular(path):
+    """`open(path, "rb")` of a regular file: no pipe or device, which can keep a program waiting or never end.
+
+    Raises:
+        ValueError: one line: a folder, or no regular file. OSError: not there, or the file system refuses.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a folder, expected a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is no regular file but a pipe or device")
+    return open(path, "rb")
+
+
+def inside(folder, name):
+    """The path of `name` in a folder that somebody else may have made; a link in it may not lead out.
+
+    The folder itself may be a link. In a snapshot of the Hugging Face cache, `NAME/snapshots/REVISION/`, the files are
+    links to `NAME/blobs/`, which is taken for a part of it.
+
+    Args:
+        folder: the folder that the user named.
+        name: a relative path, perhaps of a JSON file in the folder.
+
+    Raises:
+        ValueError: one line: the path leaves the folder, by itself or by a link.
+    """
+    path = os.path.join(folder, name)
+    try:
+        root, found = os.path.realpath(folder), os.path.realpath(path)
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
+    allowed = [root]
+    above, revision = os.path.split(root)
+    while revision:
+        if os.path.basename(above) == "snapshots":
+            allowed.append(os.path.join(os.path.dirname(above), "blobs"))
+        above, revision = os.path.split(above)
+    if not any(os.path.commonpath([found, place]) == place for place in allowed):
+        shown = printable(path, 500)
+        raise ValueError(f"{shown}: leads out of the folder, to {printable(found, 500)}; put the file itself there")
+    return path
+
+
+def check_network(settings, where):
+    """Raises ValueError for sizes that no transformer has, before memory is taken for it.
+
+    Args:
+        settings: `num_layers`, `sample_size`, `patch_size`, `num_attention_heads`, `attention_head_dim`; may lack any.
+        where: for the message.
+    """
+    numbers = {name: value for name, value in settings.items() if isinstance(value, int)}
+    if numbers.get("num_layers", 1) > MAX_LAYERS:
+        raise ValueError(f"{where}: num_layers is {numbers['num_layers']}, expected {MAX_LAYERS} at most")
+    patch = max(1, numbers.get("patch_size", 1))
+    tokens = max(1, numbers.get("sample_size", 1) // patch) ** 2
+    width = max(1, numbers.get("num_attention_heads", 1)) * max(1, numbers.get("attention_head_dim", 1))
+    if tokens * width > MAX_POSITIONS:
+        raise ValueError(
+            f"{where}: sample_size, patch_size, num_attention_heads and attention_head_dim make {tokens:,} tokens of "
+            f"width {width:,}, which is more than any network has"
+        )
+
+
+def parse_json(text, *, infinity=False, large=False):
+    """The value of a JSON text, str or UTF-8 bytes.
+
+    Args:
+        infinity: allow what Python writes for it.
+        large: integers beyond 64 bits become floats instead of an error.
+
+    Raises:
+        ValueError: one line, without a file's name: broken, not UTF-8, nested more than `MAX_JSON_DEPTH` deep, a key
+            that is there twice, NaN, infinity, an integer beyond 64 bits.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer_or_float if large else _integer,
+            parse_float=_finite,
+            parse_constant=float if infinity else _constant,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep") from None
+    level, depth = [value], 0
+    while level := [node for node in level if isinstance(node, (dict, list))]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+    return value
+
+
+def _unique(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:60]!r} is there twice")
+            seen.add(key)
+    return found
+
+
+def _integer(digits):
+    if len(digits) > 21 or not -MAX_INTEGER < int(digits) < MAX_INTEGER:
+        raise ValueError(f"the number {digits[:20]}... has more than 64 bits")
+    return int(digits)
+
+
+def _integer_or_float(digits):
+    try:
+        return _integer(digits)
+    except ValueError:
+        return _finite(digits)
+
+
+def _finite(digits):
+    value = float(digits)
+    if value - value != 0:  # infinity
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _constant(name):
+    raise ValueError(f"{name} is no JSON value")
+
+
+def read_json(path, *, infinity=False, large=False):
+    """Reads a JSON file; raises `ValueError` with one line naming the file, and what is wrong; see `parse_json`."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: has more than {MAX_JSON_BYTES >> 20} MiB, too much for a JSON file of settings")
+    try:
+        return parse_json(text, infinity=infinity, large=large)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_sizes(settings, path):
+    """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
+    for key, value in settings.items():
+        shown = f"{path}: {printable(key)} is {printable(value, 40)}"
+        if isinstance(value, list) and len(value) > MAX_BLOCKS and key not in LONG_LISTS:
+            raise ValueError(f"{shown}, {len(value):,} values, which is more than any network has")
+        limit = MAX_BLOCK_LAYERS if "layers_per" in key else MAX_LAYERS if "layers" in key else MAX_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and limit < abs(number) < math.inf:
+                raise ValueError(f"{shown}, which is more than any network has")
+    if "patch_size" in settings:
+        check_network(settings, path)

@@ -1,0 +1,204 @@
+"""What the converters to pipeline folders share: the network's config, the labels, flags, and the order of things."""
+
+import os
+
+from config.flags import str2bool
+from features.autoencoder import choose_vae, open_vae
+from runtime.process import configure_runtime
+from runtime.untrusted import read_json
+
+# num_layers, num_attention_heads, attention_head_dim
+SIZES = {"XL": (28, 16, 72), "L": (24, 16, 64), "B": (12, 12, 64), "S": (12, 6, 64)}
+IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
+IMAGE_SIZE = 256  # pixels, of --model_name
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+IMAGENET_LABELS = os.path.join(ROOT, "tools", "ImageNet_id2label.json")
+
+
+def model_names(kind):
+    """What --model_name accepts for DiT or SiT."""
+    return [f"{kind}_{size}_{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
+
+
+def named_config(kind, model_name, image_size):
+    """The config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
+    if model_name not in model_names(kind):
+        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(model_names(kind))}")
+    _, size, patch_size = model_name.split("_")
+    if image_size < 1 or image_size % (8 * int(patch_size)):
+        raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
+    num_layers, heads, head_dim = SIZES[size]
+    from config.schema import resolve_config
+
+    return resolve_config(
+        {
+            "type": kind,
+            "sample_size": image_size // 8,
+            "patch_size": int(patch_size),
+            "num_layers": num_layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": head_dim,
+        }
+    )
+
+
+def find_config(kind, args):
+    """The resolved config of the network: the checkpoint's own, --config_file, or the one that --model_name names.
+
+    Raises:
+        ValueError: one line: what is given describes another network than the checkpoint's own config.
+    """
+    from config.schema import load_config, weights_config
+
+    config = weights_config(args.model_weights, args.config_file)
+    beside = os.path.join(args.model_weights, "config.json")
+    if config is None and os.path.isfile(beside):
+        config = load_config(beside)
+    if config is None:
+        size = IMAGE_SIZE if args.image_size is None else args.image_size
+        return named_config(kind, args.model_name or f"{kind}_XL_2", size)
+    _check_named(kind, args, config)
+    return config
+
+
+def _check_named(kind, args, config):
+    """Raises ValueError if --model_name or --image_size are given and are not what the config says."""
+    from config.schema import differences
+
+    model, given = config["model"], []
+    if args.model_name is not None:
+        named = named_config(kind, args.model_name, IMAGE_SIZE)["model"]
+        keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        given.append((f"--model_name {args.model_name}", {key: named[key] for key in keys}))
+    if args.image_size is not None:
+        size = args.image_size / downsampling(args.vae_model, config["features"]["vae"])
+        given.append((f"--image_size {args.image_size}", {"sample_size": int(size) if size % 1 == 0 else size}))
+    for flag, named in given:
+        if listed := differences({key: model[key] for key in named}, named):
+            raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
+
+
+def downsampling(vae, features):
+    """Returns how many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8.
+
+    Args:
+        vae: of --vae_model, or None: then the `vae` entry of a `features` section says it, if there is one.
+    """
+    if vae is None:
+        return (features or {}).get("downsampling") or 8
+    path = os.path.join(vae, "config.json")
+    settings = read_json(path) if os.path.isfile(path) else None
+    blocks = settings.get("block_out_channels") if isinstance(settings, dict) else None
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
+
+
+def class_names(config):
+    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
+
+    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
+    of ImageNet's classes, and the note says so.
+    """
+    names = config["features"]["class_names"] or {}
+    ids = list(names.values())
+    are_imagenet = len(ids) == 1000 and (ids[0], ids[-1]) == IMAGENET_IDS and ids == sorted(ids)
+    if config["model"]["num_classes"] == 1000 and (not names or are_imagenet):
+        return read_json(IMAGENET_LABELS)["id2label"], "the class names are ImageNet's; --id2label FILE for others"
+    return names, None
+
+
+def find_labels(path, config):
+    """Returns `({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
+    num_classes = config["model"]["num_classes"]
+    if path is None:
+        names, note = class_names(config)
+        if not names:
+            return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
+        taken = set(names.values())
+        missing = {str(i): f"class {i}" if str(i) in taken else str(i) for i in range(num_classes)}
+        return {**missing, **names}, note
+    labels = read_json(path)
+    if isinstance(labels, dict) and isinstance(labels.get("id2label"), dict):
+        labels = labels["id2label"]
+    if not isinstance(labels, dict):
+        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
+    return labels, None
+
+
+def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
+    """The flags of both converters; kind is DiT or SiT, the others are defaults."""
+    parser.add_argument("--image_size", type=int, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
+    parser.add_argument("--model_name", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
+    parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae_model}]")
+    parser.set_defaults(default_vae=vae_model)
+    parser.add_argument("--model_weights", default=model_weights, help=f"[{model_weights}]")
+    parser.add_argument(
+        "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
+    )
+    parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
+    parser.add_argument("--config_file", help="JSON of the network, instead of --model_name [the checkpoint's own]")
+    parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
+    parser.add_argument(
+        "--id2label",
+        help='JSON {"id2label": {"0": "name", ...}} [the names of the features\' set; ImageNet\'s for 1000 without]',
+    )
+    parser.add_argument(
+        "--weights_layout",
+        default="auto",
+        choices=("auto", "paddle", "torch"),
+        help="how the file stores Linear weights; auto goes by its ending, or what a .safetensors says [auto]",
+    )
+    parser.add_argument(
+        "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
+
+
+def convert(kind, args, check, export):
+    """Reads, checks and writes a pipeline folder, as the flags say.
+
+    Args:
+        kind: DiT or SiT.
+        check: `check(config)` raises ValueError for a config that can't be exported.
+        export: `export(config, state, vae, labels, source)` writes the folder and returns sentences for the user.
+
+    Returns:
+        the file that the weights came from, or None if nothing was written (--save False).
+
+    Raises:
+        ValueError: whatever can't be done, in one line.
+    """
+    from config.schema import load_config, weights_features
+
+    if not os.path.exists(args.model_weights):
+        raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
+    if args.config_file:
+        check(load_config(args.config_file))
+    config = find_config(kind, args)
+    config = {**config, "features": weights_features(args.model_weights, config)}
+    labels, note = find_labels(args.id2label, config)
+    chosen = (args.vae_model, config["features"]["vae"])
+    choose_vae(*chosen, args.default_vae, "--vae_model")
+
+    configure_runtime()
+    from models.state import check_finite, check_state, expected_shapes
+    from sampling.pipelines.folder import check_id2label, check_output
+    from weights.source import read_weights
+
+    # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
+    check_id2label(labels, config["model"]["num_classes"])
+    if args.save:
+        check_output(args.checkpoint_path, args.overwrite)
+    check(config)
+    print(f"reading {args.model_weights}", flush=True)
+    state, source = read_weights(args.model_weights, key=args.key, layout=args.weights_layout)
+    check_finite(state, source=source)
+    if not args.save:
+        check_state(state, expected_shapes(config["model"]), source=source)
+        print(f"{source} fits; --save False: nothing was written")
+        return None
+    vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
+    notes = export(config, state, vae, labels, source)
+    for text in [note, *vae_notes, *notes]:
+        if text:
+            print(f"note: {text}")
+    return source

@@ -1,0 +1,130 @@
+"""Export of a SiT as a folder that the stock `ppdiffusers.DiTPipeline` loads and samples by the ODE's Euler steps.
+
+ppdiffusers has a scheduler for flow matching, `FlowMatchEulerDiscreteScheduler`, but it lacks `scale_model_input`,
+which DiTPipeline calls at every step. `EDMEulerScheduler` does it instead. With `rho` 1 its sigmas fall linearly, and
+with `sigma_data` 1 one of its steps, scaling of the next input included, is
+
+    x' = (1 + s s') / (1 + s^2) / sqrt(1 + s'^2) x  +  (s - s') / sqrt(1 + s^2) / sqrt(1 + s'^2) F(x)
+
+for a network F and sigmas s > s'. For sigmas below 2^-12 the roots and the first factor are 1 in float32, exactly, and
+`x' = x + (s - s') F(x)` is left: an Euler step of the flow, with
+
+* sigma = 2^-12 (t1 - t), so that s - s' is 2^-12 dt, and F = 2^12 times the velocity, by the last layer's weights;
+* the timestep that the scheduler hands the network, log(sigma) / 4, taken back to t by the timestep MLP, which is
+  fitted (`sampling.pipelines.timestep_fit`).
+
+N inference steps are the N points of `sample_ode("euler", num_steps=N)`, and give its latents. The scheduler appends a
+last step from sigma_min, here 2^-32, to 0: of length 2^-20, it changes nothing.
+
+Everything else is as in `sampling.pipelines.export`. The folder works with its own scheduler only, in float32, for
+velocity prediction on any path; for noise and score predictions a step is no `x + dt F`.
+"""
+
+import numpy as np
+
+from sampling.pipelines.export import (
+    check_export,
+    guidance_notes,
+    transformer_config,
+    transformer_state,
+    write_stock_folder,
+)
+
+SIGMA_SCALE = 2.0**-12  # 1 + SIGMA_SCALE**2 rounds to 1 in float32
+SMALLEST = 2.0**-20  # what is left of the time at the last grid point
+
+
+def check_prediction(objective):
+    """Raises ValueError for a transport that does not predict velocity."""
+    if objective["prediction"] != "velocity":
+        raise ValueError(
+            f"prediction {objective['prediction']!r}: the stock DiTPipeline's Euler steps need prediction 'velocity'; "
+            "export a SiTPipeline instead"
+        )
+
+
+def make_flow_scheduler(objective):
+    """The scheduler of a stock SiT folder, and the map from its timesteps to times.
+
+    Args:
+        objective: an `objective` section of type transport.
+
+    Returns:
+        `(scheduler, times)`: `times(timesteps)` is float64.
+
+    Raises:
+        ValueError: another objective than a transport that predicts velocity.
+    """
+    from ppdiffusers import EDMEulerScheduler
+
+    from sampling.sit_pipeline import TransportScheduler
+
+    transport = TransportScheduler.from_objective(objective).transport
+    check_prediction(objective)
+    t0, t1 = transport.check_interval(transport.train_eps, transport.sample_eps, eval=True)
+    scheduler = EDMEulerScheduler(
+        sigma_max=SIGMA_SCALE * (t1 - t0),
+        sigma_min=SIGMA_SCALE * SMALLEST,
+        sigma_data=1.0,
+        rho=1.0,
+        prediction_type="epsilon",
+    )
+
+    def times(timesteps):
+        return t1 - np.exp(4 * np.asarray(timesteps, "float64")) / SIGMA_SCALE
+
+    return scheduler, times
+
+
+def export_stock_sit(
+    config, state, vae, output_dir, *, id2label=None, overwrite=False, safe_serialization=False, source="weights"
+):
+    """Write a SiT and a VAE as a stock `ppdiffusers.DiTPipeline` folder.
+
+    Args:
+        config: resolved config; its `model` and `objective` sections are used.
+        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
+        id2label: `{class id: label}`; None names the classes by their numbers.
+        overwrite: replace `output_dir` if it is a pipeline folder.
+        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
+        source: where the weights come from, for messages.
+
+    Returns:
+        list of sentences that the user should read: what the exported pipeline does differently.
+
+    Raises:
+        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+    """
+    from sampling.pipelines.timestep_fit import fit_time_embedding
+
+    model = config["model"]
+    settings = transformer_config(model)
+    scheduler, times = make_flow_scheduler(config["objective"])
+    labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
+
+    mlp, report = fit_time_embedding(state, times, *_timesteps(scheduler))
+    weights = transformer_state(model, state, timestep_embedding=mlp, source=source)
+    for name in ("proj_out_2.weight", "proj_out_2.bias"):
+        weights[name] = weights[name] / np.float32(SIGMA_SCALE)  # a power of two: exact
+    transformer = ("ppdiffusers", "Transformer2DModel", settings)
+    write_stock_folder(
+        output_dir, transformer, weights, scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
+    )
+
+    return [
+        "The folder samples Euler steps of the ODE with its own scheduler, in float32; no other scheduler fits it.",
+        *guidance_notes(model),
+        f"The timestep embedding was fitted to the scheduler's timesteps: right to {report['max_error']:.1g} of its "
+        "largest entry, for any number of steps up to 1000.",
+    ]
+
+
+def _timesteps(scheduler):
+    """Timesteps that up to 1000 steps visit, densely, and those of the last one, which hardly moves."""
+
+    def timesteps(sigmas):
+        return 0.25 * np.log(sigmas)
+
+    largest, smallest = scheduler.config.sigma_max, scheduler.config.sigma_min
+    visited = np.concatenate([np.linspace(1e-3, 1, 800), np.geomspace(1e-3, 1, 400)])
+    return timesteps(visited * largest), timesteps(np.geomspace(smallest, 1e-3 * largest, 100))

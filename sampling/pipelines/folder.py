@@ -1,0 +1,164 @@
+"""Pipeline folders: what they hold, their labels, and how one is written without ever standing there half finished."""
+
+import inspect
+import json
+import os
+import shutil
+
+from runtime.untrusted import check_sizes, printable, read_json
+from weights.files import save_pdparams, save_safetensors
+
+TREE = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "transformer/model_state.pdparams",
+    "vae/config.json",
+    "vae/model_state.pdparams",
+)
+# The same with safe_serialization, under ppdiffusers' names.
+SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
+SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
+CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
+INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json_object(path):
+    """The object in a JSON file; ValueError with one line that names the file."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_component(path, class_name, function):
+    """Constructor keywords of a component from its JSON file.
+
+    Args:
+        path: the file.
+        class_name: what its `_class_name` must be.
+        function: takes the keywords; others are refused.
+
+    Raises:
+        ValueError: one line that names the file: not there, another class, or an unknown keyword.
+    """
+    settings = read_json_object(path)
+    if settings.get("_class_name") != class_name:
+        raise ValueError(f"{path}: holds a '{printable(settings.get('_class_name'))}', expected {class_name!r}")
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    known = inspect.signature(function).parameters
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(f"{path}: unknown setting '{printable(unknown[0])}'; known: {', '.join(known)}")
+    check_sizes(settings, path)
+    return settings
+
+
+def check_id2label(id2label, num_classes):
+    """`{"0": label, ...}` for classes 0..num_classes-1 in order; names by number for None; ValueError if one lacks."""
+    if id2label is None:
+        return {str(i): str(i) for i in range(num_classes)}
+    given = {str(key): value for key, value in id2label.items()}
+    missing = [str(i) for i in range(num_classes) if str(i) not in given]
+    extra = [key for key in given if key not in {str(i) for i in range(num_classes)}]
+    odd = [key for key, value in given.items() if not isinstance(value, str) or not value.strip()]
+    for names, what in ((missing, "no label for class"), (extra, "a label for class"), (odd, "no text for class")):
+        if names:
+            raise ValueError(f"id2label: {what} {', '.join(names[:5])}; expected one for each of 0..{num_classes - 1}")
+    return {str(i): given[str(i)] for i in range(num_classes)}
+
+
+def check_output(output_dir, overwrite=False):
+    """Raise ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
+    if os.path.isfile(output_dir):
+        raise ValueError(f"{output_dir}: is a file; expected a folder to write the pipeline to")
+    if not os.path.isdir(output_dir) or not os.listdir(output_dir):
+        return
+    if not overwrite:
+        raise ValueError(f"{output_dir}: is not empty; give another folder, or --overwrite to replace a pipeline")
+    for root, _, names in os.walk(output_dir):
+        for name in names:
+            path = os.path.relpath(os.path.join(root, name), output_dir)
+            if path not in (*TREE, *SAFE_TREE, CODE):
+                raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
+
+
+def is_exported(path):
+    """Returns whether `path` is a folder that `sampling.pipelines.inference.export_inference` wrote."""
+    return os.path.isfile(os.path.join(path, INFERENCE_MANIFEST))
+
+
+def check_free(output_dir):
+    """Raises ValueError unless `output_dir` is free for a new folder: nothing there, or an empty folder."""
+    if os.path.isfile(output_dir) or (os.path.isdir(output_dir) and os.listdir(output_dir)):
+        raise ValueError(f"{output_dir}: is there already; give the name of a new folder")
+
+
+def write_folder(output_dir, write, overwrite=False):
+    """`write(temporary folder)` beside `output_dir`, then a rename: the folder is complete or not there.
+
+    Raises:
+        ValueError: something is in the way, see `check_output`.
+    """
+    check_output(output_dir, overwrite)
+    folder, name = os.path.split(os.path.abspath(output_dir))
+    partial, old = os.path.join(folder, f".{name}.partial"), os.path.join(folder, f".{name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        os.makedirs(partial)
+        write(partial)
+        if os.path.isdir(output_dir):  # empty, or a pipeline that check_output allowed to replace
+            os.replace(output_dir, old)
+        os.replace(partial, output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels, safe_serialization=False):
+    """The files of `TREE`, or with `safe_serialization` of `SAFE_TREE`.
+
+    Args:
+        pipeline: name of the pipeline's class.
+        transformer: `(package, class name, constructor keywords)`.
+        weights: `{name: array}` of the transformer, Paddle layout.
+        scheduler: `(package, object)`. vae: the object. Both are written by their own `save_pretrained`.
+        labels: what `check_id2label` returned.
+    """
+    from ppdiffusers.version import VERSION
+
+    package, class_name, settings = transformer
+    scheduler_package, scheduler = scheduler
+    os.makedirs(os.path.join(folder, "transformer"))
+    write_json(
+        os.path.join(folder, "transformer", "config.json"),
+        {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings},
+    )
+    if safe_serialization:
+        save_safetensors(weights, os.path.join(folder, "transformer", SAFE_WEIGHTS))
+    else:
+        save_pdparams(weights, os.path.join(folder, "transformer", "model_state.pdparams"))
+    vae.save_pretrained(
+        os.path.join(folder, "vae"),
+        safe_serialization=safe_serialization,
+        to_diffusers=False,
+        max_shard_size="100GB",  # one file
+    )
+    scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+    write_json(
+        os.path.join(folder, "model_index.json"),
+        {
+            "_class_name": pipeline,
+            "_ppdiffusers_version": VERSION,
+            "id2label": labels,
+            "scheduler": [scheduler_package, type(scheduler).__name__],
+            "transformer": [package, class_name],
+            "vae": ["ppdiffusers", "AutoencoderKL"],
+        },
+    )

@@ -1,0 +1,381 @@
+"""Pipelines as static programs for Paddle Inference: a folder of programs, its export, and a sampler's view of it.
+
+The folder holds `transformer/` (latents, timesteps and labels to the network's output) and `vae/` (latents to images),
+each a program and its weights, `scheduler/` (settings of a ppdiffusers scheduler) and `inference.json`, which says the
+rest. The batch size is free, all else is fixed. Weights are float32; half precision is chosen when it is loaded.
+
+A program is code: a folder from somebody else can do on this machine whatever Paddle's operators can, write files for
+one. The JSON files and the sizes of the others are checked so that a broken folder is one line, not to make a hostile
+one safe.
+"""
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import paddle
+from paddle import nn
+from paddle.static import InputSpec
+
+from config.schema import SCALING_KEYS
+from features.autoencoder import LatentScaling
+from models import LargeDiT, build_model
+from models.state import check_finite, check_state, expected_shapes
+from runtime.untrusted import MAX_SIZE, inside, printable
+from sampling.pipelines.export import NULL_CLASS, check_vae, make_scheduler
+from sampling.pipelines.folder import (
+    INFERENCE_MANIFEST,
+    check_free,
+    read_json_object,
+    write_folder,
+    write_json,
+)
+from sampling.pipelines.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
+from sampling.step_counts import is_timestep_fit
+from weights.pretrained import without_null_rows
+
+MANIFEST = INFERENCE_MANIFEST
+FORMAT = 1
+PARTS = ("transformer", "vae")
+# A program's file: of Paddle 3, and of Paddle 2.
+PROGRAMS = ("model.json", "model.pdmodel")
+WEIGHTS = "model.pdiparams"
+
+
+@dataclass
+class Pipeline:
+    """What sampling needs, of a network in eager mode or of a loaded folder.
+
+    Attributes:
+        network: called as `network(x, t, y)`: float32 latents `(N, C, H, W)`, float32 timesteps `(N,)`, int64 labels
+            `(N,)`; returns `(N, C or 2C, H, W)`. To be exported it is an `nn.Layer`.
+        vae: an `AutoencoderKL`, or what a `LatentDecoder` needs of one.
+        scheduler: of ppdiffusers.
+        num_classes: of the network. id2label: `{id: label}`, perhaps empty.
+        null_class: the label without a class; None if the network has none.
+        in_channels, sample_size: of the latents.
+        timestep_fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` in which the timestep embedding is exact;
+            None if it is at every timestep.
+    """
+
+    network: object
+    vae: object
+    scheduler: object
+    num_classes: int
+    id2label: dict
+    null_class: int | None
+    in_channels: int
+    sample_size: int
+    timestep_fit: dict | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be exported
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StockTransformer(nn.Layer):
+    """A `ppdiffusers.Transformer2DModel` with tensors as the only arguments and result."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    @paddle.jit.not_to_static  # Paddle's rewriting of that class's source does not come to an end
+    def forward(self, x, t, y):
+        return self.transformer(x, timestep=t, class_labels=y).sample
+
+
+class Decoder(nn.Layer):
+    """An `AutoencoderKL`'s way from latents, as it encodes them itself, to images in [-1, 1]."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    @paddle.jit.not_to_static
+    def forward(self, latents):
+        return self.vae.decode(latents).sample
+
+
+def from_dit_pipeline(pipe, id2label, timestep_fit=None, network=None):
+    """Returns the `Pipeline` of a loaded `ppdiffusers.DiTPipeline`, see `load_dit_pipeline`.
+
+    Args:
+        id2label, timestep_fit: of the `Pipeline`. network: the same; None: one that can be exported.
+    """
+    transformer = pipe.transformer
+    settings = transformer.config
+    if network is None:
+        network = _large_dit(transformer) if hasattr(transformer, "y_embedder") else StockTransformer(transformer)
+    return Pipeline(
+        network,
+        pipe.vae,
+        pipe.scheduler,
+        max(id2label, default=NULL_CLASS - 1) + 1,
+        id2label,
+        NULL_CLASS if has_null_class(transformer) else None,
+        settings.in_channels,
+        settings.sample_size,
+        timestep_fit,
+    )
+
+
+def _large_dit(transformer):
+    """A Large-DiT of a pipeline as this project's own, whose weights have the same names: it has no complex numbers."""
+    settings = transformer.config
+    same = (
+        "sample_size patch_size in_channels num_layers num_attention_heads attention_head_dim multiple_of "
+        "ffn_dim_multiplier norm_eps learn_sigma qk_norm num_classes class_dropout_prob"
+    ).split()
+    network = LargeDiT(num_kv_heads=settings.n_kv_heads, **{name: settings[name] for name in same})
+    network.set_state_dict(transformer.state_dict())
+    network.eval()
+    return network
+
+
+def from_checkpoint(config, state, vae, id2label, *, scheduler="ddim", source="weights"):
+    """The `Pipeline` of a training checkpoint's config and weights.
+
+    Args:
+        config: resolved. state: `{name: array}`, Paddle layout. vae: an `AutoencoderKL`. source: for messages.
+        scheduler: "ddim" or "dpm".
+
+    Raises:
+        ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
+    """
+    settings = config["model"]
+    the_scheduler = make_scheduler(config["objective"], scheduler)
+    check_vae(vae, settings["in_channels"])
+    check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
+    check_finite(state, source=source)
+    network = build_model(settings)
+    network.set_state_dict(state)
+    network.eval()
+    count = settings["num_classes"]
+    return Pipeline(
+        network,
+        vae,
+        the_scheduler,
+        count,
+        id2label,
+        count if settings["class_dropout_prob"] > 0 else None,
+        settings["in_channels"],
+        settings["sample_size"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export_inference(pipeline, output_dir):
+    """Writes a `Pipeline` as a folder for `load_inference`: complete, or not there.
+
+    Args:
+        pipeline: in float32.
+        output_dir: not there yet, or empty.
+
+    Raises:
+        ValueError: one line: something is in the way.
+    """
+    check_free(output_dir)
+    latents = ("x", [pipeline.in_channels, pipeline.sample_size, pipeline.sample_size], "float32")
+    parts = {
+        "transformer": (pipeline.network, [latents, ("t", [], "float32"), ("y", [], "int64")]),
+        "vae": (Decoder(pipeline.vae), [latents]),
+    }
+
+    def write(folder):
+        for part, (layer, inputs) in parts.items():
+            os.makedirs(os.path.join(folder, part))
+            _save(layer, inputs, os.path.join(folder, part, "model"))
+        pipeline.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+        files = [os.path.join(part, name) for part in parts for name in sorted(os.listdir(os.path.join(folder, part)))]
+        manifest = {
+            "format": FORMAT,
+            "paddle_version": paddle.__version__,
+            "in_channels": pipeline.in_channels,
+            "sample_size": pipeline.sample_size,
+            "num_classes": pipeline.num_classes,
+            "null_class": pipeline.null_class,
+            **LatentScaling.of(pipeline.vae.config).as_dict(),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
+            "id2label": {str(key): label for key, label in pipeline.id2label.items()},
+            "timestep_fit": pipeline.timestep_fit,
+        }
+        write_json(os.path.join(folder, MANIFEST), manifest)
+
+    write_folder(output_dir, write)
+
+
+def _save(layer, inputs, path):
+    """A layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
+    layer.eval()
+    for index, table in enumerate(getattr(layer, "_rotary", ())):  # a Large-DiT's constants: saved if they are buffers
+        layer.register_buffer(f"_rotary_{index}", table, persistable=False)
+    specs = [InputSpec([None, *shape], dtype, name) for name, shape, dtype in inputs]
+    kept = layer.forward
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Paddle says of the source that it rewrites, which no user wrote
+            paddle.jit.save(paddle.jit.to_static(layer, input_spec=specs, full_graph=True), path)
+    finally:
+        layer.forward = kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cpu_has_bfloat16():
+    """Whether this CPU multiplies bfloat16 (avx512_bf16, AMX); Paddle would compute in float32 without a word."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def check_dtype(device, dtype):
+    """Raises ValueError for a type that Paddle Inference does not compute in on that device."""
+    if device == "cpu" and dtype == "float16":
+        raise ValueError("dtype float16: Paddle Inference has it on a GPU only; use float32 or bfloat16")
+    if device == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16():
+        raise ValueError("dtype bfloat16: this CPU does not have it (avx512_bf16 or AMX); use float32")
+
+
+class Predictor:
+    """A program and its weights, called with tensors.
+
+    Args:
+        program, weights: files. part: "transformer" or "vae". device: as `paddle.set_device` takes it.
+        dtype: that it computes in, as far as Paddle can; inputs and outputs are float32.
+    """
+
+    def __init__(self, program, weights, part, device, dtype):
+        from paddle import inference
+
+        config = inference.Config(program, weights)
+        config.disable_glog_info()
+        if device == "cpu":
+            config.disable_gpu()
+            threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+            config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
+            config.enable_mkldnn()
+            config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
+            if part == "vae":  # the convolutions alone: Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
+                config.delete_pass("onednn_placement_pass")
+            if dtype == "bfloat16":
+                config.enable_mkldnn_bfloat16()
+        else:
+            precision = inference.PrecisionType
+            types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
+            config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
+        self._program = program
+        with self._one_line("cannot load it"):
+            self._predictor = inference.create_predictor(config)
+
+    @contextlib.contextmanager
+    def _one_line(self, what):
+        try:
+            yield
+        except Exception as error:  # Paddle's own types, of several lines
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {printable(reason, 200)}") from None
+
+    def __call__(self, *inputs):
+        with self._one_line(f"cannot run it with the sizes of {MANIFEST}"):
+            (output,) = self._predictor.run([x.contiguous() for x in inputs])
+        return output
+
+
+def load_inference(folder, *, device="cpu", dtype="float32"):
+    """The `Pipeline` of a folder that `export_inference` wrote. Its programs are run: only for folders you trust.
+
+    Args:
+        device: "cpu", "gpu" or "gpu:N".
+        dtype: of the network: float32, bfloat16 (on a CPU: one that has it), float16 (GPU). The VAE is in float32.
+
+    Raises:
+        ValueError: one line: files that are missing, cut off or of other settings; a dtype that the device lacks.
+    """
+    check_dtype(device, dtype)
+    manifest = _read_manifest(folder)
+    scheduler = load_scheduler(manifest["scheduler"], folder)
+
+    def predictor(part, dtype):
+        program = next(name for name in PROGRAMS if f"{part}/{name}" in manifest["bytes"])
+        files = [os.path.join(folder, part, name) for name in (program, WEIGHTS)]
+        return Predictor(*files, part, device, dtype)
+
+    vae = predictor("vae", "float32")
+    return Pipeline(
+        predictor("transformer", dtype),
+        # What a `LatentDecoder` asks of an AutoencoderKL.
+        SimpleNamespace(
+            config=SimpleNamespace(
+                **{key: manifest.get(key) for key in SCALING_KEYS}, latent_channels=manifest["in_channels"]
+            ),
+            dtype=paddle.float32,
+            decode=lambda latents: SimpleNamespace(sample=vae(latents)),
+        ),
+        scheduler,
+        manifest["num_classes"],
+        {int(key): label for key, label in manifest["id2label"].items()},
+        manifest["null_class"],
+        manifest["in_channels"],
+        manifest["sample_size"],
+        manifest.get("timestep_fit"),
+    )
+
+
+def check_programs(folder):
+    """Raises ValueError, naming file and tensor, if there are weights in a folder of programs that are not finite."""
+    for part in PARTS:
+        tensors = paddle.jit.load(os.path.join(folder, part, "model")).state_dict().values()
+        state = {tensor.name: without_null_rows(tensor.numpy()) for tensor in tensors}
+        check_finite(state, source=os.path.join(folder, part, WEIGHTS))
+
+
+def _read_manifest(folder):
+    path = inside(folder, MANIFEST)
+    manifest = read_json_object(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {printable(manifest.get('format'))}, expected {FORMAT}; export it anew")
+
+    def size(value):
+        return type(value) is int and 0 < value <= MAX_SIZE
+
+    sizes = manifest.get("bytes")
+    checks = {
+        "in_channels": (size, "a positive integer"),
+        "sample_size": (size, "a positive integer"),
+        "num_classes": (size, "a positive integer"),
+        "null_class": (lambda value: value is None or size(value), "a class id or null"),
+        "scaling_factor": (lambda value: type(value) in (int, float) and value > 0, "a positive number"),
+        "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
+        "bytes": (lambda value: isinstance(value, dict) and all(type(n) is int for n in value.values()), "sizes"),
+        "id2label": (is_id2label, '{"0": "name", ...}'),
+        "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
+    }
+    for key, (good, expected) in checks.items():
+        if not good(manifest.get(key)):
+            raise ValueError(f"{path}: {key} is {printable(manifest.get(key), 40)}, expected {expected}")
+    LatentScaling.of(manifest, channels=manifest["in_channels"], source=path)
+    for part in PARTS:
+        if not any(f"{part}/{name}" in sizes for name in PROGRAMS) or f"{part}/{WEIGHTS}" not in sizes:
+            raise ValueError(f"{path}: bytes: names no program and weights of {part}")
+    for name, expected in sizes.items():
+        file = inside(folder, name)
+        found = os.path.getsize(file) if os.path.isfile(file) else None
+        if found != expected:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise ValueError(f"{file}: {state}, {MANIFEST} says {expected:,}: the folder is not whole")
+    return manifest

@@ -1,0 +1,109 @@
+"""Pipelines and autoencoders from folders and from the hub. Nothing that they hold is run, no name in them imported.
+
+ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
+model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files and makes the classes
+of the tables below; weights go through `weights.files`. A folder's own code is never run, not even that which
+`sampling.pipelines.export_large_dit` puts there: this project has it already.
+"""
+
+
+from runtime.untrusted import printable, read_json
+from sampling.step_counts import FIT_KEY, is_timestep_fit
+from weights.pretrained import _reason, find_file, load_model, read_settings
+
+# What model_index.json and the transformer's config.json may name: of a DiT, the second is diffusers' name for the same
+# settings and weights; of a Large-DiT.
+DIT_TRANSFORMERS = ("Transformer2DModel", "DiTTransformer2DModel")
+LARGE_DIT_TRANSFORMERS = ("DiTLLaMA2DModel", "LargeDiTTransformer")
+TRANSFORMERS = (*DIT_TRANSFORMERS, *LARGE_DIT_TRANSFORMERS)
+SCHEDULERS = (
+    *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+    *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+)
+
+
+def load_scheduler(kind, name_or_path, subfolder="scheduler"):
+    """The ppdiffusers scheduler of that class name, with the settings of its scheduler_config.json."""
+    import ppdiffusers
+
+    settings, path = read_settings(name_or_path, "scheduler_config.json", subfolder)
+    try:
+        return getattr(ppdiffusers, kind).from_config(settings)
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: {kind} refuses these settings: {_reason(error)}") from None
+
+
+def is_id2label(value):
+    """Whether a value out of a JSON file is `{"0": label, ...}`."""
+    return isinstance(value, dict) and all(
+        key.isascii() and key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
+    )
+
+
+def load_dit_pipeline(name_or_path, dtype=None):
+    """The `ppdiffusers.DiTPipeline` of a folder or of a name on the hub.
+
+    The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
+    `sampling.pipelines.export_large_dit`).
+
+    Args:
+        dtype: of network and VAE; None for float32.
+
+    Raises:
+        ValueError: one line: a component that is none of the classes above, or what `load_model` refuses. The hub
+            clients raise a dozen other types.
+    """
+    from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
+
+    from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
+
+    index_path = find_file(name_or_path, "model_index.json")
+    index = read_json(index_path)
+    kinds = {}
+    if not isinstance(index, dict):
+        raise ValueError(f"{index_path}: expected a JSON object")
+    for name, known in (("transformer", TRANSFORMERS), ("scheduler", SCHEDULERS), ("vae", ("AutoencoderKL",))):
+        given = index.get(name)
+        kinds[name] = given[1] if isinstance(given, list) and len(given) == 2 else None
+        if kinds[name] not in known:
+            raise ValueError(f"{index_path}: {name} is {printable(given)}, expected a {' or '.join(known)}")
+    labels = index.get("id2label") or {}
+    if not is_id2label(labels):
+        raise ValueError(f'{index_path}: id2label: expected {{"0": "name", ...}}')
+
+    large = kinds["transformer"] in LARGE_DIT_TRANSFORMERS
+    transformer = load_model(
+        LargeDiTTransformer if large else Transformer2DModel,
+        name_or_path,
+        "transformer",
+        class_names=LARGE_DIT_TRANSFORMERS if large else DIT_TRANSFORMERS,
+        dtype=dtype,
+    )
+    vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
+    # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says: what the folder was made for.
+    vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
+    return DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
+
+
+def read_timestep_fit(name_or_path):
+    """Reads in which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts`."""
+    path = find_file(name_or_path, "config.json", "transformer")
+    settings = read_json(path, infinity=True)
+    fit = settings.get(FIT_KEY) if isinstance(settings, dict) else None
+    if not is_timestep_fit(fit):
+        raise ValueError(f'{path}: {FIT_KEY}: expected {{"ddim": numbers of steps, "dpm": numbers of steps}}')
+    return fit
+
+
+def has_null_class(transformer):
+    """Whether a DiTPipeline's transformer can be guided: the exporter fills the row of a null class that is not there
+    with NaN.
+    """
+    if hasattr(transformer, "y_embedder"):  # a Large-DiT
+        embedder = transformer.y_embedder
+    else:
+        embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
+    return bool(embedder.embedding_table.weight[-1].isfinite().all())

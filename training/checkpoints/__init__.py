@@ -1,0 +1,1 @@
+"""Training checkpoints: finding, reading, restoring and writing them."""

@@ -1,0 +1,198 @@
+"""Reads what a checkpoint folder or an official training checkpoint holds, and checks it against the run."""
+
+import functools
+import os
+
+import numpy as np
+import paddle
+
+from config.schema import differences, own_config, resolve_config, sampling_differences
+from models.state import check_finite, is_state, official_to_paddle, plain_names, without_rounding
+from runtime.untrusted import inside, printable, read_json
+from training.checkpoints.find import CONFIG, EMA_STATE, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint, pick_checkpoint
+from training.checkpoints.state import _load_weights, _parts
+from training.parallel.collective import of_rank_0
+from weights.files import load_weights, readable, safe_load
+from weights.source import read_weights
+
+
+def load_checkpoint(path, experiment_name=None):
+    """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
+
+    Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
+
+    Raises:
+        ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
+    """
+    path = str(path)
+    if os.path.isfile(path):
+        return _load_official(path)
+    folder = of_rank_0(lambda: pick_checkpoint(path, experiment_name))
+    if folder is None:
+        raise ValueError(
+            f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
+            "folder of such, or an official .pt file"
+        )
+
+    def optional(name):
+        file = inside(folder, name)
+        return load_weights(file) if os.path.isfile(file) else None
+
+    state = inside(folder, STATE)
+    progress = read_json(state, infinity=True)
+    if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
+        raise ValueError(f"{state}: not the state of a training run: it has no global_step")
+
+    optimizer = inside(folder, OPTIMIZER)
+    if not os.path.isfile(optimizer):
+        raise ValueError(f"{optimizer}: no such file")
+    return Checkpoint(
+        source=folder,
+        config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
+        model=load_weights(inside(folder, MODEL)),
+        ema=optional(EMA_STATE),
+        read_optimizer=functools.partial(_read_optimizer, optimizer),
+        objective=optional(OBJECTIVE) or {},
+        progress=progress,
+    )
+
+
+def _read_optimizer(path):
+    state = safe_load(path)
+    if not isinstance(state, dict) or not all(isinstance(n, str) and is_state(entry) for n, entry in state.items()):
+        raise ValueError(f"{path}: not an optimizer's state: expected {{parameter: {{accumulator: array}}}}")
+    return state
+
+
+def _load_official(path):
+    """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
+    raw = safe_load(path, tolerant=True)
+    if isinstance(raw, dict):
+        raw = {**raw, **{name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}}
+    if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
+        raise ValueError(
+            f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
+            "weights alone use --pretrained_model_path"
+        )
+    for name in ("model", "ema"):
+        if name in raw and not is_state(raw[name]):
+            raise ValueError(f"{path}: its {name!r} is no state dict")
+        if name in raw:
+            raw[name] = plain_names(raw[name])
+            check_finite(raw[name], source=f"{path}: {name}")
+    try:
+        moments, step = _official_moments(raw)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = printable(repr(error), 200)
+        raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
+    for kind in ("moment1", "moment2"):
+        check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")
+    return Checkpoint(
+        source=path,
+        config=None,
+        model=official_to_paddle(raw["model"]),
+        ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
+        read_optimizer=lambda: moments,
+        progress={"global_step": step, **_official_batch(raw.get("args"))},
+    )
+
+
+def _official_batch(args):
+    """Returns the global batch of the run that wrote an official file, if its `args` tell."""
+    batch = args.get("global_batch_size") if isinstance(args, dict) else None
+    return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
+
+
+def _official_moments(raw):
+    names = list(raw["model"])
+    beta1, beta2 = (_number(beta, below=1) for beta in raw["opt"]["param_groups"][0]["betas"])
+    moments, step = {}, 0
+    for index, entry in raw["opt"]["state"].items():
+        name = names[index]
+        step = int(_number(entry["step"], below=1 << 53))
+        if not is_state({key: entry[key] for key in ("exp_avg", "exp_avg_sq")}):
+            raise ValueError("a moment that is no tensor")
+        moments[name] = {
+            "moment1": official_to_paddle({name: entry["exp_avg"]})[name],
+            "moment2": official_to_paddle({name: entry["exp_avg_sq"]})[name],
+            # Paddle keeps beta^(n + 1) after n steps.
+            "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
+            "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
+        }
+    return moments, step
+
+
+def _number(value, below):
+    """A number of the file, or the one in a tensor, whose power is quick to take; ValueError if it is none."""
+    value = value.item() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, (int, float)) or not 0 <= value < below:
+        raise ValueError(f"a {type(value).__name__} where a number from 0 to {below} is expected")
+    return value
+
+
+def check_same_model(checkpoint, config):
+    """Raises `ValueError` if the checkpoint's model or objective section is not the run's, naming the keys."""
+    if checkpoint.config is None:
+        return
+    for section in ("model", "objective"):
+        if listed := differences(checkpoint.config[section], config[section]):
+            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
+
+
+@paddle.no_grad()
+def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
+    """Starts a run from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
+
+    A label table for another number of classes is left as it was initialised; everything else must fit. So is a
+    position table that differs from the network's by the rounding of a half precision.
+
+    Args:
+        config: the run's; a checkpoint's own must describe the same network. None: not compared.
+        as_stored: take all numbers as they are, also those that are not finite.
+
+    Returns:
+        A sentence to print.
+
+    Raises:
+        ValueError: unreadable, not finite, or weights of another architecture.
+    """
+    note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
+    state, source = read_weights(path)
+    parameters = dict(model.named_parameters())
+    if not as_stored:
+        check_finite(state, source=source)
+        if "pos_embed" in state and "pos_embed" in parameters:
+            state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
+    table = "y_embedder.embedding_table.weight"
+    kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
+    if kept:
+        state[table] = parameters[table].numpy()  # tensor parallelism leaves it whole
+    _load_weights(state, model, source)
+    if ema is not None:
+        ema.set_state_dict(_parts(state, model))
+    return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
+
+
+# Keys whose values may differ from those of the checkpoint that a run starts from: the label table is made anew, and
+# the shapes of the weights tell of the others.
+_FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
+
+
+def _check_start(path, config, has_position_table):
+    """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
+
+    Args:
+        has_position_table: whether the run's network has one, which fits images of one size.
+
+    Raises:
+        ValueError: its network is another one.
+    """
+    own = own_config(path)
+    if own is None:
+        return ""
+    # Without a position table, as with Large-DiT's rotary positions, weights fit images of any size.
+    sizes = () if has_position_table else ("sample_size",)
+    if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
+        raise ValueError(f"{path}: holds another run's model: {listed}")
+    listed = sampling_differences(own["objective"], config["objective"])
+    return f"; they were trained for another objective: {listed}" if listed else ""

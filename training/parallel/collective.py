@@ -1,0 +1,21 @@
+"""Work for rank 0 alone, whose errors end every rank."""
+
+import paddle
+
+
+def of_rank_0(decide):
+    """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently.
+
+    An exception of it is raised on every rank.
+    """
+    answer = [None]
+    if paddle.distributed.get_rank() == 0:
+        try:
+            answer = [decide()]
+        except Exception as error:
+            answer = [error]
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]

@@ -1,0 +1,1 @@
+"""Weight files: read without executing anything, written, found, and merged from shards."""

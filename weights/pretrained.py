@@ -1,0 +1,194 @@
+"""Weights and settings of pipelines and autoencoders, from folders and from the hub. Nothing in them is executed.
+
+ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
+model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files; weights go through
+`weights.files`.
+"""
+
+import os
+
+import numpy as np
+
+from models.state import check_finite, check_state
+from runtime.untrusted import check_sizes, inside, printable, read_json
+from weights.files import load_weights
+
+# Of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own names first.
+WEIGHTS = {
+    "diffusion_paddle_model.safetensors": "paddle",
+    "model_state.pdparams": "paddle",
+    "diffusion_pytorch_model.safetensors": "torch",
+    "diffusion_pytorch_model.bin": "torch",
+}
+VARIANTS = ("", ".fp16", ".fp32")
+MAX_SHARDS = 1000
+
+
+def find_file(name_or_path, name, subfolder="", *, needed=True):
+    """The path of a file in a folder, or of a name on the hub, downloaded if need be.
+
+    Args:
+        needed: without it, None where there is surely no such file.
+
+    Raises:
+        ValueError: one line: not in the folder, or a link leads out of it. The hub clients raise a dozen other types.
+    """
+    if os.path.isdir(name_or_path):
+        path = inside(name_or_path, os.path.join(subfolder, name))
+        if os.path.exists(path):
+            return path
+        if needed:
+            raise ValueError(f"{path}: no such file")
+        return None
+    from ppdiffusers.utils import DIFFUSERS_CACHE, FROM_AISTUDIO, FROM_HF_HUB, PPDIFFUSERS_CACHE
+    from ppdiffusers.utils.download_utils import bos_aistudio_hf_download
+
+    cache = None if FROM_AISTUDIO else DIFFUSERS_CACHE if FROM_HF_HUB else PPDIFFUSERS_CACHE
+    try:
+        return bos_aistudio_hf_download(
+            str(name_or_path),
+            name,
+            subfolder=subfolder,
+            cache_dir=cache,
+            from_hf_hub=FROM_HF_HUB,
+            from_aistudio=FROM_AISTUDIO,
+        )
+    except Exception as error:
+        if needed or not _is_absent(error):
+            raise
+        return None
+
+
+def _is_absent(error):
+    """Whether a hub says that it has no such file. A lost connection must not make us take another one instead."""
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    while error is not None:  # ppdiffusers makes an OSError of it
+        if isinstance(error, EntryNotFoundError):
+            return not isinstance(error, LocalEntryNotFoundError)  # the network is not there
+        error = error.__context__
+    return False
+
+
+def read_settings(name_or_path, name, subfolder="", class_names=None):
+    """A JSON file of settings: `(keywords, path)`, without the keys that begin with `_`.
+
+    Raises:
+        ValueError: one line: broken, sizes that no network has, or not the settings of one of `class_names`.
+    """
+    path = find_file(name_or_path, name, subfolder)
+    settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
+    kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    if class_names is not None and kind not in class_names:
+        raise ValueError(f"{path}: holds a '{printable(kind)}', expected {' or '.join(class_names)}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    check_sizes(settings, path)
+    return settings, path
+
+
+def find_weights(name_or_path, subfolder=""):
+    """The files of a model's weights and their layout, "paddle" or "torch": one file, or those that an index names.
+
+    Where ppdiffusers' hub can't be reached, those that an earlier download has left.
+    """
+    try:
+        return _find_weights(name_or_path, subfolder)
+    except Exception:
+        from ppdiffusers.utils import PPDIFFUSERS_CACHE
+
+        earlier = os.path.join(PPDIFFUSERS_CACHE, name_or_path)
+        if os.path.isdir(name_or_path) or not os.path.isdir(earlier):
+            raise
+        print(f"note: {name_or_path} can't be looked up on the hub; taken from {earlier}")
+        return _find_weights(earlier, subfolder)
+
+
+def _find_weights(name_or_path, subfolder):
+    for variant in VARIANTS:
+        for name, layout in WEIGHTS.items():
+            stem, ending = os.path.splitext(name)
+            path = find_file(name_or_path, f"{stem}{variant}{ending}", subfolder, needed=False)
+            if path is not None:
+                return [path], layout
+            index = find_file(name_or_path, f"{name}.index{variant}.json", subfolder, needed=False)
+            if index is not None:
+                return [find_file(name_or_path, shard, subfolder) for shard in _shards(index)], layout
+    where = os.path.join(name_or_path, subfolder)
+    raise ValueError(f"{where}: no weights there; expected one of {', '.join(WEIGHTS)}")
+
+
+def _shards(path):
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f'{path}: expected {{"weight_map": {{weight: file}}}}')
+    shards = sorted(set(names.values()))
+    if not 0 < len(shards) <= MAX_SHARDS or any(
+        os.path.basename(name) != name or not name.isprintable() for name in shards
+    ):
+        raise ValueError(f"{path}: its weight_map names files that are not beside it, or too many")
+    return shards
+
+
+def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dtype=None):
+    """A ppdiffusers model with its weights, in eval mode.
+
+    Args:
+        model_class: of `ppdiffusers.ModelMixin`. class_names: what its config.json may name [that class].
+        name_or_path: folder, or name on the hub.
+        dtype: of the weights; None for float32.
+
+    Raises:
+        ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what
+            `load_weights` refuses. The hub clients raise a dozen other types.
+    """
+    import paddle
+
+    settings, config = read_settings(name_or_path, "config.json", subfolder, class_names or (model_class.__name__,))
+    files, layout = find_weights(name_or_path, subfolder)
+    state = {}
+    for path in files:
+        state.update(load_weights(path))
+    source = files[0] if len(files) == 1 else f"{files[0]} and its {len(files) - 1} other shards"
+    try:
+        with paddle.LazyGuard():  # no memory before the shapes are known to fit, and no initial weights
+            model = model_class.from_config(settings)
+    except Exception as error:  # whatever odd settings make a constructor say
+        raise ValueError(f"{config}: {model_class.__name__} refuses these settings: {_reason(error)}") from None
+    model._update_deprecated_state_dict(state)
+    model._convert_deprecated_attention_blocks(state)
+    if layout == "torch":
+        linear = {f"{name}.weight" for name, part in model.named_sublayers() if isinstance(part, paddle.nn.Linear)}
+        state = {name: value.T if name in linear and value.ndim == 2 else value for name, value in state.items()}
+    expected = model.state_dict(use_hook=False)
+    extra = [name for name in state if name not in expected]
+    if extra:
+        print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {printable(extra[0])}")
+    state = {name: value for name, value in state.items() if name in expected}
+    check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, source=source)
+    tables = [name for name in state if name.endswith("embedding_table.weight")]
+    check_finite({**state, **{name: without_null_rows(state[name]) for name in tables}}, source=source)
+    with paddle.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(paddle.to_tensor(state.pop(name)).astype(parameter.dtype), False)
+    if dtype is not None:
+        model.to(dtype=dtype)
+    model.eval()
+    return model
+
+
+def _reason(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def without_null_rows(value):
+    """Returns a matrix without the rows of NaN at its end, and every other array as it is.
+
+    The exporter gives such rows to a label table where there is no null class.
+    """
+    rows = len(value) if value.ndim == 2 else 0
+    while rows and np.isnan(value[rows - 1]).all():
+        rows -= 1
+    return value[:rows] if rows else value

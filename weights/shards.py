@@ -1,0 +1,85 @@
+"""Merges the official Large-DiT shards, `consolidated.NN-of-MM.pth`, into one state."""
+
+import re
+
+import numpy as np
+
+from runtime.untrusted import printable
+from weights.files import load_weights
+
+# Of the official Large-DiT: fairscale's ColumnParallelLinear splits weight and bias by rows of [out, in],
+# RowParallelLinear the weight by columns (its bias is whole everywhere), ParallelEmbedding by columns.
+_SHARD_AXES = [
+    (re.compile(pattern + "$"), axis)
+    for pattern, axis in (
+        (r"(.*\.)?attention_norm\.weight|(.*\.)?ffn_norm\.weight|t_embedder\.mlp\.2\.bias", None),
+        (r"t_embedder\.mlp\.2\.weight|y_embedder\.embedding_table\.weight", 1),
+        (r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight", 1),
+        (r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])\.weight", 0),
+        (r"layers\.\d+\.attention\.[qk]_norm\.(weight|bias)", 0),
+        (r"(layers\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)", 0),
+        (r"(x_embedder|t_embedder\.mlp\.0|final_layer\.linear)\.(weight|bias)", 0),
+    )
+]
+
+
+def shard_axis(name):
+    """The axis along which the official Large-DiT splits a parameter over tensor-parallel ranks.
+
+    Args:
+        name: official name; the axis counts in the official layout, Linear weights [out, in].
+
+    Returns:
+        0 or 1, or None for a parameter that every rank holds whole.
+
+    Raises:
+        ValueError: no parameter of Large-DiT.
+    """
+    for pattern, axis in _SHARD_AXES:
+        if pattern.match(name):
+            return axis
+    raise ValueError(f"{printable(name)} is no parameter of Large-DiT")
+
+
+def merge_shards(paths, progress=iter):
+    """The weights of tensor-parallel shards as one state, in the official layout.
+
+    One shard is in memory at a time beside the result.
+
+    Args:
+        paths: the files of all ranks, in their order.
+        progress: `progress(paths)` iterates over them, and may show how far it is.
+
+    Raises:
+        ValueError: one line: unreadable, no Large-DiT, or shards that are not those of one network.
+    """
+    merged, shapes = {}, {}
+    for rank, path in enumerate(progress(paths)):
+        shard = load_weights(path)
+        other = sorted(shard.keys() ^ shapes.keys())
+        if rank and other:
+            raise ValueError(f"{path}: {printable(other[0])} is in {paths[0]} or here, but not in both")
+        for name in list(shard):
+            value = shard.pop(name)
+            try:
+                axis = shard_axis(name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; only its shards can be merged") from None
+            if rank == 0:
+                shapes[name] = value.shape
+                if axis is not None and value.ndim <= axis:
+                    raise ValueError(f"{path}: {name} is {list(value.shape)}, which has no axis {axis} to be split")
+                full = [n * len(paths) if i == axis else n for i, n in enumerate(value.shape)]
+                merged[name] = value if axis is None else np.empty(full, value.dtype)
+            elif value.shape != shapes[name] or value.dtype != merged[name].dtype:
+                raise ValueError(
+                    f"{path}: {name} is {value.dtype} {list(value.shape)}, in {paths[0]} {merged[name].dtype} "
+                    f"{list(shapes[name])}"
+                )
+            elif axis is None and value.tobytes() != merged[name].tobytes():
+                raise ValueError(f"{path}: {name} differs from that in {paths[0]}; every shard must hold the same")
+            if axis is not None:
+                length = value.shape[axis]
+                rows = slice(rank * length, (rank + 1) * length)
+                merged[name][rows if axis == 0 else (slice(None), rows)] = value
+    return merged

@@ -5,7 +5,9 @@
     python tests/golden/runs/record.py --check --tolerance 2e-4 DiT SiT
 
 Bits are the same on one machine and one Paddle only: what another processor rounds differently grows over the steps.
-So check bit for bit where you have recorded, before and after a change that must not change numbers.
+So check bit for bit where you have recorded, before and after a change that must not change numbers. One of some 200
+runs differed by a last bit (6e-8) on a busy machine, for a reason that was not found: repeat such a check before you
+believe it. Other instruction sets were 6e-7 apart at most.
 
 It uses what the README documents and nothing else (commands, flags, config keys, files, `models`, `diffusion`,
 `transport`), so that it outlives whatever happens behind these.

@@ -11,7 +11,7 @@
 - slow: writing is slowed down to so many bytes a second; training must go on meanwhile.
 - saving: the time that the loop is inside its save call, against the reference's way in the same process and to the
   same disk: paddle.save of network, averages and optimizer, while the loop waits. Both in turn, medians.
-- fuzz: the mutated files of tests/faults/mutations.py, many more than in the tests.
+- fuzz: the mutated files of tests/support/mutations.py, many more than in the tests.
 
 Trainings are forked from a process that has imported Paddle and computed nothing: a start takes half a second, not ten.
 A kill is that of a process. It does not show what a power cut leaves on a disk.
@@ -66,7 +66,7 @@ class Run:
     def __init__(
         self, folder, loop, *, steps, save_every=2, batch=4, output=None, config=None, features=None, flags=()
     ):
-        from conftest import TINY_MODELS, loop_arguments, write_features
+        from support.runs import TINY_MODELS, loop_arguments, write_features
 
         self.folder, self.loop, self.steps = folder, loop, steps
         self.output = output or os.path.join(folder, "out")
@@ -155,7 +155,7 @@ class Run:
 
     def losses(self):
         """`{step: loss}`, of all experiment folders that restarts have made."""
-        from conftest import read_losses
+        from support.runs import read_losses
 
         folders = sorted(glob.glob(os.path.join(self.output, "**", "metrics.jsonl"), recursive=True))
         losses = {}
@@ -618,7 +618,7 @@ def time_both_ways(run, path, every):
 
 
 def saving(args, folder):
-    from conftest import write_features
+    from support.runs import write_features
 
     figures = {}
     with open(args.config_file) as file:
@@ -658,7 +658,7 @@ def saving(args, folder):
 
 
 def fuzz(args, folder):
-    import mutations
+    from support import mutations
 
     rows = mutations.fuzz_all(list(mutations.READERS), args.mutations, args.seed)
     return {row.pop("reader"): row for row in rows}

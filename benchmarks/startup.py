@@ -156,7 +156,7 @@ def first_step_worker(loop, started, arguments):
 
 
 def measure_first(turns, folder):
-    from conftest import loop_arguments
+    from support.runs import loop_arguments
 
     from benchmarks.data import write_packed
 

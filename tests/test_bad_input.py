@@ -5,14 +5,7 @@ import shutil
 import numpy as np
 import paddle
 import pytest
-from conftest import (
-    checkpoint_path,
-    launch,
-    loop_arguments,
-    run_script,
-    write_config,
-    write_features,
-)
+from support.runs import checkpoint_path, launch, loop_arguments, run_script, write_config, write_features
 
 LOOPS = ("trainer", "notrainer")
 

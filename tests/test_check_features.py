@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script, write_config
 from PIL import Image
+from support.runs import ROOT, run_script, write_config
 from test_data import pack_set, write_set
 
 from tools.check_features import main

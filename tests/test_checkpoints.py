@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
+from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
 from runtime.process import SAVING_THREAD
 from training.checkpoints import whole_folder as manifest
@@ -26,7 +26,7 @@ FILES = ["config.json", "model_state.pdparams", "ema_state.pdparams", "optimizer
 @pytest.fixture(scope="module")
 def saved(features, tmp_path_factory):
     """`{loop: output folder}` of finished runs of 6 steps with checkpoints at 2, 4 and 6: never written to."""
-    from conftest import run_in_process
+    from support.runs import run_in_process
 
     outputs = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from support.runs import ROOT
 
 from config.flags import notrainer_parser, resolve_training, trainer_parser
 from config.schema import load_config, resolve_config

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, ROOT, command_environment, relative_error
+from support.golden import GOLDEN, relative_error
+from support.runs import ROOT, command_environment
 
 from config.schema import resolve_config
 from diffusion import create_diffusion

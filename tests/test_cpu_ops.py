@@ -6,8 +6,8 @@ import time
 import numpy as np
 import paddle
 import pytest
-from conftest import TINY_MODELS
 from paddle.nn import functional as F
+from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
 from models import build_model, cpu_ops

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
+from support.runs import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
 
 from features import pairs
 from features.dataset import FeatureDataset

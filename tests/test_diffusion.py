@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, launch
+from support.runs import ROOT, launch
 
 from diffusion import (
     GaussianDiffusion,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_environment
 from PIL import Image
+from support.runs import command_environment
 
 from features.extraction import PairWriter
 from features.images import find_images, load_image

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from conftest import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
 from PIL import Image
 from ppdiffusers import AutoencoderKL
+from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
 
 import infer_demo_dit
 import infer_demo_sit

@@ -8,8 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from golden.runs import record
+from support.runs import ROOT
 
 # Each model by one loop: that both give the same numbers is tests/test_loops.py's.
 LOOP = {"DiT": "trainer", "SiT": "notrainer", "LargeDiT": "notrainer", "LargeSiT": "trainer"}

@@ -9,8 +9,8 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import load_golden
 from PIL import Image
+from support.golden import load_golden
 
 from features.image_source import ImageSource, open_source, printable
 from features.images import center_crop, dim_note, load_pixels

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, relative_error
 from PIL import Image
+from support.golden import GOLDEN, relative_error
 from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit

@@ -8,8 +8,9 @@ import tempfile
 import numpy as np
 import pytest
 import test_large_dit_tools
-from conftest import GOLDEN, ROOT
 from PIL import Image
+from support.golden import GOLDEN
+from support.runs import ROOT
 from test_convert import make_config, make_model, state_of, tree_of
 
 import infer_demo_dit

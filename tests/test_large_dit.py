@@ -6,8 +6,9 @@ import math
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, ROOT, golden_inputs, golden_network, load_golden, relative_error
 from paddle.nn import functional as F
+from support.golden import GOLDEN, golden_inputs, golden_network, load_golden, relative_error
+from support.runs import ROOT
 
 from config.schema import load_config, resolve_config
 from models import LargeDiT, LargeSiT, build_model

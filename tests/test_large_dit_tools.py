@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, TINY_MODELS, command_environment, relative_error
 from PIL import Image
+from support.golden import relative_error
+from support.runs import ROOT, TINY_MODELS, command_environment
 from test_convert import TestPipeline as StockPipeline
 from test_convert import make_vae, state_of, tree_of
 

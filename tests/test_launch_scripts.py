@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, command_environment, free_port, read_losses, write_config
+from support.runs import ROOT, command_environment, free_port, read_losses, write_config
 
 from config.schema import load_config
 

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from support.runs import ROOT
 
 OURS = {
     *("runtime", "config", "diffusion", "transport", "models", "objectives", "weights", "features", "sampling"),

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import (
+from PIL import Image
+from support.runs import (
     ROOT,
     TINY_MODELS,
     checkpoint_path,
@@ -16,7 +17,6 @@ from conftest import (
     run_in_process,
     write_config,
 )
-from PIL import Image
 
 from weights.files import safe_load
 
@@ -190,7 +190,7 @@ def parallel_runs(features, tmp_path_factory):
             runs_file = folder / f"{group[0]}.json"
             runs_file.write_text(json.dumps(runs))
             log_dir = folder / f"{group[0]}-log"
-            finished = launch(CASES[group[0]].ranks, "tests/run_loops.py", [runs_file], log_dir)
+            finished = launch(CASES[group[0]].ranks, "tests/support/run_loops.py", [runs_file], log_dir)
             logs = [path.read_text()[-2000:] for path in sorted(log_dir.glob("workerlog.*"))]
             assert finished.returncode == 0, "\n".join(logs)
             done.add(index)

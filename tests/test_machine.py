@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.runs import ROOT
 
 import models
 from runtime import machine

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import paddle
 import pytest
-from conftest import golden_inputs, golden_network, load_golden, relative_error
+from support.golden import golden_inputs, golden_network, load_golden, relative_error
 
 from models import DiT, build_model
 from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from conftest import TINY_MODELS
+from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
 from models import build_model

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, TINY_MODELS, command_environment, run_script
+from support.runs import ROOT, TINY, TINY_MODELS, command_environment, run_script
 
 from benchmarks.memory import measure, planned_for
 from config.schema import load_config, resolve_config

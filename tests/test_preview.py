@@ -5,9 +5,9 @@ import json
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, loop_arguments, read_losses, write_config, write_features
 from PIL import Image
 from ppdiffusers import AutoencoderKL
+from support.runs import ROOT, loop_arguments, read_losses, write_config, write_features
 
 from config.schema import resolve_config
 from models import build_model

@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from conftest import loop_arguments, write_config
+from support.runs import loop_arguments, write_config
 
 from runtime import progress
 

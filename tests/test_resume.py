@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from conftest import (
+from paddle.amp import grad_scaler
+from support.runs import (
     ROOT,
     checkpoint_path,
     launch,
@@ -21,7 +22,6 @@ from conftest import (
     write_config,
     write_features,
 )
-from paddle.amp import grad_scaler
 from test_data import write_set
 
 from features.dataset import FeatureDataset
@@ -389,7 +389,7 @@ def on_two_ranks(unbroken, moments, tmp_path_factory):
         )
     runs_file = folder / "runs.json"
     runs_file.write_text(json.dumps(runs))
-    finished = launch(2, "tests/run_loops.py", [runs_file], folder / "log")
+    finished = launch(2, "tests/support/run_loops.py", [runs_file], folder / "log")
     logs = [path.read_text()[-2000:] for path in sorted((folder / "log").glob("workerlog.*"))]
     assert finished.returncode == 0, "\n".join(logs)
     return outputs

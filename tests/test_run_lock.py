@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, checkpoint_path, command_environment, launch, loop_arguments, read_losses, write_config
+from support.runs import ROOT, checkpoint_path, command_environment, launch, loop_arguments, read_losses, write_config
 
 from objectives import DiffusionObjective
 

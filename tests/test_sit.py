@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 import pytest
-from conftest import golden_inputs, golden_network, load_golden, relative_error
+from support.golden import golden_inputs, golden_network, load_golden, relative_error
 
 from models import DiT, SiT, build_model
 

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, ROOT, TINY_MODELS, command_environment, load_golden, relative_error
 from PIL import Image
+from support.golden import GOLDEN, load_golden, relative_error
+from support.runs import ROOT, TINY_MODELS, command_environment
 from test_convert import make_vae, state_of, tree_of
 
 import infer_demo_dit

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, write_config
+from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, write_config
 
 from benchmarks.startup import commands, help_command
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import (
+from support.runs import (
     ROOT,
     checkpoint_path,
     command_environment,

@@ -5,17 +5,9 @@ import json
 import numpy as np
 import paddle
 import pytest
-from conftest import (
-    GOLDEN,
-    TINY_MODELS,
-    checkpoint_path,
-    load_golden,
-    loop_arguments,
-    read_losses,
-    relative_error,
-    write_config,
-)
 from paddle import nn
+from support.golden import GOLDEN, load_golden, relative_error
+from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, read_losses, write_config
 
 from config.schema import resolve_config
 from features.order import MicroBatchSampler, SampleStream, total_steps

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import paddle
 import pytest
-from conftest import load_golden, relative_error
+from support.golden import load_golden, relative_error
 from test_sit import golden_model
 
 from models.state import official_to_paddle

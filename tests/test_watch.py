@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from conftest import (
+from support.runs import (
     ROOT,
     checkpoint_path,
     launch,
@@ -562,7 +562,7 @@ def test_parallel_runs(spoiled, tmp_path, run_loop, monkeypatch, capsys, flags):
     if "tensor" in flags:
         runs = [[loop, arguments[:-1]] for loop, arguments in runs]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    finished = launch(2, "tests/run_loops.py", [tmp_path / "runs.json"], tmp_path / "log")
+    finished = launch(2, "tests/support/run_loops.py", [tmp_path / "runs.json"], tmp_path / "log")
     logs = "\n".join(log.read_text()[-3000:] for log in sorted((tmp_path / "log").glob("workerlog.*")))
     assert finished.returncode != 0 and f"step {BAD}: the loss is nan" in logs, logs
 

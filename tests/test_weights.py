@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import paddle
 import pytest
-from conftest import GOLDEN, load_golden, relative_error
+from support.golden import GOLDEN, load_golden, relative_error
 
 from models import DiT
 from models.state import check_finite, check_state, expected_shapes, official_to_paddle, paddle_to_official

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
+from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
 from benchmarks import faults
 from training.checkpoints import whole_folder as manifest

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from conftest import run_script
+from support.runs import run_script
 
 from benchmarks import faults
 

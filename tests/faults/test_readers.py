@@ -20,9 +20,9 @@ import numpy as np
 import paddle
 import pytest
 import requests
-from conftest import TINY_MODELS, write_config, write_features
-from mutations import READERS, fuzz_all
 from PIL import Image
+from support.mutations import READERS, fuzz_all
+from support.runs import TINY_MODELS, write_config, write_features
 from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit

@@ -1,6 +1,6 @@
 """Damages valid files in seeded ways, as accidents and attackers do, and watches what the readers make of them.
 
-    python tests/faults/mutations.py READER[,READER...] COUNT [SEED]
+    python tests/support/mutations.py READER[,READER...] COUNT [SEED]
 
 A reader must load a file or refuse it: `ValueError` or `OSError`, one line that names the file, in little time and
 memory. Prints one line of JSON a reader. It runs alone, in a process that may take `HEADROOM` bytes more than it has.

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share; it may import anything of the project."""

@@ -24,7 +24,7 @@ def train(args, config, stopping):
     from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
     from features.loader import FeatureLoader
-    from objectives import Rows, build_objective
+    from objectives import Batch, Rows, build_objective
     from runtime.process import init_distributed, resolve_device, say, seed_step
     from runtime.run_lock import RunLock
     from training import setup
@@ -166,13 +166,13 @@ def train(args, config, stopping):
     for step in range(first_step + 1, last_step + 1):
         # Forward and backward, micro-batch by micro-batch.
         for micro_step in range(accumulation_steps):
-            x, y = next(batches)  # (n, C, h, w), (n,)
+            batch = Batch(*next(batches))  # (n, C, h, w), (n,)
             seed_step(settings["seed"], step)
             last_micro_step = micro_step == accumulation_steps - 1
             keep_local = network is not model and not last_micro_step
             with network.no_sync() if keep_local else contextlib.nullcontext():
                 with precision.autocast():
-                    loss = objective.training_losses(network, x, y, Rows(*sampler.rows(micro_step)))["loss"].mean()
+                    loss = objective.training_losses(network, batch, Rows(*sampler.rows(micro_step)))["loss"].mean()
                 scaler.scale(loss / accumulation_steps).backward()
             watch.add(loss.detach())
         stopping.phase("updating the weights")

@@ -48,7 +48,7 @@ class Training:
         import paddle
 
         from config.schema import load_config
-        from objectives import build_objective
+        from objectives import Batch, build_objective
         from training import setup
         from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
         from training.supervision.number_watch import NumberWatch
@@ -62,8 +62,8 @@ class Training:
         self.ema, self.watch = setup.build_ema(self.config, self.model), NumberWatch(settings)
         self.lr_scheduler = build_lr_scheduler(settings, 1 << 20)
         self.optimizer = build_optimizer(self.model, settings, self.lr_scheduler, watch=self.watch)
-        self.x = paddle.randn([batch_size, shape["in_channels"], shape["sample_size"], shape["sample_size"]])
-        self.y = paddle.randint(0, shape["num_classes"], [batch_size])
+        x = paddle.randn([batch_size, shape["in_channels"], shape["sample_size"], shape["sample_size"]])
+        self.batch = Batch(x, paddle.randint(0, shape["num_classes"], [batch_size]))
         self.masters, self.steps = master_weights, 0
         self.model.train()
 
@@ -71,7 +71,7 @@ class Training:
         """A training step; returns its seconds."""
         start = time.perf_counter()
         self.steps += 1
-        loss = self.objective.training_losses(self.model, self.x, self.y)["loss"].mean()
+        loss = self.objective.training_losses(self.model, self.batch)["loss"].mean()
         loss.backward()
         self.watch.add(loss.detach())
         self.watch.begin_update(self.steps, 1e-4)

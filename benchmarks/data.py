@@ -246,7 +246,7 @@ def waiting(folder, num_workers, args):
 
     from config.schema import load_config
     from features.loader import FeatureLoader
-    from objectives import Rows, build_objective
+    from objectives import Batch, Rows, build_objective
     from runtime.process import resolve_device
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer
@@ -266,7 +266,7 @@ def waiting(folder, num_workers, args):
         start = time.perf_counter()
         x, y = next(batches)
         arrived = time.perf_counter()
-        loss = objective.training_losses(model, x, y, Rows(0, args.batch_size, args.batch_size))["loss"].mean()
+        loss = objective.training_losses(model, Batch(x, y), Rows(0, args.batch_size, args.batch_size))["loss"].mean()
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()

@@ -88,7 +88,7 @@ def _batch(case):
 
 def _paddle_step(case):
     """`(step, forward, states)` of this project: the hand-written loop's step."""
-    from objectives import build_objective
+    from objectives import Batch, build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
     from training.supervision.number_watch import NumberWatch
@@ -104,7 +104,7 @@ def _paddle_step(case):
     numbers = iter(range(1, 1 << 30))
 
     def forward():
-        return objective.training_losses(model, x, y)["loss"].mean()
+        return objective.training_losses(model, Batch(x, y))["loss"].mean()
 
     def step():
         loss = forward()
@@ -134,7 +134,7 @@ def _reference_step(case):
     from paddle.nn import functional as F
 
     from models import attention, cpu_ops, dit
-    from objectives import build_objective
+    from objectives import Batch, build_objective
     from training import setup
 
     def modulate(x, shift, scale):
@@ -165,7 +165,7 @@ def _reference_step(case):
     x, y = _batch(case)
 
     def forward():
-        return objective.training_losses(model, x, y)["loss"].mean()
+        return objective.training_losses(model, Batch(x, y))["loss"].mean()
 
     def step():
         loss = forward()

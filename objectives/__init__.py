@@ -2,9 +2,9 @@
 
 `build_objective(config)` returns an object with
 
-- `draw(x, rows=None) -> dict` of the random numbers of a training step, per sample,
-- `training_losses(model, x, y, rows=None, drawn=None) -> dict` of per-sample tensors with the key `loss`,
-- `validation_losses(model, x, y, place, noise) -> (N,)`, with nothing left to chance,
+- `draw(batch, rows=None) -> dict` of the random numbers of a training step, per sample,
+- `training_losses(model, batch, rows=None, drawn=None) -> dict` of per-sample tensors with the key `loss`,
+- `validation_losses(model, batch, place, noise) -> (N,)`, with nothing left to chance,
 - `end_step()`, called once after each optimizer step,
 - `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
 - `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
@@ -12,11 +12,11 @@
 The loops know nothing else, so neither of them asks which model it trains.
 """
 
-from objectives.base import Rows
+from objectives.base import Batch, Rows
 from objectives.diffusion import DiffusionObjective
 from objectives.transport import TransportObjective
 
-__all__ = ["OBJECTIVES", "DiffusionObjective", "Rows", "TransportObjective", "build_objective"]
+__all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective"]
 
 OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 

@@ -1,4 +1,4 @@
-"""The place of a micro-batch in the global batch, and draws that depend on that place alone."""
+"""A micro-batch, its place in the global batch, and draws that depend on that place alone."""
 
 from collections import namedtuple
 
@@ -6,6 +6,9 @@ import paddle
 
 # Where a rank's micro-batch stands in the global batch of an optimizer step: rows [start, stop) of `total`.
 Rows = namedtuple("Rows", "start stop total")
+
+# A micro-batch: latents `x` (N, C, H, W), labels `y` (N,) int64, and a dict of what else a recipe needs, by name.
+Batch = namedtuple("Batch", "x y extras", defaults=({},))
 
 
 def _draw(sampler, rows):

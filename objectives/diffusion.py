@@ -27,47 +27,47 @@ class DiffusionObjective:
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
 
-    def draw(self, x, rows=None):
+    def draw(self, batch, rows=None):
         """The random numbers for `training_losses`, of shape `(N,)` but for the noise.
 
         Returns:
-            dict of `t`, `weights` (of the losses), `noise` as x, and `force_drop_ids` if labels are dropped.
+            dict of `t`, `weights` (of the losses), `noise` as `batch.x`, and `force_drop_ids` if labels are dropped.
         """
+        x = batch.x
         rows = rows or Rows(0, x.shape[0], x.shape[0])
         t, weights = self.timestep_sampler.sample(rows.total)
         t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
         noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
         return {"t": t, "weights": weights, "noise": noise, **_label_dropout(self._class_dropout_prob, rows)}
 
-    def training_losses(self, model, x, y, rows=None, drawn=None):
+    def training_losses(self, model, batch, rows=None, drawn=None):
         """Losses at random timesteps.
 
         Args:
             model: called as `model(x_t, t, y, force_drop_ids=...)`.
-            x: clean latents `(N, C, H, W)`, scaled to about unit variance.
-            y: labels `(N,)`, int64.
+            batch: a `Batch`; its latents are clean and scaled to about unit variance.
             rows: where these N samples stand in the global batch; None if they are all of it.
             drawn: what `draw` returned earlier; None to draw now.
 
         Returns:
             dict of `(N,)` tensors: `loss`, and its parts (`mse`, `vb`) where there are any.
         """
-        drawn = self.draw(x, rows) if drawn is None else dict(drawn)
+        drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
         t, weights, noise = drawn.pop("t"), drawn.pop("weights"), drawn.pop("noise")
-        model_kwargs = {"y": y, **drawn}
-        losses = self.diffusion.training_losses(model, x, t, model_kwargs, noise=noise)
+        model_kwargs = {"y": batch.y, **drawn}
+        losses = self.diffusion.training_losses(model, batch.x, t, model_kwargs, noise=noise)
         if self._learns:
             self._seen.append((t, losses["loss"].detach()))
             # Importance weights keep the mean loss what it is under uniform timesteps.
             losses["loss"] = losses["loss"].astype("float32") * weights
         return losses
 
-    def validation_losses(self, model, x, y, place, noise):
+    def validation_losses(self, model, batch, place, noise):
         """Losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
 
         Args:
             model: in evaluation mode, called as `model(x_t, t, y)`.
-            x, y: as in `training_losses`.
+            batch: a `Batch`.
             place: `(N,)` in [0, 1): where in the process, 0 its first timestep.
             noise: `(N, C, H, W)`, standard normal.
 
@@ -75,7 +75,7 @@ class DiffusionObjective:
             `(N,)`.
         """
         t = (place * self.diffusion.num_timesteps).astype("int64")
-        return self.diffusion.training_losses(model, x, t, {"y": y}, noise=noise)["loss"]
+        return self.diffusion.training_losses(model, batch.x, t, {"y": batch.y}, noise=noise)["loss"]
 
     def end_step(self):
         """Lets the timestep sampler learn from the step's losses: all micro-batches drew from the same distribution."""

@@ -20,23 +20,25 @@ class TransportObjective:
         self._class_dropout_prob = config["model"]["class_dropout_prob"]
         self.transport = create_transport(**settings)
 
-    def draw(self, x, rows=None):
+    def draw(self, batch, rows=None):
         """As `DiffusionObjective.draw`, without `weights`."""
+        x = batch.x
         rows = rows or Rows(0, x.shape[0], x.shape[0])
         x0 = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
         t = _draw(self.transport.sample_timesteps, rows)
         return {"t": t, "noise": x0, **_label_dropout(self._class_dropout_prob, rows)}
 
-    def training_losses(self, model, x, y, rows=None, drawn=None):
+    def training_losses(self, model, batch, rows=None, drawn=None):
         """Losses at random times; arguments and result as `DiffusionObjective.training_losses`, with part `pred`."""
-        drawn = self.draw(x, rows) if drawn is None else dict(drawn)
+        drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
         t, x0 = drawn.pop("t"), drawn.pop("noise")
-        return self.transport.training_losses(model, x, {"y": y, **drawn}, x0=x0, t=t)
+        return self.transport.training_losses(model, batch.x, {"y": batch.y, **drawn}, x0=x0, t=t)
 
-    def validation_losses(self, model, x, y, place, noise):
+    def validation_losses(self, model, batch, place, noise):
         """Losses at given times and noise; as `DiffusionObjective.validation_losses`, `place` from noise to data."""
         t0, t1 = self.transport.check_interval(self.transport.train_eps, self.transport.sample_eps)
-        return self.transport.training_losses(model, x, {"y": y}, x0=noise, t=place * (t1 - t0) + t0)["loss"]
+        t = place * (t1 - t0) + t0
+        return self.transport.training_losses(model, batch.x, {"y": batch.y}, x0=noise, t=t)["loss"]
 
     def end_step(self):
         """Nothing here learns."""

@@ -14,7 +14,7 @@ from models import build_model, cpu_ops
 from models.dit import Mlp, modulate
 from models.large_dit import rotary_table, rotate
 from models.parallel import linear
-from objectives import build_objective
+from objectives import Batch, build_objective
 from training.optimizer import build_lr_scheduler, build_optimizer
 
 
@@ -245,7 +245,7 @@ def test_a_hundred_steps_are_those_of_the_plain_formulas(kind):
         x, y = paddle.randn([8, channels, side, side]), paddle.randint(0, 10, [8])
         values = []
         for _ in range(100):
-            loss = objective.training_losses(model, x, y)["loss"].mean()
+            loss = objective.training_losses(model, Batch(x, y))["loss"].mean()
             loss.backward()
             optimizer.step()
             optimizer.clear_grad()

@@ -79,7 +79,7 @@ def measured_activations(config, batch, recompute):
     from paddle.base import core
 
     from models import build_model
-    from objectives import build_objective
+    from objectives import Batch, build_objective
 
     def allocated(which):
         return getattr(core, f"host_memory_stat_{which}_value")("Allocated", 0)
@@ -92,7 +92,7 @@ def measured_activations(config, batch, recompute):
         before = allocated("current")
         core.host_memory_stat_reset_peak_value("Allocated", 0)
         x = paddle.randn([batch, config["model"]["in_channels"], side, side])
-        loss = objective.training_losses(model, x, paddle.randint(0, 10, [batch]))["loss"].mean()
+        loss = objective.training_losses(model, Batch(x, paddle.randint(0, 10, [batch])))["loss"].mean()
         forward = allocated("current") - before
         loss.backward()
         peak = allocated("peak") - before

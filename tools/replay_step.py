@@ -68,7 +68,7 @@ def replay(folder, config, batch, state):
     import numpy as np
     import paddle
 
-    from objectives import build_objective
+    from objectives import Batch, build_objective
     from runtime.progress import tqdm
     from training import setup
     from training.checkpoints.read import load_pretrained
@@ -87,8 +87,8 @@ def replay(folder, config, batch, state):
     def losses_of(rows):
         drawn = {name: paddle.to_tensor(batch[name][rows]) for name in drawn_names}
         with precision.autocast():
-            x, y = (paddle.to_tensor(batch[name][rows]) for name in "xy")
-            return objective.training_losses(model, x, y, drawn=drawn)["loss"]
+            micro_batch = Batch(*(paddle.to_tensor(batch[name][rows]) for name in "xy"))
+            return objective.training_losses(model, micro_batch, drawn=drawn)["loss"]
 
     count, size = len(batch["y"]), state["micro_batch"]
     losses = []

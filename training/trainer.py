@@ -8,7 +8,7 @@ import paddle
 from paddlenlp.trainer import Trainer, TrainerCallback
 
 from features.loader import FeatureLoader
-from objectives import Rows
+from objectives import Batch, Rows
 from runtime.process import seed_step
 from training import setup
 from training.checkpoints.saver import CheckpointSaver
@@ -184,8 +184,7 @@ class LatentDiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, rows=None, return_outputs=False):
         """Mean loss of a micro-batch `(latents (n, C, h, w), labels (n,))`."""
-        x, y = inputs
-        losses = self.objective.training_losses(model, x, y, rows)
+        losses = self.objective.training_losses(model, Batch(*inputs), rows)
         loss = losses["loss"].mean()
         return (loss, losses) if return_outputs else loss
 

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from objectives import Batch
 from training.averages import ema_weights
 from training.parallel.shares import Shares
 
@@ -52,9 +53,9 @@ class Validation:
                 indices = np.zeros(1, "int64")
             x, y = self.dataset.read(indices)
             noise = np.stack([self._noise(index, x.shape[1:]) for index in indices])
-            tensors = [paddle.to_tensor(array) for array in (x, y, self._places[indices], noise)]
+            x, y, place, noise = (paddle.to_tensor(array) for array in (x, y, self._places[indices], noise))
             with precision.autocast():
-                losses = self.objective.validation_losses(model, *tensors)
+                losses = self.objective.validation_losses(model, Batch(x, y), place, noise)
             if mine:
                 total = total + losses.astype("float32").sum()
         if dist.get_world_size() > 1:

@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from objectives import Rows
+from objectives import Batch, Rows
 from runtime.process import counted, seed_step
 from training.checkpoints.saver import write_checkpoint
 from training.checkpoints.state import whole_weights
@@ -118,11 +118,11 @@ def _compute(step, batch, config, model, objective, sampler, precision):
     """The rows of one micro-batch, `{name: (n, ...) array}`."""
     micro_step, indices, positions, *arrays = batch
     rows = Rows(*sampler.rows(micro_step))
-    x, y = (paddle.to_tensor(array) for array in arrays)
+    micro_batch = Batch(*(paddle.to_tensor(array) for array in arrays))
     seed_step(config["training"]["seed"], step)
     with precision.autocast():
-        drawn = objective.draw(x, rows)
-        loss = objective.training_losses(model, x, y, drawn=drawn)["loss"]
+        drawn = objective.draw(micro_batch, rows)
+        loss = objective.training_losses(model, micro_batch, drawn=drawn)["loss"]
     count = len(indices)
     return {
         "x": arrays[0],

@@ -86,7 +86,7 @@ class Training:
 
     def parts(self):
         """What `CheckpointSaver.save` takes."""
-        progress = {"global_step": self.steps, "samples_seen": self.steps * len(self.x)}
+        progress = {"global_step": self.steps, "samples_seen": self.steps * len(self.batch.x)}
         names = ("config", "model", "optimizer", "lr_scheduler", "ema", "objective")
         return {**{name: getattr(self, name) for name in names}, "scaler": None, "progress": progress}
 

@@ -41,9 +41,10 @@ if [ -n "${image_size:-}" ] && [ "$image_size" != "$resolution" ]; then
     exit 2
 fi
 
-# Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
-# USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
-# max_grad_norm gradient_accumulation_steps
+# Flags that a variable of the same name gives, or FLAG=VARIABLE. Not set: the config's `training` section decides
+# (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
+CONFIG_FLAGS="gradient_accumulation_steps learning_rate weight_decay lr_scheduler_type warmup_steps max_grad_norm use_ema
+    bf16=USE_AMP fp16_opt_level=FP16_OPT_LEVEL recompute enable_xformers_memory_efficient_attention=enable_xformers"
 
 # signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
 # the launcher. That stands still meanwhile, because one that starts a process just then would leave it behind, training.
@@ -91,21 +92,11 @@ launch() {
     for word in "$@"; do
         case "$word" in -h | --help) exec "$PYTHON" "$script" --help ;; esac  # at once, and not into the launcher's log
     done
-    # Both loops' switches, each only where its variable is set; the flags that follow win over them.
-    set -- \
-        ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
-        ${learning_rate:+--learning_rate "$learning_rate"} \
-        ${weight_decay:+--weight_decay "$weight_decay"} \
-        ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
-        ${warmup_steps:+--warmup_steps "$warmup_steps"} \
-        ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
-        ${use_ema:+--use_ema "$use_ema"} \
-        ${USE_AMP:+--bf16 "$USE_AMP"} \
-        ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
-        ${recompute:+--recompute "$recompute"} \
-        ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
-        --disable_tqdm "${disable_tqdm:-True}" \
-        "$@"
+    set -- --disable_tqdm "${disable_tqdm:-True}" "$@"  # the flags that follow win over these
+    for pair in $CONFIG_FLAGS; do
+        eval "given=\${${pair#*=}:-}"
+        if [ -n "$given" ]; then set -- "--${pair%%=*}" "$given" "$@"; fi
+    done
     for name in TRAINING_PYTHON enable_tensorboard; do # in PaddleMIX's README
         eval "given=\${$name:-}"
         if [ -n "$given" ]; then

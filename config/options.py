@@ -250,7 +250,7 @@ AVERAGES_PRECISION_KEYS = {
     "ema_decay": Option(0.9999, BELOW_1, "decay of the average", True),
     "ema_warmup": Option(False, BOOL, "let the decay grow from 0.1 in the first updates", True),
     "recompute": Option(False, BOOL, "recompute blocks in the backward pass: less memory, same gradients", True),
-    "amp_dtype": Option("float32", one_of("float32", "float16", "bfloat16"), "flags: `--bf16`, `--fp16`"),
+    "amp_dtype": Option("float32", one_of("float32", "float16", "bfloat16"), "precision; flags `--bf16`, `--fp16`"),
     "amp_level": Option("O1", one_of("O1", "O2"), "O1: float32 weights; O2: half, float32 masters", "fp16_opt_level"),
     "fused_attention": Option(False, BOOL, "fused attention where device and dtype allow it; same numbers", _FUSED),
 }
@@ -371,7 +371,7 @@ LOG_FLAGS = {
     "disable_tqdm": Flag(None, BOOL, "no progress bar on a terminal; in a log there is none", unset="False"),
 }
 STOPPING_FLAGS = {
-    "max_hours": Flag(None, ABOVE_0, "save and exit with code 75 before X hours are over", unset="no limit"),
+    "max_hours": Flag(None, ABOVE_0, "save and exit with code 75 within X hours of the start", unset="no limit"),
     "hang_timeout": Flag(1800, FROM_0, "end a job, exit code 70, when a rank hangs for X seconds; 0: never"),
 }
 PREVIEW_FLAGS = {
@@ -387,8 +387,8 @@ PARALLEL_FLAGS = {
     "dp_degree": Flag(None, INT, "data parallel; follows from the others", TRAINER, "all ranks"),
     "sharding": Flag("", TEXT, "what is split: stage1 optimizer state, EMA; stage2 gradients; stage3 weights", TRAINER),
     "sharding_parallel_degree": Flag(None, POSITIVE_INT, "sharding ranks", TRAINER, "all with --sharding, else 1"),
-    "sharding_parallel_config": Flag("", TEXT, "PaddleNLP's settings of sharding; some are left out", TRAINER),
-    "tensor_parallel_degree": Flag(1, POSITIVE_INT, "ranks that share a network, heads and MLPs split", TRAINER),
+    "sharding_parallel_config": Flag("", TEXT, "PaddleNLP's, but for those that move optimizer state", TRAINER),
+    "tensor_parallel_degree": Flag(1, POSITIVE_INT, "ranks that share a network and its batches", TRAINER),
     "pipeline_parallel_degree": Flag(1, POSITIVE_INT, "accepted; only 1 is supported", TRAINER),
     "sep_parallel_degree": Flag(1, POSITIVE_INT, "accepted; only 1 is supported", TRAINER),
     "transformer_engine_backend": Flag(None, BOOL, "accepted; only False is supported", TRAINER, "False"),

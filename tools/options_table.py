@@ -28,8 +28,8 @@ from runtime.process import run_cli
 BEGIN, END = "<!-- written by tools/options_table.py -->\n", "<!-- end -->\n"
 INTRO = """# Every option
 
-A flag on the command line wins over the config's JSON, the JSON over the default. Where the loops name a flag
-differently, the Trainer's name stands first. This file is written by `python tools/options_table.py --write`.
+A flag on the command line wins over the config's JSON, the JSON over the default. Where the two loops differ, the
+Trainer stands first. This file is written by `python tools/options_table.py --write`.
 
 """
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
@@ -41,35 +41,24 @@ MAIN = (
 )
 
 
-def _flags(name, option):
-    names = dict.fromkeys(option.flag_in(loop, name) for loop in PerLoop._fields)
-    return ", ".join(f"`--{flag}`" for flag in names if flag)
+def _row(name, option):
+    flags, defaults, helps = [], [], []  # of the Trainer and the hand-written loop, once where they are the same
+    for loop in PerLoop._fields:
+        flag, default = option.flag_in(loop, name), in_loop(option.default, loop)
+        flags.append(flag and f"`--{flag}`")
+        unset = in_loop(option.unset, loop) or "-"
+        defaults.append(unset if default in (None, REQUIRED) else f"`{json.dumps(default)}`")
+        helps.append(in_loop(option.help, loop))
+    flag, default, help = (" / ".join(dict.fromkeys(filter(None, texts))) for texts in (flags, defaults, helps))
+    first = [flag] if isinstance(option, Flag) else [f"`{name}`", flag]
+    return [*first, default, option.check.expected, help]
 
 
-def _default(option):
-    values = dict.fromkeys(
-        (in_loop(option.unset, loop) or "-")
-        if value is None
-        else "-"
-        if value is REQUIRED
-        else f"`{json.dumps(value)}`"
-        for loop in PerLoop._fields
-        for value in (in_loop(option.default, loop),)
-    )
-    return " / ".join(values)
-
-
-def table(options, head="key"):
-    """Returns the rows of a table of options, as Markdown."""
-    flagged = head == "key" and any(option.flag for option in options.values())
-    lines = [f"| {head} | default | accepted |" + " flag |" * flagged + " what |"]
-    lines.append("| --- " * (4 + flagged) + "|")
-    for name, option in options.items():
-        first = f"`{name}`" if head == "key" else _flags(name, option)
-        cells = [first, _default(option), option.check.expected, *[_flags(name, option)] * flagged]
-        what = " / ".join(dict.fromkeys(in_loop(option.help, loop) for loop in PerLoop._fields))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, what)) + " |")
-    return "\n".join(lines) + "\n"
+def table(options):
+    """Returns a table of options, keys or flags alone, as Markdown."""
+    rows = [_row(name, option) for name, option in options.items()]
+    head = ["key", "flag", "default", "accepted", "what"][-len(rows[0]) :]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 def page():
@@ -86,7 +75,7 @@ def page():
     parts += ["## Flags alone\n\n"]
     for title, options in FLAG_GROUPS.items():
         if flags := {name: option for name, option in options.items() if isinstance(option, Flag)}:
-            parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags, 'flag')}\n")
+            parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
     return "".join(parts).rstrip() + "\n"
 
 

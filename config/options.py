@@ -38,23 +38,14 @@ class PerLoop(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """A key of a config's section, which may also be given by a flag.
+    """A key of a config's section, which may also be given by a flag."""
 
-    Args:
-        default: taken where neither the command line nor the JSON gives a value.
-        check: what a value must be.
-        help: one phrase, for `--help` and docs/options.md.
-        flag: its name on the command line, a `PerLoop` where the loops differ; True: the key's own, None: no flag.
-        unset: what a default of None means.
-        training_only: it changes how a network is trained, but not what a sampler makes of the network.
-    """
-
-    default: Any
+    default: Any  # taken where neither the command line nor the JSON gives a value
     check: Check
-    help: Any = ""
-    flag: Any = None
-    unset: Any = ""
-    training_only: bool = False
+    help: Any = ""  # one phrase, for `--help` and docs/options.md
+    flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
+    unset: Any = ""  # says what a default of None means
+    training_only: bool = False  # it changes how a network is trained, but not what a sampler makes of the network
 
     def flag_in(self, loop, name):
         """Returns the flag of the option `name` in a loop, "trainer" or "notrainer", without dashes; None: no flag."""
@@ -64,14 +55,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Flag(Option):
-    """A setting of the command line alone; default, help and name may be a `PerLoop`.
-
-    Args:
-        twin: for a flag of one loop alone, the flag that the other loop has in its place.
-    """
+    """A setting of the command line alone; default, help and name may be a `PerLoop`."""
 
     flag: Any = True
-    twin: str = None
+    twin: str = None  # for a flag of one loop alone: the flag that the other loop has in its place
 
 
 TRAINER, NOTRAINER = PerLoop(True, None), PerLoop(None, True)  # a flag of one loop alone

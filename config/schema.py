@@ -59,25 +59,15 @@ def _check_large_dit(model, where):
 
 @dataclass(frozen=True)
 class ModelType:
-    """What the project knows of a network by its `type`, beside its class in `models`.
+    """All that the project knows of a network by its `type`, beside its class in `models`."""
 
-    Args:
-        keys: its options, the keyword arguments of the class.
-        check_sizes: `check_sizes(model, where)` raises `ValueError` for sizes that don't fit together.
-        family: the network itself; types of one family differ only in `drops_variance`.
-        drops_variance: of the channels that `learn_sigma` doubles, only the first half leaves the network.
-        objective: the default type of the objective.
-        demo: the script that samples it.
-        pipeline: the class of its pipeline folder.
-    """
-
-    keys: dict
-    check_sizes: Callable
-    family: str
-    drops_variance: bool
-    objective: str
-    demo: str
-    pipeline: str
+    keys: dict  # its options, the keyword arguments of the class
+    check_sizes: Callable  # check_sizes(model, where) raises ValueError for sizes that don't fit together
+    family: str  # the network itself; types of one family differ only in `drops_variance`
+    drops_variance: bool  # of the channels that `learn_sigma` doubles, only the first half leaves the network
+    objective: str  # the default type of the objective
+    demo: str  # the script that samples it
+    pipeline: str  # the class of its pipeline folder
 
 
 _DIFFUSION = {"objective": "diffusion", "demo": "infer_demo_dit.py", "pipeline": "DiTPipeline"}
@@ -221,8 +211,7 @@ def resolve_config(raw, *, source="config", file_name=""):
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
     """
-    if not isinstance(raw, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {json.dumps(raw)[:60]}")
+    _check_object(raw, source)
     if "model" not in raw and not set(raw) & set(SECTIONS):
         kind = _type_from_file_name(file_name)
         # PaddleMIX's LargeDiT class has qk_norm on unless its files say otherwise, the official one off.

@@ -88,7 +88,7 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
             {"model": {**SMALL, "num_classes": 3}, "data": {"classes": [0, 3]}},
             "data: classes: label 3 is outside the config's num_classes: 0..2",
         ),
-        ("[1, 2]", "expected a JSON object"),
+        ("[1, 2]", "expected an object \\{...\\}, got"),
         ({"model": SMALL, "objective": {"auxiliary": {}}}, "objective: auxiliary must be a list of objects"),
         (
             {"model": SMALL, "objective": {"auxiliary": [{"type": "dispersive", "weight": 1}]}},

@@ -1,8 +1,9 @@
 """Finds the project's commands, and how each is asked for its help."""
 
 import sys
+from pathlib import Path
 
-from support.runs import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def commands():

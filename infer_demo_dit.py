@@ -243,7 +243,9 @@ def sample_checkpoint(args, model):
     steps, shown = args.num_inference_steps, is_terminal(sys.stderr)
     with paddle.no_grad():
         if args.scheduler in (None, "ddim"):
-            keywords = {key: value for key, value in objective.items() if key not in ("type", "timestep_sampler")}
+            keywords = {
+                key: value for key, value in objective.items() if key not in ("type", "timestep_sampler", "auxiliary")
+            }
             diffusion = create_diffusion(f"ddim{steps}", learn_sigma=settings["learn_sigma"], **keywords)
             latents = diffusion.ddim_sample_loop(
                 denoiser, noise.shape, noise=noise, clip_denoised=False, progress=shown

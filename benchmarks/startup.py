@@ -1,4 +1,4 @@
-"""How long a command takes to answer, to import, and to reach its first training step or its first image.
+"""Measures how long a command takes to answer, to import, and to reach its first training step or its first image.
 
 - help: every command of the project with `--help`: the scripts in the repository's root, in tools/ and benchmarks/, and
   the shell scripts. The goal is two seconds.
@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from support.commands import commands, help_command  # noqa: E402
+
 from benchmarks.turns import answer, ask, timed  # noqa: E402
 
 PARTS = ("help", "import", "first")
@@ -35,25 +37,8 @@ STAGES = ("Python and flags", "import paddle", "other imports", "config and data
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def commands():
-    """Every command of the project that answers `--help`, as paths from the repository's root."""
-    found = []
-    for pattern in ("*.py", "tools/*.py", "benchmarks/*.py", "*.sh", "tools/*.sh"):
-        for path in sorted(ROOT.glob(pattern)):
-            text = path.read_text(encoding="utf-8")
-            if path.suffix == ".py" and "__main__" in text:
-                found.append(path)
-            elif text.startswith("#!") and ("--help" in text or "tools/launch_" in text):
-                found.append(path)  # not run_tests.sh, whose flags are pytest's
-    return [str(path.relative_to(ROOT)) for path in found]
-
-
-def help_command(command):
-    return ["bash" if command.endswith(".sh") else sys.executable, str(ROOT / command), "--help"]
-
-
 def time_help(command):
-    """Seconds until a command has printed its help and ended."""
+    """Returns the seconds until a command has printed its help and ended."""
     seconds, done = timed(help_command(command))
     if done.returncode or "usage:" not in done.stdout.lower():
         raise ValueError(f"{command} --help: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -84,7 +69,7 @@ def measure_help(turns):
 
 def import_worker(names):
     """Imports modules in this process, one after the other; prints `[[seconds, new modules], ...]`."""
-    from process import configure_runtime
+    from runtime.process import configure_runtime
 
     configure_runtime()
     rows = []

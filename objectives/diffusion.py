@@ -17,6 +17,7 @@ class DiffusionObjective:
     def __init__(self, config, ranks_per_batch=1):
         settings = dict(config["objective"])
         settings.pop("type")
+        settings.pop("auxiliary")
         timestep_sampler = settings.pop("timestep_sampler")
         self._settings = {**settings, "learn_sigma": config["model"]["learn_sigma"]}
         self._class_dropout_prob = config["model"]["class_dropout_prob"]

@@ -17,6 +17,7 @@ class TransportObjective:
     def __init__(self, config, ranks_per_batch=1):
         settings = dict(config["objective"])
         settings.pop("type")
+        settings.pop("auxiliary")
         self._class_dropout_prob = config["model"]["class_dropout_prob"]
         self.transport = create_transport(**settings)
 

@@ -1,29 +1,30 @@
-"""Files that others made, opened without trusting them: JSON, regular files, paths inside a folder. Stdlib only."""
+"""Opens files that others made, without trusting them: JSON, paths in a folder. Standard library only."""
 
 import json
 import math
 import os
 import stat
+from functools import partial
+from pathlib import Path
 
 MAX_JSON_BYTES = 1 << 22  # in memory it can be 30 times as large
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 1 << 64
-MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network: tokens times width, the size of its table of positions
+MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network; its table of positions holds tokens x width numbers
 MAX_SIZE = 1_000_000  # of any number in a folder's settings
-# A scheduler's, of any length, and one value a latent channel.
-LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")
 MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
+LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")  # by timestep or latent channel
 
 
 def printable(value, limit=80):
-    """Text out of a file for a message: on one line, escaped where it would steer the terminal, and cut."""
+    """Returns a value out of a file as text for a message: one line, no control characters, `limit` letters at most."""
     text = str(value)[: limit + 1]
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def open_regular(path):
-    """`open(path, "rb")` of a regular file: no pipe or device, which can keep a program waiting or never end.
+    """Opens a regular file to read bytes. A pipe or device could keep a program waiting, or never end.
 
     Raises:
         ValueError: one line: a folder, or no regular file. OSError: not there, or the file system refuses.
@@ -40,7 +41,7 @@ def open_regular(path):
 
 
 def inside(folder, name):
-    """The path of `name` in a folder that somebody else may have made; a link in it may not lead out.
+    """Returns the path of `name` in a folder that somebody else may have made; a link in it may not lead out.
 
     The folder itself may be a link. In a snapshot of the Hugging Face cache, `NAME/snapshots/REVISION/`, the files are
     links to `NAME/blobs/`, which is taken for a part of it.
@@ -57,12 +58,7 @@ def inside(folder, name):
         root, found = os.path.realpath(folder), os.path.realpath(path)
     except ValueError:  # a NUL, or half a surrogate pair
         raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
-    allowed = [root]
-    above, revision = os.path.split(root)
-    while revision:
-        if os.path.basename(above) == "snapshots":
-            allowed.append(os.path.join(os.path.dirname(above), "blobs"))
-        above, revision = os.path.split(above)
+    allowed = [root, *(str(above.parent / "blobs") for above in Path(root).parents if above.name == "snapshots")]
     if not any(os.path.commonpath([found, place]) == place for place in allowed):
         shown = printable(path, 500)
         raise ValueError(f"{shown}: leads out of the folder, to {printable(found, 500)}; put the file itself there")
@@ -90,11 +86,11 @@ def check_network(settings, where):
 
 
 def parse_json(text, *, infinity=False, large=False):
-    """The value of a JSON text, str or UTF-8 bytes.
+    """Returns the value of a JSON text, str or UTF-8 bytes.
 
     Args:
-        infinity: allow what Python writes for it.
-        large: integers beyond 64 bits become floats instead of an error.
+        infinity: accept `Infinity` and `NaN`, which Python writes.
+        large: return integers beyond 64 bits as floats, instead of an error.
 
     Raises:
         ValueError: one line, without a file's name: broken, not UTF-8, nested more than `MAX_JSON_DEPTH` deep, a key
@@ -106,7 +102,7 @@ def parse_json(text, *, infinity=False, large=False):
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_int=_integer_or_float if large else _integer,
+            parse_int=partial(_integer, large=large),
             parse_float=_finite,
             parse_constant=float if infinity else _constant,
         )
@@ -116,42 +112,35 @@ def parse_json(text, *, infinity=False, large=False):
         raise ValueError(f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep") from None
-    level, depth = [value], 0
-    while level := [node for node in level if isinstance(node, (dict, list))]:
-        depth += 1
-        if depth > MAX_JSON_DEPTH:
-            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [node for node in level if isinstance(node, (dict, list))]
+        if not level:
+            return value
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-    return value
+    raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
 
 
 def _unique(pairs):
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key[:60]!r} is there twice")
-            seen.add(key)
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:60]!r} is there twice")
+        found[key] = value
     return found
 
 
-def _integer(digits):
-    if len(digits) > 21 or not -MAX_INTEGER < int(digits) < MAX_INTEGER:
-        raise ValueError(f"the number {digits[:20]}... has more than 64 bits")
-    return int(digits)
-
-
-def _integer_or_float(digits):
-    try:
-        return _integer(digits)
-    except ValueError:
+def _integer(digits, large=False):
+    if len(digits) <= 21 and -MAX_INTEGER < int(digits) < MAX_INTEGER:
+        return int(digits)
+    if large:
         return _finite(digits)
+    raise ValueError(f"the number {digits[:20]}... has more than 64 bits")
 
 
 def _finite(digits):
     value = float(digits)
-    if value - value != 0:  # infinity
+    if not math.isfinite(value):
         raise ValueError(f"the number {digits[:20]} is too large")
     return value
 
@@ -161,7 +150,7 @@ def _constant(name):
 
 
 def read_json(path, *, infinity=False, large=False):
-    """Reads a JSON file; raises `ValueError` with one line naming the file, and what is wrong; see `parse_json`."""
+    """Reads a JSON file; raises `ValueError`, one line that names the file and what is wrong; see `parse_json`."""
     try:
         with open_regular(path) as file:
             text = file.read(MAX_JSON_BYTES + 1)

@@ -1,12 +1,15 @@
 """Configs: the shipped ones, defaults, flat files, and one line for each mistake."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support.runs import ROOT
 
-from config.flags import notrainer_parser, resolve_training, trainer_parser
+from config.flags import LOOPS, Parser, notrainer_parser, resolve_training, trainer_parser
+from config.options import ABOVE_0, AUXILIARY_TYPES, Option
 from config.schema import load_config, resolve_config
+from tools.options_table import pages
 
 SMALL = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 # Sizes of the paper (Table 1): layers, width, heads.
@@ -85,7 +88,13 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
             {"model": {**SMALL, "num_classes": 3}, "data": {"classes": [0, 3]}},
             "data: classes: label 3 is outside the config's num_classes: 0..2",
         ),
-        ("[1, 2]", "expected a JSON object"),
+        ("[1, 2]", "expected an object \\{...\\}, got"),
+        ({"model": SMALL, "objective": {"auxiliary": {}}}, "objective: auxiliary must be a list of objects"),
+        (
+            {"model": SMALL, "objective": {"auxiliary": [{"type": "dispersive", "weight": 1}]}},
+            r'objective: auxiliary\[0\]: regularizer type must be one of .*, got "dispersive"',
+        ),
+        ({"model": SMALL, "objective": {"auxiliary": [3]}}, r"objective: auxiliary\[0\]: expected an object .*, got 3"),
         (
             {"model": SMALL, "objective": {"type": "transport"}},
             "a DiT with learn_sigma can't be trained by the objective 'transport'; use the model type SiT",
@@ -141,11 +150,10 @@ def test_command_line_over_json_over_default(tmp_path, parser):
     ):
         resolve_training(args)
     args = parser().parse_args(["--config_file", str(path), "--classes", "0,1000"])
-    with pytest.raises(ValueError, match="command line: --classes: label 1000 is outside .*num_classes: 0..999"):
+    with pytest.raises(ValueError, match="command line: data: classes: label 1000 is outside .*num_classes: 0..999"):
         resolve_training(args)
-    args = parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
-    with pytest.raises(ValueError, match="command line: learning_rate must be a number above 0, got -1.0"):
-        resolve_training(args)
+    with pytest.raises(ValueError, match="command line: --learning_rate must be a number above 0, got -1.0"):
+        parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
 
 
 @pytest.mark.parametrize("parser", [trainer_parser, notrainer_parser])
@@ -157,6 +165,43 @@ def test_transport_flags_over_json(tmp_path, parser):
     resolved = resolve_training(parser().parse_args(flags))["objective"]
     assert (resolved["path_type"], resolved["prediction"], resolved["loss_weight"]) == ("VP", "noise", None)
     assert (resolved["train_eps"], resolved["sample_eps"]) == (0.01, None)
-    args = parser().parse_args(["--config_file", str(path), "--path_type", "linear"])
-    with pytest.raises(ValueError, match='command line: path_type must be one of Linear, GVP, VP, got "linear"'):
-        resolve_training(args)
+    with pytest.raises(
+        ValueError, match="command line: argument --path_type: invalid choice: 'linear' .*Linear.*GVP.*VP"
+    ):
+        parser().parse_args(["--config_file", str(path), "--path_type", "linear"])
+
+
+def test_regularizers_by_their_type(monkeypatch):
+    monkeypatch.setitem(AUXILIARY_TYPES, "smooth", {"width": Option(2.0, ABOVE_0)})
+
+    def resolve(**entry):
+        config = resolve_config({"model": SMALL, "objective": {"auxiliary": [{"type": "smooth", **entry}]}})
+        return config["objective"]["auxiliary"]
+
+    assert resolve(weight=0.5, layer=3) == [{"type": "smooth", "weight": 0.5, "layer": 3, "width": 2.0}]
+    for entry, message in (
+        ({}, "weight is missing; expected a number"),
+        ({"weight": "1"}, 'weight must be a number, got "1"'),
+        ({"weight": 1, "layer": 1.5}, "layer must be an integer of 0 or more, or null, got 1.5"),
+        ({"weight": 1, "widht": 1}, "unknown key 'widht'; known: layer, weight, width"),
+    ):
+        with pytest.raises(ValueError, match=rf"config: objective: auxiliary\[0\]: {message}"):
+            resolve(**entry)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_other_loops_name_of_a_flag_is_told(loop):
+    twins = {
+        "resolution": "image_size",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "global_batch_size",
+    }
+    for names in twins.items():
+        ours, theirs = names if loop == "trainer" else names[::-1]
+        with pytest.raises(ValueError, match=rf"unknown flag --{theirs} \(did you mean --{ours}\?\)"):
+            Parser(loop).parse_args([f"--{theirs}=2"])
+
+
+def test_tables_in_the_docs_are_current():
+    for path, text in pages().items():
+        assert Path(path).read_text(encoding="utf-8") == text, "run python tools/options_table.py --write"

@@ -10,11 +10,11 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import read_notrainer_flags, read_trainer_flags
+from config.flags import LOOPS, read_flags
 from runtime.process import run_cli
 from runtime.run_lock import check_experiment_idle, check_idle, experiment_name
 
-SCRIPTS = ("train_image_generation_trainer.py", "train_image_generation_notrainer.py")
+SCRIPTS = {f"train_image_generation_{loop}.py": loop for loop in LOOPS}
 
 
 def main():
@@ -22,14 +22,13 @@ def main():
     parser.add_argument("script", help=" or ".join(SCRIPTS))
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="as the script takes them")
     given = parser.parse_args()
-    name = os.path.basename(given.script)
-    if name not in SCRIPTS:
+    loop = SCRIPTS.get(os.path.basename(given.script))
+    if loop is None:
         raise ValueError(f"{given.script}: expected {' or '.join(SCRIPTS)}")
-    if name == SCRIPTS[0]:
-        args, _ = read_trainer_flags(given.flags)
+    args, _ = read_flags(loop, given.flags)
+    if loop == "trainer":
         check_idle(args.output_dir)
     else:
-        args, _ = read_notrainer_flags(given.flags)
         check_experiment_idle(args.resume, args.results_dir, experiment_name(args.config_file))
     print("the flags are right")
 

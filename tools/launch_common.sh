@@ -1,6 +1,6 @@
-# What the numbered launch scripts share (POSIX sh, sourced): the interpreter, the processes a node, the launcher.
-# They set `repo`: this repository's path with a slash, or nothing where the caller is in it.
-# Several nodes: the same TRAINERS_NUM and MASTER (host:port of one of them) on each; ranks are given out by the master.
+# Finds the interpreter and the processes a node, and launches (POSIX sh, sourced by the numbered launch scripts, which
+# set `repo`: this repository's path with a slash, or nothing where the caller is in it).
+# On several nodes set the same TRAINERS_NUM and MASTER (host:port of one of them) on each; the master numbers the ranks.
 
 if [ -z "${PYTHON:-}" ]; then
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then PYTHON=python
@@ -20,8 +20,8 @@ if [ "${GPUS_FOUND:-0}" -gt 0 ]; then PROCESSES_FOUND=$GPUS_FOUND; else PROCESSE
 if [ -n "${GPUS:-}" ]; then PROCESSES_FOUND=$(echo "$GPUS" | tr ',' '\n' | grep -c .); fi  # GPUS=0,1: only these
 TRAINING_GPUS_PER_NODE=${TRAINING_GPUS_PER_NODE:-$PROCESSES_FOUND}  # processes a node: its GPUs, else one
 
-# not_used WHY VARIABLE...: ends with one line if a variable is set that this script does not take. VARIABLE=VALUE: that
-# value says nothing new.
+# not_used WHY VARIABLE...: ends with one line if a variable is set that this script does not take. For VARIABLE=VALUE
+# that value is accepted, because it asks for nothing else than the script does.
 not_used() {
     why=$1
     shift
@@ -41,12 +41,13 @@ if [ -n "${image_size:-}" ] && [ "$image_size" != "$resolution" ]; then
     exit 2
 fi
 
-# Not set: the config's `training` section decides (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
-# USE_AMP FP16_OPT_LEVEL recompute enable_xformers use_ema learning_rate weight_decay lr_scheduler_type warmup_steps
-# max_grad_norm gradient_accumulation_steps
+# Flags that a variable of the same name gives, or FLAG=VARIABLE. Not set: the config's `training` section decides
+# (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
+CONFIG_FLAGS="gradient_accumulation_steps learning_rate weight_decay lr_scheduler_type warmup_steps max_grad_norm use_ema
+    bf16=USE_AMP fp16_opt_level=FP16_OPT_LEVEL recompute enable_xformers_memory_efficient_attention=enable_xformers"
 
-# signal_processes SIGNAL: to the training processes, of which the launcher is the parent; before there are any, it ends
-# the launcher. That stands still meanwhile, because one that starts a process just then would leave it behind, training.
+# signal_processes SIGNAL: sends it to the launcher's children, which train; ends the launcher if it has none yet. The
+# launcher is paused meanwhile, because a child that it started just then would be left behind, training.
 signal_processes() {
     found=
     if [ -z "$launcher" ]; then return; fi
@@ -91,28 +92,18 @@ launch() {
     for word in "$@"; do
         case "$word" in -h | --help) exec "$PYTHON" "$script" --help ;; esac  # at once, and not into the launcher's log
     done
-    # Both loops' switches, each only where its variable is set; the flags that follow win over them.
-    set -- \
-        ${gradient_accumulation_steps:+--gradient_accumulation_steps "$gradient_accumulation_steps"} \
-        ${learning_rate:+--learning_rate "$learning_rate"} \
-        ${weight_decay:+--weight_decay "$weight_decay"} \
-        ${lr_scheduler_type:+--lr_scheduler_type "$lr_scheduler_type"} \
-        ${warmup_steps:+--warmup_steps "$warmup_steps"} \
-        ${max_grad_norm:+--max_grad_norm "$max_grad_norm"} \
-        ${use_ema:+--use_ema "$use_ema"} \
-        ${USE_AMP:+--bf16 "$USE_AMP"} \
-        ${FP16_OPT_LEVEL:+--fp16_opt_level "$FP16_OPT_LEVEL"} \
-        ${recompute:+--recompute "$recompute"} \
-        ${enable_xformers:+--enable_xformers_memory_efficient_attention "$enable_xformers"} \
-        --disable_tqdm "${disable_tqdm:-True}" \
-        "$@"
+    set -- --disable_tqdm "${disable_tqdm:-True}" "$@"  # the flags that follow win over these
+    for pair in $CONFIG_FLAGS; do
+        eval "given=\${${pair#*=}:-}"
+        if [ -n "$given" ]; then set -- "--${pair%%=*}" "$given" "$@"; fi
+    done
     for name in TRAINING_PYTHON enable_tensorboard; do # in PaddleMIX's README
         eval "given=\${$name:-}"
         if [ -n "$given" ]; then
             echo "note: $name is not used: PYTHON chooses the interpreter, and a VisualDL log is always written" >&2
         fi
     done
-    # A mistake is told at once, and not by each process in the launcher's log.
+    # Check the flags here, so that a mistake is one line, and not one in the log of each process.
     "$PYTHON" "${repo}tools/check_flags.py" "$script" "$@" >/dev/null || exit $?
     set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$script" "$@"
     # A master is only needed between nodes; without one, several runs can share a machine.
@@ -123,8 +114,9 @@ launch() {
     set -- "$PYTHON" -u -m paddle.distributed.launch "$@"
     if ! command -v setsid >/dev/null || ! [ -r /proc/self/stat ]; then exec "$@"; fi # not Linux
 
-    # The launcher would answer a signal by SIGTERM for all, thirty seconds, and an exit code that tells nothing. So
-    # Ctrl-C and others come here alone, and go on to the training processes, which save and end with code 75.
+    # The launcher answers a signal with SIGTERM to all, SIGKILL after thirty seconds, and an exit code that says nothing.
+    # So it gets a session of its own, and Ctrl-C and others go from here to the training processes, which save and end
+    # with code 75.
     log=$log_dir/workerlog.0
     if [ -f "$log" ]; then logged=$(wc -c <"$log"); else logged=0; fi
     launcher='' stopped_by='' stopped_code='' code=127

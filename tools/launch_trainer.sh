@@ -10,10 +10,10 @@ fi
 OUTPUT_DIR=${OUTPUT_DIR:-$default_output}
 TRAINING_MODEL_RESUME=${TRAINING_MODEL_RESUME:-None}  # a checkpoint; None: the newest in OUTPUT_DIR, if there is one
 MP_DEGREE=${MP_DEGREE:-1}                             # tensor_parallel_degree
-SHARES=$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE))
-if [ -z "${sharding:-}" ]; then SHARES_SHARDED=1; else SHARES_SHARDED=$SHARES; fi
-SHARDING_DEGREE=${SHARDING_DEGREE:-$SHARES_SHARDED}   # sharding_parallel_degree: with sharding=stageN all, else 1
-DP_DEGREE=${DP_DEGREE:-$((SHARES / SHARDING_DEGREE))}
+DATA_RANKS=$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE / MP_DEGREE))
+if [ -n "${sharding:-}" ]; then SHARDING_DEGREE=${SHARDING_DEGREE:-$DATA_RANKS}; fi
+SHARDING_DEGREE=${SHARDING_DEGREE:-1}                 # sharding_parallel_degree
+DP_DEGREE=${DP_DEGREE:-$((DATA_RANKS / SHARDING_DEGREE))}
 
 feature_path=${feature_path:-./data/fastdit_imagenet256}
 batch_size=${batch_size:-32}                          # per GPU

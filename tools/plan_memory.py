@@ -243,7 +243,7 @@ def main(argv=None):
     )
     if args.json and os.path.exists(args.json) and not args.overwrite:
         raise ValueError(f"--json {args.json}: exists already; give another name, or --overwrite")
-    config = resolve_training(args, epochs=args.num_train_epochs, seed=args.seed)
+    config = resolve_training(args)
     setting = setting_of(args, config)
     machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)
     planned = plan(config, setting)

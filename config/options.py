@@ -1,0 +1,407 @@
+"""Every option of a run, once: default, check, help, flag. Standard library only.
+
+The checks of JSON files (`config.schema`), both command lines (`config.flags`) and docs/options.md are made from the
+tables below: a new option is one entry here, and its use.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+REQUIRED = object()  # the default of a key that has none
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
+MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
+
+
+# ---- What an option is ----
+
+
+class Check(NamedTuple):
+    """What a value must be, and how a command line spells it."""
+
+    accepts: Callable  # accepts(value) -> bool
+    expected: str  # "must be ..." in errors and in the docs
+    parse: Callable = str  # from a word of the command line; ValueError or ArgumentTypeError refuses it
+    metavar: str = None
+    choices: tuple = None
+    nargs: str = None  # argparse's
+
+
+class PerLoop(NamedTuple):
+    """A value that differs between the Trainer's command line and that of the hand-written loop."""
+
+    trainer: Any
+    notrainer: Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """A key of a config's section, which may also be given by a flag."""
+
+    default: Any  # taken where neither the command line nor the JSON gives a value
+    check: Check
+    help: Any = ""  # one phrase, for `--help` and docs/options.md
+    flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
+    unset: Any = ""  # says what a default of None means
+    training_only: bool = False  # it changes how a network is trained, but not what a sampler makes of the network
+
+    def flag_in(self, loop, name):
+        """Returns the flag of the option `name` in a loop, "trainer" or "notrainer", without dashes; None: no flag."""
+        flag = in_loop(self.flag, loop)
+        return name if flag is True else flag
+
+
+@dataclass(frozen=True)
+class Flag(Option):
+    """A setting of the command line alone; default, help and name may be a `PerLoop`."""
+
+    flag: Any = True
+    twin: str = None  # for a flag of one loop alone: the flag that the other loop has in its place
+
+
+TRAINER, NOTRAINER = PerLoop(True, None), PerLoop(None, True)  # a flag of one loop alone
+
+
+def in_loop(value, loop):
+    """Returns the loop's own value of a `PerLoop`, and anything else as it is."""
+    return getattr(value, loop) if isinstance(value, PerLoop) else value
+
+
+# ---- Checks ----
+
+
+def str2bool(text):
+    """Reads `True`, `yes`, `1`, `off`, ... as bool, for argparse, which makes one line of the error."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "1", "yes", "y", "on"):
+        return True
+    if lowered in ("false", "f", "0", "no", "n", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def _none_or_str(text):
+    return None if text in ("None", "none", "") else text
+
+
+def _labels(text):
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected class labels such as 0,7,13, got {text!r}") from None
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_class_names(value):
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and key.isascii() and key.isdigit() and len(key) < 8 and str(int(key)) == key
+        for key, name in value.items()
+    )
+
+
+def _all(accepts):
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(accepts, value))
+
+
+BOOL = Check(lambda v: isinstance(v, bool), "true or false", str2bool, "True|False", nargs="?")
+TEXT = Check(lambda v: isinstance(v, str), "text", metavar="TEXT")
+PATH = TEXT._replace(parse=_none_or_str, metavar="PATH")
+INT = Check(_is_int, "an integer", int, "N")
+POSITIVE_INT = Check(lambda v: _is_int(v) and v > 0, "a positive integer", int, "N")
+INT_FROM_0 = Check(lambda v: _is_int(v) and v >= 0, "an integer of 0 or more", int, "N")
+STEPS = Check(lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs", int, "N")
+SEED = INT_FROM_0._replace(expected=f"an integer from 0 to {MAX_SEED}")  # `config.flags` checks the upper end
+NUMBER = Check(_is_number, "a number", float, "X")
+ABOVE_0 = Check(lambda v: _is_number(v) and v > 0, "a number above 0", float, "X")
+FROM_0 = Check(lambda v: _is_number(v) and v >= 0, "a number of 0 or more", float, "X")
+BELOW_1 = Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1", float, "X")
+BELOW_HALF = Check(lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5", float, "X")
+FACTOR = Check(lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1", float, "X")
+WORDS = Check(_all(TEXT.accepts), "words", metavar="WORD", nargs="+")
+LABELS = Check(_all(INT_FROM_0.accepts), "a list of class labels", _labels, "L,L,...")
+LIST = Check(lambda v: isinstance(v, list), "a list of objects {...}")
+OBJECT = Check(lambda v: isinstance(v, dict), "an object {...}")
+CLASS_NAMES = Check(_is_class_names, 'names by label, {"0": "name", ...}')
+
+
+def one_of(*values):
+    """Returns the check of a choice among texts."""
+    return Check(lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values), choices=values)
+
+
+def or_null(check):
+    """Returns a check that accepts null too, on the command line `None` if it is a choice."""
+    return check._replace(
+        accepts=lambda v: v is None or check.accepts(v),
+        expected=check.expected + ", or null",
+        choices=check.choices and (*check.choices, "None"),
+    )
+
+
+def or_one_a_channel(check):
+    """Returns a check that accepts null and a list too, whose values belong to the channels of the latents."""
+    every = _all(check.accepts)
+    return check._replace(
+        accepts=lambda v: v is None or check.accepts(v) or every(v),
+        expected=check.expected + ", a list of one a channel, or null",
+    )
+
+
+# ---- The section `model` ----
+
+_TRANSFORMER = {
+    "sample_size": Option(REQUIRED, POSITIVE_INT, "height and width of the latents, usually the image's over 8"),
+    "patch_size": Option(REQUIRED, POSITIVE_INT, "height and width of a patch; divides `sample_size`"),
+    "in_channels": Option(4, POSITIVE_INT, "channels of the latents"),
+    "num_layers": Option(REQUIRED, POSITIVE_INT, "transformer blocks"),
+    "num_attention_heads": Option(REQUIRED, POSITIVE_INT, "heads of a block's attention"),
+    "attention_head_dim": Option(REQUIRED, POSITIVE_INT, "width of a head; the network's width is heads x this"),
+}
+_CLASSES = {
+    "num_classes": Option(1000, POSITIVE_INT, "classes; the null class is the label after the last"),
+    "class_dropout_prob": Option(0.1, BELOW_1, "share of labels dropped in training; 0: no null class, no guidance"),
+    "learn_sigma": Option(True, BOOL, "twice the output channels: DiT learns the variance with them, SiT drops them"),
+}
+DIT_KEYS = {**_TRANSFORMER, "mlp_ratio": Option(4.0, ABOVE_0, "width of the MLP over the network's"), **_CLASSES}
+LARGE_DIT_KEYS = {
+    **_TRANSFORMER,
+    **_CLASSES,
+    "qk_norm": Option(False, BOOL, "layer norms of queries and keys"),
+    "num_kv_heads": Option(None, or_null(POSITIVE_INT), "heads of keys and values", unset="as many as heads"),
+    "multiple_of": Option(256, POSITIVE_INT, "the MLP's width is rounded up to a multiple of this"),
+    "ffn_dim_multiplier": Option(None, or_null(ABOVE_0), "factor of the MLP's width", unset="1"),
+    "norm_eps": Option(1e-5, ABOVE_0, "epsilon of the RMS norms"),
+}
+
+
+# ---- The section `objective` ----
+
+_EPS, _WEIGHTS = or_null(BELOW_HALF), or_null(one_of("velocity", "likelihood"))
+_AUXILIARY = Option([], LIST, "regularizers to add: objects with `type`, `weight`, ...", training_only=True)
+OBJECTIVE_KEYS = {
+    "diffusion": {
+        "noise_schedule": Option("linear", one_of("linear", "squaredcos_cap_v2"), "betas of the diffusion"),
+        "diffusion_steps": Option(1000, POSITIVE_INT, "timesteps of the diffusion"),
+        "predict_xstart": Option(False, BOOL, "the network predicts the clean latents, not the noise"),
+        "sigma_small": Option(False, BOOL, "without `learn_sigma`: the smaller of the two fixed variances"),
+        "use_kl": Option(False, BOOL, "train by the variational bound, not the squared error", training_only=True),
+        "rescale_learned_sigmas": Option(False, BOOL, "scale the bound's part of the loss", training_only=True),
+        "timestep_sampler": Option(
+            "uniform", one_of("uniform", "loss-second-moment"), "how timesteps are drawn", training_only=True
+        ),
+        "auxiliary": _AUXILIARY,
+    },
+    "transport": {
+        "path_type": Option("Linear", one_of("Linear", "GVP", "VP"), "path from noise to data", True),
+        "prediction": Option("velocity", one_of("velocity", "noise", "score"), "what the network predicts", True),
+        # With velocity prediction, the weight and, off VP, both distances have no effect, as officially.
+        "loss_weight": Option(
+            None, _WEIGHTS, "weight of the loss over time, if not of velocities", True, "none", training_only=True
+        ),
+        "train_eps": Option(
+            None, _EPS, "training's distance to the ends of time, if VP or not velocity", True, "by path"
+        ),
+        "sample_eps": Option(None, _EPS, "the same in sampling", True, "by path"),
+        # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
+        "timestep_sampling": Option(
+            "uniform", one_of("uniform", "logit-normal"), "how training draws times", training_only=True
+        ),
+        "logit_mean": Option(0.0, NUMBER, "mean of the logits of logit-normal times", training_only=True),
+        "logit_std": Option(1.0, ABOVE_0, "standard deviation of these logits", training_only=True),
+        "cosine_loss": Option(False, BOOL, "add 1 - cos of predicted and true velocity", training_only=True),
+        "auxiliary": _AUXILIARY,
+    },
+}
+# Regularizers by their `type`, with the keys of each beside those of all.
+AUXILIARY_TYPES = {}
+AUXILIARY_KEYS = {
+    "weight": Option(REQUIRED, NUMBER, "factor of the regularizer in the loss"),
+    "layer": Option(None, or_null(INT_FROM_0), "block whose tokens it looks at"),
+}
+
+
+# ---- The section `training` ----
+
+_FUSED = "enable_xformers_memory_efficient_attention"  # PaddleMIX's name
+AVERAGES_PRECISION_KEYS = {
+    "use_ema": Option(True, BOOL, "keep an exponential moving average of the weights", True),
+    "ema_decay": Option(0.9999, BELOW_1, "decay of the average", True),
+    "ema_warmup": Option(False, BOOL, "let the decay grow from 0.1 in the first updates", True),
+    "recompute": Option(False, BOOL, "recompute blocks in the backward pass: less memory, same gradients", True),
+    "amp_dtype": Option("float32", one_of("float32", "float16", "bfloat16"), "precision; flags `--bf16`, `--fp16`"),
+    "amp_level": Option("O1", one_of("O1", "O2"), "O1: float32 weights; O2: half, float32 masters", "fp16_opt_level"),
+    "fused_attention": Option(False, BOOL, "fused attention where device and dtype allow it; same numbers", _FUSED),
+}
+_SCHEDULES = one_of("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+OPTIMIZER_KEYS = {  # the defaults are those of the official train.py
+    "learning_rate": Option(1e-4, ABOVE_0, "peak learning rate", True),
+    "weight_decay": Option(0.0, FROM_0, "AdamW's weight decay", True),
+    "adam_beta1": Option(0.9, BELOW_1, "decay of the gradients' mean", True),
+    "adam_beta2": Option(0.999, BELOW_1, "decay of the squared gradients' mean", True),
+    "adam_epsilon": Option(1e-8, ABOVE_0, "epsilon in AdamW's denominator", True),
+    "max_grad_norm": Option(-1.0, NUMBER, "clip gradients to this global norm; 0 or less: off", True),
+    "lr_scheduler_type": Option("constant", _SCHEDULES, "learning-rate schedule", True),
+    "warmup_steps": Option(0, INT_FROM_0, "linear warm-up from 0 over this many steps", True),
+    "lr_end": Option(1e-7, FROM_0, "last learning rate of the polynomial schedule", True),
+    "num_cycles": Option(0.5, ABOVE_0, "waves of the cosine schedule", True),
+    "power": Option(1.0, ABOVE_0, "power of the polynomial schedule", True),
+    "on_nonfinite": Option(
+        "stop",
+        one_of("stop", "skip"),
+        "a step that is not finite changes no weight; then end with a dump, or go on",
+        True,
+    ),
+    "loss_spike_factor": Option(
+        0.0, FACTOR, "a loss above this times its running mean counts as not finite too; 0: off", True
+    ),
+}
+LENGTH_KEYS = {
+    "max_steps": Option(-1, STEPS, "optimizer steps of the run; -1: count in epochs", True),
+    "epochs": Option(1400, ABOVE_0, "epochs, if `max_steps` is -1", PerLoop("num_train_epochs", "epochs")),
+    "global_batch_size": Option(256, POSITIVE_INT, "samples of a step, over all ranks and micro-batches", NOTRAINER),
+    "gradient_accumulation_steps": Option(1, POSITIVE_INT, "micro-batches a step", True),
+    "seed": Option(0, SEED, "seed of weights, data order and noise", PerLoop("seed", "global_seed")),
+}
+TRAINING_KEYS = {**AVERAGES_PRECISION_KEYS, **OPTIMIZER_KEYS, **LENGTH_KEYS}
+
+
+# ---- The sections `data` and `features` ----
+
+_POSTERIOR = one_of("sample", "mean")
+DATA_KEYS = {
+    "flip": Option(False, BOOL, "take the stored mirrored latent half of the time (extracted with --flip)", True),
+    "posterior": Option("sample", _POSTERIOR, "of moments: a fresh sample at each visit, or the mean", True),
+    "classes": Option(None, or_null(LABELS), "train on these class labels only", True, "all"),
+    "in_memory": Option(False, BOOL, "read all samples into memory at the start", True),
+    "validation_samples": Option(0, INT_FROM_0, "hold out so many samples, and report their loss", True),
+    "validation_steps": Option(1000, POSITIVE_INT, "steps between these reports", True),
+}
+# What a run's features were made of, null where a set does not tell. The scaling is diffusers', by its names.
+FEATURES_KEYS = {
+    "image_size": Option(None, or_null(POSITIVE_INT), "height and width of the images"),
+    "class_names": Option(None, or_null(CLASS_NAMES), "names of the classes"),
+    "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
+}
+VAE_KEYS = {
+    "name": Option(None, or_null(TEXT)),
+    "weights_sha256": Option(None, or_null(TEXT)),
+    "latent_channels": Option(None, or_null(POSITIVE_INT)),
+    "downsampling": Option(None, or_null(POSITIVE_INT)),
+    "scaling_factor": Option(None, or_null(ABOVE_0)),
+    "shift_factor": Option(None, or_null(NUMBER)),
+    "latents_mean": Option(None, or_one_a_channel(NUMBER)),
+    "latents_std": Option(None, or_one_a_channel(ABOVE_0)),
+}
+
+
+# ---- The command line alone ----
+
+_IMAGE_SIZE = PerLoop("resolution", "image_size")
+RUN_FLAGS = {
+    "do_train": Flag(None, BOOL, "train; the only mode, accepted for PaddleNLP's sake", TRAINER),
+    "config_file": Flag("config/DiT_XL_patch2.json", TEXT, "JSON config"),
+    "feature_path": Flag(
+        PerLoop("./data/fastdit_imagenet256", "data/fastdit_imagenet256"), TEXT, "folder with the set of features"
+    ),
+    "image_size": Flag(None, POSITIVE_INT, "picks imagenet{N}_features", _IMAGE_SIZE, "256, else the only set"),
+    "output_dir": Flag(
+        PerLoop("output_dir", "output_notrainer"),
+        TEXT,
+        PerLoop("the run's folder", "a folder of runs"),
+        PerLoop("output_dir", "results_dir"),
+    ),
+    "overwrite_output_dir": Flag(
+        None, BOOL, "do not resume the run in output_dir: move it to output_dir/previous-DATE and start anew", TRAINER
+    ),
+    "resume": Flag(
+        None,
+        PATH,
+        "a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest that is there",
+        PerLoop("resume_from_checkpoint", "resume"),
+        unset=PerLoop("auto", "a new run"),
+    ),
+    "pretrained_model_path": Flag(
+        None,
+        PATH,
+        "start a new run from these weights: a checkpoint (its averages), a .pdparams or an official .pt; a label "
+        "table for other classes starts anew",
+    ),
+    "device": Flag("auto", TEXT, "auto, cpu, gpu or gpu:N"),
+}
+_MICRO_BATCH = "the config's global_batch_size over devices and micro-batches"
+BATCH_FLAGS = {
+    "per_device_train_batch_size": Flag(
+        None, POSITIVE_INT, "samples of a micro-batch on a device", TRAINER, _MICRO_BATCH, twin="global_batch_size"
+    ),
+    "num_workers": Flag(1, INT, "loader processes a device", PerLoop("dataloader_num_workers", "num_workers")),
+}
+_AMP = "the config's amp_dtype"
+PRECISION_FLAGS = {
+    "bf16": Flag(None, BOOL, "bfloat16 mixed precision (a GPU of compute capability 8.0 or newer)", unset=_AMP),
+    "fp16": Flag(None, BOOL, "float16 mixed precision with loss scaling (a GPU)", unset=_AMP),
+}
+LOG_FLAGS = {
+    "logging_dir": Flag(None, TEXT, "VisualDL log", unset="tb_log in the run's folder"),
+    "logging_steps": Flag(50, POSITIVE_INT, "steps between reports", PerLoop("logging_steps", "log_every")),
+    "save_steps": Flag(5000, POSITIVE_INT, "steps between checkpoints", PerLoop("save_steps", "ckpt_every")),
+    "save_total_limit": Flag(None, POSITIVE_INT, "keep the newest N checkpoints", unset="all"),
+    "async_save": Flag(True, BOOL, "write checkpoints while training goes on, once they are copied off the device"),
+    "disable_tqdm": Flag(None, BOOL, "no progress bar on a terminal; in a log there is none", unset="False"),
+}
+STOPPING_FLAGS = {
+    "max_hours": Flag(None, ABOVE_0, "save and exit with code 75 within X hours of the start", unset="no limit"),
+    "hang_timeout": Flag(1800, FROM_0, "end a job, exit code 70, when a rank hangs for X seconds; 0: never"),
+}
+PREVIEW_FLAGS = {
+    "image_logging_steps": Flag(-1, INT, "sample a grid from the EMA weights every N steps; -1: never"),
+    "vae_name_or_path": Flag(
+        None, PATH, "AutoencoderKL folder or hub name", unset=f"the features', else {DEFAULT_VAE}"
+    ),
+    "vae": Flag(None, TEXT, "the same, or ema or mse (stabilityai/sd-vae-ft-...)", NOTRAINER),
+    "num_inference_steps": Flag(25, POSITIVE_INT, "steps of a preview"),
+    "cfg_scale": Flag(4.0, NUMBER, "guidance scale of a preview"),
+}
+PARALLEL_FLAGS = {
+    "dp_degree": Flag(None, INT, "data parallel; follows from the others", TRAINER, "all ranks"),
+    "sharding": Flag("", TEXT, "what is split: stage1 optimizer state, EMA; stage2 gradients; stage3 weights", TRAINER),
+    "sharding_parallel_degree": Flag(None, POSITIVE_INT, "sharding ranks", TRAINER, "all with --sharding, else 1"),
+    "sharding_parallel_config": Flag("", TEXT, "PaddleNLP's, but for those that move optimizer state", TRAINER),
+    "tensor_parallel_degree": Flag(1, POSITIVE_INT, "ranks that share a network and its batches", TRAINER),
+    "pipeline_parallel_degree": Flag(1, POSITIVE_INT, "accepted; only 1 is supported", TRAINER),
+    "sep_parallel_degree": Flag(1, POSITIVE_INT, "accepted; only 1 is supported", TRAINER),
+    "transformer_engine_backend": Flag(None, BOOL, "accepted; only False is supported", TRAINER, "False"),
+    "use_fp8": Flag(None, BOOL, "accepted; only False is supported", TRAINER, "False"),
+}
+# Flags of PaddleNLP's TrainingArguments that have an effect in our Trainer.
+PASSED_ON = {
+    "amp_master_grad": Flag(None, BOOL, flag=TRAINER),
+    "amp_custom_black_list": Flag(None, WORDS, flag=TRAINER),
+    "amp_custom_white_list": Flag(None, WORDS, flag=TRAINER),
+    "scale_loss": Flag(None, NUMBER, flag=TRAINER),
+    "hybrid_parallel_topo_order": Flag(None, TEXT, flag=TRAINER),
+    "ddp_find_unused_parameters": Flag(None, BOOL, flag=TRAINER),
+    "to_static": Flag(None, BOOL, flag=TRAINER),
+}
+# Help's titles, and what stands under each.
+FLAG_GROUPS = {
+    "the run": RUN_FLAGS,
+    "length and batches": {**LENGTH_KEYS, **BATCH_FLAGS},
+    "optimizer (AdamW)": OPTIMIZER_KEYS,
+    "averages, precision, memory": {**AVERAGES_PRECISION_KEYS, **PRECISION_FLAGS},
+    "interpolant transport (SiT)": OBJECTIVE_KEYS["transport"],
+    "data": DATA_KEYS,
+    "logs and checkpoints": LOG_FLAGS,
+    "ends before the last step: SIGTERM and SIGINT save first too, exit code 75": STOPPING_FLAGS,
+    "preview images": PREVIEW_FLAGS,
+    "parallel degrees": PARALLEL_FLAGS,
+    "passed on to paddlenlp.trainer.TrainingArguments": PASSED_ON,
+}

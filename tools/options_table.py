@@ -1,0 +1,107 @@
+"""Writes the tables of options, docs/options.md and that of README.md, from config/options.py.
+
+python tools/options_table.py --write        # or --check: exit code 2 if they are not current
+"""
+
+import argparse
+import json
+import os
+
+from _root import ROOT
+
+from config.options import (
+    AUXILIARY_KEYS,
+    DATA_KEYS,
+    FEATURES_KEYS,
+    FLAG_GROUPS,
+    OBJECTIVE_KEYS,
+    REQUIRED,
+    TRAINING_KEYS,
+    VAE_KEYS,
+    Flag,
+    PerLoop,
+    in_loop,
+)
+from config.schema import MODEL_TYPES
+from runtime.process import run_cli
+
+BEGIN, END = "<!-- written by tools/options_table.py -->\n", "<!-- end -->\n"
+INTRO = """# Every option
+
+A flag on the command line wins over the config's JSON, the JSON over the default. Where the two loops differ, the
+Trainer stands first. This file is written by `python tools/options_table.py --write`.
+
+"""
+AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
+FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
+# The options that most runs touch, for README.md.
+MAIN = (
+    *("learning_rate", "lr_scheduler_type", "global_batch_size", "max_steps", "use_ema", "ema_decay", "amp_dtype"),
+    *("recompute", "fused_attention", "max_grad_norm"),
+)
+
+
+def _row(name, option):
+    flags, defaults, helps = [], [], []  # of the Trainer and the hand-written loop, once where they are the same
+    for loop in PerLoop._fields:
+        flag, default = option.flag_in(loop, name), in_loop(option.default, loop)
+        flags.append(flag and f"`--{flag}`")
+        unset = in_loop(option.unset, loop) or "-"
+        defaults.append(unset if default in (None, REQUIRED) else f"`{json.dumps(default)}`")
+        helps.append(in_loop(option.help, loop))
+    flag, default, help = (" / ".join(dict.fromkeys(filter(None, texts))) for texts in (flags, defaults, helps))
+    first = [flag] if isinstance(option, Flag) else [f"`{name}`", flag]
+    return [*first, default, option.check.expected, help]
+
+
+def table(options):
+    """Returns a table of options, keys or flags alone, as Markdown."""
+    rows = [_row(name, option) for name, option in options.items()]
+    head = ["key", "flag", "default", "accepted", "what"][-len(rows[0]) :]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def page():
+    """Returns docs/options.md."""
+    parts = [INTRO]
+    types = {}  # those that have the same keys share a table
+    for name, kind in MODEL_TYPES.items():
+        types.setdefault(id(kind.keys), (kind.keys, []))[1].append(name)
+    parts += [f"## `model` of type {', '.join(names)}\n\n{table(keys)}\n" for keys, names in types.values()]
+    parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in OBJECTIVE_KEYS.items()]
+    parts += [f"{AUXILIARY}\n\n{table(AUXILIARY_KEYS)}\n"]
+    parts += [f"## `training`\n\n{table(TRAINING_KEYS)}\n## `data`\n\n{table(DATA_KEYS)}\n"]
+    parts += [f"## `features`\n\n{FEATURES}\n\n{table(FEATURES_KEYS)}\nKeys of `vae`:\n\n{table(VAE_KEYS)}\n"]
+    parts += ["## Flags alone\n\n"]
+    for title, options in FLAG_GROUPS.items():
+        if flags := {name: option for name, option in options.items() if isinstance(option, Flag)}:
+            parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def pages():
+    """Returns the files with tables as they should be: `{path: text}`."""
+    path = os.path.join(ROOT, "README.md")
+    with open(path, encoding="utf-8") as file:
+        before, rest = file.read().split(BEGIN)
+    readme = before + BEGIN + table({name: TRAINING_KEYS[name] for name in MAIN}) + END + rest.split(END, 1)[1]
+    return {path: readme, os.path.join(ROOT, "docs", "options.md"): page()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="write the tables")
+    what.add_argument("--check", action="store_true", help="only say whether they are current")
+    args = parser.parse_args(argv)
+    for path, text in pages().items():
+        if args.write:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        elif not os.path.isfile(path) or open(path, encoding="utf-8").read() != text:
+            raise ValueError(f"{path}: is not current; run python tools/options_table.py --write")
+    print("written" if args.write else "current")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -112,14 +112,7 @@ def resolved(case):
 
 def planned_for(case):
     """The `Plan` of a case."""
-    config, setting = resolved(case)
-    sliced_from = memory_plan.SLICED_FROM
-    try:
-        if setting.sharding == "stage3":
-            memory_plan.SLICED_FROM = 0  # on a CPU every parameter is sliced, see training.parallel.cpu
-        return memory_plan.plan(config, setting)
-    finally:
-        memory_plan.SLICED_FROM = sliced_from
+    return memory_plan.Plan(*resolved(case))
 
 
 def measure(case):

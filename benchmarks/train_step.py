@@ -14,9 +14,8 @@ that what else the machine does falls on all of them; ratios are formed turn by 
 "above" is the peak of the resident memory during steps, less that before the network was made, less weights, gradients,
 moments and averages. "activations" are what Paddle's allocator has given out more after a forward pass than before it.
 "update" is the share of a step that the optimizer, the norm of the gradients and the average take. Operators are those
-of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets; "written" are the
-bytes of their results there, plain attention. Reads of a tensor by the host are counted by
-its methods' calls. The JSON file has the time by kernel too.
+of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets. Reads of a tensor by
+the host are counted by its methods' calls. The JSON file has the time by kernel too.
 """
 
 import argparse
@@ -399,16 +398,6 @@ def _count(case, cpu_ops):
         worker.close()
 
 
-def _written(case):
-    """Bytes of the results of a step's operators on a GPU, forward and backward."""
-    from training.parallel.memory_plan import Sizes
-    from training.parallel.memory_tape import activations
-
-    return activations(
-        Sizes.of(_config(case)), case["batch"], recompute=case["recompute"], fused_attention=False
-    ).written
-
-
 def measure(case, args):
     """The figures of one case."""
     parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
@@ -416,7 +405,7 @@ def measure(case, args):
         parts["reference"] = sys.executable
     if args.torch_python and case["type"] in ("DiT", "SiT"):
         parts["torch"] = args.torch_python
-    row = {**case, **_count(case, True), "gpu": _count(case, False), "written": _written(case)}
+    row = {**case, **_count(case, True), "gpu": _count(case, False)}
     workers = {}
     try:
         for part, python in parts.items():
@@ -452,7 +441,7 @@ def _case(text, args, recompute, threads):
 HEADS = (
     "model | threads | recompute | step | samples/s | products / step | of the plain operators' time | "
     "of PyTorch's time | of its memory | "
-    "of the reference's time | above | activations | update | operators: here, on a GPU, reference | written | reads"
+    "of the reference's time | above | activations | update | operators: here, on a GPU, reference | reads"
 )
 
 
@@ -476,7 +465,6 @@ def _line(row):
         f"{row['activations'] / 2**20:.0f} MiB",
         f"{100 * row['update_share']:.1f}%",
         ", ".join(map(str, counts)),
-        f"{row['written'] / 2**30:.2f} GiB",
         row["host_reads"],
     ]
     return f"| {' | '.join(map(str, cells))} |"

@@ -16,6 +16,7 @@ from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer.dygraph_sharding
 from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_optimizer_stage2 import (
     GroupShardedOptimizerStage2 as Stage2,
 )
+from support.memory_runs import CASES, resolved
 from support.runs import ROOT, TINY, TINY_MODELS, command_environment, loop_arguments, run_script, write_config
 
 from config.schema import load_config, resolve_config
@@ -110,6 +111,17 @@ def test_activations_are_what_paddle_allocates(kind, model, recompute):
     # The batch is planned too; labels, timesteps and a few more numbers a sample are not.
     assert sum(kept) == pytest.approx(measured_kept, rel=0.03)
     assert sum(peak) == pytest.approx(measured_peak, rel=0.03)
+
+
+MEASURED = [line.split("|") for line in (ROOT / "docs/memory.md").read_text().splitlines() if line.count("|") == 9]
+
+
+def test_the_plan_is_within_4_percent_of_every_measured_run():
+    rows = {(model.strip(), case.strip()): float(peak) for _, model, case, _, _, peak, *_ in MEASURED[2:]}
+    assert len(rows) == len(CASES) == 30
+    for case in CASES:
+        measured = rows[case["model"]["type"], case["name"]]
+        assert Plan(*resolved(case)).peak / 2**20 == pytest.approx(measured, rel=0.04), case["name"]
 
 
 def test_a_training_runs_peak_is_the_plans(features, run_loop, tmp_path, monkeypatch):

@@ -27,21 +27,18 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
+from tqdm import tqdm
 
-from benchmarks.turns import Worker, memory, reset_peak, serve  # noqa: E402
-from runtime.machine import processor_name  # noqa: E402
+from benchmarks.turns import Worker, memory, reset_peak, serve
+from config.schema import resolve_config, write_json
+from runtime.machine import processor_name
+from runtime.process import configure_runtime, run_cli
 
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 LATENT, CLASSES = 32, 1000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers: processes that make a step, then time as many as they are asked for
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _serve(step, states, baseline, facts):
@@ -70,8 +67,6 @@ def _serve(step, states, baseline, facts):
 
 
 def _config(case):
-    from config.schema import resolve_config
-
     layers, heads, head_dim = SIZES[case["size"]]
     model = {"type": case["type"], "sample_size": LATENT, "patch_size": case["patch"], "in_channels": 4}
     model = {**model, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
@@ -86,7 +81,7 @@ def _batch(case):
 
 
 def _paddle_step(case):
-    """`(step, forward, states)` of this project: the hand-written loop's step."""
+    """Returns `(step, forward, states)` of this project: the hand-written loop's step."""
     from objectives import build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
@@ -128,7 +123,7 @@ def _state_bytes(model):
 
 
 def _reference_step(case):
-    """`(step, forward, states)` in the layout of the reference."""
+    """Returns `(step, forward, states)` in the layout of the reference."""
     import paddle
     from paddle.nn import functional as F
 
@@ -180,7 +175,7 @@ def _reference_step(case):
 
 
 def _counted(step):
-    """Operators, host reads, and `{kernel: [launches, seconds]}` of one step.
+    """Returns operators, host reads, and `{kernel: [launches, seconds]}` of one step.
 
     Paddle's profiler runs once in a process.
     """
@@ -220,7 +215,7 @@ def _counted(step):
 
 
 def _kept(forward):
-    """Bytes that a forward pass leaves behind until its backward pass."""
+    """Returns the bytes that a forward pass leaves behind until its backward pass."""
     from paddle.base import core
 
     before = core.host_memory_stat_current_value("Allocated", 0)
@@ -231,7 +226,7 @@ def _kept(forward):
 
 
 def _products(forward):
-    """The matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
+    """Returns the matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
     from paddle import _C_ops
 
     from models import cpu_ops
@@ -257,8 +252,6 @@ def _products(forward):
 
 def paddle_worker(part, case):
     if part != "reference":
-        from runtime.process import configure_runtime
-
         configure_runtime()
     import paddle  # noqa: F401 (before the baseline)
 
@@ -307,7 +300,6 @@ def _serve_products(shapes):
 
 
 def torch_worker(case):
-    import numpy as np
     import torch
     from diffusers import DiTTransformer2DModel
 
@@ -385,11 +377,6 @@ def torch_worker(case):
     _serve(step, 4 * 5 * count, baseline, {"parameters": count})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The turns
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _count(case, cpu_ops):
     worker = Worker(sys.executable, __file__, "counted", {**case, "cpu_ops": cpu_ops})
     try:
@@ -399,7 +386,7 @@ def _count(case, cpu_ops):
 
 
 def measure(case, args):
-    """The figures of one case."""
+    """Returns the figures of one case."""
     parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
     if args.reference and case["type"] == "DiT":
         parts["reference"] = sys.executable
@@ -471,8 +458,6 @@ def _line(row):
 
 
 def run(args):
-    from tqdm import tqdm
-
     cases = [
         _case(name, args, recompute, threads)
         for name in args.models
@@ -487,9 +472,7 @@ def run(args):
         rows.append(measure(case, args))
         tqdm.write(_line(rows[-1]))
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            figures = {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows}
-            json.dump(figures, file, indent=2)
+        write_json(args.output, {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows})
         print(f"figures: {args.output}")
 
 
@@ -523,6 +506,4 @@ if __name__ == "__main__":
     if "--worker" in sys.argv:
         main()
     else:
-        from runtime.process import run_cli
-
         run_cli(main)

@@ -21,12 +21,11 @@ from support.runs import ROOT, TINY, TINY_MODELS, command_environment, loop_argu
 
 from config.schema import load_config, resolve_config
 from models import build_model, cpu_ops
-from models.sizes import check_tensor_parallel
 from models.state import expected_shapes
 from objectives import build_objective
 from tools import plan_memory
 from training.checkpoints.saver import CheckpointSaver
-from training.parallel.memory_plan import KINDS, Plan, Setting, Sizes, activations, check, states
+from training.parallel.memory_plan import KINDS, Plan, Setting, Sizes, activations, states
 from training.parallel.step_time import (
     Machine,
     fitting,
@@ -176,36 +175,6 @@ def test_half_precision_and_fused_attention_are_a_gpus():
 # Parallel degrees
 
 
-def numels(sizes, which=lambda p: True):
-    return sum(p.numel() for p in sizes.parameters if p.trainable and which(p))
-
-
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_tensor_parallelism_divides_the_split_parameters_and_their_states(kind):
-    sizes = Sizes(config_of(kind))
-    split, rest = numels(sizes, lambda p: p.split), numels(sizes, lambda p: not p.split)
-    held = states(sizes, Setting(world_size=2, tensor_parallel=2, ema=False))
-    assert held["gradients"] == 4 * (split // 2 + rest)
-    assert held["AdamW moments"] == 8 * (split // 2 + rest)
-    assert split > rest
-
-
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_the_planner_refuses_the_degrees_that_the_network_refuses(kind):
-    config = config_of(kind, num_attention_heads=6, attention_head_dim=4)
-
-    def accepted(test, arguments):
-        for degree in range(1, 13):
-            try:
-                test(config if test is check else config["model"], arguments(degree))
-            except ValueError:
-                continue
-            yield degree
-
-    degrees = list(accepted(check, lambda degree: Setting(degree, tensor_parallel=degree)))
-    assert degrees == list(accepted(check_tensor_parallel, lambda degree: degree)) and len(degrees) > 1
-
-
 def test_sharding_spreads_what_its_stage_says():
     sizes = Sizes(DIT_XL)
     whole = states(sizes, Setting(precision="bfloat16", level="O2"))
@@ -275,7 +244,7 @@ def test_the_start_of_a_sharded_run_holds_the_whole_network():
 
 def test_traffic_is_that_of_ring_collectives():
     config = config_of()
-    gradients = 4 * numels(Sizes(config))
+    gradients = 4 * Plan(config, Setting()).trained
 
     def sent(world_size, **options):
         return [size for size, _ in traffic(Plan(config, Setting(world_size, **options))).values()]
@@ -410,7 +379,6 @@ ODD_WIDTH = {"type": "LargeDiT", "num_attention_heads": 4, "attention_head_dim":
         ({}, "--pipeline_parallel_degree 2", "--pipeline_parallel_degree must be 1, got 2"),
         ({}, "--dp_degree 4", "the data-parallel degree is 8"),
         ({}, "--world_size 0", "--world_size must be above 0, got 0"),
-        ({}, "--bf16 True --fp16 True", "at most one of --bf16 and --fp16"),
         ({}, "--gpu_memory 0.0001 --reserve 0", "no setting fits into 0.0001 GiB"),
     ],
 )

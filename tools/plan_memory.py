@@ -120,10 +120,6 @@ def gib(size):
     return f"{size / GIB:.2f}"
 
 
-def print_row(indent, name, amount):
-    print(f"{' ' * indent}{name:{44 - indent}}{amount:>8}")
-
-
 def print_plan(planned, config, config_file, machine):
     """Prints the tables of one setting."""
     kind, setting = config["model"]["type"], planned.setting
@@ -131,14 +127,11 @@ def print_plan(planned, config, config_file, machine):
     print(describe(setting), end="\n\n")
     print("memory of the fullest GPU                      GiB")
     phase, held = planned.peak_phase, sum(planned.states.values())
-    for name, size in planned.states.items():
-        if size >= GIB / 200:
-            print_row(2, name, gib(size))
-    print(f"  in the phase {phase!r}:")
-    for name, size in planned.phases[phase].items():
-        if size >= GIB / 200:
-            print_row(4, name, gib(size))
-    print_row(2, "peak", gib(planned.peak))
+    rows = [(f"  {name}", size) for name, size in planned.states.items()]
+    rows += [(f"  in the phase {phase!r}:", None), *((f"    {n}", size) for n, size in planned.phases[phase].items())]
+    for name, size in [*rows, ("  peak", planned.peak)]:
+        if size is None or size >= GIB / 200:
+            print(name if size is None else f"{name:44}{gib(size):>8}")
     others = {name: held + sum(kinds.values()) for name, kinds in planned.phases.items() if name != phase}
     print(f"other phases: {', '.join(f'{name} {gib(size)}' for name, size in others.items())}")
     print(f"kept from the forward to the backward pass: {gib(sum(planned.kept.values()))}\n")
@@ -146,7 +139,7 @@ def print_plan(planned, config, config_file, machine):
     if sent:
         print("sent by a GPU in a step                         GB")
         for name, (size, _) in sent.items():
-            print_row(2, name, f"{size / 1e9:.2f}")
+            print(f"  {name:42}{size / 1e9:8.2f}")
         print()
     compute, send = step_seconds(planned, machine)
     print(

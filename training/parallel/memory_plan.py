@@ -37,8 +37,28 @@ Block = namedtuple("Block", "whole split kv_heads qk_norm mlp rows residual mlp_
 # residual: bytes of an element of the residual stream. mlp_gradients: how many gradients of the MLP's inner width the
 # backward pass holds at once. operators: forward and backward.
 BLOCKS = {
-    "DiT": Block((32, 24, 16), (16, 8, 8), (0, 0, 0), (0, 0, 0), (8, 4, 4), 16, (4, 4, 2), 1, (64, 102, 64)),
-    "LargeDiT": Block((40, 28, 28), (20, 12, 12), (4, 4, 4), (4, 4, 2), (12, 6, 6), 8, (4, 2, 2), 2, (130, 166, 150)),
+    "DiT": Block(
+        whole=(32, 24, 16),
+        split=(16, 8, 8),
+        kv_heads=(0, 0, 0),
+        qk_norm=(0, 0, 0),
+        mlp=(8, 4, 4),
+        rows=16,
+        residual=(4, 4, 2),
+        mlp_gradients=1,
+        operators=(64, 102, 64),
+    ),
+    "LargeDiT": Block(
+        whole=(40, 28, 28),
+        split=(20, 12, 12),
+        kv_heads=(4, 4, 4),
+        qk_norm=(4, 4, 2),
+        mlp=(12, 6, 6),
+        rows=8,
+        residual=(4, 2, 2),
+        mlp_gradients=2,
+        operators=(130, 166, 150),
+    ),
 }
 SPLIT_QK_NORM = 12  # instead of `qk_norm` if p > 1: the layer norm of a split width is made of float32 operators
 SCORES = (4, 6, 2)  # of N heads T^2 / p: softmax of plain attention; O1: float32, and a half copy for the product

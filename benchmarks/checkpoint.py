@@ -27,14 +27,13 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import _root  # noqa: F401 (the project's root, on sys.path)
 
-from benchmarks.data import drop_cache, read_plain  # noqa: E402
-from benchmarks.turns import answer, ask, memory, reset_peak  # noqa: E402
-from runtime.process import configure_runtime, run_cli  # noqa: E402
+from benchmarks.data import drop_cache, read_plain
+from benchmarks.turns import answer, ask, memory, reset_peak
+from config.schema import load_config, write_json
+from runtime.process import configure_runtime, run_cli
 
 PARTS = ("save", "load", "memory", "tools")
 BLOCK = 1 << 24
@@ -47,7 +46,6 @@ class Training:
         configure_runtime()
         import paddle
 
-        from config.schema import load_config
         from objectives import Batch, build_objective
         from training import setup
         from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
@@ -68,7 +66,7 @@ class Training:
         self.model.train()
 
     def step(self):
-        """A training step; returns its seconds."""
+        """Runs a training step; returns its seconds."""
         start = time.perf_counter()
         self.steps += 1
         loss = self.objective.training_losses(self.model, self.batch)["loss"].mean()
@@ -85,7 +83,7 @@ class Training:
         return time.perf_counter() - start
 
     def parts(self):
-        """What `CheckpointSaver.save` takes."""
+        """Returns what `CheckpointSaver.save` takes."""
         progress = {"global_step": self.steps, "samples_seen": self.steps * len(self.batch.x)}
         names = ("config", "model", "optimizer", "lr_scheduler", "ema", "objective")
         return {**{name: getattr(self, name) for name in names}, "scaler": None, "progress": progress}
@@ -110,7 +108,7 @@ class Training:
         return waited, end
 
     def resume(self, folder):
-        """As --resume does it."""
+        """Restores this training as --resume does."""
         from training.checkpoints.experiment import open_checkpoint
         from training.checkpoints.state import restore_model, restore_training
 
@@ -154,11 +152,6 @@ def warm_up(path, size, buffer):
     In a virtual machine memory that was not in use for long comes from the host, many times as slowly.
     """
     write_plain(path, size, buffer, flush=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers: each part in a process of its own
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def save_worker(args, folder):
@@ -248,7 +241,7 @@ def tool_worker(args, folder, kind):
     checkpoint = os.path.join(folder, "1")
     model_type = ask(__file__, "checkpoint", args.config_file, 1, 1, checkpoint)
     configure_runtime()
-  # noqa: F401 (and Paddle)
+    import paddle  # noqa: F401 (before the tool is timed)
 
     if kind == "extract":
         from tools import extract_weights as tool
@@ -279,17 +272,12 @@ def tool_worker(args, folder, kind):
     answer({"tool": os.path.basename(tool.__file__), "bytes": size, "above": above, "rounds": rounds})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def worker(kind, args, folder, *more):
     return ask(__file__, kind, args.config_file, args.batch_size, args.turns, folder, *more)
 
 
 def median_of(rounds, name, beside=None):
-    """The median of a column, or of its ratio to another one."""
+    """Returns the median of a column, or of its ratio to another one."""
     values = [row[name] / row[beside] if beside else row[name] for row in rounds if row.get(name) is not None]
     return statistics.median(values) if values else float("nan")
 
@@ -357,14 +345,7 @@ def tools(args, folder):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def run(args):
-    from config.schema import load_config, write_json
-
     load_config(args.config_file)  # a mistake is reported here
     if args.work_dir:
         os.makedirs(args.work_dir, exist_ok=True)

@@ -6,144 +6,49 @@ config goes through `training.parallel.memory_plan`. Prints the table of docs/me
 
 The networks run with a GPU's operators here, not with those of `models.cpu_ops`, which keep less.
 
-There are no half-precision kernels for a CPU. Cases marked "O1" stand in for them: float64 plays float32 and float32
-plays bfloat16, with the casts that Paddle's lists ask for, and all bytes are halved.
+A CPU has no half-precision kernels. Cases marked "O1" stand in for them: float64 plays float32 and float32 plays
+bfloat16, with the casts that Paddle's lists ask for, and all bytes are halved.
 """
 
 import argparse
 import glob
+import importlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
+from support.memory_runs import CASES, resolved
+from support.runs import ROOT, command_environment, launch_command
+from tqdm import tqdm
 
-from config.schema import resolve_config, write_json  # noqa: E402
-from runtime.process import configure_runtime, run_cli  # noqa: E402
-from training.parallel import memory_plan  # noqa: E402
-
-NARROW = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32}
-WIDE = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64}
-SMALL = {"sample_size": 16, "patch_size": 2, "num_classes": 10}  # 64 tokens
-LONG = {"sample_size": 32, "patch_size": 2, "num_classes": 10}  # 256 tokens
-GQA = {"qk_norm": True, "num_kv_heads": 2, "multiple_of": 32}
-
-
-def _case(name, kind, batch, *sizes, ranks=1, **settings):
-    model = {"type": kind}
-    for part in sizes:
-        model.update(part)
-    return {"name": name, "model": model, "batch": batch, "ranks": ranks, "settings": settings}
-
-
-CASES = [
-    _case("narrow", "DiT", 8, SMALL, NARROW),
-    _case("narrow, batch 32", "DiT", 32, SMALL, NARROW),
-    _case("narrow, recompute", "DiT", 32, SMALL, NARROW, recompute=True),
-    _case("wide", "DiT", 8, SMALL, WIDE),
-    _case("wide, recompute, accumulation 2", "DiT", 32, SMALL, WIDE, recompute=True, gradient_accumulation_steps=2),
-    _case("256 tokens", "DiT", 4, LONG, NARROW),
-    _case("256 tokens, fused attention", "DiT", 4, LONG, NARROW, fused_attention=True),
-    _case("256 tokens, recompute", "DiT", 8, LONG, NARROW, recompute=True),
-    _case("no EMA, clipping", "DiT", 16, SMALL, WIDE, use_ema=False, max_grad_norm=1.0),
-    _case("patch 4", "DiT", 8, LONG, NARROW, {"patch_size": 4}),
-    _case("narrow", "SiT", 16, SMALL, NARROW),
-    _case("256 tokens, recompute", "SiT", 12, LONG, WIDE, recompute=True),
-    _case("narrow", "LargeDiT", 8, SMALL, NARROW, {"multiple_of": 32}),
-    _case("qk_norm, GQA", "LargeDiT", 16, SMALL, NARROW, GQA),
-    _case("qk_norm, GQA, recompute", "LargeDiT", 16, SMALL, NARROW, GQA, recompute=True),
-    _case("qk_norm, GQA, 256 tokens", "LargeDiT", 4, LONG, WIDE, GQA, fused_attention=True),
-    _case("wide, recompute", "LargeSiT", 32, SMALL, WIDE, {"multiple_of": 32}, recompute=True),
-    _case("O1, wide", "DiT", 16, SMALL, WIDE, amp_dtype="bfloat16"),
-    _case("O1, 256 tokens, recompute", "DiT", 8, LONG, NARROW, amp_dtype="bfloat16", recompute=True),
-    _case("O1, qk_norm, GQA", "LargeDiT", 16, SMALL, NARROW, GQA, amp_dtype="bfloat16"),
-    _case("O1, qk_norm, GQA, recompute", "LargeDiT", 32, SMALL, WIDE, GQA, amp_dtype="bfloat16", recompute=True),
-    _case("2 processes, DataParallel", "DiT", 4, SMALL, WIDE, ranks=2),
-    _case("2 processes, DataParallel, recompute", "DiT", 4, SMALL, WIDE, ranks=2, recompute=True),
-    _case("2 processes, DataParallel, Trainer", "DiT", 4, SMALL, WIDE, ranks=2, trainer=True),
-    _case(
-        "2 processes, DataParallel, Trainer, recompute", "DiT", 4, SMALL, WIDE, ranks=2, trainer=True, recompute=True
-    ),
-    _case("2 processes, sharding stage1", "DiT", 4, SMALL, WIDE, ranks=2, sharding="stage1"),
-    _case("2 processes, sharding stage2", "DiT", 4, SMALL, WIDE, ranks=2, sharding="stage2"),
-    _case("2 processes, sharding stage3", "DiT", 4, SMALL, WIDE, ranks=2, sharding="stage3"),
-    _case("2 processes, tensor parallel", "DiT", 4, SMALL, WIDE, ranks=2, tensor_parallel=2),
-    _case(
-        "2 processes, tensor parallel, recompute",
-        "LargeDiT",
-        4,
-        SMALL,
-        WIDE,
-        GQA,
-        ranks=2,
-        tensor_parallel=2,
-        recompute=True,
-    ),
-]
-
-
-def resolved(case):
-    """The case's config, and its `Setting`."""
-    training = {k: v for k, v in case["settings"].items() if k not in ("sharding", "tensor_parallel", "trainer")}
-    config = resolve_config({"model": case["model"], "training": training})
-    training = config["training"]
-    sharding, tensor = case["settings"].get("sharding", ""), case["settings"].get("tensor_parallel", 1)
-    half = training["amp_dtype"] != "float32"
-    setting = memory_plan.Setting(
-        world_size=case["ranks"],
-        tensor_parallel=tensor,
-        sharding=sharding,
-        sharding_degree=case["ranks"] if sharding else 1,
-        batch=case["batch"],
-        accumulation=training["gradient_accumulation_steps"],
-        precision=training["amp_dtype"],
-        level=training["amp_level"],
-        recompute=training["recompute"],
-        ema=training["use_ema"],
-        # Attention is plain on a CPU, half precision stands for a GPU's.
-        fused_attention=False,
-        device="gpu" if half else "cpu",
-    )
-    return config, setting
-
-
-def planned_for(case):
-    """The `Plan` of a case."""
-    config, setting = resolved(case)
-    sliced_from = memory_plan.SLICED_FROM
-    try:
-        if setting.sharding == "stage3":
-            memory_plan.SLICED_FROM = 0  # on a CPU every parameter is sliced, see training.parallel.cpu
-        return memory_plan.plan(config, setting)
-    finally:
-        memory_plan.SLICED_FROM = sliced_from
+from config.schema import write_json
+from runtime.process import configure_runtime, run_cli
+from training.parallel.memory_plan import Plan
 
 
 def measure(case):
-    """Bytes that Paddle's allocator had given out at most in one process of a training run (the fullest)."""
+    """Returns the bytes that Paddle's allocator had given out at most in the fullest process of a training run."""
     config, setting = resolved(case)
     with tempfile.TemporaryDirectory() as folder:
         _write_features(folder, config["model"], setting.global_batch)
         training = {**config["training"], "amp_dtype": "float32", "max_steps": 3}
         training["global_batch_size"] = setting.global_batch
         write_json(os.path.join(folder, "config.json"), {**config, "training": training})
-        environment = {**os.environ, "PYTHONPATH": ROOT}
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        done = subprocess.run(
-            _command(case, setting, folder), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
-        peaks = [_read(path) for path in glob.glob(os.path.join(folder, "peak-*"))]
+        command, environment = _command(case, setting, folder), command_environment()
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        peaks = [Path(path).read_text() for path in glob.glob(f"{folder}/peak-*")]
         if len(peaks) < setting.world_size:
-            logs = "".join(_read(path) for path in glob.glob(os.path.join(folder, "log", "workerlog.*")))
+            logs = "".join(Path(path).read_text(errors="replace") for path in glob.glob(f"{folder}/log/workerlog.*"))
             raise ValueError(f"case {case['name']!r} failed: {(logs + done.stdout + done.stderr).strip()[-2000:]}")
-    return max(map(int, peaks)) // (2 if setting.half else 1)
+    return max(map(int, peaks)) // (2 if setting.mode else 1)
 
 
 def _command(case, setting, folder):
-    """The command line of a case's run: this file as `worker`, under the launcher if there are several processes."""
+    """Returns the command of a case's run: this file as `worker`, under the launcher if there are several processes."""
     trainer = case["settings"].get("trainer") or setting.sharding or setting.tensor_parallel > 1
     flags = {"config_file": f"{folder}/config.json", "feature_path": folder, "device": "cpu", "disable_tqdm": True}
     if trainer:
@@ -152,25 +57,14 @@ def _command(case, setting, folder):
         flags.update(sharding=setting.sharding, sharding_parallel_degree=setting.sharding_degree)
     else:
         flags.update(results_dir=f"{folder}/run", image_size=1, num_workers=0)
-    command = [sys.executable]
+    words = ["--worker", f"{folder}/peak", *(["--emulate"] if setting.mode else [])]
+    words += ["trainer" if trainer else "notrainer", *(f"--{name}={value}" for name, value in flags.items())]
     if setting.world_size > 1:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        command += ["-m", "paddle.distributed.launch", "--nproc_per_node", str(setting.world_size)]
-        command += ["--master", f"127.0.0.1:{port}", "--log_dir", f"{folder}/log"]
-    command += [os.path.abspath(__file__), "--worker", f"{folder}/peak", *(["--emulate"] if setting.half else [])]
-    return [*command, "trainer" if trainer else "notrainer", *(f"--{name}={value}" for name, value in flags.items())]
-
-
-def _read(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+        return launch_command(setting.world_size, "benchmarks/memory.py", words, f"{folder}/log")
+    return [sys.executable, __file__, *words]
 
 
 def _write_features(folder, model, count):
-    import numpy as np
-
     shape = (1, model["in_channels"], model["sample_size"], model["sample_size"])
     for kind in ("features", "labels"):
         os.makedirs(os.path.join(folder, f"imagenet1_{kind}"))
@@ -181,8 +75,6 @@ def _write_features(folder, model, count):
 
 def worker(path, loop, flags, emulate):
     """Runs a training loop in this process, and writes the allocator's peak to `path` and this process's rank."""
-    import importlib
-
     configure_runtime()
     import paddle
     from paddle.base import core
@@ -239,8 +131,6 @@ def main(argv=None):
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from tqdm import tqdm
-
     rows = []
     cases = [case for case in CASES if args.only in f"{case['model']['type']} {case['name']}"]
     if not cases:
@@ -248,7 +138,7 @@ def main(argv=None):
     print("| model | case | batch | parameters | measured MiB | planned MiB | of it states | planned / measured |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for case in tqdm(cases, unit="run"):
-        planned, measured = planned_for(case), measure(case)
+        planned, measured = Plan(*resolved(case)), measure(case)
         row = {"model": case["model"]["type"], "case": case["name"], "batch": case["batch"]}
         row.update(parameters=planned.parameters, measured=measured, planned=planned.peak)
         row.update(states=sum(planned.states.values()), ratio=planned.peak / measured)

@@ -14,6 +14,9 @@ the same turn, the median of the turns; diffusers has no SiT: there it is its Di
 - PyTorch, PyTorch bf16: diffusers' DiTPipeline (--torch_python: the Python of an environment with torch and diffusers).
 
 With --decode, one image through a decoder of Stable Diffusion's VAE size (random weights, 256 pixels) is timed too.
+
+--overhead shows instead what each of this project's samplers costs beside the network: 25 steps of it against as many
+bare forward passes, one after the other, without guidance.
 """
 
 import argparse
@@ -23,23 +26,35 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
+from tqdm import tqdm
 
-from benchmarks.turns import Worker, serve  # noqa: E402
+from benchmarks.turns import Worker, serve
+from config.schema import load_config
+from runtime.process import configure_runtime, run_cli
 
-# Sampler: model, evaluations of a whole run (None: adaptive), the parts that have it.
+# Sampler: model, evaluations of a whole run (None: adaptive), the parts that have it, options of `objective.sample`.
 SAMPLERS = {
-    "ddim": ("DiT", 25, ("eager", "pipeline", "inference", "inference bf16", "PyTorch", "PyTorch bf16")),
-    "ddpm": ("DiT", 250, ("eager", "pipeline", "PyTorch")),
-    "ode": ("SiT", 25, ("eager", "pipeline", "inference", "inference bf16")),
-    "sde": ("SiT", 250, ("eager",)),
-    "dopri5": ("SiT", None, ("eager",)),
+    "ddim": (
+        *("DiT", 25, ("eager", "pipeline", "inference", "inference bf16", "PyTorch", "PyTorch bf16")),
+        {"method": "ddim"},
+    ),
+    "ddpm": ("DiT", 250, ("eager", "pipeline", "PyTorch"), {}),
+    "ode": ("SiT", 25, ("eager", "pipeline", "inference", "inference bf16"), {}),
+    "sde": ("SiT", 250, ("eager",), {"sampler": "sde"}),
+    "dopri5": ("SiT", None, ("eager",), {"method": "dopri5"}),
+}
+# --overhead: model, options of the objective's `sample`.
+OVERHEAD = {
+    "DDIM": ("DiT", {"method": "ddim"}),
+    "DDPM": ("DiT", {"method": "ddpm"}),
+    **{f"ODE {method}": ("SiT", {"method": method}) for method in ("euler", "heun2", "rk4", "dopri5")},
+    **{f"SDE {method}": ("SiT", {"method": method, "sampler": "sde"}) for method in ("Euler", "Heun")},
 }
 DECODERS = ("eager", "inference", "PyTorch")
-GUIDANCE, CLASSES, PSNR_STEPS = 4.0, 1000, 25
+GUIDANCE, CLASSES, WHOLE_STEPS = 4.0, 1000, 25
 VAE_SIZE = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
@@ -50,15 +65,19 @@ VAE_SIZE = {
 TINY_VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers
-# ---------------------------------------------------------------------------------------------------------------------
+def read_config(kind, size):
+    path = _root.ROOT / "config" / f"{kind}_{size.replace('/', '_patch')}.json"
+    if not path.is_file():
+        raise ValueError(f"--size {size}: expected S/2, S/4, S/8, B/2, ...")
+    return load_config(path)
 
 
-def _config(kind, case):
-    from config.schema import load_config
+def random_state(model):
+    """Returns a network's weights, where those that adaLN-Zero starts as zeros are random: else every output is 0."""
+    import paddle
 
-    return load_config(os.path.join(ROOT, "config", f"{kind}_{case['size'].replace('/', '_patch')}.json"))
+    state = model.state_dict()
+    return {name: value if value.any() else paddle.randn(value.shape) * 0.02 for name, value in state.items()}
 
 
 def prepare(case):
@@ -75,11 +94,8 @@ def prepare(case):
     paddle.seed(0)
     vae = AutoencoderKL(**TINY_VAE)
     for kind in case["models"]:
-        config = _config(kind, case)
-        model = build_model(config)
-        state = {}
-        for name, value in model.state_dict().items():
-            state[name] = (value if value.any() else paddle.randn(value.shape) * 0.02).numpy()  # adaLN-Zero's zeros
+        config = read_config(kind, case["size"])
+        state = {name: value.numpy() for name, value in random_state(build_model(config)).items()}
         folder = os.path.join(case["folder"], kind)
         os.makedirs(folder)
         write_json(os.path.join(folder, "config.json"), config)
@@ -89,8 +105,6 @@ def prepare(case):
 
 
 def _noise(case, steps):
-    import numpy as np
-
     return np.random.RandomState(steps).standard_normal([case["batch"], 4, 32, 32]).astype("float32")
 
 
@@ -99,7 +113,7 @@ def _labels(case):
 
 
 def eager(case):
-    """This project's samplers: `sample(name, steps)` returns the number of evaluations."""
+    """Returns `sample(name, steps)`, which draws by this project's samplers and returns the number of evaluations."""
     import paddle
 
     from models import build_model
@@ -108,23 +122,17 @@ def eager(case):
     from weights.source import read_weights
 
     y = paddle.to_tensor(_labels(case))
-    options = {
-        "ddim": {"method": "ddim"},
-        "ddpm": {},
-        "ode": {},
-        "sde": {"sampler": "sde"},
-        "dopri5": {"method": "dopri5"},
-    }
     found = {}
     for kind in case["models"]:
-        config = _config(kind, case)
+        config = read_config(kind, case["size"])
         network = build_model(config)
         network.set_state_dict(read_weights(os.path.join(case["folder"], kind))[0])
         network.eval()
         found[kind] = network, build_objective(config)
 
     def sample(name, steps):
-        network, objective = found[SAMPLERS[name][0]]
+        kind, _, _, options = SAMPLERS[name]
+        network, objective = found[kind]
         counted = []
 
         def model(x, t, y):
@@ -136,21 +144,21 @@ def eager(case):
         grid = steps + 1 if name == "ode" else steps
         with paddle.no_grad():
             noise = paddle.to_tensor(_noise(case, steps))
-            objective.sample(denoiser, noise, num_steps=grid, **options[name]).numpy()
+            objective.sample(denoiser, noise, num_steps=grid, **options).numpy()
         return len(counted)
 
     return sample
 
 
 def pipeline(case):
-    """ppdiffusers' DiTPipeline, as `eager`."""
+    """Returns a function as `eager` does, of ppdiffusers' DiTPipeline."""
     import paddle
     from ppdiffusers import DDPMScheduler
 
     from sampling.pipelines.pretrained import load_dit_pipeline
 
     pipes = {kind: load_dit_pipeline(os.path.join(case["folder"], f"{kind}_pipeline")) for kind in case["models"]}
-    schedulers = {name: pipes[kind].scheduler for name, (kind, _, _) in SAMPLERS.items() if kind in pipes}
+    schedulers = {name: pipes[kind].scheduler for name, (kind, *_) in SAMPLERS.items() if kind in pipes}
     if "DiT" in pipes:
         schedulers["ddpm"] = DDPMScheduler.from_config(pipes["DiT"].scheduler.config)
     for pipe in pipes.values():
@@ -167,8 +175,7 @@ def pipeline(case):
 
 
 def inference(case, dtype):
-    """Paddle Inference, as `eager`; the sampler "psnr" returns decibels."""
-    import numpy as np
+    """Returns a function as `eager` does, of Paddle Inference; its sampler "psnr" returns decibels."""
     import paddle
 
     from infer_demo_dit import run_scheduler
@@ -203,7 +210,7 @@ def inference(case, dtype):
 
 
 def torch_pipeline(case, dtype):
-    """diffusers' DiTPipeline, as `eager`."""
+    """Returns a function as `eager` does, of diffusers' DiTPipeline."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -224,7 +231,7 @@ def torch_pipeline(case, dtype):
 
 
 def decoder(part, case):
-    """`decode()` of one image."""
+    """Returns a function that decodes one image."""
     if part == "PyTorch":
         import torch
         from diffusers import AutoencoderKL
@@ -289,30 +296,19 @@ def work(part, case):
     serve(turn)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The turns
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _network(size):
-    """diffusers' keywords for a DiT of a config's size."""
-    from config.schema import load_config
-
-    path = os.path.join(ROOT, "config", f"DiT_{size.replace('/', '_patch')}.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"--size {size}: expected S/2, S/4, S/8, B/2, ...")
-    model = load_config(path)["model"]
+def diffusers_network(size):
+    """Returns diffusers' keywords for a DiT of a config's size."""
+    model = read_config("DiT", size)["model"]
     same = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
     return {**{name: model[name] for name in same}, "out_channels": 2 * model["in_channels"]}
 
 
 def run(args):
-    from tqdm import tqdm
-
+    """Returns the figures of every turn, of every turn of decoding, and the PSNRs: see `report`."""
     parts = [part for part in SAMPLERS["ddim"][2] if args.torch_python or "PyTorch" not in part]
     kinds = [kind for kind in ("DiT", "SiT") if any(SAMPLERS[name][0] == kind for name in args.samplers)]
     case = {"size": args.size, "batch": args.batch_size, "threads": args.threads, "models": kinds}
-    case["torch"] = _network(args.size)
+    case["torch"] = diffusers_network(args.size)
     turns, decoding, quality, workers = [], [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         case["folder"] = folder
@@ -333,7 +329,7 @@ def run(args):
                 turns += [times] if turn else []
             for part in parts if "ddim" in args.samplers else ():
                 if part.startswith("inference"):
-                    quality[part] = workers[part].ask({"sampler": "psnr", "steps": PSNR_STEPS})
+                    quality[part] = workers[part].ask({"sampler": "psnr", "steps": WHOLE_STEPS})
             for _ in tqdm(range(args.turns), desc="decoding") if args.decode else ():
                 asked = [part for part in parts if part in DECODERS]
                 decoding.append({part: workers[part].ask({"sampler": "decode", "steps": 1}) for part in asked})
@@ -385,22 +381,61 @@ def report(args, turns, decoding, quality):
     return {"rows": rows, "decode_s": decode}
 
 
+def overhead(args):
+    """Prints the table of --overhead; returns its rows: medians of the turns, and each turn's ratio."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    configure_runtime()
+    import paddle
+
+    from models import build_model
+    from objectives import build_objective
+
+    rows = []
+    print("| sampler | evaluations | bare forward passes | sampler | ratio | of the turns |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (kind, options) in OVERHEAD.items():
+        config = read_config(kind, args.size)
+        model, objective = build_model(config), build_objective(config)
+        model.set_state_dict(random_state(model))
+        model.eval()
+        y, t = paddle.arange(args.batch_size), paddle.full([args.batch_size], 0.5)
+        noise, evaluated = paddle.randn([args.batch_size, 4, 32, 32]), []
+
+        def denoiser(x, t, model=model, y=y, evaluated=evaluated):
+            evaluated.append(x.shape[0])
+            return model(x, t, y)
+
+        turns = []
+        for _ in range(args.turns + 1):  # the first warms up, and counts
+            evaluated.clear()
+            start = time.perf_counter()
+            with paddle.no_grad():
+                float(objective.sample(denoiser, noise, num_steps=WHOLE_STEPS, **options).sum())
+                middle, evaluations = time.perf_counter(), len(evaluated)
+                for _ in range(evaluations):
+                    out = denoiser(noise, t)
+                float(out.sum())
+            turns.append((time.perf_counter() - middle, middle - start))
+        ratios = [inside / bare for bare, inside in turns[1:]]
+        bare, inside = map(statistics.median, zip(*turns[1:], strict=True))
+        rows.append({"sampler": name, "evaluations": evaluations, "bare_s": bare, "sampler_s": inside})
+        rows[-1]["ratios"] = ratios
+        spread = f"{statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"| {name} | {evaluations} | {bare:.2f} s | {inside:.2f} s | {spread} |", flush=True)
+    return rows
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--samplers",
-        nargs="+",
-        choices=tuple(SAMPLERS),
-        default=["ddim", "ddpm", "ode", "sde"],
-        metavar="SAMPLER",
-        help="ddim, ddpm, ode, sde, dopri5 [all but dopri5]",
-    )
+    default = ["ddim", "ddpm", "ode", "sde"]
+    parser.add_argument("--samplers", nargs="+", choices=tuple(SAMPLERS), default=default, help="[all but dopri5]")
     parser.add_argument("--size", default="S/4", help="of the networks: S/4, B/2, ... [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=8, help="images [%(default)s]")
     parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
     parser.add_argument("--turns", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--timed_steps", type=int, default=5, help="of each process in a turn [%(default)s]")
     parser.add_argument("--decode", action="store_true", help="time a decoder of Stable Diffusion's size too")
+    parser.add_argument("--overhead", action="store_true", help="of this project's samplers beside the network")
     parser.add_argument("--torch_python", metavar="PYTHON", help="Python with torch and diffusers [no comparison]")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -410,8 +445,7 @@ def main(argv=None):
     for name, least in (("batch_size", 1), ("threads", 1), ("turns", 1), ("timed_steps", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {least} or more")
-    turns, decoding, quality = run(args)
-    figures = report(args, turns, decoding, quality)
+    figures = {"rows": overhead(args)} if args.overhead else report(args, *run(args))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump({"load_average": os.getloadavg(), "threads": args.threads, **figures}, file, indent=2)
@@ -421,11 +455,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if "--worker" in sys.argv:
         if "PyTorch" not in " ".join(sys.argv):
-            from runtime.process import configure_runtime
-
             configure_runtime()
         main()
     else:
-        from runtime.process import run_cli
-
         run_cli(main)

@@ -14,9 +14,8 @@ that what else the machine does falls on all of them; ratios are formed turn by 
 "above" is the peak of the resident memory during steps, less that before the network was made, less weights, gradients,
 moments and averages. "activations" are what Paddle's allocator has given out more after a forward pass than before it.
 "update" is the share of a step that the optimizer, the norm of the gradients and the average take. Operators are those
-of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets; "written" are the
-bytes of their results there, plain attention. Reads of a tensor by the host are counted by
-its methods' calls. The JSON file has the time by kernel too.
+of one step by Paddle's profiler, once as it runs here and once with the operators that a GPU gets. Reads of a tensor by
+the host are counted by its methods' calls. The JSON file has the time by kernel too.
 """
 
 import argparse
@@ -28,21 +27,18 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
+from tqdm import tqdm
 
-from benchmarks.turns import Worker, memory, reset_peak, serve  # noqa: E402
-from runtime.machine import processor_name  # noqa: E402
+from benchmarks.turns import Worker, memory, reset_peak, serve
+from config.schema import resolve_config, write_json
+from runtime.machine import processor_name
+from runtime.process import configure_runtime, run_cli
 
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 LATENT, CLASSES = 32, 1000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers: processes that make a step, then time as many as they are asked for
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _serve(step, states, baseline, facts):
@@ -71,8 +67,6 @@ def _serve(step, states, baseline, facts):
 
 
 def _config(case):
-    from config.schema import resolve_config
-
     layers, heads, head_dim = SIZES[case["size"]]
     model = {"type": case["type"], "sample_size": LATENT, "patch_size": case["patch"], "in_channels": 4}
     model = {**model, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
@@ -87,7 +81,7 @@ def _batch(case):
 
 
 def _paddle_step(case):
-    """`(step, forward, states)` of this project: the hand-written loop's step."""
+    """Returns `(step, forward, states)` of this project: the hand-written loop's step."""
     from objectives import Batch, build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
@@ -129,7 +123,7 @@ def _state_bytes(model):
 
 
 def _reference_step(case):
-    """`(step, forward, states)` in the layout of the reference."""
+    """Returns `(step, forward, states)` in the layout of the reference."""
     import paddle
     from paddle.nn import functional as F
 
@@ -181,7 +175,7 @@ def _reference_step(case):
 
 
 def _counted(step):
-    """Operators, host reads, and `{kernel: [launches, seconds]}` of one step.
+    """Returns operators, host reads, and `{kernel: [launches, seconds]}` of one step.
 
     Paddle's profiler runs once in a process.
     """
@@ -221,7 +215,7 @@ def _counted(step):
 
 
 def _kept(forward):
-    """Bytes that a forward pass leaves behind until its backward pass."""
+    """Returns the bytes that a forward pass leaves behind until its backward pass."""
     from paddle.base import core
 
     before = core.host_memory_stat_current_value("Allocated", 0)
@@ -232,7 +226,7 @@ def _kept(forward):
 
 
 def _products(forward):
-    """The matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
+    """Returns the matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
     from paddle import _C_ops
 
     from models import cpu_ops
@@ -258,8 +252,6 @@ def _products(forward):
 
 def paddle_worker(part, case):
     if part != "reference":
-        from runtime.process import configure_runtime
-
         configure_runtime()
     import paddle  # noqa: F401 (before the baseline)
 
@@ -308,7 +300,6 @@ def _serve_products(shapes):
 
 
 def torch_worker(case):
-    import numpy as np
     import torch
     from diffusers import DiTTransformer2DModel
 
@@ -386,11 +377,6 @@ def torch_worker(case):
     _serve(step, 4 * 5 * count, baseline, {"parameters": count})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The turns
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _count(case, cpu_ops):
     worker = Worker(sys.executable, __file__, "counted", {**case, "cpu_ops": cpu_ops})
     try:
@@ -399,24 +385,14 @@ def _count(case, cpu_ops):
         worker.close()
 
 
-def _written(case):
-    """Bytes of the results of a step's operators on a GPU, forward and backward."""
-    from training.parallel.memory_plan import Sizes
-    from training.parallel.memory_tape import activations
-
-    return activations(
-        Sizes.of(_config(case)), case["batch"], recompute=case["recompute"], fused_attention=False
-    ).written
-
-
 def measure(case, args):
-    """The figures of one case."""
+    """Returns the figures of one case."""
     parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
     if args.reference and case["type"] == "DiT":
         parts["reference"] = sys.executable
     if args.torch_python and case["type"] in ("DiT", "SiT"):
         parts["torch"] = args.torch_python
-    row = {**case, **_count(case, True), "gpu": _count(case, False), "written": _written(case)}
+    row = {**case, **_count(case, True), "gpu": _count(case, False)}
     workers = {}
     try:
         for part, python in parts.items():
@@ -452,7 +428,7 @@ def _case(text, args, recompute, threads):
 HEADS = (
     "model | threads | recompute | step | samples/s | products / step | of the plain operators' time | "
     "of PyTorch's time | of its memory | "
-    "of the reference's time | above | activations | update | operators: here, on a GPU, reference | written | reads"
+    "of the reference's time | above | activations | update | operators: here, on a GPU, reference | reads"
 )
 
 
@@ -476,15 +452,12 @@ def _line(row):
         f"{row['activations'] / 2**20:.0f} MiB",
         f"{100 * row['update_share']:.1f}%",
         ", ".join(map(str, counts)),
-        f"{row['written'] / 2**30:.2f} GiB",
         row["host_reads"],
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def run(args):
-    from tqdm import tqdm
-
     cases = [
         _case(name, args, recompute, threads)
         for name in args.models
@@ -499,9 +472,7 @@ def run(args):
         rows.append(measure(case, args))
         tqdm.write(_line(rows[-1]))
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            figures = {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows}
-            json.dump(figures, file, indent=2)
+        write_json(args.output, {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows})
         print(f"figures: {args.output}")
 
 
@@ -535,6 +506,4 @@ if __name__ == "__main__":
     if "--worker" in sys.argv:
         main()
     else:
-        from runtime.process import run_cli
-
         run_cli(main)

@@ -1,4 +1,4 @@
-"""What the benchmarks share that start processes of their own and let them take turns."""
+"""Processes that the benchmarks start and let take turns."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def timed(command):
-    """`(seconds, finished process)` of a command in the repository's root."""
+    """Runs a command in the repository's root; returns `(seconds, finished process)`."""
     environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     done = subprocess.run(
@@ -21,7 +21,7 @@ def timed(command):
 
 
 def ask(script, *words):
-    """What a script answers as a worker: `script --worker WORDS` in a process of its own, see `answer`."""
+    """Runs `script --worker WORDS` in a process of its own; returns the value that it gives to `answer`."""
     _, done = timed([sys.executable, os.path.abspath(script), "--worker", *map(str, words)])
     for line in done.stdout.splitlines():
         if line.startswith('{"answer": '):
@@ -30,17 +30,18 @@ def ask(script, *words):
 
 
 def answer(value):
-    """Gives a JSON value to the process that has asked."""
+    """Prints a JSON value for the process that has asked."""
     print(json.dumps({"answer": value}), flush=True)
 
 
 def memory(key):
-    """Bytes of this process: `VmRSS` (resident now), `VmHWM` (at most, since `reset_peak`)."""
+    """Returns this process's resident bytes: `VmRSS`, now; `VmHWM`, the most since `reset_peak`."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
 def reset_peak():
+    """Lets `VmHWM` start anew."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -75,7 +76,7 @@ class Worker:
         raise ValueError(f"the {self.part} process ended before it answered; TRACEBACK=1 shows its messages")
 
     def ask(self, request):
-        """The worker's answer to a JSON value."""
+        """Returns the worker's answer to a JSON value."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._read()

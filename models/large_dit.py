@@ -18,10 +18,9 @@ from .attention import scaled_dot_product
 from .base import LatentTransformer
 from .dit import Block, FinalLayer, modulate, modulations
 from .embeddings import LabelEmbedder, TimestepEmbedder
-from .parallel import SharedInput, column_linear, layer_norm, linear, row_linear, swiglu_width
+from .parallel import SharedInput, column_linear, layer_norm, linear, row_linear
 from .sit import WithoutVariance
-
-MAX_CONDITION_SIZE = 1024
+from .sizes import MAX_CONDITION_SIZE, swiglu_width
 
 
 def rotary_table(head_dim, num_tokens, theta=10000.0):

@@ -8,7 +8,6 @@ given the same batch and random numbers; their outputs are the whole network's, 
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,32 +38,6 @@ def tensor_parallel(group):
         yield
     finally:
         _group = before
-
-
-def check_tensor_parallel(model, degree):
-    """Raises `ValueError` if the `model` section of a resolved config can't be split over `degree` ranks."""
-    hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
-    sizes = {"num_attention_heads": model["num_attention_heads"]}
-    if "mlp_ratio" in model:
-        sizes["the MLP's width, hidden size * mlp_ratio,"] = int(hidden_size * model["mlp_ratio"])
-    else:
-        sizes["num_kv_heads"] = model["num_kv_heads"] or model["num_attention_heads"]
-        sizes["the feed-forward width (multiple_of, ffn_dim_multiplier)"] = swiglu_width(
-            hidden_size, model["multiple_of"], model["ffn_dim_multiplier"]
-        )
-    for name, size in sizes.items():
-        if size % degree:
-            raise ValueError(
-                f"tensor_parallel_degree {degree} can't split this {model['type']}: {name} {size} is not divisible"
-            )
-
-
-def swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier):
-    """Inner width of Large-DiT's feed-forward layers: 8/3 of the hidden width, scaled, rounded up to a multiple."""
-    width = int(2 * 4 * hidden_size / 3)
-    if ffn_dim_multiplier is not None:
-        width = int(ffn_dim_multiplier * width)
-    return multiple_of * math.ceil(width / multiple_of)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""This module tells Paddle's CPU build which processor it runs on. Standard library only, and quick to import.
+"""Processor and memory of this machine. Standard library only, and quick to import.
 
 `tools/setup_env.sh` lets the Python of `.venv` call `set_mkl_cpu_type` whenever it starts.
 """
@@ -26,7 +26,7 @@ def _first_processor(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 name, _, value = line.partition(":")
-                if not name.strip():  # the first processor ends here; a server has hundreds
+                if not name.strip():  # the end of the first processor; a server lists hundreds
                     break
                 fields[name.strip()] = value.strip()
     except OSError:
@@ -35,7 +35,7 @@ def _first_processor(path):
 
 
 def has_bundled_mkl(folders=None):
-    """Returns whether the Paddle that would be imported brings an MKL of 2019 along, as its x86 wheels do."""
+    """Returns whether the Paddle that would be imported bundles an MKL of 2019, as its x86 wheels do."""
     if folders is None:
         folders = [*sys.path, sysconfig.get_path("platlib")]
     return any(os.path.isfile(os.path.join(folder, "paddle", "libs", "libmklml_intel.so")) for folder in folders)
@@ -50,8 +50,8 @@ def processor_name(path="/proc/cpuinfo"):
 def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     """Sets MKL_DEBUG_CPU_TYPE, so that Paddle's matrix products use AVX2 on processors that are not Intel's.
 
-    The MKL in Paddle's CPU wheels takes its slowest path wherever the vendor is another one. Newer releases of MKL,
-    such as PyTorch's, do not read the variable. What the environment has already stays, an empty value too. MKL reads
+    The MKL in Paddle's CPU wheels takes its slowest path on processors of other vendors. Newer releases of MKL, such as
+    PyTorch's, do not read the variable. A value that the environment has already stays, even an empty one. MKL reads
     it at the first product: until then it takes effect even if Paddle is imported.
 
     Args:
@@ -65,7 +65,10 @@ def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
 
 
 def available_memory():
-    """Bytes that this machine or container could still give to a process and to its file cache; None: unknown."""
+    """Returns the bytes that this machine or container could still give to a process and its page cache.
+
+    None where neither /proc/meminfo nor a cgroup says it.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration, IndexError):
         with open("/proc/meminfo") as file:

@@ -1,4 +1,4 @@
-"""What is set before Paddle computes: the MKL of its CPU wheels is slow on processors that are not Intel's."""
+"""Settings before Paddle computes: the MKL of its CPU wheels is slow on processors that are not Intel's."""
 
 import importlib
 import os

@@ -9,7 +9,8 @@ from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
 from models import build_model
-from models.parallel import Split, check_tensor_parallel, tensor_parallel
+from models.parallel import Split, tensor_parallel
+from models.sizes import check_tensor_parallel
 from training import EMA
 from training.parallel.degrees import check_degrees
 from training.parallel.shares import Shares

@@ -15,7 +15,6 @@ from test_convert import make_vae, state_of, tree_of
 
 import infer_demo_dit
 import infer_demo_sit
-from benchmarks import sampling_cost
 from config.schema import resolve_config
 from features.autoencoder import LatentDecoder, NotFiniteError, load_vae
 from models import build_model
@@ -777,33 +776,3 @@ class TestDemo:
 def test_scheduler_checks_its_settings():
     with pytest.raises(ValueError, match="unknown prediction 'eps'; accepted: 'velocity', 'noise', 'score'"):
         TransportScheduler(prediction="eps")
-
-
-class TestSamplingCost:
-    def test_counts_evaluations(self, tmp_path, capsys):
-        flags = []
-        for kind in ("dit", "sit"):
-            path = tmp_path / f"{kind}.json"
-            path.write_text(json.dumps({"model": TINY_MODELS[{"dit": "DiT", "sit": "SiT"}[kind]]}))
-            flags += [f"--{kind}_config", str(path)]
-        flags += ["--batch_size", "2", "--num_steps", "3", "--pairs", "1", "--output", str(tmp_path / "out.json")]
-        sampling_cost.main(flags)
-        rows = {row["sampler"]: row for row in json.loads((tmp_path / "out.json").read_text())}
-        counts = {name: row["evaluations"] for name, row in rows.items()}
-        assert counts.pop("SiT ode dopri5") >= 7  # it chooses its steps
-        assert counts == {
-            "DiT ddim": 3,
-            "DiT ddpm": 3,
-            "SiT ode euler": 2,
-            "SiT ode heun2": 4,
-            "SiT ode rk4": 8,
-            "SiT sde Euler": 3,
-            "SiT sde Heun": 5,
-        }
-        assert all(row["ratio"] > 0 and row["bare_s"] > 0 for row in rows.values())
-        assert "figures: " in capsys.readouterr().out
-
-    @pytest.mark.parametrize("flag, value", [("--pairs", 0), ("--num_steps", 1), ("--batch_size", -1)])
-    def test_mistakes(self, flag, value):
-        with pytest.raises(ValueError, match=f"{flag} {value}: expected . or more"):
-            sampling_cost.main([flag, str(value)])

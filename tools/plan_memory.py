@@ -2,13 +2,14 @@
 
     python tools/plan_memory.py --config_file config/LargeDiT_3B_patch2.json --world_size 8 --gpu_memory 80
 
-takes the flags of train_image_generation_trainer.py (those that change nothing here are ignored), and prints the
-network's parameters, the memory of the fullest GPU by kind, what it sends in a step, and an estimate of a step's time.
-With --gpu_memory also the ways to train the same global batch that fit, fastest first: flags given on the command line
-stay as they are, the others of tensor parallelism, sharding, recompute, micro-batch and accumulation are tried.
+It takes the flags of train_image_generation_trainer.py; those that change nothing here are ignored. It prints
+- the network's parameters, the memory of the fullest GPU by kind, what that GPU sends in a step, and an estimate of the
+  time of a step,
+- with --gpu_memory the ways to train the same global batch that fit, fastest first. Flags that are given stay as they
+  are; the others of tensor parallelism, sharding, recompute, micro-batch and accumulation are tried.
 
-Formulas, their sources, and measurements: docs/memory.md. Not counted, and left free by --reserve: the CUDA context,
-workspaces of cuBLAS, cuDNN and NCCL, and what the allocator can't use of what it holds.
+Not counted, and left free by --reserve: the CUDA context, workspaces of cuBLAS, cuDNN and NCCL, and what the allocator
+can't use of what it holds. Formulas, their sources, and measurements: docs/memory.md.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.flags import check_positive, resolve_training, trainer_parser
 from config.schema import write_json
 from runtime.process import counted, run_cli
-from training.parallel.memory_plan import SHARDING, Machine, Setting, Sizes, check, fitting, plan, step_seconds
+from training.parallel.memory_plan import SHARDING, Plan, Setting, check
+from training.parallel.step_time import Machine, fitting, step_flops, step_seconds, traffic
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
@@ -45,7 +47,6 @@ def build_parser():
     group.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of a GPU: list what fits")
     group.add_argument("--reserve", type=float, default=2.0, metavar="GIB", help="of it to leave free [2]")
     group.add_argument("--top", type=int, default=10, metavar="N", help="ways to list [10]")
-    group.add_argument("--operators", action="store_true", help="list what each operator of a block keeps")
     group.add_argument("--json", metavar="FILE", help="write everything as JSON")
     group.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
     group = parser.add_argument_group("the machine, for the estimate of time (defaults: an A100's)")
@@ -58,7 +59,7 @@ def build_parser():
 
 
 def setting_of(args, config):
-    """The `Setting` that the command line and the config ask for, as the Trainer would read them.
+    """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them.
 
     Raises:
         ValueError: a degree that is not supported or does not divide what it splits.
@@ -84,7 +85,7 @@ def setting_of(args, config):
         fused_attention=training["fused_attention"],
         device="cpu" if args.device.split(":")[0] == "cpu" else "gpu",
     )
-    check(Sizes.of(config), setting)
+    check(config, setting)
     if args.dp_degree is not None and args.dp_degree != setting.data_parallel:
         raise ValueError(
             f"--dp_degree {args.dp_degree} is not what {world} processes with tensor-parallel degree {tensor} and "
@@ -103,50 +104,41 @@ def setting_of(args, config):
 
 
 def fixed_fields(args):
-    """The fields of `Setting` that the command line has decided."""
+    """Returns the names of the fields of `Setting` that the command line has decided."""
     given = {
         "tensor_parallel": args.tensor_parallel_degree,
-        "sharding": args.sharding,
+        "sharding": args.sharding if args.sharding_parallel_degree is None else "given",
         "sharding_degree": args.sharding_parallel_degree,
         "recompute": args.recompute,
         "batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
     }
-    names = {name for name, value in given.items() if value is not None}
-    return names | ({"sharding"} if "sharding_degree" in names else set())
+    return {name for name, value in given.items() if value is not None}
 
 
 def gib(size):
-    return f"{size / GIB:8.2f}"
+    return f"{size / GIB:.2f}"
 
 
-def print_plan(planned, config, args, machine):
-    """The tables of one setting."""
-    setting = planned.setting
-    model = config["model"]
-    print(
-        f"{args.config_file}: {model['type']}, {planned.parameters:,} parameters, {planned.trained:,} of them trained"
-    )
+def print_plan(planned, config, config_file, machine):
+    """Prints the tables of one setting."""
+    kind, setting = config["model"]["type"], planned.setting
+    print(f"{config_file}: {kind}, {planned.parameters:,} parameters, {planned.trained:,} of them trained")
     print(describe(setting), end="\n\n")
     print("memory of the fullest GPU                      GiB")
-    for name, size in planned.states.items():
-        if size >= GIB / 200:
-            print(f"  {name:42}{gib(size)}")
-    phase = planned.peak_phase
-    print(f"  in the phase {phase!r}:")
-    for name, size in planned.phases[phase].items():
-        if size >= GIB / 200:
-            print(f"    {name:40}{gib(size)}")
-    print(f"  {'peak':42}{gib(planned.peak)}")
-    held = sum(planned.states.values())
-    others = [
-        f"{name} {gib(held + sum(kinds.values())).strip()}" for name, kinds in planned.phases.items() if name != phase
-    ]
-    print(f"other phases: {', '.join(others)}")
-    print(f"kept from the forward to the backward pass: {gib(sum(planned.kept.values())).strip()}\n")
-    if planned.traffic:
+    phase, held = planned.peak_phase, sum(planned.states.values())
+    rows = [(f"  {name}", size) for name, size in planned.states.items()]
+    rows += [(f"  in the phase {phase!r}:", None), *((f"    {n}", size) for n, size in planned.phases[phase].items())]
+    for name, size in [*rows, ("  peak", planned.peak)]:
+        if size is None or size >= GIB / 200:
+            print(name if size is None else f"{name:44}{gib(size):>8}")
+    others = {name: held + sum(kinds.values()) for name, kinds in planned.phases.items() if name != phase}
+    print(f"other phases: {', '.join(f'{name} {gib(size)}' for name, size in others.items())}")
+    print(f"kept from the forward to the backward pass: {gib(sum(planned.kept.values()))}\n")
+    sent = traffic(planned)
+    if sent:
         print("sent by a GPU in a step                         GB")
-        for name, (size, _) in planned.traffic.items():
+        for name, (size, _) in sent.items():
             print(f"  {name:42}{size / 1e9:8.2f}")
         print()
     compute, send = step_seconds(planned, machine)
@@ -157,7 +149,7 @@ def print_plan(planned, config, args, machine):
 
 
 def describe(setting):
-    """One line on how a network is trained."""
+    """Returns one line on how a network is trained."""
     parts = [f"{setting.world_size} GPUs" if setting.world_size > 1 else "1 GPU"]
     if setting.tensor_parallel > 1:
         parts.append(f"tensor parallel {setting.tensor_parallel}")
@@ -165,35 +157,18 @@ def describe(setting):
         parts.append(f"sharding {setting.sharding} x {setting.sharding_degree}")
     if setting.data_parallel > 1:
         parts.append(f"data parallel {setting.data_parallel}")
-    switches = [f"{setting.precision} {setting.level}" if setting.half else "float32"]
-    for words, value in (
-        ("recompute", setting.recompute),
-        ("EMA", setting.ema),
-        ("fused attention", setting.fused_attention),
-    ):
-        switches.append(words if value else f"no {words}")
+    switches = {"recompute": setting.recompute, "EMA": setting.ema, "fused attention": setting.fused_attention}
+    words = [f"{setting.precision} {setting.level}" if setting.mode else "float32"]
+    words += [name if value else f"no {name}" for name, value in switches.items()]
     batches = counted(setting.accumulation, "micro-batch", "micro-batches")
     return (
         f"{', '.join(parts)}; {counted(setting.batch, 'sample')} x {batches} a GPU, "
-        f"{setting.global_batch} a step; {', '.join(switches)}"
+        f"{setting.global_batch} a step; {', '.join(words)}"
     )
 
 
-def print_operators(config, setting):
-    """What a block keeps for its backward pass, in bytes over N x T x D."""
-    planned = plan(config, dataclasses.replace(setting, recompute=False))
-    sizes = Sizes.of(config)
-    unit = setting.batch * sizes.tokens * sizes.hidden
-    print("\nkept by a block without recompute, at its first use        MiB   bytes / (N T D)")
-    for name, kind, size in planned.by_operator:
-        name += "" if kind == "activations" else f" ({kind})"
-        print(f"  {name:50}{size / 2**20:9.2f}   {size / unit:15.3f}")
-    total = sum(size for _, _, size in planned.by_operator)
-    print(f"  {'sum':50}{total / 2**20:9.2f}   {total / unit:15.3f}")
-
-
 def print_fitting(found, args):
-    """The list of what fits."""
+    """Prints the list of what fits."""
     print(
         f"\nways to train the same batch in {args.gpu_memory:g} GiB, {args.reserve:g} of them left free, fastest first:"
     )
@@ -211,15 +186,12 @@ def print_fitting(found, args):
 
 
 def as_json(planned, machine):
-    """A plan as JSON values."""
+    """Returns a plan as JSON values."""
     compute, send = step_seconds(planned, machine)
     setting = planned.setting
+    derived = {"data_parallel": setting.data_parallel, "global_batch": setting.global_batch}
     return {
-        "setting": {
-            **dataclasses.asdict(setting),
-            "data_parallel": setting.data_parallel,
-            "global_batch": setting.global_batch,
-        },
+        "setting": {**dataclasses.asdict(setting), **derived},
         "parameters": planned.parameters,
         "trained": planned.trained,
         "peak_bytes": planned.peak,
@@ -227,8 +199,8 @@ def as_json(planned, machine):
         "states": planned.states,
         "phases": planned.phases,
         "kept_activations": planned.kept,
-        "sent_bytes": {name: size for name, (size, _) in planned.traffic.items()},
-        "flops": planned.flops,
+        "sent_bytes": {name: size for name, (size, _) in traffic(planned).items()},
+        "flops": step_flops(planned),
         "seconds": {"computing": compute, "sending": send},
     }
 
@@ -246,17 +218,15 @@ def main(argv=None):
     config = resolve_training(args)
     setting = setting_of(args, config)
     machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)
-    planned = plan(config, setting)
-    print_plan(planned, config, args, machine)
-    if args.operators:
-        print_operators(config, setting)
+    planned = Plan(config, setting)
+    print_plan(planned, config, args.config_file, machine)
     result = {"config_file": args.config_file, **as_json(planned, machine)}
     if args.gpu_memory is not None:
         memory = (args.gpu_memory - args.reserve) * GIB
         print(f"\nthis setting {'fits' if planned.peak <= memory else 'does not fit'} into {args.gpu_memory:g} GiB")
         found, least = fitting(config, setting, memory, machine, fixed=fixed_fields(args))
         if not found:
-            need = f"; the least is {gib(least.peak).strip()} GiB: {describe(least.setting)}" if least else ""
+            need = f"; the least is {gib(least.peak)} GiB: {describe(least.setting)}" if least else ""
             raise ValueError(f"no setting fits into {args.gpu_memory:g} GiB less {args.reserve:g} to leave free{need}")
         print_fitting(found, args)
         result["fits"] = planned.peak <= memory

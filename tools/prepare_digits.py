@@ -2,13 +2,14 @@
 
 1,797 real 8x8 scans of ten digits become `OUTPUT/train/<class>/<index>.png` and `OUTPUT/heldout/<class>/<index>.png`,
 RGB, upscaled with Pillow's bicubic filter; <index> is the image's place in scikit-learn's data set. The split is
-stratified and the same in every run, so that nothing held out is ever trained on.
+stratified, and the same in every run, so that no held-out image is ever trained on.
 """
 
 import argparse
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
 
 from features.images import walk_files
 from runtime.process import counted, run_cli
@@ -19,8 +20,7 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def expected_images(image_size: int) -> dict:
-    """{relative path: PIL image [image_size, image_size] RGB} of all 1,797 digits."""
-    import numpy as np
+    """Returns all 1,797 digits as `{relative path: RGB PIL image of this size}`."""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -41,7 +41,7 @@ def expected_images(image_size: int) -> dict:
 
 
 def holds_image(path: str, image) -> bool:
-    """Whether the file at path is this very image, pixel by pixel."""
+    """Returns whether the file at `path` is this very image, pixel by pixel."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -52,9 +52,10 @@ def holds_image(path: str, image) -> bool:
 
 
 def prepare_digits(output: str, image_size: int = 32) -> int:
-    """Write the missing images below output and return how many were written.
+    """Writes the missing images below `output`; returns how many were written.
 
-    Raises ValueError, before writing anything, if output holds a file that is not one of these images.
+    Raises:
+        ValueError: before anything is written, if `output` holds a file that is not one of these images.
     """
     from runtime.progress import tqdm
 

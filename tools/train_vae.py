@@ -17,6 +17,7 @@ import math
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
 
 from config.schema import MAX_SEED
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
@@ -29,7 +30,11 @@ DEFAULTS = {"steps": 3000, "batch_size": 32, "lr": 2e-3, "kl_weight": 3e-3, "see
 
 
 def load_settings(path: str) -> dict:
-    """Read {"vae": AutoencoderKL keywords, "training": {...}}; ValueError naming file and key for anything else."""
+    """Reads `{"vae": AutoencoderKL keywords, "training": {...}}`, and fills in the defaults of training.
+
+    Raises:
+        ValueError: anything else; names file and key.
+    """
     settings = read_json(path)
     sections = [settings.get("vae"), settings.get("training", {})] if isinstance(settings, dict) else [None]
     if not all(isinstance(section, dict) for section in sections):
@@ -41,11 +46,11 @@ def load_settings(path: str) -> dict:
 
 
 def check_training(training: dict, given: dict, path: str) -> None:
-    """ValueError naming the first setting that can't be.
+    """Raises `ValueError` for the first setting that can't be.
 
     Args:
         training: the settings in effect.
-        given: those that are flags; others are of the file `path`.
+        given: those that are flags; the others are from the file `path`.
     """
     for key, value in training.items():
         if key in ("lr", "kl_weight"):
@@ -60,13 +65,14 @@ def check_training(training: dict, given: dict, path: str) -> None:
 
 
 def load_folder(root: str, size: int, lost: list | None = None):
-    """The images of an image folder, float32 [N, 3, size, size] in [-1, 1]; prints what else is to be said of them.
+    """Returns the images of an image folder, float32 `(N, 3, size, size)` in [-1, 1], and prints notes on them.
 
     Args:
-        lost: gets (name, reason) of unreadable images, which are left out; None: the first is an error.
-    """
-    import numpy as np
+        lost: gets `(name, reason)` of unreadable images, which are left out; None: the first is an error.
 
+    Raises:
+        ValueError: an image that can't be read, or none that can.
+    """
     notes, dim, images = [], [], []
     samples, _ = find_images(root, notes=notes)
     for path, _ in samples:
@@ -84,8 +90,7 @@ def load_folder(root: str, size: int, lost: list | None = None):
 
 
 def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> None:
-    """Train vae in place on images [N, 3, H, W] with AdamW, a short warm-up and a cosine decay to zero."""
-    import numpy as np
+    """Trains `vae` in place on images `(N, 3, H, W)` with AdamW, a short warm-up and a cosine decay to zero."""
     import paddle
 
     from runtime.progress import tqdm
@@ -111,17 +116,18 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
         optimizer.clear_grad()
         schedule.step()
         if step % 50 == 0:
-            # Images lie in [-1, 1]: a peak-to-peak of 2, hence the 4.
+            # 4 is the square of the images' range, [-1, 1].
             progress.set_postfix(psnr=f"{10 * math.log10(4 / mse.item()):.1f} dB", kl=f"{kl.item():.2f}")
     vae.eval()
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples) over images.
+    """Returns the reconstruction's PSNR and the latents' standard deviation over images `(N, 3, H, W)`.
 
-    The standard deviation is that before the scaling_factor, which follows from it.
+    Returns:
+        `(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples)`, the latter before the
+        scaling_factor, which follows from it.
     """
-    import numpy as np
     import paddle
 
     from features.autoencoder import LatentScaling

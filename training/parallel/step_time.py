@@ -1,0 +1,168 @@
+"""Work, traffic and time of a planned training step, and the settings that fit a device. Needs no Paddle.
+
+It orders settings; it does not promise seconds. docs/memory.md has the formulas.
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from training.parallel.memory_plan import SHARDING, Plan, check
+
+
+def step_flops(planned):
+    """Returns the floating-point operations of a step on one device: two per multiply-add, the backward pass twice.
+
+    Matrix products only: every weight matrix on every token (the conditioning's on every sample), the scores and the
+    weighted values of attention. Recompute adds another forward pass of the blocks.
+    """
+    sizes, setting = planned.sizes, planned.setting
+    blocks, rest = sizes.layers * 4 * sizes.tokens**2 * sizes.hidden / setting.tensor_parallel, 0
+    for p in sizes.parameters:
+        if len(p.shape) > 1 and p.trainable and "embedding_table" not in p.name:
+            work = 2 * p.numel() * (1 if "adaLN" in p.name or "t_embedder" in p.name else sizes.tokens)
+            if p.block is None:
+                rest += work
+            else:
+                blocks += work / setting.tensor_parallel
+    return setting.accumulation * setting.batch * ((4 if setting.recompute else 3) * blocks + 3 * rest)
+
+
+def ring_gather(size, ranks):
+    """Returns the bytes that each rank sends in a ring all-gather, reduce-scatter or, on average, broadcast."""
+    return size * (ranks - 1) / ranks
+
+
+def ring_all_reduce(size, ranks):
+    """Returns the bytes that each rank sends in a ring all-reduce: a reduce-scatter and an all-gather."""
+    return 2 * ring_gather(size, ranks)
+
+
+def traffic(planned):
+    """Returns `{what: (bytes that a device sends in a step, ranks that it spans)}`."""
+    sizes, setting = planned.sizes, planned.setting
+    size = setting.weight_size * sum(p.numel(setting.tensor_parallel) for p in sizes.parameters if p.trainable)
+    tensor, sharding, micro_batches = setting.tensor_parallel, setting.sharding_degree, setting.accumulation
+    rows, part, times = {}, size, 1  # what the data-parallel ranks average, and how often
+    if tensor > 1:
+        item, residual = (4, 2, 2)[setting.mode], sizes.block.residual[setting.mode]
+        tokens = setting.batch * sizes.tokens * sizes.hidden
+        forward = 2 * ring_all_reduce(item * tokens, tensor)
+        forward += ring_gather(6 * item * setting.batch * sizes.hidden, tensor)
+        backward = 2 * ring_all_reduce(residual * tokens, tensor)
+        backward += ring_all_reduce(setting.weight_size * setting.batch * sizes.condition, tensor)
+        sent = sizes.layers * ((2 if setting.recompute else 1) * forward + backward)
+        rows["activations (tensor parallel)"] = (micro_batches * sent, tensor)
+    span = tensor * sharding
+    if setting.sharding == "stage3":
+        gathers = 3 if setting.recompute else 2
+        rows["weights, every pass"] = (micro_batches * gathers * ring_gather(size, sharding), span)
+        # Paddle's wrapper sums whole gradients, and then keeps its slice.
+        rows["gradients, every micro-batch"] = (micro_batches * ring_all_reduce(size, sharding), span)
+        times = micro_batches
+    elif setting.sharding:
+        gathered = ring_gather(size, sharding)
+        if setting.sharding == "stage1":
+            rows["gradients to their owners"] = (gathered, span)
+        else:
+            rows["gradients to their owners, every micro-batch"] = (micro_batches * gathered, span)
+            part = size / sharding
+        rows["new weights"] = (gathered, span)
+    if setting.data_parallel > 1:
+        sent = times * ring_all_reduce(part, setting.data_parallel)
+        rows["gradients (data parallel)"] = (sent, setting.world_size)
+    return rows
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cost model knows of the devices. The defaults are an A100's.
+
+    Attributes:
+        tflops: peak of the matrix units in the precision used, 1e12 operations a second; None: by precision.
+        efficiency: share of it that the matrix products of a step reach.
+        bandwidth: 1e9 bytes a second that a device sends to others of its node.
+        network: the same between nodes.
+        per_node: devices of a node.
+        launch: seconds that starting an operator takes.
+    """
+
+    tflops: float | None = None
+    efficiency: float = 0.45
+    bandwidth: float = 240.0
+    network: float = 25.0
+    per_node: int = 8
+    launch: float = 10e-6
+
+
+def step_seconds(planned, machine):
+    """Returns `(seconds of compute, seconds of communication)` of an optimizer step; nothing is taken to overlap.
+
+    Compute is the work over the rate, or the time to start the operators if that is longer; a collective takes its
+    bytes over the bandwidth, the network's if its ranks are more than a node has.
+    """
+    sizes, setting = planned.sizes, planned.setting
+    tflops = machine.tflops or (312.0 if setting.mode else 19.5)
+    operators = setting.accumulation * sizes.layers * sizes.block.operators[setting.mode]
+    if setting.recompute:
+        operators *= 4 / 3
+    compute = max(step_flops(planned) / (tflops * 1e12 * machine.efficiency), operators * machine.launch)
+    communication = sum(
+        sent / (1e9 * (machine.bandwidth if ranks <= machine.per_node else machine.network))
+        for sent, ranks in traffic(planned).values()
+    )
+    return compute, communication
+
+
+def fitting(config, setting, memory, machine, *, fixed=()):
+    """Returns the ways to train the same global batch that fit into `memory` bytes per device, fastest first.
+
+    A way is a choice of tensor parallelism, sharding and recompute; each comes with the largest micro-batch that fits,
+    which is its fastest.
+
+    Args:
+        config: resolved.
+        setting: the `Setting` whose world size, global batch, precision and EMA they share.
+        machine: a `Machine`.
+        fixed: names of fields of `Setting` that must stay as they are.
+
+    Returns:
+        `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory
+        of all that were tried, or None if no way takes this batch.
+    """
+    found, least = [], None
+    for way, micro_batches in _ways(config, setting, fixed):
+        for batch in micro_batches:
+            accumulation = setting.global_batch // (way.data_ranks * batch)
+            planned = Plan(config, dataclasses.replace(way, batch=batch, accumulation=accumulation))
+            if least is None or planned.peak < least.peak:
+                least = planned
+            if planned.peak <= memory:
+                found.append((planned, sum(step_seconds(planned, machine))))
+                break
+    return sorted(found, key=lambda pair: (pair[1], pair[0].peak)), least
+
+
+def _ways(config, setting, fixed):
+    """Yields `(a Setting but for its batch, the micro-batches that it can take, the largest first)`."""
+    degrees = [d for d in range(1, setting.world_size + 1) if setting.world_size % d == 0]
+    choices = {"tensor_parallel": degrees, "sharding": SHARDING, "sharding_degree": degrees, "recompute": (False, True)}
+    choices.update({name: [getattr(setting, name)] for name in fixed if name in choices})
+    for values in itertools.product(*choices.values()):
+        way = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
+        if (way.sharding != "") != (way.sharding_degree > 1):
+            continue
+        try:
+            check(config, way)
+        except ValueError:
+            continue
+        samples = setting.global_batch // way.data_ranks
+        micro_batches = [
+            batch
+            for batch in range(samples, 0, -1)
+            if samples % batch == 0
+            and ("batch" not in fixed or batch == setting.batch)
+            and ("accumulation" not in fixed or samples // batch == setting.accumulation)
+        ]
+        if setting.global_batch % way.data_ranks == 0:
+            yield way, micro_batches

@@ -616,16 +616,12 @@ class TestJson:
     @pytest.mark.parametrize(
         "text, message",
         [
-            (b'{"a": ' * 100_000, "nested more than 64 deep|broken JSON"),
             (b"[" * 100 + b"]" * 100, "nested more than 64 deep"),
             (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
             (b'{"a": ' + b"9" * 5000 + b"}", "has more than 64 bits"),
-            (b'{"a": -18446744073709551616}', "has more than 64 bits"),
             (b'{"a": 1e999}', "is too large"),
             (b'{"a": NaN}', "NaN is no JSON value"),
-            (b'{"a": -Infinity}', "-Infinity is no JSON value"),
             (b'{"a": "\xff"}', "not UTF-8 text at byte 7"),
-            (b'\xef\xbb\xbf{"a": 1}', "broken JSON at line 1"),
             (b"", "broken JSON at line 1"),
         ],
     )

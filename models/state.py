@@ -1,5 +1,4 @@
-"""The weights of a network by name: official and Paddle layouts, shapes expected of a network, and what is wrong with a
-state."""
+"""The weights of a network by name: PyTorch's and Paddle's layouts, shapes expected of a network, checks of a state."""
 
 import numpy as np
 
@@ -10,7 +9,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
 
 
 def plain_names(state):
-    """{name: array} under the network's own names, without what wrappers put before them.
+    """Returns {name: array} under the network's own names, without what wrappers put before them.
 
     Those are `_PREFIXES`, in any order and number, where all names begin with it; "_orig_mod." also inside of a name,
     where a part of the network was compiled. PyTorch's AveragedModel adds how many models it has averaged: left out.
@@ -24,21 +23,14 @@ def plain_names(state):
 
 
 def is_state(tree):
-    """Whether this is `{name: array}`, of at least one."""
-    return (
-        isinstance(tree, dict)
-        and bool(tree)
-        and all(isinstance(n, str) and isinstance(v, np.ndarray) for n, v in tree.items())
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts
-# ---------------------------------------------------------------------------------------------------------------------
+    """Returns whether this is `{name: array}`, of at least one."""
+    if not isinstance(tree, dict) or not tree:
+        return False
+    return all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in tree.items())
 
 
 def official_to_paddle(state):
-    """Official (PyTorch) layout -> this project's: Linear weights [out, in] -> [in, out]; all else as it is.
+    """Returns a state of the official (PyTorch) layout in Paddle's: Linear weights [out, in] become [in, out].
 
     The names are the same on both sides. Convolutions, embedding tables, pos_embed and vectors are not turned.
     """
@@ -46,47 +38,48 @@ def official_to_paddle(state):
 
 
 def paddle_to_official(state):
-    """The inverse of ``official_to_paddle``, bit for bit (a transpose is its own inverse)."""
+    """Returns the inverse of `official_to_paddle`, bit for bit (a transpose is its own inverse)."""
     return official_to_paddle(state)
 
 
 def turn_linear(name, value):
-    """A Linear weight [out, in] -> [in, out] or back; any other parameter as it is."""
+    """Returns a Linear weight [out, in] as [in, out] or back, and any other parameter as it is."""
     linear = value.ndim == 2 and name.endswith("weight") and not name.endswith("embedding_table.weight")
     return np.ascontiguousarray(value.T) if linear else value
 
 
 def check_state(state, expected_shapes, *, source):
-    """Raise ValueError, one line, unless ``state`` has exactly the names and shapes of ``expected_shapes``.
+    """Raises ValueError, one line, unless `state` has exactly the names and shapes of `expected_shapes`.
 
     Args:
-        state: {name: array}. expected_shapes: {name: shape}. source: the file, for the message.
+        state: {name: array}.
+        expected_shapes: {name: shape}.
+        source: the file, for the message.
     """
     expected = {name: tuple(shape) for name, shape in expected_shapes.items()}
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
     wrong = [
         f"{name} is {list(state[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-    problems = [f"{len(found)} {kind}: {_first(found)}" for kind, found in kinds if found]
+    kinds = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": wrong,
+    }
+    problems = [f"{len(found)} {kind}: {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
         raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
 
 
 def check_finite(state, *, source):
-    """Raise ValueError, one line, unless every number of ``state`` is finite: NaN and infinity draw black images.
+    """Raises ValueError, one line, unless every number of `state` is finite: NaN and infinity draw black images.
 
     Args:
-        state: {name: array}. source: the file, for the message.
+        state: {name: array}.
+        source: the file, for the message.
     """
-    bad = {}
-    for name, value in state.items():
-        count = _count_not_finite(value)
-        if count:
-            bad[name] = count
+    bad = {name: count for name, value in state.items() if (count := _count_not_finite(np.asarray(value)))}
     if not bad:
         return
     name, count = next(iter(bad.items()))
@@ -102,14 +95,11 @@ def check_finite(state, *, source):
 
 def _count_not_finite(value, chunk=1 << 20):
     """Counts the values of an array that are not finite, piece by piece in the order of its memory."""
-    value = np.asarray(value)
     if value.dtype.kind not in "fc":
         return 0
     flat = value.ravel(order="K")  # a view of what is contiguous in either order
-    return sum(
-        len(part) - int(np.count_nonzero(np.isfinite(part)))
-        for part in (flat[start : start + chunk] for start in range(0, len(flat), chunk))
-    )
+    pieces = (flat[start : start + chunk] for start in range(0, len(flat), chunk))
+    return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
 
 
 def _fits_float16(value):
@@ -120,7 +110,7 @@ def _fits_float16(value):
 
 
 def expected_shapes(model_config):
-    """{parameter name: shape} of the network that the `model` section of a config describes.
+    """Returns {parameter name: shape} of the network that the `model` section of a config describes.
 
     Only one block is built, since all of them have the same shapes, and no memory is allocated for it.
     """
@@ -140,10 +130,7 @@ def expected_shapes(model_config):
 
 
 def is_rounded(table, exact):
-    """Returns whether a table is the exact one to the rounding of a half precision.
-
-    That of bfloat16, the coarser one, is 2^-8.
-    """
+    """Returns whether a table is the exact one to the rounding of a half precision: bfloat16, the coarser, has 2^-8."""
     return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
 
 
@@ -155,5 +142,6 @@ def without_rounding(table, exact):
     return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
 
 
-def _first(names, limit=3):
+def listed(names, limit=3):
+    """Returns the first of some names as text, each short and on one line."""
     return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")

@@ -21,7 +21,14 @@ import pytest
 from support.golden import GOLDEN, load_golden, relative_error
 
 from models import DiT
-from models.state import check_finite, check_state, expected_shapes, official_to_paddle, paddle_to_official
+from models.state import (
+    check_finite,
+    check_state,
+    expected_shapes,
+    official_to_paddle,
+    paddle_to_official,
+    plain_names,
+)
 from weights.files import load_weights, pick_weights, safe_load, save_pdparams, save_safetensors, save_torch
 
 DATA = Path(__file__).parent / "data"
@@ -97,17 +104,10 @@ class TestOfficialFiles:
             "_layers.a.weight",
         ],
     )
-    def test_prefixes_of_wrappers_are_taken_off(self, tmp_path, name):
-        save_torch({name: np.ones([2, 3], "float32")}, tmp_path / "x.pt")
-        assert list(load_weights(tmp_path / "x.pt")) == ["a.weight"]
-
-    def test_the_count_of_an_averaged_model_is_left_out(self, tmp_path):
-        save_torch({"n_averaged": np.array(7), "module.a": np.ones(2, "f4")}, tmp_path / "x.pt")
-        assert list(load_weights(tmp_path / "x.pt")) == ["a"]
-
-    def test_a_prefix_that_not_all_names_have_stays(self, tmp_path):
-        save_torch({"module.a": np.ones(2, "f4"), "b": np.ones(2, "f4")}, tmp_path / "x.pt")
-        assert list(load_weights(tmp_path / "x.pt")) == ["module.a", "b"]
+    def test_prefixes_of_wrappers_are_taken_off(self, name):
+        assert list(plain_names({name: np.ones([2, 3])})) == ["a.weight"]
+        assert list(plain_names({"n_averaged": np.array(7), name: np.ones(2)})) == ["a.weight"]
+        assert list(plain_names({name: np.ones(2), "b": np.ones(2)}))[1] == "b"  # not all names have it
 
 
 class Mode(enum.Enum):
@@ -137,14 +137,13 @@ SETTINGS = {
 
 
 class TestWhatStandsBesideTheWeights:
-    @pytest.mark.parametrize("protocol", range(6))
     @pytest.mark.parametrize("name", SETTINGS)
-    def test_is_left_out(self, tmp_path, name, protocol):
-        weights = {"a": np.ones(2, "f4")}
-        for value in (SETTINGS[name], argparse.Namespace(x=SETTINGS[name]), {"x": [SETTINGS[name]]}):
-            path = tmp_path / "x.pt"
-            path.write_bytes(pickle.dumps({"args": value, "model": weights, "last": value}, protocol=protocol))
-            assert list(load_weights(path, "auto")) == ["a"]
+    def test_is_left_out(self, tmp_path, name):
+        path, weights = tmp_path / "x.pt", {"a": np.ones(2, "f4")}
+        for protocol in range(6):
+            for value in (SETTINGS[name], argparse.Namespace(x=SETTINGS[name]), {"x": [SETTINGS[name]]}):
+                path.write_bytes(pickle.dumps({"args": value, "model": weights, "last": value}, protocol=protocol))
+                assert list(load_weights(path, "auto")) == ["a"]
 
     def test_of_a_torch_file(self, tmp_path):
         """torch.save of {"model": ..., "args": (torch.device("cpu"), torch.float16, a complex tensor)}."""
@@ -189,13 +188,16 @@ class TestKeys:
             (["generator", "ema"], "ema", "generator"),
         ],
     )
-    def test_taken(self, tmp_path, capsys, names, taken, of_weights):
+    def test_taken(self, tmp_path, capsys, monkeypatch, names, taken, of_weights):
         path = tmp_path / "x.pdparams"
         path.write_bytes(pickle.dumps({"epoch": 3, **{name: {name: np.ones(2, "f4")} for name in names}}))
         assert list(load_weights(path, "auto")) == [taken]
         said = capsys.readouterr().out
         assert bool(said) == (len(names) > 1 and names != ["model", "ema"])
         assert not said or f"{', '.join(names)}; {taken} is taken" in said
+        monkeypatch.setenv("PADDLE_TRAINER_ID", "1")  # once, of all ranks
+        load_weights(path, "auto")
+        assert not capsys.readouterr().out
         weights, key = pick_weights(safe_load(path), path, "auto", averages=False)
         assert list(weights) == [of_weights] == [key]
 
@@ -260,20 +262,6 @@ class TestOtherFormats:
         for name, value in arrays.items():
             np.testing.assert_array_equal(tree[name], value, err_msg=name)
 
-    def test_safetensors(self, tmp_path):
-        from safetensors.numpy import save_file
-
-        state = {
-            "a": np.arange(6, dtype="float32").reshape(2, 3),
-            "b": np.array(7, "int64"),
-            "h": np.ones(3, "float16"),
-        }
-        save_file(state, str(tmp_path / "s.safetensors"), metadata={"format": "pt"})
-        loaded = load_weights(tmp_path / "s.safetensors")
-        assert set(loaded) == set(state)
-        for name, value in state.items():
-            np.testing.assert_array_equal(loaded[name], value)
-
     def test_safetensors_bfloat16(self, tmp_path):
         header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
         data = struct.pack("<HH", 0x3F80, 0xC020)  # 1.0, -2.5
@@ -291,38 +279,7 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-class Getattr:
-    def __reduce__(self):
-        return getattr, ("text", "upper")
-
-
-class TestHostileFiles:
-    @pytest.mark.parametrize("kind", ["zip", "pickle"])
-    def test_nothing_is_run(self, tmp_path, kind):
-        path, mark = tmp_path / "weights.pt", tmp_path / "was_run"
-        data = pickle.dumps({"model": {"w": Hostile(mark)}}, protocol=2)
-        if kind == "zip":
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("archive/data.pkl", data)
-        else:
-            path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"weights\.pt: refused: it asks to import (posix|nt)\.mkdir"):
-            safe_load(path)
-        assert not mark.exists()
-
-    @pytest.mark.parametrize("payload", [Getattr(), np.load, np.random.RandomState, zipfile.ZipFile, eval])
-    def test_other_names_are_refused(self, tmp_path, payload):
-        path = tmp_path / "weights.pdparams"
-        path.write_bytes(pickle.dumps({"w": payload}, protocol=4))
-        with pytest.raises(ValueError, match="refused: it asks to import"):
-            safe_load(path)
-
-    def test_object_arrays_are_refused(self, tmp_path):
-        path = tmp_path / "weights.pdparams"
-        path.write_bytes(pickle.dumps({"w": np.array([None, "x"], dtype=object)}, protocol=4))
-        with pytest.raises(ValueError, match="not a readable weight file"):
-            safe_load(path)
-
+class TestBrokenFiles:
     def test_a_view_past_its_storage_is_refused(self, tmp_path):
         path = tmp_path / "weights.pt"
         save_torch({"w": np.arange(4, dtype="float32")}, path)
@@ -337,8 +294,6 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match="reaches past the end"):
             safe_load(path)
 
-
-class TestBrokenFiles:
     def make(self, folder, kind):
         state = {"a.weight": np.arange(600, dtype="float32").reshape(20, 30), "a.bias": np.ones(20, "float32")}
         path = folder / f"weights.{kind}"

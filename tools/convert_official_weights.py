@@ -1,4 +1,4 @@
-"""Convert official checkpoints of DiT, SiT and Large-DiT to Paddle weights, or back (--reverse), without PyTorch.
+"""Converts official checkpoints of DiT, SiT and Large-DiT to Paddle weights, or back (--reverse), without PyTorch.
 
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
         --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
@@ -24,7 +24,7 @@ from runtime.process import configure_runtime, run_cli
 
 
 def convert(args):
-    """Reads, checks and writes one file, as the flags say; ValueError for whatever can't be."""
+    """Reads, checks and writes one file, as the flags say; raises ValueError for what can't be converted."""
     from config.schema import weights_config
 
     check_output(args.output, args.overwrite, torch=args.reverse)
@@ -60,7 +60,8 @@ def check_output(path, overwrite=False, torch=False):
     """Raises ValueError for a file that can't be written, or whose name would say another layout than it has.
 
     Args:
-        overwrite: it may be there already. torch: it will hold PyTorch's layout, not Paddle's.
+        overwrite: it may be there already.
+        torch: it will hold PyTorch's layout, not Paddle's.
     """
     other = (".pdparams", ".pdopt") if torch else (".pt", ".pth", ".bin", ".ckpt")
     if path.lower().endswith(other):
@@ -77,7 +78,7 @@ def check_output(path, overwrite=False, torch=False):
 
 
 def write_beside(path, write):
-    """`write(temporary path)`, then a rename: `path` is never half a file."""
+    """Calls `write(temporary path)` and renames the file, so that `path` is never half a file."""
     partial = f"{path}.partial"
     try:
         write(partial)
@@ -88,12 +89,12 @@ def write_beside(path, write):
 
 
 def is_safetensors(path):
-    """Whether a file of that name is to hold safetensors."""
+    """Returns whether a file of that name is to hold safetensors."""
     return path.lower().endswith(".safetensors")
 
 
 def save_paddle(state, path, dtype="float32", safe=False):
-    """{name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
+    """Writes {name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
     import numpy as np
 
     from models.state import check_finite

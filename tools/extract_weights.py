@@ -1,4 +1,4 @@
-"""Take the network's plain weights out of a training checkpoint.
+"""Takes the network's plain weights out of a training checkpoint.
 
     python tools/extract_weights.py --model_file output/checkpoint-10000 --save_ema True --checkpoint_path DiT.pdparams
 
@@ -51,7 +51,7 @@ def extract(args):
 
 
 def pick(state, save_ema, source):
-    """The network's weights, or their averages, of a PaddleMIX state dict; a plain one is the network's."""
+    """Returns the network's weights, or their averages, of a PaddleMIX state dict; a plain one is the network's."""
     network = {name[len(NETWORK) :]: value for name, value in state.items() if name.startswith(NETWORK)}
     averages = {name[len(AVERAGES) :]: value for name, value in state.items() if name.startswith(AVERAGES)}
     if not save_ema:

@@ -1,4 +1,4 @@
-"""Weights and settings of pipelines and autoencoders, from folders and from the hub. Nothing in them is executed.
+"""Reads weights and settings of pipelines and autoencoders, from folders and from the hub, and executes nothing.
 
 ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
 model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files; weights go through
@@ -10,10 +10,11 @@ import os
 import numpy as np
 
 from models.state import check_finite, check_state
+from runtime.process import one_line
 from runtime.untrusted import check_sizes, inside, printable, read_json
 from weights.files import load_weights
 
-# Of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own names first.
+# Files of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own first.
 WEIGHTS = {
     "diffusion_paddle_model.safetensors": "paddle",
     "model_state.pdparams": "paddle",
@@ -25,10 +26,10 @@ MAX_SHARDS = 1000
 
 
 def find_file(name_or_path, name, subfolder="", *, needed=True):
-    """The path of a file in a folder, or of a name on the hub, downloaded if need be.
+    """Returns the path of a file in a folder, or of a name on the hub, downloaded if need be.
 
     Args:
-        needed: without it, None where there is surely no such file.
+        needed: False: returns None where there is surely no such file.
 
     Raises:
         ValueError: one line: not in the folder, or a link leads out of it. The hub clients raise a dozen other types.
@@ -45,14 +46,8 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
 
     cache = None if FROM_AISTUDIO else DIFFUSERS_CACHE if FROM_HF_HUB else PPDIFFUSERS_CACHE
     try:
-        return bos_aistudio_hf_download(
-            str(name_or_path),
-            name,
-            subfolder=subfolder,
-            cache_dir=cache,
-            from_hf_hub=FROM_HF_HUB,
-            from_aistudio=FROM_AISTUDIO,
-        )
+        hub = {"from_hf_hub": FROM_HF_HUB, "from_aistudio": FROM_AISTUDIO, "cache_dir": cache}
+        return bos_aistudio_hf_download(str(name_or_path), name, subfolder=subfolder, **hub)
     except Exception as error:
         if needed or not _is_absent(error):
             raise
@@ -60,7 +55,7 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
 
 
 def _is_absent(error):
-    """Whether a hub says that it has no such file. A lost connection must not make us take another one instead."""
+    """Returns whether a hub says that it has no such file; a lost connection must not make us take another one."""
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     while error is not None:  # ppdiffusers makes an OSError of it
@@ -71,7 +66,7 @@ def _is_absent(error):
 
 
 def read_settings(name_or_path, name, subfolder="", class_names=None):
-    """A JSON file of settings: `(keywords, path)`, without the keys that begin with `_`.
+    """Reads a JSON file of settings: returns `(keywords, path)`, without the keys that begin with `_`.
 
     Raises:
         ValueError: one line: broken, sizes that no network has, or not the settings of one of `class_names`.
@@ -89,9 +84,9 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
 
 
 def find_weights(name_or_path, subfolder=""):
-    """The files of a model's weights and their layout, "paddle" or "torch": one file, or those that an index names.
+    """Returns the files of a model's weights, one or those that an index names, and their layout, "paddle" or "torch".
 
-    Where ppdiffusers' hub can't be reached, those that an earlier download has left.
+    Where ppdiffusers' hub can't be reached, they are those that an earlier download has left.
     """
     try:
         return _find_weights(name_or_path, subfolder)
@@ -125,19 +120,19 @@ def _shards(path):
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{path}: expected {{"weight_map": {{weight: file}}}}')
     shards = sorted(set(names.values()))
-    if not 0 < len(shards) <= MAX_SHARDS or any(
-        os.path.basename(name) != name or not name.isprintable() for name in shards
-    ):
+    beside = all(os.path.basename(name) == name and name.isprintable() for name in shards)
+    if not beside or not 0 < len(shards) <= MAX_SHARDS:
         raise ValueError(f"{path}: its weight_map names files that are not beside it, or too many")
     return shards
 
 
 def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dtype=None):
-    """A ppdiffusers model with its weights, in eval mode.
+    """Returns a ppdiffusers model with its weights, in eval mode.
 
     Args:
-        model_class: of `ppdiffusers.ModelMixin`. class_names: what its config.json may name [that class].
+        model_class: a subclass of `ppdiffusers.ModelMixin`.
         name_or_path: folder, or name on the hub.
+        class_names: what its config.json may name; None for that class.
         dtype: of the weights; None for float32.
 
     Raises:
@@ -156,7 +151,7 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
         with paddle.LazyGuard():  # no memory before the shapes are known to fit, and no initial weights
             model = model_class.from_config(settings)
     except Exception as error:  # whatever odd settings make a constructor say
-        raise ValueError(f"{config}: {model_class.__name__} refuses these settings: {_reason(error)}") from None
+        raise refused_settings(config, model_class.__name__, error) from None
     model._update_deprecated_state_dict(state)
     model._convert_deprecated_attention_blocks(state)
     if layout == "torch":
@@ -179,8 +174,10 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
     return model
 
 
-def _reason(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def refused_settings(path, class_name, error):
+    """Returns the `ValueError` for settings of a file that a constructor has answered with an error."""
+    reason = printable(f"{type(error).__name__}: {one_line(error)}", 200)
+    return ValueError(f"{path}: {class_name} refuses these settings: {reason}")
 
 
 def without_null_rows(value):

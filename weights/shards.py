@@ -9,22 +9,19 @@ from weights.files import load_weights
 
 # Of the official Large-DiT: fairscale's ColumnParallelLinear splits weight and bias by rows of [out, in],
 # RowParallelLinear the weight by columns (its bias is whole everywhere), ParallelEmbedding by columns.
-_SHARD_AXES = [
-    (re.compile(pattern + "$"), axis)
-    for pattern, axis in (
-        (r"(.*\.)?attention_norm\.weight|(.*\.)?ffn_norm\.weight|t_embedder\.mlp\.2\.bias", None),
-        (r"t_embedder\.mlp\.2\.weight|y_embedder\.embedding_table\.weight", 1),
-        (r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight", 1),
-        (r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])\.weight", 0),
-        (r"layers\.\d+\.attention\.[qk]_norm\.(weight|bias)", 0),
-        (r"(layers\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)", 0),
-        (r"(x_embedder|t_embedder\.mlp\.0|final_layer\.linear)\.(weight|bias)", 0),
-    )
-]
+_SHARD_AXES = (
+    (r"(.*\.)?attention_norm\.weight|(.*\.)?ffn_norm\.weight|t_embedder\.mlp\.2\.bias", None),
+    (r"t_embedder\.mlp\.2\.weight|y_embedder\.embedding_table\.weight", 1),
+    (r"layers\.\d+\.(attention\.wo|feed_forward\.w2)\.weight", 1),
+    (r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])\.weight", 0),
+    (r"layers\.\d+\.attention\.[qk]_norm\.(weight|bias)", 0),
+    (r"(layers\.\d+|final_layer)\.adaLN_modulation\.1\.(weight|bias)", 0),
+    (r"(x_embedder|t_embedder\.mlp\.0|final_layer\.linear)\.(weight|bias)", 0),
+)
 
 
 def shard_axis(name):
-    """The axis along which the official Large-DiT splits a parameter over tensor-parallel ranks.
+    """Returns the axis along which the official Large-DiT splits a parameter over tensor-parallel ranks.
 
     Args:
         name: official name; the axis counts in the official layout, Linear weights [out, in].
@@ -36,13 +33,13 @@ def shard_axis(name):
         ValueError: no parameter of Large-DiT.
     """
     for pattern, axis in _SHARD_AXES:
-        if pattern.match(name):
+        if re.match(f"(?:{pattern})$", name):
             return axis
     raise ValueError(f"{printable(name)} is no parameter of Large-DiT")
 
 
 def merge_shards(paths, progress=iter):
-    """The weights of tensor-parallel shards as one state, in the official layout.
+    """Returns the weights of tensor-parallel shards as one state, in the official layout.
 
     One shard is in memory at a time beside the result.
 
@@ -56,8 +53,7 @@ def merge_shards(paths, progress=iter):
     merged, shapes = {}, {}
     for rank, path in enumerate(progress(paths)):
         shard = load_weights(path)
-        other = sorted(shard.keys() ^ shapes.keys())
-        if rank and other:
+        if rank and (other := sorted(shard.keys() ^ shapes.keys())):
             raise ValueError(f"{path}: {printable(other[0])} is in {paths[0]} or here, but not in both")
         for name in list(shard):
             value = shard.pop(name)
@@ -72,14 +68,11 @@ def merge_shards(paths, progress=iter):
                 full = [n * len(paths) if i == axis else n for i, n in enumerate(value.shape)]
                 merged[name] = value if axis is None else np.empty(full, value.dtype)
             elif value.shape != shapes[name] or value.dtype != merged[name].dtype:
-                raise ValueError(
-                    f"{path}: {name} is {value.dtype} {list(value.shape)}, in {paths[0]} {merged[name].dtype} "
-                    f"{list(shapes[name])}"
-                )
+                first = f"{merged[name].dtype} {list(shapes[name])}"
+                raise ValueError(f"{path}: {name} is {value.dtype} {list(value.shape)}, in {paths[0]} {first}")
             elif axis is None and value.tobytes() != merged[name].tobytes():
                 raise ValueError(f"{path}: {name} differs from that in {paths[0]}; every shard must hold the same")
             if axis is not None:
-                length = value.shape[axis]
-                rows = slice(rank * length, (rank + 1) * length)
+                rows = slice(rank * value.shape[axis], (rank + 1) * value.shape[axis])
                 merged[name][rows if axis == 0 else (slice(None), rows)] = value
     return merged

@@ -1,4 +1,4 @@
-"""Weights for sampling and conversion, from wherever a user has them, in the Paddle layout."""
+"""Weights for sampling, conversion and a run's start, from wherever a user has them, in the Paddle layout."""
 
 import glob
 import os
@@ -12,12 +12,13 @@ from weights.files import load_weights, safetensors_layout
 from weights.shards import merge_shards
 
 LAYOUTS = ("auto", "paddle", "torch")
+_ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch")}
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
 
 
 def is_training_checkpoint(path):
-    """Whether `path` is a folder that a training loop saved: config.json beside model_state.pdparams."""
+    """Returns whether `path` is a folder that a training loop saved: config.json beside model_state.pdparams."""
     return all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "model_state.pdparams"))
 
 
@@ -29,7 +30,7 @@ def checkpoint_hint(folder):
 
 
 def read_weights(path, *, key=None, layout="auto"):
-    """Read one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
+    """Reads one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
 
     Args:
         path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
@@ -49,8 +50,7 @@ def read_weights(path, *, key=None, layout="auto"):
     path = os.fspath(path)
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    shards = find_shards(path, key)
-    if shards:
+    if shards := find_shards(path, key):
         path, layout = shards[0], "torch"
         if len(shards) > 1:
             weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards", disable=None))
@@ -59,8 +59,7 @@ def read_weights(path, *, key=None, layout="auto"):
             weights = load_weights(path)
     else:
         if os.path.isdir(path):
-            path, key = _file_in_checkpoint(path, key), None
-            layout = "paddle"
+            path, key, layout = _file_in_checkpoint(path, key), None, "paddle"
         if layout == "auto":
             layout = _layout_of(path)
         weights = load_weights(path, key or "auto")
@@ -71,7 +70,7 @@ def read_weights(path, *, key=None, layout="auto"):
 
 
 def find_shards(path, key=None):
-    """All the files of the official Large-DiT weights that `path` belongs to, by rank; an empty list if it is none.
+    """Returns all the files of the official Large-DiT weights that `path` belongs to, by rank; empty if it is none.
 
     Args:
         path: a folder with `consolidated[_ema].NN-of-MM.pth` files, or one of them.
@@ -85,15 +84,12 @@ def find_shards(path, key=None):
     if name and not given:
         return []
     found = {}  # (key, number of ranks): {rank: path}
-    for other in sorted(os.listdir(folder or ".")):
-        match = SHARD.fullmatch(other)
-        if match:
-            kind = ("ema" if match[1] else "model", int(match[3]))
-            found.setdefault(kind, {})[int(match[2])] = os.path.join(folder, other)
+    for match in filter(None, map(SHARD.fullmatch, sorted(os.listdir(folder or ".")))):
+        found.setdefault(_kind(match), {})[int(match[2])] = os.path.join(folder, match[0])
     if not found:
         return []
     if given:
-        kind = ("ema" if given[1] else "model", int(given[3]))
+        kind = _kind(given)
         if key not in (None, kind[0]):
             raise ValueError(f"{path}: holds the weights of the key {kind[0]}, not of {key}; give the folder instead")
         if kind not in found:  # no such file
@@ -103,41 +99,41 @@ def find_shards(path, key=None):
         wanted = key or keys[0]  # "ema" comes before "model"
         if wanted not in keys:
             raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
-        kinds = [kind for kind in found if kind[0] == wanted]
-        if len(kinds) > 1:
-            counts = ", ".join(str(count) for _, count in kinds)
+        kind, *others = (kind for kind in found if kind[0] == wanted)
+        if others:
+            counts = ", ".join(str(count) for _, count in (kind, *others))
             raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
-        kind = kinds[0]
-    ranks, count = found[kind], kind[1]
+    ranks, (wanted, count) = found[kind], kind
     missing = [rank for rank in range(count) if rank not in ranks]
     if missing:
-        prefix = "consolidated_ema" if kind[0] == "ema" else "consolidated"
+        prefix = "consolidated_ema" if wanted == "ema" else "consolidated"
         names = ", ".join(f"{prefix}.{rank:02d}-of-{count:02d}.pth" for rank in missing[:3])
         raise ValueError(f"{folder or '.'}: {len(missing)} of {count} shards are missing: {names}")
     return [ranks[rank] for rank in range(count)]
 
 
+def _kind(match):
+    """Returns `(key, number of ranks)` of a shard's name."""
+    return "ema" if match[1] else "model", int(match[3])
+
+
 def _file_in_checkpoint(folder, key):
     if not is_training_checkpoint(folder):
-        raise ValueError(
-            f"{folder}: not a training checkpoint (config.json and model_state.pdparams){checkpoint_hint(folder)}"
-        )
+        hint = checkpoint_hint(folder)
+        raise ValueError(f"{folder}: not a training checkpoint (config.json and model_state.pdparams){hint}")
     averages, weights = (inside(folder, name) for name in ("ema_state.pdparams", "model_state.pdparams"))
-    if key is None:
-        return averages if os.path.isfile(averages) else weights
-    if key not in ("model", "ema"):
+    has_averages = os.path.isfile(averages)
+    if key not in (None, "model", "ema"):
         raise ValueError(f"{folder}: has no weights under the key {key!r}; known: model, ema")
-    if key == "ema" and not os.path.isfile(averages):
+    if key == "ema" and not has_averages:
         raise ValueError(f"{folder}: was trained without EMA (no ema_state.pdparams); use the key model")
-    return averages if key == "ema" else weights
+    return averages if has_averages and key != "model" else weights
 
 
 def _layout_of(path):
     ending = os.path.splitext(path)[1].lower()
-    if ending in (".pdparams", ".pdopt"):
-        return "paddle"
-    if ending in (".pt", ".pth", ".bin", ".ckpt"):
-        return "torch"
     if ending == ".safetensors":
         return safetensors_layout(path)
-    raise ValueError(f"{path}: whose layout is this? Expected .pdparams, .pt, .pth or .safetensors, or say which")
+    if ending not in _ENDINGS:
+        raise ValueError(f"{path}: whose layout is this? Expected .pdparams, .pt, .pth or .safetensors, or say which")
+    return _ENDINGS[ending]

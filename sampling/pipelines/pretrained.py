@@ -9,7 +9,7 @@ of the tables below; weights go through `weights.files`. A folder's own code is 
 
 from runtime.untrusted import printable, read_json
 from sampling.step_counts import FIT_KEY, is_timestep_fit
-from weights.pretrained import _reason, find_file, load_model, read_settings
+from weights.pretrained import find_file, load_model, read_settings, refused_settings
 
 # What model_index.json and the transformer's config.json may name: of a DiT, the second is diffusers' name for the same
 # settings and weights; of a Large-DiT.
@@ -33,7 +33,7 @@ def load_scheduler(kind, name_or_path, subfolder="scheduler"):
     try:
         return getattr(ppdiffusers, kind).from_config(settings)
     except Exception as error:  # as above
-        raise ValueError(f"{path}: {kind} refuses these settings: {_reason(error)}") from None
+        raise refused_settings(path, kind, error) from None
 
 
 def is_id2label(value):

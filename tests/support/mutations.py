@@ -34,23 +34,8 @@ HEADROOM = 1 << 30
 SECONDS = 10  # for one file of some kilobytes
 NUMBERS = [0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, -1]
 NUMBERS += [2**64 - 1, 10**6, 10**9, -(2**31)]
-VALUES = [
-    *NUMBERS,
-    10**400,
-    1e308,
-    -0.0,
-    0.5,
-    None,
-    True,
-    "",
-    "x" * 5000,
-    "\ud800",
-    "../../x",
-    [],
-    {},
-    [[]] * 50,
-    {"a": {}},
-]
+VALUES = [*NUMBERS, 10**400, 1e308, -0.0, 0.5, None, True, "", "x" * 5000, "\ud800", "../../x"]
+VALUES += [[], {}, [[]] * 50, {"a": {}}]
 NAMES = ["os system", "builtins eval", "builtins getattr", "torch load", "numpy load", "collections OrderedDict"]
 NAMES += ["torch._utils _rebuild_tensor_v2", "numpy.core.multiarray _reconstruct", "numpy dtype", "argparse Namespace"]
 NAMES += ["_codecs encode", "builtins tuple", "builtins set", "torch FloatStorage", "numpy.core.multiarray scalar"]
@@ -62,7 +47,7 @@ NAMES += ["_codecs encode", "builtins tuple", "builtins set", "torch FloatStorag
 
 
 def damage_bytes(rng, data):
-    """One to four blind edits: bits, bytes, numbers of 1 to 8 bytes, parts cut out, doubled, moved; or the end cut."""
+    """Makes one to four blind edits: of bits, bytes, numbers of 1 to 8 bytes, parts that are cut, doubled or moved."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         size = len(data)
@@ -94,7 +79,7 @@ def damage_bytes(rng, data):
 
 
 def damage_json(rng, data):
-    """A value, a key or a whole branch of the JSON becomes another one; or its text is damaged."""
+    """Returns the JSON with another value, key or whole branch; or its text damaged."""
     if rng.random() < 0.3:
         return damage_bytes(rng, data)
     tree = json.loads(data)
@@ -134,7 +119,7 @@ def _children(node):
 
 
 def damage_pickle(rng, data):
-    """Operations of the pickle machine are put in, left out, repeated, given other numbers; or bytes are damaged."""
+    """Puts operations of the pickle machine in, out, twice, or with other numbers; or damages bytes."""
     if rng.random() < 0.3:
         return damage_bytes(rng, data)
     with contextlib.suppress(Exception):
@@ -180,7 +165,7 @@ def _operation(rng):
 
 
 def damage_npy(rng, data):
-    """Shape, type and order in the header become others, its length stays right; or its bytes are damaged."""
+    """Writes another shape, type and order into the header, whose length stays right; or damages bytes."""
     if rng.random() < 0.4 or data[:6] != b"\x93NUMPY":
         return damage_bytes(rng, data)
     (length,) = struct.unpack("<H", data[8:10])
@@ -204,7 +189,7 @@ def damage_npy(rng, data):
 
 
 def damage_safetensors(rng, data):
-    """The header's JSON becomes another one, its length stays right; or the bytes are damaged."""
+    """Writes another JSON into the header, whose length stays right; or damages bytes."""
     if rng.random() < 0.4:
         return damage_bytes(rng, data)
     (length,) = struct.unpack("<Q", data[:8])
@@ -213,7 +198,7 @@ def damage_safetensors(rng, data):
 
 
 def damage_zip(rng, data):
-    """A member is damaged and the zip file is written anew, so that its checksums are right; or bytes are damaged."""
+    """Damages a member and writes the zip file anew, so that its checksums are right; or damages bytes."""
     if rng.random() < 0.4:
         return damage_bytes(rng, data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -373,7 +358,7 @@ class Hang(BaseException):
 
 
 def run(reader, count, seed):
-    """Reads `count` damaged files in this process; the figures of `fuzz`, without what needs another process."""
+    """Reads `count` damaged files in this process and returns the figures of `fuzz_all`."""
     make, damage, read, pattern = READERS[reader]
     rng = random.Random(f"{reader} {seed}")
     figures = {"reader": reader, "mutations": count, "loaded": 0, "refused": 0, "failures": []}
@@ -421,7 +406,7 @@ def run(reader, count, seed):
 
 
 def _complaint(message, path):
-    """What is wrong with an error's message, or None."""
+    """Returns what is wrong with an error's message, or None."""
     if "\n" in message:
         return f"more than one line: {message!r}"
     if str(path.parent) not in message:
@@ -431,21 +416,16 @@ def _complaint(message, path):
     return f"{len(message)} characters: {message}" if len(message) > 1000 else None
 
 
-def fuzz(reader, count, seed=0):
-    """Damages valid files of a kind `count` times and reads each in a process of its own.
+def fuzz_all(readers, count, seed=0):
+    """Damages valid files of each kind `count` times and reads each, in one process beside this one.
 
     Args:
-        reader: a key of `READERS`.
+        readers: keys of `READERS`.
 
     Returns:
-        `reader`, `mutations`, `loaded`, `refused`, `failures` (a list of sentences; each file is kept and named),
-        `slowest_ms`, `peak_growth_mib` (of resident memory over all files), `seconds`.
+        For each: `reader`, `mutations`, `loaded`, `refused`, `failures` (a list of sentences; each file is kept and
+        named), `slowest_ms`, `peak_growth_mib` (of resident memory over all files), `seconds`.
     """
-    return fuzz_all([reader], count, seed)[0]
-
-
-def fuzz_all(readers, count, seed=0):
-    """`fuzz` of several readers in one process, which spares the imports."""
     began = time.perf_counter()
     command = [sys.executable, __file__, ",".join(readers), str(count), str(seed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

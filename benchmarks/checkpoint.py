@@ -363,7 +363,8 @@ def tools(args, folder):
 
 
 def run(args):
-    from config.schema import load_config, write_json
+    from config.schema import load_config
+    from runtime.files import write_json
 
     load_config(args.config_file)  # a mistake is reported here
     if args.work_dir:

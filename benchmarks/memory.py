@@ -21,7 +21,8 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from config.schema import resolve_config, write_json  # noqa: E402
+from config.schema import resolve_config  # noqa: E402
+from runtime.files import write_json  # noqa: E402
 from runtime.process import configure_runtime, run_cli  # noqa: E402
 from training.parallel import memory_plan  # noqa: E402
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features.extraction import sha256_of_file
 from features.image_source import MAX_LABEL
 from features.packed import PackedStore
 from features.pairs import NpyReader
+from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
 
 

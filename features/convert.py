@@ -210,8 +210,8 @@ def begin(layout, plan_file, plan, work):
     Raises:
         ValueError: OUTPUT holds the set already, or another unfinished conversion.
     """
-    from config.schema import read_json, write_json
-    from features.extraction import write_whole
+    from config.schema import read_json
+    from runtime.files import write_json
 
     if os.path.exists(plan_file):
         for key, value in read_json(plan_file).items():
@@ -226,7 +226,7 @@ def begin(layout, plan_file, plan, work):
         if os.path.exists(path):
             raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
     os.makedirs(layout.features_path, exist_ok=True)
-    write_whole(plan_file, lambda path: write_json(path, plan))
+    write_json(plan_file, plan)
 
 
 def check_space(layout, source, kind, dtype):
@@ -251,11 +251,11 @@ def write_manifest(layout, old, old_manifest, source, labels, *, kind, dtype):
     """Class names and, last, the manifest; the checksums are there."""
     import numpy as np
 
-    from config.schema import write_json
-    from features.extraction import sha256_of_file, write_whole
+    from runtime.files import sha256_of_file, whole_file, write_json
 
     if os.path.exists(old.classes):
-        write_whole(layout.classes, lambda path: shutil.copyfile(old.classes, path))
+        with whole_file(layout.classes) as path:
+            shutil.copyfile(old.classes, path)
     num_classes = old_manifest.get("num_classes", int(labels.max(initial=-1)) + 1)
     manifest = {
         "version": 1,
@@ -272,13 +272,13 @@ def write_manifest(layout, old, old_manifest, source, labels, *, kind, dtype):
             "sha256": sha256_of_file(layout.checksums).hex(),
         },
     }
-    write_whole(layout.manifest, lambda path: write_json(path, manifest))
+    write_json(layout.manifest, manifest)
 
 
 def to_packed(source, layout, args):
     """Shards, compared, in their place; and their checksums."""
-    from features.extraction import sha256_of_file, write_whole
     from features.packed import PackedStore, finish, finished_shards, partial_folder, shard_files, shard_name
+    from runtime.files import sha256_of_file, whole_file
 
     partial = partial_folder(layout.features_path, layout.name)
     worst = None
@@ -286,16 +286,12 @@ def to_packed(source, layout, args):
         write_shards(source, partial, dtype=args.dtype, shard_samples=args.shard_samples)
         worst = compare(source, Rows(PackedStore(partial), args.num_workers), args.rounded_to)
         finish(layout.features_path, layout.name)
-
-    def write_checksums(path):
-        with open(path, "w", encoding="utf-8") as file:
-            for number in finished_shards(layout.packed):
-                for name in shard_files(source.store.has_flip):
-                    name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
-                    digest = sha256_of_file(os.path.join(layout.features_path, name))
-                    file.write(f"{digest.hex()}  {name}\n")
-
-    write_whole(layout.checksums, write_checksums)
+    with whole_file(layout.checksums) as path, open(path, "w", encoding="utf-8") as file:
+        for number in finished_shards(layout.packed):
+            for name in shard_files(source.store.has_flip):
+                name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
+                digest = sha256_of_file(os.path.join(layout.features_path, name))
+                file.write(f"{digest.hex()}  {name}\n")
     return worst
 
 

@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from config.schema import write_json
 from features import packed
 from features.autoencoder import LatentScaling, downsampling, weights_digest
 from features.image_source import ImageSource, printable
 from features.images import UnreadableImage
 from features.packed import SHARD_SAMPLES, ShardWriter, packed_folder, partial_folder, shard_files, shard_name
+from runtime.files import named_errors, sha256_of_file, whole_file, write_json
 from runtime.run_lock import try_lock
 from runtime.untrusted import read_json
 
@@ -93,24 +93,6 @@ class Layout:
             raise ValueError(f"{taken[0]} belongs to another extraction; choose another --features_path or --name")
 
 
-def write_whole(path, write):
-    """`write(temporary path)`, then one rename: a kill leaves the file whole or not there."""
-    try:
-        write(path + ".partial")
-        os.replace(path + ".partial", path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
-
-
-def write_bytes(path, data):
-    """Writes a file; an `OSError` says which."""
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
-
-
 def check_settings(path, settings):
     """ValueError unless the settings in `path`, a manifest or those of an unfinished extraction, are the same."""
     saved = read_json(path)
@@ -159,8 +141,8 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     source = list_images(None)
     settings = make_settings(source)
     os.makedirs(layout.state, exist_ok=True)
-    write_whole(layout.images, source.save)
-    write_whole(layout.settings, lambda path: write_json(path, settings))
+    source.save(layout.images)
+    write_json(layout.settings, settings)
     return source, settings
 
 
@@ -257,14 +239,6 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sha256_of_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
 class PairWriter:
     """The seed's layout: a latent `(1, rows...)` and a label `(1,)` an image, `.npy` files of the same name.
 
@@ -298,9 +272,15 @@ class PairWriter:
                 for folder, latents in zip(self.folders, rows, strict=True):
                     data = self._header + latents[place].tobytes()
                     digests.append(hashlib.sha256(data).digest())
-                    write_bytes(os.path.join(folder, f"{index}.npy"), data)
-                write_bytes(os.path.join(self.labels, f"{index}.npy"), self._npy(np.array([label], "int64")))
+                    self._write(folder, index, data)
+                self._write(self.labels, index, self._npy(np.array([label], "int64")))
         return digests
+
+    @staticmethod
+    def _write(folder, index, data):
+        path = os.path.join(folder, f"{index}.npy")
+        with named_errors(path), open(path, "wb") as file:
+            file.write(data)
 
     def files(self, part, indices, labels, digests):
         """`(path under FEATURES_PATH, sha256)` of a part's files, by image."""
@@ -367,24 +347,20 @@ def finish(layout, settings, source, writer, journal):
     writer.finish()
 
     digest = hashlib.sha256()
-
-    def write_checksums(path):
-        with open(path, "wb") as file:
-            for part in sorted(journal.parts):
-                lost, digests = journal.parts[part]
-                lost = {index for index, _ in lost}
-                first = part * writer.part_size
-                indices = [i for i in range(first, min(first + writer.part_size, len(source))) if i not in lost]
-                labels = source.labels[indices].tolist()
-                digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
-                for name, of_file in writer.files(part, indices, labels, digests):
-                    line = f"{of_file.hex()}  {name}\n".encode()
-                    digest.update(line)
-                    file.write(line)
-
-    write_whole(layout.checksums, write_checksums)
+    with whole_file(layout.checksums) as partial, open(partial, "wb") as file:
+        for part in sorted(journal.parts):
+            lost, digests = journal.parts[part]
+            lost = {index for index, _ in lost}
+            first = part * writer.part_size
+            indices = [i for i in range(first, min(first + writer.part_size, len(source))) if i not in lost]
+            labels = source.labels[indices].tolist()
+            digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
+            for name, of_file in writer.files(part, indices, labels, digests):
+                line = f"{of_file.hex()}  {name}\n".encode()
+                digest.update(line)
+                file.write(line)
     classes = {"id2label": {str(i): printable(label) for i, label in enumerate(source.classes)}}
-    write_whole(layout.classes, lambda path: write_json(path, classes))
+    write_json(layout.classes, classes)
     counts = source.class_counts()
     np.subtract.at(counts, source.labels[[index for index, _ in unreadable]], 1)
     manifest = {
@@ -396,7 +372,7 @@ def finish(layout, settings, source, writer, journal):
         ],
         "checksums": {"file": os.path.basename(layout.checksums), "sha256": digest.hexdigest()},
     }
-    write_whole(layout.manifest, lambda path: write_json(path, manifest))
+    write_json(layout.manifest, manifest)
     layout.remove_state()
     return manifest
 

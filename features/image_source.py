@@ -12,6 +12,7 @@ import numpy as np
 
 from features.images import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
 from features.npy import load_npz
+from runtime.files import whole_file
 from runtime.process import counted
 from runtime.untrusted import parse_json
 
@@ -95,7 +96,7 @@ class ImageSource:
     def save(self, path):
         """Writes the listing as `.npz`."""
         meta = np.frombuffer(json.dumps(self._meta).encode(), dtype="uint8")
-        with open(path, "wb") as file:
+        with whole_file(path) as partial, open(partial, "wb") as file:
             np.savez(file, meta=meta, **self._arrays)
 
     @classmethod

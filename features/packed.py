@@ -16,11 +16,11 @@ import io
 import mmap
 import os
 import re
-import shutil
 
 import numpy as np
 
 from features.npy import load_npy
+from runtime.files import whole_folder
 from runtime.machine import available_memory
 from runtime.process import counted
 
@@ -96,33 +96,6 @@ def cast(array, dtype, where):
     return narrow
 
 
-class _NpyStream:
-    """A `.npy` file of rows, written as they come."""
-
-    def __init__(self, path, row_shape, dtype):
-        self.row_shape, self.dtype, self.count = tuple(row_shape), np.dtype(dtype), 0
-        self.file = open(path, "wb")
-        self.file.write(npy_header((0, *self.row_shape), self.dtype))
-
-    def append(self, rows):
-        self.file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
-        self.count += len(rows)
-
-    def close(self):
-        start, header = self.file.tell(), npy_header((self.count, *self.row_shape), self.dtype)
-        self.file.seek(0)
-        self.file.write(header)
-        row_bytes = int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
-        assert start == len(header) + self.count * row_bytes
-        _sync(self.file)
-        self.file.close()
-
-
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
 class ShardWriter:
     """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
 
@@ -138,20 +111,25 @@ class ShardWriter:
         if np.dtype(dtype).name not in ("float32", "float16"):
             raise ValueError(f"packed latents are stored as float32 or float16, not as {np.dtype(dtype).name}")
         self.path = os.path.join(folder, shard_name(number))
-        self._partial = self.path + ".partial"
-        self.row_shape, self.flip = tuple(row_shape), flip
-        self.dtype = np.dtype(dtype)
-        self._names, self._streams = [], {}
+        self.row_shape, self.flip, self.dtype = tuple(row_shape), flip, np.dtype(dtype)
+        self._files, self._names = {}, []
+        self._open = contextlib.ExitStack()
 
     def __enter__(self):
         if os.path.exists(self.path):
             raise ValueError(f"{self.path}: is there already; nothing was overwritten")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        os.makedirs(self._partial)
-        for name in shard_files(self.flip)[:-2]:
-            self._streams[name] = _NpyStream(os.path.join(self._partial, name), self.row_shape, self.dtype)
-        self._streams["labels.npy"] = _NpyStream(os.path.join(self._partial, "labels.npy"), (), "int64")
+        folder = self._open.enter_context(whole_folder(self.path))
+        for name in shard_files(self.flip):
+            self._files[name] = self._open.enter_context(open(os.path.join(folder, name), "wb"))
+            if name != "names.npy":
+                self._files[name].write(self._header(name))
+        self._open.push(self._finish)
         return self
+
+    def _header(self, name):
+        """Returns the bytes in front of a file's rows, of which there are so many as samples by now."""
+        shape, dtype = ((), "int64") if name == "labels.npy" else (self.row_shape, self.dtype)
+        return npy_header((len(self._names), *shape), dtype)
 
     def append(self, latents, labels, names, flipped=None):
         """Adds samples.
@@ -177,24 +155,19 @@ class ShardWriter:
                 )
         arrays = {name: cast(np.asarray(array), self.dtype, self.path) for name, array in arrays.items()}
         for name, array in arrays.items():
-            self._streams[name].append(array)
-        self._streams["labels.npy"].append(labels)
+            self._files[name].write(np.ascontiguousarray(array).data)
+        self._files["labels.npy"].write(labels.astype("int64").data)
         self._names += [os.fsencode(name) for name in names]
 
+    def _finish(self, kind, *_):
+        if kind is None:
+            np.save(self._files.pop("names.npy"), np.array(self._names, dtype=bytes if self._names else "S1"))
+            for name, file in self._files.items():
+                file.seek(0)
+                file.write(self._header(name))
+
     def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                for stream in self._streams.values():
-                    stream.close()
-                with open(os.path.join(self._partial, "names.npy"), "wb") as file:
-                    np.save(file, np.array(self._names, dtype=bytes if self._names else "S1"))
-                    _sync(file)
-                os.rename(self._partial, self.path)
-        finally:
-            for stream in self._streams.values():
-                with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
-                    stream.file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+        return self._open.__exit__(kind, error, trace)
 
 
 class PackedStore:

@@ -9,16 +9,15 @@
 The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
 """
 
-import contextlib
 import os
 import re
 import stat
-import tempfile
 import time
 
 import numpy as np
 
 from features.npy import header_bytes, load_npy, load_npz
+from runtime.files import whole_file
 
 INDEX_LEAST = 20_000
 _LARGEST = 1 << 30  # bytes of a file that is read at once
@@ -180,18 +179,10 @@ class PairStore:
         arrays = {"signature": np.array(self._signatures), "names": self._names}
         if self._labels is not None:
             arrays["labels"] = self._labels
-        folder, name = os.path.split(self.index_path)
         try:
-            # Several ranks may write it at once: each its own file, and a rename.
-            handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
-            try:
-                with open(handle, "wb") as file:
-                    np.savez(file, **arrays)
-                os.chmod(partial, 0o666 & ~_umask())  # mkstemp's is for one user alone
-                os.replace(partial, self.index_path)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
+            # `shared`, because every rank may write it at once.
+            with whole_file(self.index_path, shared=True) as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)
         except OSError as error:
             self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
             return
@@ -267,9 +258,3 @@ class PairStore:
     def label_source(self, index):
         """The label's file of a sample."""
         return os.path.join(self.labels_dir, self.file_name(index))
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -201,7 +201,7 @@ def test_packing_goes_on_after_a_kill_with_the_same_result(both, tmp_path, monke
     with pytest.raises(ValueError, match="another conversion is not finished: its shard_samples was 16, now it is 20"):
         pack_set(both / "pairs", tmp_path, "--shard_samples", 20)
     first = (tmp_path / "imagenet64_packed.partial/shard-00000/latents.npy").stat().st_mtime_ns
-    (tmp_path / "imagenet64_packed.partial/shard-00002.partial").mkdir()  # what a real kill leaves
+    (tmp_path / "imagenet64_packed.partial/.shard-00002.partial").mkdir()  # what a real kill leaves
     pack_set(both / "pairs", tmp_path, "--shard_samples", 16)
     assert (tmp_path / "imagenet64_packed/shard-00000/latents.npy").stat().st_mtime_ns == first
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())

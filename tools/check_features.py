@@ -435,7 +435,7 @@ def picture_path(report):
 
 
 def check(args):
-    from config.schema import write_json
+    from runtime.files import write_json
 
     for key in ("num_workers", "num_images"):
         if getattr(args, key) < 1:

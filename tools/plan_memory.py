@@ -18,7 +18,7 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_positive, resolve_training, trainer_parser
-from config.schema import write_json
+from runtime.files import write_json
 from runtime.process import counted, run_cli
 from training.parallel.memory_plan import SHARDING, Machine, Setting, Sizes, check, fitting, plan, step_seconds
 

@@ -8,12 +8,13 @@ import random
 import numpy as np
 import paddle
 
-from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features, write_json
+from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
+from runtime.files import write_json
 from runtime.precision import resolve_precision
 from runtime.process import compute_capability, counted, say
 from runtime.untrusted import printable, read_json

@@ -23,15 +23,10 @@ from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT, build_model
 from models.state import check_finite, check_state, expected_shapes
+from runtime.files import write_json
 from runtime.untrusted import MAX_SIZE, inside, printable
 from sampling.pipelines.export import NULL_CLASS, check_vae, make_scheduler
-from sampling.pipelines.folder import (
-    INFERENCE_MANIFEST,
-    check_free,
-    read_json_object,
-    write_folder,
-    write_json,
-)
+from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object, write_folder
 from sampling.pipelines.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
 from sampling.step_counts import is_timestep_fit
 from weights.pretrained import without_null_rows

@@ -11,7 +11,7 @@ import pytest
 from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
 from benchmarks import faults
-from training.checkpoints import whole_folder as manifest
+from runtime import files as manifest
 from training.checkpoints.find import _step_of, list_checkpoints, pick_checkpoint
 from training.metrics import TrainingLog, _Rows
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from config.schema import SCALING_KEYS
-from runtime.untrusted import printable
+from runtime.untrusted import shortened
 
 
 class NotFiniteError(ValueError):
@@ -275,12 +275,12 @@ def choose_vae(given, features, default, flag):
         return given if given is not None else default, None
     if os.path.isdir(own) or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", own):
         return own, None
-    shown, sha = printable(own, 300), features["weights_sha256"]
+    shown, sha = shortened(own, 300), features["weights_sha256"]
     if sha is None:
         return default, f"the autoencoder of the features, {shown}, is not there; {default} is taken, see {flag}"
     raise ValueError(
         f"{shown}: there is no such folder; it held the autoencoder that the features were made with (sha256 of the "
-        f"weights {printable(sha, 12)}); give it by {flag}"
+        f"weights {shortened(sha, 12)}); give it by {flag}"
     )
 
 
@@ -319,7 +319,7 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     sha, theirs = weights_digest(vae), features["weights_sha256"]
-    there = f"the features were made with {printable(features['name'] or 'another one', 300)}"
+    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
     changes = []
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
@@ -328,7 +328,7 @@ def match_vae(vae, name, features, flag):
             vae.register_to_config(**scaling.as_dict())
             return f"VAE {name}: the features were made with {', '.join(changes)}, and are decoded so"
     if theirs not in (None, sha):
-        changes.insert(0, f"weights of sha256 {printable(theirs, 12)}, not {sha[:12]}...")
+        changes.insert(0, f"weights of sha256 {shortened(theirs, 12)}, not {sha[:12]}...")
     return f"VAE {name}: {there}: {', '.join(changes)}" if changes else None
 
 

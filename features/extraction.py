@@ -22,7 +22,7 @@ import numpy as np
 
 from features import packed
 from features.autoencoder import LatentScaling, downsampling, weights_digest
-from features.image_source import ImageSource, printable
+from features.image_source import ImageSource, encodable
 from features.images import UnreadableImage
 from features.packed import SHARD_SAMPLES, ShardWriter, packed_folder, partial_folder, shard_files, shard_name
 from runtime.files import named_errors, sha256_of_file, whole_file, write_json
@@ -359,7 +359,7 @@ def finish(layout, settings, source, writer, journal):
                 line = f"{of_file.hex()}  {name}\n".encode()
                 digest.update(line)
                 file.write(line)
-    classes = {"id2label": {str(i): printable(label) for i, label in enumerate(source.classes)}}
+    classes = {"id2label": {str(i): encodable(label) for i, label in enumerate(source.classes)}}
     write_json(layout.classes, classes)
     counts = source.class_counts()
     np.subtract.at(counts, source.labels[[index for index, _ in unreadable]], 1)
@@ -368,7 +368,7 @@ def finish(layout, settings, source, writer, journal):
         "num_samples": len(source) - len(unreadable),
         "class_counts": counts.tolist(),
         "unreadable": [
-            {"index": index, "image": printable(source.name(index)), "reason": reason} for index, reason in unreadable
+            {"index": index, "image": encodable(source.name(index)), "reason": reason} for index, reason in unreadable
         ],
         "checksums": {"file": os.path.basename(layout.checksums), "sha256": digest.hexdigest()},
     }
@@ -468,8 +468,8 @@ def make_settings(args, name, vae, *, device, dtype):
         "seed": args.seed,
         **LatentScaling.of(vae.config).as_dict(),
         "vae": {
-            "name": printable(args.vae),
-            "path": printable(os.path.abspath(args.vae)) if os.path.isdir(args.vae) else None,
+            "name": encodable(args.vae),
+            "path": encodable(os.path.abspath(args.vae)) if os.path.isdir(args.vae) else None,
             "weights_sha256": weights_digest(vae),
             "latent_channels": vae.config.latent_channels,
             "downsampling": factor,
@@ -483,7 +483,7 @@ def source_settings(source):
     return {
         "num_images": len(source),
         "num_classes": len(source.classes),
-        "source": {"kind": source.kind, "path": printable(source.root), "sha256": source.digest()},
+        "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
     }
 
 
@@ -524,7 +524,7 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
             for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
                 if errors and not skip:
                     raise errors[min(errors)]
-                unreadable += [[index, printable(errors[index].reason)] for index in sorted(errors)]
+                unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
                 yield indices, labels, arrays
                 progress.update(len(indices) + len(errors))
 

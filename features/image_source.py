@@ -10,7 +10,7 @@ import tarfile
 
 import numpy as np
 
-from features.images import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
+from features.images import encodable, find_images, image_suffixes, load_pixels, order_classes, some_of
 from features.npy import load_npz
 from runtime.files import whole_file
 from runtime.process import counted
@@ -47,7 +47,7 @@ class ImageSource:
             "labels": np.asarray(labels, dtype="int64"),  # (N,)
             "spans": np.asarray(spans if archives else [], dtype="int64").reshape(-1, 3),  # (N, 3)
         }
-        empty = [printable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
+        empty = [encodable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
         if empty:
             many = counted(len(classes), "class", "classes")
             notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]

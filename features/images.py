@@ -29,14 +29,14 @@ def image_suffixes() -> tuple:
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
 
 
-def printable(name):
-    """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
+def encodable(name):
+    """Returns a file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def some_of(names) -> str:
     """Returns the first five of many names, for a sentence."""
-    return ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def order_classes(names, notes: list, earlier: list | None = None) -> list:
@@ -60,7 +60,7 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
             if one[::2] == other[::2] and [*map(int, one[1::2])] > [*map(int, other[1::2])]:
                 notes.append(
                     "labels follow the names of the class folders as text, not the numbers in them: folder "
-                    f"{printable(text[label])} is label {label}, before {printable(text[label + 1])}"
+                    f"{encodable(text[label])} is label {label}, before {encodable(text[label + 1])}"
                 )
                 break
         return text
@@ -247,7 +247,7 @@ def unreadable_list(lost: list, everything: str = "") -> str:
         everything: where all of them are named, if there is such a file.
     """
     lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
-    lines += [f"  {printable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
+    lines += [f"  {encodable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
     if len(lost) > MOST_LISTED:
         lines.append(f"  ... and {len(lost) - MOST_LISTED:,} more" + (f", all in {everything}" if everything else ""))
     return "\n".join(lines)

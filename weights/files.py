@@ -24,7 +24,7 @@ import zipfile
 import numpy as np
 
 from models.state import _first, is_state, plain_names
-from runtime.untrusted import open_regular, parse_json, printable
+from runtime.untrusted import open_regular, parse_json, shortened
 from weights.unpickle import (
     MAX_DEPTH,
     MAX_OPERATIONS,
@@ -93,7 +93,7 @@ def _opened(path, read):
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except NotImplementedError as error:  # of no known format, or a zip file with what PyTorch never uses
-        raise ValueError(f"{path}: not a weight file ({printable(error, 200)})") from None
+        raise ValueError(f"{path}: not a weight file ({shortened(error, 200)})") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
         raise _one_line(path, error) from None
 
@@ -109,7 +109,7 @@ def _one_line(path, error):
     """The `ValueError` for what a reader or a `Placeholder` says of a file."""
     if isinstance(error, Refused):
         return ValueError(f"{path}: refused: {error}")
-    reason = printable(str(error) or type(error).__name__, 200)
+    reason = shortened(str(error) or type(error).__name__, 200)
     return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
 
 
@@ -284,7 +284,7 @@ def _paddle_tree(tree, budget):
         tree.pop("StructuredToParameterName@@", None)
         for name, info in tree.pop(_PARTS, {}).items():
             if not all(isinstance(part, str) for part in info["slices"]):
-                raise ValueError(f"{_PARTS} does not name the parts of {printable(name)}")
+                raise ValueError(f"{_PARTS} does not name the parts of {shortened(name)}")
             parts = [tree.pop(part) for part in info["slices"]]
             budget.take(sum(part.nbytes for part in parts))
             tree[name] = np.concatenate(parts).reshape(checked_shape(info["OriginShape"]))
@@ -456,7 +456,7 @@ def pick_weights(tree, path, key=None, *, averages=True):
     if key == "auto":
         key = _pick_key(nested, averages)
         if len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}:
-            print(f"note: {path} holds the sets of weights {listed}; {printable(key)} is taken")
+            print(f"note: {path} holds the sets of weights {listed}; {shortened(key)} is taken")
     if key is not None:
         if key in tree:
             readable(tree, key, path)
@@ -470,7 +470,7 @@ def pick_weights(tree, path, key=None, *, averages=True):
         for name in tree:
             readable(tree, name, path)
         odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
-        why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
+        why = f"'{shortened(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
         raise ValueError(f"{path}: not a state dict ({why})")
     return plain_names(tree), key
 

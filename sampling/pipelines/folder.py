@@ -4,7 +4,7 @@ import inspect
 import os
 
 from runtime.files import whole_folder, write_json
-from runtime.untrusted import check_sizes, printable, read_json
+from runtime.untrusted import check_sizes, read_json, shortened
 from weights.files import save_pdparams, save_safetensors
 
 TREE = (
@@ -43,12 +43,12 @@ def read_component(path, class_name, function):
     """
     settings = read_json_object(path)
     if settings.get("_class_name") != class_name:
-        raise ValueError(f"{path}: holds a '{printable(settings.get('_class_name'))}', expected {class_name!r}")
+        raise ValueError(f"{path}: holds a '{shortened(settings.get('_class_name'))}', expected {class_name!r}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ValueError(f"{path}: unknown setting '{printable(unknown[0])}'; known: {', '.join(known)}")
+        raise ValueError(f"{path}: unknown setting '{shortened(unknown[0])}'; known: {', '.join(known)}")
     check_sizes(settings, path)
     return settings
 

@@ -34,7 +34,7 @@ from features.images import UnreadableImage, find_images, load_pixels
 from features.npy import load_npy, load_npz
 from features.packed import PackedStore
 from models.state import check_state
-from runtime.untrusted import inside, parse_json, printable, read_json
+from runtime.untrusted import inside, parse_json, read_json, shortened
 from sampling.pipelines.export import export_dit_pipeline
 from sampling.pipelines.folder import read_component
 from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
@@ -321,9 +321,9 @@ class TestMessages:
             assert one_line(error).isprintable()
 
     def test_what_can_be_shown_is(self):
-        assert printable("blocks.0.ä") == "blocks.0.ä"
-        assert printable("a\x1b\n\u202e\ud800") == r"a\x1b\n\u202e\ud800"
-        assert printable("x" * 81) == "x" * 80 + "..." and printable("\n" * 80) == r"\n" * 40 + "..."
+        assert shortened("blocks.0.ä") == "blocks.0.ä"
+        assert shortened("a\x1b\n\u202e\ud800") == r"a\x1b\n\u202e\ud800"
+        assert shortened("x" * 81) == "x" * 80 + "..." and shortened("\n" * 80) == r"\n" * 40 + "..."
 
 
 class TestCheckpointsOfNoArrays:

@@ -86,9 +86,14 @@ def open_store(feature_path, kind, name):
     return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
 
 
+def manifest_file(feature_path, name):
+    """Returns the file that says what the set NAME was made of."""
+    return os.path.join(feature_path, f"{name}_manifest.json")
+
+
 def read_manifest(feature_path, name):
-    """The set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
-    path = os.path.join(feature_path, f"{name}_manifest.json")
+    """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
+    path = manifest_file(feature_path, name)
     if not os.path.exists(path):
         return {}
     manifest = read_json(path, large=True)  # extractions took seeds of any size

@@ -646,7 +646,7 @@ def test_memory_that_is_not_there(both, monkeypatch):
 @pytest.fixture
 def indexed(tmp_path, monkeypatch):
     """Pairs that get an index although they are few and young; and how many folders were listed."""
-    monkeypatch.setattr(pairs, "INDEX_LEAST", 5)
+    monkeypatch.setattr(pairs, "MIN_SAMPLES_FOR_INDEX", 5)
     monkeypatch.setattr(pairs, "_CLOCK_NS", 0)
     write_set(tmp_path, 12, flip=True)
     listed = []

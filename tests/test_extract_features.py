@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from support.runs import command_environment
 
-from features.extraction import PairWriter
 from features.images import find_images, load_image
+from features.writers import PairWriter
 from tools.extract_features import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,7 +252,7 @@ def test_flips_have_noise_of_their_own(images, moments, tmp_path):
 
 
 def test_packed_holds_what_the_pairs_hold(images, moments, tmp_path, monkeypatch):
-    monkeypatch.setattr("features.extraction.LEAST_SHARD", 8)  # two shards
+    monkeypatch.setattr("features.writers.MIN_SHARD_SAMPLES", 8)  # two shards
     main(arguments(images, tmp_path, "--batch_size", "4", "--moments", "--flip", "--format", "packed"))
     shards = sorted((tmp_path / "imagenet32_packed").iterdir())
     assert [shard.name for shard in shards] == ["shard-00000", "shard-00001"]
@@ -425,7 +425,7 @@ def test_disk_full_is_one_line_and_a_restart_goes_on(spoilt, tmp_path):
 
 
 def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, tmp_path, monkeypatch):
-    monkeypatch.setattr("features.extraction.LEAST_SHARD", 4)
+    monkeypatch.setattr("features.writers.MIN_SHARD_SAMPLES", 4)
     output = tmp_path / "out"
     command = arguments(spoilt, output, "--batch_size", "2", "--format", "packed")
     for path in ("a_first/1.png", "a_first/2.bmp"):

@@ -125,6 +125,9 @@ class PairStore:
         ValueError: one line naming the folder or file: no labels folder, no pair, a file without its counterpart.
     """
 
+    reads_in_processes = True
+    memory_dtype = np.dtype("float32")  # because the files may be of several
+
     def __init__(self, feature_path, name):
         self.path, self.labels_dir = features_folder(feature_path, name), labels_folder(feature_path, name)
         if not os.path.isdir(self.labels_dir):

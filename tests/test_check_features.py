@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.feature_sets import pack_set, write_set
 from support.runs import ROOT, run_script, write_config
-from test_data import pack_set, write_set
 
 from tools.check_features import main
 

@@ -448,9 +448,7 @@ def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, t
 
 
 def test_killed_it_goes_on_to_the_same_files(images, tmp_path):
-    for copy in range(4):
-        shutil.copytree(images, tmp_path / "in" / f"{copy}")
-    command = arguments(tmp_path / "in", tmp_path / "out", "--batch_size", "1", "--flip")
+    command = arguments(images, tmp_path / "out", "--batch_size", "1", "--flip")
     output = tmp_path / "out"
     running = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "extract_features.py"), *command],
@@ -459,12 +457,12 @@ def test_killed_it_goes_on_to_the_same_files(images, tmp_path):
     )
     try:
         began = time.monotonic()
-        while len(journals(output)) < 5 and time.monotonic() - began < 200:
+        while len(journals(output)) < 3 and time.monotonic() - began < 200:
             time.sleep(0.002)
     finally:
         running.kill()
         running.wait()
-    assert 5 <= len(journals(output)) < 60 and not (output / "imagenet32_manifest.json").exists()
+    assert 3 <= len(journals(output)) < 15 and not (output / "imagenet32_manifest.json").exists()
     main(command)
     ours = everything(output)
     shutil.rmtree(output)

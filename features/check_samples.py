@@ -100,7 +100,7 @@ class PairSamples:
 
 
 class Chunk:
-    """What is found out about n neighbouring samples; small, because it travels between processes.
+    """The findings on n neighbouring samples; small, because it travels between processes.
 
     Attributes:
         problems: [(kind, line), ...].

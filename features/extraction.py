@@ -1,4 +1,4 @@
-"""What an extraction writes, part by part, and how it goes on after a kill.
+"""Extraction of features, part by part, which goes on after a kill.
 
 The images are cut into parts, whose samples are the same whoever makes them and however often: a batch for pairs of
 files, a shard for packed ones. NAME_extraction/ holds, until all is there, the settings, the list of the images and
@@ -67,7 +67,7 @@ def check_unused(layout):
 
 
 def check_settings(path, settings):
-    """ValueError unless the settings in `path`, a manifest or those of an unfinished extraction, are the same."""
+    """Raises ValueError unless the settings in `path`, a manifest or an unfinished extraction's, are the same."""
     saved = read_json(path)
     for place, what in DECISIVE.items():
         old, new = saved, settings
@@ -86,7 +86,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     Args:
         layout: a `Layout`.
         root: where the images are.
-        list_images: returns the `ImageSource`, of the classes of an earlier start if it gets them; called by rank 0.
+        list_images: returns the `ImageSource`; called by rank 0.
         make_settings: of a source, the manifest as far as it is known before.
         rank: the others wait until rank 0 has listed the images.
 
@@ -99,7 +99,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if rank > 0:
         return _join(layout, root, make_settings)
     if os.path.exists(layout.manifest):
-        source = list_images(_earlier_classes(layout))
+        source = list_images()
         check_settings(layout.manifest, make_settings(source))
         folder = layout.packed if read_json(layout.manifest)["format"] == "packed" else layout.features
         if not os.path.isdir(folder):
@@ -109,24 +109,16 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if os.path.exists(layout.settings):
         source = ImageSource.load(layout.images, root)
         if source.kind != "tar":  # whose headers take long to read
-            source = list_images(source.classes)
+            source = list_images()
         check_settings(layout.settings, make_settings(source))
         return source, read_json(layout.settings)
     check_unused(layout)
-    source = list_images(None)
+    source = list_images()
     settings = make_settings(source)
     os.makedirs(layout.state, exist_ok=True)
     source.save(layout.images)
     write_json(layout.settings, settings)
     return source, settings
-
-
-def _earlier_classes(layout):
-    """Reads the classes of a complete extraction in the order of their labels; None if its file of names is gone."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        names = read_json(layout.classes)["id2label"]
-        return [str(names[str(label)]) for label in range(len(names))]
-    return None
 
 
 def _join(layout, root, make_settings):
@@ -153,7 +145,7 @@ def _join(layout, root, make_settings):
 
 
 class Journal:
-    """Which parts are on the disk, in all ranks' words.
+    """The list of the parts that are on the disk, which all ranks write.
 
     Attributes:
         parts: `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
@@ -203,7 +195,7 @@ class Journal:
                 self._file.close()
 
     def add(self, part, unreadable, digests):
-        """Says that a part's files are on the disk; digests: their sha256 sums, bytes."""
+        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
         self._file.write(json.dumps([part, unreadable, b"".join(digests).hex()]).encode() + b"\n")
         self._file.flush()
         self.parts[part] = unreadable, b"".join(digests)
@@ -314,7 +306,7 @@ def encode_batches(source, read, encoders):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is asked for of an extraction, beside the images.
+    """Options of an extraction that decide what it writes.
 
     Attributes:
         name: of the set. format: "npy" or "packed". image_size: side of the crops in pixels.
@@ -368,7 +360,7 @@ def make_settings(recipe, vae):
 
 
 def source_settings(source):
-    """What a manifest says of the images."""
+    """Returns what a manifest says of the images."""
     return {
         "num_images": len(source),
         "num_classes": len(source.classes),

@@ -29,15 +29,17 @@ class _Batches:
 
 
 class Loaded(NamedTuple):
-    """What a loader process sends: arrays, and an error's message or None."""
+    """An answer of a loader process: arrays, and an error's message or None."""
 
     batch: list
     error: str | None
 
 
 class _Guarded:
-    """A dataset of micro-batches, `Loaded` each. Paddle's DataLoader hangs when a dataset raises, or shows a traceback
-    of another process, so errors are returned as values."""
+    """A dataset of micro-batches, each a `Loaded`.
+
+    Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
+    """
 
     def __init__(self, dataset, length):
         self.dataset, self.length = dataset, length

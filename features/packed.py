@@ -259,23 +259,18 @@ class PackedStore:
         """
         shards = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[shards]
-        plain = mirrored is None or not mirrored.any()
+        twins = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
         if self.exact_reads:
-            self._will_need(shards, rows, mirrored)
-        if plain and (shards == shards[0]).all():
+            self._will_need(shards, rows, twins)
+        if not twins.any() and (shards == shards[0]).all():
             source = self._rows[0][shards[0]]
             if out.dtype == source.dtype and out.flags.c_contiguous:
                 np.take(source, rows, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
             else:
                 out[...] = source[rows]
-        elif plain:
-            arrays = self._rows[0]
-            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-                out[place] = arrays[shard][row]
         else:
-            for place, (twin, shard, row) in enumerate(
-                zip(mirrored.tolist(), shards.tolist(), rows.tolist(), strict=True)
-            ):
+            places = zip(twins.tolist(), shards.tolist(), rows.tolist(), strict=True)
+            for place, (twin, shard, row) in enumerate(places):
                 out[place] = self._rows[twin][shard][row]
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
@@ -283,10 +278,9 @@ class PackedStore:
             self._unmap()
         return self.labels[indices].astype("int64")
 
-    def _will_need(self, shards, rows, mirrored):
+    def _will_need(self, shards, rows, twins):
         """Starts the reading of all rows at once: a disk, above all a network one, is fast with many requests."""
-        kinds = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
-        files = shards * (1 + self.has_flip) + kinds
+        files = shards * (1 + self.has_flip) + twins
         starts = np.array(self._offsets)[files] + rows * self._row_bytes
         pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = starts - pages + self._row_bytes

@@ -16,7 +16,6 @@ from PIL import Image
 from support.runs import command_environment
 
 from features.images import find_images, load_image
-from features.writers import PairWriter
 from tools.extract_features import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -490,50 +489,6 @@ def test_a_rank_writes_its_share_and_another_number_of_ranks_goes_on(images, ext
 def journals(output):
     state = output / "imagenet32_extraction"
     return [line for path in state.glob("rank-*") for line in path.read_text().splitlines()]
-
-
-def old_order(monkeypatch):
-    """Lists class folders as it was done before numbers were sorted as numbers."""
-    from features import images as image_folder
-
-    monkeypatch.setattr(image_folder, "order_classes", lambda names, notes, earlier=None: sorted(names))
-
-
-def test_numbered_classes_of_an_extraction_begun_in_text_order_keep_it(tmp_path, monkeypatch, capsys):
-    for number in range(11):
-        (tmp_path / f"images/{number}").mkdir(parents=True)
-        Image.new("L", (32, 32), number).save(tmp_path / f"images/{number}/x.png")
-    command = arguments(tmp_path / "images", tmp_path / "out", "--batch_size", "4")
-    with monkeypatch.context() as before:
-        old_order(before)
-        before.setattr(PairWriter, "write", kill_at_the_second_part(PairWriter.write))
-        with pytest.raises(RuntimeError, match="killed"):
-            main(command)
-    main(command)
-    assert "folder 10 is label 2; a new extraction gives it label 10" in capsys.readouterr().out
-    files = everything(tmp_path / "out")
-    classes = json.loads((tmp_path / "out/imagenet32_classes.json").read_text())["id2label"]
-    assert [classes[str(label)] for label in range(4)] == ["0", "1", "10", "2"]
-    assert load(tmp_path / "out")[1].tolist() == [*range(11)]
-
-    main(command)
-    told = capsys.readouterr().out
-    assert "complete since an earlier start" in told and "folder 10 is label 2" in told
-    assert everything(tmp_path / "out") == files
-
-    main(arguments(tmp_path / "images", tmp_path / "new"))
-    classes = json.loads((tmp_path / "new/imagenet32_classes.json").read_text())["id2label"]
-    assert classes == {str(label): str(label) for label in range(11)}
-    assert "folder 2 is label 2; torchvision's ImageFolder" in capsys.readouterr().out
-
-
-def kill_at_the_second_part(write):
-    def killed(self, part, batches):
-        if part:
-            raise RuntimeError("killed")
-        return write(self, part, batches)
-
-    return killed
 
 
 def test_a_complete_extraction_is_left_alone(images, tmp_path, capsys):

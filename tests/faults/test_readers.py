@@ -983,10 +983,10 @@ class TestImages:
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / "good.png")
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.eps")
         shutil.copy(tmp_path / "a" / "x.eps", tmp_path / "a" / "x.png")
-        others = []
-        samples, _ = find_images(str(tmp_path), others)
+        notes = []
+        samples, _ = find_images(str(tmp_path), notes=notes)
         assert [os.path.basename(path) for path, _ in samples] == ["good.png", "x.png"]
-        assert [os.path.basename(path) for path in others] == ["x.eps"]
+        assert notes == ["left out, no images by their names: 1 file (.eps)"]
         with pytest.raises(UnreadableImage, match="no image format that Pillow knows"):
             load_pixels(str(tmp_path / "a" / "x.png"), 8)
 

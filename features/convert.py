@@ -1,6 +1,5 @@
 """Converts a feature set between one pair of `.npy` files a sample and the packed format, either way."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,10 +10,11 @@ import numpy as np
 
 from features.image_source import MAX_LABEL
 from features.layout import Layout
-from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, npy_header, shard_files, shard_name
+from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, shard_files, shard_name
 from features.pairs import PairStore, natural_order
 from features.read_ahead import read_ahead
 from features.store import find_features, open_store, read_manifest
+from features.writers import PairWriter
 from runtime.files import sha256_of_file, whole_file, write_json
 from runtime.process import counted
 from runtime.progress import tqdm
@@ -268,36 +268,18 @@ def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
 
 
 def _write_pairs(source, made, dtype):
-    """Writes the pairs that are not there yet, and the sha256 of every file."""
-    folders = [made.features, *([made.flipped] if source.store.has_flip else []), made.labels]
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)
-    head, label_head = npy_header((1, *source.store.row_shape), dtype), npy_header((1,), "int64")
+    """Writes all pairs, and the sha256 of every file."""
+    store = source.store
+    writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, batch_size=source.chunk, dtype=dtype)
 
     def write(start, names, labels, rows):
-        lines = []
-        rows = [cast(array, dtype, made.features) for array in rows]
-        for place, name in enumerate(names):
-            files = [head + array[place].tobytes() for array in rows]
-            files.append(label_head + np.int64(labels[place]).tobytes())
-            for folder, data in zip(folders, files, strict=True):
-                path = os.path.join(folder, f"{name}.npy")
-                if not _holds(path, data):
-                    with open(path, "wb") as file:
-                        file.write(data)
-                lines.append(f"{hashlib.sha256(data).hexdigest()}  {os.path.basename(folder)}/{name}.npy\n")
-        return lines
+        digests = writer.write(start, [(names, labels, [cast(array, dtype, made.features) for array in rows])])
+        files = writer.files(start, names, labels.tolist(), digests)
+        return len(names), "".join(f"{digest.hex()}  {path}\n" for path, digest in files)
 
-    bar = tqdm(total=len(source.store), desc="unpacking", unit="sample")
+    os.makedirs(made.features_path, exist_ok=True)
+    bar = tqdm(total=len(store), desc="unpacking", unit="sample")
     with bar, open(made.checksums, "wb") as file:
-        for lines in source.chunks(write):
-            file.write(os.fsencode("".join(lines)))
-            bar.update(len(lines) // len(folders))
-
-
-def _holds(path, data):
-    try:
-        with open(path, "rb") as file:
-            return file.read() == data
-    except FileNotFoundError:
-        return False
+        for count, lines in source.chunks(write):
+            file.write(os.fsencode(lines))
+            bar.update(count)

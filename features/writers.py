@@ -23,45 +23,50 @@ class PairWriter:
         flip: mirrored twins are stored.
         batch_size: images encoded at once, here a part.
         num_images: of the whole set.
+        dtype: of a stored latent.
     """
 
-    def __init__(self, layout, *, row_shape, flip, batch_size, num_images):
+    def __init__(self, layout, *, row_shape, flip, batch_size, num_images=None, dtype="float32"):
         self.part_size = batch_size
         self.folders = [layout.features, *([layout.flipped] if flip else [])]
         self.labels = layout.labels
-        self._header, self._label_header = npy_header((1, *row_shape), "float32"), npy_header((1,), "int64")
+        self._header, self._label_header = npy_header((1, *row_shape), dtype), npy_header((1,), "int64")
 
     def write(self, part, batches):
-        """Writes a part's batches `(indices, labels, [latents, flipped latents])`; returns its files' sha256 sums."""
+        """Writes a part's batches `(names of the samples, labels, [latents, flipped latents])`.
+
+        Returns:
+            The sha256 sums of its files of latents, bytes.
+        """
         for folder in (*self.folders, self.labels):
             os.makedirs(folder, exist_ok=True)
         digests = []
-        for indices, labels, rows in batches:
-            for place, (index, label) in enumerate(zip(indices, labels, strict=True)):
+        for names, labels, rows in batches:
+            for place, (name, label) in enumerate(zip(names, labels, strict=True)):
                 for folder, latents in zip(self.folders, rows, strict=True):
                     data = self._header + latents[place].tobytes()
                     digests.append(hashlib.sha256(data).digest())
-                    self._write(folder, index, data)
-                self._write(self.labels, index, self._label(label))
+                    self._write(folder, name, data)
+                self._write(self.labels, name, self._label(label))
         return digests
 
     def _label(self, label):
         return self._label_header + np.int64(label).tobytes()
 
     @staticmethod
-    def _write(folder, index, data):
-        path = os.path.join(folder, f"{index}.npy")
+    def _write(folder, name, data):
+        path = os.path.join(folder, f"{name}.npy")
         with named_errors(path), open(path, "wb") as file:
             file.write(data)
 
-    def files(self, part, indices, labels, digests):
+    def files(self, part, names, labels, digests):
         """Yields `(path under FEATURES_PATH, sha256)` of a part's files, by image."""
         of_label = {label: hashlib.sha256(self._label(label)).digest() for label in set(labels)}
         digest = iter(digests)
-        for index, label in zip(indices, labels, strict=True):
+        for name, label in zip(names, labels, strict=True):
             for folder in self.folders:
-                yield f"{os.path.basename(folder)}/{index}.npy", next(digest)
-            yield f"{os.path.basename(self.labels)}/{index}.npy", of_label[label]
+                yield f"{os.path.basename(folder)}/{name}.npy", next(digest)
+            yield f"{os.path.basename(self.labels)}/{name}.npy", of_label[label]
 
     def finish(self):
         """Puts the set in its place, where it is already."""

@@ -32,7 +32,8 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from benchmarks.data import drop_cache, read_plain
 from benchmarks.turns import answer, ask, memory, reset_peak
-from config.schema import load_config, write_json
+from config.schema import load_config
+from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 
 PARTS = ("save", "load", "memory", "tools")

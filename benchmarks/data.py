@@ -15,7 +15,6 @@ of its own.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -26,6 +25,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from runtime.files import write_json  # noqa: E402
 from runtime.process import configure_runtime, run_cli  # noqa: E402
 
 configure_runtime()  # before Paddle is imported
@@ -42,7 +42,7 @@ PARTS = ("throughput", "wait", "start")
 
 
 def write_pairs(folder, count, *, whole=True):
-    """Random latents in the seed's layout; with `whole` false only the first has content, the others are names."""
+    """Writes random latents as pairs of files; with `whole` false only the first has content, the others are names."""
     import numpy as np
     from tqdm import tqdm
 
@@ -391,7 +391,6 @@ def run(args):
             for name, result in report["start"].items():
                 print(f"{name:44} {result['seconds']:8.3f} {result['index_bytes_a_sample']:19.1f}")
             result = report["start"]["packed"]
-            result = report["start"]["packed"]
             mapped, size = (result[key] / 2**20 for key in ("mapped_file_bytes", "file_bytes"))
             own = result["after_epoch_bytes_a_sample"]
             print(
@@ -406,8 +405,7 @@ def run(args):
         + ", ".join(f"{report[f'load_average_{k}'][0]:.1f}" for k in ("before", "after"))
     )
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
+        write_json(args.output, report)
         print(f"figures: {args.output}")
 
 

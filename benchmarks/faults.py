@@ -504,7 +504,7 @@ def readonly(args, folder):
 
 def slow_writes(bytes_per_second):
     """Slows the writing of checkpoints down, in this process."""
-    from training.checkpoints import whole_folder as manifest
+    from runtime import files as manifest
 
     write = manifest._HashedFile.write
 
@@ -710,7 +710,7 @@ def main(argv=None):
 
 
 def run(args):
-    from config.schema import write_json
+    from runtime.files import write_json
 
     # Whatever a training imports, once.
     modules = ["objectives", *(f"train_image_generation_{loop}" for loop in args.loops)]

@@ -25,7 +25,7 @@ from support.memory_runs import CASES, resolved
 from support.runs import ROOT, command_environment, launch_command
 from tqdm import tqdm
 
-from config.schema import write_json
+from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 from training.parallel.memory_plan import Plan
 

@@ -86,9 +86,9 @@ def prepare(case):
     from ppdiffusers import AutoencoderKL
 
     from models import build_model
+    from runtime.files import write_json
     from sampling.pipelines.export import export_dit_pipeline
     from sampling.pipelines.export_sit import export_stock_sit
-    from sampling.pipelines.folder import write_json
     from weights.files import save_pdparams
 
     paddle.seed(0)

@@ -187,7 +187,7 @@ def measure_first(turns, folder):
 def run(args):
     from tqdm import tqdm
 
-    from config.schema import write_json
+    from runtime.files import write_json
 
     results = {}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:

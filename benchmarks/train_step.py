@@ -33,7 +33,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.turns import Worker, memory, reset_peak, serve
-from config.schema import resolve_config, write_json
+from config.schema import resolve_config
+from runtime.files import write_json
 from runtime.machine import processor_name
 from runtime.process import configure_runtime, run_cli
 

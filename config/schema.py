@@ -332,13 +332,6 @@ def weights_features(path, config):
     return config["features"]
 
 
-def write_json(path, value):
-    """Writes a value as indented JSON text."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-
-
 def override(config, given, where="command line"):
     """Returns the config with values of a command line put over its sections.
 

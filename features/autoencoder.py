@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from config.schema import SCALING_KEYS
-from runtime.untrusted import printable
+from runtime.untrusted import shortened
 
 
 class NotFiniteError(ValueError):
@@ -18,9 +18,9 @@ class NotFiniteError(ValueError):
 
 
 def load_vae(name_or_path):
-    """The `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub, in eval mode.
+    """Loads the `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub.
 
-    Nothing that it holds is executed.
+    It is in eval mode. Nothing that the folder holds is executed.
 
     Raises:
         ValueError: one line: no VAE there, one whose scale of latents can't be, or the download failed, and what to do
@@ -47,7 +47,7 @@ def load_vae(name_or_path):
 
 
 class LatentDecoder:
-    """Latents, as networks see them, to images.
+    """Decodes latents, as networks see them, to images.
 
     Args:
         vae: an `AutoencoderKL`; its config says how the latents were scaled, see `LatentScaling`.
@@ -61,11 +61,11 @@ class LatentDecoder:
 
     @classmethod
     def from_pretrained(cls, name_or_path, batch_size=16):
-        """With the VAE of a folder or of the hub; see `load_vae`."""
+        """Makes one with the VAE of a folder or of the hub; see `load_vae`."""
         return cls(load_vae(name_or_path), batch_size)
 
     def decode(self, latents):
-        """Latents `(N, C, h, w)` to float32 numpy `(N, H, W, 3)` in [0, 1]; what lies outside is cut off.
+        """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
 
         Raises:
             NotFiniteError: NaN or infinity in latents or images; says in how many images, and which.
@@ -90,7 +90,7 @@ class LatentDecoder:
         return np.concatenate(images)
 
     def __call__(self, latents):
-        """Latents `(N, C, h, w)` to uint8 numpy `(N, H, W, 3)`; raises as `decode`."""
+        """Returns the images of latents `(N, C, h, w)`, uint8 numpy `(N, H, W, 3)`; raises as `decode`."""
         return (self.decode(latents) * 255).round().astype("uint8")
 
 
@@ -186,8 +186,6 @@ def _per_channel(value, latents):
     """Returns a number as it is, and a list as an array that broadcasts over the channels of `latents`."""
     if not isinstance(value, list):
         return value
-    import numpy as np
-
     array = np.array(value, "float32").reshape(-1, 1, 1)
     if isinstance(latents, np.ndarray):
         return array
@@ -202,7 +200,6 @@ def fold_scaling(vae):
     They decode `latents / scaling_factor`. Shift and statistics go into the 1x1 convolutions between encoder and
     latents, and between latents and decoder, exactly; a convolution that is missing is added.
     """
-    import numpy as np
     import paddle
 
     scaling = LatentScaling.of(vae.config)
@@ -275,12 +272,12 @@ def choose_vae(given, features, default, flag):
         return given if given is not None else default, None
     if os.path.isdir(own) or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", own):
         return own, None
-    shown, sha = printable(own, 300), features["weights_sha256"]
+    shown, sha = shortened(own, 300), features["weights_sha256"]
     if sha is None:
         return default, f"the autoencoder of the features, {shown}, is not there; {default} is taken, see {flag}"
     raise ValueError(
         f"{shown}: there is no such folder; it held the autoencoder that the features were made with (sha256 of the "
-        f"weights {printable(sha, 12)}); give it by {flag}"
+        f"weights {shortened(sha, 12)}); give it by {flag}"
     )
 
 
@@ -298,8 +295,6 @@ def open_vae(given, features, *, default, flag, channels=None):
     Raises:
         ValueError: one line: it can't be loaded, or its latents are not of the features' shape.
     """
-    from features.autoencoder import load_vae
-
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
     notes = [text for text in (note, match_vae(vae, name, features, flag)) if text]
@@ -319,7 +314,7 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     sha, theirs = weights_digest(vae), features["weights_sha256"]
-    there = f"the features were made with {printable(features['name'] or 'another one', 300)}"
+    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
     changes = []
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
@@ -328,12 +323,12 @@ def match_vae(vae, name, features, flag):
             vae.register_to_config(**scaling.as_dict())
             return f"VAE {name}: the features were made with {', '.join(changes)}, and are decoded so"
     if theirs not in (None, sha):
-        changes.insert(0, f"weights of sha256 {printable(theirs, 12)}, not {sha[:12]}...")
+        changes.insert(0, f"weights of sha256 {shortened(theirs, 12)}, not {sha[:12]}...")
     return f"VAE {name}: {there}: {', '.join(changes)}" if changes else None
 
 
 class LatentEncoder:
-    """Pixels to what is stored of their latents.
+    """Encodes pixels to what is stored of their latents.
 
     Args:
         vae: an `AutoencoderKL`.
@@ -356,7 +351,6 @@ class LatentEncoder:
             indices: of the images, for the noise.
             mirrored: encode the mirror images, with noise of their own.
         """
-        import numpy as np
         import paddle
 
         images = paddle.to_tensor(np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels).astype("float32")

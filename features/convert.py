@@ -1,97 +1,210 @@
 """Converts a feature set between one pair of `.npy` files a sample and the packed format, either way."""
 
-import hashlib
-import itertools
 import json
 import os
 import shutil
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from runtime.process import counted  # noqa: E402
+import numpy as np
+
+from features.image_source import MAX_LABEL
+from features.layout import Layout
+from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, shard_files, shard_name
+from features.pairs import PairStore, natural_order
+from features.read_ahead import read_ahead
+from features.store import find_features, open_store, read_manifest
+from features.writers import PairWriter
+from runtime.files import sha256_of_file, whole_file, write_json
+from runtime.process import counted
+from runtime.progress import tqdm
+from runtime.untrusted import read_json
 
 CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
 
 
-def in_order(pool, function, tasks, ahead):
-    """`function(task)` of each task in turn; the pool's threads are at most `ahead` tasks before the caller."""
-    tasks = iter(tasks)
-    waiting = deque(pool.submit(function, task) for task in itertools.islice(tasks, ahead))
-    try:
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, task) for task in itertools.islice(tasks, 1))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
+@dataclass(frozen=True)
+class Converted:
+    """The result of `convert_set`: how many samples lie where, and the largest rounding error (None: not rounded)."""
+
+    num_samples: int
+    paths: tuple
+    rounding_error: float | None
 
 
-class Rows:
-    """All rows of a store as training sees them, float32, in chunks.
+def convert_set(
+    feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4
+) -> Converted:
+    """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
+
+    After a kill the same call goes on where it was.
 
     Args:
-        store: a `PackedStore` or `PairStore`.
+        output: folder for the result; None: FEATURE_PATH_packed or FEATURE_PATH_npy.
+        resolution: see `find_features`.
+        to: "packed" or "npy"; None: the other one than the source's.
+        dtype: of the stored latents, "float32" or "float16"; None: the source's.
+        shard_samples: samples a packed file; None: 4 GiB of them.
         num_workers: threads that read ahead.
+
+    Raises:
+        ValueError: one line: the source can't be converted, or something is in the way.
     """
+    source_kind, name = find_features(feature_path, resolution)
+    kind = to or ("npy" if source_kind == "packed" else "packed")
+    if kind == "npy" and source_kind == "pairs":
+        raise ValueError(f"{feature_path}: {name} is in pairs of .npy files already")
+    output = output or f"{os.path.abspath(feature_path)}_{kind}"
+    if os.path.realpath(output) == os.path.realpath(feature_path):
+        raise ValueError(f"--output {output}: is the source's folder; choose another")
+    store = open_store(feature_path, source_kind, name)
+    if kind == "npy":
+        _check_names(store)
+    _check_samples(store)
+    rounded_to = dtype or "float32"  # compared with what the user asked for: an unrequested rounding is an error
+    dtype = dtype or ("float16" if store.dtype == "float16" else "float32")
+    shard_samples = shard_samples or max(1, SHARD_BYTES // (store.num_bytes // len(store)))
+
+    layout, manifest = Layout(output, name), read_manifest(feature_path, name)
+    work = layout.path("unpacking") if kind == "npy" else layout.partial
+    plan = {
+        "source": os.path.abspath(store.path),
+        "samples": len(store),
+        "row_shape": list(store.row_shape),
+        "flip": store.has_flip,
+        "to": kind,
+        "dtype": dtype,
+        "shard_samples": shard_samples,
+    }
+    plan_file = layout.path(f"to_{kind}.json")
+    _begin(layout, plan_file, plan, work)
+
+    source = _Rows(store, num_workers)
+    convert = _to_packed if kind == "packed" else _to_pairs
+    error, labels = convert(source, layout, work, dtype=dtype, rounded_to=rounded_to, shard_samples=shard_samples)
+    old_classes = Layout(feature_path, name).classes
+    if os.path.exists(old_classes):
+        with whole_file(layout.classes) as path:
+            shutil.copyfile(old_classes, path)
+    num_classes = manifest.get("num_classes", int(labels.max(initial=-1)) + 1)
+    checksums = {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()}
+    new = {
+        "format": kind,
+        "name": name,
+        "num_samples": len(store),
+        "num_classes": num_classes,
+        "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
+        "dtype": dtype,
+        "flip": store.has_flip,
+        "checksums": checksums,
+    }
+    write_json(layout.manifest, {"version": 1, **manifest, **new})
+    os.remove(plan_file)  # first: what is left of the work is no plan to go on with
+    shutil.rmtree(work, ignore_errors=True)
+    places = (layout.packed,) if kind == "packed" else (layout.features, layout.labels)
+    return Converted(len(store), (*places, layout.manifest), error if store.dtype != "float16" else None)
+
+
+def _check_names(store):
+    """Raises ValueError unless pairs named as the samples are would be read in the samples' order."""
+    files = [name + b".npy" for name in store.names().tolist()]
+    if len(set(files)) != len(files):
+        raise ValueError(f"{store.path}: names.npy has a name twice; pairs of files need different ones")
+    odd = [name for name in files if b"/" in name or name == b".npy"]
+    if odd:
+        raise ValueError(f"{store.path}: names.npy holds {os.fsdecode(odd[0])!r}, which is no file's name")
+    if not np.array_equal(natural_order(files), np.array(files)):
+        raise ValueError(f"{store.path}: names.npy is not in the order in which pairs of files are read")
+
+
+def _check_samples(store):
+    if not len(store):
+        raise ValueError(f"{store.path}: no sample in it")
+    if store.dtype.kind != "f":
+        raise ValueError(f"{store.feature_source(0)}: holds {store.dtype}, expected float latents")
+    wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ValueError(f"{store.label_source(first)}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
+
+
+def _begin(layout, plan_file, plan, work):
+    """Writes the plan, or compares it with that of an unfinished conversion, on which this one then goes on.
+
+    Raises:
+        ValueError: the output holds the set already or another unfinished conversion, or the disk is too small.
+    """
+    if os.path.exists(plan_file):
+        for key, value in read_json(plan_file).items():
+            if plan.get(key) != value:
+                raise ValueError(
+                    f"{plan_file}: another conversion is not finished: its {key} was {json.dumps(value)}, now it is "
+                    f"{json.dumps(plan.get(key))}; repeat its command, or delete this file and {work}"
+                )
+        return
+    there = os.path.abspath(layout.features_path)
+    while not os.path.isdir(there):
+        there = os.path.dirname(there)
+    row_bytes = int(np.prod(plan["row_shape"])) * np.dtype(plan["dtype"]).itemsize
+    files, free = 1 + plan["flip"], shutil.disk_usage(there).free
+    # A small file takes whole blocks of 4 KiB.
+    packed = plan["to"] == "packed"
+    sample = row_bytes * files + 20 if packed else (-(-(row_bytes + 128) // 4096) * files + 1) * 4096
+    if sample * plan["samples"] > free:
+        needed = sample * plan["samples"] / 2**30
+        raise ValueError(f"{layout.features_path}: needs {needed:.1f} GiB, {free / 2**30:.1f} GiB are free")
+    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work, layout.classes]
+    for path in (*taken, layout.manifest, layout.checksums):
+        if os.path.exists(path):
+            raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
+    os.makedirs(layout.features_path, exist_ok=True)
+    write_json(plan_file, plan)
+
+
+class _Rows:
+    """All rows of a store as training sees them, float32, in chunks, with threads that read ahead."""
 
     def __init__(self, store, num_workers):
-        import numpy as np
-
         self.store, self.num_workers = store, num_workers
         row_bytes = 4 * int(np.prod(store.row_shape)) * (1 + store.has_flip)
         self.chunk = max(1, CHUNK_BYTES // row_bytes)
         self.names = store.names()
 
-    def read(self, span):
-        """`(start, names, labels, [latents, mirrored latents])` of the samples `[start, stop)`."""
-        import numpy as np
-
-        start, stop = span
+    def read(self, start, stop):
+        """Returns `(start, names, labels, [latents, mirrored latents])` of the samples `[start, stop)`."""
         rows = [np.empty((stop - start, *self.store.row_shape), "float32") for _ in range(1 + self.store.has_flip)]
         for twin, out in enumerate(rows):
-            mirrored = np.full(stop - start, bool(twin))
-            labels = self.store.read(np.arange(start, stop), out, mirrored)
+            labels = self.store.read(np.arange(start, stop), out, np.full(stop - start, bool(twin)))
         return start, [os.fsdecode(name) for name in self.names[start:stop]], labels, rows
 
-    def spans(self, start, stop):
-        return [(first, min(first + self.chunk, stop)) for first in range(start, stop, self.chunk)]
-
-    def chunks(self, function=None, start=0, stop=None):
-        """`read` of all chunks in order, or `function` of what it returns, computed by the threads."""
-        spans = self.spans(start, len(self.store) if stop is None else stop)
+    def chunks(self, function, start=0, stop=None):
+        """Yields `function(*read(...))`, computed by the threads, of all chunks in order."""
+        stop = len(self.store) if stop is None else stop
         with ThreadPoolExecutor(self.num_workers) as pool:
-            yield from in_order(
-                pool,
-                lambda span: function(self.read(span)) if function else self.read(span),
-                spans,
-                2 * self.num_workers,
+            tasks = (
+                pool.submit(lambda first=first: function(*self.read(first, min(first + self.chunk, stop))))
+                for first in range(start, stop, self.chunk)
             )
+            for future in read_ahead(pool, tasks, 2 * self.num_workers):
+                yield future.result()
 
 
-def compare(source, target, rounded_to):
-    """Reads both sets and compares names, labels and every bit; returns the largest rounding error.
+def _compare(source, target, rounded_to):
+    """Returns the largest rounding error of a whole set, whose names, labels and bits are compared with its source.
 
     Args:
-        source, target: `Rows`.
-        rounded_to: the dtype that the source's latents may have been rounded to.
+        source, target: `_Rows`. rounded_to: the dtype that the source's latents may have been rounded to.
 
     Raises:
         ValueError: the first sample that is not the same.
     """
-    import numpy as np
+    old_store, new_store = source.store, target.store
+    if len(old_store) != len(new_store) or old_store.has_flip != new_store.has_flip:
+        raise ValueError(f"{new_store.path}: holds {counted(len(new_store), 'sample')}, the source {len(old_store)}")
 
-    from runtime.progress import tqdm
-
-    if len(source.store) != len(target.store) or source.store.has_flip != target.store.has_flip:
-        found = counted(len(target.store), "sample")
-        raise ValueError(f"{target.store.path}: holds {found}, the source {len(source.store)}")
-    worst = 0.0
-
-    def check(chunk):
-        start, names, labels, rows = chunk
-        _, new_names, new_labels, new_rows = target.read((start, start + len(names)))
+    def check(start, names, labels, rows):
+        _, new_names, new_labels, new_rows = target.read(start, start + len(names))
         bad = (labels != new_labels) | [name != new for name, new in zip(names, new_names, strict=True)]
         worst = 0.0
         for old, new in zip(rows, new_rows, strict=True):
@@ -101,216 +214,72 @@ def compare(source, target, rounded_to):
                 worst = max(worst, float(np.abs(old - new).max(initial=0)))
         if bad.any():
             index = start + int(np.argmax(bad))
-            hint = "; were its dtypes mixed? then give --dtype" if target.store.dtype == "float16" else ""
-            raise ValueError(
-                f"{target.store.feature_source(index)}: is not the same as {source.store.feature_source(index)}{hint}"
-            )
+            hint = "; were its dtypes mixed? then give --dtype" if new_store.dtype == "float16" else ""
+            is_not = f"is not the same as {old_store.feature_source(index)}"
+            raise ValueError(f"{new_store.feature_source(index)}: {is_not}{hint}")
         return len(names), worst
 
-    with tqdm(total=len(source.store), desc="comparing", unit="sample") as bar:
+    largest = 0.0
+    with tqdm(total=len(old_store), desc="comparing", unit="sample") as bar:
         for count, error in source.chunks(check):
-            worst = max(worst, error)
+            largest = max(largest, error)
             bar.update(count)
-    return worst
+    return largest
 
 
-def write_shards(source, folder, *, dtype, shard_samples):
-    """Writes the shards that are not there yet."""
-    from features.packed import ShardWriter, finished_shards
-    from runtime.progress import tqdm
-
-    store, done = source.store, finished_shards(folder)
-    with tqdm(total=len(store), desc="packing", unit="sample") as bar:
-        for number, start in enumerate(range(0, len(store), shard_samples)):
-            stop = min(start + shard_samples, len(store))
-            if done.get(number) == stop - start:
-                bar.update(stop - start)
-                continue
-            with ShardWriter(folder, number, row_shape=store.row_shape, dtype=dtype, flip=store.has_flip) as shard:
-                for _, names, labels, rows in source.chunks(start=start, stop=stop):
-                    shard.append(rows[0], labels, names, *rows[1:])
-                    bar.update(len(names))
-
-
-def write_pairs(source, layout, checksums, *, dtype):
-    """Writes the pairs that are not there yet, and the sha256 of every file; layout is that of the work folder."""
-    import numpy as np
-
-    from features.packed import cast, npy_header
-    from runtime.progress import tqdm
-
-    folders = [layout.features, *([layout.flipped] if source.store.has_flip else []), layout.labels]
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)
-    head = npy_header((1, *source.store.row_shape), dtype)
-    label_head = npy_header((1,), "int64")
-
-    def write(chunk):
-        _, names, labels, rows = chunk
-        lines = []
-        rows = [cast(array, dtype, layout.features) for array in rows]
-        for place, name in enumerate(names):
-            files = [head + array[place].tobytes() for array in rows]
-            files.append(label_head + np.int64(labels[place]).tobytes())
-            for folder, data in zip(folders, files, strict=True):
-                path = os.path.join(folder, f"{name}.npy")
-                if not _holds(path, data):
-                    with open(path, "wb") as file:
-                        file.write(data)
-                lines.append(f"{hashlib.sha256(data).hexdigest()}  {os.path.basename(folder)}/{name}.npy\n")
-        return lines, len(names)
-
-    with tqdm(total=len(source.store), desc="unpacking", unit="sample") as bar, open(checksums, "wb") as file:
-        for lines, count in source.chunks(write):
-            file.write(os.fsencode("".join(lines)))
-            bar.update(count)
-
-
-def _holds(path, data):
-    try:
-        with open(path, "rb") as file:
-            return file.read() == data
-    except FileNotFoundError:
-        return False
-
-
-def check_names(source):
-    """ValueError unless pairs named as the samples are would be read in the samples' order."""
-    import numpy as np
-
-    from features.pairs import natural_order
-
-    files = [name + b".npy" for name in source.names.tolist()]
-    if len(set(files)) != len(files):
-        raise ValueError(f"{source.store.path}: names.npy has a name twice; pairs of files need different ones")
-    odd = [name for name in files if b"/" in name or name == b".npy"]
-    if odd:
-        raise ValueError(f"{source.store.path}: names.npy holds {os.fsdecode(odd[0])!r}, which is no file's name")
-    if not np.array_equal(natural_order(files), np.array(files)):
-        raise ValueError(f"{source.store.path}: names.npy is not in the order in which pairs of files are read")
-
-
-def make_plan(args, source, kind):
-    """What must be the same for a conversion to go on after a kill."""
-    store = source.store
-    return {
-        "source": os.path.abspath(store.path),
-        "samples": len(store),
-        "row_shape": list(store.row_shape),
-        "flip": store.has_flip,
-        "to": kind,
-        "dtype": args.dtype,
-        "shard_samples": args.shard_samples,
-    }
-
-
-def begin(layout, plan_file, plan, work):
-    """Begins a conversion, or goes on with it.
-
-    Raises:
-        ValueError: OUTPUT holds the set already, or another unfinished conversion.
-    """
-    from config.schema import read_json, write_json
-    from features.extraction import write_whole
-
-    if os.path.exists(plan_file):
-        for key, value in read_json(plan_file).items():
-            if plan.get(key) != value:
-                raise ValueError(
-                    f"{plan_file}: another conversion is not finished: its {key} was {json.dumps(value)}, now it is "
-                    f"{json.dumps(plan.get(key))}; repeat its command, or delete this file and {work}"
-                )
-        return
-    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work, layout.classes]
-    for path in (*taken, layout.manifest, layout.checksums):
-        if os.path.exists(path):
-            raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
-    os.makedirs(layout.features_path, exist_ok=True)
-    write_whole(plan_file, lambda path: write_json(path, plan))
-
-
-def check_space(layout, source, kind, dtype):
-    """ValueError if the result can't fit on the disk."""
-    import numpy as np
-
-    store, folder = source.store, os.path.abspath(layout.features_path)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    row_bytes = int(np.prod(store.row_shape)) * np.dtype(dtype).itemsize
-    files = 1 + store.has_flip
-    # A small file takes whole blocks of 4 KiB.
-    sample = row_bytes * files + 20 if kind == "packed" else (-(-(row_bytes + 128) // 4096) * files + 1) * 4096
-    free = shutil.disk_usage(folder).free
-    if sample * len(store) > free:
-        raise ValueError(
-            f"{layout.features_path}: needs {sample * len(store) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        )
-
-
-def write_manifest(layout, old, old_manifest, source, labels, *, kind, dtype):
-    """Class names and, last, the manifest; the checksums are there."""
-    import numpy as np
-
-    from config.schema import write_json
-    from features.extraction import sha256_of_file, write_whole
-
-    if os.path.exists(old.classes):
-        write_whole(layout.classes, lambda path: shutil.copyfile(old.classes, path))
-    num_classes = old_manifest.get("num_classes", int(labels.max(initial=-1)) + 1)
-    manifest = {
-        "version": 1,
-        **old_manifest,
-        "format": kind,
-        "name": layout.name,
-        "num_samples": len(source.store),
-        "num_classes": num_classes,
-        "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
-        "dtype": dtype,
-        "flip": source.store.has_flip,
-        "checksums": {
-            "file": os.path.basename(layout.checksums),
-            "sha256": sha256_of_file(layout.checksums).hex(),
-        },
-    }
-    write_whole(layout.manifest, lambda path: write_json(path, manifest))
-
-
-def to_packed(source, layout, args):
-    """Shards, compared, in their place; and their checksums."""
-    from features.extraction import sha256_of_file, write_whole
-    from features.packed import PackedStore, finish, finished_shards, partial_folder, shard_files, shard_name
-
-    partial = partial_folder(layout.features_path, layout.name)
-    worst = None
+def _to_packed(source, layout, work, *, dtype, rounded_to, shard_samples):
+    """Puts compared shards and their checksums in place; returns `(rounding error or None, labels)`."""
+    store, error = source.store, None
     if not os.path.exists(layout.packed):  # else: a kill after the comparison
-        write_shards(source, partial, dtype=args.dtype, shard_samples=args.shard_samples)
-        worst = compare(source, Rows(PackedStore(partial), args.num_workers), args.rounded_to)
+        done = finished_shards(work)
+        with tqdm(total=len(store), desc="packing", unit="sample") as bar:
+            for number, start in enumerate(range(0, len(store), shard_samples)):
+                stop = min(start + shard_samples, len(store))
+                if done.get(number) == stop - start:
+                    bar.update(stop - start)
+                    continue
+                with ShardWriter(work, number, row_shape=store.row_shape, dtype=dtype, flip=store.has_flip) as shard:
+                    for _, names, labels, rows in source.chunks(lambda *chunk: chunk, start, stop):
+                        shard.append(rows[0], labels, names, *rows[1:])
+                        bar.update(len(names))
+        error = _compare(source, _Rows(PackedStore(work), source.num_workers), rounded_to)
         finish(layout.features_path, layout.name)
-
-    def write_checksums(path):
-        with open(path, "w", encoding="utf-8") as file:
-            for number in finished_shards(layout.packed):
-                for name in shard_files(source.store.has_flip):
-                    name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
-                    digest = sha256_of_file(os.path.join(layout.features_path, name))
-                    file.write(f"{digest.hex()}  {name}\n")
-
-    write_whole(layout.checksums, write_checksums)
-    return worst
+    with whole_file(layout.checksums) as path, open(path, "w", encoding="utf-8") as file:
+        for number in finished_shards(layout.packed):
+            for name in shard_files(store.has_flip):
+                name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
+                digest = sha256_of_file(os.path.join(layout.features_path, name))
+                file.write(f"{digest.hex()}  {name}\n")
+    return error, PackedStore(layout.packed).labels
 
 
-def to_pairs(source, layout, args, work):
-    """Pairs, compared, in their place; and their checksums."""
-    from features.extraction import Layout
-    from features.pairs import PairStore
-
-    made, compared, worst = Layout(work, layout.name), os.path.join(work, "compared"), None
+def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
+    """Puts compared pairs and their checksums in place; returns `(rounding error or None, labels)`."""
+    made, compared, error = Layout(work, layout.name), os.path.join(work, "compared"), None
     if not os.path.exists(compared):  # else: a kill while the folders moved
-        write_pairs(source, made, made.checksums, dtype=args.dtype)
-        worst = compare(source, Rows(PairStore(work, layout.name), args.num_workers), args.rounded_to)
+        _write_pairs(source, made, dtype)
+        error = _compare(source, _Rows(PairStore(work, layout.name), source.num_workers), rounded_to)
         open(compared, "wb").close()
-    # The features last: a set is found by them.
+    # The features last, because a set is found by them.
     for name in ("checksums", "labels", "flipped", "features"):
         if os.path.exists(getattr(made, name)):
             os.rename(getattr(made, name), getattr(layout, name))
-    return worst
+    return error, source.store.labels
+
+
+def _write_pairs(source, made, dtype):
+    """Writes all pairs, and the sha256 of every file."""
+    store = source.store
+    writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, batch_size=source.chunk, dtype=dtype)
+
+    def write(start, names, labels, rows):
+        digests = writer.write(start, [(names, labels, [cast(array, dtype, made.features) for array in rows])])
+        files = writer.files(start, names, labels.tolist(), digests)
+        return len(names), "".join(f"{digest.hex()}  {path}\n" for path, digest in files)
+
+    os.makedirs(made.features_path, exist_ok=True)
+    bar = tqdm(total=len(store), desc="unpacking", unit="sample")
+    with bar, open(made.checksums, "wb") as file:
+        for count, lines in source.chunks(write):
+            file.write(os.fsencode(lines))
+            bar.update(count)

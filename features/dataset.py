@@ -17,7 +17,11 @@ def _key(seed, purpose, words=1):
 
 
 def _coins(seed, positions):
-    """`(n,)` bool, each a fair coin that depends on the seed and its position alone (SplitMix64's finalizer)."""
+    """Returns `(n,)` bool, each a fair coin that depends on the seed and its position alone.
+
+    SplitMix64's finalizer (Steele, Lea and Flood, 2014), not the Philox of the noise, because a run that is resumed
+    must see the flips that it would have seen.
+    """
     x = positions.astype("uint64") * np.uint64(0x9E3779B97F4A7C15) + _key(seed, _FLIP)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -25,7 +29,7 @@ def _coins(seed, positions):
 
 
 def _normals(key, positions, out):
-    """Fills `out[i]` with standard normal numbers that depend on the key and `positions[i]` alone."""
+    """Fills `out[i]` with standard normal numbers that depend on the key and `positions[i]` alone (Philox)."""
     bits = np.random.Philox(key=key)
     generator, state = np.random.Generator(bits), bits.state
     for place, position in enumerate(positions.tolist()):
@@ -93,7 +97,7 @@ class FeatureDataset:
         self[0]
 
     def _check_shape(self, moments):
-        """Finds out whether rows are moments; ValueError if they don't fit the model."""
+        """Finds out if rows are moments; ValueError if they don't fit the model."""
         channels, *size = self.sample_shape
         shape = self.store.row_shape
         # Without a manifest: twice the channels, and the second half can be standard deviations.
@@ -130,7 +134,7 @@ class FeatureDataset:
         return self.store.path
 
     def source(self, index):
-        """Where the latent of a sample stands, for messages."""
+        """Returns where the latent of a sample stands, for messages."""
         return self.store.feature_source(index if self._indices is None else self._indices[index])
 
     def __len__(self):
@@ -187,7 +191,7 @@ class FeatureDataset:
         return labels if self._indices is None else labels[self._indices]
 
     def subset(self, classes):
-        """The samples of some classes; labels stay what they are. Of pairs it reads every label once.
+        """Returns the samples of some classes; labels stay what they are. Every label of pairs is read once.
 
         Raises:
             ValueError: a class that is none of the config's, or of which there is no sample.
@@ -207,7 +211,7 @@ class FeatureDataset:
         return part
 
     def split(self, held_out, *, seed=0):
-        """`(the rest, held_out samples)`: drawn by index from the seed, the same on every rank and in every run.
+        """Returns `(the rest, held_out samples)`, drawn by index from the seed: the same on all ranks and in all runs.
 
         The seed is not the run's: another run's training samples must not become this one's held-out ones. More
         held-out samples are those of before and others. A label subset holds out its own samples: those that the whole
@@ -228,7 +232,7 @@ class FeatureDataset:
         return self._part(np.sort(order[held_out:])), self._part(np.sort(order[:held_out]))
 
     def in_memory(self):
-        """The same samples read into this process's memory, for a disk that is slow even when read ahead."""
+        """Returns the same samples read into this process's memory, for a disk that is slow even when read ahead."""
         part = copy.copy(self)
         indices = np.arange(len(self.store)) if self._indices is None else self._indices
         part.store, part._indices = MemoryStore(self.store, indices, flip=self.flip), None

@@ -1,4 +1,4 @@
-"""What an extraction writes, part by part, and how it goes on after a kill.
+"""Extraction of features, part by part, which goes on after a kill.
 
 The images are cut into parts, whose samples are the same whoever makes them and however often: a batch for pairs of
 files, a shard for packed ones. NAME_extraction/ holds, until all is there, the settings, the list of the images and
@@ -6,10 +6,8 @@ a journal per process, which gets a line when a part is on the disk. Parts witho
 The ranks share nothing but this folder: no process group, whose waiting has time limits.
 """
 
-import collections
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -17,15 +15,16 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from config.schema import write_json
-from features import packed
 from features.autoencoder import LatentScaling, downsampling, weights_digest
-from features.image_source import ImageSource, printable
-from features.images import UnreadableImage
-from features.packed import SHARD_SAMPLES, ShardWriter, packed_folder, partial_folder, shard_files, shard_name
+from features.image_source import ImageSource
+from features.images import UnreadableImage, encodable
+from features.read_ahead import read_ahead
+from runtime.files import whole_file, write_json
+from runtime.progress import tqdm
 from runtime.run_lock import try_lock
 from runtime.untrusted import read_json
 
@@ -47,72 +46,28 @@ DECISIVE = {
     ("encoding", "batch_size"): "--batch_size",
     ("source", "sha256"): "sha256 of the images' names and labels",
 }
-# A small set is cut into up to 64 shards of at least so many images: work for every rank, and a kill costs little.
-LEAST_SHARD = 256
 
 
-class Layout:
-    """Where everything of the extraction NAME lies under FEATURES_PATH."""
-
-    def __init__(self, features_path, name):
-        self.features_path, self.name = features_path, name
-        self.features = self.path("features")
-        self.flipped = self.path("features_flip")
-        self.labels = self.path("labels")
-        self.packed = packed_folder(features_path, name)
-        self.classes = self.path("classes.json")
-        self.manifest = self.path("manifest.json")
-        self.checksums = self.path("checksums.txt")
-        self.state = self.path("extraction")
-        self.settings = os.path.join(self.state, "settings.json")
-        self.images = os.path.join(self.state, "images.npz")
-
-    def path(self, what):
-        return os.path.join(self.features_path, f"{self.name}_{what}")
-
-    def remove_state(self):
-        """Ends the work state, at once for a rank that comes late."""
-        done = self.state + ".done"
-        shutil.rmtree(done, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.state, done)
-        shutil.rmtree(done, ignore_errors=True)
-
-    def check_there(self, kind):
-        """ValueError if what the manifest speaks of was deleted."""
-        folder = self.packed if kind == "packed" else self.features
-        if not os.path.isdir(folder):
-            raise ValueError(f"{self.manifest}: speaks of {folder}, which is not there; delete it to start anew")
-
-    def check_free(self):
-        """ValueError if something that this extraction would write is there already."""
-        folders = (self.features, self.flipped, self.labels, self.packed, self.packed + ".partial")
-        taken = [path for path in folders if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]
-        taken += [path for path in (self.classes, self.checksums) if os.path.exists(path)]
-        if taken:
-            raise ValueError(f"{taken[0]} belongs to another extraction; choose another --features_path or --name")
+def remove_state(layout):
+    """Ends the work state, at once for a rank that comes late."""
+    done = layout.state + ".done"
+    shutil.rmtree(done, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(layout.state, done)
+    shutil.rmtree(done, ignore_errors=True)
 
 
-def write_whole(path, write):
-    """`write(temporary path)`, then one rename: a kill leaves the file whole or not there."""
-    try:
-        write(path + ".partial")
-        os.replace(path + ".partial", path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
-
-
-def write_bytes(path, data):
-    """Writes a file; an `OSError` says which."""
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
+def check_unused(layout):
+    """Raises ValueError if something that this extraction would write is there already."""
+    folders = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
+    taken = [path for path in folders if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]
+    taken += [path for path in (layout.classes, layout.checksums) if os.path.exists(path)]
+    if taken:
+        raise ValueError(f"{taken[0]} belongs to another extraction; choose another --features_path or --name")
 
 
 def check_settings(path, settings):
-    """ValueError unless the settings in `path`, a manifest or those of an unfinished extraction, are the same."""
+    """Raises ValueError unless the settings in `path`, a manifest or an unfinished extraction's, are the same."""
     saved = read_json(path)
     for place, what in DECISIVE.items():
         old, new = saved, settings
@@ -131,7 +86,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     Args:
         layout: a `Layout`.
         root: where the images are.
-        list_images: returns the `ImageSource`, of the classes of an earlier start if it gets them; called by rank 0.
+        list_images: returns the `ImageSource`; called by rank 0.
         make_settings: of a source, the manifest as far as it is known before.
         rank: the others wait until rank 0 has listed the images.
 
@@ -144,32 +99,26 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if rank > 0:
         return _join(layout, root, make_settings)
     if os.path.exists(layout.manifest):
-        source = list_images(_earlier_classes(layout))
+        source = list_images()
         check_settings(layout.manifest, make_settings(source))
-        layout.check_there(read_json(layout.manifest)["format"])
-        layout.remove_state()
+        folder = layout.packed if read_json(layout.manifest)["format"] == "packed" else layout.features
+        if not os.path.isdir(folder):
+            raise ValueError(f"{layout.manifest}: speaks of {folder}, which is not there; delete it to start anew")
+        remove_state(layout)
         return source, None
     if os.path.exists(layout.settings):
         source = ImageSource.load(layout.images, root)
         if source.kind != "tar":  # whose headers take long to read
-            source = list_images(source.classes)
+            source = list_images()
         check_settings(layout.settings, make_settings(source))
         return source, read_json(layout.settings)
-    layout.check_free()
-    source = list_images(None)
+    check_unused(layout)
+    source = list_images()
     settings = make_settings(source)
     os.makedirs(layout.state, exist_ok=True)
-    write_whole(layout.images, source.save)
-    write_whole(layout.settings, lambda path: write_json(path, settings))
+    source.save(layout.images)
+    write_json(layout.settings, settings)
     return source, settings
-
-
-def _earlier_classes(layout):
-    """Reads the classes of a complete extraction in the order of their labels; None if its file of names is gone."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        names = read_json(layout.classes)["id2label"]
-        return [str(names[str(label)]) for label in range(len(names))]
-    return None
 
 
 def _join(layout, root, make_settings):
@@ -196,7 +145,7 @@ def _join(layout, root, make_settings):
 
 
 class Journal:
-    """Which parts are on the disk, in all ranks' words.
+    """The list of the parts that are on the disk, which all ranks write.
 
     Attributes:
         parts: `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
@@ -246,106 +195,10 @@ class Journal:
                 self._file.close()
 
     def add(self, part, unreadable, digests):
-        """Says that a part's files are on the disk; digests: their sha256 sums, bytes."""
+        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
         self._file.write(json.dumps([part, unreadable, b"".join(digests).hex()]).encode() + b"\n")
         self._file.flush()
         self.parts[part] = unreadable, b"".join(digests)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writers of the two formats
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sha256_of_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-class PairWriter:
-    """The seed's layout: a latent `(1, rows...)` and a label `(1,)` an image, `.npy` files of the same name.
-
-    Args:
-        layout: a `Layout`.
-        row_shape: (C, h, w) of a stored latent.
-        flip: whether mirrored twins are stored.
-        batch_size: images encoded at once, here a part.
-        num_images: of the whole set.
-    """
-
-    def __init__(self, layout, *, row_shape, flip, batch_size, num_images):
-        self.part_size = batch_size
-        self.folders = [layout.features, *([layout.flipped] if flip else [])]
-        self.labels = layout.labels
-        self._header = self._npy(np.zeros((1, *row_shape), "float32"))[: -4 * int(np.prod(row_shape))]
-
-    @staticmethod
-    def _npy(array):
-        file = io.BytesIO()
-        np.save(file, array)
-        return file.getvalue()
-
-    def write(self, part, batches):
-        """Writes a part's batches `(indices, labels, [latents, flipped latents])`; returns its files' sha256 sums."""
-        for folder in (*self.folders, self.labels):
-            os.makedirs(folder, exist_ok=True)
-        digests = []
-        for indices, labels, rows in batches:
-            for place, (index, label) in enumerate(zip(indices, labels, strict=True)):
-                for folder, latents in zip(self.folders, rows, strict=True):
-                    data = self._header + latents[place].tobytes()
-                    digests.append(hashlib.sha256(data).digest())
-                    write_bytes(os.path.join(folder, f"{index}.npy"), data)
-                write_bytes(os.path.join(self.labels, f"{index}.npy"), self._npy(np.array([label], "int64")))
-        return digests
-
-    def files(self, part, indices, labels, digests):
-        """`(path under FEATURES_PATH, sha256)` of a part's files, by image."""
-        of_label = {label: hashlib.sha256(self._npy(np.array([label], "int64"))).digest() for label in set(labels)}
-        digest = iter(digests)
-        for index, label in zip(indices, labels, strict=True):
-            for folder in self.folders:
-                yield f"{os.path.basename(folder)}/{index}.npy", next(digest)
-            yield f"{os.path.basename(self.labels)}/{index}.npy", of_label[label]
-
-    def finish(self):
-        pass
-
-
-class PackedWriter:
-    """The packed format, see `features.packed`; a part is a shard. Arguments as of `PairWriter`."""
-
-    def __init__(self, layout, *, row_shape, flip, batch_size, num_images):
-        self.layout, self.row_shape, self.flip = layout, row_shape, flip
-        self.folder = partial_folder(layout.features_path, layout.name)
-        wanted = min(max(num_images // 64, LEAST_SHARD), SHARD_SAMPLES)
-        self.part_size = -(-wanted // batch_size) * batch_size  # whole batches
-
-    def _paths(self, folder, part):
-        return [os.path.join(folder, shard_name(part), name) for name in shard_files(self.flip)]
-
-    def write(self, part, batches):
-        """As `PairWriter.write`."""
-        # Whole, but killed before it stood in the journal.
-        shutil.rmtree(os.path.join(self.folder, shard_name(part)), ignore_errors=True)
-        with ShardWriter(self.folder, part, row_shape=self.row_shape, flip=self.flip) as shard:
-            for indices, labels, rows in batches:
-                shard.append(rows[0], labels, [str(index) for index in indices], *rows[1:])
-        return [sha256_of_file(path) for path in self._paths(self.folder, part)]
-
-    def files(self, part, indices, labels, digests):
-        """As `PairWriter.files`."""
-        return zip(self._paths(os.path.basename(self.layout.packed), part), digests, strict=True)
-
-    def finish(self):
-        if os.path.exists(self.folder):
-            packed.finish(self.layout.features_path, self.layout.name)
-
-
-WRITERS = {"npy": PairWriter, "packed": PackedWriter}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,24 +220,20 @@ def finish(layout, settings, source, writer, journal):
     writer.finish()
 
     digest = hashlib.sha256()
-
-    def write_checksums(path):
-        with open(path, "wb") as file:
-            for part in sorted(journal.parts):
-                lost, digests = journal.parts[part]
-                lost = {index for index, _ in lost}
-                first = part * writer.part_size
-                indices = [i for i in range(first, min(first + writer.part_size, len(source))) if i not in lost]
-                labels = source.labels[indices].tolist()
-                digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
-                for name, of_file in writer.files(part, indices, labels, digests):
-                    line = f"{of_file.hex()}  {name}\n".encode()
-                    digest.update(line)
-                    file.write(line)
-
-    write_whole(layout.checksums, write_checksums)
-    classes = {"id2label": {str(i): printable(label) for i, label in enumerate(source.classes)}}
-    write_whole(layout.classes, lambda path: write_json(path, classes))
+    with whole_file(layout.checksums) as partial, open(partial, "wb") as file:
+        for part in sorted(journal.parts):
+            lost, digests = journal.parts[part]
+            lost = {index for index, _ in lost}
+            first = part * writer.part_size
+            indices = [i for i in range(first, min(first + writer.part_size, len(source))) if i not in lost]
+            labels = source.labels[indices].tolist()
+            digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
+            for name, of_file in writer.files(part, indices, labels, digests):
+                line = f"{of_file.hex()}  {name}\n".encode()
+                digest.update(line)
+                file.write(line)
+    classes = {"id2label": {str(i): encodable(label) for i, label in enumerate(source.classes)}}
+    write_json(layout.classes, classes)
     counts = source.class_counts()
     np.subtract.at(counts, source.labels[[index for index, _ in unreadable]], 1)
     manifest = {
@@ -392,23 +241,24 @@ def finish(layout, settings, source, writer, journal):
         "num_samples": len(source) - len(unreadable),
         "class_counts": counts.tolist(),
         "unreadable": [
-            {"index": index, "image": printable(source.name(index)), "reason": reason} for index, reason in unreadable
+            {"index": index, "image": encodable(source.name(index)), "reason": reason} for index, reason in unreadable
         ],
         "checksums": {"file": os.path.basename(layout.checksums), "sha256": digest.hexdigest()},
     }
-    write_whole(layout.manifest, lambda path: write_json(path, manifest))
-    layout.remove_state()
+    write_json(layout.manifest, manifest)
+    remove_state(layout)
     return manifest
 
 
-def read_batches(source, batches, image_size, num_workers, dim=None):
-    """Yields (indices, pixels uint8 [N, S, S, 3], unreadable) of each batch; threads read ahead.
+def read_batches(source, batches, *, image_size, batch_size, num_workers, dim=None):
+    """Yields (indices, pixels uint8 [N, S, S, 3], {index: error} of what can't be read) of each batch.
 
-    Threads, not processes: Pillow decodes and scales without Python's lock. An unreadable image's pixels are zeros:
-    a batch has one shape whatever fails, so that the others come out the same to the bit. unreadable: `{index: error}`.
-    dim: see `load_pixels`.
+    Threads read ahead, not processes, because Pillow decodes and scales without Python's lock. An unreadable image's
+    pixels are zeros: a batch has one shape whatever fails, so that the others come out the same to the bit.
+
+    Args:
+        dim: see `load_pixels`.
     """
-    import numpy as np
 
     def read(index):
         try:
@@ -416,39 +266,24 @@ def read_batches(source, batches, image_size, num_workers, dim=None):
         except UnreadableImage as error:
             return error
 
-    batches = iter(batches)
+    empty = np.zeros((image_size, image_size, 3), "uint8")
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        started = collections.deque()
-        images_ahead = 0
-        try:
-            while True:
-                while images_ahead < 4 * num_workers or len(started) < 2:
-                    indices = next(batches, None)
-                    if indices is None:
-                        break
-                    started.append((indices, [pool.submit(read, index) for index in indices]))
-                    images_ahead += len(indices)
-                if not started:
-                    return
-                indices, futures = started.popleft()
-                images_ahead -= len(indices)
-                images = [future.result() for future in futures]
-                unreadable = {
-                    i: image for i, image in zip(indices, images, strict=True) if isinstance(image, ValueError)
-                }
-                empty = np.zeros((image_size, image_size, 3), "uint8")
-                yield indices, np.stack([empty if isinstance(x, ValueError) else x for x in images]), unreadable
-        finally:
-            pool.shutdown(cancel_futures=True)
+        started = ((indices, [pool.submit(read, index) for index in indices]) for indices in batches)
+        for indices, futures in read_ahead(pool, started, max(2, 4 * num_workers // batch_size)):
+            images = {index: future.result() for index, future in zip(indices, futures, strict=True)}
+            unreadable = {index: image for index, image in images.items() if isinstance(image, UnreadableImage)}
+            yield indices, np.stack([empty if i in unreadable else image for i, image in images.items()]), unreadable
 
 
 def encode_batches(source, read, encoders):
     """Yields (indices, labels, arrays, unreadable) of each batch that was read, without the unreadable images.
 
-    arrays: a float32 [N, ...] of each encoder. One batch behind: while the device computes on one, the caller writes
-    the one before.
+    One batch behind: while the device computes on one, the caller writes the one before.
+
+    Args:
+        read: batches of `read_batches`.
+        encoders: functions of pixels and indices; `arrays` holds a float32 [N, ...] of each.
     """
-    import numpy as np
 
     def fetch(indices, tensors, unreadable):
         good = [place for place, index in enumerate(indices) if index not in unreadable]
@@ -469,45 +304,67 @@ def encode_batches(source, read, encoders):
         yield fetch(*running)
 
 
-def make_settings(args, name, vae, *, device, dtype):
-    """The manifest of a set, as far as it does not depend on the images.
+@dataclass(frozen=True)
+class Recipe:
+    """Options of an extraction that decide what it writes.
+
+    Attributes:
+        name: of the set. format: "npy" or "packed". image_size: side of the crops in pixels.
+        moments: mean and standard deviation are stored. flip: mirrored twins are. seed: of the posterior samples.
+        batch_size: images encoded at once. vae: folder or hub name. device, dtype: of its arithmetic.
+    """
+
+    name: str
+    format: str
+    image_size: int
+    moments: bool
+    flip: bool
+    seed: int
+    batch_size: int
+    vae: str
+    device: str
+    dtype: str
+
+
+def make_settings(recipe, vae):
+    """Returns the manifest of a set, as far as it does not depend on the images.
 
     Raises:
         ValueError: images of this size are not for this VAE.
     """
-    factor = downsampling(vae)
-    if args.image_size % factor:
-        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
+    factor, size, name = downsampling(vae), recipe.image_size, recipe.vae
+    if size % factor:
+        raise ValueError(f"--image_size {size}: expected a multiple of {factor}, the factor of {name}")
     if vae.config.in_channels != 3:
-        raise ValueError(f"VAE {args.vae}: takes images of {vae.config.in_channels} channels, expected 3")
+        raise ValueError(f"VAE {name}: takes images of {vae.config.in_channels} channels, expected 3")
     return {
         "version": 1,
-        "format": args.format,
-        "name": name,
-        "sample_shape": [vae.config.latent_channels, args.image_size // factor, args.image_size // factor],
+        "format": recipe.format,
+        "name": recipe.name,
+        "sample_shape": [vae.config.latent_channels, size // factor, size // factor],
         "dtype": "float32",
-        "moments": args.moments,
-        "flip": args.flip,
-        "image_size": args.image_size,
-        "seed": args.seed,
+        "moments": recipe.moments,
+        "flip": recipe.flip,
+        "image_size": size,
+        "seed": recipe.seed,
         **LatentScaling.of(vae.config).as_dict(),
         "vae": {
-            "name": printable(args.vae),
-            "path": printable(os.path.abspath(args.vae)) if os.path.isdir(args.vae) else None,
+            "name": encodable(name),
+            "path": encodable(os.path.abspath(name)) if os.path.isdir(name) else None,
             "weights_sha256": weights_digest(vae),
             "latent_channels": vae.config.latent_channels,
             "downsampling": factor,
         },
-        "encoding": {"device": device, "dtype": dtype, "batch_size": args.batch_size},
+        "encoding": {"device": recipe.device, "dtype": recipe.dtype, "batch_size": recipe.batch_size},
     }
 
 
 def source_settings(source):
-    """What a manifest says of the images."""
+    """Returns what a manifest says of the images."""
     return {
         "num_images": len(source),
         "num_classes": len(source.classes),
-        "source": {"kind": source.kind, "path": printable(source.root), "sha256": source.digest()},
+        "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
     }
 
 
@@ -518,7 +375,6 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
         encode: an iterable of batches of indices to what `encode_batches` yields.
         skip: leave out unreadable images; else the first is an `UnreadableImage`.
     """
-    from runtime.progress import tqdm
 
     def images(part):
         return range(len(source))[part * writer.part_size : (part + 1) * writer.part_size]
@@ -548,7 +404,7 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
             for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
                 if errors and not skip:
                     raise errors[min(errors)]
-                unreadable += [[index, printable(errors[index].reason)] for index in sorted(errors)]
+                unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
                 yield indices, labels, arrays
                 progress.update(len(indices) + len(errors))
 

@@ -10,9 +10,11 @@ import tarfile
 
 import numpy as np
 
-from features.images import find_images, image_suffixes, load_pixels, order_classes, printable, some_of
+from features.images import encodable, find_images, image_suffixes, load_pixels, order_classes, some_of
 from features.npy import load_npz
+from runtime.files import whole_file
 from runtime.process import counted
+from runtime.progress import tqdm
 from runtime.untrusted import parse_json
 
 MAX_LABEL = 999_999  # a number beyond it is a mistake in the list
@@ -46,7 +48,7 @@ class ImageSource:
             "labels": np.asarray(labels, dtype="int64"),  # (N,)
             "spans": np.asarray(spans if archives else [], dtype="int64").reshape(-1, 3),  # (N, 3)
         }
-        empty = [printable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
+        empty = [encodable(name) for name, n in zip(classes, self.class_counts(), strict=True) if not n]
         if empty:
             many = counted(len(classes), "class", "classes")
             notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]
@@ -68,7 +70,7 @@ class ImageSource:
         return [os.path.getsize(self._archive(number)) for number in range(len(self._meta["archives"]))]
 
     def class_counts(self):
-        """Images by label, int64 (classes,)."""
+        """Returns how many images each label has, int64 (classes,)."""
         return np.bincount(self.labels, minlength=len(self.classes))
 
     def name(self, index):
@@ -76,7 +78,7 @@ class ImageSource:
         return os.fsdecode(self._arrays["names"][ends[index - 1] if index else 0 : ends[index]].tobytes())
 
     def pixels(self, index, size, dim=None):
-        """The centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
+        """Returns the centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
         path = os.path.join(self.root, self.name(index))
         if not self._meta["archives"]:
             return load_pixels(path, size, dim=dim)
@@ -86,7 +88,7 @@ class ImageSource:
         return load_pixels(path, size, data, dim)
 
     def digest(self):
-        """sha256 of classes, names and labels: the same for a folder and for the tar files that it came out of."""
+        """Returns the sha256 of classes, names and labels: the same for a folder and the tar files it came out of."""
         digest = hashlib.sha256(os.fsencode("\0".join(self.classes)))
         for key in ("names", "ends", "labels"):
             digest.update(self._arrays[key].tobytes())
@@ -95,12 +97,12 @@ class ImageSource:
     def save(self, path):
         """Writes the listing as `.npz`."""
         meta = np.frombuffer(json.dumps(self._meta).encode(), dtype="uint8")
-        with open(path, "wb") as file:
+        with whole_file(path) as partial, open(partial, "wb") as file:
             np.savez(file, meta=meta, **self._arrays)
 
     @classmethod
     def load(cls, path, root):
-        """The listing that `save` wrote, of images that are now in `root`; ValueError if its tar files have changed."""
+        """Reads the listing that `save` wrote, of images now in `root`; ValueError if its tar files have changed."""
         source = cls.__new__(cls)
         source.root, source._arrays = str(root), load_npz(path, ["meta", "names", "ends", "labels", "spans"])
         source._meta = parse_json(source._arrays.pop("meta").tobytes())
@@ -110,11 +112,11 @@ class ImageSource:
 
 
 def source_root(data_path, list_file):
-    """What names are relative to: `data_path`, else the list's folder."""
+    """Returns the folder that names are relative to: `data_path`, else the list's."""
     return data_path or os.path.dirname(os.path.abspath(list_file))
 
 
-def open_source(data_path=None, list_file=None, earlier=None):
+def open_source(data_path=None, list_file=None):
     """Lists the images: of a folder by class, of tar files, or those that a list file names.
 
     Args:
@@ -122,7 +124,6 @@ def open_source(data_path=None, list_file=None, earlier=None):
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
         list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
             relative to `data_path` (default: the list's folder), or names of a tar file's images.
-        earlier: the classes in the order of their labels of a set that was begun before, see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
     folder that it was made from.
@@ -134,14 +135,18 @@ def open_source(data_path=None, list_file=None, earlier=None):
     if list_file:
         return _read_list(list_file, source_root(data_path, list_file), archives)
     if archives:
-        return _class_tars(data_path, archives, notes, earlier)
-    samples, classes = find_images(data_path, notes=notes, earlier=earlier)
+        return _class_tars(data_path, archives, notes)
+    samples, classes = find_images(data_path, notes=notes)
     names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
     return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
 
 
 def find_archives(data_path):
-    """(tar files, notes) that `data_path` is or holds, no tar file for a folder by class; ValueError if not there."""
+    """Returns (tar files, notes): those that `data_path` is or holds, none for a folder by class.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if os.path.isfile(data_path):
         return [data_path], []
     if not os.path.isdir(data_path):
@@ -179,8 +184,6 @@ def scan_archives(archives, lost=None):
     Raises:
         ValueError: a file that is no tar file, is compressed, damaged or cut short.
     """
-    from runtime.progress import tqdm
-
     found, inner = [], set()
     suffixes = image_suffixes()
     total = sum(os.path.getsize(path) for path in archives)
@@ -226,7 +229,7 @@ def _members(file, shown, start, lost):
         raise ValueError(f"{shown}: damaged or cut short at byte {tar.offset}")
 
 
-def _class_tars(data_path, archives, notes, earlier):
+def _class_tars(data_path, archives, notes):
     lost = []
     found, inner = scan_archives(archives, lost)
     if lost:
@@ -250,7 +253,7 @@ def _class_tars(data_path, archives, notes, earlier):
     if not found:
         raise ValueError(f"{data_path}: no images found; expected one tar file or folder per class in the tar file")
     try:
-        classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, earlier)
+        classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes)
     except ValueError as error:
         raise ValueError(f"{data_path}: {error}") from None
     label = {class_name: number for number, class_name in enumerate(classes)}
@@ -303,7 +306,7 @@ def _read_list(list_file, root, archives):
 
 
 def _number(labels, list_file):
-    """Classes and numbers of a list's labels: numbers as they are, names in sorted order."""
+    """Returns classes and numbers of a list's labels: numbers as they are, names in sorted order."""
     numeric = [re.fullmatch(r"[+-]?[0-9.]+", label) is not None for label in labels]
     if not any(numeric):
         classes = sorted(set(labels))

@@ -7,14 +7,16 @@ import os
 import re
 import warnings
 
+import numpy as np
+
 from runtime.process import counted
 
-MOST_LISTED = 20  # unreadable images named at the end of a command
+MAX_LISTED = 20  # unreadable images named at the end of a command
 
 
 @functools.cache
 def image_formats() -> list:
-    """The formats that Pillow reads by itself: EPS is a program, which it hands to Ghostscript."""
+    """Returns the formats that Pillow reads by itself, without EPS, a program which it hands to Ghostscript."""
     from PIL import Image
 
     Image.init()
@@ -23,23 +25,23 @@ def image_formats() -> list:
 
 
 def image_suffixes() -> tuple:
-    """The file name endings, lower case, of `image_formats`."""
+    """Returns the file name endings, lower case, of `image_formats`."""
     from PIL import Image
 
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
 
 
-def printable(name):
-    """A file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
+def encodable(name):
+    """Returns a file's name as text that any encoding can write: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def some_of(names) -> str:
     """Returns the first five of many names, for a sentence."""
-    return ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def order_classes(names, notes: list, earlier: list | None = None) -> list:
+def order_classes(names, notes: list) -> list:
     """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
@@ -48,7 +50,6 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
-        earlier: the order that a set begun earlier has; it is kept for the same names.
 
     Raises:
         ValueError: two names are the same number.
@@ -60,18 +61,11 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
             if one[::2] == other[::2] and [*map(int, one[1::2])] > [*map(int, other[1::2])]:
                 notes.append(
                     "labels follow the names of the class folders as text, not the numbers in them: folder "
-                    f"{printable(text[label])} is label {label}, before {printable(text[label + 1])}"
+                    f"{encodable(text[label])} is label {label}, before {encodable(text[label + 1])}"
                 )
                 break
         return text
     numbered = sorted(text, key=int)
-    if earlier is not None and sorted(earlier) == text and earlier != numbered:  # before numbers were sorted as such
-        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
-        notes.append(
-            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
-            f"{label}; a new extraction gives it label {numbered.index(name)}"
-        )
-        return earlier
     for one, other in itertools.pairwise(numbered):
         if int(one) == int(other):
             raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
@@ -123,18 +117,14 @@ def _kind(entry, above):
     return None if (state.st_dev, state.st_ino) in above else "folder"
 
 
-def find_images(
-    root: str, others: list | None = None, *, notes: list | None = None, earlier: list | None = None
-) -> tuple[list, list]:
-    """List the images of an image folder.
+def find_images(root: str, *, notes: list | None = None) -> tuple[list, list]:
+    """Lists the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
     depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
 
     Args:
-        others: gets the paths of the files in class folders whose names are not those of images.
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: see `order_classes`.
 
     Returns:
         (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
@@ -144,11 +134,11 @@ def find_images(
     """
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
-    others, notes = [] if others is None else others, [] if notes is None else notes
+    notes = [] if notes is None else notes
     suffixes = image_suffixes()
     state = os.stat(root)
     above = {(state.st_dev, state.st_ino)}
-    classes, loose, lost, samples = [], [], [], []
+    classes, loose, lost, others, samples = [], [], [], [], []
     for entry in os.scandir(root):
         if entry.name.startswith("."):
             continue
@@ -160,7 +150,7 @@ def find_images(
         elif entry.name.lower().endswith(suffixes):
             loose.append(entry.name)
     try:
-        classes = order_classes(classes, notes, earlier)
+        classes = order_classes(classes, notes)
     except ValueError as error:
         raise ValueError(f"{root}: {error}") from None
     for label, name in enumerate(classes):
@@ -185,7 +175,7 @@ def find_images(
 
 
 class UnreadableImage(ValueError):
-    """What Pillow can't read; `reason` says why."""
+    """An image that Pillow can't read; `reason` says why."""
 
     def __init__(self, path, reason):
         super().__init__(f"{path}: cannot be read as an image ({reason})")
@@ -193,9 +183,9 @@ class UnreadableImage(ValueError):
 
 
 def to_rgb(image):
-    """An image of any mode as 8-bit RGB, as the official loaders do it: `convert("RGB")`.
+    """Returns an image of any mode as 8-bit RGB, as the official loaders do it with `convert("RGB")`.
 
-    So an alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
+    An alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
     animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
     Pillow does for 16-bit colour, and what has no known range is refused. Numbers that do not fill their 16 bits come
     out dark: `dim_note` tells of them.
@@ -203,7 +193,6 @@ def to_rgb(image):
     Raises:
         ValueError: floats, or integers beyond 16 bits.
     """
-    import numpy as np
     from PIL import Image
 
     if image.mode == "F":
@@ -217,7 +206,7 @@ def to_rgb(image):
 
 
 def center_crop(image, size: int):
-    """Scale a PIL image until its shorter side is `size` and cut out the centre, as ADM and DiT do for training.
+    """Scales a PIL image until its shorter side is `size` and cuts out the centre, as ADM and DiT do for training.
 
     Halves with a box filter while the shorter side is at least 2 * size, then one bicubic step to the exact size:
     large photographs keep no aliasing. Returns a PIL image of size x size, the pixels of the official
@@ -247,9 +236,9 @@ def unreadable_list(lost: list, everything: str = "") -> str:
         everything: where all of them are named, if there is such a file.
     """
     lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
-    lines += [f"  {printable(name)}: {reason}" for name, reason in lost[:MOST_LISTED]]
-    if len(lost) > MOST_LISTED:
-        lines.append(f"  ... and {len(lost) - MOST_LISTED:,} more" + (f", all in {everything}" if everything else ""))
+    lines += [f"  {encodable(name)}: {reason}" for name, reason in lost[:MAX_LISTED]]
+    if len(lost) > MAX_LISTED:
+        lines.append(f"  ... and {len(lost) - MAX_LISTED:,} more" + (f", all in {everything}" if everything else ""))
     return "\n".join(lines)
 
 
@@ -263,7 +252,7 @@ def dim_note(dim: list) -> str:
 
 
 def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | None = None):
-    """Read one image as uint8 [size, size, 3], centre-cropped.
+    """Reads one image as uint8 [size, size, 3], centre-cropped.
 
     Args:
         path: the file, or where `data`, its bytes, comes from.
@@ -272,7 +261,6 @@ def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | Non
     Raises:
         UnreadableImage: Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
-    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -293,5 +281,5 @@ def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | Non
 
 
 def load_image(path: str, size: int, dim: list | None = None):
-    """Read one image as float32 [3, size, size] in [-1, 1], centre-cropped; arguments and errors of `load_pixels`."""
+    """Reads one image as float32 [3, size, size] in [-1, 1], centre-cropped; arguments and errors of `load_pixels`."""
     return load_pixels(path, size, dim=dim).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0

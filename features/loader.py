@@ -1,20 +1,21 @@
 """The loader of both loops: micro-batches in the sampler's order, read ahead by a thread or by processes."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
-from features.pairs import PairStore
 from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
 
 
 class _Batches:
-    """The micro-batches as a batch sampler whose batches are one item each: workers then read a batch in one call."""
+    """A batch sampler whose batches are one item each, a micro-batch: workers then read it in one call."""
 
     def __init__(self, sampler):
         self.sampler = sampler
@@ -27,11 +28,17 @@ class _Batches:
             yield [batch]
 
 
-class _Guarded:
-    """A dataset of micro-batches; what can't be read comes out as `(message as bytes,)`.
+class Loaded(NamedTuple):
+    """An answer of a loader process: arrays, and an error's message or None."""
 
-    An exception inside Paddle's DataLoader is lost: the loop waits for ever without workers, and gets a traceback of
-    another process with them.
+    batch: list
+    error: str | None
+
+
+class _Guarded:
+    """A dataset of micro-batches, each a `Loaded`.
+
+    Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
     """
 
     def __init__(self, dataset, length):
@@ -42,10 +49,10 @@ class _Guarded:
 
     def __getitem__(self, batch):
         try:
-            return self.dataset.read(*batch)
+            return Loaded([*self.dataset.read(*batch)], None)
         except Exception as error:  # even a bug must not hang the loop
             message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
-            return (np.frombuffer(message.encode(), dtype="uint8"),)
+            return Loaded([np.zeros(1)], message)  # a batch without an array would not come through
 
 
 def _only(items):
@@ -69,7 +76,7 @@ def free_shared_memory():
 
 
 def _name_dead_loaders():
-    """Makes the death of a loader process one line, whatever this process does then.
+    """Makes the death of a loader process one line, wherever this process is then.
 
     Paddle's handler of SIGCHLD raises a SystemError of many lines there.
     """
@@ -83,6 +90,8 @@ def _name_dead_loaders():
         try:
             handler(signum, frame)
         except SystemError:
+            # Reaps it, because Paddle raises at the end of every other child too as long as a dead loader is a zombie.
+            multiprocessing.active_children()
             raise ValueError(LOADER_DIED) from None
 
     handle.names_dead_loaders = True
@@ -156,15 +165,16 @@ class FeatureLoader:
                 raise ValueError(LOADER_DIED) from None
             if batch is None:
                 return
-            if len(batch) == 1:
-                raise ValueError(batch[0].numpy().tobytes().decode())
-            yield batch
+            loaded = Loaded(*batch)
+            if loaded.error is not None:
+                raise ValueError(loaded.error)
+            yield loaded.batch
 
     def _by_thread(self):
-        """Arrays of the micro-batches, several of them read by one call, while those before are used."""
+        """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""
         batches, size = self.sampler.batches(), self.sampler.batch_size
         row_bytes = 4 * int(np.prod(self._dataset.store.row_shape))
-        most = max(1, READ_BYTES // (row_bytes * size))
+        max_count = max(1, READ_BYTES // (row_bytes * size))
 
         def read(count):
             part = list(itertools.islice(batches, count))
@@ -176,7 +186,7 @@ class FeatureLoader:
             count = 1  # the first step waits for one batch only
             upcoming = pool.submit(read, count)
             while (arrays := upcoming.result()) is not None:
-                count = min(2 * count, most)
+                count = min(2 * count, max_count)
                 upcoming = pool.submit(read, count)
                 for start in range(0, len(arrays[0]), size):
                     yield [array[start : start + size] for array in arrays]
@@ -192,7 +202,7 @@ class FeatureLoader:
             yield batch
 
     def _batches(self):
-        if self._num_workers > 0 and isinstance(self._dataset.store, PairStore):
+        if self._num_workers > 0 and self._dataset.store.reads_in_processes:
             yield from self._by_processes()
             return
         import paddle

@@ -26,7 +26,7 @@ class SampleStream:
         return self._order
 
     def take(self, start, stop):
-        """Dataset indices at stream positions `[start, stop)`: `(stop - start,)` int64."""
+        """Returns the dataset indices at stream positions `[start, stop)`, `(stop - start,)` int64."""
         parts = [np.empty(0, "int64")]
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
@@ -35,7 +35,7 @@ class SampleStream:
         return np.concatenate(parts)
 
     def indices(self, start, stop):
-        """As `take`, as a list of int."""
+        """Returns what `take` does, as a list of int."""
         return self.take(start, stop).tolist()
 
 
@@ -61,7 +61,7 @@ class MicroBatchSampler:
         self.first_sample = 0
 
     def rows(self, micro_step):
-        """`(start, stop, total)`: the rows of the global batch that micro-batch `micro_step` of this rank holds."""
+        """Returns `(start, stop, total)`: the rows of the global batch in micro-batch `micro_step` of this rank."""
         start = (micro_step * self.world_size + self.rank) * self.batch_size
         return start, start + self.batch_size, self.global_batch_size
 
@@ -75,25 +75,27 @@ class MicroBatchSampler:
         self.last_step = self.last_step if last_step is None else last_step
 
     def samples_seen(self, step):
-        """Samples of the stream taken after `step` optimizer steps, over all ranks."""
+        """Returns how many samples of the stream `step` optimizer steps have taken, over all ranks."""
         return self.first_sample + (step - self.first_step) * self.global_batch_size
 
     def epoch(self, step):
-        """Epochs seen after `step` optimizer steps, a fraction."""
+        """Returns the epochs seen after `step` optimizer steps, a fraction."""
         return self.samples_seen(step) / self.stream.num_samples
 
     def __len__(self):
         return max(0, self.last_step - self.first_step) * self.accumulation_steps
 
     def batch(self, step, micro_step):
-        """`(indices, positions)` of a micro-batch of optimizer step `step` (1-based), `(n,)` int64 each: what to read,
-        and where it stands in the stream, for whatever is drawn anew at every visit."""
+        """Returns `(indices, positions)` of a micro-batch of optimizer step `step` (1-based), `(n,)` int64 each.
+
+        The indices say what to read; from the positions in the stream, all is drawn that is new at every visit.
+        """
         start, stop, _ = self.rows(micro_step)
         position = self.samples_seen(step - 1)
         return self.stream.take(position + start, position + stop), np.arange(position + start, position + stop)
 
     def batches(self):
-        """`batch` of all micro-batches that are still to come when training starts."""
+        """Yields `batch` of all micro-batches that are still to come when training starts."""
         for step in range(self.first_step, self.last_step):
             for micro_step in range(self.accumulation_steps):
                 yield self.batch(step + 1, micro_step)
@@ -104,7 +106,7 @@ class MicroBatchSampler:
 
 
 def total_steps(num_samples, *, global_batch_size, max_steps, epochs, first_step=0, samples_seen=0):
-    """The last optimizer step of a run: `max_steps`, or where `epochs` epochs are over if it is -1.
+    """Returns the last optimizer step of a run: `max_steps`, or where `epochs` epochs are over if it is -1.
 
     Args:
         first_step, samples_seen: steps that a resumed run has done, and the samples that they took. They may have been

@@ -4,7 +4,7 @@
         latents.npy    float32 or float16 (n, C, h, w); with moments (n, 2C, h, w): mean, then standard deviation
         flipped.npy    only with mirrored twins: the same shape, of the mirrored images
         labels.npy     int64 (n,)
-        names.npy      bytes (n,): what the sample's files are called in the seed's layout, without ".npy"
+        names.npy      bytes (n,): what the sample's files are called as pairs, without ".npy"
 
 The samples are the shards in the order of their numbers, row by row; a shard may have any number of rows. A shard
 appears by one rename when its files are whole, and so does the folder: whatever stands there is complete.
@@ -16,43 +16,43 @@ import io
 import mmap
 import os
 import re
-import shutil
 
 import numpy as np
 
 from features.npy import load_npy
+from runtime.files import whole_folder
 from runtime.machine import available_memory
 from runtime.process import counted
 
 SHARD_SAMPLES = 8192
-# Mapped pages count as this process's memory, though they are the system's file cache: given back after so many bytes.
-MAPPED_BYTES = 1 << 32
-# The largest part of the free memory that a set may take to be read with the system's read-around.
-CACHED_SHARE = 0.5
+# Resident memory includes mapped pages. They are dropped after so many bytes, so that no one kills the job for memory
+# that is only cache.
+MAX_MAPPED_BYTES = 1 << 32
+MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the system's read-around
 
 
 def packed_folder(feature_path, name):
-    """Where the packed set NAME lies."""
+    """Returns the folder of the packed set NAME."""
     return os.path.join(feature_path, f"{name}_packed")
 
 
 def partial_folder(feature_path, name):
-    """Where the packed set NAME is written until it is complete."""
+    """Returns the folder in which the packed set NAME is written until it is complete."""
     return packed_folder(feature_path, name) + ".partial"
 
 
 def shard_name(number):
-    """The folder of shard `number`."""
+    """Returns the folder's name of shard `number`."""
     return f"shard-{number:05d}"
 
 
 def shard_files(flip):
-    """The files of a shard, with or without mirrored twins."""
+    """Returns the names of a shard's files, with or without mirrored twins."""
     return ("latents.npy", *(["flipped.npy"] if flip else []), "labels.npy", "names.npy")
 
 
 def _shard_numbers(folder):
-    """Numbers of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
+    """Returns the numbers of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
     if not os.path.isdir(folder):
         return []
     found = (re.fullmatch(r"shard-(\d{5,})", name) for name in os.listdir(folder))
@@ -60,7 +60,7 @@ def _shard_numbers(folder):
 
 
 def finished_shards(folder):
-    """`{number: rows}` of the whole shards in a folder; empty if it is not there."""
+    """Returns `{number: rows}` of the whole shards in a folder; empty if it is not there."""
     return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in _shard_numbers(folder)}
 
 
@@ -77,7 +77,7 @@ def finish(feature_path, name):
 
 
 def npy_header(shape, dtype):
-    """The bytes in front of a C-ordered `.npy` array. numpy pads them: their length does not depend on `shape[0]`."""
+    """Returns the bytes in front of a C-ordered `.npy` array; as numpy pads them, all `shape[0]` give as many."""
     file = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
@@ -85,7 +85,7 @@ def npy_header(shape, dtype):
 
 
 def cast(array, dtype, where):
-    """The array as `dtype`; ValueError, which names `where`, for values beyond float16."""
+    """Returns the array as `dtype`; ValueError, which names `where`, for values beyond float16."""
     if array.dtype.itemsize <= np.dtype(dtype).itemsize:
         return array.astype(dtype, copy=False)
     with np.errstate(over="ignore"):
@@ -94,33 +94,6 @@ def cast(array, dtype, where):
         largest = np.abs(array[np.isfinite(array)]).max()
         raise ValueError(f"{where}: latents up to {largest:g} do not fit into {np.dtype(dtype).name}")
     return narrow
-
-
-class _NpyStream:
-    """A `.npy` file of rows, written as they come."""
-
-    def __init__(self, path, row_shape, dtype):
-        self.row_shape, self.dtype, self.count = tuple(row_shape), np.dtype(dtype), 0
-        self.file = open(path, "wb")
-        self.file.write(npy_header((0, *self.row_shape), self.dtype))
-
-    def append(self, rows):
-        self.file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
-        self.count += len(rows)
-
-    def close(self):
-        start, header = self.file.tell(), npy_header((self.count, *self.row_shape), self.dtype)
-        self.file.seek(0)
-        self.file.write(header)
-        row_bytes = int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
-        assert start == len(header) + self.count * row_bytes
-        _sync(self.file)
-        self.file.close()
-
-
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class ShardWriter:
@@ -138,20 +111,25 @@ class ShardWriter:
         if np.dtype(dtype).name not in ("float32", "float16"):
             raise ValueError(f"packed latents are stored as float32 or float16, not as {np.dtype(dtype).name}")
         self.path = os.path.join(folder, shard_name(number))
-        self._partial = self.path + ".partial"
-        self.row_shape, self.flip = tuple(row_shape), flip
-        self.dtype = np.dtype(dtype)
-        self._names, self._streams = [], {}
+        self.row_shape, self.flip, self.dtype = tuple(row_shape), flip, np.dtype(dtype)
+        self._files, self._names = {}, []
+        self._open = contextlib.ExitStack()
 
     def __enter__(self):
         if os.path.exists(self.path):
             raise ValueError(f"{self.path}: is there already; nothing was overwritten")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        os.makedirs(self._partial)
-        for name in shard_files(self.flip)[:-2]:
-            self._streams[name] = _NpyStream(os.path.join(self._partial, name), self.row_shape, self.dtype)
-        self._streams["labels.npy"] = _NpyStream(os.path.join(self._partial, "labels.npy"), (), "int64")
+        folder = self._open.enter_context(whole_folder(self.path))
+        for name in shard_files(self.flip):
+            self._files[name] = self._open.enter_context(open(os.path.join(folder, name), "wb"))
+            if name != "names.npy":
+                self._files[name].write(self._header(name))
+        self._open.push(self._finish)
         return self
+
+    def _header(self, name):
+        """Returns the bytes in front of a file's rows, of which there are so many as samples by now."""
+        shape, dtype = ((), "int64") if name == "labels.npy" else (self.row_shape, self.dtype)
+        return npy_header((len(self._names), *shape), dtype)
 
     def append(self, latents, labels, names, flipped=None):
         """Adds samples.
@@ -177,24 +155,19 @@ class ShardWriter:
                 )
         arrays = {name: cast(np.asarray(array), self.dtype, self.path) for name, array in arrays.items()}
         for name, array in arrays.items():
-            self._streams[name].append(array)
-        self._streams["labels.npy"].append(labels)
+            self._files[name].write(np.ascontiguousarray(array).data)
+        self._files["labels.npy"].write(labels.astype("int64").data)
         self._names += [os.fsencode(name) for name in names]
 
+    def _finish(self, kind, *_):
+        if kind is None:
+            np.save(self._files.pop("names.npy"), np.array(self._names, dtype=bytes if self._names else "S1"))
+            for name, file in self._files.items():
+                file.seek(0)
+                file.write(self._header(name))
+
     def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                for stream in self._streams.values():
-                    stream.close()
-                with open(os.path.join(self._partial, "names.npy"), "wb") as file:
-                    np.save(file, np.array(self._names, dtype=bytes if self._names else "S1"))
-                    _sync(file)
-                os.rename(self._partial, self.path)
-        finally:
-            for stream in self._streams.values():
-                with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
-                    stream.file.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+        return self._open.__exit__(kind, error, trace)
 
 
 class PackedStore:
@@ -208,6 +181,8 @@ class PackedStore:
     Raises:
         ValueError: one line naming the file: missing, truncated, or unlike the other shards.
     """
+
+    reads_in_processes = False
 
     def __init__(self, folder):
         self.path = folder
@@ -228,6 +203,7 @@ class PackedStore:
             for rows, name in zip(self._rows, shard_files(self.has_flip)[:-2], strict=False):
                 self._add(rows, os.path.join(shard, name), len(labels[-1]))
         self.dtype, self.row_shape = self._rows[0][0].dtype, self._rows[0][0].shape[1:]
+        self.memory_dtype = self.dtype
         self.labels = np.concatenate(labels)
         self._ends = np.cumsum([len(rows) for rows in labels])
         self._starts = self._ends - [len(rows) for rows in labels]
@@ -237,7 +213,7 @@ class PackedStore:
         # A set that does not fit there would be read many times over: then exactly the rows, all at once.
         memory = available_memory()
         self.exact_reads = False
-        if memory is not None and self.num_bytes > CACHED_SHARE * memory:
+        if memory is not None and self.num_bytes > MAX_CACHED_SHARE * memory:
             self.read_exactly()
 
     def _add(self, rows, path, count):
@@ -260,7 +236,7 @@ class PackedStore:
 
     @property
     def num_bytes(self):
-        """Bytes of all rows, mirrored ones included."""
+        """The bytes of all rows, mirrored ones included."""
         return len(self) * self._row_bytes * (1 + self.has_flip)
 
     def read_exactly(self):
@@ -283,34 +259,28 @@ class PackedStore:
         """
         shards = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[shards]
-        plain = mirrored is None or not mirrored.any()
+        twins = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
         if self.exact_reads:
-            self._will_need(shards, rows, mirrored)
-        if plain and (shards == shards[0]).all():
+            self._will_need(shards, rows, twins)
+        if not twins.any() and (shards == shards[0]).all():
             source = self._rows[0][shards[0]]
             if out.dtype == source.dtype and out.flags.c_contiguous:
                 np.take(source, rows, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
             else:
                 out[...] = source[rows]
-        elif plain:
-            arrays = self._rows[0]
-            for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-                out[place] = arrays[shard][row]
         else:
-            for place, (twin, shard, row) in enumerate(
-                zip(mirrored.tolist(), shards.tolist(), rows.tolist(), strict=True)
-            ):
+            places = zip(twins.tolist(), shards.tolist(), rows.tolist(), strict=True)
+            for place, (twin, shard, row) in enumerate(places):
                 out[place] = self._rows[twin][shard][row]
         self._touched += len(indices) * self._row_bytes
-        if self._touched > MAPPED_BYTES:
+        if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
             self._unmap()
         return self.labels[indices].astype("int64")
 
-    def _will_need(self, shards, rows, mirrored):
+    def _will_need(self, shards, rows, twins):
         """Starts the reading of all rows at once: a disk, above all a network one, is fast with many requests."""
-        kinds = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
-        files = shards * (1 + self.has_flip) + kinds
+        files = shards * (1 + self.has_flip) + twins
         starts = np.array(self._offsets)[files] + rows * self._row_bytes
         pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = starts - pages + self._row_bytes
@@ -323,12 +293,12 @@ class PackedStore:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def name(self, index):
-        """The sample's name: its files in the seed's layout without `.npy`."""
+        """Returns the sample's name, that of its files as pairs without `.npy`."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return os.fsdecode(self._names(shard, mapped=True)[index - self._starts[shard]])
 
     def names(self):
-        """All names, `(N,)` bytes."""
+        """Returns all names, `(N,)` bytes."""
         return np.concatenate([self._names(shard) for shard in range(len(self.shards))])
 
     def _names(self, shard, mapped=False):
@@ -341,15 +311,15 @@ class PackedStore:
         return names
 
     def feature_source(self, index):
-        """Where the latent of a sample stands, for messages."""
+        """Returns where the latent of a sample stands, for messages."""
         return self.source(index, "latents.npy")
 
     def label_source(self, index):
-        """Where the label of a sample stands, for messages."""
+        """Returns where the label of a sample stands, for messages."""
         return self.source(index, "labels.npy")
 
     def source(self, index, name):
-        """Where a sample stands in the files of that name."""
+        """Returns where a sample stands in the files of that name."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self.shards[shard]}/{name} row {index - self._starts[shard]}"
 
@@ -367,7 +337,7 @@ def _describe(array):
 
 
 def _allow_open_files(count):
-    """A memory map holds its file open: raises this process's limit if so many more files need it."""
+    """Raises this process's limit if so many more files need it, because a memory map holds its file open."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -1,44 +1,51 @@
-"""The seed's layout: one pair of `.npy` files a sample, and an index that spares listing millions of them.
+"""PaddleMIX's layout: one pair of `.npy` files a sample, and an index that spares listing millions of them.
 
     FEATURE_PATH/NAME_features/*.npy         latents (1, C, h, w) or (C, h, w), times the autoencoder's scaling factor;
                                              with moments (1, 2C, h, w): mean, then standard deviation
     FEATURE_PATH/NAME_features_flip/*.npy    only with mirrored twins: the same names
     FEATURE_PATH/NAME_labels/*.npy           the same names: one class id
-    FEATURE_PATH/NAME_index.npz              written here, from INDEX_LEAST samples on: the sorted names
+    FEATURE_PATH/NAME_index.npz              the sorted names; written here, if there are MIN_SAMPLES_FOR_INDEX
 
 The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
 """
 
-import contextlib
 import os
 import re
 import stat
-import tempfile
 import time
 
 import numpy as np
 
 from features.npy import header_bytes, load_npy, load_npz
+from runtime.files import whole_file
+from runtime.progress import tqdm
 
-INDEX_LEAST = 20_000
-_LARGEST = 1 << 30  # bytes of a file that is read at once
-# A folder whose times are younger than this may still change without their changing: a file system's clock is coarse.
+MIN_SAMPLES_FOR_INDEX = 20_000
+_MAX_BYTES = 1 << 30  # of a file that is read at once
+# mtime is coarse: a folder that was modified in the last two seconds may change again with the same mtime.
 _CLOCK_NS = 2_000_000_000
 
 
 def features_folder(feature_path, name):
-    """Where the latents of the set NAME lie; their twins in the same with `_flip` at its end."""
+    """Returns the folder of the set NAME's latents; their twins are in the same with `_flip` at its end."""
     return os.path.join(feature_path, f"{name}_features")
 
 
 def labels_folder(feature_path, name):
-    """Where the labels of the set NAME lie."""
+    """Returns the folder of the set NAME's labels."""
     return os.path.join(feature_path, f"{name}_labels")
 
 
-def index_file(feature_path, name):
-    """The index of the set NAME."""
-    return os.path.join(feature_path, f"{name}_index.npz")
+def without_batch_axis(latent):
+    """Returns a stored latent as `(C, h, w)`, which may be `(1, C, h, w)` in its file."""
+    return latent[0] if latent.ndim == 4 and latent.shape[0] == 1 else latent
+
+
+def read_label(array):
+    """Returns the one integer of a label's file; ValueError if it holds something else."""
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"expected one integer label, found {array.dtype} of shape {array.shape}")
+    return int(array.reshape(-1)[0])
 
 
 class NpyReader:
@@ -48,7 +55,7 @@ class NpyReader:
         self._known = None  # (header, where the array ends, dtype, shape), replaced as a whole: threads share it
 
     def __call__(self, path):
-        """The array of a file, perhaps read-only; raises as `load_npy`."""
+        """Returns the array of a file, perhaps read-only; raises as `load_npy`."""
         try:
             data = _read_regular(path)
         except OSError:
@@ -56,7 +63,7 @@ class NpyReader:
         return self.parse(data, path)
 
     def parse(self, data, path):
-        """The array in the bytes of a file, whatever stands behind it; raises as `load_npy`."""
+        """Returns the array in the bytes of a file, whatever stands behind it; raises as `load_npy`."""
         known = self._known
         if known is not None and len(data) >= known[1] and data.startswith(known[0]):
             header, end, dtype, shape = known
@@ -69,11 +76,11 @@ class NpyReader:
 
 
 def _read_regular(path):
-    """The bytes of a regular file; OSError for a pipe or device, which may never end, and for more than one sample."""
+    """Returns the bytes of a file; OSError for a pipe or device, which may never end, and for more than a sample."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST:
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_BYTES:
             raise OSError("no regular file of a sample's size")
         return os.read(descriptor, state.st_size)
     finally:
@@ -81,11 +88,7 @@ def _read_regular(path):
 
 
 def natural_order(names):
-    """The names of `.npy` files, bytes, sorted as people count: `2.npy` before `10.npy`.
-
-    Returns:
-        `(N,)` bytes array.
-    """
+    """Returns the names of `.npy` files, bytes `(N,)`, sorted as people count: `2.npy` before `10.npy`."""
     stems = [name[: -len(b".npy")] for name in names]
     if names and all(map(bytes.isdigit, stems)) and max(map(len, stems)) < 19:
         names = np.array(names)
@@ -99,7 +102,7 @@ def natural_order(names):
 
 
 def _listing(folder):
-    """`(names of the .npy files as bytes, signature)` of a folder; the signature changes with the names."""
+    """Returns `(names of the .npy files as bytes, signature)` of a folder; the signature changes with the names."""
     signature = _signature(folder)
     return [name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")], signature
 
@@ -122,6 +125,9 @@ class PairStore:
         ValueError: one line naming the folder or file: no labels folder, no pair, a file without its counterpart.
     """
 
+    reads_in_processes = True
+    memory_dtype = np.dtype("float32")  # because the files may be of several
+
     def __init__(self, feature_path, name):
         self.path, self.labels_dir = features_folder(feature_path, name), labels_folder(feature_path, name)
         if not os.path.isdir(self.labels_dir):
@@ -129,7 +135,7 @@ class PairStore:
         self.flip_dir = self.path + "_flip"
         self.has_flip = os.path.isdir(self.flip_dir)
         self._folders = [self.path, self.labels_dir, *([self.flip_dir] if self.has_flip else [])]
-        self.index_path = index_file(feature_path, name)
+        self.index_path = os.path.join(feature_path, f"{name}_index.npz")
         self.index_note = None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
         self._labels = self._signatures = None
@@ -139,10 +145,8 @@ class PairStore:
         self.row_shape, self.dtype = first.shape, first.dtype
         self.expected = f"the first sample is of shape {self.row_shape}"  # completes the error on another shape
 
-    # Names.
-
     def _load_index(self):
-        """Takes the names from the index, if it is there and of these very folders."""
+        """Takes the names from the index; returns False if it is not there, or not of these very folders."""
         try:
             self._signatures = [_signature(folder) for folder in self._folders]
             if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
@@ -169,7 +173,7 @@ class PairStore:
                 raise ValueError(f"{os.path.join(folder, name)}: has no feature file {self.path}/{name}")
         self._names = natural_order(features)
         self._signatures = signatures
-        if len(self._names) >= INDEX_LEAST:
+        if len(self._names) >= MIN_SAMPLES_FOR_INDEX:
             self._save_index()
 
     def _save_index(self):
@@ -180,39 +184,26 @@ class PairStore:
         arrays = {"signature": np.array(self._signatures), "names": self._names}
         if self._labels is not None:
             arrays["labels"] = self._labels
-        folder, name = os.path.split(self.index_path)
         try:
-            # Several ranks may write it at once: each its own file, and a rename.
-            handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
-            try:
-                with open(handle, "wb") as file:
-                    np.savez(file, **arrays)
-                os.chmod(partial, 0o666 & ~_umask())  # mkstemp's is for one user alone
-                os.replace(partial, self.index_path)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
+            # `shared`, because every rank may write it at once.
+            with whole_file(self.index_path, shared=True) as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)
         except OSError as error:
             self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
             return
         self.index_note = f"names of the samples are kept in {self.index_path}, for the next start"
-
-    # Samples.
 
     def __len__(self):
         return len(self._names)
 
     @property
     def num_bytes(self):
-        """Bytes of all rows, mirrored ones included."""
+        """The bytes of all rows, mirrored ones included."""
         return len(self) * int(np.prod(self.row_shape)) * self.dtype.itemsize * (1 + self.has_flip)
 
     def _feature(self, folder, index):
         path = os.path.join(folder, self.file_name(index))
-        latent = self._read_feature(path)
-        if latent.ndim == 4 and latent.shape[0] == 1:
-            latent = latent[0]
-        return latent
+        return without_batch_axis(self._read_feature(path))
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
@@ -229,47 +220,39 @@ class PairStore:
         return labels
 
     def _label(self, index):
-        label = self._read_label(self.label_source(index))
-        if label.size != 1 or label.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.label_source(index)}: expected one integer label, found {label.dtype} of shape {label.shape}"
-            )
-        return int(label.reshape(-1)[0])
+        path = self.label_source(index)
+        label = self._read_label(path)
+        try:
+            return read_label(label)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def labels(self):
-        """All labels, `(N,)`; reads every label file unless the index has them."""
+        """All labels, `(N,)`; every label file is read unless the index has them."""
         if self._labels is None:
-            from runtime.progress import tqdm
-
-            indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < INDEX_LEAST)
+            indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < MIN_SAMPLES_FOR_INDEX)
             self._labels = np.fromiter(map(self._label, indices), "int64", len(self))
-            if len(self) >= INDEX_LEAST:
+            if len(self) >= MIN_SAMPLES_FOR_INDEX:
                 self._save_index()
         return self._labels
 
     def file_name(self, index):
-        """The sample's file name, the same in every folder of the set."""
+        """Returns the sample's file name, the same in every folder of the set."""
         return os.fsdecode(self._names[index])
 
     def name(self, index):
-        """The sample's name: its files' without `.npy`."""
+        """Returns the sample's name: its files' without `.npy`."""
         return self.file_name(index)[: -len(".npy")]
 
     def names(self):
-        """All names, `(N,)` bytes."""
+        """Returns all names, `(N,)` bytes."""
         return np.array([name[: -len(b".npy")] for name in self._names.tolist()], dtype=bytes)
 
     def feature_source(self, index):
-        """The latent's file of a sample."""
+        """Returns the file of a sample's latent."""
         return os.path.join(self.path, self.file_name(index))
 
     def label_source(self, index):
-        """The label's file of a sample."""
+        """Returns the file of a sample's label."""
         return os.path.join(self.labels_dir, self.file_name(index))
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,6 +14,7 @@ from features.packed import PackedStore, packed_folder, partial_folder
 from features.pairs import PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
+from runtime.progress import tqdm
 from runtime.untrusted import read_json
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
@@ -21,7 +22,7 @@ READ_BYTES = 1 << 22
 
 
 def find_features(feature_path, resolution):
-    """What a feature folder holds: `(kind, name)`, kind "packed" or "pairs".
+    """Returns `(kind, name)` of the set in a feature folder, kind "packed" or "pairs".
 
     The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
     forms is read packed.
@@ -82,13 +83,18 @@ def _unpacking(feature_path):
 
 
 def open_store(feature_path, kind, name):
-    """The `PackedStore` or `PairStore` of a set."""
+    """Returns the `PackedStore` or `PairStore` of a set."""
     return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
 
 
+def manifest_file(feature_path, name):
+    """Returns the file that says what the set NAME was made of."""
+    return os.path.join(feature_path, f"{name}_manifest.json")
+
+
 def read_manifest(feature_path, name):
-    """The set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
-    path = os.path.join(feature_path, f"{name}_manifest.json")
+    """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
+    path = manifest_file(feature_path, name)
     if not os.path.exists(path):
         return {}
     manifest = read_json(path, large=True)  # extractions took seeds of any size
@@ -100,6 +106,9 @@ def read_manifest(feature_path, name):
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
+    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read`, `feature_source` and
+    `label_source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
+
     Args:
         store: where they are.
         indices: `(n,)` which of them.
@@ -109,13 +118,12 @@ class MemoryStore:
         ValueError: they don't fit into the free memory, or what the store raises.
     """
 
-    def __init__(self, store, indices, *, flip):
-        from runtime.progress import tqdm
+    reads_in_processes = False
 
+    def __init__(self, store, indices, *, flip):
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
-        # Pairs of files may be of several dtypes.
-        self.dtype = store.dtype if isinstance(store, PackedStore) else np.dtype("float32")
+        self.dtype = store.memory_dtype
         shape = (1 + self.has_flip, len(indices), *self.row_shape)
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()

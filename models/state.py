@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from runtime.untrusted import printable
+from runtime.untrusted import shortened
 
 # Of DistributedDataParallel and AveragedModel, torch.compile, a network inside another module, Paddle's DataParallel.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
@@ -88,7 +88,7 @@ def check_finite(state, *, source):
     if np.isinf(value).any() and _fits_float16(value):
         why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
     raise ValueError(
-        f"{source}: {printable(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
+        f"{source}: {shortened(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
         f"and so have {len(bad):,} of {len(state):,} tensors{why}"
     )
 
@@ -144,4 +144,4 @@ def without_rounding(table, exact):
 
 def listed(names, limit=3):
     """Returns the first of some names as text, each short and on one line."""
-    return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")
+    return ", ".join(map(shortened, names[:limit])) + (", ..." if len(names) > limit else "")

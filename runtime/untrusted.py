@@ -16,7 +16,7 @@ MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blo
 LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")  # by timestep or latent channel
 
 
-def printable(value, limit=80):
+def shortened(value, limit=80):
     """Returns a value out of a file as text for a message: one line, no control characters, `limit` letters at most."""
     text = str(value)[: limit + 1]
     text = text if text.isprintable() else text.encode("unicode_escape").decode()
@@ -32,7 +32,7 @@ def open_regular(path):
     try:
         mode = os.stat(path).st_mode
     except ValueError:  # a NUL, or half a surrogate pair
-        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
+        raise ValueError(f"{shortened(path, 500)}: no file can have this name") from None
     if stat.S_ISDIR(mode):
         raise ValueError(f"{path}: is a folder, expected a file")
     if not stat.S_ISREG(mode):
@@ -57,11 +57,11 @@ def inside(folder, name):
     try:
         root, found = os.path.realpath(folder), os.path.realpath(path)
     except ValueError:  # a NUL, or half a surrogate pair
-        raise ValueError(f"{printable(path, 500)}: no file can have this name") from None
+        raise ValueError(f"{shortened(path, 500)}: no file can have this name") from None
     allowed = [root, *(str(above.parent / "blobs") for above in Path(root).parents if above.name == "snapshots")]
     if not any(os.path.commonpath([found, place]) == place for place in allowed):
-        shown = printable(path, 500)
-        raise ValueError(f"{shown}: leads out of the folder, to {printable(found, 500)}; put the file itself there")
+        shown = shortened(path, 500)
+        raise ValueError(f"{shown}: leads out of the folder, to {shortened(found, 500)}; put the file itself there")
     return path
 
 
@@ -169,7 +169,7 @@ def read_json(path, *, infinity=False, large=False):
 def check_sizes(settings, path):
     """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
     for key, value in settings.items():
-        shown = f"{path}: {printable(key)} is {printable(value, 40)}"
+        shown = f"{path}: {shortened(key)} is {shortened(value, 40)}"
         if isinstance(value, list) and len(value) > MAX_BLOCKS and key not in LONG_LISTS:
             raise ValueError(f"{shown}, {len(value):,} values, which is more than any network has")
         limit = MAX_BLOCK_LAYERS if "layers_per" in key else MAX_LAYERS if "layers" in key else MAX_SIZE

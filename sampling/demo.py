@@ -16,7 +16,7 @@ from config.flags import check_seed
 from config.schema import DEFAULT_VAE, load_config
 from features.autoencoder import open_vae
 from runtime.process import configure_runtime, resolve_device
-from runtime.untrusted import inside, printable, read_json
+from runtime.untrusted import inside, read_json, shortened
 from sampling.pipelines.converter import IMAGENET_LABELS, class_names  # noqa: F401 (as a name of this module too)
 from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
 from sampling.pipelines.pretrained import is_id2label
@@ -280,7 +280,7 @@ def find_class(text, labels, num_classes):
         if int(text) < num_classes:
             return int(text)
         raise ValueError(f"--classes {text}: the classes are 0..{num_classes - 1}")
-    known = ", ".join(printable(label) for label in sorted(labels.values())[:10])
+    known = ", ".join(shortened(label) for label in sorted(labels.values())[:10])
     known += ", ..." if len(labels) > 10 else ""
     raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}" + known_names(known))
 
@@ -429,7 +429,7 @@ def draw(kind, args, sample):
 
     images, labels = sample()
     path = save_image(make_grid(images, columns=min(len(images), 8)), find_output(kind, args.output, labels), args)
-    print(f"{', '.join(printable(label) for label in labels)}: {path}")
+    print(f"{', '.join(shortened(label) for label in labels)}: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def draw(kind, args, sample):
 def check_output(path, overwrite):
     """Raises `ValueError` unless an image can be written there: folder, name, ending, nothing in the way."""
     folder, name = os.path.split(os.path.realpath(path))
-    shown = f"--output {printable(path, 500)}"
+    shown = f"--output {shortened(path, 500)}"
     if os.path.isdir(path) or not os.path.basename(path):
         raise ValueError(f"{shown}: is a folder; expected a file such as {os.path.join(path, 'image.png')}")
     if not os.path.isdir(folder):
@@ -462,9 +462,9 @@ def check_ending(flag, path):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=_image_format(path))
     except (ValueError, OSError, KeyError):
         ending = os.path.splitext(path)[1]
-        what = f"the ending {printable(ending)} names no format for colour images" if ending else "has no ending"
+        what = f"the ending {shortened(ending)} names no format for colour images" if ending else "has no ending"
         raise ValueError(
-            f"--{flag} {printable(path, 500)}: {what}; expected .png, or another that Pillow writes, such as .jpg"
+            f"--{flag} {shortened(path, 500)}: {what}; expected .png, or another that Pillow writes, such as .jpg"
         ) from None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.feature_sets import pack_set, write_set
 from support.runs import ROOT, run_script, write_config
-from test_data import pack_set, write_set
 
 from tools.check_features import main
 
@@ -255,7 +255,7 @@ def die(task):
 
 
 def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
-    monkeypatch.setattr("features.check.check_pairs", die)
+    monkeypatch.setattr("features.check_samples.check_pairs", die)
     with pytest.raises(ValueError, match="a process of the check died; .* smaller --num_workers"):
         run(healthy / "pairs")
 

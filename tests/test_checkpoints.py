@@ -12,8 +12,8 @@ import threading
 import pytest
 from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
+from runtime import files as manifest
 from runtime.process import SAVING_THREAD
-from training.checkpoints import whole_folder as manifest
 from training.checkpoints.find import Checkpoint, _damage, _step_of, find_checkpoints, list_checkpoints, pick_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.saver import rotate_checkpoints
@@ -262,7 +262,7 @@ def test_a_loop_killed_while_saving_resumes(trainer_run):
     truncate(run.at(6) / "config.json")  # so that step 4 is resumed, and 6 done again
     code = (
         "import os, runpy, sys\n"
-        "from training.checkpoints import whole_folder as manifest\n"
+        "from runtime import files as manifest\n"
         "write = manifest._HashedFile.write\n"
         "def kill(self, data):\n"
         "    if 'optimizer' in self.file.name and self.size: os.kill(os.getpid(), 9)\n"

@@ -14,67 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.feature_sets import SHAPE, dataset, everything, load, pack_set, sampler, write_set
 from support.runs import ROOT, loop_arguments, read_losses, run_script, write_config, write_features
 
 from features import pairs
 from features.dataset import FeatureDataset
 from features.loader import FeatureLoader
-from features.order import MicroBatchSampler
 from features.packed import ShardWriter, finish, finished_shards, partial_folder
 from features.store import find_features
 from tools.pack_features import main as pack
-
-SHAPE = (4, 8, 8)
-
-
-def write_set(folder, count=40, *, flip=False, moments=False, dtype="float32", names=None, name="imagenet64"):
-    """Pairs of files with what is asked for; returns `(latents, mirrored)` in the order of `names`."""
-    rng = np.random.default_rng(1)
-    names = names or [str(index) for index in range(count)]
-    kinds = ["features", "labels", *(["features_flip"] if flip else [])]
-    for kind in kinds:
-        os.makedirs(folder / f"{name}_{kind}", exist_ok=True)
-    rows = rng.standard_normal((2, len(names), 1, SHAPE[0] * (1 + moments), *SHAPE[1:])).astype("float32")
-    if moments:
-        rows[:, :, :, SHAPE[0] :] = np.abs(rows[:, :, :, SHAPE[0] :]) + 0.5
-    rows = rows.astype(dtype)
-    for index, stem in enumerate(names):
-        np.save(folder / f"{name}_features" / f"{stem}.npy", rows[0, index])
-        np.save(folder / f"{name}_labels" / f"{stem}.npy", np.array([index % 10]))
-        if flip:
-            np.save(folder / f"{name}_features_flip" / f"{stem}.npy", rows[1, index])
-    return rows[0, :, 0], rows[1, :, 0]
-
-
-def dataset(folder, **options):
-    return FeatureDataset(folder, resolution=64, sample_shape=SHAPE, num_classes=10, **options)
-
-
-def pack_set(folder, output, *flags):
-    pack(["--feature_path", str(folder), "--output", str(output), "--resolution", "64", *map(str, flags)])
-    return output
-
-
-def everything(data, positions=None):
-    return data.read(np.arange(len(data)), positions)
-
-
-def sampler(data, *, batch=8, steps=9, accumulation=1, rank=0, world=1, seed=0):
-    return MicroBatchSampler(
-        len(data),
-        global_batch_size=batch,
-        accumulation_steps=accumulation,
-        rank=rank,
-        world_size=world,
-        seed=seed,
-        last_step=steps,
-    )
-
-
-def load(data, num_workers=0, **run):
-    """All micro-batches of a run, as arrays."""
-    loader = FeatureLoader(data, sampler(data, **run), num_workers=num_workers)
-    return [(x.numpy(), y.numpy()) for x, y in loader]
 
 
 def assert_same(batches, expected):
@@ -201,7 +149,7 @@ def test_packing_goes_on_after_a_kill_with_the_same_result(both, tmp_path, monke
     with pytest.raises(ValueError, match="another conversion is not finished: its shard_samples was 16, now it is 20"):
         pack_set(both / "pairs", tmp_path, "--shard_samples", 20)
     first = (tmp_path / "imagenet64_packed.partial/shard-00000/latents.npy").stat().st_mtime_ns
-    (tmp_path / "imagenet64_packed.partial/shard-00002.partial").mkdir()  # what a real kill leaves
+    (tmp_path / "imagenet64_packed.partial/.shard-00002.partial").mkdir()  # what a real kill leaves
     pack_set(both / "pairs", tmp_path, "--shard_samples", 16)
     assert (tmp_path / "imagenet64_packed/shard-00000/latents.npy").stat().st_mtime_ns == first
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
@@ -558,7 +506,7 @@ def test_a_container_with_little_shared_memory(both, tmp_path):
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from runtime.process import run_cli
-from test_data import dataset, load
+from support.feature_sets import dataset, load
 run_cli(lambda: print("batches", len(load(dataset(Path({str(both / "pairs")!r})), num_workers=2, batch=32))))
 """
     )
@@ -578,6 +526,7 @@ def test_a_loader_process_that_dies_is_one_line(both):
         child.kill()
         for _ in batches:  # Paddle's handler raises here or there
             time.sleep(0.01)
+    subprocess.run(["true"], check=True)  # said once, not again when another child ends
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_loop_and_the_thread_ends(both):
@@ -646,7 +595,7 @@ def test_memory_that_is_not_there(both, monkeypatch):
 @pytest.fixture
 def indexed(tmp_path, monkeypatch):
     """Pairs that get an index although they are few and young; and how many folders were listed."""
-    monkeypatch.setattr(pairs, "INDEX_LEAST", 5)
+    monkeypatch.setattr(pairs, "MIN_SAMPLES_FOR_INDEX", 5)
     monkeypatch.setattr(pairs, "_CLOCK_NS", 0)
     write_set(tmp_path, 12, flip=True)
     listed = []

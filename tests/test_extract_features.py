@@ -7,15 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.runs import command_environment
 
-from features.extraction import PairWriter
+from features.extraction import Journal
 from features.images import find_images, load_image
 from tools.extract_features import main
 
@@ -97,17 +95,6 @@ def test_result_depends_on_seed_but_not_on_batches_or_workers(images, extracted,
     assert (same_labels == labels).all()
     main(arguments(images, tmp_path, "--name", "two", "--seed", "1"))
     assert np.abs(load(tmp_path, "two")[0] - features).mean() > 1e-3
-
-
-@pytest.mark.distributed
-def test_two_processes_write_what_one_does(images, extracted, tmp_path):
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir"]
-    command += [str(tmp_path / "log"), str(ROOT / "tools" / "extract_features.py"), "--device", "cpu"]
-    command += arguments(images, tmp_path / "out", "--batch_size", "3")
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
-    features, labels = load(tmp_path / "out")
-    np.testing.assert_allclose(features, load(extracted)[0], atol=2e-5)
-    assert (labels == load(extracted)[1]).all()
 
 
 def test_pixels_are_scaled_to_plus_minus_one(tmp_path):
@@ -252,7 +239,7 @@ def test_flips_have_noise_of_their_own(images, moments, tmp_path):
 
 
 def test_packed_holds_what_the_pairs_hold(images, moments, tmp_path, monkeypatch):
-    monkeypatch.setattr("features.extraction.LEAST_SHARD", 8)  # two shards
+    monkeypatch.setattr("features.writers.MIN_SHARD_SAMPLES", 8)  # two shards
     main(arguments(images, tmp_path, "--batch_size", "4", "--moments", "--flip", "--format", "packed"))
     shards = sorted((tmp_path / "imagenet32_packed").iterdir())
     assert [shard.name for shard in shards] == ["shard-00000", "shard-00001"]
@@ -425,7 +412,7 @@ def test_disk_full_is_one_line_and_a_restart_goes_on(spoilt, tmp_path):
 
 
 def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, tmp_path, monkeypatch):
-    monkeypatch.setattr("features.extraction.LEAST_SHARD", 4)
+    monkeypatch.setattr("features.writers.MIN_SHARD_SAMPLES", 4)
     output = tmp_path / "out"
     command = arguments(spoilt, output, "--batch_size", "2", "--format", "packed")
     for path in ("a_first/1.png", "a_first/2.bmp"):
@@ -447,24 +434,19 @@ def test_packed_goes_on_with_the_shards_that_its_journal_names(images, spoilt, t
     assert ours == everything(output) and len(ours) == 4 * 3 + 3
 
 
-def test_killed_it_goes_on_to_the_same_files(images, tmp_path):
-    for copy in range(4):
-        shutil.copytree(images, tmp_path / "in" / f"{copy}")
-    command = arguments(tmp_path / "in", tmp_path / "out", "--batch_size", "1", "--flip")
+def test_stopped_between_two_parts_it_goes_on_to_the_same_files(images, tmp_path, monkeypatch):
+    def stop(self, part, *result, add=Journal.add):
+        if part == 5:
+            raise KeyboardInterrupt  # its files are written, and not in the journal
+        add(self, part, *result)
+
     output = tmp_path / "out"
-    running = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "extract_features.py"), *command],
-        env=command_environment(),
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        began = time.monotonic()
-        while len(journals(output)) < 5 and time.monotonic() - began < 200:
-            time.sleep(0.002)
-    finally:
-        running.kill()
-        running.wait()
-    assert 5 <= len(journals(output)) < 60 and not (output / "imagenet32_manifest.json").exists()
+    command = arguments(images, output, "--batch_size", "1", "--flip")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="interrupted; the same command goes on"):
+        patch.setattr(Journal, "add", stop)
+        main(command)
+    (journal,) = (output / "imagenet32_extraction").glob("rank-*")
+    assert len(journal.read_text().splitlines()) == 5 and not (output / "imagenet32_manifest.json").exists()
     main(command)
     ours = everything(output)
     shutil.rmtree(output)
@@ -472,7 +454,10 @@ def test_killed_it_goes_on_to_the_same_files(images, tmp_path):
     assert ours == everything(output)
 
 
-def test_a_rank_writes_its_share_and_another_number_of_ranks_goes_on(images, extracted, spoilt, tmp_path, monkeypatch):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_writes_its_share_and_any_number_of_ranks_goes_on(
+    world, images, extracted, spoilt, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     command = arguments(spoilt, output, "--batch_size", "4")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -483,59 +468,10 @@ def test_a_rank_writes_its_share_and_another_number_of_ranks_goes_on(images, ext
     main(command)
     written = sorted(int(path.stem) for path in (output / "imagenet32_features").iterdir())
     assert written == [4, 5, 6, 7, 12, 13, 14] and not (output / "imagenet32_manifest.json").exists()
-    monkeypatch.delenv("PADDLE_TRAINERS_NUM")
-    monkeypatch.delenv("PADDLE_TRAINER_ID")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(world))
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "0")
     main(command)
     assert (output / "imagenet32_checksums.txt").read_text() == (extracted / "imagenet32_checksums.txt").read_text()
-
-
-def journals(output):
-    state = output / "imagenet32_extraction"
-    return [line for path in state.glob("rank-*") for line in path.read_text().splitlines()]
-
-
-def old_order(monkeypatch):
-    """Lists class folders as it was done before numbers were sorted as numbers."""
-    from features import images as image_folder
-
-    monkeypatch.setattr(image_folder, "order_classes", lambda names, notes, earlier=None: sorted(names))
-
-
-def test_numbered_classes_of_an_extraction_begun_in_text_order_keep_it(tmp_path, monkeypatch, capsys):
-    for number in range(11):
-        (tmp_path / f"images/{number}").mkdir(parents=True)
-        Image.new("L", (32, 32), number).save(tmp_path / f"images/{number}/x.png")
-    command = arguments(tmp_path / "images", tmp_path / "out", "--batch_size", "4")
-    with monkeypatch.context() as before:
-        old_order(before)
-        before.setattr(PairWriter, "write", kill_at_the_second_part(PairWriter.write))
-        with pytest.raises(RuntimeError, match="killed"):
-            main(command)
-    main(command)
-    assert "folder 10 is label 2; a new extraction gives it label 10" in capsys.readouterr().out
-    files = everything(tmp_path / "out")
-    classes = json.loads((tmp_path / "out/imagenet32_classes.json").read_text())["id2label"]
-    assert [classes[str(label)] for label in range(4)] == ["0", "1", "10", "2"]
-    assert load(tmp_path / "out")[1].tolist() == [*range(11)]
-
-    main(command)
-    told = capsys.readouterr().out
-    assert "complete since an earlier start" in told and "folder 10 is label 2" in told
-    assert everything(tmp_path / "out") == files
-
-    main(arguments(tmp_path / "images", tmp_path / "new"))
-    classes = json.loads((tmp_path / "new/imagenet32_classes.json").read_text())["id2label"]
-    assert classes == {str(label): str(label) for label in range(11)}
-    assert "folder 2 is label 2; torchvision's ImageFolder" in capsys.readouterr().out
-
-
-def kill_at_the_second_part(write):
-    def killed(self, part, batches):
-        if part:
-            raise RuntimeError("killed")
-        return write(self, part, batches)
-
-    return killed
 
 
 def test_a_complete_extraction_is_left_alone(images, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.golden import load_golden
 
-from features.image_source import ImageSource, open_source, printable
+from features.image_source import ImageSource, encodable, open_source
 from features.images import center_crop, dim_note, load_pixels
 
 
@@ -236,7 +236,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "x.png")
     os.rename(tmp_path / "x.png", os.fsencode(tmp_path / "cat") + b"/\xff.png")
     ((name, _, red),) = contents(open_source(str(tmp_path)))
-    assert red == 9 and printable(name) == "cat/\\udcff.png"
+    assert red == 9 and encodable(name) == "cat/\\udcff.png"
 
 
 def test_a_saved_listing_is_the_same_wherever_its_images_move(folder, tmp_path):

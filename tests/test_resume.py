@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.amp import grad_scaler
+from support.feature_sets import write_set
 from support.runs import (
     ROOT,
     checkpoint_path,
@@ -22,7 +23,6 @@ from support.runs import (
     write_config,
     write_features,
 )
-from test_data import write_set
 
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler

@@ -23,8 +23,9 @@ import training.supervision.number_watch
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler
 from objectives import DiffusionObjective
+from runtime.files import FolderWriter
 from runtime.precision import Precision
-from training.checkpoints.whole_folder import FolderWriter, damage
+from training.checkpoints.whole_folder import damage
 from training.optimizer import build_optimizer
 from training.supervision.number_watch import BadStepError, NumberWatch
 from weights.files import safe_load, save_pdparams
@@ -593,7 +594,7 @@ def test_the_launcher_sees_the_exit_code(spoiled, tmp_path):
     slow.write_text(
         "import runpy, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from training.checkpoints import whole_folder as manifest\n"
+        "from runtime import files as manifest\n"
         "finish = manifest.FolderWriter.finish\n"
         "manifest.FolderWriter.finish = lambda self: (time.sleep(6), finish(self))\n"
         f"runpy.run_path({str(ROOT / 'train_image_generation_notrainer.py')!r}, run_name='__main__')\n"

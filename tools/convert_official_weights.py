@@ -20,6 +20,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 
 
@@ -45,9 +46,11 @@ def convert(args):
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
         save = functools.partial(save_safetensors, layout="torch") if is_safetensors(args.output) else save_torch
-        write_beside(args.output, lambda path: save(paddle_to_official(state), path))
+        with whole_file(args.output) as path:
+            save(paddle_to_official(state), path)
     else:
-        write_beside(args.output, lambda path: save_paddle(state, path, safe=is_safetensors(args.output)))
+        with whole_file(args.output) as path:
+            save_paddle(state, path, safe=is_safetensors(args.output))
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
     if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
         print(
@@ -75,17 +78,6 @@ def check_output(path, overwrite=False, torch=False):
         raise ValueError(f"{path}: exists already; give another name, or --overwrite")
     if not os.path.isdir(folder):
         raise ValueError(f"{path}: there is no folder {folder}")
-
-
-def write_beside(path, write):
-    """Calls `write(temporary path)` and renames the file, so that `path` is never half a file."""
-    partial = f"{path}.partial"
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def is_safetensors(path):

@@ -29,10 +29,22 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_seed
 from config.schema import DEFAULT_VAE
-from features.autoencoder import LatentEncoder
-from features.extraction import encode_batches, make_settings, read_batches, source_settings, write_parts
+from features.autoencoder import LatentEncoder, load_vae
+from features.extraction import (
+    Journal,
+    Recipe,
+    encode_batches,
+    finish,
+    make_settings,
+    open_extraction,
+    read_batches,
+    source_settings,
+    write_parts,
+)
 from features.image_source import find_archives, open_source, source_root
 from features.images import UnreadableImage, dim_note, unreadable_list
+from features.layout import Layout
+from features.writers import WRITERS
 from runtime.process import compute_capability, configure_runtime, counted, resolve_device, run_cli
 
 configure_runtime()  # before Paddle is imported
@@ -52,8 +64,6 @@ def extract(args) -> None:
 
     import paddle
 
-    from features.autoencoder import load_vae
-    from features.extraction import WRITERS, Journal, Layout, finish, open_extraction
     from runtime.precision import resolve_precision
 
     # Pillow warns of odd EXIF blocks and palettes, which change nothing here.
@@ -67,14 +77,17 @@ def extract(args) -> None:
     rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
     precision, note = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
     vae = load_vae(args.vae)
-    settings = make_settings(args, name, vae, device=device.split(":")[0], dtype=precision.dtype)
+    asked = {
+        key: getattr(args, key) for key in ("format", "image_size", "moments", "flip", "seed", "batch_size", "vae")
+    }
+    settings = make_settings(Recipe(name, **asked, device=device.split(":")[0], dtype=precision.dtype), vae)
 
     # Begin, or go on.
     layout = Layout(args.features_path, name)
     source, settings = open_extraction(
         layout,
         source_root(args.data_path, args.list),
-        lambda earlier: open_source(args.data_path, args.list, earlier),
+        lambda: open_source(args.data_path, args.list),
         lambda source: {**settings, **source_settings(source)},
         rank,
     )
@@ -99,8 +112,8 @@ def extract(args) -> None:
     encoders = [encoder, *([functools.partial(encoder, mirrored=True)] if args.flip else [])]
 
     def encode(batches):
-        read = read_batches(source, batches, args.image_size, args.num_workers, dim)
-        return encode_batches(source, read, encoders)
+        sizes = {key: getattr(args, key) for key in ("image_size", "batch_size", "num_workers")}
+        return encode_batches(source, read_batches(source, batches, **sizes, dim=dim), encoders)
 
     goes_on = "what is done is kept, the same command goes on from there"
     try:

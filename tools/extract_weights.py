@@ -14,8 +14,9 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import str2bool
+from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
-from tools.convert_official_weights import check_output, is_safetensors, save_paddle, write_beside
+from tools.convert_official_weights import check_output, is_safetensors, save_paddle
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NETWORK, AVERAGES = "transformer.", "model_ema."
@@ -46,7 +47,8 @@ def extract(args):
             state = pick(state, args.save_ema, source)
     check_finite(state, source=source)
     safe = is_safetensors(args.checkpoint_path)
-    write_beside(args.checkpoint_path, lambda path: save_paddle(state, path, args.dtype, safe))
+    with whole_file(args.checkpoint_path) as path:
+        save_paddle(state, path, args.dtype, safe)
     print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
 
 

@@ -8,81 +8,11 @@ Packed as packed: --to packed on a packed set changes its dtype or the size of i
 """
 
 import argparse
-import os
-import shutil
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from features.convert import (
-    SHARD_BYTES,
-    Rows,
-    begin,
-    check_names,
-    check_space,
-    make_plan,
-    to_packed,
-    to_pairs,
-    write_manifest,
-)
+from features.convert import convert_set
 from runtime.process import counted, run_cli
-
-
-def convert(args):
-    from features.extraction import Layout
-    from features.packed import PackedStore
-    from features.store import find_features, open_store, read_manifest
-
-    for key in ("num_workers", "shard_samples"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
-    source_kind, name = find_features(args.feature_path, args.resolution)
-    kind = args.to or ("npy" if source_kind == "packed" else "packed")
-    if kind == "npy" and source_kind == "pairs":
-        raise ValueError(f"{args.feature_path}: {name} is in pairs of .npy files already")
-    output = args.output or f"{os.path.abspath(args.feature_path)}_{kind}"
-    if os.path.realpath(output) == os.path.realpath(args.feature_path):
-        raise ValueError(f"--output {output}: is the source's folder; choose another")
-    store = open_store(args.feature_path, source_kind, name)
-    if not len(store):
-        raise ValueError(f"{store.path}: no sample in it")
-    if store.dtype.kind != "f":
-        raise ValueError(f"{store.feature_source(0)}: holds {store.dtype}, expected float latents")
-    args.rounded_to = args.dtype or "float32"  # what was not asked for must not happen
-    args.dtype = args.dtype or ("float16" if store.dtype == "float16" else "float32")
-    from features.image_source import MAX_LABEL
-
-    wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(f"{store.label_source(first)}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
-    source = Rows(store, args.num_workers)
-    args.shard_samples = args.shard_samples or max(1, SHARD_BYTES // (store.num_bytes // len(store)))
-
-    # Where it goes, and whether it may.
-    layout, old = Layout(output, name), Layout(args.feature_path, name)
-    manifest = read_manifest(args.feature_path, name)
-    if kind == "npy":
-        check_names(source)
-    work = layout.path("unpacking") if kind == "npy" else layout.packed + ".partial"
-    plan_file = layout.path(f"to_{kind}.json")
-    if not os.path.exists(plan_file):
-        check_space(layout, source, kind, args.dtype)
-    begin(layout, plan_file, make_plan(args, source, kind), work)
-
-    # Convert, compare, put in place.
-    if kind == "packed":
-        worst = to_packed(source, layout, args)
-        labels = PackedStore(layout.packed).labels
-    else:
-        worst = to_pairs(source, layout, args, work)
-        labels = store.labels
-    write_manifest(layout, old, manifest, source, labels, kind=kind, dtype=args.dtype)
-    os.remove(plan_file)  # first: what is left of the work is no plan to go on with
-    shutil.rmtree(work, ignore_errors=True)
-    place = layout.packed if kind == "packed" else f"{layout.features}, {layout.labels}"
-    print(f"{counted(len(store), 'sample')}, compared bit for bit: {place}, {layout.manifest}")
-    if worst and store.dtype != "float16":
-        print(f"note: stored as float16, the largest rounding error is {worst:.2g}")
 
 
 def main(argv=None):
@@ -101,7 +31,21 @@ def main(argv=None):
         help="samples a packed file, lost if it is killed in it [4 GiB of them]",
     )
     parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="threads that read ahead [4]")
-    convert(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for key in ("num_workers", "shard_samples"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
+    done = convert_set(
+        *(args.feature_path, args.output),
+        resolution=args.resolution,
+        to=args.to,
+        dtype=args.dtype,
+        shard_samples=args.shard_samples,
+        num_workers=args.num_workers,
+    )
+    print(f"{counted(done.num_samples, 'sample')}, compared bit for bit: {', '.join(done.paths)}")
+    if done.rounding_error:
+        print(f"note: stored as float16, the largest rounding error is {done.rounding_error:.2g}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_positive, resolve_training, trainer_parser
-from config.schema import write_json
+from runtime.files import write_json
 from runtime.process import counted, run_cli
 from training.parallel.memory_plan import SHARDING, Plan, Setting, check
 from training.parallel.step_time import Machine, fitting, step_flops, step_seconds, traffic

@@ -136,7 +136,7 @@ def print_samples(batch, sources, losses, limit):
     """A line for each of the `limit` worst samples: first what is not finite, then by loss."""
     import numpy as np
 
-    from runtime.untrusted import printable
+    from runtime.untrusted import shortened
 
     finite = np.isfinite(batch["x"]).reshape(len(losses), -1).all(axis=1)
     key = np.where(np.isfinite(losses), losses, np.inf)
@@ -148,7 +148,7 @@ def print_samples(batch, sources, losses, limit):
         latent = "" if finite[row] else f"{counted((~np.isfinite(batch['x'][row])).sum(), 'number')} not finite: "
         print(
             f"{row:>6} {batch['rank'][row]:>4} {batch['micro_step'][row]:>5} {label:>6} {batch['t'][row]:>9.5g} "
-            f"{batch['loss'][row]:>11.5g} {losses[row]:>11.5g}  {latent}{printable(sources[row], 500)}"
+            f"{batch['loss'][row]:>11.5g} {losses[row]:>11.5g}  {latent}{shortened(sources[row], 500)}"
         )
     if len(order) > limit:
         print(f"... and {counted(len(order) - limit, 'more sample')} (--show)")

@@ -8,15 +8,16 @@ import random
 import numpy as np
 import paddle
 
-from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features, write_json
+from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
 from models import build_model
 from models.parallel import tensor_parallel, whole_shape
+from runtime.files import write_json
 from runtime.precision import resolve_precision
 from runtime.process import compute_capability, counted, say
-from runtime.untrusted import printable, read_json
+from runtime.untrusted import read_json, shortened
 from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
@@ -124,7 +125,7 @@ def read_class_names(path, num_classes):
     names = content.get("id2label") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(key.isascii() and key.isdigit() for key in names):
         raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
-    names = {int(key): printable(name, 200).strip() for key, name in names.items() if len(key) < 8}
+    names = {int(key): shortened(name, 200).strip() for key, name in names.items() if len(key) < 8}
     names = {str(label): names[label] for label in sorted(names) if label < num_classes and names[label]}
     if len(json.dumps(names, indent=2, ensure_ascii=False).encode()) > MAX_NAMES_BYTES:
         return None, too_many
@@ -137,16 +138,16 @@ def features_changes(theirs, ours):
     there, here = theirs["vae"] or {}, ours["vae"] or {}
     if None not in (there.get("weights_sha256"), here.get("weights_sha256")):
         if there["weights_sha256"] != here["weights_sha256"]:
-            names = [f"{printable(vae['name'])} ({printable(vae['weights_sha256'], 8)})" for vae in (here, there)]
+            names = [f"{shortened(vae['name'])} ({shortened(vae['weights_sha256'], 8)})" for vae in (here, there)]
             changes.append(f"autoencoder {names[0]} here, {names[1]} there")
     if None not in (there.get("scaling_factor"), here.get("scaling_factor")):
         for name in SCALING_KEYS:
             if (there[name] or None) != (here[name] or None):  # no shift is one of 0
-                changes.append(f"{name} {printable(here[name], 40)} here, {printable(there[name], 40)} there")
+                changes.append(f"{name} {shortened(here[name], 40)} here, {shortened(there[name], 40)} there")
     for label, there in (theirs["class_names"] or {}).items():
         here = (ours["class_names"] or {}).get(label, there)
         if here != there:
-            changes.append(f"class {label} is {printable(here)} here, {printable(there)} there")
+            changes.append(f"class {label} is {shortened(here)} here, {shortened(there)} there")
             break
     return "; ".join(changes)
 

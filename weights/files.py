@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
-from runtime.untrusted import open_regular, printable
+from runtime.untrusted import open_regular, shortened
 from weights.unpickle import (
     STORAGE_TYPES,
     BoundedFile,
@@ -102,7 +102,7 @@ def _one_line(path, error):
         return ValueError(f"{path}: refused: {error}")
     if isinstance(error, OSError):
         return ValueError(f"{path}: cannot be read: {error.strerror or error}")
-    reason = printable(str(error) or type(error).__name__, 200)
+    reason = shortened(str(error) or type(error).__name__, 200)
     return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
 
 
@@ -160,7 +160,7 @@ def _read_pickle(file, tolerant):
             raise Refused("it has a storage of a type that weights don't have")
         found = storages[key]
         if struct.unpack("<q", file.read(8)) != (found.numel,) or found.data is not None:
-            raise ValueError(f"its storage {printable(key)} is not of the stated size")
+            raise ValueError(f"its storage {shortened(key)} is not of the stated size")
         found.data = _elements(file.read_memory(found.numel * _itemsize(found.dtype)), found.dtype, big_endian)
     return to_arrays(tree, budget, tolerant=tolerant)
 
@@ -173,7 +173,7 @@ def _join_parts(tree, budget):
         tree.pop("StructuredToParameterName@@", None)
         for name, info in tree.pop(_PARTS, {}).items():
             if not all(isinstance(part, str) for part in info["slices"]):
-                raise ValueError(f"{_PARTS} does not name the parts of {printable(name)}")
+                raise ValueError(f"{_PARTS} does not name the parts of {shortened(name)}")
             parts = [tree.pop(part) for part in info["slices"]]
             budget.take(sum(part.nbytes for part in parts))
             tree[name] = np.concatenate(parts).reshape(info["OriginShape"])
@@ -280,7 +280,7 @@ def pick_weights(tree, path, key=None, *, averages=True):
         key = _pick_key(nested, averages)
         surprising = len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}
         if surprising and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-            print(f"note: {path} holds the sets of weights {known}; {printable(key)} is taken")
+            print(f"note: {path} holds the sets of weights {known}; {shortened(key)} is taken")
     if key is not None:
         if key in tree:
             readable(tree, key, path)
@@ -294,7 +294,7 @@ def pick_weights(tree, path, key=None, *, averages=True):
         for name in tree:
             readable(tree, name, path)
         odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
-        why = f"'{printable(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
+        why = f"'{shortened(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
         raise ValueError(f"{path}: not a state dict ({why})")
     return plain_names(tree), key
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from models.state import check_finite, check_state
 from runtime.process import one_line
-from runtime.untrusted import check_sizes, inside, printable, read_json
+from runtime.untrusted import check_sizes, inside, read_json, shortened
 from weights.files import load_weights
 
 # Files of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own first.
@@ -75,7 +75,7 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
     kind = settings.get("_class_name") if isinstance(settings, dict) else None
     if class_names is not None and kind not in class_names:
-        raise ValueError(f"{path}: holds a '{printable(kind)}', expected {' or '.join(class_names)}")
+        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -160,7 +160,7 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
     expected = model.state_dict(use_hook=False)
     extra = [name for name in state if name not in expected]
     if extra:
-        print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {printable(extra[0])}")
+        print(f"note: {source}: {len(extra)} tensors that the model lacks are left out, such as {shortened(extra[0])}")
     state = {name: value for name, value in state.items() if name in expected}
     check_state(state, {name: tuple(value.shape) for name, value in expected.items()}, source=source)
     tables = [name for name in state if name.endswith("embedding_table.weight")]
@@ -176,7 +176,7 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
 
 def refused_settings(path, class_name, error):
     """Returns the `ValueError` for settings of a file that a constructor has answered with an error."""
-    reason = printable(f"{type(error).__name__}: {one_line(error)}", 200)
+    reason = shortened(f"{type(error).__name__}: {one_line(error)}", 200)
     return ValueError(f"{path}: {class_name} refuses these settings: {reason}")
 
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from runtime.untrusted import printable
+from runtime.untrusted import shortened
 from weights.files import load_weights
 
 # Of the official Large-DiT: fairscale's ColumnParallelLinear splits weight and bias by rows of [out, in],
@@ -35,7 +35,7 @@ def shard_axis(name):
     for pattern, axis in _SHARD_AXES:
         if re.match(f"(?:{pattern})$", name):
             return axis
-    raise ValueError(f"{printable(name)} is no parameter of Large-DiT")
+    raise ValueError(f"{shortened(name)} is no parameter of Large-DiT")
 
 
 def merge_shards(paths, progress=iter):
@@ -54,7 +54,7 @@ def merge_shards(paths, progress=iter):
     for rank, path in enumerate(progress(paths)):
         shard = load_weights(path)
         if rank and (other := sorted(shard.keys() ^ shapes.keys())):
-            raise ValueError(f"{path}: {printable(other[0])} is in {paths[0]} or here, but not in both")
+            raise ValueError(f"{path}: {shortened(other[0])} is in {paths[0]} or here, but not in both")
         for name in list(shard):
             value = shard.pop(name)
             try:

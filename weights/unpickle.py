@@ -17,7 +17,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from runtime.untrusted import printable
+from runtime.untrusted import shortened
 
 # torch storage class -> numpy type of one element; bfloat16 is read as its 16 bits and widened later.
 STORAGE_TYPES = {
@@ -253,7 +253,7 @@ class Unpickler(pickle._Unpickler):
         asked = f"{module}.{name}"
         if asked in _ALLOWED:
             return _Name(name, _ALLOWED[asked])
-        asked = printable(asked, 100)
+        asked = shortened(asked, 100)
         return Placeholder(Refused(f"it asks to import {asked}, which no weights need; nothing was run"))
 
     def persistent_load(self, pid):

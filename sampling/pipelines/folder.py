@@ -1,11 +1,10 @@
 """Pipeline folders: what they hold, their labels, and how one is written without ever standing there half finished."""
 
 import inspect
-import json
 import os
-import shutil
 
-from runtime.untrusted import check_sizes, printable, read_json
+from runtime.files import whole_folder, write_json
+from runtime.untrusted import check_sizes, read_json, shortened
 from weights.files import save_pdparams, save_safetensors
 
 TREE = (
@@ -21,12 +20,6 @@ SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
 SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
-
-
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
 
 
 def read_json_object(path):
@@ -50,12 +43,12 @@ def read_component(path, class_name, function):
     """
     settings = read_json_object(path)
     if settings.get("_class_name") != class_name:
-        raise ValueError(f"{path}: holds a '{printable(settings.get('_class_name'))}', expected {class_name!r}")
+        raise ValueError(f"{path}: holds a '{shortened(settings.get('_class_name'))}', expected {class_name!r}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ValueError(f"{path}: unknown setting '{printable(unknown[0])}'; known: {', '.join(known)}")
+        raise ValueError(f"{path}: unknown setting '{shortened(unknown[0])}'; known: {', '.join(known)}")
     check_sizes(settings, path)
     return settings
 
@@ -101,24 +94,14 @@ def check_free(output_dir):
 
 
 def write_folder(output_dir, write, overwrite=False):
-    """`write(temporary folder)` beside `output_dir`, then a rename: the folder is complete or not there.
+    """Calls `write(temporary folder)`, then gives that folder its name: it is complete or not there.
 
     Raises:
         ValueError: something is in the way, see `check_output`.
     """
     check_output(output_dir, overwrite)
-    folder, name = os.path.split(os.path.abspath(output_dir))
-    partial, old = os.path.join(folder, f".{name}.partial"), os.path.join(folder, f".{name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        os.makedirs(partial)
+    with whole_folder(output_dir) as partial:
         write(partial)
-        if os.path.isdir(output_dir):  # empty, or a pipeline that check_output allowed to replace
-            os.replace(output_dir, old)
-        os.replace(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels, safe_serialization=False):

@@ -23,15 +23,10 @@ from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT, build_model
 from models.state import check_finite, check_state, expected_shapes
-from runtime.untrusted import MAX_SIZE, inside, printable
+from runtime.files import write_json
+from runtime.untrusted import MAX_SIZE, inside, shortened
 from sampling.pipelines.export import NULL_CLASS, check_vae, make_scheduler
-from sampling.pipelines.folder import (
-    INFERENCE_MANIFEST,
-    check_free,
-    read_json_object,
-    write_folder,
-    write_json,
-)
+from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object, write_folder
 from sampling.pipelines.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
 from sampling.step_counts import is_timestep_fit
 from weights.pretrained import without_null_rows
@@ -288,7 +283,7 @@ class Predictor:
             yield
         except Exception as error:  # Paddle's own types, of several lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {printable(reason, 200)}") from None
+            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
 
     def __call__(self, *inputs):
         with self._one_line(f"cannot run it with the sizes of {MANIFEST}"):
@@ -348,7 +343,7 @@ def _read_manifest(folder):
     path = inside(folder, MANIFEST)
     manifest = read_json_object(path)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {printable(manifest.get('format'))}, expected {FORMAT}; export it anew")
+        raise ValueError(f"{path}: format {shortened(manifest.get('format'))}, expected {FORMAT}; export it anew")
 
     def size(value):
         return type(value) is int and 0 < value <= MAX_SIZE
@@ -367,7 +362,7 @@ def _read_manifest(folder):
     }
     for key, (good, expected) in checks.items():
         if not good(manifest.get(key)):
-            raise ValueError(f"{path}: {key} is {printable(manifest.get(key), 40)}, expected {expected}")
+            raise ValueError(f"{path}: {key} is {shortened(manifest.get(key), 40)}, expected {expected}")
     LatentScaling.of(manifest, channels=manifest["in_channels"], source=path)
     for part in PARTS:
         if not any(f"{part}/{name}" in sizes for name in PROGRAMS) or f"{part}/{WEIGHTS}" not in sizes:

@@ -7,7 +7,7 @@ of the tables below; weights go through `weights.files`. A folder's own code is 
 """
 
 
-from runtime.untrusted import printable, read_json
+from runtime.untrusted import read_json, shortened
 from sampling.step_counts import FIT_KEY, is_timestep_fit
 from weights.pretrained import find_file, load_model, read_settings, refused_settings
 
@@ -69,7 +69,7 @@ def load_dit_pipeline(name_or_path, dtype=None):
         given = index.get(name)
         kinds[name] = given[1] if isinstance(given, list) and len(given) == 2 else None
         if kinds[name] not in known:
-            raise ValueError(f"{index_path}: {name} is {printable(given)}, expected a {' or '.join(known)}")
+            raise ValueError(f"{index_path}: {name} is {shortened(given)}, expected a {' or '.join(known)}")
     labels = index.get("id2label") or {}
     if not is_id2label(labels):
         raise ValueError(f'{index_path}: id2label: expected {{"0": "name", ...}}')

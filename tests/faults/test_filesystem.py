@@ -1,67 +1,21 @@
-"""File systems that are full, read-only, slow, or change bits; benchmarks/faults.py is the long form."""
+"""File systems that refuse, and streams that take nothing; benchmarks/faults.py has full, slow and read-only disks."""
 
 import contextlib
 import json
-import os
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
-from benchmarks import faults
-from training.checkpoints import whole_folder as manifest
+from runtime import files as manifest
+from runtime.process import SAVING_THREAD
 from training.checkpoints.find import _step_of, list_checkpoints, pick_checkpoint
 from training.metrics import TrainingLog, _Rows
 
 LOOPS = ("trainer", "notrainer")
-# Mounting a small file system of one's own takes root's rights, at least those of a user namespace.
-OWN_MOUNTS = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
-
-
-def may_mount(folder):
-    with contextlib.suppress(OSError):
-        command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "none", str(folder)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    return False
-
-
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """The figures of real file systems: one that is full, one that is read-only for a while, a slow one."""
-    folder = tmp_path_factory.mktemp("filesystems")
-    if not may_mount(folder):
-        pytest.skip("this user may not mount file systems; the tests with a limit on file sizes need no right")
-    output = folder / "figures.json"
-    command = [*OWN_MOUNTS, sys.executable, ROOT / "benchmarks/faults.py", "--parts", "full", "readonly", "slow"]
-    command += ["--loops", "notrainer", "--work_dir", folder, "--output", output]
-    done = subprocess.run(
-        command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {part: values["notrainer"] for part, values in json.loads(output.read_text()).items()}
-
-
-def test_a_full_disk(figures):
-    full = figures["full"]
-    # Two checkpoints of six find room; the last one, which does not, makes it an error.
-    assert full["saved"] == [2, 4] and full["refused"] == 4 and full["damaged"] == [] and full["partial"] == 0
-    assert full["exit_code"] == 2 and full["error"].startswith("error: ")
-    assert full["error"].endswith("No space left on device")
-    assert full["exit_code_with_room"] == 0 and full["resumed"] == 4 and full["equal"] is True
-
-
-def test_a_read_only_disk(figures):
-    row = figures["readonly"]
-    assert row["saved"] == [2, 8, 10, 12] and row["refused"] == 2 and row["damaged"] == []
-    assert row["exit_code"] == 0 and row["equal"] is True
-
-
-def test_a_slow_disk(figures):
-    row = figures["slow"]
-    assert row["exit_code"] == 0 and row["equal"] is True
-    assert len(row["waited"]) == 3 and max(row["waited"]) < 0.5 * row["seconds_a_save"]
 
 
 @contextlib.contextmanager
@@ -75,6 +29,12 @@ def no_file_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def wait_for_saves():
+    for thread in threading.enumerate():
+        if thread.name == SAVING_THREAD:
+            thread.join()
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_training_goes_on_while_files_may_not_grow(features, tmp_path, run_loop, monkeypatch, capsys, loop):
     """From step 3 to step 7 a write stops in the middle of the weights."""
@@ -82,7 +42,7 @@ def test_training_goes_on_while_files_may_not_grow(features, tmp_path, run_loop,
 
     def hooked(self, step):
         if step in (3, 7):
-            faults.wait_for_saves()
+            wait_for_saves()
             limit.enter_context(no_file_larger_than(100_000)) if step == 3 else limit.close()
         return step_done(self, step)
 
@@ -140,15 +100,6 @@ def test_a_preview_that_cannot_be_written_does_not_end_training(features, tmp_pa
     run_loop("trainer", [*arguments, f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"])
     assert f"warning: {output}/images/0000002.png is not saved: " in capsys.readouterr().out
     assert (output / "checkpoint-2").is_dir() and (output / "images").read_text() == "in the way"
-
-
-def test_flipped_bits_are_found(tmp_path, run_loop):
-    run = faults.Run(tmp_path, "trainer", steps=4)
-    run_loop(run.loop, run.arguments)
-    found = faults.flip_bits(run, 30, seed=1)
-    assert set(found) >= {"manifest.json", "config.json", "objective.pdparams", "optimizer.pdopt", "trainer_state.json"}
-    assert len(found) == 7 and set(found.values()) == {30}
-    assert pick_checkpoint(run.output) == run.checkpoints()[4]  # all bits are as they were
 
 
 def test_streams_that_take_nothing_end_no_run(features, tmp_path):

@@ -35,7 +35,7 @@ from features.images import UnreadableImage, find_images, load_pixels
 from features.npy import load_npy, load_npz
 from features.packed import PackedStore
 from models.state import check_state
-from runtime.untrusted import inside, parse_json, printable, read_json
+from runtime.untrusted import inside, parse_json, read_json, shortened
 from sampling.pipelines.export import export_dit_pipeline
 from sampling.pipelines.folder import read_component
 from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
@@ -313,9 +313,9 @@ class TestMessages:
             assert one_line(error).isprintable()
 
     def test_what_can_be_shown_is(self):
-        assert printable("blocks.0.ä") == "blocks.0.ä"
-        assert printable("a\x1b\n\u202e\ud800") == r"a\x1b\n\u202e\ud800"
-        assert printable("x" * 81) == "x" * 80 + "..." and printable("\n" * 80) == r"\n" * 40 + "..."
+        assert shortened("blocks.0.ä") == "blocks.0.ä"
+        assert shortened("a\x1b\n\u202e\ud800") == r"a\x1b\n\u202e\ud800"
+        assert shortened("x" * 81) == "x" * 80 + "..." and shortened("\n" * 80) == r"\n" * 40 + "..."
 
 
 class TestCheckpointsOfNoArrays:
@@ -399,8 +399,8 @@ class TestCheckpointsOfNoArrays:
         one_line(error)
 
     def test_dump_of_a_step(self, tmp_path):
+        from runtime.files import FolderWriter
         from tools.replay_step import read_dump
-        from training.checkpoints.whole_folder import FolderWriter
 
         state = dict.fromkeys(("step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "device"), 1)
         state.update(micro_batch=2, precision={"dtype": "float32"}, sources=["a", "b"])
@@ -932,10 +932,10 @@ class TestImages:
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / "good.png")
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.eps")
         shutil.copy(tmp_path / "a" / "x.eps", tmp_path / "a" / "x.png")
-        others = []
-        samples, _ = find_images(str(tmp_path), others)
+        notes = []
+        samples, _ = find_images(str(tmp_path), notes=notes)
         assert [os.path.basename(path) for path, _ in samples] == ["good.png", "x.png"]
-        assert [os.path.basename(path) for path in others] == ["x.eps"]
+        assert notes == ["left out, no images by their names: 1 file (.eps)"]
         with pytest.raises(UnreadableImage, match="no image format that Pillow knows"):
             load_pixels(str(tmp_path / "a" / "x.png"), 8)
 

@@ -234,7 +234,8 @@ def _arrays():
 def _config(folder):
     for name in ("DiT_XL_patch2.json", "SiT_XL_patch2.json"):
         shutil.copy(ROOT / "config" / name, folder)
-    from config.schema import load_config, write_json
+    from config.schema import load_config
+    from runtime.files import write_json
 
     write_json(folder / "resolved.json", load_config(str(folder / "SiT_XL_patch2.json")))
 
@@ -324,7 +325,7 @@ def _safetensors(folder):
 
 
 def _manifest(folder):
-    from training.checkpoints.whole_folder import FolderWriter
+    from runtime.files import FolderWriter
 
     writer = FolderWriter(folder / "checkpoint-1")
     for name in ("config.json", "model_state.pdparams", "optimizer.pdopt", "trainer_state.json"):

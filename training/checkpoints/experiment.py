@@ -6,13 +6,11 @@ import time
 
 import paddle
 
+from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
 from training.checkpoints.find import _step_of, find_checkpoints, list_checkpoints
 from training.checkpoints.read import check_same_model, load_checkpoint
-from training.checkpoints.whole_folder import (
-    clear_leftovers,
-)
 from training.parallel.collective import of_rank_0
 
 

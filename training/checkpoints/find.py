@@ -5,13 +5,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from runtime.files import MANIFEST, restore_replaced
 from runtime.process import say
 from runtime.run_lock import list_experiments
-from training.checkpoints.whole_folder import (
-    MANIFEST,
-    damage,
-    restore_replaced,
-)
+from training.checkpoints.whole_folder import damage
 from weights.source import is_training_checkpoint
 
 CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"

@@ -8,7 +8,7 @@ import paddle
 
 from config.schema import differences, own_config, resolve_config, sampling_differences
 from models.state import check_finite, is_state, official_to_paddle, plain_names, without_rounding
-from runtime.untrusted import inside, printable, read_json
+from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints.find import CONFIG, EMA_STATE, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint, pick_checkpoint
 from training.checkpoints.state import _load_weights, _parts
 from training.parallel.collective import of_rank_0
@@ -83,7 +83,7 @@ def _load_official(path):
     try:
         moments, step = _official_moments(raw)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        said = printable(repr(error), 200)
+        said = shortened(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
     for kind in ("moment1", "moment2"):
         check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")

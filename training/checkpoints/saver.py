@@ -17,11 +17,11 @@ import threading
 import numpy as np
 import paddle
 
+from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
 from runtime.process import SAVING_THREAD, is_refusal, one_line, say
 from training.checkpoints.find import CONFIG, EMA_STATE, MODEL, OBJECTIVE, OPTIMIZER, STATE, _damage, list_checkpoints
 from training.checkpoints.state import _is_plain, _plain_scaler, _random_state, _whole_optimizer_state, whole_weights
-from training.checkpoints.whole_folder import FolderWriter, delete_folder
 from training.parallel.collective import of_rank_0
 from training.parallel.shares import Shares, master_weights
 from weights.files import save_pdparams

@@ -1,0 +1,62 @@
+"""Tiny feature sets in either format, and all that a run reads of them."""
+
+import os
+
+import numpy as np
+
+from features.dataset import FeatureDataset
+from features.loader import FeatureLoader
+from features.order import MicroBatchSampler
+from tools.pack_features import main as pack
+
+SHAPE = (4, 8, 8)
+
+
+def write_set(folder, count=40, *, flip=False, moments=False, dtype="float32", names=None, name="imagenet64"):
+    """Writes pairs of files with what is asked for; returns `(latents, mirrored)` in the order of `names`."""
+    rng = np.random.default_rng(1)
+    names = names or [str(index) for index in range(count)]
+    kinds = ["features", "labels", *(["features_flip"] if flip else [])]
+    for kind in kinds:
+        os.makedirs(folder / f"{name}_{kind}", exist_ok=True)
+    rows = rng.standard_normal((2, len(names), 1, SHAPE[0] * (1 + moments), *SHAPE[1:])).astype("float32")
+    if moments:
+        rows[:, :, :, SHAPE[0] :] = np.abs(rows[:, :, :, SHAPE[0] :]) + 0.5
+    rows = rows.astype(dtype)
+    for index, stem in enumerate(names):
+        np.save(folder / f"{name}_features" / f"{stem}.npy", rows[0, index])
+        np.save(folder / f"{name}_labels" / f"{stem}.npy", np.array([index % 10]))
+        if flip:
+            np.save(folder / f"{name}_features_flip" / f"{stem}.npy", rows[1, index])
+    return rows[0, :, 0], rows[1, :, 0]
+
+
+def dataset(folder, **options):
+    return FeatureDataset(folder, resolution=64, sample_shape=SHAPE, num_classes=10, **options)
+
+
+def pack_set(folder, output, *flags):
+    pack(["--feature_path", str(folder), "--output", str(output), "--resolution", "64", *map(str, flags)])
+    return output
+
+
+def everything(data, positions=None):
+    return data.read(np.arange(len(data)), positions)
+
+
+def sampler(data, *, batch=8, steps=9, accumulation=1, rank=0, world=1, seed=0):
+    return MicroBatchSampler(
+        len(data),
+        global_batch_size=batch,
+        accumulation_steps=accumulation,
+        rank=rank,
+        world_size=world,
+        seed=seed,
+        last_step=steps,
+    )
+
+
+def load(data, num_workers=0, **run):
+    """Returns all micro-batches of a run, as arrays."""
+    loader = FeatureLoader(data, sampler(data, **run), num_workers=num_workers)
+    return [(x.numpy(), y.numpy()) for x, y in loader]

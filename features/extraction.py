@@ -86,7 +86,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     Args:
         layout: a `Layout`.
         root: where the images are.
-        list_images: returns the `ImageSource`; called by rank 0.
+        list_images: returns the `ImageSource`, with the order of the labels of an earlier start if it is given one.
         make_settings: of a source, the manifest as far as it is known before.
         rank: the others wait until rank 0 has listed the images.
 
@@ -99,7 +99,7 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if rank > 0:
         return _join(layout, root, make_settings)
     if os.path.exists(layout.manifest):
-        source = list_images()
+        source = list_images(_earlier_classes(layout))
         check_settings(layout.manifest, make_settings(source))
         folder = layout.packed if read_json(layout.manifest)["format"] == "packed" else layout.features
         if not os.path.isdir(folder):
@@ -109,16 +109,24 @@ def open_extraction(layout, root, list_images, make_settings, rank):
     if os.path.exists(layout.settings):
         source = ImageSource.load(layout.images, root)
         if source.kind != "tar":  # whose headers take long to read
-            source = list_images()
+            source = list_images(source.classes)
         check_settings(layout.settings, make_settings(source))
         return source, read_json(layout.settings)
     check_unused(layout)
-    source = list_images()
+    source = list_images(None)
     settings = make_settings(source)
     os.makedirs(layout.state, exist_ok=True)
     source.save(layout.images)
     write_json(layout.settings, settings)
     return source, settings
+
+
+def _earlier_classes(layout):
+    """Reads the classes of a complete extraction in the order of their labels; None if its file of names is gone."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        names = read_json(layout.classes)["id2label"]
+        return [str(names[str(label)]) for label in range(len(names))]
+    return None
 
 
 def _join(layout, root, make_settings):

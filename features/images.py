@@ -41,7 +41,7 @@ def some_of(names) -> str:
     return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def order_classes(names, notes: list) -> list:
+def order_classes(names, notes: list, earlier: list | None = None) -> list:
     """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
@@ -50,6 +50,7 @@ def order_classes(names, notes: list) -> list:
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
+        earlier: the order of a set that was begun before; it is kept for the same names.
 
     Raises:
         ValueError: two names are the same number.
@@ -66,6 +67,13 @@ def order_classes(names, notes: list) -> list:
                 break
         return text
     numbered = sorted(text, key=int)
+    if earlier is not None and sorted(earlier) == text and earlier != numbered:
+        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
+        notes.append(
+            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
+            f"{label}; a new extraction gives it label {numbered.index(name)}"
+        )
+        return earlier
     for one, other in itertools.pairwise(numbered):
         if int(one) == int(other):
             raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
@@ -117,7 +125,7 @@ def _kind(entry, above):
     return None if (state.st_dev, state.st_ino) in above else "folder"
 
 
-def find_images(root: str, *, notes: list | None = None) -> tuple[list, list]:
+def find_images(root: str, *, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
     """Lists the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
@@ -125,6 +133,7 @@ def find_images(root: str, *, notes: list | None = None) -> tuple[list, list]:
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
+        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     Returns:
         (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
@@ -150,7 +159,7 @@ def find_images(root: str, *, notes: list | None = None) -> tuple[list, list]:
         elif entry.name.lower().endswith(suffixes):
             loose.append(entry.name)
     try:
-        classes = order_classes(classes, notes)
+        classes = order_classes(classes, notes, earlier)
     except ValueError as error:
         raise ValueError(f"{root}: {error}") from None
     for label, name in enumerate(classes):

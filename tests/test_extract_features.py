@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.runs import launch
 
 from features.extraction import Journal
 from features.images import find_images, load_image
@@ -95,6 +96,16 @@ def test_result_depends_on_seed_but_not_on_batches_or_workers(images, extracted,
     assert (same_labels == labels).all()
     main(arguments(images, tmp_path, "--name", "two", "--seed", "1"))
     assert np.abs(load(tmp_path, "two")[0] - features).mean() > 1e-3
+
+
+@pytest.mark.distributed
+def test_two_processes_write_what_one_does(images, extracted, tmp_path):
+    command = arguments(images, tmp_path / "out", "--batch_size", "3", "--device", "cpu")
+    done = launch(2, "tools/extract_features.py", command, tmp_path / "log")
+    assert done.returncode == 0, done.stdout + done.stderr
+    features, labels = load(tmp_path / "out")
+    np.testing.assert_allclose(features, load(extracted)[0], atol=2e-5)
+    assert (labels == load(extracted)[1]).all()
 
 
 def test_pixels_are_scaled_to_plus_minus_one(tmp_path):
@@ -452,6 +463,22 @@ def test_stopped_between_two_parts_it_goes_on_to_the_same_files(images, tmp_path
     shutil.rmtree(output)
     main(command)
     assert ours == everything(output)
+
+
+def test_numbered_classes_of_a_set_begun_in_text_order_keep_it(tmp_path, monkeypatch, capsys):
+    for number in range(11):
+        (tmp_path / f"images/{number}").mkdir(parents=True)
+        Image.new("L", (32, 32), number).save(tmp_path / f"images/{number}/x.png")
+    command = arguments(tmp_path / "images", tmp_path / "out")
+    with monkeypatch.context() as before:
+        before.setattr("features.images.order_classes", lambda names, notes, earlier=None: sorted(names))
+        main(command)
+    files = everything(tmp_path / "out")
+    main(command)
+    told = capsys.readouterr().out
+    assert "complete since an earlier start" in told
+    assert "folder 10 is label 2; a new extraction gives it label 10" in told
+    assert everything(tmp_path / "out") == files
 
 
 @pytest.mark.parametrize("world", [1, 2])

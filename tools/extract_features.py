@@ -87,7 +87,7 @@ def extract(args) -> None:
     source, settings = open_extraction(
         layout,
         source_root(args.data_path, args.list),
-        lambda: open_source(args.data_path, args.list),
+        lambda earlier: open_source(args.data_path, args.list, earlier),
         lambda source: {**settings, **source_settings(source)},
         rank,
     )

@@ -407,8 +407,8 @@ class TestCheckpointsOfNoArrays:
         one_line(error)
 
     def test_dump_of_a_step(self, tmp_path):
-        from tools.replay_step import read_dump
         from training.checkpoints.whole_folder import FolderWriter
+        from training.supervision.replay import read_dump
 
         state = dict.fromkeys(("step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "device"), 1)
         state.update(micro_batch=2, precision={"dtype": "float32"}, sources=["a", "b"])

@@ -29,9 +29,9 @@ def _scaler_state(device):
     return paddle.ones([1]), paddle.zeros([1], "int32"), paddle.zeros([1], "int32")
 
 
-def scales_loss(scaler):
-    """Returns True if a `paddle.amp.GradScaler`, or None, scales losses: False for one that is off."""
-    return bool(getattr(scaler, "_enable", False))
+def is_scaler_on(scaler):
+    """Returns whether `scaler`, a `paddle.amp.GradScaler` or None, scales anything."""
+    return scaler is not None and scaler._enable
 
 
 def loss_scale(scaler):

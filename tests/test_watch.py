@@ -527,30 +527,59 @@ def test_replay_refuses_what_is_no_dump(spoiled, tmp_path, run_loop, monkeypatch
 # Real processes.
 
 
+BAD_RUNS = """
+import importlib, json, sys
+from pathlib import Path
+from runtime.process import configure_runtime, leave_distributed
+configure_runtime()
+sys.path.insert(0, "tests")
+from support.run_loops import keep_groups
+from training.supervision.number_watch import BadStepError
+keep_groups()
+script = importlib.import_module("train_image_generation_trainer")
+for flags in json.loads(Path(sys.argv[1]).read_text()):
+    sys.argv = [script.__file__, *flags]
+    try:
+        script.main()
+    except BadStepError as error:
+        print("ended:", error, flush=True)
+leave_distributed()
+"""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("flags", ["--sharding=stage3", "--tensor_parallel_degree=2"])
-def test_parallel_runs(spoiled, tmp_path, run_loop, monkeypatch, capsys, flags):
+def test_parallel_runs(spoiled, tmp_path, monkeypatch, capsys):
     """Verdict and zeros reach the parts of weights and gradients on every rank; the dump is of the whole batch."""
     features, path, row = spoiled
     config = write_config(tmp_path / "Tiny.json", max_grad_norm=0.3)
-    ranks = 1 if "tensor" in flags else 2
-    arguments = loop_arguments(
-        "trainer", config=config, features=features, output=tmp_path / "stop", steps=6, save_every=2, ranks=ranks
-    )
-    flags = [flags] if ranks == 1 else [flags, "--sharding_parallel_degree=2"]
-    (tmp_path / "runs.json").write_text(json.dumps([["trainer", [*map(str, arguments), *flags]]]))
-    finished = launch(2, "tests/support/run_loops.py", [tmp_path / "runs.json"], tmp_path / "log")
-    logs = "\n".join(log.read_text()[-3000:] for log in sorted((tmp_path / "log").glob("workerlog.*")))
-    assert finished.returncode != 0 and f"step {BAD}: the loss is nan" in logs, logs
-    dump = dump_path(tmp_path / "stop")
-    assert_equal(safe_load(dump / "weights.pdparams"), weights("trainer", tmp_path / "stop", LAST_GOOD))
-    batch = safe_load(dump / "batch.pdparams")
-    assert batch["row"].tolist() == list(range(8)) and batch["rank"].tolist() == sorted(
-        list(range(ranks)) * (8 // ranks)
-    )
-    assert np.flatnonzero(~np.isfinite(batch["loss"])).tolist() == [row]
-    printed = replay(dump, monkeypatch, capsys)
-    assert f"Numbers of its sample {row} ({path}) are not finite" in printed
+    kinds = {"stage3": ["--sharding=stage3", "--sharding_parallel_degree=2"], "tensor": ["--tensor_parallel_degree=2"]}
+    data_ranks = {"stage3": 2, "tensor": 1}
+    runs = []
+    for kind, flags in kinds.items():
+        given = loop_arguments(
+            "trainer",
+            config=config,
+            features=features,
+            output=tmp_path / kind,
+            steps=6,
+            save_every=2,
+            ranks=data_ranks[kind],
+        )
+        runs.append([*map(str, given), *flags])
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "bad_runs.py").write_text(BAD_RUNS)
+    finished = launch(2, tmp_path / "bad_runs.py", [tmp_path / "runs.json"], tmp_path / "log")
+    logs = [log.read_text() for log in sorted((tmp_path / "log").glob("workerlog.*"))]
+    assert finished.returncode == 0, logs[0][-3000:]
+    assert [log.count(f"ended: step {BAD}: the loss is nan") for log in logs] == [2, 2]
+    for kind, ranks in data_ranks.items():
+        dump = dump_path(tmp_path / kind)
+        assert_equal(safe_load(dump / "weights.pdparams"), weights("trainer", tmp_path / kind, LAST_GOOD))
+        batch = safe_load(dump / "batch.pdparams")
+        assert batch["row"].tolist() == list(range(8))
+        assert batch["rank"].tolist() == sorted(list(range(ranks)) * (8 // ranks))
+        assert np.flatnonzero(~np.isfinite(batch["loss"])).tolist() == [row]
+        assert f"Numbers of its sample {row} ({path}) are not finite" in replay(dump, monkeypatch, capsys)
 
 
 @pytest.mark.distributed

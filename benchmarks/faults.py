@@ -573,7 +573,7 @@ def slow(args, folder):
 
 def ranks(args, folder):
     """Signals to one of two processes or to their launcher; how all of them end, and how long it takes."""
-    from support.runs import checkpoint_path, command_environment, launch_command, loop_arguments
+    from support.runs import command_environment, launch_command, loop_arguments
 
     figures, hang_timeout = {}, 5
     cases = [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", "launcher")]
@@ -599,12 +599,11 @@ def ranks(args, folder):
             row = {"exit_code": launcher.wait(), "seconds": time.perf_counter() - start}
             for process in processes.values():
                 kill_if_there(process)
-            if steps := run.checkpoints():
-                row["saved"] = sorted(steps) == [max(run.losses())] and checkpoint_path(loop, run.output, max(steps))
-                row["saved"] = bool(row["saved"]) and not run.damaged()
+            row["saved"] = [step == max(run.losses()) for step in run.checkpoints()] == [True] and not run.damaged()
             with open(os.path.join(run.folder, "workerlog.0")) as log:
                 row["said"] = [line for line in log.read().splitlines() if re.match("error: |stopped by", line)]
             figures[f"{loop}, {name} to {target}"] = row
+            print(f"{loop}, {name} to {target}: {row}", flush=True)
     return figures
 
 

@@ -68,7 +68,7 @@ def train(args, config, stopping):
         start_note = load_pretrained(args.pretrained_model_path, model, ema, config=config)
     precision.decorate(model)
     lr_scheduler = build_lr_scheduler(settings, last_step)
-    watch = NumberWatch(settings)
+    watch = NumberWatch(settings, stopping)
     optimizer = build_optimizer(
         model, settings, lr_scheduler, multi_precision=precision.low_precision_weights, watch=watch
     )

@@ -1,4 +1,4 @@
-"""What training survives: kills, damaged files, file systems that fail; and how long it waits for a checkpoint.
+"""Shows what training survives: kills, damaged files, file systems that fail, ranks that hang or are gone.
 
 - kills: a training that saves every two steps gets SIGKILL, in turn at any moment and inside a save (the harness waits
   for the folder `.N.partial` and then a random part of a save's time), and is started again, until it ends. After each
@@ -9,8 +9,7 @@
 - full, readonly: the checkpoints' file system has no room (a small tmpfs), or becomes read-only and is mended. Training
   must go on, say so, and save again when it can. Needs the right to mount; readonly only if run by root.
 - slow: writing is slowed down to so many bytes a second; training must go on meanwhile.
-- saving: the time that the loop is inside its save call, against the reference's way in the same process and to the
-  same disk: paddle.save of network, averages and optimizer, while the loop waits. Both in turn, medians.
+- ranks: SIGTERM, SIGINT, SIGSTOP and SIGKILL to one of two processes, SIGTERM to their launcher: how all of them end.
 - fuzz: the mutated files of tests/support/mutations.py, many more than in the tests.
 
 Trainings are forked from a process that has imported Paddle and computed nothing: a start takes half a second, not ten.
@@ -44,7 +43,7 @@ from runtime.process import SAVING_THREAD, configure_runtime, exit_now, run_cli 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not miss the threads of its parent
 configure_runtime()  # before Paddle is imported
 
-PARTS = ("kills", "bitflips", "full", "readonly", "slow", "saving", "fuzz")
+PARTS = ("kills", "bitflips", "full", "readonly", "slow", "ranks", "fuzz")
 LOOPS = ("trainer", "notrainer")
 # Every file of a checkpoint is there: the timestep sampler has a state.
 OBJECTIVE = {"timestep_sampler": "loss-second-moment", "diffusion_steps": 21}
@@ -60,26 +59,27 @@ class Run:
 
     Args:
         output: where its output goes; `folder`/out if None.
-        config: a config file; a small DiT's if None.
     """
 
-    def __init__(
-        self, folder, loop, *, steps, save_every=2, batch=4, output=None, config=None, features=None, flags=()
-    ):
+    def __init__(self, folder, loop, *, steps, save_every=2, output=None, flags=()):
         from support.runs import TINY_MODELS, loop_arguments, write_features
 
         self.folder, self.loop, self.steps = folder, loop, steps
         self.output = output or os.path.join(folder, "out")
         os.makedirs(folder, exist_ok=True)
-        if config is None:
-            config = os.path.join(folder, "Small.json")
-            model = {**TINY_MODELS["DiT"], "num_layers": 4, "attention_head_dim": 32}
-            training = {"ema_decay": 0.9, "learning_rate": 1e-3}
-            with open(config, "w") as file:
-                json.dump({"model": model, "objective": OBJECTIVE, "training": training}, file)
-        features = features or write_features(Path(folder) / "features")
+        self.config = os.path.join(folder, "Small.json")
+        model = {**TINY_MODELS["DiT"], "num_layers": 4, "attention_head_dim": 32}
+        with open(self.config, "w") as file:
+            json.dump({"model": model, "objective": OBJECTIVE, "training": {"ema_decay": 0.9}}, file)
+        self.features = write_features(Path(folder) / "features")
         self.arguments = loop_arguments(
-            loop, config=config, features=features, output=self.output, steps=steps, batch=batch, save_every=save_every
+            loop,
+            config=self.config,
+            features=self.features,
+            output=self.output,
+            steps=steps,
+            batch=4,
+            save_every=save_every,
         )
         self.arguments += ["--resume=auto"] if loop == "notrainer" else []
         self.arguments += flags
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def log(self):
-        """What the latest start has printed: a file."""
+        """The file that holds what the latest start has printed."""
         return os.path.join(self.folder, f"start-{self.starts:03d}.log")
 
     def printed(self):
@@ -126,11 +126,11 @@ class Run:
             exit_now(code)
 
     def finish(self, prepare=None):
-        """Starts it and waits for its end; returns the exit code."""
+        """Starts the training and waits for its end; returns the exit code."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(prepare), 0)[1])
 
     def train(self):
-        """An unbroken run: raises if it does not end well."""
+        """Trains without a break; raises if the run does not end well. Returns the run."""
         if code := self.finish():
             raise RuntimeError(f"a training ended with exit code {code}: {self.printed()[-2000:]}")
         return self
@@ -139,22 +139,22 @@ class Run:
         return [self.output] if self.loop == "trainer" else glob.glob(os.path.join(self.output, "*", "checkpoints"))
 
     def checkpoints(self):
-        """`{step: path}` of what has a checkpoint's name."""
+        """Returns `{step: path}` of what has a checkpoint's name."""
         paths = [path for place in self._places() for path in glob.glob(os.path.join(place, "*"))]
         names = {path: re.fullmatch(r"(?:checkpoint-)?(\d+)", os.path.basename(path)) for path in paths}
         return {int(name.group(1)): path for path, name in names.items() if name}
 
     def partial(self):
-        """The folders of checkpoints that are being written, deleted or replaced."""
+        """Returns the folders of checkpoints that are being written, deleted or replaced."""
         return [path for place in self._places() for path in _hidden(place)]
 
     def digests(self):
-        """Checksums of the last checkpoint's files."""
+        """Returns the checksums of the last checkpoint's files."""
         with open(os.path.join(self.checkpoints()[self.steps], "manifest.json")) as file:
             return {name: entry["sha256"] for name, entry in json.load(file)["files"].items() if name != "config.json"}
 
     def losses(self):
-        """`{step: loss}`, of all experiment folders that restarts have made."""
+        """Returns `{step: loss}`, of all experiment folders that restarts have made."""
         from support.runs import read_losses
 
         folders = sorted(glob.glob(os.path.join(self.output, "**", "metrics.jsonl"), recursive=True))
@@ -164,14 +164,14 @@ class Run:
         return losses
 
     def damaged(self):
-        """What is wrong with checkpoints that have their names: lines."""
+        """Returns a line for each checkpoint that has its name and is damaged."""
         from training.checkpoints.find import _damage
 
         wrong = {path: _damage(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
 
     def differences(self, other):
-        """What of all that was trained is not what `other` has, bit for bit: names."""
+        """Returns the names of files and steps that are not what `other` has, bit for bit."""
         mine, theirs = ({**run.digests(), **run.losses()} for run in (self, other))
         return [str(key) for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
 
@@ -186,7 +186,7 @@ def _hidden(folder):
 
 
 def _ended(process):
-    """The exit code of a process, or None while it runs."""
+    """Returns the exit code of a process, or None while it runs."""
     done, status = os.waitpid(process, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
@@ -208,7 +208,7 @@ def _quiet():
 
 
 def save_seconds(run):
-    """Median time that a checkpoint of an unbroken run takes, seen from outside; and the run's seconds."""
+    """Returns the median time that a checkpoint takes, seen from outside, and the seconds of the whole run."""
     begin, since, times = time.perf_counter(), None, []
     process = run.start()
     while (code := _ended(process)) is None:
@@ -242,15 +242,19 @@ def kill_anywhere(run, process, rng, seconds):
     return kill(process)
 
 
-def kill(process):
+def kill_if_there(process):
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
+
+
+def kill(process):
+    kill_if_there(process)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return None if code == -signal.SIGKILL else code
 
 
 def left_alive(group):
-    """How many processes of a killed one's group live on after a second; they are killed then."""
+    """Returns how many processes of a killed one's group live on after a second; they are killed then."""
     for _ in range(100):
         alive = []
         for path in glob.glob("/proc/[0-9]*/stat"):
@@ -292,7 +296,7 @@ def what_a_kill_left(run, newest):
 
 
 def kills(args, folder):
-    """`args.kills` kills of trainings by both loops in turn; returns the figures."""
+    """Kills trainings of both loops in turn, `args.kills` times; returns the figures."""
     from tqdm import tqdm
 
     rng = random.Random(args.seed)
@@ -357,7 +361,7 @@ def kills(args, folder):
 
 
 def _last_written(path):
-    """The file that a kill has found being written, or what else was going on."""
+    """Returns the file that a kill has found being written, or what else was going on."""
     if path.endswith(".replaced"):
         return "replaced"
     names = os.listdir(path)
@@ -372,7 +376,7 @@ def _last_written(path):
 
 
 def flip_bits(run, count, seed):
-    """`{file: how many of `count` random flipped bits were found}` in the newest checkpoint of a finished run."""
+    """Returns `{file: how many of `count` random flipped bits were found}`, of the newest checkpoint of a run."""
     from tqdm import tqdm
 
     from training.checkpoints.find import pick_checkpoint
@@ -418,7 +422,7 @@ def _unmount(folder):
 
 
 def at_steps(hooks):
-    """What to `prepare` a training with: `hooks[step]()` is called after that step, before it is saved."""
+    """Returns a `prepare` of a training that calls `hooks[step]()` after that step, before it is saved."""
 
     def prepare():
         from training.metrics import TrainingLog
@@ -515,6 +519,29 @@ def slow_writes(bytes_per_second):
     manifest._HashedFile.write = slow
 
 
+def _read_rows(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def _append_row(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def record_waits(path):
+    """From now on both loops' saves in this process add `{"step", "seconds"}` to a file: how long each was inside."""
+    from training.metrics import TrainingLog
+
+    pause = TrainingLog.pause
+
+    def recorded(self, seconds):
+        _append_row(path, {"kind": "save", "step": self._step, "seconds": seconds})
+        return pause(self, seconds)
+
+    TrainingLog.pause = recorded  # previews and validation, which pause too, are off here
+
+
 def slow(args, folder):
     """Saves take half a second each, and come every 60 steps, which take a bit longer; the last one is waited for."""
     figures, seconds, steps = {}, 0.5, 180
@@ -540,121 +567,57 @@ def slow(args, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Waiting for a save
+# Several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_rows(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+def ranks(args, folder):
+    """Signals to one of two processes or to their launcher; how all of them end, and how long it takes."""
+    from support.runs import command_environment, launch_command, loop_arguments
 
-
-def _append_row(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def record_waits(path):
-    """From now on both loops' saves in this process add `{"step", "seconds"}` to a file: how long each was inside."""
-    from training.metrics import TrainingLog
-
-    pause = TrainingLog.pause
-
-    def recorded(self, seconds):
-        _append_row(path, {"kind": "save", "step": self._step, "seconds": seconds})
-        return pause(self, seconds)
-
-    TrainingLog.pause = recorded  # previews and validation, which pause too, are off here
-
-
-def time_both_ways(run, path, every):
-    """Prepares a training: its own saves are timed, and between two of them one by the reference's way."""
-    import paddle
-
-    import training.optimizer
-    from training import setup
-    from training.metrics import TrainingLog
-
-    record_waits(path)
-    held, state = {}, {"last": None}
-
-    def keep(name, function):
-        def made(*args, **options):
-            held[name] = function(*args, **options)
-            return held[name]
-
-        return made
-
-    setup.build_network = keep("model", setup.build_network)
-    setup.build_ema = keep("ema", setup.build_ema)
-    build_optimizer = keep("optimizer", training.optimizer.build_optimizer)
-    training.optimizer.build_optimizer = build_optimizer
-    if "training.trainer" in sys.modules:
-        sys.modules["training.trainer"].build_optimizer = build_optimizer
-    place = os.path.join(run.folder, "reference")
-    os.makedirs(place, exist_ok=True)
-    step_done = TrainingLog.step_done
-
-    def hooked(self, step):
-        now = time.perf_counter()
-        if state["last"] is not None:
-            kind = "step beside a save" if state["busy"] else "step"
-            _append_row(path, {"kind": kind, "step": step, "seconds": now - state["last"]})
-        answer = step_done(self, step)
-        if step % every == every // 2:
-            while run.partial():  # one's own is still on its way
-                time.sleep(0.01)
-            os.sync()
-            start = time.perf_counter()
-            paddle.save(held["model"].state_dict(), os.path.join(place, "model_state.pdparams"))
-            paddle.save(held["ema"].state_dict(), os.path.join(place, "ema_state.pdparams"))
-            paddle.save(held["optimizer"].state_dict(), os.path.join(place, "optimizer.pdopt"))
-            _append_row(path, {"kind": "reference", "step": step, "seconds": time.perf_counter() - start})
-            os.sync()
-        state["last"], state["busy"] = time.perf_counter(), bool(run.partial())
-        return answer
-
-    TrainingLog.step_done = hooked
-
-
-def saving(args, folder):
-    from support.runs import write_features
-
-    figures = {}
-    with open(args.config_file) as file:
-        config = json.load(file)
-    model = config.get("model", config)
-    size, classes = model["sample_size"], model.get("num_classes", 1000)
-    shape = (model.get("in_channels", 4), size, size)
-    features = write_features(Path(folder) / "features", 40, shape, classes)
-    every = args.save_every
+    figures, hang_timeout = {}, 5
+    cases = [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", "launcher")]
+    cases += [(name, rank) for name in ("SIGSTOP", "SIGKILL") for rank in (0, 1)]
     for loop in args.loops:
-        run = Run(
-            os.path.join(folder, f"saving-{loop}"),
-            loop,
-            steps=every * args.saves + 1,  # the last save, which is waited for, is another one
-            save_every=every,
-            batch=args.batch_size,
-            config=os.path.abspath(args.config_file),
-            features=features,
-            flags=["--save_total_limit=2"],
-        )
-        path = os.path.join(run.folder, "times.jsonl")
-        if code := run.finish(lambda run=run, path=path: time_both_ways(run, path, every)):
-            raise ValueError(f"{run.log}: exit code {code}: {run.printed()[-500:]}")
-        rows = [row for row in _read_rows(path) if row["step"] < run.steps]
-        times = {
-            kind: [row["seconds"] for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}
-        }
-        last = max(run.checkpoints().items())[1]
-        row = {"bytes": sum(os.path.getsize(file) for file in glob.glob(os.path.join(last, "*")))}
-        row.update({f"seconds, {kind}": statistics.median(values) for kind, values in times.items()})
-        row.update(saves=times["save"], reference_saves=times["reference"])
-        row["ratio"] = row["seconds, save"] / row["seconds, reference"]
-        figures[loop] = row
-        for file in glob.glob(os.path.join(run.folder, "reference", "*")):
-            os.unlink(file)
+        for name, target in cases:
+            run = Run(os.path.join(folder, f"{loop}-{name}-{target}"), loop, steps=10**6)
+            given = loop_arguments(
+                loop, config=run.config, features=run.features, output=run.output, steps=run.steps, ranks=2
+            )
+            command = launch_command(
+                2, f"train_image_generation_{loop}.py", [*given, f"--hang_timeout={hang_timeout}"], run.folder
+            )
+            with open(run.log, "w") as log:
+                launcher = subprocess.Popen(command, cwd=ROOT, env=command_environment(), stdout=log, stderr=log)
+            while not glob.glob(os.path.join(run.output, "**", "metrics.jsonl"), recursive=True):
+                if launcher.poll() is not None:
+                    raise ValueError(f"{run.log}: exit code {launcher.returncode}")
+                time.sleep(0.1)
+            processes = _rank_processes(launcher.pid)
+            start = time.perf_counter()
+            os.kill(processes.get(target, launcher.pid), getattr(signal, name))
+            row = {"exit_code": launcher.wait(), "seconds": time.perf_counter() - start}
+            for process in processes.values():
+                kill_if_there(process)
+            row["saved"] = [step == max(run.losses()) for step in run.checkpoints()] == [True] and not run.damaged()
+            with open(os.path.join(run.folder, "workerlog.0")) as log:
+                row["said"] = [line for line in log.read().splitlines() if re.match("error: |stopped by", line)]
+            figures[f"{loop}, {name} to {target}"] = row
+            print(f"{loop}, {name} to {target}: {row}", flush=True)
     return figures
+
+
+def _rank_processes(launcher):
+    """Returns `{rank: process id}` of what a launcher has started."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):
+            with open(f"{path}/stat") as stat, open(f"{path}/environ") as environment:
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+                rank = re.search(r"(?:^|\0)PADDLE_TRAINER_ID=(\d+)", environment.read())
+            if parent == launcher and rank:
+                found[int(rank.group(1))] = int(os.path.basename(path))
+    return found
 
 
 def fuzz(args, folder):
@@ -670,7 +633,7 @@ def fuzz(args, folder):
 
 
 def table(part, figures):
-    """A part's figures as lines to read."""
+    """Returns a part's figures as lines to read."""
     lines = [f"\n{part}"]
 
     def add(prefix, value):
@@ -694,10 +657,6 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=30, help="of the training that is killed [%(default)s]")
     parser.add_argument("--flips", type=int, default=500, help="bits in each file of a checkpoint [%(default)s]")
     parser.add_argument("--mutations", type=int, default=10_000, help="of each reader's files [%(default)s]")
-    parser.add_argument("--config_file", default="config/DiT_S_patch8.json", help="what saving trains [%(default)s]")
-    parser.add_argument("--saves", type=int, default=7, help="that are timed, each way [%(default)s]")
-    parser.add_argument("--save_every", type=int, default=20, help="steps between two timed saves [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=2, help="of the timed training [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of kills, bits and mutations [%(default)s]")
     parser.add_argument("--work_dir", help="where to train [the system's temporary folder]")
     parser.add_argument("--keep", action="store_true", help="leave the folders of the trainings")

@@ -1,4 +1,4 @@
-"""This process: its terminal, and the others that the launcher started beside it. Standard library only."""
+"""How a process starts, speaks and ends, alone or beside others of a launcher. Standard library only."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from runtime.run_lock import close_inherited
 
 
 def is_terminal(stream):
-    """Returns whether somebody sees at once what is written to a stream; False for one that is closed, or None."""
+    """Returns True if a stream is a terminal; False also if it is closed, or None."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return stream.isatty()
     return False
@@ -28,12 +28,12 @@ def local_processes():
 
 
 DEVICES = ("auto", "cpu", "gpu")
-SAVING_THREAD = "checkpoint"  # a thread of this name is waited for before the process ends
+SAVING_THREAD = "checkpoint"  # the name of the thread that writes a checkpoint, which is waited for before the end
 STARTED = time.monotonic()
 # Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
-EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
 EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): again is no use
 EXIT_LOST = 70  # a rank hangs or is gone (EX_SOFTWARE)
+EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
 EXIT_INTERRUPTED = 130  # Ctrl-C, nothing to save
 
 
@@ -49,7 +49,7 @@ def configure_runtime():
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")
     set_mkl_cpu_type()
-    # Noise of Paddle's import that tells a user of this project nothing.
+    # These two warnings of Paddle's import tell a user of this project nothing.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ and sys.platform == "linux":
@@ -61,7 +61,7 @@ def configure_runtime():
 
 
 def run_cli(main):
-    """Runs a command: a user's mistake (`ValueError`) or a file system's refusal is one line on stderr, exit code 2.
+    """Runs a command: a user's mistake or a file system's refusal is one line on stderr and exit code 2.
 
     `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too.
     """
@@ -69,16 +69,14 @@ def run_cli(main):
         main()
         leave_distributed()
     except Exception as error:
-        if not is_mistake(error):
-            if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) == 1:
-                raise
+        if is_mistake(error) and os.environ.get("TRACEBACK") != "1":
+            say(f"error: {one_line(error)}", sys.stderr)
+            exit_now(getattr(error, "exit_code", 2))
+        if not is_mistake(error) and _launched_processes() > 1:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            exit_now(1)  # the destructors of a process group may wait for the other ranks
-        if os.environ.get("TRACEBACK") == "1":
-            raise
-        say(f"error: {one_line(error)}", sys.stderr)
-        exit_now(getattr(error, "exit_code", 2))
+            exit_now(1)  # because the destructors of a process group may wait for the other ranks
+        raise
     except KeyboardInterrupt:
         say("interrupted", sys.stderr)
         exit_now(EXIT_INTERRUPTED)
@@ -90,22 +88,31 @@ def run_cli(main):
 
 
 def is_mistake(error):
-    """Whether an exception is a user's mistake or a file system's refusal; others are errors of the program."""
+    """Returns True for a user's mistake or a file system's refusal, False for an error of the program."""
     return isinstance(error, ValueError) or is_refusal(error)
 
 
 def is_refusal(error):
-    """Whether an exception is a file system's or a network's; those of CUDA and NCCL are `OSError`s without errno."""
+    """Returns True for the error of a file system or a network; an `OSError` of CUDA or NCCL has no errno."""
     return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
+
+
+def is_saving():
+    """Returns True while this process writes a checkpoint beside its training."""
+    return any(thread.name == SAVING_THREAD for thread in threading.enumerate())
+
+
+def _launched_processes():
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
 def leave_distributed(code=0):
     """Ends this process of a finished job; does nothing in a process that is alone.
 
-    All ranks wait for one another, and run no destructors: those of a process group talk to the store of rank 0, and
-    abort where that is gone already.
+    All ranks wait for one another and run no destructors, because those of a process group talk to the store of rank
+    0, and abort where that is gone already.
     """
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+    if _launched_processes() > 1:
         import paddle.distributed as dist
 
         if dist.is_initialized():
@@ -114,36 +121,30 @@ def leave_distributed(code=0):
 
 
 def exit_now(code, saving_seconds=None):
-    """Ends this process without destructors; loader processes are killed.
+    """Ends this process without destructors.
 
     Args:
         saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
     """
+    in_main_thread = threading.current_thread() is threading.main_thread()
     for thread in threading.enumerate():
         if thread.name == SAVING_THREAD and thread.is_alive():
-            # A launcher that ends the job because of this or another rank's error starts with SIGTERM.
-            if threading.current_thread() is threading.main_thread():
+            if in_main_thread:  # a launcher that ends the job because of an error of any rank starts with SIGTERM
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             thread.join(saving_seconds)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
             stream.flush()
-    # Loader processes outlive their parent, and the threads of a process group or a log keep it from ending.
-    children = multiprocessing.active_children()
-    if children:
-        # Paddle's handler raises in the main thread when a loader dies, maybe before the last line here. Unlike
-        # `signal.signal`, this may be called in any thread.
-        with contextlib.suppress(OSError, AttributeError):
-            libc_signal = ctypes.CDLL(None).signal
-            libc_signal.argtypes, libc_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-            libc_signal(signal.SIGCHLD, int(signal.SIG_IGN))
-    for child in children:
-        child.kill()
+    # Other processes outlive their parent. Those of `start_worker` don't: from another thread they are left to it.
+    if in_main_thread and (children := multiprocessing.active_children()):
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # because Paddle's handler raises here when a loader dies
+        for child in children:
+            child.kill()
     os._exit(code)
 
 
 def say(text, stream=None):
-    """Prints a line to `stream`, or stdout. One that takes nothing (a full disk, a reader that is gone) ends no run."""
+    """Prints a line to `stream`, or stdout; a full disk or a reader that is gone ends no run."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream or sys.stdout, flush=True)
 
@@ -154,14 +155,18 @@ def counted(number, noun, plural=None):
 
 
 def one_line(error):
-    """The message of an error on one line."""
+    """Returns the message of an error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the file system'}: {error.strerror}"
     return " ".join(str(error).split())
 
 
 def resolve_device(requested):
-    """`auto`, `cpu`, `gpu` or `gpu:N` to what Paddle takes; raises `ValueError` for a GPU that is not there."""
+    """Returns what `paddle.set_device` takes for `auto`, `cpu`, `gpu` or `gpu:N`.
+
+    Raises:
+        ValueError: another word, or a GPU where Paddle sees none.
+    """
     import paddle
 
     kind = requested.split(":")[0]
@@ -178,7 +183,7 @@ def resolve_device(requested):
 
 
 def compute_capability(device):
-    """`(major, minor)` of a GPU, None for other devices."""
+    """Returns `(major, minor)` of a GPU, None for other devices."""
     import paddle
 
     return tuple(paddle.device.cuda.get_device_capability(device)) if device.startswith("gpu") else None
@@ -188,9 +193,9 @@ def init_distributed():
     """Joins the process group of `paddle.distributed.launch`; returns `(rank, world_size)`."""
     import paddle.distributed as dist
 
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+    if _launched_processes() > 1:
         dist.init_parallel_env()
-        dist.barrier()  # a rank that ends with an error now does not leave the others waiting for its connection
+        dist.barrier()  # so that a rank that ends with an error now leaves nobody waiting for its connection
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -206,16 +211,19 @@ def seed_step(seed, step):
 
 
 def start_worker(*_):
-    """`worker_init_fn` of loader processes, which inherit everything of a run when they are forked.
+    """Prepares a loader process, as its `worker_init_fn`: it was forked with everything that the run holds.
 
-    They leave signals to the run: one to the whole group must not take them from it before it has saved. Only their
-    parent ends them so. And they close the lock of its folder.
+    - A signal to the whole process group is the run's business, which needs its loaders until it has saved. SIGTERM
+      from the run itself ends a loader.
+    - A loader ends with a run that is killed.
+    - It closes the lock of the run's folder.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Paddle's workers outlive a run that was killed
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
     def wait_for_parent():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():

@@ -1,4 +1,4 @@
-"""A `tqdm` for terminals and for logs. Imports no Paddle."""
+"""`tqdm`, a progress bar for terminals and for logs. Imports no Paddle."""
 
 import contextlib
 import sys
@@ -12,9 +12,9 @@ LINE_SECONDS = 30  # between two lines in a log
 
 
 class tqdm(_Bar):  # noqa: N801
-    """tqdm's bar, which a log gets as plain lines: one every `LINE_SECONDS`, and one at the end.
+    """Shows tqdm's bar on a terminal; a log gets a plain line every `LINE_SECONDS`, and one at the end.
 
-    There each refresh of the bar would be a line of its own.
+    In a log each refresh of the bar would be a line of its own.
     """
 
     def __init__(self, *args, **options):

@@ -1,6 +1,6 @@
 """The lock of a run's folder: two runs in one folder would write into each other. Imports no Paddle.
 
-The file `run.lock` in the folder tells who holds it. The system lets go of it when the process ends, however it ends.
+The file `run.lock` in the folder tells who holds it. The system frees it when the process ends, however it ends.
 """
 
 import contextlib
@@ -12,11 +12,14 @@ import weakref
 
 LOCK = "run.lock"
 _EXPERIMENT_NAME = re.compile(r"^(\d+)-(.+)$")
-_held = weakref.WeakValueDictionary()  # the files that this process holds, by device and number
+_held = weakref.WeakValueDictionary()  # the lock files that this process holds, by device and inode
 
 
 def try_lock(file):
-    """Takes the lock of an open file; returns False if another process has it, True also where there are no locks."""
+    """Takes the lock of an open file; returns False if another process has it.
+
+    Returns True on a file system without locks: there nothing is checked.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -27,13 +30,13 @@ def try_lock(file):
 
 
 class RunLock:
-    """The lock of one folder, held from `take` until this object is gone: keep it as long as the run may write."""
+    """Locks one folder from `take` until this object is gone: keep it as long as the run may write."""
 
     def __init__(self):
         self._file = None
 
     def take(self, folder):
-        """Makes the folder if there is none, and holds it; ValueError if another run does."""
+        """Makes the folder if there is none, and locks it; raises `ValueError` if another run has it."""
         os.makedirs(folder, exist_ok=True)
         file = _lock(folder, "a+b")
         self._file = _held.setdefault(_key(file), file)
@@ -44,7 +47,7 @@ class RunLock:
 
 
 def check_idle(folder):
-    """Raises `ValueError` if a run is at work in a folder; writes nothing."""
+    """Raises `ValueError` if another run is at work in a folder; writes nothing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _lock(folder, "r+b")
 
@@ -55,7 +58,7 @@ def experiment_name(config_file):
 
 
 def list_experiments(folder, experiment_name=None):
-    """`(index, path)` of the folders `NNN-NAME` in `folder`, lowest index first."""
+    """Returns `[(index, path)]` of the folders `NNN-NAME` in `folder`, lowest index first."""
     if not os.path.isdir(folder):
         return []
     found = []
@@ -67,10 +70,7 @@ def list_experiments(folder, experiment_name=None):
 
 
 def check_experiment_idle(resume, results_dir, name):
-    """Raises `ValueError` if a run is at work in the experiment that `--resume` means.
-
-    With `auto` that is the newest of this name.
-    """
+    """Raises `ValueError` if a run is at work in the experiment that `--resume` means; `auto`: the newest `name`."""
     if resume == "auto":
         meant = list_experiments(results_dir, name)[-1:]
     else:
@@ -93,7 +93,7 @@ def _lock(folder, mode):
     except PermissionError:
         if not os.path.exists(path):
             raise
-        file = open(path, "rb", buffering=0)  # of an earlier run of somebody else
+        file = open(path, "rb", buffering=0)  # another user's earlier run has left it
     if _key(file) not in _held and not try_lock(file):
         file.seek(0)
         pid, _, host = file.read(300).decode(errors="replace").strip().partition(" ")

@@ -48,11 +48,8 @@ def contents(folder):
     ("loop", "flags"),
     [
         ("trainer", []),
-        ("trainer", ["--resume_from_checkpoint=auto"]),
-        ("trainer", ["--resume_from_checkpoint=OUT/checkpoint-1"]),
         ("trainer", ["--overwrite_output_dir=True"]),
         ("notrainer", ["--resume=auto"]),
-        ("notrainer", ["--resume=OUT/000-Tiny"]),
         ("notrainer", ["--resume=OUT/000-Tiny/checkpoints/0000002"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
@@ -112,11 +109,14 @@ def test_a_file_system_without_locks_stops_no_run(features, tmp_path, run_loop, 
 
 @pytest.mark.distributed
 def test_no_rank_waits_for_a_run_that_is_refused(features, tmp_path):
-    output = tmp_path / "out"
+    folder = tmp_path / "out/000-Tiny"
     config = write_config(tmp_path / "Tiny.json")
-    arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=2, ranks=2)
-    with another_run(output):
-        done = launch(2, "train_image_generation_trainer.py", arguments, tmp_path / "log", timeout=120)
+    arguments = loop_arguments("notrainer", config=config, features=features, output=tmp_path / "out", steps=2, ranks=2)
+    (folder / "checkpoints").mkdir(parents=True)
+    with another_run(folder):
+        done = launch(
+            2, "train_image_generation_notrainer.py", [*arguments, f"--resume={folder}"], tmp_path / "log", timeout=120
+        )
     assert done.returncode == 2
     for rank in range(2):
-        assert f"error: another run is at work in {output}" in (tmp_path / f"log/workerlog.{rank}").read_text()
+        assert f"error: another run is at work in {folder}" in (tmp_path / f"log/workerlog.{rank}").read_text()

@@ -155,13 +155,14 @@ class TrainingLog:
         """Leaves `seconds` (a save, a preview) out of the speeds of the next report."""
         self._paused += seconds
 
-    def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None):
+    def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None, parts=None):
         """Reports the steps since the last report. Call it when the device has done them.
 
         Args:
             loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
             skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `NumberWatch`.
+            parts: means of what the loss is made of, by name; logged as `loss_NAME`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported
@@ -169,6 +170,7 @@ class TrainingLog:
             "step": self._step,
             "epoch": epoch,
             "loss": loss,
+            **{f"loss_{name}": value for name, value in (parts or {}).items()},
             "learning_rate": lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "skipped_steps": skipped_steps,

@@ -95,7 +95,7 @@ class LatentDiffusionTrainer(Trainer):
         self.stopping = stopping
         self._last_saved = self._last_done = None
         self._lr = self._grad_norm = None
-        self.watch = NumberWatch(config["training"])
+        self.watch = NumberWatch(config["training"], stopping)
         self.log_writer = TrainingLog(
             args.output_dir,
             visualdl_dir=args.logging_dir,

@@ -400,7 +400,7 @@ class TestCheckpointsOfNoArrays:
 
     def test_dump_of_a_step(self, tmp_path):
         from runtime.files import FolderWriter
-        from tools.replay_step import read_dump
+        from training.supervision.replay import read_dump
 
         state = dict.fromkeys(("step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "device"), 1)
         state.update(micro_batch=2, precision={"dtype": "float32"}, sources=["a", "b"])

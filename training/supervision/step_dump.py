@@ -1,4 +1,4 @@
-"""A bad step in a folder, whole enough to do it again: `bad_steps/STEP/` in the run's folder.
+"""Keeps a bad step in a folder, whole enough to do it again: `bad_steps/STEP/` in the run's folder.
 
     config.json       the resolved config
     weights.pdparams  the weights that the step met, float32, official names, whole tensors
@@ -8,8 +8,8 @@
     state.json        step, loss and norm of the run, learning rate, seed, precision, ranks, the samples' files
     manifest.json     sizes and checksums
 
-Data and random numbers of a step are functions of the seed and the step: all are read and drawn again here, nothing of
-them is kept while a run is well. `tools/replay_step.py` reads the folder.
+Data and random numbers of a step are functions of the seed and the step. So all are read and drawn again here, and a
+run that is well keeps nothing of them. `tools/replay_step.py` reads the folder.
 """
 
 import math
@@ -28,7 +28,7 @@ from training.parallel.shares import Shares, master_weights
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
 PARENT = "bad_steps"
-MOST_DUMPS = 3  # of one step: a run that is started again and again must not fill the disk
+MAX_DUMPS_PER_STEP = 3  # because a run that is started again and again must not fill the disk
 
 
 @paddle.no_grad()
@@ -46,76 +46,68 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
         Sentences that tell the cause and where the dump is.
 
     Raises:
-        ValueError, OSError: on every rank: a sample can't be read any more; it can't be written.
+        ValueError, OSError: on every rank, where a sample can't be read any more, or the dump can't be written.
     """
     saver.wait()
-    read = _gather_error(lambda: _read(bad.step, dataset, sampler))
+    batches = _on_every_rank(lambda: _read(bad.step, dataset, sampler))
     if bad.objective:
         objective.set_state_dict(bad.objective)
-    model.eval()  # nothing but label dropout depends on it, and that is drawn already
-    parts = [_compute(bad.step, batch, config, model, objective, sampler, precision) for batch in read]
-    batch = _merged(_gathered(parts))
+    model.eval()  # changes label dropout alone, whose labels are drawn already
+    rows = [_compute(bad.step, batch, config, model, objective, sampler, precision) for batch in batches]
+    batch = _global_batch(_gather(rows))
     sources = [dataset.source(index) for index in batch["index"]]
     path = of_rank_0(lambda: _free_path(folder, bad.step))
     if path is None:
-        said = f"{os.path.join(folder, PARENT)} holds {MOST_DUMPS} dumps of this step, and no other is written."
-        return f"{find_cause(batch, sources)} {said}"
-
-    failure = None
-    try:
-        write_checkpoint(path, _files(bad, batch, sources, config, model, optimizer, sampler, precision))
-    except OSError as error:
-        failure = error
-
-    def written():
-        if failure is not None:
-            raise failure
-
-    of_rank_0(written)  # no rank ends, and the job with it, before it is written
+        held = f"{os.path.join(folder, PARENT)} holds {MAX_DUMPS_PER_STEP} dumps of this step, and no other is written."
+        return f"{find_cause(batch, sources)} {held}"
+    # No rank ends, and the job with it, before all is written.
+    _on_every_rank(
+        lambda: write_checkpoint(path, _files(bad, batch, sources, config, model, optimizer, sampler, precision))
+    )
     return f"{find_cause(batch, sources)} The step is kept in {path}: see python tools/replay_step.py {path}."
 
 
 def find_cause(batch, sources):
-    """A sentence on what made a step bad, as far as its samples tell.
+    """Returns a sentence on what made a step bad, as far as its samples tell.
 
     Args:
         batch: the arrays of `BATCH`.
         sources: the samples' files.
     """
-    count = len(batch["loss"])
-    wrong = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
-    if len(wrong):
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        return f"Numbers of its sample {wrong[0]} ({sources[wrong[0]]}){more} are not finite."
-    wrong = np.flatnonzero(~np.isfinite(batch["loss"]))
-    if len(wrong) == count:
+    loss, count = batch["loss"], len(batch["loss"])
+    bad_latents = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
+    if len(bad_latents):
+        first, more = bad_latents[0], f", and {len(bad_latents) - 1} more" if len(bad_latents) > 1 else ""
+        return f"Numbers of its sample {first} ({sources[first]}){more} are not finite."
+    bad_losses = np.flatnonzero(~np.isfinite(loss))
+    if len(bad_losses) == count:
         if count == 1:
             return "Its latent is finite, its loss is not: the weights have diverged."
         return f"Its {count} latents are finite, the losses of all of them are not: the weights have diverged."
-    if len(wrong):
-        first = wrong[0]
+    if len(bad_losses):
+        first = bad_losses[0]
         return (
-            f"Its {count} latents are finite, {counted(len(wrong), 'loss is', 'losses are')} not, the first that of "
-            f"sample {first} ({sources[first]}) at t = {batch['t'][first]:.6g}."
+            f"Its {count} latents are finite, {counted(len(bad_losses), 'loss is', 'losses are')} not, the first that "
+            f"of sample {first} ({sources[first]}) at t = {batch['t'][first]:.6g}."
         )
-    most = int(np.argmax(batch["loss"]))
+    largest = int(np.argmax(loss))
     return (
-        f"The losses of its samples are finite, {batch['loss'].min():.4g} to {batch['loss'].max():.4g}, the largest is "
-        f"that of sample {most} ({sources[most]})."
+        f"The losses of its samples are finite, {loss.min():.4g} to {loss.max():.4g}, the largest is that of sample "
+        f"{largest} ({sources[largest]})."
     )
 
 
 def _read(step, dataset, sampler):
-    """This rank's micro-batches: `(micro_step, index, position, x, y)`."""
-    parts = []
+    """Reads this rank's micro-batches, `[(micro_step, index, position, x, y)]`."""
+    batches = []
     for micro_step in range(sampler.accumulation_steps):
         indices, positions = sampler.batch(step, micro_step)
-        parts.append((micro_step, indices, positions, *dataset.read(indices, positions)))
-    return parts
+        batches.append((micro_step, indices, positions, *dataset.read(indices, positions)))
+    return batches
 
 
 def _compute(step, batch, config, model, objective, sampler, precision):
-    """The rows of one micro-batch, `{name: (n, ...) array}`."""
+    """Draws and computes one micro-batch once more; returns `{name: (n, ...) array}`."""
     micro_step, indices, positions, *arrays = batch
     rows = Rows(*sampler.rows(micro_step))
     micro_batch = Batch(*(paddle.to_tensor(array) for array in arrays))
@@ -137,8 +129,8 @@ def _compute(step, batch, config, model, objective, sampler, precision):
     }
 
 
-def _gathered(value):
-    """A list: what every rank has."""
+def _gather(value):
+    """Returns every rank's value, in a list."""
     values = [value]
     if dist.get_world_size() > 1:
         values = []
@@ -146,28 +138,28 @@ def _gathered(value):
     return values
 
 
-def _gather_error(function):
-    """What `function` returns; where it fails on one rank, every rank raises that error."""
+def _on_every_rank(function):
+    """Returns what `function` returns; an error of it on one rank is raised on every rank."""
     value = failure = None
     try:
         value = function()
     except (ValueError, OSError) as error:
         failure = error
-    for of_rank in _gathered(failure):
-        if of_rank is not None:
-            raise of_rank
+    for error in _gather(failure):
+        if error is not None:
+            raise error
     return value
 
 
-def _merged(ranks):
-    """The global batch of all ranks' micro-batches, in order of `row`; ranks may hold the same ones."""
+def _global_batch(ranks):
+    """Joins all ranks' micro-batches in order of `row`; tensor-parallel ranks hold the same ones."""
     parts = {int(part["row"][0]): part for parts in ranks for part in parts}
     parts = [parts[row] for row in sorted(parts)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _free_path(folder, step):
-    for number in range(1, MOST_DUMPS + 1):
+    for number in range(1, MAX_DUMPS_PER_STEP + 1):
         path = os.path.join(folder, PARENT, f"{step:07d}" + (f"-{number}" if number > 1 else ""))
         if not os.path.lexists(path):
             return path

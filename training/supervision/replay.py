@@ -1,0 +1,123 @@
+"""Does a dumped step again (`training.supervision.step_dump`) in one process, and finds what is not finite in it."""
+
+import os
+
+import numpy as np
+import paddle
+
+from config.schema import read_json, resolve_config
+from objectives import Batch, build_objective
+from runtime.progress import tqdm
+from runtime.untrusted import inside
+from training import setup
+from training.checkpoints.read import load_pretrained
+from training.checkpoints.whole_folder import damage
+from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
+from weights.files import safe_load
+
+# What the dump of another version, or of somebody else, must hold.
+_ARRAYS = {"x", "y", "t", "noise", "loss", "rank", "micro_step"}
+_KEYS = {"step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "micro_batch", "precision", "device"}
+_KEYS |= {"sources"}
+
+
+def read_dump(folder):
+    """Reads a dump; returns `(config, batch, state)`, where `batch` is arrays by name.
+
+    Raises:
+        ValueError: it is not whole, or its parts do not belong together.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder; expected RUN/bad_steps/STEP, which the run's error names")
+    if wrong := damage(folder, required=(CONFIG, WEIGHTS, BATCH, STATE), checksums=True):
+        raise ValueError(f"{folder}: not a whole dump of a step: {wrong}")
+    inside(folder, WEIGHTS)
+    path = inside(folder, CONFIG)
+    config = resolve_config(read_json(path), source=path)
+    config["training"]["recompute"] = False
+    batch, state = safe_load(inside(folder, BATCH)), read_json(inside(folder, STATE))
+    if not _fits(batch, state, config["model"]):
+        raise ValueError(f"{folder}: {BATCH} and {STATE} are not those of a step of {CONFIG}")
+    return config, batch, state
+
+
+def _fits(batch, state, model):
+    if not isinstance(batch, dict) or not isinstance(state, dict):
+        return False
+    if not (_ARRAYS <= set(batch) and _KEYS <= set(state)):
+        return False
+    sources, precision, size = state["sources"], state["precision"], state["micro_batch"]
+    if not isinstance(sources, list) or not sources or type(size) is not int or size < 1:
+        return False
+    if not isinstance(precision, dict) or "dtype" not in precision:
+        return False
+    rows = (len(sources),)
+    latents = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
+    return all(
+        isinstance(array, np.ndarray)
+        and array.dtype.kind in "fiub"
+        and array.shape == (latents if name in ("x", "noise") else rows)
+        for name, array in batch.items()
+    )
+
+
+def replay(folder, config, batch, state):
+    """Runs forward and backward passes of the whole step.
+
+    Returns:
+        `(losses, gradients, layer)`: the samples' losses `(N,)`; gradient norms by parameter, in the network's order;
+        and a sentence on the first layer whose output is not finite, or None.
+    """
+    model = setup.build_network(config, single_backward=True)
+    load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
+    precision, note = setup.setup_precision(config, paddle.get_device())
+    if note:
+        print(f"note: {note}")
+    precision.decorate(model)
+    model.eval()  # changes label dropout alone, whose labels are in the batch
+    objective = build_objective(config)
+    drawn_names = [name for name in ("t", "weights", "noise", "force_drop_ids") if name in batch]
+
+    def losses_of(rows):
+        drawn = {name: paddle.to_tensor(batch[name][rows]) for name in drawn_names}
+        with precision.autocast():
+            micro_batch = Batch(*(paddle.to_tensor(batch[name][rows]) for name in "xy"))
+            return objective.training_losses(model, micro_batch, drawn=drawn)["loss"]
+
+    count, size = len(batch["y"]), state["micro_batch"]
+    losses = []
+    for start in tqdm(range(0, count, size), desc="micro-batches", leave=False):
+        loss = losses_of(slice(start, start + size))
+        (loss.mean() * (size / count)).backward()
+        losses.append(loss.detach().astype("float32").numpy())
+    losses = np.concatenate(losses)
+    gradients = {
+        name: float(paddle.linalg.norm(parameter.grad.astype("float32")))
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    layer, bad = None, np.flatnonzero(~np.isfinite(losses))
+    if len(bad) and np.isfinite(batch["x"][bad[0]]).all():
+        found = _first_bad_layer(model, lambda: losses_of(slice(bad[0], bad[0] + 1)))
+        layer = f"sample {bad[0]}: {found}"
+    return losses, gradients, layer
+
+
+def _first_bad_layer(model, forward):
+    """Returns a sentence on the first layer, in order of computation, whose output is not finite in a `forward()`."""
+    found = []
+
+    def watch(name):
+        def hook(layer, inputs, output):
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            if not found and not all(bool(paddle.isfinite(value).all()) for value in outputs if value is not None):
+                found.append(f"the first output that is not finite is that of {name} ({type(layer).__name__})")
+
+        return hook
+
+    hooks = [layer.register_forward_post_hook(watch(name)) for name, layer in model.named_sublayers()]
+    with paddle.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "the network's output is finite, the loss made of it is not"

@@ -165,9 +165,9 @@ class Run:
 
     def damaged(self):
         """What is wrong with checkpoints that have their names: lines."""
-        from training.checkpoints.find import _damage
+        from training.checkpoints.find import damage_of
 
-        wrong = {path: _damage(path, checksums=True) for path in self.checkpoints().values()}
+        wrong = {path: damage_of(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
 
     def differences(self, other):
@@ -276,7 +276,7 @@ def what_a_kill_left(run, newest):
     Returns:
         `(step that will be resumed, lines of what is wrong)`.
     """
-    from training.checkpoints.find import _step_of, pick_checkpoint
+    from training.checkpoints.find import pick_checkpoint, step_of
 
     wrong = run.damaged()
     expected = max([newest, *run.checkpoints()])
@@ -285,7 +285,7 @@ def what_a_kill_left(run, newest):
             picked = pick_checkpoint(run.output)
         except ValueError as error:
             picked, wrong = None, [*wrong, str(error)]
-    step = _step_of(picked) if picked else 0
+    step = step_of(picked) if picked else 0
     if step < expected:
         wrong.append(f"lost: step {expected} was there, {step} is picked; {said[0]}")
     return step, wrong
@@ -571,26 +571,18 @@ def time_both_ways(run, path, every):
     """Prepares a training: its own saves are timed, and between two of them one by the reference's way."""
     import paddle
 
-    import training.optimizer
-    from training import setup
     from training.metrics import TrainingLog
+    from training.session import Session
 
     record_waits(path)
     held, state = {}, {"last": None}
+    attach = Session.attach
 
-    def keep(name, function):
-        def made(*args, **options):
-            held[name] = function(*args, **options)
-            return held[name]
+    def kept(self, *args):
+        held["session"] = self
+        return attach(self, *args)
 
-        return made
-
-    setup.build_network = keep("model", setup.build_network)
-    setup.build_ema = keep("ema", setup.build_ema)
-    build_optimizer = keep("optimizer", training.optimizer.build_optimizer)
-    training.optimizer.build_optimizer = build_optimizer
-    if "training.trainer" in sys.modules:
-        sys.modules["training.trainer"].build_optimizer = build_optimizer
+    Session.attach = kept
     place = os.path.join(run.folder, "reference")
     os.makedirs(place, exist_ok=True)
     step_done = TrainingLog.step_done
@@ -606,9 +598,10 @@ def time_both_ways(run, path, every):
                 time.sleep(0.01)
             os.sync()
             start = time.perf_counter()
-            paddle.save(held["model"].state_dict(), os.path.join(place, "model_state.pdparams"))
-            paddle.save(held["ema"].state_dict(), os.path.join(place, "ema_state.pdparams"))
-            paddle.save(held["optimizer"].state_dict(), os.path.join(place, "optimizer.pdopt"))
+            session = held["session"]
+            paddle.save(session.model.state_dict(), os.path.join(place, "model_state.pdparams"))
+            paddle.save(session.averages[0].state_dict(), os.path.join(place, "ema_state.pdparams"))
+            paddle.save(session.optimizer.state_dict(), os.path.join(place, "optimizer.pdopt"))
             _append_row(path, {"kind": "reference", "step": step, "seconds": time.perf_counter() - start})
             os.sync()
         state["last"], state["busy"] = time.perf_counter(), bool(run.partial())
@@ -715,7 +708,7 @@ def run(args):
     # Whatever a training imports, once.
     modules = ["objectives", *(f"train_image_generation_{loop}" for loop in args.loops)]
     modules += ["config.flags", "training.checkpoints.experiment", "training.checkpoints.saver"]
-    modules += [f"training.{name}" for name in ("metrics", "optimizer", "preview", "setup")]
+    modules += [f"training.{name}" for name in ("metrics", "optimizer", "preview", "session", "setup")]
     if "trainer" in args.loops:
         modules += ["training.trainer", "training.trainer_arguments"]
     for module in modules:

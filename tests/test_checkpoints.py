@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
 
+from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD
+from training.checkpoints import find
 from training.checkpoints import whole_folder as manifest
-from training.checkpoints.find import Checkpoint, _damage, _step_of, find_checkpoints, list_checkpoints, pick_checkpoint
+from training.checkpoints.find import find_checkpoints, list_checkpoints, pick_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.saver import rotate_checkpoints
 from training.checkpoints.state import restore_model, restore_training
@@ -67,7 +70,7 @@ class Run:
 
     def steps(self):
         """The steps that checkpoints are listed of."""
-        return [_step_of(path) for path in find_checkpoints(self.output)]
+        return [find.step_of(path) for path in find_checkpoints(self.output)]
 
     def resume(self, path="auto"):
         flag = "--resume" if self.loop == "notrainer" else "--resume_from_checkpoint"
@@ -248,7 +251,7 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
         # The next save leaves nothing behind but whole folders.
         write_folder(place / "checkpoint-8", b"next")
         assert not list(place.glob(".*"))
-        assert all(_damage(path, checksums=True) is None for path in list_checkpoints(place))
+        assert all(find.damage_of(path, checksums=True) is None for path in list_checkpoints(place))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -412,8 +415,8 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monke
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_are_given_back_before_the_optimizer_is_read(loop, saved, features, tmp_path, run_loop, monkeypatch):
     """The host has them beside the largest file of a checkpoint only where master weights may need them."""
-    held, read = [], Checkpoint.optimizer.fget
-    monkeypatch.setattr(Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
+    held, read = [], find.Checkpoint.optimizer.fget
+    monkeypatch.setattr(find.Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
     flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
     run_loop(loop, [*arguments_of(loop, tmp_path, features), f"{flag}={checkpoint_path(loop, saved[loop], 4)}"])
     assert held == [0]
@@ -426,7 +429,6 @@ def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
     from objectives import build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer
-    from training.parallel.shares import master_weights
 
     checkpoint = load_checkpoint(checkpoint_path("trainer", saved["trainer"], 4))
     config, weights = checkpoint.config, dict(checkpoint.model)
@@ -435,8 +437,8 @@ def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
     model.bfloat16()
     schedule = build_lr_scheduler(config["training"], 6)
     optimizer = build_optimizer(model, config["training"], schedule, multi_precision=True)
-    parts = {"lr_scheduler": schedule, "scaler": None, "objective": build_objective(config)}
-    restore_training(checkpoint, model=model, optimizer=optimizer, **parts)
+    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "scaler": None}
+    restore_training(checkpoint, SimpleNamespace(**parts, objective=build_objective(config)))
     masters = master_weights(optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     assert len(masters) == len(trained) > 0

@@ -14,7 +14,7 @@ from paddle.amp import grad_scaler
 from support.runs import (
     ROOT,
     checkpoint_path,
-    launch,
+    launch_loops,
     loop_arguments,
     read_losses,
     read_metrics,
@@ -147,8 +147,8 @@ def test_restarted_after_every_step_by_the_other_loop(unbroken, moments, tmp_pat
 
     save = CheckpointSaver.save
 
-    def save_and_die(self, folder, **parts):
-        save(self, folder, **parts)
+    def save_and_die(self, folder):
+        save(self, folder)
         self.finish()
         raise Interrupted
 
@@ -387,11 +387,7 @@ def on_two_ranks(unbroken, moments, tmp_path_factory):
         runs.append(
             [loop, [*arguments, *BETWEEN, *extra, resume_flag(loop, checkpoint_path(source, unbroken[source], step))]]
         )
-    runs_file = folder / "runs.json"
-    runs_file.write_text(json.dumps(runs))
-    finished = launch(2, "tests/support/run_loops.py", [runs_file], folder / "log")
-    logs = [path.read_text()[-2000:] for path in sorted((folder / "log").glob("workerlog.*"))]
-    assert finished.returncode == 0, "\n".join(logs)
+    launch_loops(2, runs, folder / "launch")
     return outputs
 
 

@@ -203,7 +203,7 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
     assert checkpoint.progress["samples_seen"] == 2 * 6  # the global batch in its args, not this run's 256
     model = build_model(config)
     ema = EMA(model)
-    restore_model(checkpoint, model, ema)
+    restore_model(checkpoint, model, [ema])
     training = config["training"]
     optimizer = build_optimizer(model, training, build_lr_scheduler(training, 4))
     set_optimizer_state(optimizer, model, checkpoint.optimizer)
@@ -425,7 +425,7 @@ def test_starting_from_weights_with_other_classes(kind, loop, features, tmp_path
     arguments = loop_arguments(loop, config=str(other), features=features, output=tmp_path / "tuned", steps=1)
     run_loop(loop, [*arguments, f"--pretrained_model_path={source}", "--learning_rate=1e-30"])
     assert "but a new label table: it has other classes" in capsys.readouterr().out
-    begun = load_checkpoint(source).ema
+    begun = load_checkpoint(source).averages[""]
     tuned = load_checkpoint(checkpoint_path(loop, tmp_path / "tuned", 1)).model
     table = "y_embedder.embedding_table.weight"
     assert begun.pop(table).shape[0] == 11 and tuned.pop(table).shape[0] == 13

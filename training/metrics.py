@@ -18,7 +18,7 @@ from runtime.process import is_terminal
 
 
 def peak_memory_gib():
-    """Peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
+    """Returns the peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
     if paddle.get_device().startswith("gpu"):
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024
@@ -26,7 +26,7 @@ def peak_memory_gib():
 
 
 def _row(line):
-    """The row of a line; None for the end of one that a kill has cut, and for what a power cut has made of it."""
+    """Returns the row of a line; None for one that a kill or a power cut has damaged."""
     try:
         row = json.loads(line)
         return row if line.endswith("\n") and isinstance(row["step"], int) else None
@@ -155,13 +155,14 @@ class TrainingLog:
         """Leaves `seconds` (a save, a preview) out of the speeds of the next report."""
         self._paused += seconds
 
-    def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None):
+    def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None, parts=None):
         """Reports the steps since the last report. Call it when the device has done them.
 
         Args:
             loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
             skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `NumberWatch`.
+            parts: means of what the loss is made of, by name; logged as `loss_NAME`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported
@@ -169,6 +170,7 @@ class TrainingLog:
             "step": self._step,
             "epoch": epoch,
             "loss": loss,
+            **{f"loss_{name}": value for name, value in (parts or {}).items()},
             "learning_rate": lr,
             "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
             "skipped_steps": skipped_steps,

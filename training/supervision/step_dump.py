@@ -23,8 +23,7 @@ from objectives import Batch, Rows
 from runtime.process import counted, seed_step
 from training.checkpoints.saver import write_checkpoint
 from training.checkpoints.state import whole_weights
-from training.parallel.collective import of_rank_0
-from training.parallel.shares import Shares, master_weights
+from training.parallel.collective import run_on_rank_0
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
 PARENT = "bad_steps"
@@ -56,7 +55,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
     parts = [_compute(bad.step, batch, config, model, objective, sampler, precision) for batch in read]
     batch = _merged(_gathered(parts))
     sources = [dataset.source(index) for index in batch["index"]]
-    path = of_rank_0(lambda: _free_path(folder, bad.step))
+    path = run_on_rank_0(lambda: _free_path(folder, bad.step))
     if path is None:
         said = f"{os.path.join(folder, PARENT)} holds {MOST_DUMPS} dumps of this step, and no other is written."
         return f"{find_cause(batch, sources)} {said}"
@@ -71,7 +70,7 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
         if failure is not None:
             raise failure
 
-    of_rank_0(written)  # no rank ends, and the job with it, before it is written
+    run_on_rank_0(written)  # no rank ends, and the job with it, before it is written
     return f"{find_cause(batch, sources)} The step is kept in {path}: see python tools/replay_step.py {path}."
 
 
@@ -176,7 +175,7 @@ def _free_path(folder, step):
 
 def _files(bad, batch, sources, config, model, optimizer, sampler, precision):
     yield CONFIG, config
-    yield WEIGHTS, whole_weights(model, Shares(model, optimizer), master_weights(optimizer))
+    yield WEIGHTS, whole_weights(model, optimizer)
     yield BATCH, batch
     yield (
         STATE,

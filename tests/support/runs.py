@@ -133,7 +133,7 @@ def launch_command(ranks, script, arguments, log_dir):
     return command + [str(argument) for argument in arguments]
 
 
-def launch(ranks, script, arguments, log_dir, timeout=400):
+def launch(ranks, script, arguments, log_dir, timeout=900):
     """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
     command = launch_command(ranks, script, arguments, log_dir)
     return subprocess.run(

@@ -44,6 +44,9 @@ def forget_degrees():
 
 if __name__ == "__main__":
     configure_runtime()
+    # Seconds of import, which differ between the ranks, come before the first collective, which waits 30 s for others.
+    for module in ("training.session", "training.trainer", "training.trainer_arguments"):
+        importlib.import_module(module)
     keep_groups()
     for number, (loop, flags) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         print(f"-- training {number}: {loop} {' '.join(flags)}", flush=True)

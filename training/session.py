@@ -147,23 +147,13 @@ class Session:
         self.numbers.dump = self.dump_step
         self.validation = self.preview = self.log = self.saver = None
         if held_out is not None:
+            every = config["data"]["validation_steps"]
             self.validation = Validation(
-                self.objective,
-                held_out,
-                every=config["data"]["validation_steps"],
-                batch_size=self.sampler.batch_size,
-                rank=self.sampler.rank,
-                world_size=self.sampler.world_size,
-                ranks_per_batch=degrees.tensor,
+                self.objective, held_out, self.sampler, every=every, ranks_per_batch=degrees.tensor
             )
         if self.previews.every > 0:
-            self.preview = Preview(
-                self.objective,
-                config,
-                vae=self.previews.vae,
-                num_inference_steps=self.previews.num_inference_steps,
-                cfg_scale=self.previews.cfg_scale,
-            )
+            how = {key: value for key, value in vars(self.previews).items() if key != "every"}
+            self.preview = Preview(self.objective, config, **how)
 
     # Before the first step.
 

@@ -65,13 +65,13 @@ class LatentDiffusionTrainer(Trainer):
             return super()._wrap_model(model, training)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Called once the optimizer has its wrappers: the session gives it its state, and the loop its step."""
+        """Gives the optimizer its state, and the loop its step; PaddleNLP calls it when the wrappers are made."""
         self.session.attach(self.optimizer, self.scaler if self.do_grad_scaling else None)
         self.session.start()
         self.state.global_step = self.session.first_step
 
     def training_step(self, model, inputs, step_control=0):
-        """Forward and backward of one micro-batch; returns its detached loss."""
+        """Does forward and backward of one micro-batch; returns its detached loss."""
         model.train()
         session, accumulation_steps = self.session, self.args.gradient_accumulation_steps
         rows = Rows(*session.sampler.rows(self._micro_step % accumulation_steps))
@@ -91,7 +91,7 @@ class LatentDiffusionTrainer(Trainer):
         return (loss, losses) if return_outputs else loss
 
     def _check_loss_valid(self, loss):
-        """PaddleNLP reads the loss back at every step here: no host sync between reports."""
+        """Does nothing, because PaddleNLP reads the loss back here, a host sync in every step."""
 
     def _maybe_log_save_evaluate(self, tr_loss, model, epoch, ignore_keys_for_eval, **kwargs):
         step = self.state.global_step

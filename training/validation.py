@@ -20,18 +20,17 @@ class Validation:
     Args:
         objective: from `objectives.build_objective`.
         dataset: the held-out part of a `FeatureDataset`.
+        sampler: this rank's `MicroBatchSampler`, which knows its place among the data-parallel ranks.
         every: optimizer steps between two calls.
-        batch_size: samples of a forward pass on one device.
-        rank, world_size: of the data-parallel ranks.
         ranks_per_batch: ranks that have the same batch (tensor parallelism).
     """
 
     SEED = 20250
 
-    def __init__(self, objective, dataset, *, every, batch_size, rank, world_size, ranks_per_batch=1):
+    def __init__(self, objective, dataset, sampler, *, every, ranks_per_batch=1):
         self.objective, self.dataset, self.every = objective, dataset, every
-        self.batch_size, self.rank, self.world_size = min(batch_size, len(dataset)), rank, world_size
-        self.ranks_per_batch = ranks_per_batch
+        self.batch_size = min(sampler.batch_size, len(dataset))  # of a forward pass on one device
+        self.rank, self.world_size, self.ranks_per_batch = sampler.rank, sampler.world_size, ranks_per_batch
         order = np.random.default_rng([self.SEED, len(dataset)]).permutation(len(dataset))
         self._places = ((order + 0.5) / len(dataset)).astype("float32")  # in (0, 1)
 

@@ -17,38 +17,33 @@ def main():
 def train(args, config, stopping):
     import paddle
 
-    from runtime.process import resolve_device, say
+    from runtime.process import resolve_device
 
     paddle.set_device(resolve_device(args.device))
-    device = paddle.get_device()
 
-    from objectives import build_objective
     from runtime.run_lock import RunLock
     from training import setup
     from training.checkpoints.experiment import open_output_dir
-    from training.checkpoints.read import load_pretrained
-    from training.parallel.degrees import check_degrees
+    from training.parallel.degrees import resolve_degrees
+    from training.session import Outputs, Previews, Session
     from training.trainer import LatentDiffusionTrainer
-    from training.trainer_arguments import tensor_parallel_group, training_arguments
+    from training.trainer_arguments import training_arguments
 
-    # What is asked of the process group, before it is made.
-    world_size = paddle.distributed.get_world_size()
-    data_ranks, degree_notes = check_degrees(args, config["model"], world_size)
+    # Parallel degrees, before the process group is made; precision.
     settings = config["training"]
-    micro_batches = settings["gradient_accumulation_steps"] * data_ranks
+    degrees = resolve_degrees(args, config["model"], paddle.distributed.get_world_size())
     if args.per_device_train_batch_size is not None:
+        micro_batches = settings["gradient_accumulation_steps"] * degrees.data_ranks
         settings["global_batch_size"] = args.per_device_train_batch_size * micro_batches
-    precision, note = setup.setup_precision(config, device)
+    precision = setup.setup_precision(config, paddle.get_device())
 
     # Data: a seeded endless stream, of which every data rank takes its rows of each global batch. The ranks of a
     # tensor-parallel group follow one another, and are one data rank.
-    dataset, held_out = setup.build_dataset(config, args.feature_path, args.resolution)
-    data_rank = paddle.distributed.get_rank() // args.tensor_parallel_degree
-    sampler = setup.build_sampler(config, dataset, rank=data_rank, world_size=data_ranks)
+    data_rank = paddle.distributed.get_rank() // degrees.tensor
+    data = setup.open_data(config, args.feature_path, args.resolution, rank=data_rank, world_size=degrees.data_ranks)
 
-    # Process group; then what is in the output folder: a run to resume, to put aside, or nothing. The last step
-    # depends on what a resumed run has done.
-    training_args = training_arguments(args, config, precision, batch_size=sampler.batch_size)
+    # Process group; then the output folder: it may hold a run to resume, one to move aside, or nothing.
+    training_args = training_arguments(args, settings, precision, degrees, batch_size=data.sampler.batch_size)
     lock = RunLock()  # of the run's folder, until this function is left
     checkpoint = open_output_dir(
         args.output_dir,
@@ -57,54 +52,32 @@ def train(args, config, stopping):
         overwrite=bool(args.overwrite_output_dir),
         lock=lock,
     )
-    setup.resume_sampler(sampler, config, checkpoint)
-    training_args.max_steps = last_step = sampler.last_step
 
-    # Network, objective, trainer.
-    model = setup.build_network(config, tensor_parallel_group(), single_backward=True)
-    objective = build_objective(config, ranks_per_batch=args.tensor_parallel_degree)
-    start_note = None
-    if args.pretrained_model_path and checkpoint is None:
-        start_note = load_pretrained(args.pretrained_model_path, model, config=config)
-    preview = setup.build_preview(objective, config, args, vae=args.vae_name_or_path)
-    validation = setup.build_validation(config, objective, held_out, sampler, args.tensor_parallel_degree)
-    if paddle.distributed.get_rank() == 0:
-        setup.describe_run(
-            config,
-            folder=args.output_dir,
-            dataset=dataset,
-            model=model,
-            device=device,
-            world_size=world_size,
-            last_step=last_step,
-            notes=[
-                *degree_notes,
-                note,
-                start_note,
-                start_note and setup.pretrained_note(args.pretrained_model_path, config),
-                setup.other_data_note(checkpoint, config, dataset),
-            ],
-        )
-        if checkpoint is not None:
-            say(f"resumed {checkpoint.source} at step {checkpoint.progress['global_step']}")
-    trainer = LatentDiffusionTrainer(
-        model=model,
-        args=training_args,
-        config=config,
-        objective=objective,
-        train_dataset=dataset,
-        sampler=sampler,
-        precision=precision,
-        stopping=stopping,
-        preview=preview,
-        validation=validation,
-        image_logging_steps=args.image_logging_steps,
-        checkpoint=checkpoint,
+    # Network, objective, averages; log, previews, checkpoints.
+    outputs = Outputs(
+        checkpoints="checkpoint-{step}",
+        save_every=args.save_steps,
+        save_total_limit=args.save_total_limit,
         async_save=args.async_save,
+        log_every=args.logging_steps,
+        visualdl_dir=args.logging_dir,
         show_bar=not args.disable_tqdm,
     )
-    trainer.train()
-    trainer.close()
+    session = Session(
+        config,
+        data,
+        args.output_dir,
+        checkpoint=checkpoint,
+        pretrained=args.pretrained_model_path,
+        precision=precision,
+        degrees=degrees,
+        stopping=stopping,
+        outputs=outputs,
+        previews=Previews(args.image_logging_steps, args.vae_name_or_path, args.num_inference_steps, args.cfg_scale),
+    )
+    if session.first_step < session.last_step:
+        LatentDiffusionTrainer(session, training_args).train()
+    session.close("the same command goes on with --resume_from_checkpoint auto")
 
 
 if __name__ == "__main__":

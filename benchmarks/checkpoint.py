@@ -48,8 +48,9 @@ class Training:
         import paddle
 
         from objectives import Batch, build_objective
+        from runtime.paddle_private import master_weights
         from training import setup
-        from training.optimizer import build_lr_scheduler, build_optimizer, master_weights
+        from training.optimizer import build_lr_scheduler, build_optimizer
         from training.supervision.number_watch import NumberWatch
 
         self.config = load_config(config_file)
@@ -58,9 +59,10 @@ class Training:
         setup.setup_precision(self.config, "cpu")
         self.model = setup.build_network(self.config, single_backward=True)
         self.objective = build_objective(self.config)
-        self.ema, self.watch = setup.build_ema(self.config, self.model), NumberWatch(settings)
+        self.averages, self.watch = setup.build_averages(settings, self.model), NumberWatch(settings)
         self.lr_scheduler = build_lr_scheduler(settings, 1 << 20)
         self.optimizer = build_optimizer(self.model, settings, self.lr_scheduler, watch=self.watch)
+        self.scaler = None
         x = paddle.randn([batch_size, shape["in_channels"], shape["sample_size"], shape["sample_size"]])
         self.batch = Batch(x, paddle.randint(0, shape["num_classes"], [batch_size]))
         self.masters, self.steps = master_weights, 0
@@ -79,24 +81,22 @@ class Training:
         self.optimizer.clear_grad()
         self.lr_scheduler.step()
         self.objective.end_step()
-        if self.ema is not None:
-            self.ema.update(self.model, self.masters(self.optimizer))
+        for average in self.averages:
+            average.update(self.model, self.masters(self.optimizer))
         return time.perf_counter() - start
 
-    def parts(self):
-        """Returns what `CheckpointSaver.save` takes."""
-        progress = {"global_step": self.steps, "samples_seen": self.steps * len(self.batch.x)}
-        names = ("config", "model", "optimizer", "lr_scheduler", "ema", "objective")
-        return {**{name: getattr(self, name) for name in names}, "scaler": None, "progress": progress}
+    def progress(self):
+        """Returns what `CheckpointSaver` asks for."""
+        return {"global_step": self.steps, "samples_seen": self.steps * len(self.batch.x)}
 
     def save(self, folder, background):
         """Saves; returns `(seconds in the call, end)`, where `end` gives the seconds until it was whole, or None."""
         from training.checkpoints.saver import CheckpointSaver
 
         said = []
-        saver = CheckpointSaver(say=lambda text: said.append((time.perf_counter(), text)), background=background)
+        saver = CheckpointSaver(self, say=lambda text: said.append((time.perf_counter(), text)), background=background)
         start = time.perf_counter()
-        saver.save(folder, **self.parts())
+        saver.save(folder)
         waited = time.perf_counter() - start
 
         def end(wait=False):
@@ -114,15 +114,8 @@ class Training:
         from training.checkpoints.state import restore_model, restore_training
 
         checkpoint = open_checkpoint(folder, self.config)
-        restore_model(checkpoint, self.model, self.ema)
-        restore_training(
-            checkpoint,
-            model=self.model,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            scaler=None,
-            objective=self.objective,
-        )
+        restore_model(checkpoint, self.model, self.averages)
+        restore_training(checkpoint, self)
 
 
 def files_of(folder):

@@ -255,7 +255,7 @@ def waiting(folder, num_workers, args):
     config = load_config(args.config_file)
     config["training"]["recompute"] = False
     model, objective = setup.build_network(config, single_backward=True), build_objective(config)
-    ema = setup.build_ema(config, model)
+    averages = setup.build_averages(config["training"], model)
     optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], args.steps))
     data = open_set(folder)
     sampler = make_sampler(data, args.batch_size, (args.steps + 2) * args.batch_size)
@@ -270,8 +270,8 @@ def waiting(folder, num_workers, args):
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
-        if ema is not None:
-            ema.update(model)
+        for average in averages:
+            average.update(model)
         float(loss)
         waits.append(arrived - start)
         steps.append(time.perf_counter() - start)

@@ -164,10 +164,10 @@ class Run:
         return losses
 
     def damaged(self):
-        """Returns a line for each checkpoint that has its name and is damaged."""
-        from training.checkpoints.find import _damage
+        """What is wrong with checkpoints that have their names: lines."""
+        from training.checkpoints.find import damage_of
 
-        wrong = {path: _damage(path, checksums=True) for path in self.checkpoints().values()}
+        wrong = {path: damage_of(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
 
     def differences(self, other):
@@ -280,7 +280,7 @@ def what_a_kill_left(run, newest):
     Returns:
         `(step that will be resumed, lines of what is wrong)`.
     """
-    from training.checkpoints.find import _step_of, pick_checkpoint
+    from training.checkpoints.find import pick_checkpoint, step_of
 
     wrong = run.damaged()
     expected = max([newest, *run.checkpoints()])
@@ -289,7 +289,7 @@ def what_a_kill_left(run, newest):
             picked = pick_checkpoint(run.output)
         except ValueError as error:
             picked, wrong = None, [*wrong, str(error)]
-    step = _step_of(picked) if picked else 0
+    step = step_of(picked) if picked else 0
     if step < expected:
         wrong.append(f"lost: step {expected} was there, {step} is picked; {said[0]}")
     return step, wrong
@@ -674,7 +674,7 @@ def run(args):
     # Whatever a training imports, once.
     modules = ["objectives", *(f"train_image_generation_{loop}" for loop in args.loops)]
     modules += ["config.flags", "training.checkpoints.experiment", "training.checkpoints.saver"]
-    modules += [f"training.{name}" for name in ("metrics", "optimizer", "preview", "setup")]
+    modules += [f"training.{name}" for name in ("metrics", "optimizer", "preview", "session", "setup")]
     if "trainer" in args.loops:
         modules += ["training.trainer", "training.trainer_arguments"]
     for module in modules:

@@ -84,17 +84,19 @@ def _batch(case):
 def _paddle_step(case):
     """Returns `(step, forward, states)` of this project: the hand-written loop's step."""
     from objectives import Batch, build_objective
+    from runtime.paddle_private import master_weights
     from training import setup
-    from training.optimizer import build_lr_scheduler, build_optimizer, create_state, master_weights
+    from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_state
     from training.supervision.number_watch import NumberWatch
 
     config = _config(case)
     settings = config["training"]
     model, objective = setup.build_network(config, single_backward=True), build_objective(config)
     model.train()
-    ema, watch, schedule = setup.build_ema(config, model), NumberWatch(settings), build_lr_scheduler(settings, 1000)
+    (ema,), watch = setup.build_averages(settings, model), NumberWatch(settings)
+    schedule = build_lr_scheduler(settings, 1000)
     optimizer = build_optimizer(model, settings, schedule, watch=watch)
-    create_state(optimizer, model)
+    optimizer_state(optimizer, model)
     x, y = _batch(case)
     numbers = iter(range(1, 1 << 30))
 

@@ -1,5 +1,9 @@
-"""Every private name of Paddle's, and whatever differs between Paddle's versions: it stands here and nowhere else."""
+"""Every private name of Paddle's, and whatever differs between Paddle's versions: it stands here and nowhere else.
 
+Paddle is imported inside the functions, so that this module costs a command's `--help` nothing.
+"""
+
+import contextlib
 import functools
 
 
@@ -29,6 +33,114 @@ def _scaler_state(device):
     return paddle.ones([1]), paddle.zeros([1], "int32"), paddle.zeros([1], "int32")
 
 
+# Optimizers and their wrappers.
+
+
+def inner_optimizer(optimizer):
+    """Returns the Paddle optimizer inside fleet's and the sharding wrappers."""
+    return _wrappers(optimizer)[-1]
+
+
+def master_weights(optimizer):
+    """Returns float32 master weights by `training.parallel.shares.optimizer_key`; empty without AMP O2."""
+    return getattr(inner_optimizer(optimizer), "_master_weights", {})
+
+
+def sharding_of(optimizer):
+    """Reads how a sharding wrapper divides an optimizer's state: `(group, owner by parameter.name)`.
+
+    Returns `(group, None)` for stage 3, which slices every parameter, and `(None, None)` where nothing is sharded.
+    """
+    for wrapper in _wrappers(optimizer) if optimizer is not None else ():
+        attributes = vars(wrapper)
+        if "_param2rank" in attributes:  # stage 2 fills it in when first asked for; stage 1 has its group in fleet's
+            filled = hasattr(type(wrapper), "param2rank")
+            owners = wrapper.param2rank if filled else attributes["_param2rank"]
+            return attributes.get("_group") or wrapper._hcg.get_sharding_parallel_group(), owners
+        if "update_slice" in attributes:  # stage 3
+            return attributes["_group"], None
+    return None, None
+
+
+def _wrappers(optimizer):
+    found = [optimizer]
+    while (inner := vars(found[-1]).get("_inner_opt", vars(found[-1]).get("_optim"))) not in (None, found[-1]):
+        found.append(inner)
+    return found
+
+
+def parameters_of(optimizer):
+    """Returns the parameters that an optimizer was given."""
+    return optimizer._parameter_list
+
+
+def stage3_slice(parameter):
+    """Returns the flat slice of a parameter that sharding stage 3 leaves this rank, or None if it is whole here."""
+    return getattr(parameter, "fw_storage", None)
+
+
+def slice_parameter(parameter, name):
+    """Returns the parameter by which an optimizer keys the state of a stage-3 slice before its first step."""
+    from paddle.base.framework import EagerParamBase
+
+    if isinstance(parameter, EagerParamBase):
+        return parameter
+    return EagerParamBase(shape=parameter.shape, dtype=parameter.dtype, name=name)
+
+
+def adamw_accumulators(optimizer, parameters, names):
+    """Returns `{accumulator: tensor}` of AdamW for each of `parameters`, made at 0 where there is none yet."""
+    import paddle
+
+    optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
+    return [{name: optimizer._get_accumulator_master(name, parameter) for name in names} for parameter in parameters]
+
+
+def make_adamw(apply_rate, **options):
+    """Returns a `paddle.optimizer.AdamW` whose learning rate at each parameter passes through `apply_rate(rate)`.
+
+    Between steps it gives gradients up instead of filling them with zeros: a backward pass then writes them instead of
+    adding to them.
+    """
+    import paddle
+
+    class AdamW(paddle.optimizer.AdamW):
+        def clear_grad(self, set_to_zero=False):
+            super().clear_grad(set_to_zero)
+
+        def _create_param_lr(self, param_and_grad):
+            return apply_rate(super()._create_param_lr(param_and_grad))
+
+    return AdamW(**options)
+
+
+def make_gradient_clip(clip):
+    """Returns a Paddle `grad_clip` that calls `clip([(parameter, gradient), ...])` before each optimizer step.
+
+    Fleet and the sharding wrappers replace Paddle's own `ClipGradByGlobalNorm` by others; this one they leave alone.
+    """
+    from paddle import nn
+
+    class Clip(nn.clip.ClipGradBase):
+        def _dygraph_clip(self, params_grads):
+            return clip(params_grads)
+
+    return Clip()
+
+
+def squared_norm(tensor):
+    """Returns the sum of squares `(1,)` of a float32 tensor, by the kernel of Paddle's own clipping."""
+    from paddle import nn
+
+    return nn.clip._squared_l2_norm(tensor).reshape([1])
+
+
+def scale_gradient(parameter, gradient, factor):
+    """Multiplies a gradient in place; autograd is told that its backward pass is over and must not mind."""
+    gradient.multiply_(factor.astype(gradient.dtype))
+    parameter._reset_grad_inplace_version(True)
+
+
 def is_scaler_on(scaler):
     """Returns whether `scaler`, a `paddle.amp.GradScaler` or None, scales anything."""
     return scaler is not None and scaler._enable
@@ -42,3 +154,67 @@ def loss_scale(scaler):
 def found_overflow(scaler):
     """Returns a bool tensor (1,), on the device: the last unscaled gradients were not finite."""
     return scaler._found_inf.reshape([1])
+
+
+def skipped_step(scaler):
+    """Returns whether the loss scaler has left out the last optimizer step, because its gradients overflowed."""
+    return scaler._cache_found_inf
+
+
+# Fleet and collectives.
+
+
+def tensor_parallel_group():
+    """Returns fleet's tensor-parallel group of this rank, once fleet has its degrees; None for whole networks.
+
+    All its ranks read the same batch and draw the same random numbers: fleet need not broadcast the inputs.
+    """
+    from paddle.distributed import fleet
+
+    hybrid = getattr(fleet.fleet, "_hcg", None)
+    if hybrid is None:
+        return None
+    fleet.fleet._user_defined_strategy.hybrid_configs["mp_configs"].need_broadcast_data = False
+    group = hybrid.get_model_parallel_group()
+    return group if group.nranks > 1 else None
+
+
+def replace_tensor_parallel_operators(*, identity, all_reduce, concat):
+    """Gives fleet's tensor-parallel layers other operators: its own have no kernel on a CPU."""
+    from paddle.distributed.fleet.layers.mpu import mp_ops
+
+    mp_ops._c_identity, mp_ops._mp_allreduce, mp_ops._c_concat = identity, all_reduce, concat
+
+
+def give_groups_own_stores(make_store):
+    """Lets every new gloo group exchange addresses through `make_store(shared store, group name, rank)`.
+
+    Paddle writes the addresses of every group under the same keys, 0 to `world_size` - 1: in a store that groups
+    share, a rank that is early reads those of the group before, and its connection is refused or goes astray.
+    """
+    from paddle.distributed import collective
+
+    of_paddle = collective._new_process_group_impl
+    if hasattr(of_paddle, "make_store"):  # replaced already
+        return
+
+    def new_process_group(backend, store, rank, world_size, group_name, *args, **options):
+        if backend == "gloo":
+            store = make_store(store, group_name, rank)
+        return of_paddle(backend, store, rank, world_size, group_name, *args, **options)
+
+    new_process_group.make_store = make_store
+    collective._new_process_group_impl = new_process_group
+
+
+@contextlib.contextmanager
+def replaced(module, **attributes):
+    """Replaces attributes of a module, or of any object, as long as the block runs."""
+    before = {name: getattr(module, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)

@@ -1,17 +1,21 @@
-"""Which precision a run computes in: what was asked for, and what the device can do."""
+"""The precision that a run computes in: what was asked for, as far as the device can do it."""
 
 import contextlib
 from dataclasses import dataclass
 
-import paddle
+from runtime.paddle_private import skipped_step
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Resolved mixed precision: `dtype` float32 means that AMP is off; `level` is O1 or O2."""
+    """Resolved mixed precision: `dtype` float32 means that AMP is off; `level` is O1 or O2.
+
+    `note` is a sentence to print where the device computes otherwise than asked, else None.
+    """
 
     dtype: str = "float32"
     level: str = "O1"
+    note: str | None = None
 
     @property
     def enabled(self):
@@ -19,41 +23,46 @@ class Precision:
 
     @property
     def low_precision_weights(self):
-        """Whether the model's own weights are cast, with float32 masters in the optimizer (O2)."""
+        """True if the model's own weights are cast, with float32 masters in the optimizer (O2)."""
         return self.enabled and self.level == "O2"
 
     def autocast(self):
-        """Context for the forward pass and the loss."""
+        """Returns the context for the forward pass and the loss."""
         if not self.enabled:
             return contextlib.nullcontext()
+        import paddle
+
         return paddle.amp.auto_cast(True, level=self.level, dtype=self.dtype)
 
     def decorate(self, model):
         """Casts the model's weights for O2, in place; otherwise does nothing."""
         if self.low_precision_weights:
+            import paddle
+
             paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
         return model
 
     def scaler(self):
-        """A loss scaler for float16; one that does nothing otherwise."""
+        """Returns a loss scaler for float16; one that does nothing otherwise."""
+        import paddle
+
         return paddle.amp.GradScaler(enable=self.dtype == "float16", init_loss_scaling=2.0**15)
 
     def stepped(self, scaler):
-        """Whether the optimizer stepped: float16 skips a step whose gradients overflowed, and the schedule with it."""
-        return self.dtype != "float16" or not scaler._cache_found_inf
+        """Returns whether the optimizer stepped: float16 leaves out a step whose gradients overflowed."""
+        return self.dtype != "float16" or not skipped_step(scaler)
 
 
 def resolve_precision(dtype, level, *, device, compute_capability=None):
-    """What can be done of what was asked for.
+    """Returns `(Precision, note)`: the nearest that the device can do to what was asked for.
+
+    The note is a sentence to print once when the device computes otherwise than asked, else None.
 
     Args:
         dtype: `float32`, `float16` or `bfloat16`.
         level: `O1` (weights stay float32) or `O2` (weights are cast, with float32 masters).
         device: `cpu`, `gpu:0`, ...
         compute_capability: `(major, minor)` of the GPU.
-
-    Returns:
-        `(Precision, note)`: note is a sentence to print once when the device computes otherwise than asked, else None.
 
     Raises:
         ValueError: a GPU that has no bfloat16.

@@ -5,16 +5,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
-from support.runs import ROOT, checkpoint_path, command_environment, loop_arguments, read_losses, write_config
+from support.runs import checkpoint_path, loop_arguments, read_losses, write_config
 
 from runtime import files as manifest
+from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD
-from training.checkpoints.find import Checkpoint, _damage, _step_of, find_checkpoints, list_checkpoints, pick_checkpoint
+from training.checkpoints import find
+from training.checkpoints.find import find_checkpoints, list_checkpoints, pick_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.saver import rotate_checkpoints
 from training.checkpoints.state import restore_model, restore_training
@@ -67,7 +68,7 @@ class Run:
 
     def steps(self):
         """The steps that checkpoints are listed of."""
-        return [_step_of(path) for path in find_checkpoints(self.output)]
+        return [find.step_of(path) for path in find_checkpoints(self.output)]
 
     def resume(self, path="auto"):
         flag = "--resume" if self.loop == "notrainer" else "--resume_from_checkpoint"
@@ -96,7 +97,8 @@ def truncate(path):
         (os.unlink, "manifest.json", "it has no manifest.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(run, harm, name, reason, capsys):
+def test_a_damaged_checkpoint_is_passed_over(trainer_run, harm, name, reason, capsys):
+    run = trainer_run
     harm(run.at(6) / name)
     capsys.readouterr()
     run.resume()
@@ -127,7 +129,8 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(run):
     assert sorted(path.name for path in run.at(4).parent.iterdir()) == before
 
 
-def test_no_whole_checkpoint_is_no_reason_to_start_anew(run):
+def test_no_whole_checkpoint_is_no_reason_to_start_anew(trainer_run):
+    run = trainer_run
     for step in (2, 4, 6):
         truncate(run.at(step) / "optimizer.pdopt")
     with pytest.raises(ValueError, match=r"none of its 3 checkpoint\(s\) is known to be whole; the newest is .*6: opt"):
@@ -139,7 +142,7 @@ def test_checkpoints_of_before_manifests(run, capsys):
     for step in (2, 4, 6):
         (run.at(step) / "manifest.json").unlink()
     with pytest.raises(
-        ValueError, match="has no manifest.json; one of a time before .* can be resumed by its own path"
+        ValueError, match="has no manifest.json; one without a manifest.json can be resumed by its own path"
     ):
         run.resume()
     run.arguments = [*run.arguments, "--max_steps=8"]
@@ -188,7 +191,8 @@ def test_rotation_counts_whole_checkpoints_only(trainer_run):
     assert trainer_run.steps() == [6, 4]
 
 
-def test_rotation_takes_away_what_is_older_than_the_whole_ones(run):
+def test_rotation_takes_away_what_is_older_than_the_whole_ones(trainer_run):
+    run = trainer_run
     (run.at(2) / "manifest.json").unlink()  # of before manifests
     truncate(run.at(4) / "optimizer.pdopt")
     run.arguments = [*run.arguments, "--max_steps=8", "--save_total_limit=2"]
@@ -248,44 +252,12 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
         # The next save leaves nothing behind but whole folders.
         write_folder(place / "checkpoint-8", b"next")
         assert not list(place.glob(".*"))
-        assert all(_damage(path, checksums=True) is None for path in list_checkpoints(place))
+        assert all(find.damage_of(path, checksums=True) is None for path in list_checkpoints(place))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         kills += 1
     assert kills > 20 and value == b"new"
-
-
-def test_a_loop_killed_while_saving_resumes(trainer_run):
-    """Killed inside the optimizer's file of step 6."""
-    run = trainer_run
-    truncate(run.at(6) / "config.json")  # so that step 4 is resumed, and 6 done again
-    code = (
-        "import os, runpy, sys\n"
-        "from runtime import files as manifest\n"
-        "write = manifest._HashedFile.write\n"
-        "def kill(self, data):\n"
-        "    if 'optimizer' in self.file.name and self.size: os.kill(os.getpid(), 9)\n"
-        "    return write(self, data)\n"
-        "manifest._HashedFile.write = kill\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT / "train_image_generation_trainer.py", *run.arguments],
-        cwd=ROOT,
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    partial = run.output / ".checkpoint-6.partial"
-    assert (partial / "optimizer.pdopt").exists() and run.steps() == [4, 2]
-    run.resume()
-    assert read_losses(run.output) == run.expected
-    assert not partial.exists() and pick_checkpoint(run.output) == str(run.at(6))
 
 
 # File systems that refuse.
@@ -313,7 +285,8 @@ def test_a_full_disk_does_not_end_training(run, monkeypatch, capsys):
     assert not list(run.at(6).parent.glob(".*"))  # the room is given back at once
 
 
-def test_a_last_save_that_fails_is_an_error(run, monkeypatch):
+def test_a_last_save_that_fails_is_an_error(trainer_run, monkeypatch):
+    run = trainer_run
     run.arguments = [*run.arguments, "--max_steps=8"]
     fail_while(monkeypatch, lambda path: "8.partial/trainer_state" in path)
     with pytest.raises(OSError, match="No space left on device"):
@@ -383,8 +356,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys
     assert f"saved {run.at(8)}" in out and f"saved {run.at(10)}" in out
 
 
-def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monkeypatch, capsys):
-    threads = set()
+def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(trainer_run, monkeypatch, capsys):
+    run, threads = trainer_run, set()
     write = manifest._HashedFile.write
 
     def note_thread(self, data):
@@ -412,8 +385,8 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(run, monke
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_are_given_back_before_the_optimizer_is_read(loop, saved, features, tmp_path, run_loop, monkeypatch):
     """The host has them beside the largest file of a checkpoint only where master weights may need them."""
-    held, read = [], Checkpoint.optimizer.fget
-    monkeypatch.setattr(Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
+    held, read = [], find.Checkpoint.optimizer.fget
+    monkeypatch.setattr(find.Checkpoint, "optimizer", property(lambda self: held.append(len(self.model)) or read(self)))
     flag = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
     run_loop(loop, [*arguments_of(loop, tmp_path, features), f"{flag}={checkpoint_path(loop, saved[loop], 4)}"])
     assert held == [0]
@@ -426,7 +399,6 @@ def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
     from objectives import build_objective
     from training import setup
     from training.optimizer import build_lr_scheduler, build_optimizer
-    from training.parallel.shares import master_weights
 
     checkpoint = load_checkpoint(checkpoint_path("trainer", saved["trainer"], 4))
     config, weights = checkpoint.config, dict(checkpoint.model)
@@ -435,31 +407,10 @@ def test_master_weights_that_a_checkpoint_lacks_are_its_weights(saved):
     model.bfloat16()
     schedule = build_lr_scheduler(config["training"], 6)
     optimizer = build_optimizer(model, config["training"], schedule, multi_precision=True)
-    parts = {"lr_scheduler": schedule, "scaler": None, "objective": build_objective(config)}
-    restore_training(checkpoint, model=model, optimizer=optimizer, **parts)
+    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "scaler": None}
+    restore_training(checkpoint, SimpleNamespace(**parts, objective=build_objective(config)))
     masters = master_weights(optimizer)
     trained = {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     assert len(masters) == len(trained) > 0
     for name, parameter in trained.items():
         assert (masters[parameter.name].numpy() == weights[name]).all()
-
-
-def test_the_benchmark_saves_and_resumes(tmp_path, capsys):
-    """benchmarks/checkpoint.py, the workers of two of its parts."""
-    import argparse
-
-    from benchmarks import checkpoint as benchmark
-
-    args = argparse.Namespace(config_file=write_config(tmp_path / "Tiny.json"), batch_size=2, turns=1)
-    found = {}
-    for part in ("save", "load"):
-        (tmp_path / part).mkdir()
-        getattr(benchmark, f"{part}_worker")(args, str(tmp_path / part))
-        found[part] = json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
-    (row,) = found["save"]["rounds"]
-    assert row["background whole"] >= row["background wait"] > 0
-    assert row["foreground whole"] > 0 and row["foreground wait"] > 0
-    assert row["plain after background"] > 0 and row["plain after foreground"] > 0
-    assert found["save"]["bytes"] > 0.9 * found["load"]["bytes"] > 0
-    assert [row["cold"] for row in found["load"]["rounds"]] == [False, True]
-    assert all(row["resume"] > row["checksums"] for row in found["load"]["rounds"])

@@ -285,7 +285,7 @@ def make_vae(folder, **settings):
 
 
 def test_vae_of_another_latent_width(images, tmp_path):
-    from training import FeatureDataset
+    from features.dataset import FeatureDataset
 
     make_vae(tmp_path / "vae")
     main([*arguments(images, tmp_path / "out"), "--vae", str(tmp_path / "vae")])

@@ -24,7 +24,7 @@ from sampling.pipelines.converter import find_labels
 from sampling.pipelines.export import export_dit_pipeline
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
 from tools.extract_features import main
-from training.setup import build_dataset, describe_features, other_data_note
+from training.setup import build_dataset, describe_data_changes, describe_features
 from weights.files import save_pdparams
 
 
@@ -466,9 +466,9 @@ def test_a_resumed_run_with_latents_of_another_autoencoder_says_so(run, tmp_path
     saved = load_config(run["DiT"] / "config.json")
     config = {**saved, "features": describe_features(other, 8, 3)[0]}
     checkpoint = SimpleNamespace(progress={}, config=saved)
-    note = other_data_note(checkpoint, config, [None] * 4)
+    note = describe_data_changes(checkpoint, config, [None] * 4)
     assert f"autoencoder {str(tmp_path / 'other')[:60]}" in note
-    assert other_data_note(checkpoint, saved, [None] * 4) is None
+    assert describe_data_changes(checkpoint, saved, [None] * 4) is None
 
 
 def test_fine_tuning_on_latents_of_another_autoencoder_says_so(run, tmp_path, images, run_loop, capsys):

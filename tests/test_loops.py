@@ -10,7 +10,7 @@ from support.runs import (
     ROOT,
     TINY_MODELS,
     checkpoint_path,
-    launch,
+    launch_loops,
     loop_arguments,
     read_losses,
     read_metrics,
@@ -35,24 +35,29 @@ def assert_same(a, b, tolerance=0.0):
         np.testing.assert_allclose(a[key], b[key], rtol=tolerance, atol=tolerance, err_msg=str(key))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def reference(request, features, tmp_path_factory):
-    """An unbroken run of ten steps in each loop, one process."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp(f"reference-{kind}")
-    config = write_config(folder / "Tiny.json", kind, **TRAINING)
-    outputs = {}
+@pytest.fixture(scope="module")
+def references(features, tmp_path_factory):
+    """`{kind: {loop: output}}` of unbroken runs of ten steps, one process."""
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for loop in LOOPS:
-            outputs[loop] = folder / loop
-            arguments = loop_arguments(
-                loop, config=config, features=features, output=outputs[loop], steps=10, save_every=4
-            )
-            run_in_process(loop, arguments, patch)
-    return {"kind": kind, "config": config, **outputs}
+        for kind in KINDS:
+            folder = tmp_path_factory.mktemp(f"reference-{kind}")
+            found[kind] = {"config": write_config(folder / "Tiny.json", kind, **TRAINING)}
+            for loop in LOOPS:
+                run = {"config": found[kind]["config"], "features": features, "output": folder / loop}
+                run_in_process(loop, loop_arguments(loop, **run, steps=10, save_every=4), patch)
+                found[kind][loop] = folder / loop
+    return found
 
 
-def test_loops_agree_bit_for_bit(reference):
+@pytest.fixture
+def reference(references):
+    return references["DiT"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_agree_bit_for_bit(references, kind):
+    reference = references[kind]
     losses = [read_losses(reference[loop]) for loop in LOOPS]
     assert list(losses[0]) == list(range(1, 11))
     assert losses[0] == losses[1]
@@ -113,9 +118,9 @@ def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop
     assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3, 4)}
 
 
-# Real processes. The cases of a group share a launch, which costs ten times as much as a training: a process has one
-# set of parallel degrees. Before its own cases a launch resumes the first case of the group before: what one way of
-# parallel training saved goes on in every other, and on one process.
+# Real processes. A launch costs ten times as much as a training: one for each number of ranks does all trainings. Every
+# case begins anew, and resumes what the case before it saved after four steps: what one way of parallel training began
+# goes on in any other. Two kinds have all layers and both objectives.
 class Case(NamedTuple):
     loop: str
     flags: tuple = ()
@@ -125,46 +130,45 @@ class Case(NamedTuple):
 
 
 TP2 = "--tensor_parallel_degree=2"
-GROUPS = (
-    {"trainer-dp": Case("trainer"), "trainer-recompute": Case("trainer", ("--recompute=True",))},
-    {"trainer-sharding1": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"))},
-    {
-        "trainer-tp": Case("trainer", (TP2,), tensor=2),
-        "trainer-tp-accumulation": Case("trainer", (TP2, "--recompute=True"), tensor=2, accumulation=2),
-    },
-    {"trainer-sharding2": Case("trainer", ("--sharding=stage2",), accumulation=2)},
-    {
-        "trainer-sharding3": Case("trainer", ("--sharding=stage3",)),
-        "trainer-sharding3-recompute": Case("trainer", ("--sharding=stage3", "--recompute=True"), accumulation=2),
-    },
-    {"trainer-tp-dp": Case("trainer", (TP2,), tensor=2, ranks=4)},
-    {"trainer-sharding1-dp": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"), ranks=4)},
-    {"trainer-tp-sharding2": Case("trainer", (TP2, "--sharding=stage2"), tensor=2, ranks=4)},
-    {"trainer-tp-sharding3": Case("trainer", (TP2, "--sharding=stage3"), tensor=2, ranks=4)},
-    {
-        "notrainer-dp": Case("notrainer"),
-        "notrainer-recompute": Case("notrainer", ("--recompute=True",)),
-        "notrainer-accumulation": Case("notrainer", accumulation=2),
-    },
-)
+CASES = {
+    "notrainer-dp": Case("notrainer"),
+    "notrainer-recompute": Case("notrainer", ("--recompute=True",), accumulation=2),
+    "trainer-dp": Case("trainer"),
+    "trainer-sharding1": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2")),
+    "trainer-tp": Case("trainer", (TP2, "--recompute=True"), tensor=2, accumulation=2),
+    "trainer-sharding2": Case("trainer", ("--sharding=stage2",), accumulation=2),
+    "trainer-sharding3": Case("trainer", ("--sharding=stage3", "--recompute=True"), accumulation=2),
+    "trainer-tp-dp": Case("trainer", (TP2,), tensor=2, ranks=4),
+    "trainer-sharding1-dp": Case("trainer", ("--sharding=stage1", "--sharding_parallel_degree=2"), ranks=4),
+    "trainer-tp-sharding2": Case("trainer", (TP2, "--sharding=stage2"), tensor=2, ranks=4),
+    "trainer-tp-sharding3": Case("trainer", (TP2, "--sharding=stage3"), tensor=2, ranks=4),
+}
+NAMES = list(CASES)
+PARALLEL_KINDS = ("DiT", "LargeSiT")
 VALIDATED = ("trainer-sharding3", "trainer-tp-dp", "notrainer-dp")
 VALIDATION = ("--validation_samples=7", "--validation_steps=4")
-CASES = {name: case for group in GROUPS for name, case in group.items()}
+PREVIEWS = ("--image_logging_steps=5", "--num_inference_steps=3", f"--vae_name_or_path={ROOT / 'assets/digits_vae'}")
 
 
 @pytest.fixture(scope="module")
 def parallel_runs(features, tmp_path_factory):
-    """`outputs(case, kind)`: the output folder of a case, ten steps, launched when first asked for."""
+    """`outputs(case, kind, how)`: the output folder of ten steps, begun anew, resumed or validated."""
     folder = tmp_path_factory.mktemp("parallel")
-    done = set()
+    launched = set()
 
-    def arguments(name, kind, output, extra=()):
+    def outputs(name, kind, how="anew"):
+        if CASES[name].ranks not in launched:
+            launched.add(CASES[name].ranks)
+            launch_all(CASES[name].ranks)
+        return folder / how / name / kind
+
+    def arguments(name, kind, how, extra=()):
         case = CASES[name]
         flags = loop_arguments(
             case.loop,
             config=write_config(folder / f"{kind}.json", kind, **TRAINING),
             features=str(features),
-            output=str(output),
+            output=str(folder / how / name / kind),
             steps=10,
             ranks=case.ranks // case.tensor,
             accumulation=case.accumulation,
@@ -172,32 +176,23 @@ def parallel_runs(features, tmp_path_factory):
         )
         return [case.loop, [*flags, *case.flags, *extra]]
 
-    def outputs(name, kind):
-        index = next(index for index, group in enumerate(GROUPS) if name in group)
-        if index not in done:
-            group = list(GROUPS[index])
-            runs = [arguments(member, kind, folder / member / kind) for member in group for kind in KINDS]
-            if index > 0:
-                before = next(iter(GROUPS[index - 1]))
-                resume = "--resume" if CASES[group[0]].loop == "notrainer" else "--resume_from_checkpoint"
-                for model in KINDS:
-                    begun = checkpoint_path(CASES[before].loop, outputs(before, model), 4)
-                    previews = [f"{resume}={begun}", "--image_logging_steps=5", "--num_inference_steps=3"]
-                    previews += [f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"]
-                    runs.append(arguments(group[0], model, folder / "resumed" / group[0] / model, previews))
-            if group[0] in VALIDATED:
-                runs.append(arguments(group[0], "DiT", folder / "validated" / group[0], VALIDATION))
-            runs_file = folder / f"{group[0]}.json"
-            runs_file.write_text(json.dumps(runs))
-            log_dir = folder / f"{group[0]}-log"
-            finished = launch(CASES[group[0]].ranks, "tests/support/run_loops.py", [runs_file], log_dir)
-            logs = [path.read_text()[-2000:] for path in sorted(log_dir.glob("workerlog.*"))]
-            assert finished.returncode == 0, "\n".join(logs)
-            done.add(index)
-        return folder / name / kind
+    def launch_all(ranks):
+        runs = []
+        for index, name in enumerate(NAMES):
+            if CASES[name].ranks != ranks:
+                continue
+            runs += [arguments(name, kind, "anew") for kind in PARALLEL_KINDS]
+            if name in VALIDATED:
+                runs.append(arguments(name, "DiT", "validated", VALIDATION))
+            for kind in PARALLEL_KINDS if index > 0 else ():
+                before = NAMES[index - 1]
+                begun = checkpoint_path(CASES[before].loop, folder / "anew" / before / kind, 4, launched=False)
+                resume = "--resume" if CASES[name].loop == "notrainer" else "--resume_from_checkpoint"
+                runs.append(arguments(name, kind, "resumed", [f"{resume}={begun}", *PREVIEWS]))
+        if ranks == 4:  # the first case of four ranks resumes the last one of two
+            outputs(NAMES[0], "DiT")
+        launch_loops(ranks, runs, folder / f"{ranks}-ranks")
 
-    outputs.resumed = lambda name, kind: folder / "resumed" / name / kind
-    outputs.validated = lambda name: folder / "validated" / name
     return outputs
 
 
@@ -218,36 +213,35 @@ def assert_same_run(output, loop, reference, first_step=1):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", PARALLEL_KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_parallel_training_is_the_single_process_one(reference, parallel_runs, case):
-    assert_same_run(parallel_runs(case, reference["kind"]), CASES[case].loop, reference)
+def test_parallel_training_is_the_single_process_one(references, parallel_runs, case, kind):
+    assert_same_run(parallel_runs(case, kind), CASES[case].loop, references[kind])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [next(iter(group)) for group in GROUPS[1:]])
-def test_parallel_training_resumes_any_other(reference, parallel_runs, case):
-    kind = reference["kind"]
-    parallel_runs(case, kind)
-    resumed = parallel_runs.resumed(case, kind)
-    assert_same_run(resumed, CASES[case].loop, reference, first_step=5)
+@pytest.mark.parametrize("kind", PARALLEL_KINDS)
+@pytest.mark.parametrize("case", NAMES[1:])
+def test_parallel_training_resumes_any_other(references, parallel_runs, case, kind):
+    resumed = parallel_runs(case, kind, "resumed")
+    assert_same_run(resumed, CASES[case].loop, references[kind], first_step=5)
     # Previews are drawn with the averages of all ranks' parts.
     images = sorted(resumed.rglob("images/*.png"))
     assert [path.name for path in images] == ["0000005.png", "0000010.png"]
-    first = parallel_runs.resumed("trainer-sharding1", kind)
     for path in images:
-        (other,) = first.rglob(path.name)
+        (other,) = parallel_runs(NAMES[1], kind, "resumed").rglob(path.name)
         difference = np.asarray(Image.open(path), "int64") - np.asarray(Image.open(other), "int64")
         assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [next(iter(group)) for group in GROUPS])
-def test_one_process_resumes_what_many_began(reference, parallel_runs, features, tmp_path, run_loop, case):
-    begun = checkpoint_path(CASES[case].loop, parallel_runs(case, reference["kind"]), 4)
+@pytest.mark.parametrize("case", ["notrainer-dp", "trainer-tp-sharding3"])
+def test_one_process_resumes_what_many_began(references, parallel_runs, features, tmp_path, run_loop, case):
+    reference = references["DiT"]
+    begun = checkpoint_path(CASES[case].loop, parallel_runs(case, "DiT"), 4)
     arguments = loop_arguments("notrainer", config=reference["config"], features=features, output=tmp_path, steps=10)
     run_loop("notrainer", [*arguments, "--resume", begun])
-    expected = read_losses(reference["notrainer"])
-    losses = read_losses(tmp_path)
+    expected, losses = read_losses(reference["notrainer"]), read_losses(tmp_path)
     assert list(losses) == [5, 6, 7, 8, 9, 10]
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
@@ -283,8 +277,7 @@ def test_held_out_losses_are_the_same_in_both_loops(validated):
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", VALIDATED)
 def test_held_out_losses_do_not_depend_on_the_ranks(validated, parallel_runs, case):
-    parallel_runs(case, "DiT")
-    rows = read_validation(parallel_runs.validated(case))
+    rows = read_validation(parallel_runs(case, "DiT", "validated"))
     assert len(rows) == 3
     for row, expected in zip(rows, validated["trainer"], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)

@@ -12,8 +12,8 @@ from models import build_model
 from models.parallel import Split, tensor_parallel
 from models.sizes import check_tensor_parallel
 from training import EMA
-from training.parallel.degrees import check_degrees
-from training.parallel.shares import Shares
+from training.parallel.degrees import Degrees, resolve_degrees
+from training.parallel.shares import LocalShard
 
 
 def resolved(**model):
@@ -67,8 +67,8 @@ def test_a_group_of_one_builds_the_plain_network(kind):
     assert [type(layer) for layer in alone.sublayers()] == [type(layer) for layer in grouped.sublayers()]
     for (name, ours), (_, theirs) in zip(alone.named_parameters(), grouped.named_parameters(), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
-    shares = Shares(grouped)
-    assert shares.names is None and not shares.split
+    shard = LocalShard(grouped)
+    assert all(map(shard.owns, dict(grouped.named_parameters()))) and not shard.forward_is_collective
 
 
 def test_averages_follow_the_master_weight_of_a_slice_whatever_its_tensor_is_called():
@@ -87,16 +87,15 @@ def test_degrees_and_their_notes():
         more = {"sharding": "", "sharding_parallel_degree": None, "dp_degree": None, "sharding_parallel_config": ""}
         more.update(dict.fromkeys(("transformer_engine_backend", "use_fp8")))
         args = SimpleNamespace(**{**defaults, **more, **given})
-        return args, *check_degrees(args, resolved(type="DiT", **SIZES), world_size)
+        return resolve_degrees(args, resolved(type="DiT", **SIZES), world_size)
 
-    args, data_ranks, notes = degrees(8, tensor_parallel_degree=2, sharding="stage2")
-    assert (args.sharding_parallel_degree, args.sharding, data_ranks, notes) == (4, "stage2", 4, [])
-    args, data_ranks, _ = degrees(8, sharding_parallel_degree=2)
-    assert (args.sharding, data_ranks) == ("stage1", 8)
+    assert degrees(1) == Degrees()
+    assert degrees(8, tensor_parallel_degree=2, sharding="stage2") == Degrees(2, 4, "stage2", data_ranks=4)
+    assert degrees(8, sharding_parallel_degree=2) == Degrees(1, 2, "stage1", data_ranks=8)
     config = "enable_stage1_overlap disable_stage1_reduce_avg"  # overlap: PaddleMIX's launch line
-    args, _, notes = degrees(4, sharding="stage1", sharding_parallel_config=config, dp_degree=2)
-    assert args.sharding_parallel_config == "disable_stage1_reduce_avg"
-    assert "the data-parallel degree is 1" in notes[0] and "enable_stage1_overlap left out" in notes[1]
+    found = degrees(4, sharding="stage1", sharding_parallel_config=config, dp_degree=2)
+    assert found.sharding_settings == "disable_stage1_reduce_avg"
+    assert "the data-parallel degree is 1" in found.notes[0] and "enable_stage1_overlap left out" in found.notes[1]
     with pytest.raises(ValueError, match="--sharding_parallel_degree 3 does not divide the 8 processes"):
         degrees(8, sharding_parallel_degree=3)
     with pytest.raises(ValueError, match="--sharding stage3 with --sharding_parallel_degree 1 shards nothing"):

@@ -18,7 +18,7 @@ from runtime.process import is_terminal
 
 
 def peak_memory_gib():
-    """Peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
+    """Returns the peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
     if paddle.get_device().startswith("gpu"):
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024
@@ -26,7 +26,7 @@ def peak_memory_gib():
 
 
 def _row(line):
-    """The row of a line; None for the end of one that a kill has cut, and for what a power cut has made of it."""
+    """Returns the row of a line; None for one that a kill or a power cut has damaged."""
     try:
         row = json.loads(line)
         return row if line.endswith("\n") and isinstance(row["step"], int) else None

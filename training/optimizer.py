@@ -1,17 +1,30 @@
-"""AdamW, learning-rate schedules, and optimizer state by parameter name."""
+"""AdamW, learning-rate schedules, and optimizer state by parameter name.
+
+An update, between the backward pass of a step and the next step, goes through these stations:
+
+1. `NumberWatch.begin_update(step, learning_rate, scaler)` tells the watch which step comes.
+2. `scaler.step(optimizer)` takes the loss scale out of the gradients and, unless they overflowed, calls the optimizer;
+   fleet's and the sharding wrappers hand it the gradients of this rank's parts.
+3. `GradientNorm.clip` measures their norm over all ranks. By it and by the loss the watch judges the step
+   (`NumberWatch.judge`): the gradients of a bad one become 0. Then it clips.
+4. `GradientNorm.apply_rate`: the learning rate of a bad step becomes 0 too, so that weight decay changes nothing.
+5. AdamW's kernels. The moments of a bad step decay as if its gradients had been 0.
+6. `NumberWatch.end_update(objective)` closes the step's books.
+
+Nothing of it waits for the device.
+"""
 
 import math
 
 import numpy as np
 import paddle
-from paddle import nn
-from paddle.base.framework import EagerParamBase
 
-from training.parallel.shares import Shares, held_name, held_part, inner_optimizer, master_weights
+from runtime import paddle_private
+from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
 def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
-    """Factor on the learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule `kind`.
+    """Returns the factor on the learning rate at step `step` (0-based): linear warm-up, then the schedule `kind`.
 
     The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves,
     polynomial of `power` to `lr_end`. But `constant` has its warm-up too, if one is asked for.
@@ -30,7 +43,7 @@ def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0
 
 
 def build_lr_scheduler(training, total_steps):
-    """A `LambdaDecay` for the resolved `training` section; `scheduler.step()` once an optimizer step."""
+    """Returns a `LambdaDecay` for the resolved `training` section; `scheduler.step()` once an optimizer step."""
 
     def factor(step):
         return lr_factor(
@@ -47,65 +60,60 @@ def build_lr_scheduler(training, total_steps):
     return paddle.optimizer.lr.LambdaDecay(learning_rate=training["learning_rate"], lr_lambda=factor)
 
 
-class AdamW(paddle.optimizer.AdamW):
-    """AdamW that leaves the weights alone in a step that its `GradientNorm`'s watch finds bad.
-
-    Gradients are given up between steps, not filled with zeros: a backward pass writes them instead of adding to them.
-    """
-
-    def clear_grad(self, set_to_zero=False):
-        super().clear_grad(set_to_zero)
-
-    def _create_param_lr(self, param_and_grad):
-        rate = super()._create_param_lr(param_and_grad)
-        watch = self._grad_clip.watch
-        return rate if watch is None else watch.applied_rate(rate)
-
-
 def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, watch=None):
-    """AdamW over the trainable parameters; its `_grad_clip` is a `GradientNorm` of `max_grad_norm` and the `watch`."""
-    return AdamW(
+    """Returns AdamW over the trainable parameters, with its `GradientNorm` as `gradient_norm`.
+
+    Args:
+        training: the config's `training` section.
+        multi_precision: keep float32 master weights of half-precision parameters.
+        watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
+    """
+    gradient_norm = GradientNorm(training["max_grad_norm"], watch)
+    optimizer = paddle_private.make_adamw(
+        gradient_norm.apply_rate,
         learning_rate=lr_scheduler,
         parameters=[parameter for parameter in model.parameters() if not parameter.stop_gradient],
         beta1=training["adam_beta1"],
         beta2=training["adam_beta2"],
         epsilon=training["adam_epsilon"],
         weight_decay=training["weight_decay"],
-        grad_clip=GradientNorm(training["max_grad_norm"], watch),
+        grad_clip=paddle_private.make_gradient_clip(gradient_norm.clip),
         multi_precision=multi_precision,
     )
+    optimizer.gradient_norm = gradient_norm
+    return optimizer
 
 
-class GradientNorm(nn.clip.ClipGradBase):
-    """Gradient clipping by the global norm over all ranks' parts (Pascanu et al. 2013), which also tells the norm.
-
-    Every wrapper of fleet and of sharding calls the optimizer's `grad_clip` with the gradients of this rank's parts,
-    reduced over the data-parallel ranks and without the loss scale. The wrappers replace Paddle's own
-    `ClipGradByGlobalNorm` by others; this one they leave alone.
+class GradientNorm:
+    """Clips gradients by the global norm over all ranks' parts (Pascanu et al. 2013), and tells the norm.
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
-        watch: the `training.supervision.number_watch.NumberWatch` that judges each step by the norm, or None.
+        watch: see `build_optimizer`.
 
     Attributes:
         square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
-        shares: the rank's `Shares`, once the optimizer has its wrappers; None if it holds everything.
+        shard: the rank's `LocalShard`, once the optimizer has its wrappers; None if it holds everything.
     """
 
     def __init__(self, max_norm, watch=None):
-        super().__init__()
         self.max_norm = max_norm
         self.watch = watch
         self.square = None
-        self.shares = None
+        self.shard = None
 
     def take(self):
-        """The norm of the last step as a number, or None; waits for the device."""
+        """Returns the norm of the last step as a number, or None; waits for the device."""
         square, self.square = self.square, None
         return None if square is None else float(square) ** 0.5
 
+    def apply_rate(self, rate):
+        """Returns the learning rate to apply: 0 in a bad step."""
+        return rate if self.watch is None else self.watch.applied_rate(rate)
+
     @paddle.no_grad()
-    def _dygraph_clip(self, params_grads):
+    def clip(self, params_grads):
+        """Measures, judges and clips the gradients `[(parameter, gradient), ...]` of this rank's parts, in place."""
         self.square = None
         if self.max_norm <= 0 and self.watch is None:
             return params_grads
@@ -116,85 +124,67 @@ class GradientNorm(nn.clip.ClipGradBase):
         if self.max_norm > 0:
             scale = self.max_norm / square.sqrt().clip(min=self.max_norm)
             for parameter, gradient in gradients:
-                gradient.multiply_(scale.astype(gradient.dtype))
-                parameter._reset_grad_inplace_version(True)  # the backward pass is over
+                paddle_private.scale_gradient(parameter, gradient, scale)
         return params_grads
 
     def _squared_norm(self, gradients):
         sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
         for parameter, gradient in gradients:
-            split, weight = self.shares.norm_group(parameter.name) if self.shares is not None else (False, 1.0)
-            square = nn.clip._squared_l2_norm(gradient.astype("float32")).reshape([1])
+            split, weight = self.shard.norm_weight(parameter.name) if self.shard is not None else (False, 1.0)
+            square = paddle_private.squared_norm(gradient.astype("float32"))
             sums[split].append(square if weight == 1.0 else square * weight)
         split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
-        if self.shares is not None and self.shares.tensor_group is not None:
-            paddle.distributed.all_reduce(split, group=self.shares.tensor_group)
+        if self.shard is not None and self.shard.tensor_group is not None:
+            paddle.distributed.all_reduce(split, group=self.shard.tensor_group)
         total = split + common
-        if self.shares is not None and self.shares.group is not None:
-            paddle.distributed.all_reduce(total, group=self.shares.group)
+        if self.shard is not None and self.shard.group is not None:
+            paddle.distributed.all_reduce(total, group=self.shard.group)
         return total
 
 
 _ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
-def _create_accumulators(inner, parameters):
-    inner._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
-
-
-def create_state(optimizer, model, shares=None):
-    """Makes AdamW's state of this rank's parts now, at 0.
-
-    Paddle makes it at the first step, where the activations were before: the process then grows by as much.
-    """
-    optimizer_state(optimizer, model, shares)
-
-
-def optimizer_state(optimizer, model, shares=None):
-    """AdamW's state by the model's parameter names: `{name: {accumulator: tensor, ...}}`, of this rank's parts.
+def optimizer_state(optimizer, model, shard=None):
+    """Returns AdamW's state by the model's parameter names: `{name: {accumulator: tensor}}`, of this rank's parts.
 
     Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before; the
     model's names don't, so that this state can be loaded by another loop, process or number of ranks.
+
+    State that is not there yet is made, at 0. Call it before training: Paddle makes it at the first step, in memory
+    where activations were before, and the process then grows by as much.
     """
-    shares = shares or Shares(model)
-    inner = inner_optimizer(optimizer)
+    shard = shard or LocalShard(model)
+    inner = paddle_private.inner_optimizer(optimizer)
+    # Sharding stage 3 makes a parameter of every slice, but only at a step.
     parameters = {
-        name: _keyed(parameter)
+        name: paddle_private.slice_parameter(local_tensor(parameter), optimizer_key(parameter))
         for name, parameter in model.named_parameters()
-        if not parameter.stop_gradient and shares.own(name)
+        if not parameter.stop_gradient and shard.owns(name)
     }
-    _create_accumulators(inner, list(parameters.values()))
-    masters = master_weights(inner)
-    state = {}
+    accumulators = paddle_private.adamw_accumulators(inner, list(parameters.values()), _ACCUMULATORS)
+    masters = paddle_private.master_weights(inner)
+    state = dict(zip(parameters, accumulators, strict=True))
     for name, parameter in parameters.items():
-        state[name] = {key: inner._get_accumulator_master(key, parameter) for key in _ACCUMULATORS}
         if parameter.name in masters:
             state[name]["master_weight"] = masters[parameter.name]
     return state
 
 
-def _keyed(parameter):
-    """What the optimizer keys its state by: sharding stage 3 makes a parameter of every slice, but only at a step."""
-    held = held_part(parameter)
-    if held is parameter or isinstance(held, EagerParamBase):
-        return held
-    return EagerParamBase(shape=held.shape, dtype=held.dtype, name=held_name(parameter))
-
-
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, shares=None, weights=None):
+def set_optimizer_state(optimizer, model, state, shard=None, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
     Args:
-        shares: the rank's `Shares`; None if it holds everything.
+        shard: the rank's `LocalShard`; None if it holds everything.
         weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
 
     Raises:
         ValueError: a parameter or accumulator is missing or has another shape.
     """
-    shares = shares or Shares(model)
-    shapes = shares.whole_shapes()
-    for name, accumulators in optimizer_state(optimizer, model, shares).items():
+    shard = shard or LocalShard(model)
+    shapes = shard.whole_shapes()
+    for name, accumulators in optimizer_state(optimizer, model, shard).items():
         for key, tensor in accumulators.items():
             entry = state.get(name, {})
             if key == "master_weight" and key not in entry and weights is not None:
@@ -206,5 +196,5 @@ def set_optimizer_state(optimizer, model, state, shares=None, weights=None):
             if value.size != np.prod(shape):
                 raise ValueError(f"the optimizer state's {key} of {name} has shape {list(value.shape)}, not {shape}")
             value = value.reshape(shape)
-            value = value if key.endswith("pow_acc") else shares.part(name, value)
+            value = value if key.endswith("pow_acc") else shard.part(name, value)
             paddle.assign(paddle.to_tensor(value).astype("float32"), output=tensor)

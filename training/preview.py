@@ -10,7 +10,7 @@ import paddle
 
 from runtime.process import one_line, say
 from training.averages import ema_weights
-from training.parallel.shares import Shares
+from training.parallel.shares import LocalShard
 
 
 class Preview:
@@ -82,10 +82,10 @@ class Preview:
 def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
     """Samples a grid into `folder/step.png` and the VisualDL log: rank 0, with those that hold parts of its network."""
     start = time.perf_counter()
-    shares = Shares(model, optimizer)
-    with contextlib.nullcontext(model) if ema is None else ema_weights(model, ema, shares):
+    shard = LocalShard(model, optimizer)
+    with contextlib.nullcontext(model) if ema is None else ema_weights(model, ema, shard):
         model.eval()
-        latents = preview.sample(model) if rank == 0 or shares.split else None
+        latents = preview.sample(model) if rank == 0 or shard.forward_is_collective else None
         if rank == 0:
             _save_preview(preview, latents, log, folder, step)
     model.train()

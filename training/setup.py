@@ -1,39 +1,47 @@
-"""What both loops build in the same way before their first step."""
+"""Builds the parts of a run that both loops have: precision, network, averages, data, and notes about them."""
 
 import json
-import math
 import os
 import random
+from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import paddle
 
-from config.schema import SCALING_KEYS, ineffective_settings, manifest_features, weights_features
+from config.schema import SCALING_KEYS, manifest_features, weights_features
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
 from models import build_model
-from models.parallel import tensor_parallel, whole_shape
-from runtime.files import write_json
+from models.parallel import tensor_parallel
 from runtime.precision import resolve_precision
-from runtime.process import compute_capability, counted, say
+from runtime.process import compute_capability, counted
 from runtime.untrusted import read_json, shortened
 from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 
 
+# The samples of a run, those held out of it (or None), and the order in which this rank takes them.
+Data = namedtuple("Data", "dataset held_out sampler")
+
+
 def setup_precision(config, device):
-    """The `Precision` of a run, and a note to print if the device computes otherwise than asked, else None."""
+    """Returns the `Precision` of a run; its `note` says if the device computes otherwise than asked.
+
+    Raises:
+        ValueError: the device can't do what was asked.
+    """
     training = config["training"]
     precision, note = resolve_precision(
         training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
     )
-    return precision, note
+    return replace(precision, note=note)
 
 
 def build_network(config, tensor_group=None, *, single_backward=False):
-    """The network of a run, in float32, from the run's seed: the same weights on every rank and in either loop.
+    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
 
     Args:
         tensor_group: the tensor-parallel group of ranks that hold a part each; None: whole.
@@ -52,18 +60,33 @@ def build_network(config, tensor_group=None, *, single_backward=False):
         )
 
 
-def build_ema(config, model, *, on_host=False):
-    """The run's `EMA`, or None; build it while the model's weights are still float32."""
-    training = config["training"]
+def build_averages(training, model, *, on_host=False):
+    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32.
+
+    Args:
+        training: the config's `training` section.
+        on_host: see `EMA`.
+    """
     if not training["use_ema"]:
-        return None
-    return EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)
+        return []
+    return [EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)]
+
+
+def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
+    """Opens the `Data` of a run: a seeded endless stream, of which every rank takes its rows of each global batch.
+
+    Args:
+        resolution: picks one of several sets in the folder.
+        rank, world_size: of the ranks that get different data.
+    """
+    dataset, held_out = build_dataset(config, feature_path, resolution)
+    return Data(dataset, held_out, build_sampler(config["training"], dataset, rank=rank, world_size=world_size))
 
 
 def build_dataset(config, feature_path, resolution):
-    """`(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and `data` section.
+    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and data.
 
-    Fills in the config's `features` section, which the set at hand decides, whatever a config file says.
+    Fills in the config's `features` section, because the set at hand decides it, whatever a config file says.
     """
     model, data = config["model"], config["data"]
     dataset = FeatureDataset(
@@ -152,26 +175,8 @@ def features_changes(theirs, ours):
     return "; ".join(changes)
 
 
-def build_validation(config, objective, held_out, sampler, ranks_per_batch=1):
-    """The run's `Validation` on the held-out samples, or None."""
-    if held_out is None:
-        return None
-    from training.validation import Validation
-
-    return Validation(
-        objective,
-        held_out,
-        every=config["data"]["validation_steps"],
-        batch_size=sampler.batch_size,
-        rank=sampler.rank,
-        world_size=sampler.world_size,
-        ranks_per_batch=ranks_per_batch,
-    )
-
-
-def build_sampler(config, dataset, *, rank, world_size):
-    """The `MicroBatchSampler` of data-parallel rank `rank` of `world_size`, up to the last step of a new run."""
-    training = config["training"]
+def build_sampler(training, dataset, *, rank, world_size):
+    """Returns the `MicroBatchSampler` of rank `rank` of `world_size` data ranks, up to the last step of a new run."""
     return MicroBatchSampler(
         len(dataset),
         global_batch_size=training["global_batch_size"],
@@ -179,61 +184,23 @@ def build_sampler(config, dataset, *, rank, world_size):
         rank=rank,
         world_size=world_size,
         seed=training["seed"],
-        last_step=_last_step(config, len(dataset)),
+        last_step=_last_step(training, len(dataset)),
     )
 
 
-def resume_sampler(sampler, config, checkpoint):
-    """Puts a sampler where the run of a checkpoint (or None) stopped; the epochs that are left are counted from there.
-
-    Returns:
-        The step that is done.
-    """
-    if checkpoint is None:
-        return 0
-    step, seen = checkpoint.progress["global_step"], checkpoint.progress["samples_seen"]
-    last_step = _last_step(config, sampler.stream.num_samples, first_step=step, samples_seen=seen)
-    sampler.resume(step, seen, last_step)
-    return step
+def resume_sampler(sampler, training, progress):
+    """Puts a sampler where a checkpoint's run stopped; the epochs that are left are counted from there."""
+    step, seen = progress["global_step"], progress["samples_seen"]
+    sampler.resume(step, seen, _last_step(training, sampler.stream.num_samples, first_step=step, samples_seen=seen))
 
 
-def _last_step(config, num_samples, **done):
-    training = config["training"]
+def _last_step(training, num_samples, **done):
     settings = {key: training[key] for key in ("global_batch_size", "max_steps", "epochs")}
     return total_steps(num_samples, **settings, **done)
 
 
-def build_preview(objective, config, args, *, vae):
-    """The run's `Preview` by the flags of either loop, or None if `--image_logging_steps` is off."""
-    if args.image_logging_steps <= 0:
-        return None
-    from training.preview import Preview
-
-    return Preview(objective, config, vae=vae, num_inference_steps=args.num_inference_steps, cfg_scale=args.cfg_scale)
-
-
-def describe_run(config, *, folder, dataset, model, device, world_size, last_step, notes):
-    """Prints the resolved settings once, and saves them as `config.json` in the run's folder. Rank 0 only."""
-    say(json.dumps(_without_names(config), indent=2))
-    for note in filter(None, [*notes, *dataset.notes, ineffective_settings(config["objective"])]):
-        say(f"note: {note}")
-    parameters = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
-    say(
-        f"{config['model']['type']} with {parameters:,} parameters on {device}, "
-        f"{counted(world_size, 'process', 'processes')}; {counted(len(dataset), 'sample')} in {dataset.features_dir}; "
-        f"training to step {last_step:,}; output in {folder}"
-    )
-    os.makedirs(folder, exist_ok=True)
-    write_json(os.path.join(folder, "config.json"), config)
-
-
-def _without_names(config):
-    names = config["features"]["class_names"]
-    return {**config, "features": {**config["features"], "class_names": names and f"{len(names)} names"}}
-
-
-def other_data_note(checkpoint, config, dataset):
-    """A sentence to print if a resumed run had other data, else None."""
+def describe_data_changes(checkpoint, config, dataset):
+    """Returns a sentence to print if a resumed run had other data, else None."""
     if checkpoint is None:
         return None
     changes = []
@@ -262,17 +229,3 @@ def pretrained_note(path, config):
     features = {**weights_features(path, config), "class_names": None}
     changes = features_changes(features, config["features"])
     return f"{path} was trained on other latents: {changes}" if changes else None
-
-
-def progress_state(config, *, step, samples_seen, num_samples, world_size, watch):
-    """The `progress` of a checkpoint; `watch` is the `NumberWatch`'s state."""
-    return {
-        "global_step": step,
-        "samples_seen": samples_seen,
-        "epoch": samples_seen / num_samples,
-        "seed": config["training"]["seed"],
-        "global_batch_size": config["training"]["global_batch_size"],
-        "world_size": world_size,
-        "num_samples": num_samples,
-        "watch": watch,
-    }

@@ -1,4 +1,4 @@
-"""The loss of held-out samples at fixed timesteps and noise: a curve that does not jump with what a step has drawn."""
+"""The loss of held-out samples at fixed timesteps and noise: a curve without the jumps of random draws."""
 
 import time
 
@@ -8,11 +8,11 @@ import paddle.distributed as dist
 
 from objectives import Batch
 from training.averages import ema_weights
-from training.parallel.shares import Shares
+from training.parallel.shares import LocalShard
 
 
 class Validation:
-    """Mean losses of held-out samples, by the network's own weights and by their averages.
+    """Computes mean losses of held-out samples, by the network's own weights and by their averages.
 
     Sample i gets the same noise and the same place in the time interval at every call, in every run and on any number
     of ranks; the places are spread evenly over the samples. No label is dropped.
@@ -20,28 +20,27 @@ class Validation:
     Args:
         objective: from `objectives.build_objective`.
         dataset: the held-out part of a `FeatureDataset`.
+        sampler: this rank's `MicroBatchSampler`, which knows its place among the data-parallel ranks.
         every: optimizer steps between two calls.
-        batch_size: samples of a forward pass on one device.
-        rank, world_size: of the data-parallel ranks.
         ranks_per_batch: ranks that have the same batch (tensor parallelism).
     """
 
     SEED = 20250
 
-    def __init__(self, objective, dataset, *, every, batch_size, rank, world_size, ranks_per_batch=1):
+    def __init__(self, objective, dataset, sampler, *, every, ranks_per_batch=1):
         self.objective, self.dataset, self.every = objective, dataset, every
-        self.batch_size, self.rank, self.world_size = min(batch_size, len(dataset)), rank, world_size
-        self.ranks_per_batch = ranks_per_batch
+        self.batch_size = min(sampler.batch_size, len(dataset))  # of a forward pass on one device
+        self.rank, self.world_size, self.ranks_per_batch = sampler.rank, sampler.world_size, ranks_per_batch
         order = np.random.default_rng([self.SEED, len(dataset)]).permutation(len(dataset))
         self._places = ((order + 0.5) / len(dataset)).astype("float32")  # in (0, 1)
 
     def due(self, step, last_step):
-        """Whether to run after optimizer step `step`."""
+        """Returns whether to run after optimizer step `step`."""
         return step % self.every == 0 or step == last_step
 
     @paddle.no_grad()
     def loss(self, model, precision):
-        """Mean loss `()` over the held-out samples, from a model in evaluation mode. A collective; waits for it."""
+        """Returns the mean loss of the held-out samples, by a model in evaluation mode. A collective; waits for it."""
         total = paddle.zeros([])
         count = len(self.dataset)
         # All ranks make the same number of passes: a network in parts computes only with all of them.
@@ -65,14 +64,17 @@ class Validation:
     def _noise(self, index, shape):
         return np.random.default_rng([self.SEED, index]).standard_normal(shape, "float32")
 
-    def run(self, step, *, model, ema, optimizer, precision, log):
-        """Both losses after optimizer step `step`, into the log; the model is in training mode again after it."""
-        start = time.perf_counter()
+    def run(self, session):
+        """Writes the losses after the session's step into its log: of its weights, and of the first of its averages.
+
+        The model is in training mode again after it.
+        """
+        start, model = time.perf_counter(), session.model
         model.eval()
-        values = {"loss": self.loss(model, precision)}
-        if ema is not None:
-            with ema_weights(model, ema, Shares(model, optimizer)):
-                values["ema_loss"] = self.loss(model, precision)
+        values = {"loss": self.loss(model, session.precision)}
+        for average in session.averages[:1]:
+            with ema_weights(model, average, LocalShard(model, session.optimizer)):
+                values["ema_loss"] = self.loss(model, session.precision)
         model.train()
-        log.report_validation(step, values)
-        log.pause(time.perf_counter() - start)
+        session.log.report_validation(session.step, values)
+        session.log.pause(time.perf_counter() - start)

@@ -12,7 +12,7 @@ from support.runs import ROOT, checkpoint_path, command_environment, loop_argume
 
 from runtime import files as manifest
 from runtime.process import SAVING_THREAD
-from training.checkpoints.find import _step_of, list_checkpoints, pick_checkpoint
+from training.checkpoints.find import list_checkpoints, pick_checkpoint, step_of
 from training.metrics import TrainingLog, _Rows
 
 LOOPS = ("trainer", "notrainer")
@@ -60,7 +60,7 @@ def test_training_goes_on_while_files_may_not_grow(features, tmp_path, run_loop,
     out = capsys.readouterr().out
     assert out.count("is not saved: ") == out.count("File too large; training goes on") == 2
     folder = checkpoint_path(loop, tmp_path / "out", 10).parent
-    assert [_step_of(path) for path in list_checkpoints(folder)] == [2, 8, 10]
+    assert [step_of(path) for path in list_checkpoints(folder)] == [2, 8, 10]
     assert not list(folder.glob(".*")) and list(read_losses(tmp_path / "out")) == list(range(1, 11))
 
 

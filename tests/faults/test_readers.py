@@ -387,7 +387,7 @@ class TestCheckpointsOfNoArrays:
         weights = {"module._orig_mod.a.weight": np.ones((2, 3), "f4")}
         path.write_bytes(pickle.dumps({**self.official(model=weights), "ema": weights, "args": {"out": tmp_path}}))
         checkpoint = load_checkpoint(path)
-        assert list(checkpoint.model) == list(checkpoint.ema) == list(checkpoint.optimizer) == ["a.weight"]
+        assert list(checkpoint.model) == list(checkpoint.averages[""]) == list(checkpoint.optimizer) == ["a.weight"]
 
     @pytest.mark.parametrize("part", ["model", "moment"])
     def test_official_file_that_is_not_finite(self, tmp_path, part):

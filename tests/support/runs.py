@@ -32,7 +32,7 @@ TINY_MODELS = {
 
 
 def write_features(folder, count=40, shape=(4, 8, 8), num_classes=10, name="imagenet64"):
-    """A feature folder in the seed's layout, random latents."""
+    """Writes a feature folder in PaddleMIX's layout, one `.npy` pair a sample, with random latents."""
     rng = np.random.default_rng(0)
     for kind in ("features", "labels"):
         os.makedirs(folder / f"{name}_{kind}", exist_ok=True)
@@ -106,10 +106,12 @@ def run_in_process(loop, arguments, monkeypatch):
     script.main()
 
 
-def checkpoint_path(loop, output, step):
-    """Where a loop puts the checkpoint of a step."""
+def checkpoint_path(loop, output, step, launched=True):
+    """Returns the checkpoint of a step in a loop's output; before the launch, of the first experiment, "000-..."."""
     if loop == "trainer":
         return Path(output) / f"checkpoint-{step}"
+    if not launched:
+        return Path(output) / f"000-{Path(output).name}/checkpoints/{step:07d}"
     (path,) = Path(output).glob(f"*/checkpoints/{step:07d}")
     return path
 
@@ -131,12 +133,21 @@ def launch_command(ranks, script, arguments, log_dir):
     return command + [str(argument) for argument in arguments]
 
 
-def launch(ranks, script, arguments, log_dir, timeout=400):
+def launch(ranks, script, arguments, log_dir, timeout=900):
     """Runs a script under `paddle.distributed.launch` on `ranks` processes; returns the finished process."""
     command = launch_command(ranks, script, arguments, log_dir)
     return subprocess.run(
         command, cwd=ROOT, env=command_environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def launch_loops(ranks, runs, folder):
+    """Does several trainings `[loop, flags]`, one after the other, in one launch; fails with the ranks' logs."""
+    folder.mkdir(parents=True)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    finished = launch(ranks, "tests/support/run_loops.py", [folder / "runs.json"], folder / "log")
+    logs = [path.read_text()[-2000:] for path in sorted((folder / "log").glob("workerlog.*"))]
+    assert finished.returncode == 0, "\n".join(logs)
 
 
 def run_script(script, arguments, timeout=120):

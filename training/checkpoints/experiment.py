@@ -9,13 +9,13 @@ import paddle
 from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
-from training.checkpoints.find import _step_of, find_checkpoints, list_checkpoints
+from training.checkpoints.find import find_checkpoints, list_checkpoints, step_of
 from training.checkpoints.read import check_same_model, load_checkpoint
-from training.parallel.collective import of_rank_0
+from training.parallel.collective import run_on_rank_0
 
 
 def open_experiment(resume, results_dir, config_file, config, lock):
-    """The checkpoint to resume (or None) and the experiment folder `results_dir/NNN-CONFIG` of the hand-written loop.
+    """Returns the checkpoint to resume (or None) and the hand-written loop's folder `results_dir/NNN-CONFIG`.
 
     A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
     gets a new one, so that nothing is overwritten. All ranks get the same answer.
@@ -30,9 +30,9 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     """
     name = experiment_name(config_file)
     try:
-        of_rank_0(lambda: check_experiment_idle(resume, results_dir, name))
+        run_on_rank_0(lambda: check_experiment_idle(resume, results_dir, name))
         if resume == "auto":
-            any_there = of_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
+            any_there = run_on_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
             checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
         else:
             checkpoint = open_checkpoint(resume, config) if resume else None
@@ -59,11 +59,11 @@ def open_experiment(resume, results_dir, config_file, config, lock):
                 lock.take(path)
                 return path
 
-    return checkpoint, of_rank_0(folder)
+    return checkpoint, run_on_rank_0(folder)
 
 
 def open_output_dir(output_dir, config, *, resume, overwrite, lock):
-    """The checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
+    """Returns the checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
 
     Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
     With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
@@ -76,34 +76,34 @@ def open_output_dir(output_dir, config, *, resume, overwrite, lock):
         ValueError: the folder holds another run, or one is at work in it.
     """
     # A folder that is not there is made, and locked, when it is clear that there is something to run in it.
-    of_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
+    run_on_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
     else:
         anew = overwrite and resume != "auto"
-        any_there = not anew and of_rank_0(lambda: bool(find_checkpoints(output_dir)))
+        any_there = not anew and run_on_rank_0(lambda: bool(find_checkpoints(output_dir)))
         try:
             checkpoint = open_checkpoint(output_dir, config) if any_there else None
         except ValueError as error:
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
-    of_rank_0(lambda: lock.take(output_dir))
-    of_rank_0(lambda: _put_aside(output_dir, checkpoint, overwrite))
+    run_on_rank_0(lambda: lock.take(output_dir))
+    run_on_rank_0(lambda: move_earlier_run_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
 
 
-def _put_aside(output_dir, checkpoint, overwrite):
-    """Moves what an earlier run left and this one would meet to `output_dir/previous-DATE`; no other file."""
+def move_earlier_run_aside(output_dir, checkpoint, overwrite):
+    """Moves the files of an earlier run that this one would meet to `output_dir/previous-DATE`."""
     existing = list_checkpoints(output_dir)
     if existing:
         clear_leftovers(output_dir)
     if checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing):
         step = checkpoint.progress["global_step"]
-        moved = [path for path in existing if _step_of(path) > step]
+        moved = [path for path in existing if step_of(path) > step]
     elif existing and not overwrite:
         raise ValueError(
             f"output_dir {output_dir}: holds checkpoints of another run; choose another folder, or put them aside: "
@@ -125,13 +125,17 @@ def _put_aside(output_dir, checkpoint, overwrite):
 
 
 def open_checkpoint(path, config, experiment_name=None):
-    """`load_checkpoint` for a run with this config; `ValueError` if it holds another model or objective."""
+    """Reads a checkpoint for a run with this config, as `load_checkpoint` does.
+
+    Raises:
+        ValueError: one line: what `load_checkpoint` raises, or it holds another model or objective.
+    """
     checkpoint = load_checkpoint(path, experiment_name)
     check_same_model(checkpoint, config)
     progress = checkpoint.progress
     if "samples_seen" not in progress:
         batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
         progress["samples_seen"] = progress["global_step"] * batch
-    if config["training"]["use_ema"] and checkpoint.ema is None and paddle.distributed.get_rank() == 0:
+    if config["training"]["use_ema"] and not checkpoint.averages and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")
     return checkpoint

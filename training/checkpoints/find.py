@@ -11,19 +11,20 @@ from runtime.run_lock import list_experiments
 from training.checkpoints.whole_folder import damage
 from weights.source import is_training_checkpoint
 
-CONFIG, MODEL, EMA_STATE = "config.json", "model_state.pdparams", "ema_state.pdparams"
+CONFIG, MODEL = "config.json", "model_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
+_AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 
 
 @dataclass
 class Checkpoint:
-    """What was read of a checkpoint: arrays by name, and `progress` with `global_step` and `samples_seen`."""
+    """The contents of a checkpoint: arrays by name, and `progress` with `global_step` and `samples_seen`."""
 
     source: str
     config: dict | None
     model: dict
-    ema: dict | None
+    averages: dict[str, dict]  # by the averages' names; the usual ones have none
     read_optimizer: Callable[[], dict]  # the largest part is read when it is wanted
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
@@ -33,20 +34,31 @@ class Checkpoint:
         return self.read_optimizer()
 
 
+def averages_file(name):
+    """Returns the file of the averages `name` in a checkpoint; the usual ones have an empty name."""
+    return f"ema_state_{name}.pdparams" if name else "ema_state.pdparams"
+
+
+def list_averages(folder):
+    """Returns the names of the averages in a checkpoint folder."""
+    matches = map(_AVERAGES.match, sorted(os.listdir(folder)))
+    return [match.group(1) or "" for match in matches if match]
+
+
 def is_checkpoint(folder):
-    """Whether `folder` is a training checkpoint that can be resumed, not only sampled; perhaps a damaged one."""
+    """Returns whether `folder` is a training checkpoint that can be resumed, not only sampled; damaged or not."""
     if _holds(folder, MANIFEST):
         return _holds(folder, MODEL, OPTIMIZER, STATE)
     return is_training_checkpoint(folder) and _holds(folder, STATE)
 
 
 def _holds(folder, *names):
-    """Whether any of these files is in `folder`."""
+    """Returns whether any of these files is in `folder`."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def list_checkpoints(folder):
-    """The checkpoints `checkpoint-N` or `N` directly in `folder`, oldest step first, as paths; damaged ones too."""
+    """Lists the checkpoints `checkpoint-N` or `N` directly in `folder`, oldest first, as paths; damaged ones too."""
     if not os.path.isdir(folder):
         return []
     restore_replaced(folder)
@@ -59,7 +71,7 @@ def list_checkpoints(folder):
 
 
 def find_checkpoints(folder, experiment_name=None):
-    """The checkpoints of a run's folder, newest first; damaged ones too.
+    """Lists the checkpoints of a run's folder, newest first; damaged ones too.
 
     Args:
         folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
@@ -74,15 +86,16 @@ def find_checkpoints(folder, experiment_name=None):
     return [path for paths in found for path in reversed(paths)]
 
 
-def _damage(path, checksums=False):
+def damage_of(path, checksums=False):
+    """Returns in words what is wrong with a checkpoint by its manifest, or None."""
     return damage(path, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=checksums)
 
 
 def pick_checkpoint(folder, experiment_name=None):
-    """The newest whole checkpoint, with every checksum right; prints why a newer one is passed over.
+    """Picks the newest whole checkpoint, with every checksum right; prints why a newer one is passed over.
 
-    A checkpoint of a time before manifests is taken only if `folder` is that checkpoint itself: what can't be checked
-    is not chosen, and the user who knows it whole can name it.
+    A checkpoint without a manifest is taken only if `folder` is that checkpoint itself: what can't be checked is not
+    chosen, and the user who knows it whole can name it.
 
     Args:
         folder: as for `find_checkpoints`.
@@ -95,15 +108,15 @@ def pick_checkpoint(folder, experiment_name=None):
     """
     if is_checkpoint(folder):
         if not _holds(folder, MANIFEST):
-            say(f"note: {folder} has no {MANIFEST}, as before there were any: it is resumed unchecked")
-        elif wrong := _damage(folder, checksums=True):
+            say(f"note: {folder} has no {MANIFEST}, as older ones: it is resumed unchecked")
+        elif wrong := damage_of(folder, checksums=True):
             raise ValueError(
                 f"{folder}: {wrong}; resume another one (or delete its {MANIFEST}, if you changed the files yourself)"
             )
         return folder
     passed = []  # (path, what is wrong)
     for path in find_checkpoints(folder, experiment_name):
-        wrong = _damage(path, checksums=True)
+        wrong = damage_of(path, checksums=True)
         if wrong is None:
             return path
         say(f"note: checkpoint {path} is passed over: {wrong}")
@@ -112,10 +125,11 @@ def pick_checkpoint(folder, experiment_name=None):
         path, wrong = passed[0]
         raise ValueError(
             f"{folder}: none of its {len(passed)} checkpoint(s) is known to be whole; the newest is {path}: {wrong}; "
-            f"one of a time before there was a {MANIFEST} can be resumed by its own path"
+            f"one without a {MANIFEST} can be resumed by its own path"
         )
     return None
 
 
-def _step_of(path):
+def step_of(path):
+    """Returns the step in the name of a checkpoint."""
     return int(_CHECKPOINT_NAME.match(os.path.basename(path)).group(1))

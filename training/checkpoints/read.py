@@ -9,9 +9,10 @@ import paddle
 from config.schema import differences, own_config, resolve_config, sampling_differences
 from models.state import check_finite, is_state, official_to_paddle, plain_names, without_rounding
 from runtime.untrusted import inside, read_json, shortened
-from training.checkpoints.find import CONFIG, EMA_STATE, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint, pick_checkpoint
-from training.checkpoints.state import _load_weights, _parts
-from training.parallel.collective import of_rank_0
+from training.checkpoints import find
+from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
+from training.checkpoints.state import load_weights_into
+from training.parallel.collective import run_on_rank_0
 from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights
 
@@ -27,32 +28,28 @@ def load_checkpoint(path, experiment_name=None):
     path = str(path)
     if os.path.isfile(path):
         return _load_official(path)
-    folder = of_rank_0(lambda: pick_checkpoint(path, experiment_name))
+    folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
     if folder is None:
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
             "folder of such, or an official .pt file"
         )
 
-    def optional(name):
-        file = inside(folder, name)
-        return load_weights(file) if os.path.isfile(file) else None
-
     state = inside(folder, STATE)
     progress = read_json(state, infinity=True)
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
 
-    optimizer = inside(folder, OPTIMIZER)
+    optimizer, objective = inside(folder, OPTIMIZER), inside(folder, OBJECTIVE)
     if not os.path.isfile(optimizer):
         raise ValueError(f"{optimizer}: no such file")
     return Checkpoint(
         source=folder,
         config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=load_weights(inside(folder, MODEL)),
-        ema=optional(EMA_STATE),
+        averages={name: load_weights(inside(folder, find.averages_file(name))) for name in find.list_averages(folder)},
         read_optimizer=functools.partial(_read_optimizer, optimizer),
-        objective=optional(OBJECTIVE) or {},
+        objective=load_weights(objective) if os.path.isfile(objective) else {},
         progress=progress,
     )
 
@@ -65,7 +62,7 @@ def _read_optimizer(path):
 
 
 def _load_official(path):
-    """The official train.py's `{model, ema, opt, args}`: torch.optim.AdamW's state by parameter index."""
+    """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
     if isinstance(raw, dict):
         raw = {**raw, **{name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}}
@@ -91,7 +88,7 @@ def _load_official(path):
         source=path,
         config=None,
         model=official_to_paddle(raw["model"]),
-        ema=official_to_paddle(raw["ema"]) if "ema" in raw else None,
+        averages={"": official_to_paddle(raw["ema"])} if "ema" in raw else {},
         read_optimizer=lambda: moments,
         progress={"global_step": step, **_official_batch(raw.get("args"))},
     )
@@ -123,7 +120,7 @@ def _official_moments(raw):
 
 
 def _number(value, below):
-    """A number of the file, or the one in a tensor, whose power is quick to take; ValueError if it is none."""
+    """Returns a number of the file, or the one in a tensor; ValueError if it is none, or too large to work with."""
     value = value.item() if isinstance(value, np.ndarray) else value
     if not isinstance(value, (int, float)) or not 0 <= value < below:
         raise ValueError(f"a {type(value).__name__} where a number from 0 to {below} is expected")
@@ -140,8 +137,8 @@ def check_same_model(checkpoint, config):
 
 
 @paddle.no_grad()
-def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
-    """Starts a run from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
+def load_pretrained(path, model, *, config=None, as_stored=False):
+    """Starts a network from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
 
     A label table for another number of classes is left as it was initialised; everything else must fit. So is a
     position table that differs from the network's by the rounding of a half precision.
@@ -167,14 +164,12 @@ def load_pretrained(path, model, ema=None, *, config=None, as_stored=False):
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:
         state[table] = parameters[table].numpy()  # tensor parallelism leaves it whole
-    _load_weights(state, model, source)
-    if ema is not None:
-        ema.set_state_dict(_parts(state, model))
+    load_weights_into(model, state, source)
     return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
 
 
-# Keys whose values may differ from those of the checkpoint that a run starts from: the label table is made anew, and
-# the shapes of the weights tell of the others.
+# Keys whose values may differ from those of the checkpoint that a run starts from, because the label table is made anew
+# and the shapes of the weights tell of the others.
 _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
 
 

@@ -2,7 +2,7 @@
 
     config.json             the resolved config
     model_state.pdparams    weights, float32, official names
-    ema_state.pdparams      their averages, same keys
+    ema_state.pdparams      their averages, same keys; ema_state_NAME.pdparams for averages that have a name
     optimizer.pdopt         AdamW's moments by parameter name
     trainer_state.json      step, data position, LR schedule, loss scaler, random generators of Python and numpy
     objective.pdparams      only if the objective has a state (the loss-aware timestep sampler)
@@ -19,40 +19,41 @@ import paddle
 
 from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
+from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD, is_refusal, one_line, say
-from training.checkpoints.find import CONFIG, EMA_STATE, MODEL, OBJECTIVE, OPTIMIZER, STATE, _damage, list_checkpoints
-from training.checkpoints.state import _is_plain, _plain_scaler, _random_state, _whole_optimizer_state, whole_weights
-from training.parallel.collective import of_rank_0
-from training.parallel.shares import Shares, master_weights
+from training.checkpoints import find, state
+from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE
+from training.parallel.collective import run_on_rank_0
+from training.parallel.shares import LocalShard
 from weights.files import save_pdparams
 
 
-def checkpoint_files(*, config, model, optimizer, lr_scheduler, scaler, ema, objective, progress):
-    """The files of a checkpoint, one after the other: `(name, JSON value or arrays by name)`.
+def checkpoint_files(session):
+    """Yields the files of a checkpoint, one after the other: `(name, JSON value or arrays by name)`.
 
     A collective: every rank goes through all of them; on other ranks than 0 the arrays are missing. The arrays are
     copies: training may go on while they are written.
 
     Args:
-        model: the network, not wrapped.
-        ema: an `EMA`, or None.
-        progress: `global_step`, `samples_seen` and what else is worth knowing, JSON values.
+        session: a `training.session.Session`, or whatever has its `config`, `model`, `averages`, `optimizer`,
+            `lr_scheduler`, `scaler`, `objective` and `progress()`.
     """
-    shares = Shares(model, optimizer)
-    masters = master_weights(optimizer)
-    state = {
-        **progress,
-        "ema_updates": ema.num_updates if ema is not None else 0,
-        "lr_scheduler": {key: value for key, value in lr_scheduler.state_dict().items() if _is_plain(value)},
-        "scaler": _plain_scaler(scaler),
-        "random": _random_state(),
+    model, optimizer = session.model, session.optimizer
+    progress = {
+        **session.progress(),
+        "ema_updates": 0,
+        **{state.updates_key(average): average.num_updates for average in session.averages},
+        "lr_scheduler": state.schedule_state(session.lr_scheduler),
+        "scaler": state.scaler_state(session.scaler),
+        "random": state.random_state(),
     }
-    yield CONFIG, config
-    yield MODEL, whole_weights(model, shares, masters)
-    yield EMA_STATE, shares.whole(ema.state_dict()) if ema is not None else {}
-    yield OPTIMIZER, _whole_optimizer_state(optimizer, model, shares, masters)
-    yield OBJECTIVE, {key: value.numpy() for key, value in objective.state_dict().items()}
-    yield STATE, state
+    yield CONFIG, session.config
+    yield MODEL, state.whole_weights(model, optimizer)
+    for average in session.averages:
+        yield find.averages_file(average.name), LocalShard(model, optimizer).gather(average.state_dict())
+    yield OPTIMIZER, state.whole_optimizer_state(model, optimizer)
+    yield OBJECTIVE, {key: value.numpy() for key, value in session.objective.state_dict().items()}
+    yield STATE, progress
 
 
 def write_checkpoint(folder, files):
@@ -107,30 +108,30 @@ class CheckpointSaver:
     next save tries again.
 
     Args:
+        session: what is saved, see `checkpoint_files`.
         say: prints a line; it is called from the thread too.
         save_total_limit: whole checkpoints to keep, None: all.
         background: False: training waits until the checkpoint is on the disk. So it does where the copies, which are
             kept until they are written, would take more than half of the memory that is free.
     """
 
-    def __init__(self, *, say, save_total_limit=None, background=True):
+    def __init__(self, session, *, say=say, save_total_limit=None, background=True):
+        self.session = session
         self.say = say
         self.save_total_limit = save_total_limit
         self.background = background
         self._thread = self._failure = None
 
-    def save(self, folder, **parts):
-        """Saves `checkpoint_files(**parts)` as `folder`, then deletes what `save_total_limit` says. A collective."""
+    def save(self, folder):
+        """Saves the session as `folder`, then deletes what `save_total_limit` says. A collective."""
         self.wait()
-        files = checkpoint_files(**parts)
-        if not self._in_background(parts):
+        files = checkpoint_files(self.session)
+        if not self._in_background():
             self._write(folder, files)
             return
         gathered = list(files)
         if paddle.distributed.get_rank() == 0:
-            self._thread = threading.Thread(
-                target=self._write, args=(folder, _taken_from(gathered)), name=SAVING_THREAD
-            )
+            self._thread = threading.Thread(target=self._write, args=(folder, drain(gathered)), name=SAVING_THREAD)
             self._thread.start()
 
     def finish(self):
@@ -141,7 +142,7 @@ class CheckpointSaver:
             if self._failure is not None:
                 raise self._failure
 
-        of_rank_0(last)
+        run_on_rank_0(last)
 
     def wait(self):
         """Waits for the save under way, on rank 0; nothing is under way on the others."""
@@ -149,10 +150,11 @@ class CheckpointSaver:
             self._thread.join()
             self._thread = None
 
-    def _in_background(self, parts):
+    def _in_background(self):
         if self.background and paddle.distributed.get_rank() == 0:
-            copies = 3 + (parts["ema"] is not None) + bool(master_weights(parts["optimizer"]))
-            shapes = Shares(parts["model"]).whole_shapes().values()
+            session = self.session
+            copies = 3 + len(session.averages) + bool(master_weights(session.optimizer))
+            shapes = LocalShard(session.model).whole_shapes().values()
             size = copies * 4 * sum(int(np.prod(shape)) for shape in shapes)
             memory = available_memory()
             if memory is not None and size > 0.5 * memory:
@@ -179,8 +181,8 @@ class CheckpointSaver:
             self.say(f"saved {folder}")
 
 
-def _taken_from(items):
-    """The items of a list, each given away: its memory is free when it has been used."""
+def drain(items):
+    """Yields the items of a list and takes them out of it: the memory of each is free when it has been used."""
     while items:
         yield items.pop(0)
 
@@ -192,8 +194,8 @@ def rotate_checkpoints(folder, save_total_limit, say=say):
     """
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
-            found = list_checkpoints(folder)
-            whole = [path for path in found if _damage(path) is None]
+            found = find.list_checkpoints(folder)
+            whole = [path for path in found if find.damage_of(path) is None]
             older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
                 delete_folder(path)

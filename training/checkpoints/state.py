@@ -1,4 +1,8 @@
-"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them."""
+"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them.
+
+The functions that take a `session` read its network, averages, optimizer, learning-rate schedule, loss scaler and
+objective; see `training.session.Session`.
+"""
 
 import random
 
@@ -7,12 +11,14 @@ import paddle
 
 from models.parallel import rank_part
 from models.state import check_state
+from runtime.paddle_private import is_scaler_on, master_weights
 from training.checkpoints.find import STATE
 from training.optimizer import optimizer_state, set_optimizer_state
-from training.parallel.shares import Shares, held_name, held_part
+from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
-def _random_state():
+def random_state():
+    """Returns the states of Python's and numpy's generators as JSON values."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
 
@@ -27,85 +33,103 @@ def _set_random_state(state):
         raise ValueError(f"{STATE}: holds no states of Python's and numpy's generators ({error})") from None
 
 
-def whole_weights(model, shares, masters):
-    """`{name: float32 array}` of the network's weights on rank 0; under O2 of the masters, which are the weights."""
-    # Without masters, and without sharding of the weights, the ranks of a sharding group hold the same ones.
-    shares = shares if masters or shares.sliced else Shares(model)
-    return shares.whole(
+def whole_weights(model, optimizer):
+    """Gathers `{name: float32 array}` of the network's weights on rank 0; under AMP O2 of their float32 masters."""
+    shard, masters = LocalShard(model, optimizer), master_weights(optimizer)
+    if not masters and not shard.weights_are_sharded:
+        # Stages 1 and 2 replicate float32 weights: any rank's copy will do. Master weights have to be gathered.
+        shard = LocalShard(model)
+    return shard.gather(
         {
-            name: masters.get(held_name(parameter), held_part(parameter))
+            name: masters.get(optimizer_key(parameter), local_tensor(parameter))
             for name, parameter in model.named_parameters()
-            if shares.own(name)
+            if shard.owns(name)
         }
     )
 
 
-def _whole_optimizer_state(optimizer, model, shares, masters):
-    held = optimizer_state(optimizer, model, shares)
+def whole_optimizer_state(model, optimizer):
+    """Gathers `{name: {accumulator: float32 array}}` of AdamW's state on rank 0."""
+    shard = LocalShard(model, optimizer)
+    held = optimizer_state(optimizer, model, shard)
     names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
     arrays = {name: {} for name in names}
-    for key in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *(["master_weight"] if masters else [])):
+    masters = ["master_weight"] if master_weights(optimizer) else []
+    for key in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *masters):
         tensors = {name: state[key] for name, state in held.items() if key in state}
-        gather = shares.whole_scalars if key.endswith("pow_acc") else shares.whole
+        gather = shard.gather_scalars if key.endswith("pow_acc") else shard.gather
         for name, array in gather(tensors, names).items():
             arrays[name][key] = array
     return arrays
 
 
-def _is_plain(value):
-    return isinstance(value, (int, float, str, bool))
+def schedule_state(lr_scheduler):
+    """Returns the numbers of a learning-rate schedule's state."""
+    return {k: value for k, value in lr_scheduler.state_dict().items() if isinstance(value, (int, float, str, bool))}
 
 
-def _plain_scaler(scaler):
+def scaler_state(scaler):
+    """Returns a loss scaler's state as JSON values; empty without one."""
     state = scaler.state_dict() if scaler is not None else {}
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
 
 
 @paddle.no_grad()
-def restore_model(checkpoint, model, ema=None):
-    """Gives a model (not wrapped) and its EMA a checkpoint's weights; the EMA falls back to the weights.
+def restore_model(checkpoint, model, averages=()):
+    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights.
 
     Raises:
         ValueError: weights of another architecture.
     """
-    _load_weights(checkpoint.model, model, checkpoint.source)
-    if ema is not None:
-        averages = checkpoint.ema or checkpoint.model
-        check_state(averages, Shares(model).whole_shapes(), source=checkpoint.source)
-        ema.set_state_dict(_parts(averages, model))
-        ema.num_updates = checkpoint.progress.get("ema_updates", checkpoint.progress.get("global_step", 0))
-    checkpoint.ema = None
+    load_weights_into(model, checkpoint.model, checkpoint.source)
+    for average in averages:
+        state = checkpoint.averages.get(average.name) or checkpoint.model
+        check_state(state, LocalShard(model).whole_shapes(), source=checkpoint.source)
+        average.set_state_dict(rank_parts(state, model))
+        updates = checkpoint.progress.get("global_step", 0)
+        average.num_updates = checkpoint.progress.get(updates_key(average), updates)
+    checkpoint.averages = {}
 
 
-def _parts(state, model):
+def updates_key(average):
+    """Returns the key of a checkpoint's state under which the number of an average's updates is kept."""
+    return f"ema_updates_{average.name}" if average.name else "ema_updates"
+
+
+def rank_parts(state, model):
+    """Returns this rank's tensor-parallel parts of whole arrays by parameter name."""
     return {name: rank_part(parameter, state[name]) for name, parameter in model.named_parameters()}
 
 
-def _load_weights(state, model, source):
-    """Gives a model this rank's parts of whole weights by name; `ValueError` if they are another architecture's."""
-    check_state(state, Shares(model).whole_shapes(), source=source)
+def load_weights_into(model, state, source):
+    """Gives a model this rank's parts of whole weights by name.
+
+    Raises:
+        ValueError: weights of another architecture; `source` says whose.
+    """
+    check_state(state, LocalShard(model).whole_shapes(), source=source)
     for name, parameter in model.named_parameters():
         parameter.set_value(paddle.to_tensor(rank_part(parameter, state[name])).astype(parameter.dtype))
 
 
-def restore_training(checkpoint, *, model, optimizer, lr_scheduler, scaler, objective):
-    """Gives optimizer, LR schedule, loss scaler, objective and generators a checkpoint's state.
+def restore_training(checkpoint, session):
+    """Gives a session's optimizer, learning-rate schedule, loss scaler, objective and generators a checkpoint's state.
 
     Call it after the model has its weights and the optimizer its wrappers.
     """
+    model, optimizer = session.model, session.optimizer
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
     half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())
     weights, checkpoint.model = (checkpoint.model if half else None), {}
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, Shares(model, optimizer), weights=weights)
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, LocalShard(model, optimizer), weights=weights)
     progress = checkpoint.progress
-    lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
-    scaler_state = progress.get("scaler") or {}
-    if scaler is not None and scaler_state and getattr(scaler, "_enable", False):
-        scaler.load_state_dict({**scaler_state, "scale": np.float32(scaler_state["scale"])})
+    session.lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
+    scaler = progress.get("scaler") or {}
+    if scaler and is_scaler_on(session.scaler):
+        session.scaler.load_state_dict({**scaler, "scale": np.float32(scaler["scale"])})
     if checkpoint.objective:
-        objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})
+        session.objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})
     if "random" in progress:
         _set_random_state(progress["random"])
     # On every rank: not needed any more.
-    checkpoint.ema, checkpoint.objective = None, {}
-    checkpoint.read_optimizer = dict
+    checkpoint.objective, checkpoint.read_optimizer = {}, dict

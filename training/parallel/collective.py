@@ -3,10 +3,10 @@
 import paddle
 
 
-def of_rank_0(decide):
-    """What `decide()` says on rank 0, on every rank: nodes that don't share a disk must not decide differently.
+def run_on_rank_0(decide):
+    """Returns what `decide()` returns on rank 0, on every rank; an exception of it is raised on every rank.
 
-    An exception of it is raised on every rank.
+    Nodes that don't share a disk must not decide differently.
     """
     answer = [None]
     if paddle.distributed.get_rank() == 0:

@@ -12,7 +12,12 @@ import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 from paddle.base import core
-from paddle.distributed import collective
+
+from runtime.paddle_private import give_groups_own_stores, parameters_of, replace_tensor_parallel_operators
+
+
+def _copy(x, group):
+    return x.clone()
 
 
 def _sum(x, group):
@@ -45,36 +50,17 @@ def _operator(forward, backward):
     return lambda x, group=None, **_: Operator.apply(x, group)
 
 
-def _copy(x, group):
-    return x.clone()
-
-
 def use_plain_collectives():
-    """Gives fleet's tensor-parallel layers and PaddleNLP's sharding wrapper their CPU forms, in this process."""
-    from paddle.distributed import sharding
-    from paddle.distributed.fleet.layers.mpu import mp_ops
-
-    mp_ops._c_identity = _operator(_copy, _sum)
-    mp_ops._mp_allreduce = _operator(_sum, _copy)
-    mp_ops._c_concat = _operator(_concat, _own)
-    sharding.group_sharded_parallel = _group_sharded_parallel
-    if collective._new_process_group_impl is not _new_process_group:
-        _new_process_group.of_paddle = collective._new_process_group_impl
-        collective._new_process_group_impl = _new_process_group
+    """Gives fleet's tensor-parallel layers and the sharding wrappers their CPU forms, in this process."""
+    replace_tensor_parallel_operators(
+        identity=_operator(_copy, _sum), all_reduce=_operator(_sum, _copy), concat=_operator(_concat, _own)
+    )
+    dist.sharding.group_sharded_parallel = _group_sharded_parallel
+    give_groups_own_stores(_own_store)
 
 
-def _new_process_group(backend, store, rank, world_size, group_name, *args, **options):
-    """A gloo group with a store of its own.
-
-    Paddle writes the addresses of every group under the same keys, 0 to `world_size` - 1: in a store that groups
-    share, a rank that is early reads those of the group before, and its connection is refused or goes astray.
-    """
-    if backend == "gloo":
-        store = _own_store(store, f"store of {group_name}", rank)
-    return _new_process_group.of_paddle(backend, store, rank, world_size, group_name, *args, **options)
-
-
-def _own_store(shared, key, rank):
+def _own_store(shared, group_name, rank):
+    key = f"store of {group_name}"
     if rank == 0:
         host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
         with socket.socket() as free:
@@ -110,7 +96,7 @@ def _param_storage(base):
 def _group_sharded_parallel(
     model, optimizer, level, scaler=None, group=None, dp_group=None, exclude_layer=None, sync_comm=False, **_
 ):
-    """`paddle.distributed.sharding.group_sharded_parallel` for a CPU: the same wrappers."""
+    """Wraps as `paddle.distributed.sharding.group_sharded_parallel` does, by the same wrappers, on a CPU."""
     from paddle.distributed.fleet.meta_parallel.sharding import (
         group_sharded_optimizer_stage2,
         group_sharded_stage2,
@@ -125,7 +111,7 @@ def _group_sharded_parallel(
     options = {"group": group, "dp_group": dp_group, "device": "cpu"}
     if level == "os_g":
         optimizer = group_sharded_optimizer_stage2.GroupShardedOptimizerStage2(
-            params=optimizer._parameter_list, optim=optimizer, **options
+            params=parameters_of(optimizer), optim=optimizer, **options
         )
         model = group_sharded_stage2.GroupShardedStage2(model, optimizer, **options)
     else:

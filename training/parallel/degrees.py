@@ -1,20 +1,47 @@
 """The parallel degrees of a run, checked against the network and the number of processes."""
 
+from dataclasses import dataclass
+
 from models.sizes import check_tensor_parallel
-from training.trainer_arguments import LEFT_OUT, SHARDING_CONFIG
 
-SHARDING = ("", "stage1", "stage2", "stage3")
+STAGES = ("", "stage1", "stage2", "stage3")
+# Settings of PaddleNLP's sharding_parallel_config that can be used, by stage. The others keep the optimizer's state
+# under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
+SHARDING_SETTINGS = {"disable_stage1_reduce_avg": ("stage1",), "enable_release_grads": ("stage1",)}
+LEFT_OUT = (
+    *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
+    *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
+)
 
 
-def check_degrees(args, model, world_size):
-    """Checks the parallel degrees against the model and the number of processes, and fills in the sharding ones.
+@dataclass(frozen=True)
+class Degrees:
+    """How the ranks of a run divide the work; by default each has its own data and a whole network.
+
+    Attributes:
+        tensor: ranks that share one network, and get the same batch.
+        sharding: ranks over which `stage` spreads state.
+        stage: one of `STAGES`.
+        data_ranks: ranks, or groups of `tensor` ranks, that get different data.
+        sharding_settings: those of PaddleNLP's sharding_parallel_config that can be used.
+        notes: sentences to print.
+    """
+
+    tensor: int = 1
+    sharding: int = 1
+    stage: str = ""
+    data_ranks: int = 1
+    sharding_settings: str = ""
+    notes: tuple = ()
+
+
+def resolve_degrees(args, model, world_size):
+    """Returns the `Degrees` of a run, by the Trainer's flags.
 
     Args:
+        args: flags of `config.flags.trainer_parser`.
         model: the `model` section of the resolved config.
-
-    Returns:
-        `(data ranks, notes)`: how many ranks get different data (data-parallel and sharding ranks together), and
-        sentences to print: `dp_degree` says otherwise than what follows from the others; settings that are left out.
+        world_size: the number of processes.
 
     Raises:
         ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
@@ -26,38 +53,35 @@ def check_degrees(args, model, world_size):
     for name in ("transformer_engine_backend", "use_fp8"):
         if getattr(args, name):
             raise ValueError(f"--{name} must be False: there are no float8 layers here")
-    if args.sharding not in SHARDING:
-        raise ValueError(f"--sharding must be '' or {', '.join(SHARDING[1:])}, got {args.sharding!r}")
-    tensor = args.tensor_parallel_degree
+    if args.sharding not in STAGES:
+        raise ValueError(f"--sharding must be '' or {', '.join(STAGES[1:])}, got {args.sharding!r}")
+    tensor, sharding = args.tensor_parallel_degree, args.sharding_parallel_degree
     if world_size % tensor:
         raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
     check_tensor_parallel(model, tensor)
-    if args.sharding and args.sharding_parallel_degree == 1 and world_size > tensor:
+    if args.sharding and sharding == 1 and world_size > tensor:
         raise ValueError(f"--sharding {args.sharding} with --sharding_parallel_degree 1 shards nothing; leave one out")
-    if args.sharding_parallel_degree is None:
-        args.sharding_parallel_degree = world_size // tensor if args.sharding else 1
-    sharding = args.sharding_parallel_degree
+    if sharding is None:
+        sharding = world_size // tensor if args.sharding else 1
     if world_size % (tensor * sharding):
         among = f" / --tensor_parallel_degree {tensor}" if tensor > 1 else ""
         raise ValueError(
             f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched{among}"
         )
-    args.sharding = (args.sharding or "stage1") if sharding > 1 else ""
-    data_parallel = world_size // (tensor * sharding)
+    stage = (args.sharding or "stage1") if sharding > 1 else ""
     notes = []
-    if args.dp_degree is not None and args.dp_degree != data_parallel:
+    data_parallel = world_size // (tensor * sharding)
+    if args.dp_degree not in (None, data_parallel):
         notes.append(
             f"--dp_degree {args.dp_degree} is not what {world_size} processes with tensor-parallel degree {tensor} and "
             f"sharding degree {sharding} give: the data-parallel degree is {data_parallel}"
         )
     settings = args.sharding_parallel_config.replace(",", " ").split()
-    for name in settings:
-        if name not in (*SHARDING_CONFIG, *LEFT_OUT):
-            known = ", ".join((*SHARDING_CONFIG, *LEFT_OUT))
-            raise ValueError(f"--sharding_parallel_config: unknown setting {name!r}; known: {known}")
-    used = [name for name in settings if args.sharding in SHARDING_CONFIG.get(name, ())]
+    known = (*SHARDING_SETTINGS, *LEFT_OUT)
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
+    used = [name for name in settings if stage in SHARDING_SETTINGS.get(name, ())]
     if len(used) < len(settings):
         unused = ", ".join(name for name in settings if name not in used)
         notes.append(f"--sharding_parallel_config: {unused} left out (only speed or memory would differ)")
-    args.sharding_parallel_config = " ".join(used)
-    return world_size // tensor, notes
+    return Degrees(tensor, sharding, stage, world_size // tensor, " ".join(used), tuple(notes))

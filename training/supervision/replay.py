@@ -70,9 +70,9 @@ def replay(folder, config, batch, state):
     """
     model = setup.build_network(config, single_backward=True)
     load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
-    precision, note = setup.setup_precision(config, paddle.get_device())
-    if note:
-        print(f"note: {note}")
+    precision = setup.setup_precision(config, paddle.get_device())
+    if precision.note:
+        print(f"note: {precision.note}")
     precision.decorate(model)
     model.eval()  # changes label dropout alone, whose labels are in the batch
     objective = build_objective(config)

@@ -23,8 +23,7 @@ from objectives import Batch, Rows
 from runtime.process import counted, seed_step
 from training.checkpoints.saver import write_checkpoint
 from training.checkpoints.state import whole_weights
-from training.parallel.collective import of_rank_0
-from training.parallel.shares import Shares, master_weights
+from training.parallel.collective import run_on_rank_0
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
 PARENT = "bad_steps"
@@ -32,15 +31,12 @@ MAX_DUMPS_PER_STEP = 3  # because a run that is started again and again must not
 
 
 @paddle.no_grad()
-def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, sampler, precision, saver):
+def dump_step(bad, session):
     """Reads, draws and computes a bad step once more, and writes its dump; a collective.
 
     Args:
         bad: a `training.supervision.number_watch.BadStep`.
-        folder: the run's.
-        model: the network, not wrapped, with the weights that the step met.
-        sampler: this rank's `MicroBatchSampler`.
-        saver: the run's `CheckpointSaver`: a checkpoint under way is finished before any rank ends.
+        session: the run's `training.session.Session`; its network has the weights that the step met.
 
     Returns:
         Sentences that tell the cause and where the dump is.
@@ -48,22 +44,19 @@ def dump_step(bad, *, folder, config, model, optimizer, objective, dataset, samp
     Raises:
         ValueError, OSError: on every rank, where a sample can't be read any more, or the dump can't be written.
     """
-    saver.wait()
-    batches = _on_every_rank(lambda: _read(bad.step, dataset, sampler))
+    session.saver.wait()  # because a checkpoint under way must be whole before any rank ends
+    batches = _on_every_rank(lambda: _read(bad.step, session.dataset, session.sampler))
     if bad.objective:
-        objective.set_state_dict(bad.objective)
-    model.eval()  # changes label dropout alone, whose labels are drawn already
-    rows = [_compute(bad.step, batch, config, model, objective, sampler, precision) for batch in batches]
-    batch = _global_batch(_gather(rows))
-    sources = [dataset.source(index) for index in batch["index"]]
-    path = of_rank_0(lambda: _free_path(folder, bad.step))
+        session.objective.set_state_dict(bad.objective)
+    session.model.eval()  # changes label dropout alone, whose labels are drawn already
+    batch = _global_batch(_gather([_compute(bad.step, batch, session) for batch in batches]))
+    sources = [session.dataset.source(index) for index in batch["index"]]
+    path = run_on_rank_0(lambda: _free_path(session.folder, bad.step))
     if path is None:
-        held = f"{os.path.join(folder, PARENT)} holds {MAX_DUMPS_PER_STEP} dumps of this step, and no other is written."
-        return f"{find_cause(batch, sources)} {held}"
+        held = f"{os.path.join(session.folder, PARENT)} holds {MAX_DUMPS_PER_STEP} dumps of this step"
+        return f"{find_cause(batch, sources)} {held}, and no other is written."
     # No rank ends, and the job with it, before all is written.
-    _on_every_rank(
-        lambda: write_checkpoint(path, _files(bad, batch, sources, config, model, optimizer, sampler, precision))
-    )
+    _on_every_rank(lambda: write_checkpoint(path, _files(bad, batch, sources, session)))
     return f"{find_cause(batch, sources)} The step is kept in {path}: see python tools/replay_step.py {path}."
 
 
@@ -106,15 +99,15 @@ def _read(step, dataset, sampler):
     return batches
 
 
-def _compute(step, batch, config, model, objective, sampler, precision):
+def _compute(step, batch, session):
     """Draws and computes one micro-batch once more; returns `{name: (n, ...) array}`."""
     micro_step, indices, positions, *arrays = batch
-    rows = Rows(*sampler.rows(micro_step))
+    rows = Rows(*session.sampler.rows(micro_step))
     micro_batch = Batch(*(paddle.to_tensor(array) for array in arrays))
-    seed_step(config["training"]["seed"], step)
-    with precision.autocast():
-        drawn = objective.draw(micro_batch, rows)
-        loss = objective.training_losses(model, micro_batch, drawn=drawn)["loss"]
+    seed_step(session.config["training"]["seed"], step)
+    with session.precision.autocast():
+        drawn = session.objective.draw(micro_batch, rows)
+        loss = session.objective.training_losses(session.model, micro_batch, drawn=drawn)["loss"]
     count = len(indices)
     return {
         "x": arrays[0],
@@ -125,7 +118,7 @@ def _compute(step, batch, config, model, objective, sampler, precision):
         "index": indices,
         "position": positions,
         "micro_step": np.full(count, micro_step),
-        "rank": np.full(count, sampler.rank),
+        "rank": np.full(count, session.sampler.rank),
     }
 
 
@@ -166,9 +159,10 @@ def _free_path(folder, step):
     return None
 
 
-def _files(bad, batch, sources, config, model, optimizer, sampler, precision):
-    yield CONFIG, config
-    yield WEIGHTS, whole_weights(model, Shares(model, optimizer), master_weights(optimizer))
+def _files(bad, batch, sources, session):
+    sampler, precision = session.sampler, session.precision
+    yield CONFIG, session.config
+    yield WEIGHTS, whole_weights(session.model, session.optimizer)
     yield BATCH, batch
     yield (
         STATE,
@@ -178,7 +172,7 @@ def _files(bad, batch, sources, config, model, optimizer, sampler, precision):
             "loss": _json_number(bad.loss),
             "grad_norm": _json_number(bad.grad_norm),
             "learning_rate": bad.learning_rate,
-            "seed": config["training"]["seed"],
+            "seed": session.config["training"]["seed"],
             "samples_seen": sampler.samples_seen(bad.step - 1),
             "micro_batch": sampler.batch_size,
             "processes": dist.get_world_size(),

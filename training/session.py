@@ -1,0 +1,338 @@
+"""A run of training: the parts that both loops share, built once and called at the same moments.
+
+In a notebook a run is
+
+    config = load_config("config/DiT_B_patch2.json")
+    data = open_data(config, "data/features")
+    session = build_session(config, data, "output").start()
+
+and a step is what the loop of `train_image_generation_notrainer.py` does.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import paddle
+
+from config.schema import ineffective_settings
+from models.parallel import whole_shape
+from objectives import build_objective
+from runtime.files import write_json
+from runtime.paddle_private import inner_optimizer, master_weights, tensor_parallel_group
+from runtime.precision import Precision
+from runtime.process import counted, say
+from training import setup
+from training.checkpoints.read import load_pretrained
+from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.state import restore_model, restore_training
+from training.metrics import TrainingLog
+from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_state
+from training.parallel.degrees import Degrees
+from training.parallel.shares import LocalShard
+from training.preview import Preview, log_preview
+from training.supervision.number_watch import NumberWatch
+from training.supervision.step_dump import dump_step
+from training.validation import Validation
+
+
+@dataclass
+class Outputs:
+    """What a run reports and saves, and how often in steps.
+
+    `checkpoints` names the folder of a step's checkpoint, in the run's; see `TrainingLog` and `CheckpointSaver`.
+    """
+
+    checkpoints: str = "checkpoints/{step:07d}"
+    save_every: int = 5000
+    save_total_limit: int | None = None
+    async_save: bool = True
+    log_every: int = 50
+    visualdl_dir: str | None = None  # None: tb_log in the run's folder
+    show_bar: bool = True
+
+
+@dataclass
+class Previews:
+    """How often in steps a run samples preview images (0 or less: never), and how; see `Preview`."""
+
+    every: int = -1
+    vae: str | None = None
+    num_inference_steps: int = 25
+    cfg_scale: float = 4.0
+
+
+class _NeverStopping:
+    """Stands in for a `Stopping` in a notebook, which keeps its signals."""
+
+    stopped = False
+
+    def start(self, first_step, **ranks):
+        pass
+
+    def phase(self, name):
+        pass
+
+    def due(self, step):
+        return False
+
+
+class Session:
+    """Holds the parts of a run. Built for a loop that brings its own optimizer wrappers; else see `build_session`.
+
+    A loop calls, in this order: `attach` and `start`; `add_losses` after each backward pass; `begin_update` and
+    `end_update` around the optimizer's step; `after_step`; at the end `close`.
+
+    Args:
+        config: the resolved config.
+        data: from `training.setup.open_data`; the config's `features` section is that of its set.
+        folder: of the run.
+        checkpoint: what to resume, from `training.checkpoints.experiment`; None to begin.
+        pretrained: weights to begin from, a path for `load_pretrained`, or None.
+        precision: from `training.setup.setup_precision`; None for float32.
+        degrees: how the ranks divide the work.
+        stopping: a `Stopping`, entered; None: nothing stops the run.
+        outputs, previews: see there.
+
+    Attributes:
+        model: the network, not wrapped.
+        averages: `EMA`s, none or more; validation and previews use the first.
+        numbers: the `NumberWatch`.
+        optimizer, lr_scheduler, scaler: once they are attached; the optimizer with its wrappers.
+        step: the last one that is done.
+    """
+
+    def __init__(
+        self,
+        config,
+        data,
+        folder,
+        *,
+        checkpoint=None,
+        pretrained=None,
+        precision=None,
+        degrees=None,
+        stopping=None,
+        outputs=None,
+        previews=None,
+    ):
+        training, degrees = config["training"], degrees or Degrees()
+        self.config, self.folder, self.checkpoint = config, folder, checkpoint
+        self.precision = precision or Precision()
+        self.stopping = stopping or _NeverStopping()
+        self.outputs, self.previews = outputs or Outputs(), previews or Previews()
+        self.dataset, held_out, self.sampler = data
+        self.rank, self.world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+        if checkpoint is not None:
+            setup.resume_sampler(self.sampler, training, checkpoint.progress)
+        self.first_step = self.step = self.sampler.first_step
+        self.last_step = self.sampler.last_step
+        self.notes = [self.precision.note, *degrees.notes]
+
+        # Network, objective, averages: before AMP O2 casts the weights.
+        group = tensor_parallel_group() if degrees.tensor > 1 else None
+        self.model = setup.build_network(config, group, single_backward=True)
+        self.objective = build_objective(config, ranks_per_batch=degrees.tensor)
+        if pretrained and checkpoint is None:
+            self.notes.append(load_pretrained(pretrained, self.model, config=config))
+            self.notes.append(setup.pretrained_note(pretrained, config))
+        self.averages = setup.build_averages(training, self.model, on_host=degrees.sharding > 1)
+        if checkpoint is not None:
+            restore_model(checkpoint, self.model, self.averages)
+        self.notes.append(setup.describe_data_changes(checkpoint, config, self.dataset))
+
+        # What watches and shows the training.
+        self.numbers = NumberWatch(training, stopping)
+        self.numbers.dump = self.dump_step
+        self.validation = self.preview = self.log = self.saver = None
+        if held_out is not None:
+            every = config["data"]["validation_steps"]
+            self.validation = Validation(
+                self.objective, held_out, self.sampler, every=every, ranks_per_batch=degrees.tensor
+            )
+        if self.previews.every > 0:
+            how = {key: value for key, value in vars(self.previews).items() if key != "every"}
+            self.preview = Preview(self.objective, config, **how)
+
+    # Before the first step.
+
+    def build_optimizer(self):
+        """Builds `optimizer` and `lr_scheduler`, and returns the optimizer."""
+        self.lr_scheduler = build_lr_scheduler(self.config["training"], self.last_step)
+        self.optimizer = build_optimizer(
+            self.model,
+            self.config["training"],
+            self.lr_scheduler,
+            multi_precision=self.precision.low_precision_weights,
+            watch=self.numbers,
+        )
+        return self.optimizer
+
+    def attach(self, optimizer, scaler=None):
+        """Takes the optimizer, once it has its wrappers, and the loss scaler; both get their state."""
+        self.optimizer, self.scaler = optimizer, scaler
+        shard = LocalShard(self.model, optimizer)
+        self.gradient_norm = inner_optimizer(optimizer).gradient_norm
+        self.gradient_norm.shard = shard if shard.group or shard.tensor_group else None
+        if shard.group is not None:
+            for average in self.averages:
+                average.shard(shard)
+        if self.checkpoint is None:
+            optimizer_state(optimizer, self.model, shard)
+        else:
+            restore_training(self.checkpoint, self)
+            self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
+
+    def start(self):
+        """Describes the run, opens its log, and lets signals and the clock stop it from here on; returns the session.
+
+        The network is in training mode then: label dropout is on.
+        """
+        if self.rank == 0:
+            self._describe()
+        outputs = self.outputs
+        self.log = TrainingLog(
+            self.folder,
+            visualdl_dir=outputs.visualdl_dir or os.path.join(self.folder, "tb_log"),
+            log_every=outputs.log_every,
+            first_step=self.first_step,
+            last_step=self.last_step,
+            global_batch_size=self.sampler.global_batch_size,
+            show_bar=outputs.show_bar,
+            rank=self.rank,
+        )
+        self.saver = CheckpointSaver(
+            self, say=self.log.print, save_total_limit=outputs.save_total_limit, background=outputs.async_save
+        )
+        self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
+        self.model.train()
+        return self
+
+    def _describe(self):
+        """Prints the resolved settings once, and saves them as `config.json` in the run's folder."""
+        features = self.config["features"]
+        names = features["class_names"] and f"{len(features['class_names'])} names"
+        say(json.dumps({**self.config, "features": {**features, "class_names": names}}, indent=2))
+        for note in filter(None, [*self.notes, *self.dataset.notes, ineffective_settings(self.config["objective"])]):
+            say(f"note: {note}")
+        parameters = sum(math.prod(whole_shape(parameter)) for parameter in self.model.parameters())
+        say(
+            f"{self.config['model']['type']} with {parameters:,} parameters on {paddle.get_device()}, "
+            f"{counted(self.world_size, 'process', 'processes')}; {counted(len(self.dataset), 'sample')} in "
+            f"{self.dataset.features_dir}; training to step {self.last_step:,}; output in {self.folder}"
+        )
+        os.makedirs(self.folder, exist_ok=True)
+        write_json(os.path.join(self.folder, "config.json"), self.config)
+        if self.checkpoint is not None:
+            say(f"resumed {self.checkpoint.source} at step {self.first_step}")
+
+    # A step, in the order of these calls. Only reports, validation, previews and saves wait for the device.
+
+    def add_losses(self, loss, losses):
+        """Keeps a micro-batch's mean loss `()` for watch and report, and each regularizer's part of it.
+
+        Args:
+            losses: what the objective returned, tensors `(N,)` by name.
+        """
+        parts = {name: losses[name].mean().detach() for name in getattr(self.objective, "part_names", ())}
+        self.numbers.add(loss.detach(), *([parts] if parts else []))
+
+    def begin_update(self, step):
+        """Tells the watch that the optimizer's step `step` comes; the stations are listed in `training.optimizer`."""
+        self.stopping.phase("updating the weights")
+        self._learning_rate = self.optimizer.get_lr()
+        self.numbers.begin_update(step, self._learning_rate, self.scaler)
+
+    def end_update(self):
+        """Closes the books of the step; the objective learns from it."""
+        self.numbers.end_update(self.objective)
+        self.objective.end_step()
+
+    def after_step(self, step):
+        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint, stop.
+
+        Returns:
+            True if the run has been asked to stop: it is saved, and must leave its loop.
+        """
+        self.step = step
+        for average in self.averages:
+            average.update(self.model, master_weights(self.optimizer))
+        if self.log.step_done(step):
+            self.log.report(
+                **self.numbers.take(),
+                lr=self._learning_rate,
+                grad_norm=self.gradient_norm.take(),
+                epoch=self.sampler.epoch(step),
+            )
+        if self.validation is not None and self.validation.due(step, self.last_step):
+            self.stopping.phase("validating")
+            self.validation.run(self)
+        if self.preview is not None and step % self.previews.every == 0:
+            self.stopping.phase("drawing previews")
+            log_preview(
+                self.preview,
+                model=self.model,
+                ema=next(iter(self.averages), None),
+                optimizer=self.optimizer,
+                log=self.log,
+                folder=os.path.join(self.folder, "images"),
+                step=step,
+                rank=self.rank,
+            )
+        stopped = step < self.last_step and self.stopping.due(step)
+        if step % self.outputs.save_every == 0 or step == self.last_step or stopped:
+            self.save()
+        return stopped
+
+    def save(self):
+        """Saves a checkpoint of the step that is done; a collective."""
+        self.stopping.phase("saving")
+        self.numbers.check()
+        start = time.perf_counter()
+        self.saver.save(os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+        self.log.pause(time.perf_counter() - start)
+
+    def progress(self):
+        """Returns where the run stands, JSON values for its checkpoint."""
+        seen = self.sampler.samples_seen(self.step)
+        return {
+            "global_step": self.step,
+            "samples_seen": seen,
+            "epoch": seen / len(self.dataset),
+            "seed": self.config["training"]["seed"],
+            "global_batch_size": self.config["training"]["global_batch_size"],
+            "world_size": self.world_size,
+            "num_samples": len(self.dataset),
+            "watch": self.numbers.state_dict(),
+        }
+
+    def dump_step(self, bad):
+        """Writes the dump of a bad step, see `training.supervision.step_dump`."""
+        return dump_step(bad, self)
+
+    def close(self, how_to_go_on):
+        """Waits for the last checkpoint, ends the log and says where everything is; ends a stopped run's process.
+
+        Args:
+            how_to_go_on: with a stopped run, a clause for the user.
+        """
+        place = os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
+        if self.log is not None:
+            self.saver.finish()
+            self.log.close()
+        if self.stopping.stopped:
+            self.stopping.leave(f"after step {self.step} of {self.last_step}, saved in {place}; {how_to_go_on}")
+        if self.rank == 0 and self.first_step >= self.last_step:
+            say(f"nothing to do: step {self.first_step} of {self.last_step} is reached by {self.checkpoint.source}")
+        elif self.rank == 0:
+            say(f"done: step {self.last_step}, checkpoints in {place}, VisualDL log in {self.log.visualdl_dir}")
+
+
+def build_session(config, data, folder, **options):
+    """Returns a `Session`, to be started, with an optimizer of its own; arguments as of `Session`."""
+    session = Session(config, data, folder, **options)
+    session.precision.decorate(session.model)
+    session.attach(session.build_optimizer(), session.precision.scaler())
+    return session

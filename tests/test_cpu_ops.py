@@ -10,23 +10,13 @@ from paddle.nn import functional as F
 from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
-from models import build_model, cpu_ops
-from models.dit import Mlp, modulate
-from models.large_dit import rotary_table, rotate
+from models import build_model, cpu_ops, ops
+from models.dit import Mlp
+from models.large_dit import rotary_table
+from models.ops import Operators, modulate
 from models.parallel import linear
 from objectives import Batch, build_objective
 from training.optimizer import build_lr_scheduler, build_optimizer
-
-
-@pytest.fixture
-def plain():
-    """Runs a function with the plain formulas."""
-
-    def run(function):
-        with cpu_ops.plain():
-            return function()
-
-    return run
 
 
 def leaf(*shape):
@@ -103,7 +93,7 @@ def test_linear(shape, gelu):
 def test_rotate(shape):
     tables = [paddle.to_tensor(part).unsqueeze(1) for part in rotary_table(shape[-1], shape[1])]
     x = leaf(*shape)
-    assert_same(outputs(functools.partial(rotate, fast=True), (x, *tables)), outputs(rotate, (x, *tables)))
+    assert_same(outputs(cpu_ops.rotate, (x, *tables)), outputs(Operators().rotate, (x, *tables)))
 
 
 def test_what_wants_no_gradient_gets_none():
@@ -122,17 +112,17 @@ def test_what_wants_no_gradient_gets_none():
             assert [x.grad is None for x in inputs] == [i == frozen for i in range(3)]
 
 
-def test_where_they_are_used(plain, monkeypatch):
+def test_where_they_are_used(monkeypatch):
     monkeypatch.setattr(cpu_ops, "faster", lambda: True)
     x, layer = leaf(2, 3, 4), linear(4, 5)
-    assert not layer.fast(x)
+    assert not layer.ops.fast(x) and "PyLayer" not in layer(x).grad_fn.name()
     with paddle.no_grad():
-        assert layer.fast(x)
-    cpu_ops.promise_single_backward(layer)
-    assert layer.fast(x) and not layer.fast(x, x.astype("float64")) and not plain(lambda: layer.fast(x))
-    assert "PyLayer" in layer(x).grad_fn.name() and "PyLayer" not in plain(lambda: layer(x).grad_fn.name())
+        assert layer.ops.fast(x)
+    ops.use(layer, Operators(single_backward=True))
+    assert layer.ops.fast(x) and not layer.ops.fast(x, x.astype("float64"))
+    assert "PyLayer" in layer(x).grad_fn.name()
     monkeypatch.setattr(cpu_ops, "faster", lambda: False)  # measured on this machine
-    assert not layer.fast(x)
+    assert not layer.ops.fast(x) and "PyLayer" not in layer(x).grad_fn.name()
 
 
 def test_the_faster_form_is_measured(monkeypatch):
@@ -219,17 +209,20 @@ def test_a_kept_gradient_is_not_changed_afterwards():
     np.testing.assert_allclose(kept(cpu_ops.gated_add), kept(lambda *a: a[0] + a[1] * a[2]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_mlp_keeps_no_gelu(monkeypatch):
+def test_the_gelu_is_kept_only_where_a_block_is_recomputed_anyway(monkeypatch):
     from paddle.base import core
 
     monkeypatch.setattr(cpu_ops, "faster", lambda: True)
 
     mlp, x = Mlp(64, 256), leaf(8, 64, 64)
-    cpu_ops.promise_single_backward(mlp)
-    before = core.host_memory_stat_current_value("Allocated", 0)
-    out = mlp(x)
-    kept = core.host_memory_stat_current_value("Allocated", 0) - before
-    assert kept < 1.1 * 4 * (8 * 64 * 256 + out.size)
+    inner = 4 * 8 * 64 * 256
+    for keep, expected in ((False, inner), (True, 2 * inner)):
+        ops.use(mlp, Operators(single_backward=True, keep_gelu=keep))
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        out = mlp(x)
+        kept = core.host_memory_stat_current_value("Allocated", 0) - before
+        assert kept == pytest.approx(expected + 4 * out.size, rel=0.1)
+        del out
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)

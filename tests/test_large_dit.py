@@ -12,7 +12,8 @@ from support.runs import ROOT
 
 from config.schema import load_config, resolve_config
 from models import LargeDiT, LargeSiT, build_model
-from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table, rotate, swiglu
+from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table
+from models.ops import Operators, swiglu
 from models.state import expected_shapes, paddle_to_official
 from tools import convert_official_weights
 from weights.files import load_weights
@@ -165,14 +166,15 @@ def test_rotation_stays_float32():
     from paddle.amp.auto_cast import amp_initialize
 
     model = golden_model()
-    before = [part.numpy().copy() for part in model._rotary]
+    before = [part.numpy().copy() for part in model.rotary]
     amp_initialize([model], "bfloat16", None)  # what amp.decorate does on a GPU; on a CPU it stops before
     assert model.layers[0].attention.wq.weight.dtype == paddle.bfloat16
     model.to(dtype="float16")
-    for part, expected in zip(model._rotary, before, strict=True):
+    for part, expected in zip(model.rotary, before, strict=True):
         assert part.dtype == paddle.float32
         np.testing.assert_array_equal(part, expected)
     # The rotation itself: only its result is rounded.
+    rotate = Operators().rotate
     cos, sin = (paddle.to_tensor(z).unsqueeze(1) for z in rotary_table(8, 1001))
     x = paddle.randn([1, 1001, 1, 8]).astype("bfloat16")
     out = rotate(x, cos, sin)

@@ -1,6 +1,6 @@
 """The parallel degrees of a run, checked against the network and the number of processes."""
 
-from models.parallel import check_tensor_parallel
+from models.sizes import check_tensor_parallel
 from training.trainer_arguments import LEFT_OUT, SHARDING_CONFIG
 
 SHARDING = ("", "stage1", "stage2", "stage3")

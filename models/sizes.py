@@ -1,0 +1,36 @@
+"""Widths that follow from a network's keywords, and which tensor-parallel degrees divide them. Needs no Paddle."""
+
+import math
+
+MAX_CONDITION_SIZE = 1024  # of LargeDiT's conditioning, which is as wide as the tokens up to here
+
+
+def swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier):
+    """Returns the inner width of LargeDiT's MLP: 8/3 of the hidden width, scaled, rounded up to a multiple."""
+    width = int(2 * 4 * hidden_size / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)
+
+
+def mlp_width(model):
+    """Returns the inner width of a block's MLP; model: the `model` section of a resolved config."""
+    hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
+    if "mlp_ratio" in model:
+        return int(hidden_size * model["mlp_ratio"])
+    return swiglu_width(hidden_size, model["multiple_of"], model["ffn_dim_multiplier"])
+
+
+def check_tensor_parallel(model, degree):
+    """Raises `ValueError` if the `model` section of a resolved config can't be split over `degree` ranks."""
+    sizes = {"num_attention_heads": model["num_attention_heads"]}
+    if "mlp_ratio" in model:
+        sizes["the MLP's width, hidden size * mlp_ratio,"] = mlp_width(model)
+    else:
+        sizes["num_kv_heads"] = model["num_kv_heads"] or model["num_attention_heads"]
+        sizes["the feed-forward width (multiple_of, ffn_dim_multiplier)"] = mlp_width(model)
+    for name, size in sizes.items():
+        if size % degree:
+            raise ValueError(
+                f"tensor_parallel_degree {degree} can't split this {model['type']}: {name} {size} is not divisible"
+            )

@@ -54,12 +54,12 @@ def _filled(shape, value):
 
 
 def _over_tokens(x):
-    """`(N, T, D)` summed over the tokens: `(N, 1, D)`."""
+    """Sums `(N, T, D)` over the tokens: `(N, 1, D)`."""
     return paddle.matmul(_filled((x.shape[0], 1, x.shape[1]), 1.0), x)
 
 
 def _row_means(x):
-    """`(N, T, D)` to the means over the last axis, `(N, T, 1)`."""
+    """Returns the means of `(N, T, D)` over the last axis, `(N, T, 1)`."""
     return paddle.matmul(x, _filled((x.shape[-1], 1), 1.0 / x.shape[-1]))
 
 
@@ -73,12 +73,12 @@ def _wanted(ctx, *gradients):
 
 
 def _to_tokens(row, tokens):
-    """`(N, 1, D)` repeated for every token: `(N, T, D)`."""
+    """Repeats `(N, 1, D)` for every token: `(N, T, D)`."""
     return paddle.matmul(_filled((row.shape[0], tokens, 1), 1.0), row)
 
 
 def _to_width(column, width):
-    """`(N, T, 1)` repeated over the width: `(N, T, D)`."""
+    """Repeats `(N, T, 1)` over the width: `(N, T, D)`."""
     return paddle.matmul(column, _filled((1, width), 1.0))
 
 
@@ -117,7 +117,7 @@ class _AdaptiveNorm(PyLayer):
 
 
 def adaptive_norm(x, shift, factor, *, epsilon, center):
-    """`normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
+    """Returns `normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
 
     Args:
         x: `(N, T, D)`. shift, factor: `(N, 1, D)`; a layer norm's modulation has `1 + scale` as the factor.
@@ -147,7 +147,7 @@ class _GatedAdd(PyLayer):
 
 
 def gated_add(x, gate, h):
-    """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+    """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
     return _GatedAdd.apply(x, gate, h)
 
 
@@ -182,7 +182,7 @@ class _Linear(PyLayer):
 
 
 def linear(x, weight, bias, *, gelu=False):
-    """`x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
+    """Returns `x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
 
     The backward pass computes the GELU again instead of keeping it.
     """
@@ -191,7 +191,7 @@ def linear(x, weight, bias, *, gelu=False):
 
 @functools.lru_cache(maxsize=8)
 def _quarter_turn(width):
-    """Matrix that takes every pair (a, b) of a row to (-b, a)."""
+    """Returns the matrix that takes every pair (a, b) of a row to (-b, a)."""
     matrix = np.zeros([width, width], "float32")
     even = np.arange(0, width, 2)
     matrix[even + 1, even], matrix[even, even + 1] = -1.0, 1.0
@@ -214,7 +214,7 @@ class _Rotate(PyLayer):
 
 
 def rotate(x, cos, sin):
-    """Pairs (0, 1), (2, 3), ... of the last axis turned by angles (RoPE).
+    """Turns the pairs (0, 1), (2, 3), ... of the last axis by angles (RoPE).
 
     Args:
         x: `(N, T, heads, head_dim)`. cos, sin: of the angles, `(T, 1, head_dim / 2)`.

@@ -39,7 +39,7 @@ def create_transport(
     logit_std=1.0,
     cosine_loss=False,
 ):
-    """A transport from plain settings; the first five arguments and their defaults are the official SiT's.
+    """Returns a transport from plain settings; the first five arguments and their defaults are the official SiT's.
 
     Args:
         path_type: `Linear`, `GVP` or `VP`.

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.nn import functional as F
-from support.golden import golden_network, load_golden, relative_error
+from support.golden import OFFICIAL, load_golden, official_network, relative_error
 from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
@@ -13,11 +13,6 @@ from models.hooks import Hook, Tap
 from models.state import official_to_paddle
 from objectives import Batch, build_objective
 from objectives.regularizers import REGULARIZERS, Regularizer
-
-SIT = {
-    "type": "SiT", "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "num_attention_heads": 4,
-    "attention_head_dim": 16, "num_classes": 10,
-}  # fmt: skip
 
 
 class LayerSync(Regularizer):
@@ -116,14 +111,14 @@ def test_a_hook_may_reorder_and_drop_tokens(kind):
 
 
 def objective_of(kind, *auxiliary, **model):
-    config = resolve_config({"model": {**(SIT if kind == "golden" else TINY_MODELS[kind]), **model}})
+    config = resolve_config({"model": {**(OFFICIAL["SiT"][2] if kind == "golden" else TINY_MODELS[kind]), **model}})
     config["objective"]["auxiliary"] = list(auxiliary)
     return build_objective(config)
 
 
 def test_losses_and_gradients_with_a_regularizer_are_the_official_ones():
     case = load_golden("regularized_sit")
-    model = golden_network("sit_tiny.pt", SIT)
+    model = official_network("SiT")
     x, x0, t, y = (paddle.to_tensor(case[name]) for name in ("x1", "x0", "u", "y"))
     objective = objective_of("golden", {"type": "layer_sync", "weight": 0.2, "layer": 0, "target_layer": 2})
     taps = []

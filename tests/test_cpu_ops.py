@@ -1,6 +1,5 @@
 """The operators that a CPU gets against the formulas that a GPU gets: values, gradients, a training run."""
 
-import functools
 import time
 
 import numpy as np
@@ -143,8 +142,8 @@ def trainable(kind, **keywords):
             parameter.add_(0.02 * paddle.randn(parameter.shape))
     x, t, y = leaf(2, 4, 8, 8), paddle.to_tensor([0.1, 0.9]), paddle.to_tensor([1, 2])
 
-    def loss(call=model.forward):
-        return call(x, t, y, force_drop_ids=paddle.zeros([2])).square().sum()
+    def loss():
+        return model(x, t, y, force_drop_ids=paddle.zeros([2])).square().sum()
 
     return model, loss, {"x": x, **{n: p for n, p in model.named_parameters() if not p.stop_gradient}}
 
@@ -153,16 +152,16 @@ def trainable(kind, **keywords):
 @pytest.mark.parametrize("kind", TINY_MODELS)
 def test_any_gradient_of_a_network(kind, recompute):
     """To one of its inputs alone, as a likelihood needs it, and twice through one graph."""
-    model, loss, leaves = trainable(kind, enable_recompute=recompute)
+    _, loss, leaves = trainable(kind, enable_recompute=recompute)
     out = loss()
     out.backward(retain_graph=True)
     whole = {name: value.grad.numpy().copy() for name, value in leaves.items()}
     out.backward()
-    for name, value in leaves.items():
+    for index, (name, value) in enumerate(leaves.items()):
         assert np.abs(whole[name]).max() > 0, name
         np.testing.assert_allclose(value.grad, 2 * whole[name], rtol=1e-5, atol=1e-6)
-        for call in (model, model.forward, functools.partial(model.forward)):
-            (alone,) = paddle.grad(loss(call), value)
+        if index % 5 == 0:  # the latents are the first
+            (alone,) = paddle.grad(loss(), value)
             np.testing.assert_allclose(alone, whole[name], rtol=1e-4, atol=1e-5 * np.abs(whole[name]).max())
     with pytest.raises(RuntimeError, match="doesn't have any grad op"):
         paddle.grad(loss(), leaves["x"], create_graph=True)[0].sum().backward()
@@ -176,7 +175,7 @@ def test_frozen_parameters_change_no_other_gradient(kind, recompute, promised):
     loss().backward()
     whole = {name: value.grad.numpy().copy() for name, value in leaves.items()}
     names = list(leaves)
-    for kept in ([name] for name in names[:: 5 if recompute else 3]):
+    for kept in ([name] for name in names[::9]):
         for wanted in (kept, [name for name in names if name not in kept], names[len(names) // 2 :]):
             for name, value in leaves.items():
                 value.clear_gradient(False)
@@ -226,7 +225,7 @@ def test_the_gelu_is_kept_only_where_a_block_is_recomputed_anyway(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
-def test_a_hundred_steps_are_those_of_the_plain_formulas(kind):
+def test_thirty_steps_are_those_of_the_plain_formulas(kind):
     config = resolve_config({"model": TINY_MODELS[kind], "training": {"learning_rate": 1e-3}})
     side, channels = config["model"]["sample_size"], config["model"]["in_channels"]
 
@@ -234,10 +233,10 @@ def test_a_hundred_steps_are_those_of_the_plain_formulas(kind):
         paddle.seed(0)
         model, objective = build_model(config, single_backward=single_backward), build_objective(config)
         model.train()
-        optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], 100))
+        optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], 30))
         x, y = paddle.randn([8, channels, side, side]), paddle.randint(0, 10, [8])
         values = []
-        for _ in range(100):
+        for _ in range(30):
             loss = objective.training_losses(model, Batch(x, y))["loss"].mean()
             loss.backward()
             optimizer.step()

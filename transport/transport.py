@@ -10,12 +10,13 @@ here is done in float32 (float64 for float64 inputs) whatever the model's precis
 
 import enum
 import math
+from dataclasses import dataclass
 
 import paddle
 from paddle.nn import functional as F
 
 from .path import GVPCPlan, ICPlan, VPCPlan
-from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, mean_flat, sum_flat
+from .utils import at_least_float32, expand_t_like_x, full_precision, mean_flat, sum_flat
 
 
 class ModelType(enum.Enum):
@@ -43,51 +44,31 @@ class WeightType(enum.Enum):
 
 
 PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
-TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 
 
+@dataclass(kw_only=True, eq=False)
 class Transport:
     """A path, what the network predicts on it, and the loss that teaches it. Made by `create_transport`.
 
-    Args:
+    Attributes:
         model_type, path_type, loss_type: members of the enumerations above.
         train_eps, sample_eps: what is cut off the unit interval in training and in sampling, see `check_interval`.
         timestep_sampling, logit_mean, logit_std, cosine_loss: see `create_transport`.
-
-    Attributes:
         path_sampler: the path (`ICPlan`, `GVPCPlan` or `VPCPlan`).
     """
 
-    def __init__(
-        self,
-        *,
-        model_type,
-        path_type,
-        loss_type,
-        train_eps,
-        sample_eps,
-        timestep_sampling="uniform",
-        logit_mean=0.0,
-        logit_std=1.0,
-        cosine_loss=False,
-    ):
-        check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
-        check_number("logit_mean", logit_mean, "a finite number", math.isfinite)
-        check_number("logit_std", logit_std, "a positive number", lambda std: 0 < std < math.inf)
-        if not isinstance(cosine_loss, bool):
-            raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
-        if cosine_loss and model_type != ModelType.VELOCITY:
-            raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
-        self.path_type = path_type
-        self.path_sampler = PATHS[path_type]()
-        self.model_type = model_type
-        self.loss_type = loss_type
-        self.train_eps = train_eps
-        self.sample_eps = sample_eps
-        self.timestep_sampling = timestep_sampling
-        self.logit_mean = logit_mean
-        self.logit_std = logit_std
-        self.cosine_loss = cosine_loss
+    model_type: ModelType
+    path_type: PathType
+    loss_type: WeightType
+    train_eps: float
+    sample_eps: float
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    cosine_loss: bool = False
+
+    def __post_init__(self):
+        self.path_sampler = PATHS[self.path_type]()
 
     @full_precision
     def prior_logp(self, z):

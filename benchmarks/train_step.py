@@ -146,12 +146,14 @@ def _reference_step(case):
 
     def block(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, axis=1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(norm(self.norm1, x), shift_a, scale_a))
-        h = self.mlp.fc2(F.gelu(self.mlp.fc1(modulate(norm(self.norm2, x), shift_m, scale_m)), approximate=True))
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(norm(x), shift_a, scale_a))
+        h = self.mlp.fc2(F.gelu(self.mlp.fc1(modulate(norm(x), shift_m, scale_m)), approximate=True))
         return x + gate_m.unsqueeze(1) * h
 
-    norm = paddle.nn.LayerNorm.forward
-    cpu_ops.enable(False)
+    def norm(x):
+        return F.layer_norm(x, x.shape[-1:], epsilon=1e-6)
+
+    cpu_ops.faster = lambda: False
     attention.Attention.forward, dit.DiTBlock.forward = attend, block
     config = _config(case)
     model, objective = setup.build_network(config, single_backward=True), build_objective(config)
@@ -234,7 +236,7 @@ def _products(forward):
 
     from models import cpu_ops
 
-    cpu_ops.enable(False)  # the plain formulas: every product is one of the two operators
+    cpu_ops.faster = lambda: False  # the plain formulas: every product is one of the two operators
     found, kept = [], (_C_ops.matmul, _C_ops.linear)
 
     def matmul(x, y, transpose_x=False, transpose_y=False, **options):
@@ -263,7 +265,8 @@ def paddle_worker(part, case):
     if part == "counted":
         from models import cpu_ops
 
-        cpu_ops.enable(case["cpu_ops"])
+        if not case["cpu_ops"]:
+            cpu_ops.faster = lambda: False
         step()
         serve(lambda _: _counted(step))
     elif part == "products":
@@ -272,7 +275,7 @@ def paddle_worker(part, case):
         if part == "plain":
             from models import cpu_ops
 
-            cpu_ops.enable(False)
+            cpu_ops.faster = lambda: False
         facts = {"activations": _kept(forward)}
         if part == "reference":
             step()

@@ -35,7 +35,7 @@ def create_diffusion(
     rescale_learned_sigmas=False,
     diffusion_steps=1000,
 ):
-    """A diffusion process from plain settings; arguments and defaults are those of the official DiT code.
+    """Returns a diffusion process from plain settings; arguments and defaults are those of the official DiT code.
 
     Args:
         timestep_respacing: "" or None for all steps (training); "250", "ddim25", [10, 20]: see `space_timesteps`.

@@ -7,7 +7,7 @@ import paddle
 
 
 def full_precision(function):
-    """The function's own operations are not autocast. It must not call the user's network."""
+    """Decorates a function whose own operations are not to be autocast. It must not call the network."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -18,17 +18,17 @@ def full_precision(function):
 
 
 def at_least_float32(x):
-    """`x`, widened to float32 if it is float16 or bfloat16: schedules span more than half precision can hold."""
+    """Returns `x`, as float32 if it is float16 or bfloat16: schedules span more than half precision can hold."""
     return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
 
 
 def mean_flat(tensor):
-    """Mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    """Returns the mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
     return tensor.mean(axis=list(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
-    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
+    """Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
 
     The arguments are tensors or numbers that broadcast together; at least one is a tensor.
     """
@@ -44,12 +44,12 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
 
 
 def approx_standard_normal_cdf(x):
-    """Cumulative distribution of N(0, 1) by the tanh approximation of Page (1977), as the official code uses it."""
+    """Returns the cumulative distribution of N(0, 1) at x, by the tanh approximation of Page (1977)."""
     return 0.5 * (1.0 + paddle.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def discretized_gaussian_log_likelihood(x, *, means, log_scales):
-    """Log likelihood of 8-bit images under a Gaussian integrated over each grey level's bin.
+    """Returns the log likelihood of 8-bit images under a Gaussian integrated over each grey level's bin.
 
     Args:
         x: targets, uint8 levels rescaled to [-1, 1]. The first and the last bin reach to -inf and +inf.

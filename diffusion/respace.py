@@ -6,7 +6,7 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps, section_counts):
-    """The timesteps kept from a process of `num_timesteps` steps.
+    """Returns the timesteps kept from a process of `num_timesteps` steps.
 
     Args:
         num_timesteps: steps of the original process.

@@ -17,7 +17,7 @@ class ScheduleSampler:
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
-        """Positive weights, proportional to each timestep's probability: `(num_timesteps,)` tensor."""
+        """Returns positive weights, proportional to each timestep's probability: `(num_timesteps,)` tensor."""
         raise NotImplementedError
 
     def sample(self, batch_size):
@@ -32,7 +32,7 @@ class ScheduleSampler:
         """Tells the sampler the losses `(N,)` at timesteps `t` `(N,)`. In distributed training every rank calls it."""
 
     def state_dict(self):
-        """Tensors by name, for a checkpoint."""
+        """Returns tensors by name, for a checkpoint."""
         return {}
 
     def set_state_dict(self, state):
@@ -40,7 +40,7 @@ class ScheduleSampler:
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike, all weights 1."""
+    """Draws every timestep alike; all weights are 1."""
 
     def weights(self):
         return paddle.ones([self.num_timesteps], dtype="float64")
@@ -104,7 +104,7 @@ class LossSecondMomentResampler(ScheduleSampler):
     @paddle.no_grad()
     @full_precision
     def update_with_all_losses(self, t, losses):
-        """`update_with_losses` without the exchange between ranks: each must pass the same values in the same order."""
+        """Does `update_with_losses` without the exchange: each rank must pass the same values in the same order."""
         t, losses = t.astype("int64"), losses.astype("float64")
         size, length = t.shape[0], self.history_per_term
 
@@ -141,7 +141,7 @@ _SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentRe
 
 
 def create_named_schedule_sampler(name, diffusion, **options):
-    """The timestep sampler "uniform" or "loss-second-moment" for `diffusion`; ValueError for other names.
+    """Returns the timestep sampler "uniform" or "loss-second-moment" for `diffusion`; ValueError for other names.
 
     Args:
         options: of `LossSecondMomentResampler`; the uniform one needs none.

@@ -8,7 +8,7 @@ from .parallel import column_linear, row_linear
 
 
 def scaled_dot_product(q, k, v, *, fused):
-    """Attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
+    """Returns the attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
 
     Args:
         fused: call Paddle's `scaled_dot_product_attention`, which takes FlashAttention-2 (half precision on Ampere or
@@ -28,14 +28,14 @@ def scaled_dot_product(q, k, v, *, fused):
 class Attention(nn.Layer):
     """Self-attention over tokens `(N, T, D)` with one projection for q, k and v, biases throughout (timm's)."""
 
-    def __init__(self, hidden_size, num_heads, fused=False):
+    def __init__(self, hidden_size, num_heads, *, fused=False, group=None):
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"the hidden width {hidden_size} is not divisible by {num_heads} attention heads")
         self.head_dim = hidden_size // num_heads
         self.fused = fused
-        self.qkv = column_linear(hidden_size, 3 * hidden_size, segments=3)
-        self.proj = row_linear(hidden_size, hidden_size)
+        self.qkv = column_linear(hidden_size, 3 * hidden_size, segments=3, group=group)
+        self.proj = row_linear(hidden_size, hidden_size, group=group)
 
     def forward(self, x):
         batch, tokens, _ = x.shape

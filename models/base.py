@@ -1,20 +1,56 @@
-"""What the networks on latents share: sizes, recompute, the way back from patches, guidance, initialisation.
+"""What the networks on latents share: sizes, the run through the blocks, the way back from patches, guidance.
 
-Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width, p patch size.
+Shapes: N batch, T tokens, D hidden width, E conditioning width, C latent channels, H and W latent height and width,
+p patch size.
 """
 
 import paddle
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 
-from . import cpu_ops
+from . import ops
 from .guidance import combine_guidance
-from .parallel import initialize
+from .parallel import LINEARS, initialize
 
 
-class LatentTransformer(cpu_ops.Layer):
-    """Base of `DiT` and `LargeDiT`: transformers `forward(x, t, y)` on square latents in p x p patches.
+class LatentTransformer(ops.Layer):
+    """Base of the networks: transformers on square latents in p x p patches, conditioned on a time and a class.
 
-    A subclass makes `t_embedder`, `y_embedder` and `final_layer`, and blocks with `adaLN_modulation`.
+    A subclass makes `t_embedder`, `y_embedder`, `final_layer` and blocks with `adaLN_modulation`, calls `finish`, and
+    has `forward(x, t, y, force_drop_ids=None, hooks=())`:
+
+    - x: latents `(N, C, H, W)`;
+    - t: times `(N,)`, as the network's docstring says; y: class labels `(N,)`, int64, 0..num_classes (the null class);
+    - force_drop_ids: `(N,)`, 1 where the label is to be replaced by the null class, instead of a random draw;
+    - hooks: `hooks.Hook`s that see the tokens between the blocks, one after the other;
+    - the result is `(N, out_channels, H, W)`.
+
+    Args:
+        sample_size: latent height and width (32 for 256 px images with the SD autoencoder).
+        patch_size: latent pixels per token along a side; divides `sample_size`.
+        in_channels: latent channels.
+        num_layers: transformer blocks.
+        num_attention_heads, attention_head_dim: the hidden width is their product.
+        num_classes: classes; the null class of guidance is the label `num_classes`.
+        class_dropout_prob: share of labels replaced by the null class in training. 0 builds no null class: such a
+            model can't be guided.
+        learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021).
+        enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients.
+        single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to
+            all parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then
+            cost less; anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is
+            an error of Paddle's, or a crash.
+        own: the subclass's own keywords, for `settings`.
+
+    Every network also takes `fused_attention` (use Paddle's fused attention where device and dtype allow; same numbers)
+    and `tensor_parallel_group` (the group of ranks to split it over, see `parallel`; None for a whole network).
+
+    Attributes:
+        settings: the constructor keywords that decide parameters and outputs: `type(self)(**settings)` takes the same
+            weights.
+
+    Raises:
+        ValueError: a size that can't be: the message names it.
     """
 
     def __init__(
@@ -23,16 +59,31 @@ class LatentTransformer(cpu_ops.Layer):
         sample_size,
         patch_size,
         in_channels,
+        num_layers,
         num_attention_heads,
         attention_head_dim,
         num_classes,
         class_dropout_prob,
         learn_sigma,
         enable_recompute,
+        single_backward,
+        **own,
     ):
         super().__init__()
         if sample_size % patch_size != 0:
             raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {patch_size}")
+        self.settings = {
+            "sample_size": sample_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "num_layers": num_layers,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+            "num_classes": num_classes,
+            "class_dropout_prob": class_dropout_prob,
+            "learn_sigma": learn_sigma,
+            **own,
+        }
         self.sample_size = self.input_size = sample_size
         self.patch_size = patch_size
         self.grid_size = sample_size // patch_size
@@ -44,18 +95,27 @@ class LatentTransformer(cpu_ops.Layer):
         self.class_dropout_prob = class_dropout_prob
         self.learn_sigma = learn_sigma
         self.enable_recompute = enable_recompute
+        self.single_backward = single_backward
+
+    def finish(self):
+        """Initialises the weights of a network whose layers are made, and tells the layers how to compute."""
+        self.initialize_weights()
+        ops.use(self, ops.Operators(self.single_backward, keep_gelu=self.enable_recompute))
 
     def _initialize_linears(self):
-        """Every Linear: Xavier uniform, bias 0."""
+        """Initialises every linear layer: Xavier uniform, bias 0."""
         xavier, zeros = nn.initializer.XavierUniform(), nn.initializer.Constant(0.0)
         for layer in self.sublayers():
-            if layer.__class__.__name__.endswith("Linear"):  # fleet's too
+            if isinstance(layer, LINEARS):
                 initialize(layer.weight, xavier)
                 if layer.bias is not None:
                     zeros(layer.bias)
 
     def _initialize_conditioning(self, blocks):
-        """Embeddings of label and timestep, and adaLN-Zero: every block starts as the identity, the output as 0."""
+        """Initialises the embeddings of label and timestep, and adaLN-Zero.
+
+        With adaLN-Zero every block starts as the identity, and the output as 0.
+        """
         normal, zeros = nn.initializer.Normal(std=0.02), nn.initializer.Constant(0.0)
         normal(self.y_embedder.embedding_table.weight)
         normal(self.t_embedder.mlp[0].weight)
@@ -66,23 +126,27 @@ class LatentTransformer(cpu_ops.Layer):
         zeros(self.final_layer.linear.weight)
         zeros(self.final_layer.linear.bias)
 
+    def _run_blocks(self, blocks, x, conditions, hooks):
+        """Returns the tokens after all blocks: x `(N, T, D)`, conditions: what a block takes beside them."""
+        for index, block in enumerate(blocks):
+            for hook in hooks:
+                x, conditions = hook.before(index, x, conditions)
+            x = self._run_block(block, x, *conditions)
+            for hook in hooks:
+                x = hook.after(index, x)
+        return x
+
     def _run_block(self, block, *inputs):
-        if self.enable_recompute and self.training:
-            from paddle.distributed.fleet.utils import recompute
-
-            def run(*inputs):
-                with cpu_ops.keeping_gelu():
-                    return block(*inputs)
-
-            # Reentrant recompute is a PyLayer, with the limits of those in `cpu_ops`; it leaves the weights without
-            # gradients where no input wants one, as with frozen embeddings. The other kind does neither.
-            reentrant = self.single_backward and not all(x.stop_gradient for x in inputs)
-            # Blocks draw no random numbers: there is no generator state to save and restore.
-            return recompute(run, *inputs, preserve_rng_state=False, use_reentrant=reentrant)
-        return block(*inputs)
+        if not (self.enable_recompute and self.training):
+            return block(*inputs)
+        # Reentrant recompute is a PyLayer, with the limits of those in `cpu_ops`; it leaves the weights without
+        # gradients where no input wants one, as with frozen embeddings. The other kind does neither.
+        reentrant = self.single_backward and not all(x.stop_gradient for x in inputs)
+        # Blocks draw no random numbers: there is no generator state to save and restore.
+        return recompute(block, *inputs, preserve_rng_state=False, use_reentrant=reentrant)
 
     def unpatchify(self, x):
-        """Patches `(N, T, p * p * out_channels)` to images `(N, out_channels, H, W)`."""
+        """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""
         batch, tokens = x.shape[:2]
         side, p, channels = self.grid_size, self.patch_size, self.out_channels
         if tokens != side * side:
@@ -92,7 +156,7 @@ class LatentTransformer(cpu_ops.Layer):
         return x.reshape([batch, channels, side * p, side * p])
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """`forward` with classifier-free guidance, both halves of the batch in one pass.
+        """Returns `forward` with classifier-free guidance, both halves of the batch in one pass.
 
         Args:
             x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.

@@ -6,77 +6,19 @@ each: together more than the matrix products of a training step. Here the same f
 one shape, repeated and summed by products with ones; and as `PyLayer`s, so that the backward pass keeps less.
 
 Their backward pass is for a training step: one pass, first order, to all inputs that want a gradient. Paddle's
-`PyLayer` ends a second pass through a kept graph in a crash, and a `paddle.grad` to some of the inputs in an error. So
-where a graph is recorded, only layers that were promised such a pass use them (`single_backward`, a keyword of the
-networks that both training loops give); all others compute with Paddle's own operators, which can do the rest.
+`PyLayer` ends a second pass through a kept graph in a crash, and a `paddle.grad` to some of the inputs in an error.
+`ops` decides where they are used.
 
 Shapes: N batch, T tokens, D hidden width.
 """
 
-import contextlib
 import functools
 import time
 
 import numpy as np
 import paddle
-from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
-
-_enabled = True
-
-
-class Layer(nn.Layer):
-    """A layer that may compute with this module.
-
-    Attributes:
-        single_backward: the promise that the graph of its outputs serves one first-order backward pass at most, to all
-            inputs and parameters that want a gradient. `promise_single_backward` sets it.
-    """
-
-    single_backward = False
-
-    def fast(self, *tensors):
-        """Returns whether to compute with this module; tensors: all operands."""
-        return usable(*tensors, single_backward=self.single_backward)
-
-
-def promise_single_backward(network):
-    """Sets `single_backward` of a network and of all its layers."""
-    for layer in network.sublayers(include_self=True):
-        layer.single_backward = True
-
-
-def enable(value):
-    """Switches these operators on or off in this process, for comparisons; returns whether they were on."""
-    global _enabled
-    before, _enabled = _enabled, value
-    return before
-
-
-@contextlib.contextmanager
-def plain():
-    """Inside, Paddle's own operators are used, for comparisons."""
-    before = enable(False)
-    try:
-        yield
-    finally:
-        enable(before)
-
-
-def usable(*tensors, single_backward=False):
-    """Returns whether to compute with this module: float32 on a CPU in eager mode, where it is faster.
-
-    Args:
-        tensors: the operands. single_backward: see `Layer`; without it only where no graph is recorded.
-    """
-    return (
-        _enabled
-        and (single_backward or not paddle.is_grad_enabled())
-        and paddle.in_dynamic_mode()
-        and all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
-        and faster()
-    )
 
 
 @functools.cache
@@ -112,12 +54,12 @@ def _filled(shape, value):
 
 
 def _over_tokens(x):
-    """`(N, T, D)` summed over the tokens: `(N, 1, D)`."""
+    """Sums `(N, T, D)` over the tokens: `(N, 1, D)`."""
     return paddle.matmul(_filled((x.shape[0], 1, x.shape[1]), 1.0), x)
 
 
 def _row_means(x):
-    """`(N, T, D)` to the means over the last axis, `(N, T, 1)`."""
+    """Returns the means of `(N, T, D)` over the last axis, `(N, T, 1)`."""
     return paddle.matmul(x, _filled((x.shape[-1], 1), 1.0 / x.shape[-1]))
 
 
@@ -131,12 +73,12 @@ def _wanted(ctx, *gradients):
 
 
 def _to_tokens(row, tokens):
-    """`(N, 1, D)` repeated for every token: `(N, T, D)`."""
+    """Repeats `(N, 1, D)` for every token: `(N, T, D)`."""
     return paddle.matmul(_filled((row.shape[0], tokens, 1), 1.0), row)
 
 
 def _to_width(column, width):
-    """`(N, T, 1)` repeated over the width: `(N, T, D)`."""
+    """Repeats `(N, T, 1)` over the width: `(N, T, D)`."""
     return paddle.matmul(column, _filled((1, width), 1.0))
 
 
@@ -175,7 +117,7 @@ class _AdaptiveNorm(PyLayer):
 
 
 def adaptive_norm(x, shift, factor, *, epsilon, center):
-    """`normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
+    """Returns `normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
 
     Args:
         x: `(N, T, D)`. shift, factor: `(N, 1, D)`; a layer norm's modulation has `1 + scale` as the factor.
@@ -205,7 +147,7 @@ class _GatedAdd(PyLayer):
 
 
 def gated_add(x, gate, h):
-    """`x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+    """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
     return _GatedAdd.apply(x, gate, h)
 
 
@@ -239,33 +181,17 @@ class _Linear(PyLayer):
         return _wanted(ctx, for_x, for_weight, for_bias)
 
 
-_keeps_gelu = False
-
-
-@contextlib.contextmanager
-def keeping_gelu():
-    """Inside, `linear` keeps the GELU: of a block that is computed again anyway."""
-    global _keeps_gelu
-    before, _keeps_gelu = _keeps_gelu, True
-    try:
-        yield
-    finally:
-        _keeps_gelu = before
-
-
 def linear(x, weight, bias, *, gelu=False):
-    """`x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
+    """Returns `x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
 
     The backward pass computes the GELU again instead of keeping it.
     """
-    if gelu and _keeps_gelu:
-        x, gelu = F.gelu(x, approximate=True), False
     return _Linear.apply(x, weight, bias, gelu)
 
 
 @functools.lru_cache(maxsize=8)
 def _quarter_turn(width):
-    """Matrix that takes every pair (a, b) of a row to (-b, a)."""
+    """Returns the matrix that takes every pair (a, b) of a row to (-b, a)."""
     matrix = np.zeros([width, width], "float32")
     even = np.arange(0, width, 2)
     matrix[even + 1, even], matrix[even, even + 1] = -1.0, 1.0
@@ -288,7 +214,7 @@ class _Rotate(PyLayer):
 
 
 def rotate(x, cos, sin):
-    """Pairs (0, 1), (2, 3), ... of the last axis turned by angles (RoPE).
+    """Turns the pairs (0, 1), (2, 3), ... of the last axis by angles (RoPE).
 
     Args:
         x: `(N, T, heads, head_dim)`. cos, sin: of the angles, `(T, 1, head_dim / 2)`.

@@ -13,7 +13,7 @@ from .parallel import linear
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim, pos):
-    """Sine and cosine features of positions, float64 `(M, embed_dim)`, sines first (MAE, He et al. 2022).
+    """Returns sine and cosine features of positions, float64 `(M, embed_dim)`, sines first (MAE, He et al. 2022).
 
     Args:
         embed_dim: width of the output, even.
@@ -28,7 +28,7 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim, pos):
 
 
 def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
-    """Fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official `get_2d_sincos_pos_embed`.
+    """Returns the fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official function.
 
     The first half of the width encodes the column, the second half the row.
 
@@ -81,7 +81,7 @@ class TimestepEmbedder(nn.Layer):
 
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
-        """Sinusoidal features of t, float32 `(N, dim)`, cosines first; an odd `dim` ends in a zero column.
+        """Returns sinusoidal features of t, float32 `(N, dim)`, cosines first; an odd `dim` ends in a zero column.
 
         Args:
             t: `(N,)`, integer or fractional timesteps.

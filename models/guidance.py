@@ -4,7 +4,7 @@ import paddle
 
 
 def combine_guidance(cond, uncond, cfg_scale, channels=None):
-    """`uncond + cfg_scale * (cond - uncond)` on the first `channels` channels, `cond` on the others.
+    """Returns `uncond + cfg_scale * (cond - uncond)` on the first `channels` channels, `cond` on the others.
 
     The official DiT and SiT guide the first three latent channels only, "for exact reproducibility" of their figures;
     ppdiffusers' pipelines guide them all.

@@ -3,8 +3,8 @@
 `build_objective(config)` returns an object with
 
 - `draw(batch, rows=None) -> dict` of the random numbers of a training step, per sample,
-- `training_losses(model, batch, rows=None, drawn=None) -> dict` of per-sample tensors with the key `loss`,
-- `validation_losses(model, batch, place, noise) -> (N,)`, with nothing left to chance,
+- `training_losses(model, batch, rows=None, drawn=None) -> dict` of `(N,)` tensors: `loss`, and its parts by name,
+- `validation_losses(model, batch, place, noise) -> (N,)`, with nothing left to chance, and without regularizers,
 - `end_step()`, called once after each optimizer step,
 - `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
 - `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
@@ -14,6 +14,7 @@ The loops know nothing else, so neither of them asks which model it trains.
 
 from objectives.base import Batch, Rows
 from objectives.diffusion import DiffusionObjective
+from objectives.regularizers import build_regularizers
 from objectives.transport import TransportObjective
 
 __all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective"]
@@ -22,9 +23,19 @@ OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 
 
 def build_objective(config, ranks_per_batch=1):
-    """The objective that a resolved config (`config.schema.load_config`) names.
+    """Returns the objective that a resolved config (`config.schema.load_config`) names.
 
     Args:
         ranks_per_batch: the tensor-parallel degree: so many ranks, one after another, have the same batch.
+
+    Raises:
+        ValueError: a setting that is not accepted; the message names those that are.
     """
-    return OBJECTIVES[config["objective"]["type"]](config, ranks_per_batch)
+    settings, model = dict(config["objective"]), config["model"]
+    return OBJECTIVES[settings.pop("type")](
+        regularizers=build_regularizers(settings.pop("auxiliary", [])),
+        settings=settings,
+        class_dropout_prob=model["class_dropout_prob"],
+        learn_sigma=model["learn_sigma"],
+        ranks_per_batch=ranks_per_batch,
+    )

@@ -1,8 +1,10 @@
-"""A micro-batch, its place in the global batch, and draws that depend on that place alone."""
+"""What the objectives share: a micro-batch and its place in the global batch, and the sum with regularizers."""
 
 from collections import namedtuple
 
 import paddle
+
+from models.hooks import Tap
 
 # Where a rank's micro-batch stands in the global batch of an optimizer step: rows [start, stop) of `total`.
 Rows = namedtuple("Rows", "start stop total")
@@ -11,8 +13,8 @@ Rows = namedtuple("Rows", "start stop total")
 Batch = namedtuple("Batch", "x y extras", defaults=({},))
 
 
-def _draw(sampler, rows):
-    """Rows [start, stop) of a draw for the whole global batch.
+def draw_rows(sampler, rows):
+    """Returns rows [start, stop) of `sampler(rows.total)`, a draw for the whole global batch.
 
     Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the
     global batch only, not on the number of ranks or of accumulation steps.
@@ -21,8 +23,69 @@ def _draw(sampler, rows):
     return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]
 
 
-def _label_dropout(probability, rows):
-    """The network's `force_drop_ids`, drawn for the whole global batch; nothing where there is no null class."""
-    if probability == 0:
+class Objective:
+    """Base of the objectives. A subclass has `draw_noise(x, rows)`, `losses(model, x, drawn, model_kwargs)` and more.
+
+    Args:
+        class_dropout_prob: the network's; 0 where it has no null class.
+        regularizers: see `regularizers.Regularizer`.
+    """
+
+    def __init__(self, class_dropout_prob, regularizers=()):
+        self.class_dropout_prob = class_dropout_prob
+        self.regularizers = regularizers
+
+    def draw(self, batch, rows=None):
+        """Returns the random numbers for `training_losses`, per sample.
+
+        Returns:
+            dict of `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
+            `force_drop_ids` `(N,)`, if labels are dropped.
+        """
+        rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
+        drawn = self.draw_noise(batch.x, rows)
+        if self.class_dropout_prob > 0:
+            dropped = draw_rows(lambda total: paddle.rand([total]), rows) < self.class_dropout_prob
+            drawn["force_drop_ids"] = dropped.astype("int64")
+        return drawn
+
+    def training_losses(self, model, batch, rows=None, drawn=None):
+        """Returns the losses at random times, and those of the regularizers.
+
+        Args:
+            model: called as `model(x_t, t, y=..., force_drop_ids=..., hooks=...)`, the last two where they are needed.
+            batch: a `Batch`; its latents are clean and scaled to about unit variance.
+            rows: where these N samples stand in the global batch; None if they are all of it.
+            drawn: what `draw` returned earlier; None to draw now.
+
+        Returns:
+            dict of `(N,)` tensors: `loss`, to be minimised; its parts where there are any, and each regularizer's loss
+            under its name, without its weight.
+        """
+        drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
+        model_kwargs = {"y": batch.y}
+        if "force_drop_ids" in drawn:
+            model_kwargs["force_drop_ids"] = drawn.pop("force_drop_ids")
+        if not self.regularizers:
+            return self.losses(model, batch.x, drawn, model_kwargs)
+
+        tap = Tap(layer for regularizer in self.regularizers for layer in regularizer.layers)
+        losses = self.losses(model, batch.x, drawn, {**model_kwargs, "hooks": (tap,)})
+        missing = tap.layers - tap.tokens.keys()
+        if missing:
+            raise ValueError(f"objective.auxiliary: the network has no block {min(missing)} (they count from 0)")
+        for regularizer in self.regularizers:
+            part = regularizer.loss(tap.tokens, batch)
+            losses[regularizer.name] = part
+            losses["loss"] = losses["loss"] + regularizer.weight * part
+        return losses
+
+    def end_step(self):
+        """Is called once after each optimizer step, for an objective that learns."""
+
+    def state_dict(self):
+        """Returns the state to save, by name; empty where nothing is learned."""
         return {}
-    return {"force_drop_ids": (_draw(lambda total: paddle.rand([total]), rows) < probability).astype("int64")}
+
+    def set_state_dict(self, state):
+        """Restores what `state_dict` returned."""

@@ -3,24 +3,23 @@
 import paddle
 
 from diffusion import create_diffusion, create_named_schedule_sampler
-from objectives.base import Rows, _draw, _label_dropout
+from objectives.base import Objective, draw_rows
 
 
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """Gaussian diffusion (Ho et al. 2020; Nichol and Dhariwal 2021) as DiT uses it.
 
     Args:
-        config: a resolved config: the `objective` section and, of `model`, `learn_sigma` and `class_dropout_prob`.
+        settings: of a resolved config's `objective`: arguments of `create_diffusion`, and `timestep_sampler`.
+        class_dropout_prob, regularizers: see `Objective`.
+        learn_sigma: the network's: it learns the variance.
         ranks_per_batch: ranks that follow one another and have the same batch (tensor parallelism).
     """
 
-    def __init__(self, config, ranks_per_batch=1):
-        settings = dict(config["objective"])
-        settings.pop("type")
-        settings.pop("auxiliary")
-        timestep_sampler = settings.pop("timestep_sampler")
-        self._settings = {**settings, "learn_sigma": config["model"]["learn_sigma"]}
-        self._class_dropout_prob = config["model"]["class_dropout_prob"]
+    def __init__(self, settings, *, class_dropout_prob, learn_sigma, regularizers=(), ranks_per_batch=1):
+        super().__init__(class_dropout_prob, regularizers)
+        self._settings = {**settings, "learn_sigma": learn_sigma}
+        timestep_sampler = self._settings.pop("timestep_sampler")
         self.diffusion = create_diffusion("", **self._settings)
         self.timestep_sampler = create_named_schedule_sampler(
             timestep_sampler, self.diffusion, ranks_per_batch=ranks_per_batch
@@ -28,46 +27,27 @@ class DiffusionObjective:
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
 
-    def draw(self, batch, rows=None):
-        """The random numbers for `training_losses`, of shape `(N,)` but for the noise.
-
-        Returns:
-            dict of `t`, `weights` (of the losses), `noise` as `batch.x`, and `force_drop_ids` if labels are dropped.
-        """
-        x = batch.x
-        rows = rows or Rows(0, x.shape[0], x.shape[0])
+    def draw_noise(self, x, rows):
+        """Draws `t` and `weights` `(N,)`, then `noise` as x."""
         t, weights = self.timestep_sampler.sample(rows.total)
         t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
-        noise = _draw(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
-        return {"t": t, "weights": weights, "noise": noise, **_label_dropout(self._class_dropout_prob, rows)}
+        noise = draw_rows(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
+        return {"t": t, "weights": weights, "noise": noise}
 
-    def training_losses(self, model, batch, rows=None, drawn=None):
-        """Losses at random timesteps.
-
-        Args:
-            model: called as `model(x_t, t, y, force_drop_ids=...)`.
-            batch: a `Batch`; its latents are clean and scaled to about unit variance.
-            rows: where these N samples stand in the global batch; None if they are all of it.
-            drawn: what `draw` returned earlier; None to draw now.
-
-        Returns:
-            dict of `(N,)` tensors: `loss`, and its parts (`mse`, `vb`) where there are any.
-        """
-        drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
-        t, weights, noise = drawn.pop("t"), drawn.pop("weights"), drawn.pop("noise")
-        model_kwargs = {"y": batch.y, **drawn}
-        losses = self.diffusion.training_losses(model, batch.x, t, model_kwargs, noise=noise)
+    def losses(self, model, x, drawn, model_kwargs):
+        """Returns `loss` and its parts (`mse`, `vb`) where there are any, `(N,)` each."""
+        losses = self.diffusion.training_losses(model, x, drawn["t"], model_kwargs, noise=drawn["noise"])
         if self._learns:
-            self._seen.append((t, losses["loss"].detach()))
+            self._seen.append((drawn["t"], losses["loss"].detach()))
             # Importance weights keep the mean loss what it is under uniform timesteps.
-            losses["loss"] = losses["loss"].astype("float32") * weights
+            losses["loss"] = losses["loss"].astype("float32") * drawn["weights"]
         return losses
 
     def validation_losses(self, model, batch, place, noise):
-        """Losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
+        """Returns the losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
 
         Args:
-            model: in evaluation mode, called as `model(x_t, t, y)`.
+            model: in evaluation mode, called as `model(x_t, t, y=...)`.
             batch: a `Batch`.
             place: `(N,)` in [0, 1): where in the process, 0 its first timestep.
             noise: `(N, C, H, W)`, standard normal.
@@ -85,27 +65,51 @@ class DiffusionObjective:
             self._seen = []
             self.timestep_sampler.update_with_losses(t, losses)
 
-    def sample(self, denoiser, noise, *, num_steps=250, method="ddpm", eta=0.0, clip_denoised=False, progress=False):
-        """Noise to latents, by the schedule that is trained.
+    def sample(
+        self,
+        denoiser,
+        noise,
+        *,
+        num_steps=250,
+        method="ddpm",
+        spacing="even",
+        eta=0.0,
+        clip_denoised=False,
+        progress=False,
+        callback=None,
+    ):
+        """Turns noise into latents, by the schedule that is trained.
 
         Args:
             denoiser: `denoiser(x, t) -> (N, C or 2C, H, W)`, guidance included.
             noise: `(N, C, H, W)`, standard normal.
             num_steps: network evaluations.
             method: `ddpm` (ancestral) or `ddim`.
+            spacing: of the timesteps: `even`, or `leading`, an integer stride from 0 as in the official "ddimN", which
+                not every number of steps has.
             eta: DDIM's noise, 0 for none.
             clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
             progress: show a bar.
+            callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+
+        Returns:
+            latents `(N, C, H, W)`.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
         self.check_num_steps(num_steps)
-        # Evenly spaced: "ddimN" needs an integer stride, which not every N has.
-        spaced = create_diffusion(str(num_steps), **self._settings)
+        respacing = {"even": "", "leading": "ddim"}[spacing] + str(num_steps)
+        spaced = create_diffusion(respacing, **self._settings)
         options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
         if method == "ddim":
-            return spaced.ddim_sample_loop(denoiser, noise.shape, eta=eta, **options)
-        return spaced.p_sample_loop(denoiser, noise.shape, **options)
+            steps = spaced.ddim_sample_loop_progressive(denoiser, noise.shape, eta=eta, **options)
+        else:
+            steps = spaced.p_sample_loop_progressive(denoiser, noise.shape, **options)
+        for step, out in enumerate(steps, 1):
+            latents = out["sample"]
+            if callback is not None:
+                callback(step, num_steps, latents)
+        return latents
 
     def check_num_steps(self, num_steps):
         """Raises `ValueError` for a number of sampling steps that `sample` can't take."""
@@ -113,7 +117,7 @@ class DiffusionObjective:
             raise ValueError(f"the number of sampling steps must be 1..{self.diffusion.num_timesteps}, got {num_steps}")
 
     def state_dict(self):
-        """The state of the timestep sampler; empty for the uniform one."""
+        """Returns the state of the timestep sampler; empty for the uniform one."""
         return self.timestep_sampler.state_dict()
 
     def set_state_dict(self, state):

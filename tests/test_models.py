@@ -1,69 +1,58 @@
-"""DiT: parity with the official network, its initialisation tensor by tensor, attention backends, recompute."""
+"""DiT and SiT, and what all networks share: parity with the official ones, initialisation, attention, recompute."""
 
 import math
 
 import numpy as np
 import paddle
 import pytest
-from support.golden import golden_inputs, golden_network, load_golden, relative_error
+from support.golden import OFFICIAL, golden_inputs, load_golden, official_network, relative_error
+from support.runs import TINY_MODELS
 
-from models import DiT, build_model
+from models import MODELS, DiT, SiT, build_model
 from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
 
-TINY = {
-    "type": "DiT",
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "num_layers": 3,
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "num_classes": 10,
-}
+TINY = OFFICIAL["DiT"][2]
 
 
-def golden_model(scale=None, **overrides):
-    return golden_network("dit_tiny.pt", TINY, scale, **overrides)
+def golden_model(**overrides):
+    return official_network("DiT", **overrides)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_forward_is_the_official_one(fused):
-    arrays = load_golden("dit_forward")
-    model = golden_model(fused_attention=fused)
-    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < 6e-5
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_forward_is_the_official_one(kind, fused):
+    arrays, tolerance = load_golden(OFFICIAL[kind][1]), OFFICIAL[kind][3]
+    model = official_network(kind, fused_attention=fused)
+    assert type(model) is MODELS[kind]
+    assert relative_error(model(*golden_inputs(arrays)), arrays["out"]) < tolerance
     # A residual stream of 0.01 shows the norms' epsilon.
-    small = golden_model(scale=np.float32(0.01), fused_attention=fused)
-    assert relative_error(small(*golden_inputs(arrays)), arrays["out_small"]) < 6e-5
+    small = official_network(kind, scale=np.float32(0.01), fused_attention=fused)
+    assert relative_error(small(*golden_inputs(arrays)), arrays["out_small"]) < tolerance
 
 
-@pytest.mark.parametrize("scale", [4, 1])
-def test_guidance_is_the_official_one(scale):
-    arrays = load_golden("dit_forward")
-    model = golden_model()
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_guidance_is_the_official_one(kind):
+    arrays, tolerance = load_golden(OFFICIAL[kind][1]), OFFICIAL[kind][3]
+    model = official_network(kind)
     x, t, y = golden_inputs(arrays, "cfg_")
-    out = model.forward_with_cfg(x, t, y, float(scale))
-    assert relative_error(out, arrays[f"cfg_out_{scale}"]) < 6e-5
-    garbage = paddle.to_tensor(arrays["cfg_x_garbage"])
-    np.testing.assert_array_equal(model.forward_with_cfg(garbage, t, y, float(scale)), out)
+    half = len(y) // 2
+    garbage = paddle.concat([x[:half], paddle.full_like(x[half:], 9.0)])
+    for scale in (4, 1):
+        out = model.forward_with_cfg(x, t, y, float(scale))
+        assert relative_error(out, arrays[f"cfg_out_{scale}"]) < tolerance
+        np.testing.assert_array_equal(model.forward_with_cfg(garbage, t, y, float(scale)), out)
+    # All latent channels.
+    cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
+    out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
+    for part, own in zip(out.split(2), (cond, uncond), strict=True):
+        assert relative_error(part[:, :4], uncond[:, :4] + 2.5 * (cond[:, :4] - uncond[:, :4])) < 1e-6
+        np.testing.assert_array_equal(part[:, 4:], own[:, 4:])
 
 
 def test_guidance_without_a_null_class_is_refused():
     model = build_model({**TINY, "class_dropout_prob": 0.0})
     with pytest.raises(ValueError, match="no null class .class_dropout_prob 0.: it can't be guided"):
         model.forward_with_cfg(paddle.randn([2, 4, 8, 8]), paddle.to_tensor([1, 1]), paddle.to_tensor([1, 2]), 4.0)
-
-
-def test_guidance_of_all_channels():
-    arrays = load_golden("dit_forward")
-    model = golden_model()
-    x, t, y = golden_inputs(arrays, "cfg_")
-    half = x.shape[0] // 2
-    cond, uncond = model(paddle.concat([x[:half], x[:half]]), t, y).split(2)
-    out = model.forward_with_cfg(x, t, y, 2.5, cfg_channels=None)
-    expected = uncond[:, :4] + 2.5 * (cond[:, :4] - uncond[:, :4])
-    assert relative_error(out[:half, :4], expected) < 1e-6
-    np.testing.assert_array_equal(out[:half, 4:], cond[:, 4:])
-    np.testing.assert_array_equal(out[half:, 4:], uncond[:, 4:])
 
 
 def test_embeddings_are_the_official_ones():
@@ -146,9 +135,8 @@ def test_other_sizes(settings, out_channels):
     config = {**TINY, **settings}
     model = build_model(config)
     size, channels = config["sample_size"], config["in_channels"]
-    labels = paddle.to_tensor(
-        [0, config["num_classes"] - (config["class_dropout_prob"] == 0.0 if "class_dropout_prob" in config else 0)]
-    )
+    last = config["num_classes"] - (config.get("class_dropout_prob") == 0.0)
+    labels = paddle.to_tensor([0, last])
     out = model(paddle.randn([2, channels, size, size]), paddle.to_tensor([3, 999]), labels)
     assert out.shape == [2, out_channels, size, size]
 
@@ -221,3 +209,48 @@ def test_recompute_draws_the_same_random_numbers():
 def test_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         build_model({**TINY, **change})
+
+
+def test_settings_build_the_same_network_again(kind):
+    model = build_model(TINY_MODELS[kind], fused_attention=True, single_backward=True)
+    again = type(model)(**model.settings)
+    again.set_state_dict(model.state_dict())
+    assert again.settings == model.settings
+    assert all(model.settings[key] == value for key, value in TINY_MODELS[kind].items() if key != "type")
+    assert {name: p.shape for name, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+# -- SiT --------------------------------------------------------------------------------------------------------------
+
+
+def test_without_variance_channels_nothing_is_dropped():
+    paddle.seed(0)
+    sit, dit = build_model({**TINY, "type": "SiT"}, learn_sigma=False), build_model(TINY, learn_sigma=False)
+    paddle.seed(1)
+    for (name, p), (other, q) in zip(sit.named_parameters(), dit.named_parameters(), strict=True):
+        assert name == other
+        q.set_value(p.set_value(paddle.randn(p.shape) * 0.1) or p)
+    sit.eval(), dit.eval()
+    arrays = golden_inputs(load_golden("sit_forward"))
+    out = sit(*arrays)
+    assert out.shape == [5, 4, 8, 8]
+    np.testing.assert_array_equal(out, dit(*arrays))
+
+
+def test_starts_as_dit_does():
+    models = []
+    for kind in (DiT, SiT):
+        paddle.seed(0)
+        models.append(kind(8, 2, 4, 2, 2, 16, num_classes=10))
+    for (name, p), (other, q) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert name == other
+        assert p.stop_gradient == q.stop_gradient
+        np.testing.assert_array_equal(p, q)
+
+
+def test_forced_label_dropout_reaches_the_embedder():
+    arrays = load_golden("sit_forward")
+    model = official_network("SiT")
+    x, t, y = golden_inputs(arrays)
+    dropped = model(x, t, y, paddle.ones_like(y))
+    np.testing.assert_array_equal(dropped, model(x, t, paddle.full_like(y, 10)))

@@ -9,7 +9,7 @@ from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
 from models import build_model
-from models.parallel import Split, tensor_parallel
+from models.parallel import Split
 from models.sizes import check_tensor_parallel
 from training import EMA
 from training.parallel.degrees import Degrees, resolve_degrees
@@ -62,8 +62,7 @@ def test_a_group_of_one_builds_the_plain_network(kind):
     paddle.seed(5)
     alone = build_model(TINY_MODELS[kind])
     paddle.seed(5)
-    with tensor_parallel(SimpleNamespace(nranks=1, rank=0)):
-        grouped = build_model(TINY_MODELS[kind])
+    grouped = build_model(TINY_MODELS[kind], tensor_parallel_group=SimpleNamespace(nranks=1, rank=0))
     assert [type(layer) for layer in alone.sublayers()] == [type(layer) for layer in grouped.sublayers()]
     for (name, ours), (_, theirs) in zip(alone.named_parameters(), grouped.named_parameters(), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)

@@ -1,6 +1,7 @@
 """A session: a run of a few lines, as in a notebook; averages by name; parts of a loss in the log."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -92,7 +93,7 @@ def test_parts_of_the_loss_are_logged_by_name(tmp_path):
 def test_parts_reach_the_watch_under_their_names(features, tmp_path, monkeypatch):
     session = make_session(features, tmp_path / "out").start()
     got = []
-    session.objective.part_names = ("dispersive",)
+    session.objective.regularizers = [SimpleNamespace(name="dispersive")]
     monkeypatch.setattr(session.numbers, "add", lambda *values: got.append(values))
     losses = {"loss": paddle.to_tensor([1.0, 3.0]), "dispersive": paddle.to_tensor([0.5, 1.5])}
     session.add_losses(losses["loss"].mean(), losses)

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import paddle
 import pytest
-from support.golden import load_golden, relative_error
-from test_sit import golden_model
+from support.golden import load_golden, official_network, relative_error
 
 from models.state import official_to_paddle
 from transport import DIFFUSION_FORMS, LAST_STEPS, ModelType, Sampler, WeightType, create_transport
@@ -29,7 +28,7 @@ def seed():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return golden_model()
+    return official_network("SiT")
 
 
 def tensors(arrays, *names):

@@ -236,8 +236,9 @@ class Session:
         Args:
             losses: what the objective returned, tensors `(N,)` by name.
         """
-        parts = {name: losses[name].mean().detach() for name in getattr(self.objective, "part_names", ())}
-        self.numbers.add(loss.detach(), *([parts] if parts else []))
+        names = [regularizer.name for regularizer in self.objective.regularizers]
+        parts = {name: losses[name].mean().detach() for name in names}
+        self.numbers.add(loss.detach(), parts)
 
     def begin_update(self, step):
         """Tells the watch that the optimizer's step `step` comes; the stations are listed in `training.optimizer`."""

@@ -14,7 +14,6 @@ from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
 from models import build_model
-from models.parallel import tensor_parallel
 from runtime.precision import resolve_precision
 from runtime.process import compute_capability, counted
 from runtime.untrusted import read_json, shortened
@@ -51,13 +50,13 @@ def build_network(config, tensor_group=None, *, single_backward=False):
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
     paddle.seed(training["seed"])
-    with tensor_parallel(tensor_group):
-        return build_model(
-            config["model"],
-            fused_attention=training["fused_attention"],
-            enable_recompute=training["recompute"],
-            single_backward=single_backward,
-        )
+    return build_model(
+        config["model"],
+        fused_attention=training["fused_attention"],
+        enable_recompute=training["recompute"],
+        single_backward=single_backward,
+        tensor_parallel_group=tensor_group,
+    )
 
 
 def build_averages(training, model, *, on_host=False):

@@ -1,8 +1,10 @@
 """Stochastic interpolants: `create_transport(...)`, `Sampler`, and their parts. Needs paddle and numpy only."""
 
+import math
+
 from .path import DIFFUSION_FORMS, GVPCPlan, ICPlan, VPCPlan
 from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler
-from .transport import TIMESTEP_SAMPLINGS, ModelType, PathType, Transport, WeightType
+from .transport import ModelType, PathType, Transport, WeightType
 from .utils import check_choice, check_number
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "create_transport",
 ]
 
+TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 _PATHS = {"Linear": PathType.LINEAR, "GVP": PathType.GVP, "VP": PathType.VP}
 _PREDICTIONS = {"velocity": ModelType.VELOCITY, "noise": ModelType.NOISE, "score": ModelType.SCORE}
 _WEIGHTS = {None: WeightType.NONE, "velocity": WeightType.VELOCITY, "likelihood": WeightType.LIKELIHOOD}
@@ -39,7 +42,7 @@ def create_transport(
     logit_std=1.0,
     cosine_loss=False,
 ):
-    """A transport from plain settings; the first five arguments and their defaults are the official SiT's.
+    """Returns a transport from plain settings; the first five arguments and their defaults are the official SiT's.
 
     Args:
         path_type: `Linear`, `GVP` or `VP`.
@@ -68,6 +71,13 @@ def create_transport(
     for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None:
             check_number(name, eps, "None or a number, at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5)
+    check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
+    check_number("logit_mean", logit_mean, "a finite number", math.isfinite)
+    check_number("logit_std", logit_std, "a positive number", lambda std: 0 < std < math.inf)
+    if not isinstance(cosine_loss, bool):
+        raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
+    if cosine_loss and prediction != "velocity":
+        raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
     if path_type == "VP":
         defaults = (1e-5, 1e-3)
     elif prediction != "velocity":

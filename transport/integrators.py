@@ -56,7 +56,7 @@ _SMALLEST_STEP = 1e-10
 
 @full_precision
 def _advance(state, slopes, weights):
-    """`state + sum_i weights[i] slopes[i]`, tensor by tensor."""
+    """Returns `state + sum_i weights[i] slopes[i]`, tensor by tensor."""
     out = []
     for i, x in enumerate(state):
         for slope, weight in zip(slopes, weights, strict=False):  # a tableau's row may end in stages not yet there
@@ -71,7 +71,7 @@ def _scaled(weights, h):
 
 
 def fixed_step_ode(drift, state, grid, method):
-    """One step of a method of `FIXED_STEP` between consecutive times of `grid`."""
+    """Makes one step of a method of `FIXED_STEP` between consecutive times of `grid`."""
     c, a, b = FIXED_STEP[method]
     yield state
     for t, t_next in zip(grid[:-1], grid[1:], strict=True):
@@ -85,14 +85,14 @@ def fixed_step_ode(drift, state, grid, method):
 
 @full_precision
 def _norm(tensors, scales):
-    """The largest, over a state's tensors, root mean square of tensor / scale: a scalar tensor."""
+    """Returns the largest, over a state's tensors, root mean square of tensor / scale: a scalar tensor."""
     means = [paddle.square(x / scale).mean() for x, scale in zip(tensors, scales, strict=True)]
     return paddle.stack(means).max().sqrt()
 
 
 @full_precision
 def _scales(atol, rtol, *states):
-    """`atol + rtol max |x|` over the states, tensor by tensor."""
+    """Returns `atol + rtol max |x|` over the states, tensor by tensor."""
     magnitudes = ([x.abs() for x in state] for state in states)
     largest = next(magnitudes)
     for other in magnitudes:
@@ -101,7 +101,7 @@ def _scales(atol, rtol, *states):
 
 
 def _first_step(drift, t, state, slope, direction, atol, rtol):
-    """A size of the first step that suits the tolerances: Hairer, Norsett and Wanner, Section II.4."""
+    """Returns a size of the first step that suits the tolerances: Hairer, Norsett and Wanner, Section II.4."""
     scales = _scales(atol, rtol, state)
     size, speed = float(_norm(state, scales)), float(_norm(slope, scales))
     if not math.isfinite(speed):
@@ -118,7 +118,7 @@ def _first_step(drift, t, state, slope, direction, atol, rtol):
 
 @full_precision
 def _interpolate(start, end, middle, slope_start, slope_end, h, s):
-    """The quartic through both ends (values and slopes) and the middle of a step of length h, at the fraction s."""
+    """Returns the quartic through both ends (values and slopes) and the middle of a step of length h, at fraction s."""
     # In powers of s, of which each datum's polynomial is 1 (or slope 1) at its own place and 0 at the others.
     weights = (
         ((-8 * s + 18) * s - 11) * s**2 + 1,
@@ -134,7 +134,7 @@ def _interpolate(start, end, middle, slope_start, slope_end, h, s):
 
 
 def dopri5(drift, state, grid, atol, rtol):
-    """Dormand and Prince's adaptive method of order 5, with torchdiffeq's error norm and step control.
+    """Integrates by Dormand and Prince's adaptive method of order 5, with torchdiffeq's error norm and step control.
 
     The error of a step is the root mean square, over the whole batch, of error / (atol + rtol max(|x|, |x_next|)); of a
     state of several tensors, the largest of theirs. A step is accepted if that is at most 1. Times of `grid` inside a
@@ -180,7 +180,7 @@ def dopri5(drift, state, grid, atol, rtol):
 
 
 def _step_factor(error):
-    """By how much the next step is longer, from the error of this one (1 is the largest accepted)."""
+    """Returns by how much the next step is longer, from the error of this one (1 is the largest accepted)."""
     if error == 0:
         return _MAX_GROWTH
     factor = _SAFETY * error ** (-1 / _ORDER) if not math.isnan(error) else 0.0
@@ -197,7 +197,7 @@ def _draw_noise(x):
 
 
 def euler_maruyama(drift, diffusion, x, grid):
-    """Euler-Maruyama for `dx = drift dt + sqrt(2 diffusion) dW`, one draw of noise a step.
+    """Integrates by Euler-Maruyama `dx = drift dt + sqrt(2 diffusion) dW`, one draw of noise a step.
 
     `drift(t, x)` has x's shape, `diffusion(t, x)` broadcasts against it; the steps are equally long.
     """
@@ -211,7 +211,7 @@ def euler_maruyama(drift, diffusion, x, grid):
 
 
 def heun_sde(drift, diffusion, x, grid, correct_last=True):
-    """Heun's method with the noise added first (as in EDM, Karras et al. 2022); arguments as of `euler_maruyama`.
+    """Integrates by Heun's method with the noise added first (Karras et al. 2022); arguments as of `euler_maruyama`.
 
     Args:
         correct_last: whether the last step is corrected by the drift at the end of the grid, which may be infinite.

@@ -30,26 +30,26 @@ class ICPlan:
     """The linear path: `alpha_t = t`, `sigma_t = 1 - t`. The other paths override its coefficients."""
 
     def compute_alpha_t(self, t):
-        """`alpha_t` and its derivative, of `t`'s shape."""
+        """Returns `alpha_t` and its derivative, of `t`'s shape."""
         return t, paddle.ones_like(t)
 
     def compute_sigma_t(self, t):
-        """`sigma_t` and its derivative, of `t`'s shape."""
+        """Returns `sigma_t` and its derivative, of `t`'s shape."""
         return 1 - t, paddle.full_like(t, -1.0)
 
     def compute_d_alpha_alpha_ratio_t(self, t):
-        """`alpha'_t / alpha_t`, of `t`'s shape."""
+        """Returns `alpha'_t / alpha_t`, of `t`'s shape."""
         return 1 / t
 
     def compute_drift_var(self, t):
-        """`var` of `compute_drift`, of `t`'s shape."""
+        """Returns `var` of `compute_drift`, of `t`'s shape."""
         ratio = self.compute_d_alpha_alpha_ratio_t(t)
         sigma_t, d_sigma_t = self.compute_sigma_t(t)
         return ratio * paddle.square(sigma_t) - sigma_t * d_sigma_t
 
     @full_precision
     def compute_drift(self, x, t):
-        """The velocity as a function of the score, `velocity = -mean + var * score`.
+        """Returns the velocity as a function of the score, `velocity = -mean + var * score`.
 
         Returns:
             `(mean, var)`: `mean = -(alpha'_t / alpha_t) x`, already negated as in the official code, of `x`'s shape;
@@ -62,7 +62,7 @@ class ICPlan:
 
     @full_precision
     def compute_diffusion(self, x, t, form="constant", norm=1.0):
-        """The diffusion coefficient w_t of the SDE `dx = (v + w score) dt + sqrt(2 w) dW`, `(N, 1, ..., 1)`.
+        """Returns the diffusion coefficient w_t of the SDE `dx = (v + w score) dt + sqrt(2 w) dW`, `(N, 1, ..., 1)`.
 
         Args:
             x: `(N, ...)`, for its shape and precision.
@@ -82,7 +82,7 @@ class ICPlan:
 
     @full_precision
     def get_score_from_velocity(self, velocity, x, t):
-        """The score of the velocity `(N, ...)` at `x` `(N, ...)`. Infinite at t = 1."""
+        """Returns the score of the velocity `(N, ...)` at `x` `(N, ...)`. Infinite at t = 1."""
         velocity, x = at_least_float32(velocity), at_least_float32(x)
         ratio, sigma_t, d_sigma_t = self._velocity_coefficients(expand_t_like_x(t, x))
         var = paddle.square(sigma_t) - ratio * d_sigma_t * sigma_t
@@ -90,37 +90,37 @@ class ICPlan:
 
     @full_precision
     def get_noise_from_velocity(self, velocity, x, t):
-        """The noise E[x0 | x_t] of the velocity `(N, ...)` at `x` `(N, ...)`."""
+        """Returns the noise E[x0 | x_t] of the velocity `(N, ...)` at `x` `(N, ...)`."""
         velocity, x = at_least_float32(velocity), at_least_float32(x)
         ratio, sigma_t, d_sigma_t = self._velocity_coefficients(expand_t_like_x(t, x))
         return (velocity * ratio - x) / (ratio * d_sigma_t - sigma_t)
 
     @full_precision
     def get_velocity_from_score(self, score, x, t):
-        """The velocity of the score `(N, ...)` at `x` `(N, ...)`. Infinite at t = 0 on the Linear and GVP paths."""
+        """Returns the velocity of the score `(N, ...)` at `x` `(N, ...)`. Infinite at t = 0 on Linear and GVP."""
         mean, var = self.compute_drift(x, t)
         return at_least_float32(score) * var - mean
 
     @full_precision
     def compute_mu_t(self, t, x0, x1):
-        """`alpha_t x1 + sigma_t x0`, of `x1`'s shape."""
+        """Returns `alpha_t x1 + sigma_t x0`, of `x1`'s shape."""
         x0, x1 = at_least_float32(x0), at_least_float32(x1)
         t = expand_t_like_x(t, x1)
         return x1 * self.compute_alpha_t(t)[0] + x0 * self.compute_sigma_t(t)[0]
 
     def compute_xt(self, t, x0, x1):
-        """The point of the path at time t, of `x1`'s shape. These paths add no noise of their own: `compute_mu_t`."""
+        """Returns the point of the path at time t, of `x1`'s shape. These paths add no noise: `compute_mu_t`."""
         return self.compute_mu_t(t, x0, x1)
 
     @full_precision
     def compute_ut(self, t, x0, x1, xt):
-        """The path's velocity `alpha'_t x1 + sigma'_t x0`, of `x1`'s shape. `xt` is not used."""
+        """Returns the path's velocity `alpha'_t x1 + sigma'_t x0`, of `x1`'s shape. `xt` is not used."""
         x0, x1 = at_least_float32(x0), at_least_float32(x1)
         t = expand_t_like_x(t, x1)
         return x1 * self.compute_alpha_t(t)[1] + x0 * self.compute_sigma_t(t)[1]
 
     def plan(self, t, x0, x1):
-        """`(t, xt, ut)`: the times, the points and the velocities of the path from noise `x0` to data `x1`."""
+        """Returns `(t, xt, ut)`: the times, the points and the velocities of the path from noise `x0` to data `x1`."""
         xt = self.compute_xt(t, x0, x1)
         return t, xt, self.compute_ut(t, x0, x1, xt)
 
@@ -137,12 +137,12 @@ class VPCPlan(ICPlan):
         self.sigma_max = sigma_max
 
     def log_mean_coeff(self, t):
-        """`log(alpha_t)`."""
+        """Returns `log(alpha_t)`."""
         spread = self.sigma_max - self.sigma_min
         return -0.25 * paddle.square(1 - t) * spread - 0.5 * (1 - t) * self.sigma_min
 
     def d_log_mean_coeff(self, t):
-        """The derivative of `log(alpha_t)`: `beta_t / 2`."""
+        """Returns the derivative of `log(alpha_t)`: `beta_t / 2`."""
         return 0.5 * (1 - t) * (self.sigma_max - self.sigma_min) + 0.5 * self.sigma_min
 
     def compute_alpha_t(self, t):

@@ -48,7 +48,7 @@ class Sampler:
         trajectory=True,
         progress=False,
     ):
-        """A function that integrates the probability flow ODE.
+        """Returns a function that integrates the probability flow ODE.
 
         Args:
             sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule) or `dopri5` (adaptive).
@@ -57,7 +57,8 @@ class Sampler:
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
             reverse: from data to noise.
             trajectory: return every point of the grid, else the last alone.
-            progress: show a bar.
+            progress: show a bar; or a function that is given the iterator of states, the first among them, and returns
+                one of the same.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise (`reverse`: data) x `(N, ...)` to a tensor of states
@@ -85,7 +86,7 @@ class Sampler:
         return sample
 
     def make(self, sampler, method=None, **options):
-        """`sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest of each."""
+        """Returns `sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest."""
         check_choice("sampler", sampler, DEFAULT_METHODS)
         method = DEFAULT_METHODS[sampler] if method is None else method
         return {"ode": self.sample_ode, "sde": self.sample_sde}[sampler](sampling_method=method, **options)
@@ -102,7 +103,7 @@ class Sampler:
         trajectory=True,
         progress=False,
     ):
-        """A function that integrates the reverse SDE, `dx = (v + w score) dt + sqrt(2 w) dW`.
+        """Returns a function that integrates the reverse SDE, `dx = (v + w score) dt + sqrt(2 w) dW`.
 
         Args:
             sampling_method: `Euler` (Euler-Maruyama) or `Heun`.
@@ -114,7 +115,7 @@ class Sampler:
             num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
                 step, the last state stands there twice.
             trajectory: return every state, else the last alone.
-            progress: show a bar.
+            progress: show a bar; or a function, as in `sample_ode`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
@@ -204,7 +205,7 @@ class Sampler:
         return sample
 
     def sample_ode_likelihood(self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, progress=False):
-        """A function for the log-likelihood of data under the probability flow ODE (Song et al. 2021, Section 4.3).
+        """Returns a function for the log-likelihood of data under the probability flow ODE (Song et al. 2021, 4.3).
 
         The divergence of the drift is estimated without bias with a random sign for each entry, drawn anew at each
         evaluation (Hutchinson), as in the official code; an adaptive method takes that randomness for error and
@@ -285,7 +286,7 @@ class Sampler:
 
 @full_precision
 def _divergence(velocity, x, signs):
-    """The slope of (x, log-likelihood) in reversed time: `-velocity`, and the estimate of its divergence `(N,)`."""
+    """Returns the slope of (x, log-likelihood) in reversed time: `-velocity`, and its divergence's estimate `(N,)`."""
     (gradient,) = paddle.grad((velocity * signs).sum(), x, allow_unused=True)
     if gradient is None:  # the model does not look at x
         gradient = paddle.zeros_like(x)
@@ -302,7 +303,7 @@ def _grid(t0, t1, num_steps):
 
 
 def _times(t, x):
-    """The time t for each sample of x, `(N,)`: filled on the device, no copy from the host.
+    """Returns the time t for each sample of x, `(N,)`: filled on the device, no copy from the host.
 
     Its attribute `host_value` is t, for a model that decides by the time and must not wait for the device.
     """
@@ -316,6 +317,8 @@ def _collect(states, trajectory):
 
 
 def _with_progress(states, total, progress):
+    if callable(progress):
+        return iter(progress(states))
     if progress:
         from tqdm.auto import tqdm
 

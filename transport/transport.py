@@ -10,16 +10,17 @@ here is done in float32 (float64 for float64 inputs) whatever the model's precis
 
 import enum
 import math
+from dataclasses import dataclass
 
 import paddle
 from paddle.nn import functional as F
 
 from .path import GVPCPlan, ICPlan, VPCPlan
-from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, mean_flat, sum_flat
+from .utils import at_least_float32, expand_t_like_x, full_precision, mean_flat, sum_flat
 
 
 class ModelType(enum.Enum):
-    """What the network predicts."""
+    """Names what the network predicts."""
 
     NOISE = enum.auto()  # E[x0 | x_t]
     SCORE = enum.auto()  # the gradient of log p_t at x_t
@@ -27,7 +28,7 @@ class ModelType(enum.Enum):
 
 
 class PathType(enum.Enum):
-    """The path between noise and data, see `path`."""
+    """Names the path between noise and data, see `path`."""
 
     LINEAR = enum.auto()
     GVP = enum.auto()
@@ -35,7 +36,7 @@ class PathType(enum.Enum):
 
 
 class WeightType(enum.Enum):
-    """The weight of a noise or score loss as a function of t; velocity losses are never weighted."""
+    """Names the weight of a noise or score loss as a function of t; velocity losses are never weighted."""
 
     NONE = enum.auto()
     VELOCITY = enum.auto()  # makes the loss that of the velocity
@@ -43,55 +44,35 @@ class WeightType(enum.Enum):
 
 
 PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
-TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 
 
+@dataclass(kw_only=True, eq=False)
 class Transport:
     """A path, what the network predicts on it, and the loss that teaches it. Made by `create_transport`.
 
-    Args:
+    Attributes:
         model_type, path_type, loss_type: members of the enumerations above.
         train_eps, sample_eps: what is cut off the unit interval in training and in sampling, see `check_interval`.
         timestep_sampling, logit_mean, logit_std, cosine_loss: see `create_transport`.
-
-    Attributes:
         path_sampler: the path (`ICPlan`, `GVPCPlan` or `VPCPlan`).
     """
 
-    def __init__(
-        self,
-        *,
-        model_type,
-        path_type,
-        loss_type,
-        train_eps,
-        sample_eps,
-        timestep_sampling="uniform",
-        logit_mean=0.0,
-        logit_std=1.0,
-        cosine_loss=False,
-    ):
-        check_choice("timestep_sampling", timestep_sampling, TIMESTEP_SAMPLINGS)
-        check_number("logit_mean", logit_mean, "a finite number", math.isfinite)
-        check_number("logit_std", logit_std, "a positive number", lambda std: 0 < std < math.inf)
-        if not isinstance(cosine_loss, bool):
-            raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
-        if cosine_loss and model_type != ModelType.VELOCITY:
-            raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
-        self.path_type = path_type
-        self.path_sampler = PATHS[path_type]()
-        self.model_type = model_type
-        self.loss_type = loss_type
-        self.train_eps = train_eps
-        self.sample_eps = sample_eps
-        self.timestep_sampling = timestep_sampling
-        self.logit_mean = logit_mean
-        self.logit_std = logit_std
-        self.cosine_loss = cosine_loss
+    model_type: ModelType
+    path_type: PathType
+    loss_type: WeightType
+    train_eps: float
+    sample_eps: float
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    cosine_loss: bool = False
+
+    def __post_init__(self):
+        self.path_sampler = PATHS[self.path_type]()
 
     @full_precision
     def prior_logp(self, z):
-        """Log density of N(0, I) in nats, `(N, ...)` -> `(N,)`."""
+        """Returns the log density of N(0, I) in nats, `(N, ...)` -> `(N,)`."""
         z = at_least_float32(z)
         size = math.prod(z.shape[1:])
         return sum_flat(paddle.square(z)) * -0.5 - 0.5 * size * math.log(2 * math.pi)
@@ -107,7 +88,7 @@ class Transport:
         eval=False,
         last_step_size=0.0,
     ):
-        """The times `(t0, t1)` between which a network is trained or integrated: the official table.
+        """Returns the times `(t0, t1)` between which a network is trained or integrated: the official table.
 
         Args:
             train_eps, sample_eps: cut off in training, and (`eval`) in sampling.
@@ -133,7 +114,7 @@ class Transport:
 
     @full_precision
     def sample_timesteps(self, batch_size):
-        """Times to train at, `(batch_size,)`, float32: one draw of `paddle.rand` or (logit-normal) `paddle.randn`."""
+        """Draws times to train at, `(batch_size,)`, float32: one call of `paddle.rand` or (logit-normal) `randn`."""
         if self.timestep_sampling == "logit-normal":
             u = F.sigmoid(paddle.randn((batch_size,)) * self.logit_std + self.logit_mean)
         else:
@@ -142,13 +123,13 @@ class Transport:
         return u * (t1 - t0) + t0
 
     def sample(self, x1):
-        """Noise and times for data `x1` `(N, ...)`: `(t, x0, x1)`. Draws the noise first, then the times."""
+        """Draws noise, then times for data `x1` `(N, ...)`; returns `(t, x0, x1)`."""
         x1 = at_least_float32(x1)
         x0 = paddle.randn_like(x1)
         return self.sample_timesteps(x1.shape[0]).astype(x1.dtype), x0, x1
 
     def training_losses(self, model, x1, model_kwargs=None, x0=None, t=None):
-        """Losses of a batch, one a sample.
+        """Returns the losses of a batch, one a sample.
 
         Args:
             model: see the module's docstring.
@@ -200,14 +181,14 @@ class Transport:
 
     @full_precision
     def output_to_velocity(self, output, x, t):
-        """The velocity (drift of the probability flow ODE) of a network's output at `x`, `t` `(N,)`; `x`'s shape."""
+        """Returns the velocity, the probability flow ODE's drift, of a network's output at `x`, `t` `(N,)`."""
         if self.model_type == ModelType.VELOCITY:
             return output
         return self.path_sampler.get_velocity_from_score(self.output_to_score(output, x, t), x, t)
 
     @full_precision
     def output_to_score(self, output, x, t):
-        """The score of a network's output at `x`, `t` `(N,)`; `x`'s shape."""
+        """Returns the score of a network's output at `x`, `t` `(N,)`; `x`'s shape."""
         if self.model_type == ModelType.SCORE:
             return output
         if self.model_type == ModelType.NOISE:
@@ -215,7 +196,7 @@ class Transport:
         return self.path_sampler.get_score_from_velocity(output, x, t)
 
     def get_drift(self):
-        """The probability flow ODE's drift, `drift(x, t, model, **model_kwargs)` of `x`'s shape."""
+        """Returns the probability flow ODE's drift, `drift(x, t, model, **model_kwargs)` of `x`'s shape."""
 
         def drift(x, t, model, **model_kwargs):
             return self.output_to_velocity(call_model(model, x, t, model_kwargs), x, t)
@@ -223,7 +204,7 @@ class Transport:
         return drift
 
     def get_score(self):
-        """The score, `score(x, t, model, **model_kwargs)` of `x`'s shape."""
+        """Returns the score, `score(x, t, model, **model_kwargs)` of `x`'s shape."""
 
         def score(x, t, model, **model_kwargs):
             return self.output_to_score(call_model(model, x, t, model_kwargs), x, t)
@@ -232,7 +213,7 @@ class Transport:
 
 
 def call_model(model, x, t, model_kwargs=None):
-    """The model's output, at least float32 and of `x`'s shape.
+    """Returns the model's output, at least float32 and of `x`'s shape.
 
     Raises:
         ValueError: it has another shape, such as the 2C channels of a DiT that learns the variance.

@@ -10,7 +10,7 @@ _shield = threading.local()
 
 
 def full_precision(function):
-    """The function's own operations are not autocast. It must not call the user's network."""
+    """Decorates a function whose own operations are not to be autocast. It must not call the network."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -27,22 +27,22 @@ def full_precision(function):
 
 
 def at_least_float32(x):
-    """`x`, widened to float32 if it is float16 or bfloat16: coefficients span more than half precision can hold."""
+    """Returns `x`, as float32 if it is float16 or bfloat16: coefficients span more than half precision can hold."""
     return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
 
 
 def mean_flat(x):
-    """Mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    """Returns the mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
     return x.mean(axis=list(range(1, x.ndim))) if x.ndim > 1 else x
 
 
 def sum_flat(x):
-    """Sum over all dimensions but the first: `(N, ...)` -> `(N,)`."""
+    """Returns the sum over all dimensions but the first: `(N, ...)` -> `(N,)`."""
     return x.sum(axis=list(range(1, x.ndim))) if x.ndim > 1 else x
 
 
 def expand_t_like_x(t, x):
-    """Times `(N,)` as `(N, 1, ..., 1)` in `x`'s precision, to broadcast against `x` `(N, ...)`.
+    """Returns times `(N,)` as `(N, 1, ..., 1)` in `x`'s precision, to broadcast against `x` `(N, ...)`.
 
     Coefficients made of it are used as right-hand operands: the other way round, Paddle takes ten times as long on CPU.
     """

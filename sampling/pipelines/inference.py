@@ -211,8 +211,8 @@ def export_inference(pipeline, output_dir):
 def _save(layer, inputs, path):
     """A layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
     layer.eval()
-    for index, table in enumerate(getattr(layer, "_rotary", ())):  # a Large-DiT's constants: saved if they are buffers
-        layer.register_buffer(f"_rotary_{index}", table, persistable=False)
+    for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if they are buffers
+        layer.register_buffer(f"rotary_{index}", table, persistable=False)
     specs = [InputSpec([None, *shape], dtype, name) for name, shape, dtype in inputs]
     kept = layer.forward
     try:

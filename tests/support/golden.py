@@ -20,6 +20,29 @@ RESIDUAL = (
 )
 
 
+TINY = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_classes": 10,
+}
+# The official networks: file of weights, of vectors, config, and the tolerance of tests/golden/README.md, twice.
+OFFICIAL = {
+    "DiT": ("dit_tiny.pt", "dit_forward", {"type": "DiT", **TINY}, 6e-5),
+    "SiT": ("sit_tiny.pt", "sit_forward", {"type": "SiT", **TINY}, 2e-5),
+    "LargeDiT": ("largedit_tiny.pt", "largedit_forward", {"type": "LargeDiT", **TINY, "num_layers": 2}, 6e-5),
+}
+
+
+def official_network(kind, scale=None, **overrides):
+    """An official network of `OFFICIAL`; arguments as of `golden_network`."""
+    weights, _, config, _ = OFFICIAL[kind]
+    return golden_network(weights, config, scale, **overrides)
+
+
 def golden_network(weights, config, scale=None, **overrides):
     """The network of a golden `.pt` file in evaluation mode; `scale` multiplies what feeds the residual stream."""
     from models import build_model

@@ -1,0 +1,50 @@
+"""Hooks: what may look at, drop or replace the tokens between the blocks of a network.
+
+Every network takes them as `forward(x, t, y, hooks=(...))`. A hook is called outside of what is recomputed, so that the
+tokens it keeps are part of the graph with or without recompute.
+
+With tensor parallelism tokens are replicated between blocks: every rank of a group has all of them, and has to do the
+same with them. fleet's wrapper must not broadcast the network's inputs (`mp_configs.need_broadcast_data`, which both
+loops turn off), because it replaces by None what is no tensor.
+"""
+
+
+class Hook:
+    """Does nothing, at every block; a subclass overrides one of the methods or both.
+
+    Blocks are counted from 0. N batch, T tokens, D hidden width.
+    """
+
+    def before(self, index, tokens, conditions):
+        """Returns what block `index` is to be given instead.
+
+        Args:
+            tokens: `(N, T, D)`.
+            conditions: tuple of what the block takes beside the tokens: the conditioning `(N, E)`, and RoPE's cosines
+                and sines `(T, 1, head_dim / 2)` where it has them. Who drops tokens has to drop their rows there.
+        """
+        return tokens, conditions
+
+    def after(self, index, tokens):
+        """Returns the tokens `(N, T', D)` to go on with after block `index`; the last block's go to the final layer."""
+        return tokens
+
+
+class Tap(Hook):
+    """Keeps the tokens after some blocks.
+
+    Args:
+        layers: indices of the blocks.
+
+    Attributes:
+        tokens: {index: `(N, T, D)`} of the last forward pass, with gradients if that recorded a graph.
+    """
+
+    def __init__(self, layers):
+        self.layers = frozenset(layers)
+        self.tokens = {}
+
+    def after(self, index, tokens):
+        if index in self.layers:
+            self.tokens[index] = tokens
+        return tokens

@@ -1,0 +1,132 @@
+"""The operators between the matrix products, behind one door: here alone is chosen how they are computed.
+
+Networks call them through `self.ops` and read as their papers. There are two forms, equal up to rounding: Paddle's own
+operators, and those of `cpu_ops` in float32 on a CPU, where they are faster. The latter are for a graph that serves one
+backward pass; so where a graph is recorded they need the promise `single_backward` of whoever built the network. All
+other networks compute with Paddle's own, which give any gradient.
+
+Shapes: N batch, T tokens, D hidden width.
+"""
+
+from dataclasses import dataclass
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from . import cpu_ops
+
+
+def modulate(x, shift, scale):
+    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
+    if shift.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    return x * (1 + scale) + shift
+
+
+def swiglu(gate, x):
+    """Returns `silu(gate) * x`, by Paddle's fused kernel where this version of Paddle has it (all devices)."""
+    return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
+
+
+def rms_norm(x, weight, epsilon):
+    """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type.
+
+    It is computed in float32 whatever AMP says.
+    """
+    with paddle.amp.auto_cast(enable=False):
+        h = x.astype("float32")
+        h = h * paddle.rsqrt(h.square().mean(-1, keepdim=True) + epsilon)
+        return (h * weight.astype("float32")).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators of a network.
+
+    Attributes:
+        single_backward: the promise that the graph of the network's outputs serves one first-order backward pass at
+            most, to all inputs and parameters that want a gradient.
+        keep_gelu: keep the GELU of an MLP for the backward pass instead of computing it again there; for blocks that
+            are recomputed as a whole.
+    """
+
+    single_backward: bool = False
+    keep_gelu: bool = False
+
+    def fast(self, *tensors):
+        """Returns whether to compute with `cpu_ops`; tensors: all operands."""
+        return (
+            (self.single_backward or not paddle.is_grad_enabled())
+            and paddle.in_dynamic_mode()
+            and all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
+            and cpu_ops.faster()
+        )
+
+    def adaptive_norm(self, x, shift, scale, *, epsilon):
+        """Returns the modulated layer norm of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
+        if self.fast(x, shift, scale):
+            return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=epsilon, center=True)
+        return modulate(F.layer_norm(x, x.shape[-1:], epsilon=epsilon), shift, scale)
+
+    def adaptive_rms_norm(self, x, weight, shift, scale, *, epsilon):
+        """Returns the modulated RMS norm of x `(N, T, D)`; weight: `(D,)`; shift and scale: `(N, 1, D)`."""
+        if self.fast(x, shift, scale, weight):
+            return cpu_ops.adaptive_norm(x, shift, (1 + scale) * weight, epsilon=epsilon, center=False)
+        return modulate(rms_norm(x, weight, epsilon), shift, scale)
+
+    def gated_add(self, x, gate, h):
+        """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
+        return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
+
+    def linear(self, x, weight, bias):
+        """Returns `x @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias `(M,)` or None."""
+        if bias is not None and self.fast(x, weight):
+            return cpu_ops.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def linear_of_gelu(self, layer, x):
+        """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a whole or a split linear layer."""
+        if isinstance(layer, nn.Linear) and not self.keep_gelu and self.fast(x, layer.weight):
+            return cpu_ops.linear(x, layer.weight, layer.bias, gelu=True)
+        return layer(F.gelu(x, approximate=True))
+
+    def layer_norm(self, x, weight, bias, *, epsilon):
+        """Returns the layer norm of x over its last axis; weight and bias: of that width."""
+        # Where nobody asks for the weight's gradient, Paddle's CPU kernel leaves the weight out of the input's. Whether
+        # somebody will is known for a promised backward pass alone.
+        promised = self.single_backward and not weight.stop_gradient
+        eager = paddle.in_dynamic_mode()  # while a program is traced, x has no place, and nobody asks for gradients
+        if eager and paddle.is_grad_enabled() and x.place.is_cpu_place() and not promised:
+            return F.layer_norm(x, x.shape[-1:], epsilon=epsilon) * weight + bias
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    def rotate(self, x, cos, sin):
+        """Turns the pairs (0, 1), (2, 3), ... of the last axis by RoPE's angles, in float32 whatever AMP says.
+
+        Args:
+            x: `(N, T, heads, head_dim)`.
+            cos, sin: float32 `(T, 1, head_dim / 2)`.
+
+        Returns:
+            as x, of its type.
+        """
+        if self.fast(x):
+            return cpu_ops.rotate(x, cos, sin)
+        with paddle.amp.auto_cast(enable=False):
+            first, second = x.astype("float32").reshape([*x.shape[:-1], -1, 2]).unbind(-1)
+            turned = paddle.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
+            return turned.reshape(x.shape).astype(x.dtype)
+
+
+class Layer(nn.Layer):
+    """A layer that computes with `self.ops`: plain ones, until `use` gives it its network's."""
+
+    ops = Operators()
+
+
+def use(network, operators):
+    """Gives a network and all its layers the same `Operators`."""
+    for layer in network.sublayers(include_self=True):
+        if isinstance(layer, Layer):
+            layer.ops = operators

@@ -3,6 +3,8 @@
 Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width, p patch size.
 """
 
+import inspect
+
 import paddle
 from paddle import nn
 
@@ -15,7 +17,18 @@ class LatentTransformer(cpu_ops.Layer):
     """Base of `DiT` and `LargeDiT`: transformers `forward(x, t, y)` on square latents in p x p patches.
 
     A subclass makes `t_embedder`, `y_embedder` and `final_layer`, and blocks with `adaLN_modulation`.
+
+    Attributes:
+        settings: the constructor's keywords and their values, defaults included: `type(network)(**settings)` is the
+            same network.
     """
+
+    def __new__(cls, *args, **keywords):
+        network = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(network, *args, **keywords)
+        bound.apply_defaults()
+        network.__dict__["settings"] = dict(list(bound.arguments.items())[1:])  # nn.Layer's __init__ is yet to run
+        return network
 
     def __init__(
         self,

@@ -84,27 +84,51 @@ class DiffusionObjective:
             self._seen = []
             self.timestep_sampler.update_with_losses(t, losses)
 
-    def sample(self, denoiser, noise, *, num_steps=250, method="ddpm", eta=0.0, clip_denoised=False, progress=False):
-        """Noise to latents, by the schedule that is trained.
+    def sample(
+        self,
+        denoiser,
+        noise,
+        *,
+        num_steps=250,
+        method="ddpm",
+        spacing="even",
+        eta=0.0,
+        clip_denoised=False,
+        progress=False,
+        callback=None,
+    ):
+        """Turns noise into latents, by the schedule that is trained.
 
         Args:
             denoiser: `denoiser(x, t) -> (N, C or 2C, H, W)`, guidance included.
             noise: `(N, C, H, W)`, standard normal.
             num_steps: network evaluations.
             method: `ddpm` (ancestral) or `ddim`.
+            spacing: of the timesteps: `even`, or `leading`, an integer stride from 0 as in the official "ddimN", which
+                not every number of steps has.
             eta: DDIM's noise, 0 for none.
             clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
             progress: show a bar.
+            callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+
+        Returns:
+            latents `(N, C, H, W)`.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
         self.check_num_steps(num_steps)
-        # Evenly spaced: "ddimN" needs an integer stride, which not every N has.
-        spaced = create_diffusion(str(num_steps), **self._settings)
+        respacing = {"even": "", "leading": "ddim"}[spacing] + str(num_steps)
+        spaced = create_diffusion(respacing, **self._settings)
         options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
         if method == "ddim":
-            return spaced.ddim_sample_loop(denoiser, noise.shape, eta=eta, **options)
-        return spaced.p_sample_loop(denoiser, noise.shape, **options)
+            steps = spaced.ddim_sample_loop_progressive(denoiser, noise.shape, eta=eta, **options)
+        else:
+            steps = spaced.p_sample_loop_progressive(denoiser, noise.shape, **options)
+        for step, out in enumerate(steps, 1):
+            latents = out["sample"]
+            if callback is not None:
+                callback(step, num_steps, latents)
+        return latents
 
     def check_num_steps(self, num_steps):
         """Raises `ValueError` for a number of sampling steps that `sample` can't take."""

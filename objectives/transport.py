@@ -1,6 +1,7 @@
 """Interpolant transport as an objective."""
 
 import paddle
+from tqdm.auto import tqdm
 
 from objectives.base import Rows, _draw, _label_dropout
 from transport import Sampler, create_transport
@@ -41,22 +42,11 @@ class TransportObjective:
     def end_step(self):
         """Nothing here learns."""
 
-    def sample(self, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, **options):
-        """Noise to latents by the path and prediction that are trained.
-
-        Args:
-            denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
-            noise: `(N, C, H, W)`, standard normal.
-            num_steps: grid points of the time interval, as in the official code: one more than the steps.
-            method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`; of the SDE `Euler`
-                (default) or `Heun`.
-            sampler: `ode` or `sde`.
-            options: of `transport.Sampler.sample_ode` or `sample_sde`.
-        """
-        make = Sampler(self.transport).make
-        return make(sampler, method, num_steps=num_steps, progress=progress, trajectory=False, **options)(
-            noise, denoiser
-        )[-1]
+    def sample(self, denoiser, noise, *, num_steps=250, method=None, sampler="ode", **options):
+        """Turns noise into latents, by the path and prediction that are trained; as `sample_transport`."""
+        return sample_transport(
+            self.transport, denoiser, noise, num_steps=num_steps, method=method, sampler=sampler, **options
+        )
 
     def check_num_steps(self, num_steps):
         """Raises `ValueError` if `sample` can't take this number of points, or these settings can't be sampled."""
@@ -68,3 +58,44 @@ class TransportObjective:
 
     def set_state_dict(self, state):
         """Nothing to restore."""
+
+
+def sample_transport(
+    transport, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, callback=None, **options
+):
+    """Turns noise into latents.
+
+    Args:
+        transport: made by `create_transport`.
+        denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
+        noise: `(N, C, H, W)`, standard normal.
+        num_steps: grid points of the time interval, as in the official code: one more than the steps of an ODE.
+        method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`; of the SDE `Euler`
+            (default) or `Heun`.
+        sampler: `ode` or `sde`.
+        progress: show a bar.
+        callback: called as `callback(step, steps, latents)` after each step, from 1 on.
+        options: of `transport.Sampler.sample_ode` or `sample_sde`.
+
+    Returns:
+        latents `(N, C, H, W)`.
+
+    Raises:
+        ValueError: a setting that is not accepted; the message names those that are.
+    """
+    steps = num_steps if sampler == "sde" else num_steps - 1
+
+    def watch(states):
+        states = iter(tqdm(states, total=num_steps) if progress else states)
+        yield next(states)  # the noise
+        for step, state in enumerate(states, 1):
+            callback(step, steps, state[0] if sampler == "ode" else state)
+            yield state
+
+    make = Sampler(transport).make
+    options.update(num_steps=num_steps, trajectory=False, progress=watch if callback else progress)
+    draw = make(sampler, method, **options)
+    latents = draw(noise, denoiser)[-1]
+    if callback is not None and sampler == "sde":
+        callback(steps, steps, latents)  # the last step, which ends the others
+    return latents

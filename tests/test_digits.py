@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sit_pipeline import make_config, make_model, make_pipeline, state_of
+from support.pipelines import make_config, make_model, make_pipeline, state_of
 
 from evaluation.digits import evaluate, nearest_distance
 from features.images import find_images, load_image
@@ -295,7 +295,7 @@ def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, si
     index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
     index["scheduler"] = ["ppdiffusers", "DPMSolverMultistepScheduler"]
     (tmp_path / "dit" / "model_index.json").write_text(json.dumps(index))
-    config = make_config()
+    config = make_config("SiT")
     export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "stock")
     for name, expected in (("dit", DDIMScheduler), ("stock", EDMEulerScheduler)):
         pipeline, options = load_pipeline(str(tmp_path / name))
@@ -326,7 +326,7 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
 
 
 def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path):
-    config = make_config(sample_size=2 * vae.config.sample_size // 8)
+    config = make_config("SiT", sample_size=2 * vae.config.sample_size // 8)
     export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "large")
     command = ["--pipeline", str(tmp_path / "large"), "--num_images", "10", "--num_inference_steps", "2"]
     message = "draws images of 64x64 pixels, .*png is 32x32; expected digits of that size: .*--image_size 64"

@@ -7,11 +7,10 @@ import tempfile
 
 import numpy as np
 import pytest
-import test_large_dit_tools
 from PIL import Image
 from support.golden import GOLDEN
-from support.runs import ROOT
-from test_convert import make_config, make_model, state_of, tree_of
+from support.pipelines import DIGITS_VAE as VAE
+from support.pipelines import make_config, make_model, state_of, tree_of, write_checkpoint
 
 import infer_demo_dit
 from features.autoencoder import NotFiniteError, load_vae
@@ -21,7 +20,6 @@ from sampling.pipelines.export_sit import export_stock_sit
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from tools import export_inference
 
-VAE = str(ROOT / "assets" / "digits_vae")
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
 
 
@@ -32,12 +30,12 @@ def models(tmp_path_factory):
     vae, labels = load_vae(VAE), {i: f"digit {i}" for i in range(10)}
     config = make_config()
     export_dit_pipeline(config, state_of(make_model(config)), vae, folder / "dit", id2label=labels)
-    large = test_large_dit_tools.make_config(qk_norm=True, num_kv_heads=1)
-    state = state_of(test_large_dit_tools.make_model(large))
+    large = make_config("LargeDiT", qk_norm=True, num_kv_heads=1)
+    state = state_of(make_model(large))
     export_large_dit_pipeline(large, state, vae, folder / "large_dit", id2label=labels)
-    sit = make_config({"type": "transport"}, type="SiT")
+    sit = make_config("SiT", sample_size=8, num_attention_heads=4)
     export_stock_sit(sit, state_of(make_model(sit)), vae, folder / "sit", id2label=labels)
-    test_large_dit_tools.write_checkpoint(folder / "checkpoint", test_large_dit_tools.make_config("DiT"))
+    write_checkpoint(folder / "checkpoint", make_config(num_attention_heads=2))
     for kind in KINDS:
         flags = ["--vae", VAE] if kind == "checkpoint" else []
         export_inference.main(["--model_path", str(folder / kind), "--output", str(folder / f"{kind}_out"), *flags])
@@ -225,7 +223,7 @@ def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
 )
 def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
     """As a checkpoint and as a SiTPipeline folder, by both commands that make programs, before Paddle is needed."""
-    config = test_large_dit_tools.make_config(kind, {"type": "transport", **objective})
+    config = make_config(kind, {"type": "transport", **objective})
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
     (tmp_path / "checkpoint" / "model_state.pdparams").touch()

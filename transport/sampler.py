@@ -57,7 +57,8 @@ class Sampler:
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
             reverse: from data to noise.
             trajectory: return every point of the grid, else the last alone.
-            progress: show a bar.
+            progress: show a bar; or a function that is given the iterator of states, the first among them, and returns
+                one of the same.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise (`reverse`: data) x `(N, ...)` to a tensor of states
@@ -114,7 +115,7 @@ class Sampler:
             num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
                 step, the last state stands there twice.
             trajectory: return every state, else the last alone.
-            progress: show a bar.
+            progress: show a bar; or a function, as in `sample_ode`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
@@ -316,6 +317,8 @@ def _collect(states, trajectory):
 
 
 def _with_progress(states, total, progress):
+    if callable(progress):
+        return iter(progress(states))
     if progress:
         from tqdm.auto import tqdm
 

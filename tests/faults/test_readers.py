@@ -22,8 +22,8 @@ import pytest
 import requests
 from PIL import Image
 from support.mutations import READERS, fuzz_all
+from support.pipelines import make_config, make_model, make_vae, state_of
 from support.runs import TINY_MODELS, write_config, write_features
-from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
 import infer_demo_sit

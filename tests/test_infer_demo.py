@@ -103,7 +103,9 @@ class TestGrid:
 class TestClasses:
     LABELS = {0: "tench, Tinca tinca", 1: "crane", 2: "golden retriever", 3: "crane", 4: "7", 5: "Tinca minor"}
 
-    @pytest.mark.parametrize("text, expected", [("tench", 0), ("Tinca tinca", 0), ("tench, Tinca tinca", 0), ("3", 3), ("RETR", 2)])
+    @pytest.mark.parametrize(
+        "text, expected", [("tench", 0), ("Tinca tinca", 0), ("tench, Tinca tinca", 0), ("3", 3), ("RETR", 2), ("7", 4)]
+    )
     def test_by_name_or_id(self, text, expected):
         assert find_class(text, self.LABELS, 6) == expected
 

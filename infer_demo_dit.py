@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from config.schema import DEFAULT_VAE
 from runtime.process import run_cli
 from sampling.demo import add_flags, check_flags, check_model, draw
-from sampling.model_path import check_exportable, check_no_file, describe_model
+from sampling.model_path import check_no_file, describe_model
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ def main(argv=None, demo=DEMO):
     if path is None:
         path = demo.local_folder if os.path.isdir(demo.local_folder) else demo.public_name
     check_no_file(path)
-    if args.backend == "inference":
-        check_exportable(path)
-    model = describe_model(path, "DiTPipeline", id2label=args.id2label)
+    expected = "DiTPipeline" if args.backend == "eager" else None  # a SiT is told how it can be exported
+    model = describe_model(path, expected, id2label=args.id2label)
     model.check_backend(args.backend)
     model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
     check_model(args, model)

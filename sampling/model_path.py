@@ -31,7 +31,7 @@ class Model:
         kind: "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or
             "hub": a name, of which nothing is known before it is downloaded.
         path: of it.
-        pipeline: of `PIPELINES`, what samples it.
+        pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
         config: resolved, of a checkpoint or a file.
         labels: `{id: label}`, perhaps empty. has_own_labels: they are the user's, and win over those of a folder.
         num_classes: None if it is not known.
@@ -43,6 +43,7 @@ class Model:
     kind: str
     path: str
     pipeline: str
+    type: str | None = None
     config: dict | None = None
     labels: dict = field(default_factory=dict)
     has_own_labels: bool = False
@@ -83,14 +84,24 @@ class Model:
         return check_num_steps(num_steps, total, leading=is_ddim)
 
     def check_backend(self, backend):
-        """Raises `ValueError` for programs in eager mode, and for what Paddle Inference can't run."""
+        """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""
         if self.kind == "exported" and backend == "eager":
             raise ValueError(
                 f"{self.path}: holds programs for Paddle Inference; if you trust whoever made them (they run as code), "
                 "add --backend inference"
             )
-        if backend == "inference":
-            check_exportable(self.path)
+        if backend == "eager" or self.pipeline != "SiTPipeline":
+            return
+        objective = self.config["objective"] if self.config else self.scheduler
+        if self.type == "SiT" and objective.get("prediction") == "velocity":
+            raise ValueError(
+                f"{self.path}: is a SiT, which is exported by way of a DiTPipeline folder: give the one that "
+                "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
+            )
+        what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
+        raise ValueError(
+            f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"
+        )
 
 
 def check_guidance(scale, has_null_class, path):
@@ -145,7 +156,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
 
 
 def _describe_folder(path, pipeline, given):
-    num_classes = has_null_class = None
+    num_classes = has_null_class = network_type = None
     if pipeline != "SiTPipeline" and is_exported(path):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
@@ -156,8 +167,8 @@ def _describe_folder(path, pipeline, given):
         if pipeline == "SiTPipeline":
             network = _json_object(path, os.path.join("transformer", "config.json"))
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
-        scheduler = index.get("scheduler")
-        scheduler = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else None
+        parts = (index.get(name) for name in ("scheduler", "transformer"))
+        scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
     # What is not as it should be is left to the loaders, which say so.
     labels = {}
     if is_id2label(index.get("id2label") or {}):
@@ -168,6 +179,7 @@ def _describe_folder(path, pipeline, given):
         kind,
         path,
         pipeline,
+        network_type,
         labels=labels if given is None else given,
         has_own_labels=given is not None,
         num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
@@ -190,6 +202,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
         kind,
         path,
         own,
+        model["type"],
         config=config,
         labels=labels,
         has_own_labels=id2label is not None,
@@ -243,29 +256,4 @@ def check_no_file(path):
         raise ValueError(
             f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
             "file of weights)"
-        )
-
-
-def check_exportable(path):
-    """Raises `ValueError` for a SiT, which Paddle Inference runs by way of a DiTPipeline folder or not at all."""
-    if is_training_checkpoint(path):
-        config = load_config(os.path.join(path, "config.json"))
-        kind, objective = config["model"]["type"], config["objective"]
-        is_velocity = objective.get("prediction") == "velocity"
-    else:
-        index = _json_object(path, "model_index.json")
-        transformer = index.get("transformer")
-        if index.get("_class_name") != "SiTPipeline" or not isinstance(transformer, list) or len(transformer) != 2:
-            return
-        kind, is_velocity = transformer[1], _json_object(path, SCHEDULER_CONFIG).get("prediction") == "velocity"
-    if kind == "SiT" and is_velocity:
-        raise ValueError(
-            f"{path}: is a SiT, which is exported by way of a DiTPipeline folder: give the one that "
-            "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
-        )
-    if MODEL_PIPELINES.get(kind) == "SiTPipeline":
-        what = f"a {kind}" if kind != "SiT" else "a SiT that does not predict velocity"
-        raise ValueError(
-            f"{path}: is {what}, which can't be exported for Paddle Inference; sample it by "
-            "infer_demo_sit.py"
         )

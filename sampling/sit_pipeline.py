@@ -303,18 +303,13 @@ class SiTPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         generator = self._check_generator(generator, len(y), sampler)
-        if sampler == "ode":
-            options = {"atol": atol, "rtol": rtol}
-        else:
-            options = {
-                "diffusion_form": diffusion_form,
-                "diffusion_norm": diffusion_norm,
-                "last_step": last_step,
-                "last_step_size": last_step_size,
-            }
+        options = {"atol": atol, "rtol": rtol}
+        if sampler == "sde":
+            options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
+            options.update(last_step=last_step, last_step_size=last_step_size)
         self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
-        network = self.transformer
-        shape = (len(y), network.in_channels, network.sample_size, network.sample_size)
+        size = self.transformer.sample_size
+        shape = (len(y), self.transformer.in_channels, size, size)
         noise = randn_tensor(shape, generator=generator, dtype="float32")
         with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
             latents = self.generator.sample(
@@ -340,15 +335,13 @@ class SiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_labels(self, class_labels):
-        labels = []
-        for label in np.asarray(class_labels, dtype=object).reshape(-1):
-            try:
-                labels.append(operator.index(label))
-            except TypeError:
+        labels, count = np.asarray(class_labels, dtype=object).reshape(-1), self.transformer.num_classes
+        for label in labels:
+            if not hasattr(label, "__index__"):
                 raise ValueError(
                     f"class_labels: {label!r} is no class id, an integer; get_label_ids gives the ids of labels"
-                ) from None
-        count = self.transformer.num_classes
+                )
+        labels = [operator.index(label) for label in labels]
         wrong = [label for label in labels if not 0 <= label < count]
         if wrong:
             raise ValueError(f"class_labels: there is no class {wrong[0]}; the classes are 0..{count - 1}")
@@ -372,11 +365,10 @@ class SiTPipeline(DiffusionPipeline):
 
     def _check_generator(self, generator, count, sampler):
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        if isinstance(generator, (list, tuple)):
-            if len(generators) not in (1, count):
-                raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
-            if len(generators) > 1 and sampler == "sde":
-                raise ValueError("a list of generators is for the ODE; the SDE takes one")
+        if len(generators) not in (1, count):
+            raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
+        if len(generators) > 1 and sampler == "sde":
+            raise ValueError("a list of generators is for the ODE; the SDE takes one")
         for one in generators:
             # ppdiffusers knows a seeded generator by a name.
             if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
@@ -385,6 +377,4 @@ class SiTPipeline(DiffusionPipeline):
 
     def _shows_progress(self):
         disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        if disable is None:  # as tqdm has it
-            return is_terminal(sys.stderr)
-        return not disable
+        return is_terminal(sys.stderr) if disable is None else not disable  # as tqdm has it

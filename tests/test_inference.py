@@ -249,7 +249,7 @@ def test_mistakes(models, tmp_path, monkeypatch):
         (exported, ["--backend", "inference", "--dtype", "float16"], "dtype float16: .* on a GPU only"),
         (exported, ["--backend", "inference", "--scheduler", "ddpm"], "--scheduler ddpm: not with --backend"),
         (exported, ["--backend", "inference", "--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
-        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline folder"),
+        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline or SiTPipeline folder"),
         (models["sit"][1], ["--backend", "inference", "--scheduler", "ddim"], "is a SiT, which has its own scheduler"),
         (exported, ["--backend", "inference", "--num_inference_steps", "501"], "start at timestep 500 of 1000"),
         (

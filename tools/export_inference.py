@@ -20,7 +20,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.schema import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import MAX_NAME, note_weights_flags
-from sampling.model_path import check_exportable, check_no_file, describe_model
+from sampling.model_path import check_no_file, describe_model
 from sampling.pipelines.folder import check_free, is_exported
 from sampling.step_counts import describe_fit
 
@@ -40,8 +40,8 @@ def main(argv=None):
     if len(os.fsencode(os.path.basename(os.path.abspath(args.output)))) > MAX_NAME:
         raise ValueError(f"--output {args.output}: the name has more than {MAX_NAME} bytes")
     check_free(args.output)
-    check_exportable(args.model_path)
-    model = describe_model(args.model_path, "DiTPipeline", id2label=args.id2label)
+    model = describe_model(args.model_path, id2label=args.id2label)
+    model.check_backend("inference")
     note_weights_flags(args, model)
 
     configure_runtime()

@@ -92,10 +92,8 @@ def sample_transport(
             callback(step, steps, state[0] if sampler == "ode" else state)
             yield state
 
-    make = Sampler(transport).make
     options.update(num_steps=num_steps, trajectory=False, progress=watch if callback else progress)
-    draw = make(sampler, method, **options)
-    latents = draw(noise, denoiser)[-1]
+    latents = Sampler(transport).make(sampler, method, **options)(noise, denoiser)[-1]
     if callback is not None and sampler == "sde":
         callback(steps, steps, latents)  # the last step, which ends the others
     return latents

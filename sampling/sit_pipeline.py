@@ -210,12 +210,12 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def dtype(self):
-        """The network's dtype."""
+        """Returns the network's dtype."""
         return self._weight.dtype
 
     @property
     def device(self):
-        """Where the network is."""
+        """Returns where the network is."""
         return self._weight.place
 
     @property
@@ -226,7 +226,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def generator(self):
-        """The pipeline as a `sampling.generator.Generator`, which draws its images."""
+        """Returns the `sampling.generator.Generator` that draws the pipeline's images."""
         network = self.transformer
         return Generator(
             in_float32(network),
@@ -309,8 +309,7 @@ class SiTPipeline(DiffusionPipeline):
             options.update(last_step=last_step, last_step_size=last_step_size)
         self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
         size = self.transformer.sample_size
-        shape = (len(y), self.transformer.in_channels, size, size)
-        noise = randn_tensor(shape, generator=generator, dtype="float32")
+        noise = randn_tensor((len(y), self.transformer.in_channels, size, size), generator=generator, dtype="float32")
         with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
             latents = self.generator.sample(
                 y,

@@ -559,6 +559,6 @@ def test_large_sit_from_checkpoint_to_image(models, tmp_path):
     assert first.shape == (8, 16, 3) and first.std() > 10
     with pytest.raises(ValueError, match="is a LargeSiT; use infer_demo_sit.py"):
         draw(tmp_path / "c.png", *checkpoint)
-    with pytest.raises(ValueError, match="describes a LargeDiT; use infer_demo_dit.py"):
+    with pytest.raises(ValueError, match="is a LargeDiT; use infer_demo_dit.py"):
         draw(tmp_path / "c.png", "--model_path", models["checkpoint"], demo=infer_demo_sit)
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "checkpoint", "pipeline"]

@@ -178,26 +178,22 @@ def inference(case, dtype):
     """Returns a function as `eager` does, of Paddle Inference; its sampler "psnr" returns decibels."""
     import paddle
 
-    from infer_demo_dit import run_scheduler
-    from sampling.demo import describe_model, read_dit
-    from sampling.guidance import guided
+    from sampling.generator import load_exportable
+    from sampling.model_path import describe_model
     from sampling.pipelines.inference import export_inference, load_inference
 
     sources, pipes = {}, {}
     for kind in case["models"]:
         folder = os.path.join(case["folder"], f"{kind}_{dtype}")
-        sources[kind] = read_dit(describe_model(os.path.join(case["folder"], f"{kind}_pipeline"), "DiTPipeline"))
+        sources[kind] = load_exportable(describe_model(os.path.join(case["folder"], f"{kind}_pipeline")))
         export_inference(sources[kind], folder)
         pipes[kind] = load_inference(folder, dtype=dtype)
 
-    def latents(pipe, steps, count):
-        y = paddle.to_tensor(_labels(case)[:count])
-
-        def model(x, t, y):
-            return pipe.network(x, t.astype("float32"), y)
-
-        denoiser = guided(model, y, GUIDANCE, null_class=pipe.null_class)
-        return run_scheduler(pipe.scheduler, denoiser, paddle.to_tensor(_noise(case, steps)[:count]), steps).numpy()
+    def latents(generator, steps, count):
+        noise = paddle.to_tensor(_noise(case, steps)[:count])
+        options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "guidance_channels": 3}
+        labels = _labels(case)[:count]
+        return generator.sample(labels, seed=None, noise=noise, output="latents", **options).numpy()
 
     def sample(name, steps):
         if name == "psnr":
@@ -247,14 +243,15 @@ def decoder(part, case):
     from ppdiffusers import AutoencoderKL
 
     from features.autoencoder import LatentDecoder
-    from sampling.demo import describe_model, read_dit
+    from sampling.generator import load_exportable
+    from sampling.model_path import describe_model
     from sampling.pipelines.inference import export_inference, load_inference
 
     vae, latents = AutoencoderKL(**VAE_SIZE), paddle.randn([1, 4, 32, 32])
     vae.eval()
     if part == "inference":
         folder = os.path.join(case["folder"], f"{case['models'][0]}_pipeline")
-        source = read_dit(describe_model(folder, "DiTPipeline"))
+        source = load_exportable(describe_model(folder))
         source.vae = vae
         folder = os.path.join(case["folder"], "decoder")
         export_inference(source, folder)

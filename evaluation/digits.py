@@ -9,21 +9,33 @@ Real images pass through the pipeline's VAE (encoded and decoded) first, as the 
 
 import os
 
-from features.images import find_images, load_image  # noqa: E402
+import numpy as np
+from PIL import Image
+
+from features.images import find_images, load_image
+from runtime.progress import tqdm
 
 
-def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | None = None):
-    """(images float32 [N, H, W, 3] in [0, 1] after encoding and decoding, labels int64 [N]) of an image folder.
+def check_size(side, path):
+    """Raises `ValueError` unless the digit at `path` has `side` pixels in height and in width, as the samples have."""
+    with Image.open(path) as digit:
+        width, height = digit.size
+    if (width, height) != (side, side):
+        raise ValueError(
+            f"the pipeline draws images of {side}x{side} pixels, {path} is {width}x{height}; expected digits of that "
+            f"size: tools/prepare_digits.py --image_size {side}"
+        )
 
-    Images are cropped to size, by default the VAE's sample_size.
+
+def load_digits_through_vae(vae, root, size, batch_size=50):
+    """Reads an image folder, crops to `size` pixels, encodes and decodes.
+
+    Returns:
+        `(images, labels)`: float32 `(N, H, W, 3)` in [0, 1], int64 `(N,)`.
     """
-    import numpy as np
     import paddle
 
-    from runtime.progress import tqdm
-
     samples, _ = find_images(root)
-    size = size or vae.config.sample_size
     images = []
     with paddle.no_grad():
         for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
@@ -33,28 +45,25 @@ def load_digits_through_vae(vae, root: str, batch_size: int = 50, size: int | No
     return np.concatenate(images), np.array([label for _, label in samples])
 
 
-def to_grey(images):
-    """[N, H, W, 3] -> [N, H * W]."""
-    return images.mean(axis=-1).reshape(len(images), -1)
-
-
 def pool(images):
-    """[N, H, W, 3] -> [N, H * W / 4]: grey, means of 2x2 pixels, what the classifier sees."""
+    """Returns what the classifier sees of images `(N, H, W, 3)`: grey, means of 2x2 pixels, `(N, H * W / 4)`."""
     n, h, w, _ = images.shape
     return images.mean(axis=-1).reshape(n, h // 2, 2, w // 2, 2).mean(axis=(2, 4)).reshape(n, -1)
 
 
 def nearest_distance(images, train_images):
-    """Distance of each image to the nearest training image, [N]: root of the mean squared grey-pixel difference."""
-    import numpy as np
-
-    a, b = to_grey(images).astype("float64"), to_grey(train_images).astype("float64")
+    """Returns the distance of each image to the nearest training image: root mean square of grey pixels, `(N,)`."""
+    a, b = (x.mean(axis=-1).reshape(len(x), -1).astype("float64") for x in (images, train_images))  # (N, H * W)
     squared = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)[None]  # (N, M)
     return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
 
 
-def evaluate(samples, labels, train, heldout) -> dict:
-    """Figures of samples [N, H, W, 3] drawn for labels [N]; train and heldout are (images, labels) of real digits."""
+def evaluate(samples, labels, train, heldout):
+    """Returns the figures of samples `(N, H, W, 3)` drawn for labels `(N,)`, as a dict.
+
+    Args:
+        train, heldout: `(images, labels)` of real digits.
+    """
     from sklearn.svm import SVC
 
     classifier = SVC(C=10.0).fit(pool(train[0]), train[1])

@@ -5,7 +5,7 @@ from PIL import Image
 
 
 def make_grid(images, columns):
-    """Images side by side, row by row, without gaps; the last row is filled with black.
+    """Puts images side by side, row by row, without gaps; the last row is filled with black.
 
     Args:
         images: uint8 `(N, H, W, 3)`, or a list of PIL images of one size.

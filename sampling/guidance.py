@@ -21,7 +21,7 @@ def default_channels(in_channels):
 
 
 def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
-    """A `denoiser(x, t)` that asks a class-conditional network with and without the class in one batch of 2N.
+    """Returns a `denoiser(x, t)` that asks a network with and without the class, in one batch of 2N.
 
     Args:
         model: called as `model(x, t, y)`, `(N, C, H, W) -> (N, C or 2C, H, W)`.
@@ -50,7 +50,7 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
 
 
 def _inside(interval, t):
-    """Whether guidance is on at t `(N,)`, one time for the whole batch: both ends count, in t's own precision.
+    """Returns whether guidance is on at t `(N,)`, one time for the whole batch: both ends count, in t's precision.
 
     A time that says its `host_value` (those of `transport.Sampler`) is not read back from the device.
     """

@@ -17,30 +17,30 @@ from numbers import Real
 
 import numpy as np
 import paddle
-from paddle import nn
 from PIL import Image
 from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
-from features.autoencoder import LatentDecoder
-from models import MODELS, LargeSiT, SiT, build_model, get_2d_sincos_pos_embed
-from models.state import check_finite, check_state, expected_shapes, without_rounding
+from models import MODELS
+from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
-from sampling.guidance import default_channels, guided
+from sampling.generator import Generator, in_float32, load_network, mend_positions
+from sampling.model_path import MODEL_PIPELINES
 from sampling.pipelines.export import check_vae
 from sampling.pipelines.folder import check_id2label, read_component, read_json_object, write_components, write_folder
-from transport import ODE_METHODS, SDE_METHODS, Sampler, create_transport
+from transport import Sampler, create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
 
-DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
+# Settings of a network that are not part of a folder: how it is computed, not what.
+COMPUTE_SETTINGS = ("fused_attention", "enable_recompute", "single_backward")
 
 
 class TransportScheduler(SchedulerMixin, ConfigMixin):
-    """The transport that a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
+    """Holds the transport that a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
 
     Args: those of `transport.create_transport`, which also checks them.
 
@@ -54,7 +54,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_objective(cls, objective):
-        """From an `objective` section of type transport; what only training needs is left out."""
+        """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
         if objective["type"] != "transport":
             raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
         names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
@@ -70,28 +70,21 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def make_sampler(self, sampler, method, options):
-        """Makes `sample(noise, denoiser)` by `transport.Sampler`; ValueError for a setting that it does not take.
+    def check(self, sampler, method, **options):
+        """Raises `ValueError` for settings that `transport.Sampler.make` does not take."""
+        Sampler(self.transport).make(sampler, method, **options)
 
-        Args:
-            sampler: "ode" or "sde". method: of it, None for the default. options: of `sample_ode` or `sample_sde`.
-        """
-        if sampler not in DEFAULT_METHODS:
-            raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(DEFAULT_METHODS)}")
-        method = DEFAULT_METHODS[sampler] if method is None else method
-        methods = {"ode": ODE_METHODS, "sde": SDE_METHODS}[sampler]
-        if method not in methods:
-            raise ValueError(f"unknown method {method!r} of the sampler {sampler!r}; known: {', '.join(methods)}")
-        num_steps = options["num_steps"]
-        if type(num_steps) is not int or num_steps < 2:
-            raise ValueError(f"num_inference_steps {num_steps!r}: expected an integer of 2 or more (grid points)")
-        make = Sampler(self.transport)
-        make = make.sample_ode if sampler == "ode" else make.sample_sde
-        return make(sampling_method=method, **options)
+    def sample(self, denoiser, noise, **options):
+        """Turns noise into latents; as `objectives.transport.sample_transport`."""
+        return sample_transport(self.transport, denoiser, noise, **options)
 
 
 # All that a folder may name in model_index.json; nothing is imported by a name that stands in a file.
-COMPONENTS = {"scheduler": (TransportScheduler,), "transformer": (SiT, LargeSiT), "vae": (AutoencoderKL,)}
+COMPONENTS = {
+    "scheduler": (TransportScheduler,),
+    "transformer": tuple(MODELS[kind] for kind, pipeline in MODEL_PIPELINES.items() if pipeline == "SiTPipeline"),
+    "vae": (AutoencoderKL,),
+}
 
 
 def _names(classes):
@@ -131,7 +124,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_weights(cls, config, state, vae, id2label=None, *, source="weights"):
-        """The pipeline of a resolved config and `{name: array}` in the Paddle layout.
+        """Makes the pipeline of a resolved config and `{name: array}` in the Paddle layout.
 
         Raises:
             ValueError: a config that is no SiT's, or weights that don't fit it or are not finite; names `source`.
@@ -141,10 +134,8 @@ class SiTPipeline(DiffusionPipeline):
         if settings["type"] not in known:
             raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {' or '.join(known)}")
         scheduler = TransportScheduler.from_objective(config["objective"])
-        network = _build(settings, state, source)
-        if isinstance(network, SiT):
-            table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
-            network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
+        network = load_network(settings, state, source)
+        mend_positions(network)
         return cls(network, vae, scheduler, id2label)
 
     # -- The folder ---------------------------------------------------------------------------------------------------
@@ -165,14 +156,15 @@ class SiTPipeline(DiffusionPipeline):
                 f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only; expected False"
             )
 
+        network = self.transformer
+        settings = {key: value for key, value in network.settings.items() if key not in COMPUTE_SETTINGS}
+
         def write(folder):
             write_components(
                 folder,
                 pipeline=type(self).__name__,
-                transformer=("models", type(self.transformer).__name__, _settings(self.transformer)),
-                weights={
-                    name: value.astype("float32").numpy() for name, value in self.transformer.state_dict().items()
-                },
+                transformer=("models", type(network).__name__, settings),
+                weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
                 scheduler=("sampling.sit_pipeline", self.scheduler),
                 vae=self.vae,
                 labels=self.id2label,
@@ -183,7 +175,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder, paddle_dtype=None):
-        """The pipeline of a local folder. Nothing in it is executed, and no name in it is imported.
+        """Loads the pipeline of a local folder. Nothing in it is executed, and no name in it is imported.
 
         Args:
             folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote.
@@ -210,7 +202,7 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{weights}: expected one file of weights in Paddle's layout, as save_pretrained writes it"
             )
-        transformer = _build({"type": kind, **settings}, load_weights(weights), weights)
+        transformer = load_network({"type": kind, **settings}, load_weights(weights), weights)
         scheduler = TransportScheduler.from_folder(folder)
         vae = load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
@@ -218,12 +210,12 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def dtype(self):
-        """The network's dtype."""
+        """Returns the network's dtype."""
         return self._weight.dtype
 
     @property
     def device(self):
-        """Where the network is."""
+        """Returns where the network is."""
         return self._weight.place
 
     @property
@@ -232,8 +224,23 @@ class SiTPipeline(DiffusionPipeline):
 
     # -- Sampling -----------------------------------------------------------------------------------------------------
 
+    @property
+    def generator(self):
+        """Returns the `sampling.generator.Generator` that draws the pipeline's images."""
+        network = self.transformer
+        return Generator(
+            in_float32(network),
+            self.scheduler,
+            in_channels=network.in_channels,
+            sample_size=network.sample_size,
+            num_classes=network.num_classes,
+            null_class=network.num_classes if network.class_dropout_prob > 0 else None,
+            vae=self.vae,
+            labels={int(index): label for index, label in self.id2label.items()},
+        )
+
     def get_label_ids(self, label):
-        """Class ids of one label or a list of them; one of a class's comma-separated names will do."""
+        """Lists the class ids of one label or several; one of a class's comma-separated names will do."""
         names = list(label) if isinstance(label, Iterable) and not isinstance(label, str) else [label]
         for name in names:
             if not isinstance(name, str) or name not in self.labels:
@@ -296,57 +303,44 @@ class SiTPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         generator = self._check_generator(generator, len(y), sampler)
-        options = {"num_steps": num_inference_steps, "trajectory": False, "progress": self._shows_progress()}
-        if sampler == "ode":
-            options.update(atol=atol, rtol=rtol)
-        else:
-            options.update(
-                diffusion_form=diffusion_form,
-                diffusion_norm=diffusion_norm,
-                last_step=last_step,
-                last_step_size=last_step_size,
-            )
-        sample = self.scheduler.make_sampler(sampler, method, options)
-
-        network = self.transformer
-        if guidance_channels == "auto":
-            guidance_channels = default_channels(network.in_channels)
-        labels = paddle.to_tensor(y, dtype="int64")
-
-        def model(x, t, y):
-            return network(x, t, y).astype("float32")
-
-        denoiser = guided(
-            model,
-            labels,
-            guidance_scale,
-            channels=guidance_channels,
-            null_class=network.num_classes,
-            interval=guidance_interval,
-        )
-        shape = (len(y), network.in_channels, network.sample_size, network.sample_size)
-        noise = randn_tensor(shape, generator=generator, dtype="float32")
+        options = {"atol": atol, "rtol": rtol}
+        if sampler == "sde":
+            options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
+            options.update(last_step=last_step, last_step_size=last_step_size)
+        self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
+        size = self.transformer.sample_size
+        noise = randn_tensor((len(y), self.transformer.in_channels, size, size), generator=generator, dtype="float32")
         with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
-            latents = sample(noise, denoiser)[-1]
-
+            latents = self.generator.sample(
+                y,
+                seed=None,
+                noise=noise,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_channels=guidance_channels,
+                guidance_interval=guidance_interval,
+                output="latents",
+                progress=self._shows_progress(),
+                sampler=sampler,
+                method=method,
+                **options,
+            )
         if output_type == "latent":
             images = latents
         else:
-            images = LatentDecoder(self.vae).decode(latents)
+            images = self.generator.decode(latents)
             if output_type == "pil":
                 images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_labels(self, class_labels):
-        labels = []
-        for label in np.asarray(class_labels, dtype=object).reshape(-1):
-            try:
-                labels.append(operator.index(label))
-            except TypeError:
+        labels, count = np.asarray(class_labels, dtype=object).reshape(-1), self.transformer.num_classes
+        for label in labels:
+            if not hasattr(label, "__index__"):
                 raise ValueError(
                     f"class_labels: {label!r} is no class id, an integer; get_label_ids gives the ids of labels"
-                ) from None
-        count = self.transformer.num_classes
+                )
+        labels = [operator.index(label) for label in labels]
         wrong = [label for label in labels if not 0 <= label < count]
         if wrong:
             raise ValueError(f"class_labels: there is no class {wrong[0]}; the classes are 0..{count - 1}")
@@ -370,11 +364,10 @@ class SiTPipeline(DiffusionPipeline):
 
     def _check_generator(self, generator, count, sampler):
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        if isinstance(generator, (list, tuple)):
-            if len(generators) not in (1, count):
-                raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
-            if len(generators) > 1 and sampler == "sde":
-                raise ValueError("a list of generators is for the ODE; the SDE takes one")
+        if len(generators) not in (1, count):
+            raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
+        if len(generators) > 1 and sampler == "sde":
+            raise ValueError("a list of generators is for the ODE; the SDE takes one")
         for one in generators:
             # ppdiffusers knows a seeded generator by a name.
             if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
@@ -383,59 +376,4 @@ class SiTPipeline(DiffusionPipeline):
 
     def _shows_progress(self):
         disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        if disable is None:  # as tqdm has it
-            return is_terminal(sys.stderr)
-        return not disable
-
-
-def _build(settings, state, source):
-    try:
-        shapes = expected_shapes(settings)  # before memory is taken for the network
-    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-        raise ValueError(f"{source}: its config describes no SiT: {error}") from None
-    check_state(state, shapes, source=source)
-    check_finite(state, source=source)
-    network = build_model(settings)
-    network.set_state_dict(state)
-    return network
-
-
-def _settings(network):
-    """Constructor keywords of a network, read off it."""
-    large = isinstance(network, LargeSiT)
-    blocks = network.layers if large else network.blocks
-    return {
-        "sample_size": network.sample_size,
-        "patch_size": network.patch_size,
-        "in_channels": network.in_channels,
-        "num_layers": len(blocks),
-        "num_attention_heads": network.num_heads,
-        "attention_head_dim": network.hidden_size // network.num_heads,
-        "num_classes": network.num_classes,
-        "class_dropout_prob": network.class_dropout_prob,
-        "learn_sigma": network.learn_sigma,
-        **(_large_block_settings if large else _block_settings)(blocks[0]),
-    }
-
-
-def _block_settings(block):
-    """The MLP ratio of a SiT's block, from the widths."""
-    hidden_size, width = block.mlp.fc1.weight.shape
-    mlp_ratio = width / hidden_size
-    if int(hidden_size * mlp_ratio) != width:  # the quotient was rounded down
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    return {"mlp_ratio": mlp_ratio}
-
-
-def _large_block_settings(block):
-    """What a Large-SiT's block has beyond that; the inner width is stated as the multiple that it is rounded up to."""
-    hidden_size, width = block.feed_forward.w1.weight.shape
-    attention = block.attention
-    unscaled = int(8 * hidden_size / 3)
-    return {
-        "qk_norm": isinstance(attention.q_norm, nn.LayerNorm),
-        "num_kv_heads": attention.wk.weight.shape[1] // attention.head_dim,
-        "multiple_of": width,
-        "ffn_dim_multiplier": None if unscaled <= width else width / unscaled,
-        "norm_eps": block.ffn_norm.eps,
-    }
+        return is_terminal(sys.stderr) if disable is None else not disable  # as tqdm has it

@@ -1,4 +1,4 @@
-"""Numbers of sampling steps: which a scheduler takes, and in which an exported network's timestep embedding is exact.
+"""What schedulers of a diffusion take: objectives, and numbers of steps; and in which of these an export is exact.
 
 Paddle is not imported, so that a number can be refused before anything is loaded.
 """
@@ -6,7 +6,18 @@ Paddle is not imported, so that a number can be refused before anything is loade
 # Of an exported transformer's config.json, if its timestep embedding is not exact at every timestep. ppdiffusers reads
 # no key that begins with an underscore.
 FIT_KEY = "_timestep_fit"
+SCHEDULERS = ("ddim", "dpm")
 MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
+FLOW_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see `sampling.pipelines.export_sit`
+
+
+def check_diffusion(objective):
+    """Raises `ValueError` for an `objective` section that ppdiffusers' schedulers don't sample."""
+    if objective["type"] != "diffusion":
+        raise ValueError(
+            f"the objective {objective['type']!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
+            "For a SiT: tools/convert_sit_to_ppdiffusers.py"
+        )
 
 
 def check_num_steps(num_steps, total, *, leading=False):
@@ -27,6 +38,24 @@ def check_num_steps(num_steps, total, *, leading=False):
             f"--num_inference_steps {num_steps}: DDIM would start at timestep {(num_steps - 1) * (total // num_steps)} "
             f"of {total}, in the middle of the diffusion; use {below} or {above}"
         )
+
+
+def check_scheduler(settings, method, num_steps):
+    """Raises `ValueError` for a method or a number of steps that a pipeline of these scheduler settings lacks.
+
+    Args:
+        settings: of its scheduler_config.json, with the scheduler's class in `_class_name`; {} for unknown.
+        method: "ddim", "dpm", or None for the default.
+    """
+    kind = settings.get("_class_name")
+    if kind == FLOW_SCHEDULER:
+        if method is not None:
+            raise ValueError(f"--scheduler {method}: the model is a SiT, which has its own scheduler")
+        return
+    total = settings.get("num_train_timesteps", 1000)
+    if kind is not None and type(total) is int:
+        spacing = settings.get("timestep_spacing", "leading" if kind == "DDIMScheduler" else None)
+        check_num_steps(num_steps, total, leading=method in (None, "ddim") and spacing == "leading")
 
 
 def check_ddim_stride(num_steps, total):

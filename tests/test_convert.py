@@ -10,17 +10,25 @@ import numpy as np
 import paddle
 import pytest
 from support.golden import GOLDEN, relative_error
+from support.pipelines import (
+    ddim_latents,
+    make_config,
+    make_model,
+    make_vae,
+    state_of,
+    stock_latents,
+    tree_of,
+    write_checkpoint,
+)
 from support.runs import ROOT, command_environment
 
-from config.schema import resolve_config
-from diffusion import create_diffusion
 from models import build_model
 from models.state import official_to_paddle, paddle_to_official
-from sampling.guidance import guided
 from sampling.pipelines.converter import named_config
-from sampling.pipelines.export import export_dit_pipeline, make_scheduler, transformer_config, transformer_state
+from sampling.pipelines.export import export_dit_pipeline, transformer_config, transformer_state
 from sampling.pipelines.folder import TREE
 from sampling.pipelines.timestep_fit import fit_timestep_embedding
+from sampling.schedulers import make_scheduler
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
 from training.checkpoints.read import load_pretrained
 from weights.files import load_weights, safe_load, save_pdparams, save_torch
@@ -37,43 +45,6 @@ SCRIPTS = [
 ]
 
 
-def make_config(objective=None, **model):
-    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
-    return resolve_config({"model": {"type": "DiT", **sizes, "num_classes": 10, **model}, "objective": objective or {}})
-
-
-def make_model(config, seed=0):
-    """A DiT whose every weight is random (adaLN-Zero's zeros hide errors), pos_embed the plain table."""
-    model = build_model(config)
-    random = np.random.RandomState(seed)
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            parameter.set_value(random.normal(0, 0.06, parameter.shape).astype("float32"))
-    model.eval()
-    return model
-
-
-def state_of(model):
-    return {name: parameter.numpy() for name, parameter in model.named_parameters()}
-
-
-def make_vae(latent_channels=4):
-    from ppdiffusers import AutoencoderKL
-
-    paddle.seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=latent_channels, sample_size=8, scaling_factor=0.5
-    )
-    vae.eval()
-    return vae
-
-
-def tree_of(folder):
-    return sorted(
-        os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names
-    )
-
-
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
@@ -84,15 +55,10 @@ def vae_folder(tmp_path_factory):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A training checkpoint folder whose weights and averages differ; (folder, model's state, ema's state)."""
-    config = make_config()
-    folder = tmp_path / "checkpoint-7"
-    folder.mkdir()
-    states = [state_of(make_model(config, seed)) for seed in (1, 2)]
-    for name, state in zip(("model_state", "ema_state"), states, strict=True):
-        paddle.save({key: paddle.to_tensor(value) for key, value in state.items()}, str(folder / f"{name}.pdparams"))
-    (folder / "config.json").write_text(json.dumps(config))
+    config, folder = make_config(), tmp_path / "checkpoint-7"
+    write_checkpoint(folder, config)
     (folder / "trainer_state.json").write_text("{}")
-    return folder, *states
+    return folder, *(safe_load(folder / f"{name}.pdparams") for name in ("model_state", "ema_state"))
 
 
 @pytest.fixture
@@ -268,32 +234,6 @@ class TestTransformer:
 
 
 class TestPipeline:
-    def sample_both(self, folder, config, model, steps, guidance_scale):
-        """Final latents by the stock pipeline, and by `ddim_sample_loop`, from the same noise."""
-        from ppdiffusers import DiTPipeline
-        from ppdiffusers.utils.paddle_utils import randn_tensor
-
-        pipe = DiTPipeline.from_pretrained(str(folder))
-        pipe.set_progress_bar_config(disable=True)
-        decoded, decode = [], pipe.vae.decode
-        pipe.vae.decode = lambda latents: decoded.append(latents) or decode(latents)
-        pipe(
-            class_labels=[1, 2],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=paddle.Generator().manual_seed(3),
-            output_type="numpy",
-        )
-        latents = decoded[0].numpy() * pipe.vae.config.scaling_factor
-
-        noise = randn_tensor((2, 4, 8, 8), generator=paddle.Generator().manual_seed(3), dtype="float32")
-        objective = {key: config["objective"][key] for key in ("noise_schedule", "predict_xstart")}
-        diffusion = create_diffusion(f"ddim{steps}", learn_sigma=config["model"]["learn_sigma"], **objective)
-        denoiser = guided(model, paddle.to_tensor([1, 2]), guidance_scale, channels=None, null_class=10)
-        with paddle.no_grad():
-            expected = diffusion.ddim_sample_loop(denoiser, noise.shape, noise=noise, clip_denoised=False)
-        return latents, expected.numpy()
-
     @pytest.mark.parametrize(
         "sizes, objective, steps, guidance_scale",
         [
@@ -304,10 +244,11 @@ class TestPipeline:
         ],
     )
     def test_ddim_gives_ddim_sample_loops_latents(self, tmp_path, sizes, objective, steps, guidance_scale):
-        config = make_config(objective, **sizes)
+        config = make_config(objective=objective, **sizes)
         model = make_model(config)
         export_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
-        latents, expected = self.sample_both(tmp_path / "out", config, model, steps, guidance_scale)
+        latents, noise = stock_latents(tmp_path / "out", steps, guidance_scale)
+        expected = ddim_latents(config, model, noise, steps, guidance_scale)
         # ppdiffusers multiplies 1000 alphas in float32, ours are float64: the cosine schedule's last ones are tiny.
         assert relative_error(latents, expected) < (1e-3 if objective.get("noise_schedule") else 3e-5)
 
@@ -472,7 +413,7 @@ class TestConfigOfACheckpoint:
         convert_dit_to_ppdiffusers.main([*map(str, arguments), "--save", "False"])
 
     def write(self, path, objective=None, **model):
-        path.write_text(json.dumps(make_config(objective, **model)))
+        path.write_text(json.dumps(make_config(objective=objective, **model)))
         return path
 
     @pytest.mark.parametrize("file", ["", "ema_state.pdparams", "model_state.pdparams"])
@@ -542,7 +483,7 @@ class TestConfigOfACheckpoint:
 
     def test_of_the_start_of_a_run(self, checkpoint):
         def start(objective=None, **model):
-            config = make_config(objective, **model)
+            config = make_config(objective=objective, **model)
             return load_pretrained(str(checkpoint[0]), build_model(config), config=config)
 
         with pytest.raises(ValueError, match="checkpoint-7: holds another run's model: .*num_attention_heads 4 there"):
@@ -663,7 +604,7 @@ def test_flags_alone_are_refused_without_paddle(tmp_path, checkpoint):
     config = make_config(sample_size=128, patch_size=8)
     (tmp_path / "large.json").write_text(json.dumps(config))
     (tmp_path / "ok.json").write_text(json.dumps(make_config()))
-    (tmp_path / "sit.json").write_text(json.dumps(make_config({"prediction": "score"}, type="SiT")))
+    (tmp_path / "sit.json").write_text(json.dumps(make_config("SiT", {"prediction": "score"})))
     dit, sit = "convert_dit_to_ppdiffusers", "convert_sit_to_ppdiffusers"
     official, extract = "convert_official_weights --config_file ok.json", "extract_weights"
     commands = {

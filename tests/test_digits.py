@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sit_pipeline import make_config, make_model, make_pipeline, state_of
+from support.pipelines import make_config, make_model, make_pipeline, state_of
 
 from evaluation.digits import evaluate, nearest_distance
 from features.images import find_images, load_image
+from sampling.generator import load_generator
 from sampling.pipelines.export_sit import export_stock_sit
 from tools import prepare_digits, train_vae
-from tools.evaluate_digits import load_pipeline, main
+from tools.evaluate_digits import main
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE = ROOT / "assets" / "digits_vae"
@@ -285,28 +286,33 @@ def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp
     assert np.abs(grids["ode"] - grids["sde"]).max() > 1
 
 
-def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, sit_folder, vae, tmp_path):
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, vae, tmp_path):
+    from ppdiffusers import DPMSolverMultistepScheduler, EDMEulerScheduler
 
-    assert load_pipeline(str(sit_folder))[1] == {"sampler": "ode"}
     # A stock folder of a DiT gets DDIM whatever it holds, one of a SiT keeps what it was exported with.
     shutil.copytree(pipeline_folder, tmp_path / "dit")
     DPMSolverMultistepScheduler().save_pretrained(str(tmp_path / "dit" / "scheduler"))
     index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
     index["scheduler"] = ["ppdiffusers", "DPMSolverMultistepScheduler"]
     (tmp_path / "dit" / "model_index.json").write_text(json.dumps(index))
-    config = make_config()
+    generator = load_generator(str(tmp_path / "dit"))
+    default, ddim, dpm = (
+        generator.sample([1], num_inference_steps=4, output="latents", method=method).numpy()
+        for method in (None, "ddim", "dpm")
+    )
+    assert np.array_equal(default, ddim) and not np.array_equal(default, dpm)
+    config = make_config("SiT")
     export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "stock")
-    for name, expected in (("dit", DDIMScheduler), ("stock", EDMEulerScheduler)):
-        pipeline, options = load_pipeline(str(tmp_path / name))
-        assert type(pipeline.scheduler) is expected and options == {}
-        with pytest.raises(ValueError, match="--sampler sde is for a SiTPipeline; .* is a DiTPipeline"):
-            load_pipeline(str(tmp_path / name), "sde")
+    assert type(load_generator(str(tmp_path / "stock")).objective.scheduler) is EDMEulerScheduler
 
 
 def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
     for more, expected in (
         (["--pipeline", str(tmp_path), "--digits", str(few_digits)], "model_index.json"),
+        (
+            ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--sampler", "sde"],
+            "--sampler sde is for a SiTPipeline; .* is a DiTPipeline",
+        ),
         (["--pipeline", str(pipeline_folder), "--digits", str(tmp_path)], "train: no such folder"),
         (["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "7"], "multiple of 10"),
         (["--pipeline", "p", "--digits", "d", "--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
@@ -326,7 +332,7 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
 
 
 def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path):
-    config = make_config(sample_size=2 * vae.config.sample_size // 8)
+    config = make_config("SiT", sample_size=2 * vae.config.sample_size // 8)
     export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "large")
     command = ["--pipeline", str(tmp_path / "large"), "--num_images", "10", "--num_inference_steps", "2"]
     message = "draws images of 64x64 pixels, .*png is 32x32; expected digits of that size: .*--image_size 64"

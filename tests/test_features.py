@@ -18,9 +18,9 @@ import infer_demo_sit
 from config.schema import load_config, resolve_config
 from features.autoencoder import LatentDecoder, LatentScaling, choose_vae, load_vae
 from models import build_model
-from sampling import demo as image_demo
+from sampling.generator import from_weights
+from sampling.labels import find_classes, find_labels, weights_labels
 from sampling.pipelines import inference
-from sampling.pipelines.converter import find_labels
 from sampling.pipelines.export import export_dit_pipeline
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
 from tools.extract_features import main
@@ -238,7 +238,7 @@ def test_programs_for_paddle_inference_shift_too(tmp_path):
     vae = make_vae(**SHIFTED)
     config = resolve_config({"model": {**TINY_MODELS["DiT"], "sample_size": 4, "in_channels": 16, "num_layers": 1}})
     state = {name: value.numpy() for name, value in build_model(config["model"]).named_parameters()}
-    inference.export_inference(inference.from_checkpoint(config, state, vae, {}), str(tmp_path / "out"))
+    inference.export_inference(from_weights(config, state, vae), str(tmp_path / "out"))
     latents = paddle.randn([2, 16, 4, 4])
     loaded = inference.load_inference(str(tmp_path / "out"))
     np.testing.assert_allclose(LatentDecoder(loaded.vae).decode(latents), LatentDecoder(vae).decode(latents), atol=1e-4)
@@ -443,12 +443,12 @@ def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
 def test_imagenets_names_are_for_those_without_their_own():
     config = resolve_config({"model": {**TINY_MODELS["DiT"], "num_classes": 1000}})
     labels, note = find_labels(None, config)
-    assert labels["207"] == "golden retriever" and "ImageNet's" in note
+    assert labels[207] == "golden retriever" and "ImageNet's" in note
     config["features"]["class_names"] = {str(i): f"own {i}" for i in range(1000)}
-    assert find_labels(None, config) == (config["features"]["class_names"], None)
+    assert find_labels(None, config) == ({i: f"own {i}" for i in range(1000)}, None)
     ids = ["n01440764", *(f"n0{i}" for i in range(2000000, 2000998)), "n15075141"]  # ImageNet's own folders
     config["features"]["class_names"] = {str(i): name for i, name in enumerate(ids)}
-    assert find_labels(None, config)[0]["207"] == "golden retriever"
+    assert find_labels(None, config)[0][207] == "golden retriever"
 
 
 def test_numbered_folders_mean_one_class_everywhere(tmp_path):
@@ -456,9 +456,9 @@ def test_numbered_folders_mean_one_class_everywhere(tmp_path):
     config = resolve_config({"model": {**TINY_MODELS["DiT"], "num_classes": 12}})
     names = sorted(map(str, range(12)))
     config["features"]["class_names"] = {str(i): name for i, name in enumerate(names)}
-    labels = image_demo.checkpoint_labels(None, config)
-    assert image_demo.find_classes(["2"], labels, 12) == [4]
-    assert {int(key): name for key, name in find_labels(None, config)[0].items()} == labels
+    labels, _ = weights_labels(None, config)
+    assert find_classes(["2"], labels, 12) == [4]
+    assert find_labels(None, config)[0] == labels
 
 
 def test_a_resumed_run_with_latents_of_another_autoencoder_says_so(run, tmp_path, images):

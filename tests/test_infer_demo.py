@@ -10,7 +10,7 @@ import paddle
 import pytest
 from PIL import Image
 from support.golden import GOLDEN, relative_error
-from test_convert import make_config, make_model, make_vae, state_of
+from support.pipelines import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
 import infer_demo_largedit_3b
@@ -21,7 +21,9 @@ from runtime.process import EXIT_BAD_STEP
 from sampling import demo as image_demo
 from sampling.grid import make_grid
 from sampling.guidance import default_channels, guided
-from sampling.pipelines.export import export_dit_pipeline, make_scheduler, pipeline_scheduler
+from sampling.labels import IMAGENET_LABELS, find_class, find_classes
+from sampling.pipelines.export import export_dit_pipeline
+from sampling.schedulers import make_scheduler, pipeline_scheduler
 from weights.files import load_weights, save_pdparams, save_safetensors
 
 
@@ -99,35 +101,38 @@ class TestGrid:
 
 
 class TestClasses:
-    LABELS = {0: "tench, Tinca tinca", 1: "crane", 2: "golden retriever", 3: "crane", 4: "7"}
+    LABELS = {0: "tench, Tinca tinca", 1: "crane", 2: "golden retriever", 3: "crane", 4: "7", 5: "Tinca minor"}
 
-    @pytest.mark.parametrize("text, expected", [("tench", 0), ("Tinca tinca", 0), ("tench, Tinca tinca", 0), ("3", 3)])
+    @pytest.mark.parametrize(
+        "text, expected", [("tench", 0), ("Tinca tinca", 0), ("tench, Tinca tinca", 0), ("3", 3), ("RETR", 2), ("7", 4)]
+    )
     def test_by_name_or_id(self, text, expected):
-        assert image_demo.find_class(text, self.LABELS, 5) == expected
+        assert find_class(text, self.LABELS, 6) == expected
 
     @pytest.mark.parametrize(
         "text, message",
         [
-            ("crane", "the name of several classes, give the id: 1, 3"),
-            ("5", r"the classes are 0\.\.4"),
-            ("dog", "no such class; expected an id 0..4 or a name such as 7, crane"),
+            ("crane", "could be any of 2 classes; give an id: 1 \\(crane\\), 3 \\(crane\\)"),
+            ("6", r"the classes are 0\.\.5"),
+            ("dog", "no such class; expected an id 0..5 or a name such as 7, Tinca minor, crane"),
             ("-1", "no such class"),
+            ("TINCA", r"could be any of 2 classes; give an id: 0 \(tench, Tinca tinca\), 5 \(Tinca minor\)"),
         ],
     )
     def test_mistakes(self, text, message):
         with pytest.raises(ValueError, match=f"--classes {text}: {message}"):
-            image_demo.find_class(text, self.LABELS, 5)
+            find_class(text, self.LABELS, 6)
 
     def test_labels_of_another_network(self):
         with pytest.raises(ValueError, match=r"--classes tench: is class 7 of the labels; the classes are 0\.\.4"):
-            image_demo.find_class("tench", {7: "tench"}, 5)
+            find_class("tench", {7: "tench"}, 5)
         with pytest.raises(ValueError) as error:  # labels out of somebody else's folder
-            image_demo.find_class("tench", {0: "\x1b[2J"}, 5)
+            find_class("tench", {0: "\x1b[2J"}, 5)
         assert str(error.value).isprintable()
 
     def test_default(self):
-        assert image_demo.find_classes(None, self.LABELS, 5) == [2]
-        assert image_demo.find_classes(None, {}, 12) == list(range(10))
+        assert find_classes(None, self.LABELS, 5) == [2]
+        assert find_classes(None, {}, 12) == list(range(10))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +222,7 @@ class TestDemo:
 
     def test_no_argument_takes_the_local_folder(self, tmp_path, capsys):
         config = make_config(num_classes=1000)
-        labels = json.loads(open(image_demo.IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
+        labels = json.loads(open(IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
         export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "DiT_XL_2_256", id2label=labels)
         infer_demo_dit.main([])
         image = np.asarray(Image.open("result_DiT_golden_retriever.png"))
@@ -242,8 +247,8 @@ class TestDemo:
         "flags, message",
         [
             (["--model_path", "no-such-owner/no-such-model"], "Without a network, give a folder by --model_path"),
-            (["--model_path", "no-such-folder"], "--model_path no-such-folder: there is no such folder$"),
-            (["--model_path", "output/checkpoint-5/"], "--model_path output/checkpoint-5/: there is no such folder$"),
+            (["--model_path", "no-such-folder"], "no-such-folder: there is no such folder$"),
+            (["--model_path", "output/checkpoint-5/"], "output/checkpoint-5/: there is no such folder$"),
             (["--model_path", str(GOLDEN / "checkpoint-5")], "checkpoint-5: there is no such folder$"),
             (["--model_path", str(GOLDEN / "dit_tiny.pt")], "dit_tiny.pt: is a file; expected a folder"),
             (["--model_path", str(GOLDEN)], "neither a DiTPipeline folder .* nor a training checkpoint"),
@@ -306,16 +311,14 @@ class TestDemo:
 
     def test_a_long_label_is_cut_and_nothing_that_comes_meanwhile_is_overwritten(self, tmp_path):
         image = Image.new("RGB", (2, 2), (1, 2, 3))
-        path = image_demo.find_output("DiT", None, ["a" * 300])
+        path = image_demo.default_output("DiT", ["a" * 300])
         assert path == f"result_DiT_{'a' * 100}.png"
         mine = tmp_path / "mine.png"
         mine.write_text("mine")
-        args = infer_demo_dit.argparse.Namespace(output="mine.png", overwrite=False)
-        assert image_demo.save_image(image, "mine.png", args) == "mine-2.png"
+        assert image_demo.save_image(image, "mine.png", overwrite=False) == "mine-2.png"
         assert mine.read_text() == "mine" and Image.open("mine-2.png").size == (2, 2)
         assert sorted(os.listdir()) == ["mine-2.png", "mine.png"]
-        args.overwrite = True
-        assert image_demo.save_image(image, "mine.png", args) == "mine.png"
+        assert image_demo.save_image(image, "mine.png", overwrite=True) == "mine.png"
         assert Image.open("mine.png").size == (2, 2)
 
     @pytest.mark.parametrize("scale", [-2, 0, 0.5])
@@ -432,7 +435,7 @@ class TestDemo:
         draw("--model_path", models["pipeline"], "--classes", 1, "--num_inference_steps", 1, "--seed", 2**32 - 1)
 
     def test_as_many_steps_as_the_diffusion_has(self, tmp_path):
-        config = make_config({"diffusion_steps": 30})
+        config = make_config(objective={"diffusion_steps": 30})
         state, vae = state_of(make_model(config)), make_vae()
         export_dit_pipeline(config, state, vae, "pipeline")
         vae.save_pretrained("vae", safe_serialization=False)
@@ -478,14 +481,14 @@ class TestDemo:
             open(f"{place}/trainer_state.json", "w").close()
             run = place.split("/")[0]
             for demo in (infer_demo_dit, infer_demo_sit):
-                with pytest.raises(ValueError, match=f"--model_path {run}: neither a .* did you mean {place}"):
+                with pytest.raises(ValueError, match=f"{run}: neither a .* did you mean {place}"):
                     demo.main(["--model_path", run])
 
     def test_other_pipelines(self, tmp_path):
         for index, message in (
-            ({"_class_name": "SiTPipeline"}, "--model_path pipeline: is a SiTPipeline; use infer_demo_sit.py"),
-            ({"_class_name": "LDMPipeline"}, "--model_path pipeline: is a LDMPipeline; expected a DiTPipeline"),
-            ([], "--model_path pipeline: is a None; expected a DiTPipeline"),
+            ({"_class_name": "SiTPipeline"}, "pipeline: is a SiTPipeline; use infer_demo_sit.py"),
+            ({"_class_name": "LDMPipeline"}, "pipeline: is a LDMPipeline; expected a DiTPipeline"),
+            ([], "pipeline: is a None; expected a DiTPipeline"),
             (
                 {"_class_name": "DiTPipeline"},
                 "pipeline.model_index.json: transformer is None, expected a Transformer2DModel",
@@ -499,7 +502,7 @@ class TestDemo:
 
     def test_a_mistyped_folder_beside_others(self, tmp_path):
         (tmp_path / "output").mkdir()
-        with pytest.raises(ValueError, match="--model_path output/checkpoint-5: there is no such folder$"):
+        with pytest.raises(ValueError, match="output/checkpoint-5: there is no such folder$"):
             draw("--model_path", "output/checkpoint-5")
 
     def test_no_gpu(self, models):

@@ -7,21 +7,18 @@ import tempfile
 
 import numpy as np
 import pytest
-import test_large_dit_tools
 from PIL import Image
 from support.golden import GOLDEN
-from support.runs import ROOT
-from test_convert import make_config, make_model, state_of, tree_of
+from support.pipelines import make_config, make_model, make_vae, state_of, tree_of, write_checkpoint
 
 import infer_demo_dit
-from features.autoencoder import NotFiniteError, load_vae
+from features.autoencoder import NotFiniteError
 from sampling.pipelines.export import export_dit_pipeline
 from sampling.pipelines.export_large_dit import export_large_dit_pipeline
 from sampling.pipelines.export_sit import export_stock_sit
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from tools import export_inference
 
-VAE = str(ROOT / "assets" / "digits_vae")
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
 
 
@@ -29,17 +26,18 @@ KINDS = ("dit", "large_dit", "sit", "checkpoint")
 def models(tmp_path_factory):
     """`{kind: (source, exported)}`: a pipeline folder or training checkpoint of each kind, and its export."""
     folder = tmp_path_factory.mktemp("inference")
-    vae, labels = load_vae(VAE), {i: f"digit {i}" for i in range(10)}
+    vae, labels = make_vae(), {i: f"digit {i}" for i in range(10)}
+    vae.save_pretrained(str(folder / "vae"), safe_serialization=False)
     config = make_config()
     export_dit_pipeline(config, state_of(make_model(config)), vae, folder / "dit", id2label=labels)
-    large = test_large_dit_tools.make_config(qk_norm=True, num_kv_heads=1)
-    state = state_of(test_large_dit_tools.make_model(large))
+    large = make_config("LargeDiT", qk_norm=True, num_kv_heads=1)
+    state = state_of(make_model(large))
     export_large_dit_pipeline(large, state, vae, folder / "large_dit", id2label=labels)
-    sit = make_config({"type": "transport"}, type="SiT")
+    sit = make_config("SiT", sample_size=8, num_attention_heads=4)
     export_stock_sit(sit, state_of(make_model(sit)), vae, folder / "sit", id2label=labels)
-    test_large_dit_tools.write_checkpoint(folder / "checkpoint", test_large_dit_tools.make_config("DiT"))
+    write_checkpoint(folder / "checkpoint", make_config(num_attention_heads=2))
     for kind in KINDS:
-        flags = ["--vae", VAE] if kind == "checkpoint" else []
+        flags = ["--vae", str(folder / "vae")] if kind == "checkpoint" else []
         export_inference.main(["--model_path", str(folder / kind), "--output", str(folder / f"{kind}_out"), *flags])
     return {kind: (folder / kind, folder / f"{kind}_out") for kind in KINDS}
 
@@ -48,7 +46,7 @@ def draw(path, *flags):
     """The image that the demo draws."""
     number = len(list(path.parent.glob("*.png")))
     output = path.parent / f"{number}.png"
-    arguments = ["--model_path", path, "--vae", VAE, "--output", output, "--device", "cpu", *flags]
+    arguments = ["--model_path", path, "--vae", path.parent / "vae", "--output", output, "--device", "cpu", *flags]
     infer_demo_dit.main([str(argument) for argument in arguments])
     return np.asarray(Image.open(output)).astype(int)
 
@@ -77,14 +75,13 @@ def test_scales_below_one_draw_what_eager_mode_draws(models, scale):
     assert psnr(draw(exported, "--backend", "inference", *flags), draw(source, *flags)) > 60
 
 
-def test_says_where_a_narrow_network_is_not_exact(models, tmp_path, capsys):
-    source, exported = models["dit"]
-    export_inference.main(["--model_path", str(source), "--output", str(tmp_path / "out")])
-    assert "is exact in these numbers of steps: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
-    for path, steps in ((exported, 10), (exported, 30), (source, 30)):
-        draw(path, "--backend", "inference", "--num_inference_steps", steps, "--classes", 1)
-        expected = "note: the timestep embedding of this pipeline is exact in these numbers of steps: 10, 20, 25, 50 "
-        assert (expected in capsys.readouterr().out) == (steps == 30)
+FIT = "note: the timestep embedding of this pipeline is exact in these numbers of steps"
+
+
+@pytest.mark.parametrize("steps", [10, 30])
+def test_says_where_a_narrow_network_is_not_exact(models, capsys, steps):
+    draw(models["dit"][1], "--backend", "inference", "--num_inference_steps", steps, "--classes", 1)
+    assert (f"{FIT}: 10, 20, 25, 50 " in capsys.readouterr().out) == (steps == 30)
 
 
 def test_programs_whose_weights_are_not_finite_are_named(models, tmp_path):
@@ -112,11 +109,14 @@ def test_bfloat16_draws_nearly_that(models, kind):
     assert 35 < psnr(image, eager) < 75  # above that float32 was computed in
 
 
-def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch):
+def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     source, exported = models["dit"]
-    assert (draw(source, "--backend", "inference") == draw(exported, "--backend", "inference")).all()
+    flags = ["--backend", "inference", "--num_inference_steps", 30]
+    image = draw(source, *flags)
+    assert FIT in capsys.readouterr().out
+    assert (image == draw(exported, *flags)).all()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,10 +146,11 @@ def test_what_is_in_the_folder(models):
     assert manifest["id2label"]["7"] == "digit 7" and manifest["null_class"] == 1000
 
 
-def test_a_network_without_null_class(models, tmp_path):
+def test_a_network_without_null_class(models, tmp_path, capsys):
     config = make_config(class_dropout_prob=0.0)
-    export_dit_pipeline(config, state_of(make_model(config)), load_vae(VAE), tmp_path / "dit")
+    export_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "dit")
     export_inference.main(["--model_path", str(tmp_path / "dit"), "--output", str(tmp_path / "out")])
+    assert f"{FIT}: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
     flags = ["--num_inference_steps", 2, "--classes", 1]
     with pytest.raises(ValueError, match="trained without a null class, can't be guided"):
         draw(tmp_path / "out", "--backend", "inference", "--guidance_scale", 4, *flags)
@@ -225,7 +226,7 @@ def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
 )
 def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
     """As a checkpoint and as a SiTPipeline folder, by both commands that make programs, before Paddle is needed."""
-    config = test_large_dit_tools.make_config(kind, {"type": "transport", **objective})
+    config = make_config(kind, {"type": "transport", **objective})
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
     (tmp_path / "checkpoint" / "model_state.pdparams").touch()
@@ -251,7 +252,7 @@ def test_mistakes(models, tmp_path, monkeypatch):
         (exported, ["--backend", "inference", "--dtype", "float16"], "dtype float16: .* on a GPU only"),
         (exported, ["--backend", "inference", "--scheduler", "ddpm"], "--scheduler ddpm: not with --backend"),
         (exported, ["--backend", "inference", "--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
-        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline folder"),
+        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline or SiTPipeline folder"),
         (models["sit"][1], ["--backend", "inference", "--scheduler", "ddim"], "is a SiT, which has its own scheduler"),
         (exported, ["--backend", "inference", "--num_inference_steps", "501"], "start at timestep 500 of 1000"),
         (

@@ -12,22 +12,29 @@ import paddle
 import pytest
 from PIL import Image
 from support.golden import relative_error
-from support.runs import ROOT, TINY_MODELS, command_environment
-from test_convert import TestPipeline as StockPipeline
-from test_convert import make_vae, state_of, tree_of
+from support.pipelines import (
+    ODD,
+    ddim_latents,
+    make_config,
+    make_model,
+    make_vae,
+    state_of,
+    stock_latents,
+    tree_of,
+    write_checkpoint,
+)
+from support.runs import ROOT, command_environment
 
 import infer_demo_dit
 import infer_demo_largedit_3b
 import infer_demo_largedit_7b
 import infer_demo_sit
-from config.schema import resolve_config
 from diffusion import create_diffusion
-from models import build_model
 from models.state import paddle_to_official
 from objectives import build_objective
 from sampling import SiTPipeline
-from sampling import demo as image_demo
 from sampling.guidance import guided
+from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.pipelines.export_large_dit import export_large_dit_pipeline
 from sampling.pipelines.folder import CODE, TREE
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
@@ -36,34 +43,7 @@ from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams, save_torch
 from weights.shards import shard_axis
 
-# A network whose every size is another number, with grouped heads and qk_norm.
-ODD = {"num_attention_heads": 6, "attention_head_dim": 10, "num_kv_heads": 2, "qk_norm": True, "norm_eps": 1e-3}
-ODD.update(multiple_of=7, ffn_dim_multiplier=0.7)
 TOLERANCE = 3e-5  # ppdiffusers computes the timestep frequencies in float32
-
-
-def make_config(kind="LargeDiT", objective=None, **model):
-    return resolve_config({"model": {**TINY_MODELS[kind], **model}, "objective": objective or {}})
-
-
-def make_model(config, seed=0):
-    """Every weight random: adaLN-Zero's zeros hide errors."""
-    model = build_model(config)
-    random = np.random.RandomState(seed)
-    for parameter in model.parameters():
-        parameter.set_value(random.normal(0, 0.1, parameter.shape).astype("float32") + parameter.numpy())
-    model.eval()
-    return model
-
-
-def write_checkpoint(folder, config):
-    """A training checkpoint whose weights and averages differ; returns the network of the averages."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, seed in (("model_state", 1), ("ema_state", 2)):
-        model = make_model(config, seed)
-        save_pdparams(state_of(model), folder / f"{name}.pdparams")
-    return model
 
 
 # -- Official weights and their tensor-parallel shards ----------------------------------------------------------------
@@ -105,7 +85,7 @@ def file_of(folder, rank, degree=2):
 def sharded_config(tmp_path, **model):
     """A config file of a network that 2 and 4 ranks can share, and its weights in the official layout."""
     sizes = {"num_attention_heads": 8, "attention_head_dim": 6, "num_kv_heads": 4, "qk_norm": True, "multiple_of": 20}
-    config = make_config(**{**sizes, **model})
+    config = make_config("LargeDiT", **{**sizes, **model})
     path = tmp_path / "LargeDiT.json"
     path.write_text(json.dumps(config))
     return path, paddle_to_official(state_of(make_model(config)))
@@ -253,7 +233,7 @@ def inputs(model, seed=0):
 def test_stock_pipelines_transformer_gives_our_output(tmp_path, sizes):
     from ppdiffusers import DiTPipeline
 
-    config = make_config(**sizes)
+    config = make_config("LargeDiT", **sizes)
     model = make_model(config)
     export_large_dit_pipeline(config, state_of(model), make_vae(model.in_channels), tmp_path / "out")
     transformer = DiTPipeline.from_pretrained(str(tmp_path / "out")).transformer
@@ -272,15 +252,16 @@ def test_stock_pipelines_transformer_gives_our_output(tmp_path, sizes):
 
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 def test_stock_pipeline_draws_ddim_sample_loops_latents(tmp_path, guidance_scale):
-    config = make_config(**ODD)
+    config = make_config("LargeDiT", **ODD)
     model = make_model(config)
     export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
-    latents, expected = StockPipeline().sample_both(tmp_path / "out", config, model, 25, guidance_scale)
+    latents, noise = stock_latents(tmp_path / "out", 25, guidance_scale)
+    expected = ddim_latents(config, model, noise, 25, guidance_scale)
     assert relative_error(latents, expected) < 1e-4
 
 
 def test_the_folder_needs_nothing_of_this_project(tmp_path):
-    config = make_config(**ODD)
+    config = make_config("LargeDiT", **ODD)
     model = make_model(config)
     export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
     assert tree_of(tmp_path / "out") == sorted([*TREE, CODE])
@@ -305,7 +286,7 @@ def test_half_precision_keeps_timesteps_and_norms(tmp_path):
     """In bfloat16 (which has no kernels here) 999 is 1000, and in float16 the squares of 300 overflow."""
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
 
-    config = make_config()
+    config = make_config("LargeDiT")
     export_large_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
     transformer = LargeDiTTransformer.from_pretrained(str(tmp_path / "out" / "transformer"), paddle_dtype="float16")
     norm = transformer.layers[0].attention_norm
@@ -326,7 +307,7 @@ def test_why_ppdiffusers_own_class_is_not_used(tmp_path, monkeypatch):
 
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer, RMSNorm
 
-    config = make_config(**ODD)
+    config = make_config("LargeDiT", **ODD)
     model = make_model(config)
     notes = export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out", stock_transformer=True)
     assert any("draws other images" in note for note in notes)
@@ -364,7 +345,7 @@ def test_why_ppdiffusers_own_class_is_not_used(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_exported(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message):
-        export_large_dit_pipeline(make_config(**sizes), {}, make_vae(), tmp_path / "out")
+        export_large_dit_pipeline(make_config("LargeDiT", **sizes), {}, make_vae(), tmp_path / "out")
     assert tree_of(tmp_path) == []
 
 
@@ -375,7 +356,7 @@ def test_what_cannot_be_exported(tmp_path, sizes, message):
 def models(tmp_path_factory):
     """One network as a training checkpoint and as a pipeline folder that the converter wrote, and its VAE: paths."""
     root = tmp_path_factory.mktemp("models")
-    config = make_config(**ODD)
+    config = make_config("LargeDiT", **ODD)
     make_vae().save_pretrained(str(root / "vae"), safe_serialization=False)
     model = write_checkpoint(root / "checkpoint", config)
     labels = root / "labels.json"
@@ -479,9 +460,9 @@ def test_demo_scripts_without_arguments(tmp_path, monkeypatch, size, demo):
     assert (demo.seed, demo.gpu_dtype) == known[size]
     assert demo.public_name == f"Alpha-VLLM/Large-DiT-{size.upper()}-256"
     monkeypatch.chdir(tmp_path)
-    config = make_config(num_classes=1000)
+    config = make_config("LargeDiT", num_classes=1000)
     model = make_model(config)
-    labels = image_demo.read_labels(image_demo.IMAGENET_LABELS)
+    labels = read_labels(IMAGENET_LABELS)
     export_large_dit_pipeline(config, state_of(model), make_vae(), demo.local_folder, id2label=labels)
     infer_demo_dit.main([], demo=demo)
     image = np.asarray(Image.open(f"result_LargeDiT_{size.upper()}_golden_retriever.png")).astype(int)
@@ -505,7 +486,7 @@ def test_demo_scripts_take_the_options_of_the_others(models, tmp_path, monkeypat
 @pytest.mark.parametrize("sizes", [{}, ODD], ids=["plain", "odd"])
 def test_ddpm_sampling(sizes):
     """What the objective samples is the official way to sample: p_sample_loop of forward_with_cfg, both halves."""
-    config = make_config(**sizes)
+    config = make_config("LargeDiT", **sizes)
     model = make_model(config)
     noise, y = paddle.randn([2, 4, 8, 8]), paddle.to_tensor([1, 9])
     with paddle.no_grad():
@@ -578,6 +559,6 @@ def test_large_sit_from_checkpoint_to_image(models, tmp_path):
     assert first.shape == (8, 16, 3) and first.std() > 10
     with pytest.raises(ValueError, match="is a LargeSiT; use infer_demo_sit.py"):
         draw(tmp_path / "c.png", *checkpoint)
-    with pytest.raises(ValueError, match="describes a LargeDiT; use infer_demo_dit.py"):
+    with pytest.raises(ValueError, match="is a LargeDiT; use infer_demo_dit.py"):
         draw(tmp_path / "c.png", "--model_path", models["checkpoint"], demo=infer_demo_sit)
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "checkpoint", "pipeline"]

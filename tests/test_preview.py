@@ -74,7 +74,7 @@ def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
     preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, cfg_scale=4.0)
     seen = {}
 
-    def sample(denoiser, noise, num_steps):
+    def sample(denoiser, noise, **options):
         seen["output"] = denoiser(noise, paddle.zeros([noise.shape[0]]))
         return noise
 

@@ -10,8 +10,20 @@ import paddle
 import pytest
 from PIL import Image
 from support.golden import GOLDEN, load_golden, relative_error
+from support.pipelines import (
+    DIGITS_VAE,
+    LABELS,
+    make_config,
+    make_model,
+    make_pipeline,
+    make_vae,
+    seeded,
+    state_of,
+    stock_latents,
+    tree_of,
+    write_checkpoint,
+)
 from support.runs import ROOT, TINY_MODELS, command_environment
-from test_convert import make_vae, state_of, tree_of
 
 import infer_demo_dit
 import infer_demo_sit
@@ -29,47 +41,7 @@ from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_
 from transport import Sampler, create_transport
 from weights.files import load_weights, safe_load, save_pdparams
 
-DIGITS_VAE = str(ROOT / "assets" / "digits_vae")
-LABELS = {str(i): f"digit {i}, number {i}" for i in range(10)}
 TINY_PT = {**TINY_MODELS["SiT"], "num_layers": 3, "num_attention_heads": 4}  # tests/golden/sit_tiny.pt
-
-
-def make_config(objective=None, **model):
-    """A SiT for the latents of the digits' VAE."""
-    return resolve_config({"model": {**TINY_MODELS["SiT"], "sample_size": 4, **model}, "objective": objective or {}})
-
-
-def make_model(config, seed=0):
-    """A network whose every weight is random, pos_embed the plain table."""
-    model = build_model(config)
-    random = np.random.RandomState(seed)
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            parameter.set_value(random.normal(0, 0.1, parameter.shape).astype("float32"))
-    model.eval()
-    return model
-
-
-def make_pipeline(config=None, vae=None, labels=LABELS):
-    config = config or make_config()
-    pipe = SiTPipeline.from_weights(config, state_of(make_model(config)), vae or load_vae(DIGITS_VAE), labels)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed=3):
-    return paddle.Generator().manual_seed(seed)
-
-
-def write_checkpoint(folder, config):
-    """A training checkpoint whose weights and averages differ; the averages."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, seed in (("model_state", 1), ("ema_state", 2)):
-        state = state_of(make_model(config, seed))
-        tensors = {key: paddle.to_tensor(value) for key, value in state.items()}
-        paddle.save(tensors, str(folder / f"{name}.pdparams"))
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +76,7 @@ class TestFolder:
 
     def test_settings_survive(self, tmp_path):
         config = make_config(
+            "SiT",
             {"path_type": "VP", "prediction": "noise", "sample_eps": 0.01},
             patch_size=4,
             mlp_ratio=2.3,
@@ -221,7 +194,7 @@ class TestFolder:
             SiTPipeline(pipe.transformer, None, pipe.scheduler)
 
     def test_a_dit_is_refused(self):
-        config = make_config()
+        config = make_config("SiT")
         config["model"]["type"] = "DiT"
         with pytest.raises(ValueError, match="the config describes a DiT, expected a SiT"):
             SiTPipeline.from_weights(config, {}, None)
@@ -326,7 +299,7 @@ class TestCall:
         np.testing.assert_array_equal(pipe(given, generator=seeded(), **call).images, expected)
 
     def test_no_null_class(self):
-        pipe = make_pipeline(make_config(class_dropout_prob=0.0))
+        pipe = make_pipeline(make_config("SiT", class_dropout_prob=0.0))
         with pytest.raises(ValueError, match="without a null class, can't be guided; use guidance_scale=1"):
             pipe([1], num_inference_steps=2)
         assert len(pipe([1], num_inference_steps=2, guidance_scale=1).images) == 1
@@ -334,12 +307,12 @@ class TestCall:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"sampler": "ODE"}, "unknown sampler 'ODE'; known: ode, sde"),
-            ({"method": "Euler"}, "unknown method 'Euler' of the sampler 'ode'; known: euler, midpoint"),
-            ({"sampler": "sde", "method": "rk4"}, "unknown method 'rk4' of the sampler 'sde'; known: Euler, Heun"),
+            ({"sampler": "ODE"}, "unknown sampler 'ODE'; accepted: 'ode', 'sde'"),
+            ({"method": "Euler"}, "unknown sampling_method of an ODE 'Euler'; accepted: 'euler', 'midpoint'"),
+            ({"sampler": "sde", "method": "rk4"}, "unknown sampling_method of an SDE 'rk4'; accepted: 'Euler', 'Heun'"),
             ({"sampler": "sde", "diffusion_form": "quadratic"}, "unknown diffusion_form 'quadratic'; accepted"),
             ({"sampler": "sde", "last_step": "mean"}, "unknown last_step 'mean'; accepted"),
-            ({"num_inference_steps": 1}, "num_inference_steps 1: expected an integer of 2 or more"),
+            ({"num_inference_steps": 1}, "num_steps=1: expected an integer, at least 2"),
             ({"guidance_interval": (0.7, 0.3)}, r"guidance_interval \(0.7, 0.3\): expected"),
             ({"guidance_interval": (100, 700)}, r"guidance_interval \(100, 700\): expected .* times in \[0, 1\]"),
             ({"guidance_interval": ("a", "b")}, r"guidance_interval \('a', 'b'\): expected"),
@@ -380,28 +353,6 @@ def test_importing_the_package_stays_light():
 class TestStockFolder:
     """A SiT that stock ppdiffusers samples, and the reason for its scheduler."""
 
-    def sample_both(self, folder, config, model, steps, guidance_scale):
-        """Final latents by the stock DiTPipeline, and by `sample_ode("euler")`, from the same noise."""
-        from ppdiffusers import DiTPipeline
-        from ppdiffusers.utils.paddle_utils import randn_tensor
-
-        pipe = DiTPipeline.from_pretrained(str(folder))
-        pipe.set_progress_bar_config(disable=True)
-        decoded, decode = [], pipe.vae.decode
-        pipe.vae.decode = lambda latents: decoded.append(latents) or decode(latents)
-        pipe([1, 2], num_inference_steps=steps, guidance_scale=guidance_scale, generator=seeded(), output_type="np")
-        latents = decoded[0].numpy() * pipe.vae.config.scaling_factor
-
-        settings = config["model"]
-        size = settings["sample_size"]
-        noise = randn_tensor((2, 4, size, size), generator=seeded(), dtype="float32")
-        y = paddle.to_tensor([1, 2])
-        denoiser = guided(model, y, guidance_scale, channels=None, null_class=settings["num_classes"])
-        transport = create_transport(config["objective"]["path_type"])
-        with paddle.no_grad():
-            states = Sampler(transport).sample_ode(sampling_method="euler", num_steps=steps)(noise, denoiser)
-        return latents, states[-1].numpy(), noise.numpy()
-
     @pytest.mark.parametrize(
         "sizes, path_type, steps, guidance_scale",
         [
@@ -412,17 +363,22 @@ class TestStockFolder:
         ],
     )
     def test_stock_pipeline_gives_sample_odes_latents(self, tmp_path, sizes, path_type, steps, guidance_scale):
-        config = make_config({"path_type": path_type}, attention_head_dim=32, **sizes)
+        config = make_config("SiT", {"path_type": path_type}, attention_head_dim=32, **sizes)
         model = make_model(config)
         export_stock_sit(config, state_of(model), load_vae(DIGITS_VAE), tmp_path / "out")
-        latents, expected, noise = self.sample_both(tmp_path / "out", config, model, steps, guidance_scale)
+        latents, noise = stock_latents(tmp_path / "out", steps, guidance_scale)
+        y, null_class = paddle.to_tensor([1, 2]), config["model"]["num_classes"]
+        denoiser = guided(model, y, guidance_scale, channels=None, null_class=null_class)
+        sample = Sampler(create_transport(path_type)).sample_ode(sampling_method="euler", num_steps=steps)
+        with paddle.no_grad():
+            expected = sample(noise, denoiser)[-1].numpy()
         assert relative_error(latents, expected) < 1e-5
-        assert relative_error(noise, expected) > 0.1
+        assert relative_error(noise.numpy(), expected) > 0.1
 
     def test_tree_and_labels(self, tmp_path):
         from ppdiffusers import DiTPipeline, EDMEulerScheduler
 
-        config = make_config()
+        config = make_config("SiT")
         notes = export_stock_sit(
             config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out", id2label=LABELS
         )
@@ -435,7 +391,7 @@ class TestStockFolder:
         """Why it is not used. Should this fail, ppdiffusers has got it, and the export could be simpler."""
         from ppdiffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
 
-        config = make_config()
+        config = make_config("SiT")
         export_stock_sit(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
         pipe = DiTPipeline.from_pretrained(str(tmp_path / "out"))
         pipe.scheduler = FlowMatchEulerDiscreteScheduler()
@@ -444,7 +400,7 @@ class TestStockFolder:
 
     @pytest.mark.parametrize("prediction", ["noise", "score"])
     def test_only_velocity(self, tmp_path, prediction):
-        config = make_config({"prediction": prediction})
+        config = make_config("SiT", {"prediction": prediction})
         with pytest.raises(ValueError, match=f"prediction '{prediction}': .* need prediction 'velocity'"):
             export_stock_sit(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
         assert tree_of(tmp_path) == []
@@ -462,8 +418,8 @@ class TestConverter:
         return path
 
     def test_checkpoint_folder(self, tmp_path):
-        config = make_config({"path_type": "GVP"})
-        averages = write_checkpoint(tmp_path / "checkpoint-7", config)
+        config = make_config("SiT", {"path_type": "GVP"})
+        averages = state_of(write_checkpoint(tmp_path / "checkpoint-7", config))
         flags = ["--model_weights", tmp_path / "checkpoint-7", "--checkpoint_path", tmp_path / "out"]
         self.run(*flags)
         exported = safe_load(tmp_path / "out" / "transformer" / "model_state.pdparams")
@@ -504,7 +460,7 @@ class TestConverter:
         assert all(again[name].tobytes() == official[name].tobytes() for name in official)
 
     def test_stock(self, tmp_path):
-        config = make_config()
+        config = make_config("SiT")
         write_checkpoint(tmp_path / "checkpoint-7", config)
         out = tmp_path / "out"
         self.run("--stock", "--model_weights", tmp_path / "checkpoint-7", "--checkpoint_path", out)
@@ -512,7 +468,7 @@ class TestConverter:
         assert tree_of(out) == sorted(TREE)
 
     def test_labels_and_save_false(self, tmp_path, capsys):
-        write_checkpoint(tmp_path / "checkpoint-7", make_config())
+        write_checkpoint(tmp_path / "checkpoint-7", make_config("SiT"))
         (tmp_path / "labels.json").write_text(json.dumps({"id2label": LABELS}))
         flags = ["--model_weights", tmp_path / "checkpoint-7", "--checkpoint_path", tmp_path / "out"]
         self.run(*flags, "--save", "False")
@@ -524,8 +480,8 @@ class TestConverter:
     @pytest.mark.parametrize("changed", [{"path_type": "GVP"}, {"prediction": "noise"}])
     @pytest.mark.parametrize("file", ["", "ema_state.pdparams"])
     def test_another_config_than_the_checkpoints(self, tmp_path, changed, file):
-        write_checkpoint(tmp_path / "sit", make_config())
-        (tmp_path / "SiT.json").write_text(json.dumps(make_config(changed)))
+        write_checkpoint(tmp_path / "sit", make_config("SiT"))
+        (tmp_path / "SiT.json").write_text(json.dumps(make_config("SiT", changed)))
         (key,) = changed
         flags = ["--model_weights", tmp_path / "sit" / file, "--config_file", tmp_path / "SiT.json"]
         with pytest.raises(ValueError, match=f"holds another run's objective: {key} .* there, {changed[key]} here"):
@@ -535,7 +491,7 @@ class TestConverter:
                 infer_demo_sit.main(["--model_path", str(flags[1]), "--config_file", str(flags[3]), "--device", "cpu"])
 
     def test_the_exact_position_table_of_half_precision(self):
-        config = make_config()
+        config = make_config("SiT")
         state = state_of(make_model(config))
         exact = state["pos_embed"].copy()
         state["pos_embed"] = exact.astype("float16").astype("float32")
@@ -546,7 +502,7 @@ class TestConverter:
         np.testing.assert_array_equal(pipe.transformer.pos_embed.numpy(), state["pos_embed"])
 
     def test_mistakes(self, tmp_path):
-        config = make_config({"prediction": "score"})
+        config = make_config("SiT", {"prediction": "score"})
         write_checkpoint(tmp_path / "sit", config)
         write_checkpoint(tmp_path / "dit", resolve_config({"model": TINY_MODELS["DiT"]}))
         out = ["--checkpoint_path", tmp_path / "out"]
@@ -575,8 +531,8 @@ class TestDemo:
     def models(self, tmp_path_factory):
         """One network as a checkpoint, a SiTPipeline folder, a stock folder and a file, with its config."""
         root = tmp_path_factory.mktemp("models")
-        config = make_config()
-        state = write_checkpoint(root / "checkpoint", config)
+        config = make_config("SiT")
+        state = state_of(write_checkpoint(root / "checkpoint", config))
         vae = load_vae(DIGITS_VAE)
         SiTPipeline.from_weights(config, state, vae, LABELS).save_pretrained(root / "pipeline")
         export_stock_sit(config, state, vae, root / "stock", id2label=LABELS)
@@ -637,7 +593,7 @@ class TestDemo:
             infer_demo_sit.main([])
         assert list(tmp_path.iterdir()) == []
         # The same, with a small network in the public one's place.
-        config = make_config(num_classes=1000)
+        config = make_config("SiT", num_classes=1000)
         (tmp_path / "config.json").write_text(json.dumps(config))
         tensors = {name: paddle.to_tensor(value) for name, value in state_of(make_model(config)).items()}
         paddle.save(tensors, "SiT-XL-2-256x256.pdparams")
@@ -677,12 +633,12 @@ class TestDemo:
     @pytest.mark.parametrize(
         "flags, message",
         [
-            (["--model_path", "nowhere"], "--model_path nowhere: there is no such file or folder"),
+            (["--model_path", "nowhere"], "nowhere: there is no such file or folder"),
             (["--model_path", str(GOLDEN)], "neither a SiTPipeline folder .* nor a training checkpoint"),
             (["--num_inference_steps", "1"], "--num_inference_steps 1: expected 2 or more"),
             (["--dtype", "float16"], "--dtype float16: Paddle computes in float32 only on a CPU"),
             (["--classes", "unicorn"], "--classes unicorn: no such class"),
-            (["--method", "euler"], "unknown method 'euler' of the sampler 'sde'; known: Euler, Heun"),
+            (["--method", "euler"], "unknown sampling_method of an SDE 'euler'; accepted: 'Euler', 'Heun'"),
             (["--sampler", "ode", "--last_step", "Mean"], "--last_step is for --sampler sde"),
             (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
             (["--last_step_size", "nan"], "last_step_size=nan: expected a number"),
@@ -742,7 +698,7 @@ class TestDemo:
     @pytest.mark.parametrize("in_channels", [4, 16])
     def test_channels_that_are_guided_by_default(self, tmp_path, in_channels):
         """Three of four, all of sixteen; --guidance_channels 3 means three."""
-        config = make_config(in_channels=in_channels)
+        config = make_config("SiT", in_channels=in_channels)
         pipe = make_pipeline(config, make_vae(in_channels))
         pipe.save_pretrained(tmp_path / "pipeline")
 
@@ -760,7 +716,7 @@ class TestDemo:
         np.testing.assert_array_equal(*by_call)
 
     def test_a_file_of_another_demos_checkpoint_names_its_config(self, tmp_path):
-        config = resolve_config({"model": {**make_config()["model"], "type": "DiT"}})
+        config = resolve_config({"model": {**make_config("SiT")["model"], "type": "DiT"}})
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "model_state.pdparams").touch()
         with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: describes a DiT; use infer_demo_dit.py"):

@@ -17,8 +17,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from runtime.process import run_cli
 from sampling.pipelines.converter import add_flags, convert
-
-SCHEDULERS = ("ddim", "dpm")
+from sampling.step_counts import SCHEDULERS, check_diffusion
 
 
 def main(argv=None):
@@ -51,12 +50,8 @@ def main(argv=None):
     def check(config):
         from sampling.pipelines import export, export_large_dit
 
-        kind, objective = config["model"]["type"], config["objective"]["type"]
-        if objective != "diffusion":
-            raise ValueError(
-                f"the objective {objective!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
-                "For a SiT: tools/convert_sit_to_ppdiffusers.py"
-            )
+        kind = config["model"]["type"]
+        check_diffusion(config["objective"])
         (export_large_dit if kind == "LargeDiT" else export).transformer_config(config["model"])
         if args.stock_transformer and kind != "LargeDiT":
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")

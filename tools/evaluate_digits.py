@@ -9,104 +9,47 @@ Real images pass through the pipeline's VAE (encoded and decoded) first, as the 
 """
 
 import argparse
-import json
-import math
 import os
 import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
 
 from config.flags import check_seed
-from config.schema import read_json
-from evaluation.digits import evaluate, load_digits_through_vae
+from runtime.files import write_json
+from evaluation.digits import check_size, evaluate, load_digits_through_vae
+from features.autoencoder import downsampling
 from features.images import find_images
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import check_ending
-from sampling.step_counts import check_num_steps
+from sampling.demo import check_ending, check_scale, show_steps
+from sampling.grid import make_grid
+from sampling.model_path import describe_model
+from sampling.step_counts import check_scheduler
 
-configure_runtime()  # before Paddle is imported
-
-
-def load_pipeline(folder: str, sampler: str | None = None):
-    """The pipeline of a local folder, and further arguments of its call.
-
-    A DiTPipeline folder is sampled with DDIM; a SiTPipeline folder by this project, with `sampler`
-    "ode" (default) or "sde".
-    """
-    index = os.path.join(folder, "model_index.json")
-    if not os.path.isfile(index):
-        raise ValueError(f"--pipeline {folder}: no model_index.json there; expected an exported pipeline folder")
-    content = read_json(index)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind == "SiTPipeline":
-        from sampling import SiTPipeline
-
-        return SiTPipeline.from_pretrained(folder), {"sampler": sampler or "ode"}
-    if kind != "DiTPipeline":
-        raise ValueError(f"--pipeline {folder}: a {kind}; expected a DiTPipeline or a SiTPipeline")
-    if sampler is not None:
-        raise ValueError(f"--sampler {sampler} is for a SiTPipeline; {folder} is a DiTPipeline, sampled with DDIM")
-    from ppdiffusers import DDIMScheduler, EDMEulerScheduler
-
-    from sampling.pipelines.pretrained import load_dit_pipeline
-
-    pipeline = load_dit_pipeline(folder)
-    if not isinstance(pipeline.scheduler, EDMEulerScheduler):  # that one is a SiT's, and part of its export
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return pipeline, {}
+BATCH_SIZE = 100  # images drawn at once
 
 
-def draw(pipeline, labels, *, seed: int, batch_size: int = 100, **options):
-    """Samples for labels [N] as float32 [N, H, W, 3] in [0, 1]; options are arguments of the pipeline's call."""
-    import numpy as np
-    import paddle
-
-    generator = paddle.Generator().manual_seed(seed)
-    images = []
-    for start in range(0, len(labels), batch_size):
-        chunk = [int(label) for label in labels[start : start + batch_size]]
-        pipeline.set_progress_bar_config(desc=f"samples {start}-{start + len(chunk) - 1}", unit="step", disable=None)
-        images.append(
-            pipeline(
-                class_labels=chunk,
-                generator=generator,
-                output_type="numpy",
-                **options,
-            ).images
-        )
-    return np.concatenate(images)
-
-
-def check_size(pipeline, path: str) -> int:
-    """The side of a pipeline's images in pixels; ValueError if the digit at path is not as large."""
-    from PIL import Image
-
-    side = pipeline.transformer.config.sample_size if hasattr(pipeline.transformer, "config") else None
-    side = (side or pipeline.transformer.sample_size) * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    with Image.open(path) as digit:
-        width, height = digit.size
-    if (width, height) != (side, side):
+def check(args, model):
+    """Raises `ValueError` for settings that the pipeline does not take."""
+    if model.kind != "pipeline":
+        raise ValueError(f"--pipeline {args.pipeline}: is no pipeline folder; expected a DiTPipeline or a SiTPipeline")
+    if model.pipeline == "SiTPipeline":
+        return
+    if args.sampler is not None:
         raise ValueError(
-            f"the pipeline draws images of {side}x{side} pixels, {path} is {width}x{height}; expected digits of that "
-            f"size: tools/prepare_digits.py --image_size {side}"
+            f"--sampler {args.sampler} is for a SiTPipeline; {args.pipeline} is a DiTPipeline, sampled with DDIM"
         )
-    return side
+    if args.guidance_scale < 1:
+        raise ValueError(
+            f"--guidance_scale {args.guidance_scale}: a DiTPipeline guides by scales above 1 only; expected 1 or more"
+        )
+    check_scheduler(model.scheduler, None, args.num_inference_steps)
 
 
-def save_grid(images, path: str, columns: int) -> None:
-    """Write float images [N, H, W, 3] in [0, 1] as one PNG, row by row."""
-    from sampling.grid import make_grid
-
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    make_grid((images * 255).round().astype("uint8"), columns).save(path)
-
-
-def run(args) -> None:
-    import numpy as np
-
+def run(args):
+    """Draws, measures, writes and prints, as the flags say."""
     check_seed("seed", args.seed)
-    if not math.isfinite(args.guidance_scale):
-        raise ValueError(f"--guidance_scale {args.guidance_scale}: expected a finite number, 1 for no guidance")
+    check_scale(args.guidance_scale)
     if args.grid:
         check_ending("grid", args.grid)
     train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
@@ -115,50 +58,44 @@ def run(args) -> None:
     find_images(heldout_root)
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
-    pipeline, options = load_pipeline(args.pipeline, args.sampler)
-    if not options:  # a DiTPipeline
-        if args.guidance_scale < 1:
-            raise ValueError(
-                f"--guidance_scale {args.guidance_scale}: a DiTPipeline guides by scales above 1 only; expected 1 or "
-                "more"
-            )
-        settings = pipeline.scheduler.config
-        if "timestep_spacing" in settings:
-            check_num_steps(
-                args.num_inference_steps, settings.num_train_timesteps, leading=settings.timestep_spacing == "leading"
-            )
+    model = describe_model(args.pipeline)
+    check(args, model)
+    sampler = {"sampler": args.sampler or "ode"} if model.pipeline == "SiTPipeline" else {}
+
+    configure_runtime()
+    from sampling.generator import load_generator
 
     # Samples, class by class in turn, so that any batch holds every class.
+    generator = load_generator(model)
+    side = generator.sample_size * downsampling(generator.vae)
+    check_size(side, digits[0][0])
     labels = np.arange(args.num_images) % num_classes
-    side = check_size(pipeline, digits[0][0])
-    samples = draw(
-        pipeline,
+    latents = generator.sample(
         labels,
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.num_inference_steps,
         seed=args.seed,
-        **options,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=BATCH_SIZE,
+        output="latents",
+        callback=show_steps("samples"),
+        **sampler,
+        **({"diffusion_form": "sigma"} if args.sampler == "sde" else {}),  # SiTPipeline's default
     )
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{args.pipeline}: draws numbers that are not finite (NaN or infinity)")
+    samples = generator.decode(latents)
     if args.grid:
         columns = min(10, args.num_images // num_classes)
         rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
-        save_grid(samples[rows.reshape(-1)], args.grid, columns)
+        os.makedirs(os.path.dirname(os.path.abspath(args.grid)), exist_ok=True)
+        make_grid((samples[rows.reshape(-1)] * 255).round().astype("uint8"), columns).save(args.grid)
 
     # Figures.
-    train = load_digits_through_vae(pipeline.vae, train_root, size=side)
-    heldout = load_digits_through_vae(pipeline.vae, heldout_root, size=side)
+    train, heldout = (load_digits_through_vae(generator.vae, root, side) for root in (train_root, heldout_root))
     report = evaluate(samples, labels, train, heldout)
-    report["settings"] = {
-        key: getattr(args, key) for key in ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
-    } | options
+    names = ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
+    report["settings"] = {name: getattr(args, name) for name in names} | sampler
     if args.report:
         os.makedirs(os.path.dirname(os.path.abspath(args.report)), exist_ok=True)
-        with open(args.report, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-
+        write_json(args.report, report)
     share = report["share_assigned_to_class_asked_for"]
     print(f"classifier on real held-out digits:      {report['classifier_accuracy_on_heldout']:.3f}")
     print(f"samples assigned to the class asked for: {share:.3f} of {args.num_images}")
@@ -175,7 +112,7 @@ def run(args) -> None:
         sys.exit(1)
 
 
-def main(argv: list | None = None) -> None:
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="exported DiTPipeline or SiTPipeline folder")
     parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline (default ode)")

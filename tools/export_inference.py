@@ -19,7 +19,8 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.schema import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import MAX_NAME, check_exportable, check_model_path, describe_model, note_weights_flags, read_dit
+from sampling.demo import MAX_NAME, note_weights_flags
+from sampling.model_path import check_no_file, describe_model
 from sampling.pipelines.folder import check_free, is_exported
 from sampling.step_counts import describe_fit
 
@@ -33,28 +34,29 @@ def main(argv=None):
     checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
-    check_model_path(args.model_path)
+    check_no_file(args.model_path)
     if is_exported(args.model_path):
         raise ValueError(f"--model_path {args.model_path}: is exported already")
     if len(os.fsencode(os.path.basename(os.path.abspath(args.output)))) > MAX_NAME:
         raise ValueError(f"--output {args.output}: the name has more than {MAX_NAME} bytes")
     check_free(args.output)
-    check_exportable(args.model_path)
-    model = describe_model(args.model_path, "DiTPipeline", args.id2label)
+    model = describe_model(args.model_path, id2label=args.id2label)
+    model.check_backend("inference")
     note_weights_flags(args, model)
 
     configure_runtime()
+    from sampling.generator import load_exportable
     from sampling.pipelines.inference import export_inference
 
     print(f"reading {args.model_path}", flush=True)
-    pipeline = read_dit(model, vae=args.vae, key=args.key)
-    if pipeline.timestep_fit is not None:
-        print(
-            "note: the timestep embedding of this pipeline is exact in these numbers of steps: "
-            f"{describe_fit(pipeline.timestep_fit)}"
-        )
+    generator = load_exportable(model, vae=args.vae, key=args.key)
+    for note in generator.describe():
+        print(f"note: {note}")
+    fit = generator.objective.timestep_fit
+    if fit is not None:
+        print(f"note: the timestep embedding of this pipeline is exact in these numbers of steps: {describe_fit(fit)}")
     print("tracing the network and the VAE's decoder", flush=True)
-    export_inference(pipeline, args.output)
+    export_inference(generator, args.output)
     print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")
 
 

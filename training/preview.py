@@ -1,4 +1,4 @@
-"""Preview grids: images sampled from the EMA weights while a model trains."""
+"""Preview grids: images sampled from the averages while a model trains."""
 
 import contextlib
 import math
@@ -7,8 +7,13 @@ import time
 
 import numpy as np
 import paddle
+from PIL import Image
 
+from config.schema import DEFAULT_VAE
+from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
+from sampling.generator import Generator, latent_sizes
+from sampling.grid import make_grid
 from training.averages import ema_weights
 from training.parallel.shares import LocalShard
 
@@ -35,9 +40,6 @@ class Preview:
             raise ValueError(f"--cfg_scale {cfg_scale}: expected a finite number, 1 for no guidance")
         self.decoder = None
         if paddle.distributed.get_rank() == 0:
-            from config.schema import DEFAULT_VAE
-            from features.autoencoder import LatentDecoder, open_vae
-
             vae, notes = open_vae(
                 vae,
                 config["features"]["vae"],
@@ -51,30 +53,24 @@ class Preview:
         self.objective = objective
         self.num_inference_steps = num_inference_steps
         self.cfg_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0
-        self.null_class = model["num_classes"]
-        self.in_channels = model["in_channels"]
+        self.sizes = latent_sizes(model)
         shape = [num_images, model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(seed).standard_normal(shape).astype("float32")
         self.labels = np.linspace(0, model["num_classes"] - 1, num_images).round().astype("int64")
 
-    @paddle.no_grad()
     def sample(self, model):
-        """Latents `(N, C, H, W)`, from a model in evaluation mode."""
-        from sampling.guidance import default_channels, guided
-
-        denoiser = guided(
-            model,
-            paddle.to_tensor(self.labels),
-            self.cfg_scale,
-            channels=default_channels(self.in_channels),
-            null_class=self.null_class,
+        """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
+        return Generator(model, self.objective, **self.sizes).sample(
+            self.labels,
+            seed=None,
+            noise=paddle.to_tensor(self.noise),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.cfg_scale,
+            output="latents",
         )
-        return self.objective.sample(denoiser, paddle.to_tensor(self.noise), num_steps=self.num_inference_steps)
 
     def decode(self, latents):
-        """The grid of their images, uint8 `(H, W, 3)`; on rank 0."""
-        from sampling.grid import make_grid
-
+        """Returns the grid of their images, uint8 `(H, W, 3)`; on rank 0."""
         images = self.decoder(latents)
         return np.asarray(make_grid(images, columns=max(1, round(len(images) ** 0.5))))
 
@@ -93,10 +89,6 @@ def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
 
 
 def _save_preview(preview, latents, log, folder, step):
-    from PIL import Image
-
-    from features.autoencoder import NotFiniteError
-
     try:
         grid = preview.decode(latents)
     except NotFiniteError as error:  # the watch on the numbers ends training, not its previews

@@ -1,55 +1,40 @@
-"""What the converters to pipeline folders share: the network's config, the labels, flags, and the order of things."""
+"""What the converters to pipeline folders share: the network's config, flags, and the order of things."""
 
 import os
 
 from config.flags import str2bool
+from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
+from sampling.labels import ROOT, find_labels
+from sampling.pipelines.folder import check_id2label, check_output
 
-# num_layers, num_attention_heads, attention_head_dim
-SIZES = {"XL": (28, 16, 72), "L": (24, 16, 64), "B": (12, 12, 64), "S": (12, 6, 64)}
-IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
 IMAGE_SIZE = 256  # pixels, of --model_name
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-IMAGENET_LABELS = os.path.join(ROOT, "tools", "ImageNet_id2label.json")
 
 
 def model_names(kind):
-    """What --model_name accepts for DiT or SiT."""
-    return [f"{kind}_{size}_{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
+    """Lists what --model_name accepts for DiT or SiT."""
+    return [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
 
 
 def named_config(kind, model_name, image_size):
-    """The config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
+    """Returns the config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
     if model_name not in model_names(kind):
         raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(model_names(kind))}")
     _, size, patch_size = model_name.split("_")
     if image_size < 1 or image_size % (8 * int(patch_size)):
         raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
-    num_layers, heads, head_dim = SIZES[size]
-    from config.schema import resolve_config
-
-    return resolve_config(
-        {
-            "type": kind,
-            "sample_size": image_size // 8,
-            "patch_size": int(patch_size),
-            "num_layers": num_layers,
-            "num_attention_heads": heads,
-            "attention_head_dim": head_dim,
-        }
-    )
+    config = load_config(os.path.join(ROOT, "config", f"{kind}_{size}_patch{patch_size}.json"))
+    return {**config, "model": {**config["model"], "sample_size": image_size // 8}}
 
 
 def find_config(kind, args):
-    """The resolved config of the network: the checkpoint's own, --config_file, or the one that --model_name names.
+    """Returns the resolved config of the network: the checkpoint's own, --config_file's, or --model_name's.
 
     Raises:
         ValueError: one line: what is given describes another network than the checkpoint's own config.
     """
-    from config.schema import load_config, weights_config
-
     config = weights_config(args.model_weights, args.config_file)
     beside = os.path.join(args.model_weights, "config.json")
     if config is None and os.path.isfile(beside):
@@ -63,8 +48,6 @@ def find_config(kind, args):
 
 def _check_named(kind, args, config):
     """Raises ValueError if --model_name or --image_size are given and are not what the config says."""
-    from config.schema import differences
-
     model, given = config["model"], []
     if args.model_name is not None:
         named = named_config(kind, args.model_name, IMAGE_SIZE)["model"]
@@ -92,40 +75,8 @@ def downsampling(vae, features):
     return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
 
 
-def class_names(config):
-    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
-
-    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
-    of ImageNet's classes, and the note says so.
-    """
-    names = config["features"]["class_names"] or {}
-    ids = list(names.values())
-    are_imagenet = len(ids) == 1000 and (ids[0], ids[-1]) == IMAGENET_IDS and ids == sorted(ids)
-    if config["model"]["num_classes"] == 1000 and (not names or are_imagenet):
-        return read_json(IMAGENET_LABELS)["id2label"], "the class names are ImageNet's; --id2label FILE for others"
-    return names, None
-
-
-def find_labels(path, config):
-    """Returns `({id: label} or None, note or None)`: the labels of --id2label, else those of `class_names`."""
-    num_classes = config["model"]["num_classes"]
-    if path is None:
-        names, note = class_names(config)
-        if not names:
-            return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
-        taken = set(names.values())
-        missing = {str(i): f"class {i}" if str(i) in taken else str(i) for i in range(num_classes)}
-        return {**missing, **names}, note
-    labels = read_json(path)
-    if isinstance(labels, dict) and isinstance(labels.get("id2label"), dict):
-        labels = labels["id2label"]
-    if not isinstance(labels, dict):
-        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
-    return labels, None
-
-
 def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
-    """The flags of both converters; kind is DiT or SiT, the others are defaults."""
+    """Adds the flags of both converters; kind is DiT or SiT, the others are defaults."""
     parser.add_argument("--image_size", type=int, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
     parser.add_argument("--model_name", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
     parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae_model}]")
@@ -167,21 +118,17 @@ def convert(kind, args, check, export):
     Raises:
         ValueError: whatever can't be done, in one line.
     """
-    from config.schema import load_config, weights_features
-
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
     if args.config_file:
         check(load_config(args.config_file))
     config = find_config(kind, args)
-    config = {**config, "features": weights_features(args.model_weights, config)}
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
     choose_vae(*chosen, args.default_vae, "--vae_model")
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes
-    from sampling.pipelines.folder import check_id2label, check_output
     from weights.source import read_weights
 
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.

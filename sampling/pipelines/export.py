@@ -26,70 +26,14 @@ import numpy as np
 from features.autoencoder import LatentScaling, fold_scaling
 from models.state import check_state, expected_shapes, is_rounded
 from sampling.pipelines.folder import check_id2label, check_output, write_components, write_folder
+from sampling.pipelines.pretrained import NULL_CLASS
 from sampling.step_counts import FIT_KEY
 
-NULL_CLASS = 1000  # of the stock DiTPipeline
-SCHEDULERS = ("ddim", "dpm")
 OTHER = {"ddim": "dpm", "dpm": "ddim"}
 
 
-def make_scheduler(objective, name="ddim"):
-    """The ppdiffusers scheduler for the diffusion that an `objective` section describes.
-
-    "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
-    number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
-
-    Raises:
-        ValueError: unknown name, or an objective that is no diffusion.
-    """
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
-    if objective["type"] != "diffusion":
-        raise ValueError(
-            f"the objective {objective['type']!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
-            "For a SiT: tools/convert_sit_to_ppdiffusers.py"
-        )
-    steps = objective["diffusion_steps"]
-    settings = {
-        "num_train_timesteps": steps,
-        "beta_start": 1e-4 * 1000 / steps,
-        "beta_end": 0.02 * 1000 / steps,
-        "beta_schedule": objective["noise_schedule"],  # the same two names
-        "prediction_type": "sample" if objective["predict_xstart"] else "epsilon",
-        "steps_offset": 0,
-    }
-    if name == "ddim":
-        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", **settings)
-    scheduler = DPMSolverMultistepScheduler(**settings, **_dpm_settings(objective["noise_schedule"]))
-    # Not its own: for whoever makes a DDIMScheduler from this config, which clips latents by default.
-    scheduler.register_to_config(clip_sample=False)
-    return scheduler
-
-
-def pipeline_scheduler(scheduler, name):
-    """The scheduler "ddim" or "dpm" for the diffusion that a pipeline's own scheduler describes.
-
-    A DDIM scheduler's "leading" spacing would let DPM-Solver++ start in the middle of the diffusion: it gets that of
-    `make_scheduler`.
-    """
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    if name == "ddim":
-        return DDIMScheduler.from_config(scheduler.config)
-    settings = _dpm_settings(scheduler.config.get("beta_schedule"))
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, **settings)
-
-
-def _dpm_settings(noise_schedule):
-    if noise_schedule == "squaredcos_cap_v2":  # its last steps are noise alone: the solver needs them cut
-        return {"timestep_spacing": "trailing", "lambda_min_clipped": -5.1}
-    return {"timestep_spacing": "trailing"}
-
-
 def transformer_config(model):
-    """Constructor keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be."""
+    """Returns the keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be one."""
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if model["type"] not in ("DiT", "SiT"):
         raise ValueError(f"a model of type {model['type']!r} can't be a Transformer2DModel; expected DiT or SiT")
@@ -123,7 +67,7 @@ def transformer_config(model):
 
 
 def _position_scale(model):
-    """Transformer2DModel's `interpolation_scale`."""
+    """Returns Transformer2DModel's `interpolation_scale`."""
     return max(model["sample_size"] // 64, 1)
 
 
@@ -137,7 +81,7 @@ def check_num_classes(model):
 
 
 def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
-    """DiT's weights under `Transformer2DModel`'s names.
+    """Returns DiT's weights under `Transformer2DModel`'s names.
 
     Args:
         model: the `model` section. state: `{name: array}`, Paddle layout.
@@ -197,7 +141,7 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
 
 
 def class_table(model, table):
-    """A stock DiTPipeline's label table: rows 0..num_classes-1 the classes, all others, up to 1000, the null class."""
+    """Returns a stock DiTPipeline's label table `(1001, D)`: the classes, then the null class in all other rows."""
     null = table[-1] if model["class_dropout_prob"] > 0 else np.full_like(table[0], np.nan)
     rows = np.tile(null, (NULL_CLASS + 1, 1))  # (1001, D)
     rows[: model["num_classes"]] = table[: model["num_classes"]]
@@ -232,9 +176,7 @@ def export_dit_pipeline(
     timestep_embedding="fit",
     source="weights",
 ):
-    """Write a DiT and a VAE as a `ppdiffusers.DiTPipeline` folder.
-
-    The tree is that of `TREE`, nothing else. It is written beside `output_dir` and renamed when it is complete.
+    """Writes a DiT and a VAE as a `ppdiffusers.DiTPipeline` folder, which is complete or not there.
 
     Args:
         config: resolved config; its `model` and `objective` sections are used.
@@ -253,6 +195,7 @@ def export_dit_pipeline(
         ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
     """
     from sampling.pipelines.timestep_fit import fit_timestep_embedding
+    from sampling.schedulers import make_scheduler, pipeline_scheduler
 
     model = config["model"]
     settings = transformer_config(model)
@@ -277,10 +220,7 @@ def export_dit_pipeline(
 
 
 def check_export(model, state, vae, output_dir, id2label, overwrite, source):
-    """What every export checks before it writes.
-
-    Returns:
-        `(labels, state)`: for model_index.json, and `{name: float32 array}`.
+    """Returns what every export writes, checked: `(labels, state)`, for model_index.json and as float32 arrays.
 
     Raises:
         ValueError: one line: weights, labels or a VAE that don't fit, or an output that is in the way.
@@ -305,7 +245,7 @@ def check_vae(vae, in_channels):
 def write_stock_folder(
     output_dir, transformer, weights, scheduler, vae, labels, overwrite, *, safe_serialization=False, code=None
 ):
-    """The folder of a stock DiTPipeline.
+    """Writes the folder of a stock DiTPipeline.
 
     Args:
         transformer: `(package, class name, constructor keywords)`, and weights: `{name: array}` under its names.
@@ -331,7 +271,7 @@ def write_stock_folder(
 
 
 def guidance_notes(model):
-    """Sentences on the guidance of a stock DiTPipeline."""
+    """Lists sentences on the guidance of a stock DiTPipeline."""
     notes = ["DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three."]
     if model["class_dropout_prob"] == 0:
         notes.append("This model has no null class: sample it with guidance_scale=1; any other gives NaN.")

@@ -13,15 +13,14 @@ channels are guided, a learned variance is cut off. Timesteps need no fit: the f
 import os
 
 from sampling.pipelines.export import (
-    NULL_CLASS,
     check_export,
     check_num_classes,
     class_table,
     guidance_notes,
-    make_scheduler,
     write_stock_folder,
 )
 from sampling.pipelines.folder import CODE
+from sampling.pipelines.pretrained import NULL_CLASS
 
 MAX_TOKENS = 4096  # of DiTLLaMA2DModel's table of rotary positions
 STOCK_CLASS = ("ppdiffusers", "DiTLLaMA2DModel")
@@ -30,7 +29,7 @@ OWN_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.base
 
 
 def transformer_config(model):
-    """Constructor keywords of the `DiTLLaMA2DModel` for a `model` section; ValueError where it can't be."""
+    """Returns the keywords of the `DiTLLaMA2DModel` for a `model` section; ValueError where it can't be one."""
     if model["type"] != "LargeDiT":
         raise ValueError(f"a model of type {model['type']!r} can't be a DiTLLaMA2DModel; expected LargeDiT")
     check_num_classes(model)
@@ -67,27 +66,14 @@ def export_large_dit_pipeline(
     stock_transformer=False,
     source="weights",
 ):
-    """Write a Large-DiT and a VAE as a `ppdiffusers.DiTPipeline` folder.
-
-    The tree is that of `sampling.pipelines.folder`, and `CODE` unless `stock_transformer`. It is written beside
-    `output_dir` and renamed when it is complete.
+    """Writes a Large-DiT and a VAE as a `ppdiffusers.DiTPipeline` folder, with `CODE` unless `stock_transformer`.
 
     Args:
-        config: resolved config; its `model` and `objective` sections are used.
-        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
-        scheduler: "ddim" or "dpm", see `make_scheduler`.
-        id2label: `{class id: label}`; None names the classes by their numbers.
-        overwrite: replace `output_dir` if it is a pipeline folder.
-        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
-        stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers.
-        source: where the weights come from, for messages.
-
-    Returns:
-        list of sentences that the user should read: what the exported pipeline does differently.
-
-    Raises:
-        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+        stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers. The others, result
+            and errors are those of `sampling.pipelines.export.export_dit_pipeline`.
     """
+    from sampling.schedulers import make_scheduler
+
     model = config["model"]
     settings = transformer_config(model)
     the_scheduler = make_scheduler(config["objective"], scheduler)

@@ -44,7 +44,7 @@ def check_prediction(objective):
 
 
 def make_flow_scheduler(objective):
-    """The scheduler of a stock SiT folder, and the map from its timesteps to times.
+    """Returns the scheduler of a stock SiT folder, and the map from its timesteps to times.
 
     Args:
         objective: an `objective` section of type transport.
@@ -79,21 +79,9 @@ def make_flow_scheduler(objective):
 def export_stock_sit(
     config, state, vae, output_dir, *, id2label=None, overwrite=False, safe_serialization=False, source="weights"
 ):
-    """Write a SiT and a VAE as a stock `ppdiffusers.DiTPipeline` folder.
+    """Writes a SiT and a VAE as a stock `ppdiffusers.DiTPipeline` folder.
 
-    Args:
-        config: resolved config; its `model` and `objective` sections are used.
-        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
-        id2label: `{class id: label}`; None names the classes by their numbers.
-        overwrite: replace `output_dir` if it is a pipeline folder.
-        safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
-        source: where the weights come from, for messages.
-
-    Returns:
-        list of sentences that the user should read: what the exported pipeline does differently.
-
-    Raises:
-        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+    Arguments, result and errors are those of `sampling.pipelines.export.export_dit_pipeline`.
     """
     from sampling.pipelines.timestep_fit import fit_time_embedding
 
@@ -120,7 +108,7 @@ def export_stock_sit(
 
 
 def _timesteps(scheduler):
-    """Timesteps that up to 1000 steps visit, densely, and those of the last one, which hardly moves."""
+    """Returns the timesteps that up to 1000 steps visit, densely, and those of the last one, which hardly moves."""
 
     def timesteps(sigmas):
         return 0.25 * np.log(sigmas)

@@ -23,7 +23,7 @@ INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.
 
 
 def read_json_object(path):
-    """The object in a JSON file; ValueError with one line that names the file."""
+    """Reads the object in a JSON file; ValueError with one line that names the file."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -31,7 +31,7 @@ def read_json_object(path):
 
 
 def read_component(path, class_name, function):
-    """Constructor keywords of a component from its JSON file.
+    """Reads the constructor keywords of a component from its JSON file.
 
     Args:
         path: the file.
@@ -54,7 +54,7 @@ def read_component(path, class_name, function):
 
 
 def check_id2label(id2label, num_classes):
-    """`{"0": label, ...}` for classes 0..num_classes-1 in order; names by number for None; ValueError if one lacks."""
+    """Returns `{"0": label, ...}` in order, numbers for None; ValueError unless every class has a label."""
     if id2label is None:
         return {str(i): str(i) for i in range(num_classes)}
     given = {str(key): value for key, value in id2label.items()}
@@ -105,7 +105,7 @@ def write_folder(output_dir, write, overwrite=False):
 
 
 def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels, safe_serialization=False):
-    """The files of `TREE`, or with `safe_serialization` of `SAFE_TREE`.
+    """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`.
 
     Args:
         pipeline: name of the pipeline's class.

@@ -1,4 +1,4 @@
-"""Pipelines as static programs for Paddle Inference: a folder of programs, its export, and a sampler's view of it.
+"""Generators as static programs for Paddle Inference: a folder of programs, its export, and loading it.
 
 The folder holds `transformer/` (latents, timesteps and labels to the network's output) and `vae/` (latents to images),
 each a program and its weights, `scheduler/` (settings of a ppdiffusers scheduler) and `inference.json`, which says the
@@ -12,7 +12,6 @@ one safe.
 import contextlib
 import os
 import warnings
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import paddle
@@ -21,13 +20,14 @@ from paddle.static import InputSpec
 
 from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
-from models import LargeDiT, build_model
-from models.state import check_finite, check_state, expected_shapes
+from models import LargeDiT
+from models.state import check_finite
 from runtime.files import write_json
 from runtime.untrusted import MAX_SIZE, inside, shortened
-from sampling.pipelines.export import NULL_CLASS, check_vae, make_scheduler
+from sampling.generator import Generator
 from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object, write_folder
-from sampling.pipelines.pretrained import SCHEDULERS, has_null_class, is_id2label, load_scheduler
+from sampling.pipelines.pretrained import SCHEDULERS, is_id2label, load_scheduler
+from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
 from weights.pretrained import without_null_rows
 
@@ -39,35 +39,8 @@ PROGRAMS = ("model.json", "model.pdmodel")
 WEIGHTS = "model.pdiparams"
 
 
-@dataclass
-class Pipeline:
-    """What sampling needs, of a network in eager mode or of a loaded folder.
-
-    Attributes:
-        network: called as `network(x, t, y)`: float32 latents `(N, C, H, W)`, float32 timesteps `(N,)`, int64 labels
-            `(N,)`; returns `(N, C or 2C, H, W)`. To be exported it is an `nn.Layer`.
-        vae: an `AutoencoderKL`, or what a `LatentDecoder` needs of one.
-        scheduler: of ppdiffusers.
-        num_classes: of the network. id2label: `{id: label}`, perhaps empty.
-        null_class: the label without a class; None if the network has none.
-        in_channels, sample_size: of the latents.
-        timestep_fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` in which the timestep embedding is exact;
-            None if it is at every timestep.
-    """
-
-    network: object
-    vae: object
-    scheduler: object
-    num_classes: int
-    id2label: dict
-    null_class: int | None
-    in_channels: int
-    sample_size: int
-    timestep_fit: dict | None = None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What can be exported
+# Networks that can be traced
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -95,31 +68,8 @@ class Decoder(nn.Layer):
         return self.vae.decode(latents).sample
 
 
-def from_dit_pipeline(pipe, id2label, timestep_fit=None, network=None):
-    """Returns the `Pipeline` of a loaded `ppdiffusers.DiTPipeline`, see `load_dit_pipeline`.
-
-    Args:
-        id2label, timestep_fit: of the `Pipeline`. network: the same; None: one that can be exported.
-    """
-    transformer = pipe.transformer
-    settings = transformer.config
-    if network is None:
-        network = _large_dit(transformer) if hasattr(transformer, "y_embedder") else StockTransformer(transformer)
-    return Pipeline(
-        network,
-        pipe.vae,
-        pipe.scheduler,
-        max(id2label, default=NULL_CLASS - 1) + 1,
-        id2label,
-        NULL_CLASS if has_null_class(transformer) else None,
-        settings.in_channels,
-        settings.sample_size,
-        timestep_fit,
-    )
-
-
-def _large_dit(transformer):
-    """A Large-DiT of a pipeline as this project's own, whose weights have the same names: it has no complex numbers."""
+def own_large_dit(transformer):
+    """Returns a pipeline's Large-DiT as this project's own network, which can be traced: it has no complex numbers."""
     settings = transformer.config
     same = (
         "sample_size patch_size in_channels num_layers num_attention_heads attention_head_dim multiple_of "
@@ -131,77 +81,47 @@ def _large_dit(transformer):
     return network
 
 
-def from_checkpoint(config, state, vae, id2label, *, scheduler="ddim", source="weights"):
-    """The `Pipeline` of a training checkpoint's config and weights.
-
-    Args:
-        config: resolved. state: `{name: array}`, Paddle layout. vae: an `AutoencoderKL`. source: for messages.
-        scheduler: "ddim" or "dpm".
-
-    Raises:
-        ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
-    """
-    settings = config["model"]
-    the_scheduler = make_scheduler(config["objective"], scheduler)
-    check_vae(vae, settings["in_channels"])
-    check_state(state, expected_shapes(settings), source=source)  # before memory is taken for the network
-    check_finite(state, source=source)
-    network = build_model(settings)
-    network.set_state_dict(state)
-    network.eval()
-    count = settings["num_classes"]
-    return Pipeline(
-        network,
-        vae,
-        the_scheduler,
-        count,
-        id2label,
-        count if settings["class_dropout_prob"] > 0 else None,
-        settings["in_channels"],
-        settings["sample_size"],
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def export_inference(pipeline, output_dir):
-    """Writes a `Pipeline` as a folder for `load_inference`: complete, or not there.
+def export_inference(generator, output_dir):
+    """Writes a folder for `load_inference`: complete, or not there.
 
     Args:
-        pipeline: in float32.
+        generator: of `sampling.generator.load_exportable`.
         output_dir: not there yet, or empty.
 
     Raises:
         ValueError: one line: something is in the way.
     """
     check_free(output_dir)
-    latents = ("x", [pipeline.in_channels, pipeline.sample_size, pipeline.sample_size], "float32")
+    scheduler = generator.objective.scheduler
+    latents = ("x", [generator.in_channels, generator.sample_size, generator.sample_size], "float32")
     parts = {
-        "transformer": (pipeline.network, [latents, ("t", [], "float32"), ("y", [], "int64")]),
-        "vae": (Decoder(pipeline.vae), [latents]),
+        "transformer": (generator.network, [latents, ("t", [], "float32"), ("y", [], "int64")]),
+        "vae": (Decoder(generator.vae), [latents]),
     }
 
     def write(folder):
         for part, (layer, inputs) in parts.items():
             os.makedirs(os.path.join(folder, part))
             _save(layer, inputs, os.path.join(folder, part, "model"))
-        pipeline.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+        scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         files = [os.path.join(part, name) for part in parts for name in sorted(os.listdir(os.path.join(folder, part)))]
         manifest = {
             "format": FORMAT,
             "paddle_version": paddle.__version__,
-            "in_channels": pipeline.in_channels,
-            "sample_size": pipeline.sample_size,
-            "num_classes": pipeline.num_classes,
-            "null_class": pipeline.null_class,
-            **LatentScaling.of(pipeline.vae.config).as_dict(),
-            "scheduler": type(pipeline.scheduler).__name__,
+            "in_channels": generator.in_channels,
+            "sample_size": generator.sample_size,
+            "num_classes": generator.num_classes,
+            "null_class": generator.null_class,
+            **LatentScaling.of(generator.vae.config).as_dict(),
+            "scheduler": type(scheduler).__name__,
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
-            "id2label": {str(key): label for key, label in pipeline.id2label.items()},
-            "timestep_fit": pipeline.timestep_fit,
+            "id2label": {str(key): label for key, label in generator.labels.items()},
+            "timestep_fit": generator.objective.timestep_fit,
         }
         write_json(os.path.join(folder, MANIFEST), manifest)
 
@@ -229,7 +149,7 @@ def _save(layer, inputs, path):
 
 
 def cpu_has_bfloat16():
-    """Whether this CPU multiplies bfloat16 (avx512_bf16, AMX); Paddle would compute in float32 without a word."""
+    """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = next((line.split() for line in file if line.startswith("flags")), [])
@@ -292,7 +212,7 @@ class Predictor:
 
 
 def load_inference(folder, *, device="cpu", dtype="float32"):
-    """The `Pipeline` of a folder that `export_inference` wrote. Its programs are run: only for folders you trust.
+    """Returns the `Generator` of a folder of `export_inference`. Its programs are run: only for folders you trust.
 
     Args:
         device: "cpu", "gpu" or "gpu:N".
@@ -310,24 +230,22 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         files = [os.path.join(folder, part, name) for name in (program, WEIGHTS)]
         return Predictor(*files, part, device, dtype)
 
-    vae = predictor("vae", "float32")
-    return Pipeline(
-        predictor("transformer", dtype),
+    network, vae = predictor("transformer", dtype), predictor("vae", "float32")
+    scaling = {key: manifest.get(key) for key in SCALING_KEYS}
+    return Generator(
+        lambda x, t, y: network(x, t.astype("float32"), y),
+        PipelineSampler(scheduler, manifest.get("timestep_fit")),
+        **{key: manifest[key] for key in ("in_channels", "sample_size", "num_classes", "null_class")},
         # What a `LatentDecoder` asks of an AutoencoderKL.
-        SimpleNamespace(
-            config=SimpleNamespace(
-                **{key: manifest.get(key) for key in SCALING_KEYS}, latent_channels=manifest["in_channels"]
-            ),
+        vae=SimpleNamespace(
+            config=SimpleNamespace(**scaling, latent_channels=manifest["in_channels"]),
             dtype=paddle.float32,
             decode=lambda latents: SimpleNamespace(sample=vae(latents)),
         ),
-        scheduler,
-        manifest["num_classes"],
-        {int(key): label for key, label in manifest["id2label"].items()},
-        manifest["null_class"],
-        manifest["in_channels"],
-        manifest["sample_size"],
-        manifest.get("timestep_fit"),
+        labels={int(key): label for key, label in manifest["id2label"].items()},
+        guided_channels=None,
+        path=folder,
+        check_weights=lambda: check_programs(folder),
     )
 
 

@@ -6,11 +6,13 @@ of the tables below; weights go through `weights.files`. A folder's own code is 
 `sampling.pipelines.export_large_dit` puts there: this project has it already.
 """
 
+import os
 
 from runtime.untrusted import read_json, shortened
 from sampling.step_counts import FIT_KEY, is_timestep_fit
 from weights.pretrained import find_file, load_model, read_settings, refused_settings
 
+NULL_CLASS = 1000  # of the stock DiTPipeline
 # What model_index.json and the transformer's config.json may name: of a DiT, the second is diffusers' name for the same
 # settings and weights; of a Large-DiT.
 DIT_TRANSFORMERS = ("Transformer2DModel", "DiTTransformer2DModel")
@@ -26,7 +28,7 @@ SCHEDULERS = (
 
 
 def load_scheduler(kind, name_or_path, subfolder="scheduler"):
-    """The ppdiffusers scheduler of that class name, with the settings of its scheduler_config.json."""
+    """Reads scheduler_config.json and returns the ppdiffusers scheduler of that class name."""
     import ppdiffusers
 
     settings, path = read_settings(name_or_path, "scheduler_config.json", subfolder)
@@ -37,14 +39,14 @@ def load_scheduler(kind, name_or_path, subfolder="scheduler"):
 
 
 def is_id2label(value):
-    """Whether a value out of a JSON file is `{"0": label, ...}`."""
+    """Returns whether a value of a JSON file is `{"0": label, ...}`."""
     return isinstance(value, dict) and all(
         key.isascii() and key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
     )
 
 
 def load_dit_pipeline(name_or_path, dtype=None):
-    """The `ppdiffusers.DiTPipeline` of a folder or of a name on the hub.
+    """Loads a folder of a DiTPipeline, or a name on the hub.
 
     The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
     `sampling.pipelines.export_large_dit`).
@@ -52,10 +54,30 @@ def load_dit_pipeline(name_or_path, dtype=None):
     Args:
         dtype: of network and VAE; None for float32.
 
+    Returns:
+        a `ppdiffusers.DiTPipeline`; its `id2label` is `{id: label}`, perhaps empty.
+
     Raises:
-        ValueError: one line: a component that is none of the classes above, or what `load_model` refuses. The hub
-            clients raise a dozen other types.
+        ValueError: one line: a component that is none of the classes above, what `load_model` refuses, or a download
+            that failed, and what to do without a network.
     """
+    try:
+        return _load_dit_pipeline(name_or_path, dtype)
+    except Exception as error:  # the hub clients raise a dozen unrelated types
+        local = os.path.isdir(name_or_path)
+        if local and isinstance(error, ValueError):
+            raise
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        if local:
+            raise ValueError(f"{name_or_path}: cannot be loaded ({reason})") from None
+        raise ValueError(
+            f"{name_or_path}: there is no such folder, and it cannot be downloaded ({reason}). Without a network, give "
+            "a folder by --model_path: one copied from a machine that has a network, or one that "
+            "tools/convert_dit_to_ppdiffusers.py wrote"
+        ) from None
+
+
+def _load_dit_pipeline(name_or_path, dtype):
     from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
 
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
@@ -85,7 +107,9 @@ def load_dit_pipeline(name_or_path, dtype=None):
     vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
     # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says: what the folder was made for.
     vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
-    return DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
+    pipe = DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
+    pipe.id2label = {int(key): label for key, label in labels.items()}
+    return pipe
 
 
 def read_timestep_fit(name_or_path):
@@ -99,8 +123,9 @@ def read_timestep_fit(name_or_path):
 
 
 def has_null_class(transformer):
-    """Whether a DiTPipeline's transformer can be guided: the exporter fills the row of a null class that is not there
-    with NaN.
+    """Returns whether a DiTPipeline's transformer can be guided.
+
+    The exporter fills the row of a null class that is not there with NaN.
     """
     if hasattr(transformer, "y_embedder"):  # a Large-DiT
         embedder = transformer.y_embedder

@@ -20,7 +20,7 @@ _STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
 
 
 def fit_timestep_embedding(state, scheduler, other=None):
-    """A timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
+    """Fits a timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
 
     DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
     has i/127 there and no setting for it. Only the integers 0..999 ever occur as t. So W1 and b1 are drawn at random
@@ -71,7 +71,7 @@ def fit_timestep_embedding(state, scheduler, other=None):
 
 
 def fit_time_embedding(state, times, visited, others):
-    """A timestep MLP on the stock transformer's features that gives SiT's embedding of a time.
+    """Fits a timestep MLP on the stock transformer's features that gives SiT's embedding of a time.
 
     SiT's embedding is smooth on [0, 1]: a few dozen basis functions give all of it, to 1e-5 at width 64 and 1e-6 at
     384, whatever number of steps the scheduler is asked for.
@@ -97,7 +97,7 @@ def fit_time_embedding(state, times, visited, others):
 
 
 def own_timestep_mlp(state):
-    """The network's own timestep MLP by the names that the fits return."""
+    """Returns the network's own timestep MLP by the names that the fits return."""
     return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
 
 
@@ -112,7 +112,7 @@ def _stock_features(t):
 
 
 def _solve(features, target, weight, *, scale, rcond):
-    """The MLP whose first layer is random, of standard deviation `scale`, and whose second is the least-squares one."""
+    """Returns the MLP whose first layer is random, of standard deviation `scale`, and whose second is least squares."""
     hidden_size = target.shape[1]
     random = np.random.RandomState(0)
     mlp = {

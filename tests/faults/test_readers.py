@@ -23,8 +23,8 @@ import requests
 from PIL import Image
 from safetensors.numpy import save_file
 from support.mutations import READERS, fuzz_all
+from support.pipelines import make_config, make_model, make_vae, state_of
 from support.runs import TINY_MODELS, write_config, write_features
-from test_convert import make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
 import infer_demo_sit
@@ -36,11 +36,11 @@ from features.npy import load_npy, load_npz
 from features.packed import PackedStore
 from models.state import check_state
 from runtime.untrusted import inside, parse_json, read_json, shortened
+from sampling.generator import load_generator
 from sampling.pipelines.export import export_dit_pipeline
 from sampling.pipelines.folder import read_component
 from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
-from tools.evaluate_digits import load_pipeline
 from training.checkpoints.read import load_checkpoint, load_pretrained
 from weights.files import load_weights, safe_load, safetensors_layout, save_pdparams, save_safetensors, save_torch
 from weights.pretrained import find_weights
@@ -242,7 +242,7 @@ class TestEntries:
         demo = {"dit": infer_demo_dit, "sit": infer_demo_sit}[kind]
         for call in (
             lambda: demo.main(["--model_path", str(folder), "--output", str(tmp_path / "a.png"), "--device", "cpu"]),
-            lambda: load_pipeline(str(folder)),
+            lambda: load_generator(str(folder)),
         ):
             with pytest.raises(ValueError, match=self.REFUSED):
                 call()

@@ -1,0 +1,373 @@
+"""Generators: a network and what turns noise into its latents, with one way to draw images for every kind of model.
+
+    generator = load_generator("output/checkpoint-5000")
+    images = generator.sample(["golden retriever", 207], seed=0, num_inference_steps=50)  # uint8 (2, H, W, 3)
+
+The noise of image i is a function of the seed and of i's place among the classes.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+
+import paddle
+
+from config.schema import DEFAULT_VAE
+from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
+from models import build_model, get_2d_sincos_pos_embed
+from models.state import check_finite, check_state, expected_shapes, without_rounding
+from objectives import build_objective
+from runtime.process import resolve_device
+from sampling.guidance import default_channels, guided
+from sampling.labels import find_classes
+from sampling.model_path import Model, check_guidance, describe_model
+from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
+from weights.source import read_weights
+
+DEFAULT_VAES = {"DiTPipeline": DEFAULT_VAE, "SiTPipeline": "stabilityai/sd-vae-ft-ema"}
+
+
+@dataclass
+class Generator:
+    """Draws images of classes, or the latents that a VAE decodes to them.
+
+    Attributes:
+        network: called as `network(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, labels `(N,)`, int64; returns
+            `(N, C or 2C, H, W)`.
+        objective: turns noise into latents by `sample(denoiser, noise, *, num_steps, ...)`: of
+            `objectives.build_objective`, of `sampling.schedulers`, or a `TransportScheduler`.
+        in_channels, sample_size: of the latents. num_classes: of the network.
+        null_class: the label without a class; None if the network has none.
+        vae: an `AutoencoderKL`, or what a `LatentDecoder` needs of one; None: latents only.
+        labels: `{id: label}`, perhaps empty.
+        guided_channels: how many leading latent channels are guided unless `sample` is told: an integer, None for all,
+            or "auto" for `sampling.guidance.default_channels`.
+        dtype: of the noise.
+        path: of the model, for messages. notes: sentences that a user should read.
+        check_weights: called where images are not finite; raises `ValueError` if the weights are to blame.
+    """
+
+    network: object
+    objective: object
+    in_channels: int
+    sample_size: int
+    num_classes: int
+    null_class: int | None
+    vae: object = None
+    labels: dict = field(default_factory=dict)
+    guided_channels: object = "auto"
+    dtype: object = "float32"
+    path: str = "the network"
+    notes: list = field(default_factory=list)
+    check_weights: object = None
+
+    @property
+    def kind(self):
+        """Is "transport" or "diffusion", of the objective."""
+        return "transport" if hasattr(self.objective, "transport") else "diffusion"
+
+    def describe(self, num_inference_steps=None, **options):
+        """Lists sentences that a user should read: on the model, and on sampling it by these settings of `sample`."""
+        notes = list(self.notes)
+        if num_inference_steps is not None and hasattr(self.objective, "note"):
+            notes.append(self.objective.note(num_inference_steps, **options))
+        return [note for note in notes if note]
+
+    def find_classes(self, classes=None):
+        """Lists class ids for ids, names or parts of names; see `sampling.labels.find_classes`."""
+        return find_classes(classes, self.labels, self.num_classes)
+
+    def names(self, ids):
+        """Lists the labels of class ids; the number of one without a label."""
+        return [self.labels.get(i, str(i)) for i in ids]
+
+    @paddle.no_grad()
+    def sample(
+        self,
+        classes=None,
+        *,
+        seed=0,
+        noise=None,
+        num_inference_steps=25,
+        guidance_scale=None,
+        guidance_channels="default",
+        guidance_interval=None,
+        output="images",
+        batch_size=None,
+        callback=None,
+        **options,
+    ):
+        """Draws one image for each class.
+
+        Args:
+            classes: as of `find_classes`.
+            seed: of the noise. None leaves Paddle's generators as they are, and `noise` is needed.
+            noise: `(N, C, H, W)`, standard normal; None to draw it.
+            num_inference_steps: of the sampler: network evaluations of a diffusion, grid points of a transport.
+            guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class.
+            guidance_channels: how many leading latent channels are guided; None for all, "default" for the model's.
+            guidance_interval: `(lowest, highest)` times between which guidance is on; None for all.
+            output: "images", or "latents" as networks see them.
+            batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
+            callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+            options: of the objective's `sample`: `method`, and of a transport `sampler` and what belongs to it.
+
+        Returns:
+            uint8 numpy `(N, H, W, 3)`, or a tensor `(N, C, h, w)`.
+
+        Raises:
+            ValueError: one line: a class or a setting that is not accepted. Images of numbers that are not finite, as a
+                `features.autoencoder.NotFiniteError`.
+        """
+        from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
+
+        ids = self.find_classes(classes)
+        scale = check_guidance(guidance_scale, self.null_class is not None, self.path)
+        channels = self.guided_channels if guidance_channels == "default" else guidance_channels
+        if channels == "auto":
+            channels = default_channels(self.in_channels)
+        tracker = get_rng_state_tracker()
+        random = None if seed is None else tracker.manual_seed(seed)
+        settings = {"num_steps": num_inference_steps, "callback": callback, **options}
+        latents = []
+        for start in range(0, len(ids), batch_size or len(ids)):
+            part = slice(start, start + (batch_size or len(ids)))
+            y = paddle.to_tensor(ids[part], dtype="int64")
+            null_class = 0 if self.null_class is None else self.null_class
+            denoiser = guided(
+                self.network, y, scale, channels=channels, null_class=null_class, interval=guidance_interval
+            )
+            if noise is None:
+                shape = (len(ids[part]), self.in_channels, self.sample_size, self.sample_size)
+                x = randn_tensor(shape, generator=random, dtype=self.dtype)
+            else:
+                x = noise[part]
+            if self.kind == "diffusion" and seed is not None and start == 0:
+                paddle.seed(seed)  # what DDPM's steps draw does not depend on the number of images
+            # An SDE's steps go on where the noise ended.
+            with tracker.rng_state(random if self.kind == "transport" else None):
+                latents.append(self.objective.sample(denoiser, x, **settings))
+        if random is not None:
+            tracker.remove(random)
+        latents = latents[0] if len(latents) == 1 else paddle.concat(latents)
+        return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
+
+    def decode(self, latents):
+        """Returns the images of latents `(N, C, h, w)`: float32 numpy `(N, H, W, 3)` in [0, 1]; raises as `sample`."""
+        try:
+            return LatentDecoder(self.vae).decode(latents)
+        except NotFiniteError:
+            if self.check_weights is not None:
+                self.check_weights()
+            raise
+
+
+def check_settings(model, num_inference_steps, **options):
+    """Raises `ValueError`, before weights are read, for settings that a transport's sampler does not take.
+
+    Args:
+        model: a `Model`. num_inference_steps, options: of `Generator.sample`.
+    """
+    if model.pipeline == "SiTPipeline":
+        from sampling.sit_pipeline import TransportScheduler
+
+        objective = model.config["objective"] if model.config else None
+        make = TransportScheduler.from_objective if objective else TransportScheduler.from_folder
+        make(objective or model.path).check(num_steps=num_inference_steps, **options)
+
+
+def load_generator(
+    path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None
+):
+    """Loads the `Generator` of a model. Nothing that it holds is executed, but the programs of an exported folder are.
+
+    Args:
+        path: a training checkpoint folder, whose averages are taken; a DiTPipeline or SiTPipeline folder; the name of
+            a DiTPipeline on the hub; a file of weights, `.pdparams` or official; a folder of tools/export_inference.py;
+            or the `sampling.model_path.Model` of one.
+        device: "auto", "cpu", "gpu" or "gpu:N"; None for Paddle's current one.
+        dtype: that the network computes in; None for float32. Half precision is for a GPU, and bfloat16 in programs.
+        vae: folder or hub name of the autoencoder of a checkpoint or a file; None for the features' own.
+        backend: "eager", or "inference" for Paddle Inference; what is not exported is then exported for this process.
+        config: JSON of the network of a file of weights.
+        key: which weights of a checkpoint: "model" or "ema"; of a file any of its keys.
+        id2label: JSON of labels, instead of the model's own.
+
+    Raises:
+        ValueError: one line: no such model, one that can't be loaded, or weights that don't fit or are not finite.
+    """
+    model = path if isinstance(path, Model) else describe_model(path, config=config, id2label=id2label)
+    model.check_backend(backend)
+    if device is not None:
+        paddle.set_device(resolve_device(device))
+    device, dtype = paddle.get_device(), dtype or "float32"
+    if backend == "inference":
+        return _load_programs(model, device, dtype, vae, key)
+    if device == "cpu" and dtype != "float32":
+        raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
+    if not model.holds_all:
+        return _load_weights(model, dtype, vae, key)
+    return _load_pipeline(model, dtype) if model.pipeline == "DiTPipeline" else _load_sit_pipeline(model, dtype)
+
+
+def load_exportable(model, *, vae=None, key=None):
+    """Loads the `Generator` of a DiT or a Large-DiT whose network is a layer in float32, and can be traced.
+
+    Args:
+        model: the `Model` of a DiTPipeline folder, of its name on the hub, or of a training checkpoint.
+        vae, key: as of `load_generator`.
+    """
+    if model.kind != "checkpoint":
+        return _load_pipeline(model, "float32", exportable=True)
+    state, source = read_weights(model.path, key=key)
+    vae, notes = _open_vae(model, vae)
+    return from_weights(model.config, state, vae, labels=model.labels, notes=model.notes + notes, source=source)
+
+
+def from_weights(config, state, vae, *, labels=None, notes=(), source="weights"):
+    """Returns the `Generator` of a diffusion's resolved config and weights, sampled by a scheduler of ppdiffusers.
+
+    Args:
+        state: `{name: array}`, Paddle layout. source: for messages.
+
+    Raises:
+        ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
+    """
+    from sampling.pipelines.export import check_vae
+
+    sampler = PipelineSampler(make_scheduler(config["objective"]))
+    check_vae(vae, config["model"]["in_channels"])
+    network = load_network(config["model"], state, source)
+    sizes = latent_sizes(config["model"])
+    return Generator(network, sampler, vae=vae, labels=labels or {}, guided_channels=None, notes=list(notes), **sizes)
+
+
+def latent_sizes(model):
+    """Returns the keywords of a `Generator` that a `model` section says."""
+    null_class = model["num_classes"] if model["class_dropout_prob"] > 0 else None
+    return {**{key: model[key] for key in ("in_channels", "sample_size", "num_classes")}, "null_class": null_class}
+
+
+def load_network(model, state, source):
+    """Returns the network of a `model` section with these weights, in evaluation mode.
+
+    Args:
+        state: `{name: array}`, Paddle layout. source: for messages.
+
+    Raises:
+        ValueError: one line: settings that no network has, weights that don't fit them, or that are not finite.
+    """
+    try:
+        shapes = expected_shapes(model)  # before memory is taken for the network
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{source}: its config describes no {model['type']}: {error}") from None
+    check_state(state, shapes, source=source)
+    check_finite(state, source=source)
+    network = build_model(model)
+    network.set_state_dict(state)
+    network.eval()
+    return network
+
+
+def mend_positions(network):
+    """Replaces a position table that is the exact one in half precision by the exact one."""
+    if getattr(network, "pos_embed", None) is not None:
+        table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
+        network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
+
+
+def in_float32(network):
+    """Returns a function like the network whose output is float32, in which guidance and samplers compute."""
+    return lambda x, t, y: network(x, t, y).astype("float32")
+
+
+def _open_vae(model, vae):
+    """Returns the autoencoder for a checkpoint's latents (that asked for, else the features' own), and notes on it."""
+    return open_vae(
+        vae,
+        model.config["features"]["vae"],
+        default=DEFAULT_VAES[model.pipeline],
+        flag="--vae",
+        channels=model.config["model"]["in_channels"],
+    )
+
+
+def _load_weights(model, dtype, vae, key):
+    """Returns the `Generator` of a training checkpoint or a file of weights, by this project's own samplers."""
+    config, is_dit = model.config, model.pipeline == "DiTPipeline"
+    state, source = read_weights(model.path, key=key)
+    vae, notes = _open_vae(model, vae)
+    network = load_network(config["model"], state, source)
+    if not is_dit:
+        mend_positions(network)
+        vae.to(dtype=dtype)
+    network.to(dtype=dtype)
+    return Generator(
+        in_float32(network),
+        CheckpointSampler(config) if is_dit else build_objective(config),
+        vae=vae,
+        labels=model.labels,
+        guided_channels=None if is_dit else "auto",
+        path=model.path,
+        notes=model.notes + notes,
+        **latent_sizes(config["model"]),
+    )
+
+
+def _load_sit_pipeline(model, dtype):
+    from sampling.sit_pipeline import SiTPipeline
+
+    pipe = SiTPipeline.from_pretrained(model.path)
+    if dtype != "float32":
+        pipe.to(dtype=dtype)
+    generator = pipe.generator
+    generator.path, generator.labels = model.path, model.labels
+    return generator
+
+
+def _load_pipeline(model, dtype, exportable=False):
+    """Returns the `Generator` of a DiTPipeline; with all channels guided and a scale above 1 it draws its images.
+
+    Args:
+        exportable: its network is a layer that can be traced.
+    """
+    from sampling.pipelines.inference import StockTransformer, own_large_dit
+    from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
+
+    pipe = load_dit_pipeline(model.path, dtype)
+    labels = model.labels if model.has_own_labels else pipe.id2label
+    transformer = pipe.transformer
+    large = exportable and hasattr(transformer, "y_embedder")
+    return Generator(
+        own_large_dit(transformer) if large else StockTransformer(transformer),
+        PipelineSampler(pipe.scheduler, read_timestep_fit(model.path)),
+        in_channels=transformer.config.in_channels,
+        sample_size=transformer.config.sample_size,
+        num_classes=max(labels, default=NULL_CLASS - 1) + 1,
+        null_class=NULL_CLASS if has_null_class(transformer) else None,
+        vae=pipe.vae,
+        labels=labels,
+        guided_channels=None,
+        dtype=transformer.dtype,
+        path=model.path,
+        notes=model.notes,
+    )
+
+
+def _load_programs(model, device, dtype, vae, key):
+    """Returns the `Generator` of programs for Paddle Inference."""
+    from sampling.pipelines.inference import check_dtype, export_inference, load_inference
+
+    check_dtype(device, dtype)
+    if model.kind == "exported":
+        generator = load_inference(model.path, device=device, dtype=dtype)
+    else:
+        print(f"exporting {model.path} for this run (tools/export_inference.py keeps it)", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            source = load_exportable(model, vae=vae, key=key)
+            export_inference(source, folder)
+            generator = load_inference(folder, device=device, dtype=dtype)
+        generator.check_weights, generator.notes = None, source.notes
+    generator.path = model.path
+    if model.has_own_labels:
+        generator.labels = model.labels
+    return generator

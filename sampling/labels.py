@@ -1,0 +1,134 @@
+"""Class names: where those of a model come from, and which class a user means. Paddle is not imported."""
+
+import os
+import re
+
+from runtime.untrusted import read_json, shortened
+
+DEFAULT_CLASS = "golden retriever"
+IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+IMAGENET_LABELS = os.path.join(ROOT, "tools", "ImageNet_id2label.json")
+MAX_LISTED = 10  # names in a message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where names come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_labels(path):
+    """Reads `{id: label}` from a JSON file, with or without the key "id2label" around it."""
+    labels = read_json(path)
+    labels = labels.get("id2label", labels) if isinstance(labels, dict) else labels
+    if not isinstance(labels, dict) or not all(str(key).isdigit() for key in labels):
+        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
+    return {int(key): str(value) for key, value in labels.items()}
+
+
+def class_names(config):
+    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
+
+    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
+    of ImageNet's classes, and the note says so.
+    """
+    names = config["features"]["class_names"] or {}
+    ids = list(names.values())
+    are_imagenet = len(ids) == 1000 and (ids[0], ids[-1]) == IMAGENET_IDS and ids == sorted(ids)
+    if config["model"]["num_classes"] == 1000 and (not names or are_imagenet):
+        return read_json(IMAGENET_LABELS)["id2label"], "the class names are ImageNet's; --id2label FILE for others"
+    return names, None
+
+
+def weights_labels(path, config):
+    """Returns `({id: label}, note or None)` for weights that come without: those of a file, else of `class_names`."""
+    if path is not None:
+        return read_labels(path), None
+    names, note = class_names(config)
+    return {int(key): name for key, name in names.items()}, note
+
+
+def find_labels(path, config):
+    """Returns `({id: label} or None, note or None)` with a label for every class, as a pipeline folder needs them."""
+    labels, note = weights_labels(path, config)
+    if path is not None:
+        return labels, None
+    num_classes = config["model"]["num_classes"]
+    if not labels:
+        return None, f"No --id2label: the classes are named '0' to '{num_classes - 1}'."
+    taken = set(labels.values())
+    missing = {i: f"class {i}" if str(i) in taken else str(i) for i in range(num_classes)}
+    return {**missing, **labels}, note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which class is meant
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_class(text, labels, num_classes):
+    """Returns the id of the class that a user means.
+
+    Args:
+        text: a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
+        labels: `{id: label}`, possibly empty.
+
+    Raises:
+        ValueError: one line: no such class, or several, which are listed.
+    """
+    lower = text.strip().lower()
+
+    def search(*tests):
+        return next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
+
+    found = search(
+        lambda label: text == label,
+        lambda label: text in _names(label),
+        lambda label: lower in _names(label.lower()),
+    )
+    if not found and re.fullmatch(r"\d+", text):
+        return _check_id(int(text), num_classes)
+    if not found and lower:
+        found = search(lambda label: lower in label.lower())
+    if not found:
+        names = sorted(labels.values())
+        known = ", ".join(shortened(label) for label in names[:MAX_LISTED])
+        known += ", ..." if len(names) > MAX_LISTED else ""
+        expected = f"an id 0..{num_classes - 1}" + (f" or a name such as {known}" if known else "")
+        raise ValueError(f"--classes {text}: no such class; expected {expected}")
+    if len(found) > 1:
+        listed = ", ".join(f"{i} ({shortened(labels[i])})" for i in found[:MAX_LISTED])
+        listed += ", ..." if len(found) > MAX_LISTED else ""
+        raise ValueError(f"--classes {text}: could be any of {len(found)} classes; give an id: {listed}")
+    if found[0] >= num_classes:
+        raise ValueError(f"--classes {text}: is class {found[0]} of the labels; the classes are 0..{num_classes - 1}")
+    return found[0]
+
+
+def _check_id(value, num_classes):
+    if not 0 <= int(value) < num_classes:
+        raise ValueError(f"--classes {value}: the classes are 0..{num_classes - 1}")
+    return int(value)
+
+
+def _names(label):
+    return [name.strip() for name in label.split(",")]
+
+
+def find_classes(wanted, labels, num_classes):
+    """Returns the ids of classes.
+
+    Args:
+        wanted: ids, or what `find_class` takes; None for the golden retriever, or the first ten where there is none.
+
+    Raises:
+        ValueError: one line: no such class, or several.
+    """
+    if wanted is not None and len(wanted):
+        return [
+            find_class(one, labels, num_classes) if isinstance(one, str) else _check_id(one, num_classes)
+            for one in wanted
+        ]
+    if any(DEFAULT_CLASS in _names(label) for label in labels.values()):
+        return [find_class(DEFAULT_CLASS, labels, num_classes)]
+    return list(range(min(num_classes, 10)))

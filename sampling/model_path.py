@@ -1,0 +1,259 @@
+"""What a path to a model is, as far as its JSON files say. Paddle is not imported: mistakes are said at once."""
+
+import os
+from dataclasses import dataclass, field
+
+from config.schema import load_config, weights_config
+from runtime.untrusted import inside, read_json, shortened
+from sampling.labels import find_classes, read_labels, weights_labels
+from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
+from sampling.pipelines.pretrained import is_id2label
+from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
+from weights.source import checkpoint_hint, is_training_checkpoint
+
+SCHEDULER_CONFIG = os.path.join("scheduler", "scheduler_config.json")
+# The class that model_index.json names: the objective that it samples, and the demo that takes it.
+PIPELINES = {"DiTPipeline": ("diffusion", "infer_demo_dit.py"), "SiTPipeline": ("transport", "infer_demo_sit.py")}
+# A network's type: the pipeline of its folder.
+MODEL_PIPELINES = {
+    "DiT": "DiTPipeline",
+    "LargeDiT": "DiTPipeline",
+    "SiT": "SiTPipeline",
+    "LargeSiT": "SiTPipeline",
+}
+
+
+@dataclass
+class Model:
+    """A model describes what a model path is, as far as its JSON files say.
+
+    Attributes:
+        kind: "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or
+            "hub": a name, of which nothing is known before it is downloaded.
+        path: of it.
+        pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
+        config: resolved, of a checkpoint or a file.
+        labels: `{id: label}`, perhaps empty. has_own_labels: they are the user's, and win over those of a folder.
+        num_classes: None if it is not known.
+        has_null_class: whether it can be guided; None if that is not known.
+        scheduler: a pipeline's scheduler_config.json with its class in `_class_name`, or {}.
+        notes: sentences for the user.
+    """
+
+    kind: str
+    path: str
+    pipeline: str
+    type: str | None = None
+    config: dict | None = None
+    labels: dict = field(default_factory=dict)
+    has_own_labels: bool = False
+    num_classes: int | None = None
+    has_null_class: bool | None = None
+    scheduler: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+    @property
+    def holds_all(self):
+        """Is True for a model that brings weights and VAE along, so that neither can be chosen."""
+        return self.kind in ("pipeline", "exported", "hub")
+
+    def check_classes(self, classes):
+        """Raises `ValueError` for classes that the model lacks, as far as that is known."""
+        if self.num_classes is not None:
+            find_classes(classes, self.labels, self.num_classes)
+
+    def check_guidance(self, scale):
+        """Returns the guidance scale asked for, or the default; raises as `check_guidance`."""
+        return check_guidance(scale, self.has_null_class is not False, self.path)
+
+    def check_diffusion(self, method, num_steps, backend="eager"):
+        """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model can't be sampled by.
+
+        Args:
+            num_steps: network evaluations. backend: "eager" or "inference".
+        """
+        if method == "ddpm" and backend == "inference":
+            raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
+        if method == "ddpm" and self.kind != "checkpoint":
+            raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
+        if self.kind != "checkpoint":
+            return check_scheduler(self.scheduler, method, num_steps)
+        total, is_ddim = self.config["objective"]["diffusion_steps"], method in (None, "ddim")
+        if is_ddim and backend == "eager":
+            return check_ddim_stride(num_steps, total)
+        return check_num_steps(num_steps, total, leading=is_ddim)
+
+    def check_backend(self, backend):
+        """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""
+        if self.kind == "exported" and backend == "eager":
+            raise ValueError(
+                f"{self.path}: holds programs for Paddle Inference; if you trust whoever made them (they run as code), "
+                "add --backend inference"
+            )
+        if backend == "eager" or self.pipeline != "SiTPipeline":
+            return
+        objective = self.config["objective"] if self.config else self.scheduler
+        if self.type == "SiT" and objective.get("prediction") == "velocity":
+            raise ValueError(
+                f"{self.path}: is a SiT, which is exported by way of a DiTPipeline folder: give the one that "
+                "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
+            )
+        what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
+        raise ValueError(
+            f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"
+        )
+
+
+def check_guidance(scale, has_null_class, path):
+    """Returns the guidance scale asked for, or for None the default: 4, or 1 where there is nothing to guide with.
+
+    Raises:
+        ValueError: one line: the network has no null class.
+    """
+    if scale is None:
+        return 4.0 if has_null_class else 1.0
+    if scale != 1 and not has_null_class:
+        raise ValueError(f"{path}: trained without a null class, can't be guided; use --guidance_scale 1")
+    return scale
+
+
+def describe_model(path, pipeline=None, *, id2label=None, config=None, default_config=None):
+    """Returns the `Model` of a folder, a file of weights or a name on the hub.
+
+    Args:
+        pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
+        id2label: JSON of labels that win over the model's, or None.
+        config: JSON of the network of a file of weights. default_config: the same, where there is no other.
+
+    Raises:
+        ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
+    """
+    given = None if id2label is None else read_labels(id2label)
+    if is_training_checkpoint(path):
+        if config is not None:
+            raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
+        config = load_config(os.path.join(path, "config.json"))
+        return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
+    if os.path.isfile(path):
+        own = os.path.join(os.path.dirname(path), "config.json")
+        found = weights_config(path, config)
+        if found is None and default_config is None:
+            raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
+        if found is None:
+            found, config = load_config(default_config), default_config
+        return _describe_weights("file", path, found, f"{config or own}: describes", pipeline, id2label)
+    if config is not None:
+        raise ValueError(
+            f"--config_file is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which "
+            "holds all it needs"
+        )
+    if not os.path.isdir(path):
+        if pipeline == "SiTPipeline":
+            raise ValueError(f"{path}: there is no such file or folder")
+        check_hub_name(path)
+        return Model("hub", path, "DiTPipeline", labels=given or {}, has_own_labels=given is not None)
+    return _describe_folder(path, pipeline, given)
+
+
+def _describe_folder(path, pipeline, given):
+    num_classes = has_null_class = network_type = None
+    if pipeline != "SiTPipeline" and is_exported(path):
+        index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
+        scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
+        has_null_class = index["null_class"] is not None if "null_class" in index else None
+    else:
+        pipeline, kind = check_pipeline(path, pipeline), "pipeline"
+        index = _json_object(path, "model_index.json")
+        if pipeline == "SiTPipeline":
+            network = _json_object(path, os.path.join("transformer", "config.json"))
+            num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
+        parts = (index.get(name) for name in ("scheduler", "transformer"))
+        scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
+    # What is not as it should be is left to the loaders, which say so.
+    labels = {}
+    if is_id2label(index.get("id2label") or {}):
+        labels = {int(key): label for key, label in (index.get("id2label") or {}).items()}
+        if num_classes is None:
+            num_classes = max(labels, default=999) + 1
+    return Model(
+        kind,
+        path,
+        pipeline,
+        network_type,
+        labels=labels if given is None else given,
+        has_own_labels=given is not None,
+        num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
+        has_null_class=has_null_class,
+        scheduler={**_json_object(path, SCHEDULER_CONFIG), "_class_name": scheduler},
+    )
+
+
+def _describe_weights(kind, path, config, what, pipeline, id2label):
+    """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
+    model, objective = config["model"], config["objective"]["type"]
+    own = MODEL_PIPELINES[model["type"]]
+    expected, demo = PIPELINES[pipeline or own]
+    if pipeline not in (None, own):
+        raise ValueError(f"{what} a {model['type']}; use {PIPELINES[own][1]}")
+    if objective != expected:
+        raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {demo} samples {expected!r}")
+    labels, note = weights_labels(id2label, config)
+    return Model(
+        kind,
+        path,
+        own,
+        model["type"],
+        config=config,
+        labels=labels,
+        has_own_labels=id2label is not None,
+        num_classes=model["num_classes"],
+        has_null_class=model["class_dropout_prob"] > 0,
+        notes=[note] if note else [],
+    )
+
+
+def _json_object(folder, name):
+    path = inside(folder, name)
+    content = read_json(path, infinity=True) if os.path.isfile(path) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_pipeline(path, pipeline=None):
+    """Returns the class of pipeline that a folder holds.
+
+    Args:
+        path: a folder that is no training checkpoint. pipeline: the class of `PIPELINES` that is expected; None: any.
+
+    Raises:
+        ValueError: one line: it holds none, or another, and then which demo takes it.
+    """
+    index = os.path.join(path, "model_index.json")
+    expected = pipeline or " or ".join(PIPELINES)
+    if not os.path.isfile(index):
+        raise ValueError(
+            f"{path}: neither a {expected} folder (model_index.json) nor a training checkpoint "
+            f"(config.json and model_state.pdparams){checkpoint_hint(path)}"
+        )
+    content = read_json(index)
+    kind = content.get("_class_name") if isinstance(content, dict) else None
+    if kind not in ((pipeline,) if pipeline else tuple(PIPELINES)):
+        known = PIPELINES.get(kind) if isinstance(kind, str) else None
+        hint = f"use {known[1]}" if known else f"expected a {expected}"
+        raise ValueError(f"{path}: is a {shortened(kind)}; {hint}")
+    return kind
+
+
+def check_hub_name(path):
+    """Raises `ValueError` for what can't be OWNER/NAME on the hub: a folder that is not there."""
+    parts = path.split("/")
+    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
+        raise ValueError(f"{path}: there is no such folder")
+
+
+def check_no_file(path):
+    """Raises `ValueError` for a file, where a folder or a name on the hub is expected."""
+    if os.path.isfile(path):
+        raise ValueError(
+            f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
+            "file of weights)"
+        )

@@ -8,10 +8,10 @@ checkpoint folder, whose averages are sampled. Without it: ./LargeDiT_3B_2_256 i
 else the public Alpha-VLLM/Large-DiT-3B-256.
 """
 
-from infer_demo_dit import Demo, main
 from runtime.process import run_cli
+from sampling.demo import DiTDemo, draw_dit
 
-DEMO = Demo(
+DEMO = DiTDemo(
     kind="LargeDiT_3B",
     local_folder="./LargeDiT_3B_2_256",
     public_name="Alpha-VLLM/Large-DiT-3B-256",
@@ -20,5 +20,11 @@ DEMO = Demo(
     description=__doc__,
 )
 
+
+
+def main(argv=None):
+    draw_dit(argv, DEMO)
+
+
 if __name__ == "__main__":
-    run_cli(lambda: main(demo=DEMO))
+    run_cli(main)

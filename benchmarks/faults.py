@@ -510,13 +510,13 @@ def slow_writes(bytes_per_second):
     """Slows the writing of checkpoints down, in this process."""
     from runtime import files as manifest
 
-    write = manifest._HashedFile.write
+    write = manifest.HashedFile.write
 
     def slow(self, data):
         time.sleep(memoryview(data).nbytes / bytes_per_second)
         return write(self, data)
 
-    manifest._HashedFile.write = slow
+    manifest.HashedFile.write = slow
 
 
 def _read_rows(path):

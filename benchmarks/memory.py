@@ -99,16 +99,19 @@ def worker(path, loop, flags, emulate):
 def _emulate_half():
     """float64 for float32 and float32 for bfloat16, by the O1 lists: products in half, softmax and norms in single."""
     import paddle
-    from paddle import _C_ops
+
+    from runtime.paddle_private import operators
+
+    ops = operators()
 
     def cast_inputs(name, dtype):
-        function = getattr(_C_ops, name)
+        function = getattr(ops, name)
 
         def cast(value):
             floats = isinstance(value, paddle.Tensor) and value.dtype in (paddle.float32, paddle.float64)
             return value.cast(dtype) if floats and value.dtype != dtype else value
 
-        setattr(_C_ops, name, lambda *args, **options: function(*map(cast, args), **options))
+        setattr(ops, name, lambda *args, **options: function(*map(cast, args), **options))
 
     paddle.set_default_dtype("float64")
     for name in ("linear", "matmul", "conv2d"):

@@ -232,12 +232,12 @@ def _kept(forward):
 
 def _products(forward):
     """Returns the matrix multiplications of a forward pass, `(shape of x, shape of w, transpose_y)` each."""
-    from paddle import _C_ops
-
     from models import cpu_ops
+    from runtime.paddle_private import operators
 
     cpu_ops.faster = lambda: False  # the plain formulas: every product is one of the two operators
-    found, kept = [], (_C_ops.matmul, _C_ops.linear)
+    ops = operators()
+    found, kept = [], (ops.matmul, ops.linear)
 
     def matmul(x, y, transpose_x=False, transpose_y=False, **options):
         found.append((list(x.shape), list(y.shape), transpose_y))
@@ -247,11 +247,11 @@ def _products(forward):
         found.append(([x.size // x.shape[-1], x.shape[-1]], list(weight.shape), False))
         return kept[1](x, weight, bias, *args)
 
-    _C_ops.matmul, _C_ops.linear = matmul, linear
+    ops.matmul, ops.linear = matmul, linear
     try:
         forward()
     finally:
-        _C_ops.matmul, _C_ops.linear = kept
+        ops.matmul, ops.linear = kept
     return found
 
 

@@ -1,7 +1,6 @@
 """Interpolant transport as an objective."""
 
 import paddle
-from tqdm.auto import tqdm
 
 from objectives.base import Objective, draw_rows
 from transport import Sampler, create_transport
@@ -74,7 +73,11 @@ def sample_transport(
     steps = num_steps if sampler == "sde" else num_steps - 1
 
     def watch(states):
-        states = iter(tqdm(states, total=num_steps) if progress else states)
+        if progress:
+            from tqdm.auto import tqdm
+
+            states = tqdm(states, total=num_steps)
+        states = iter(states)
         yield next(states)  # the noise
         for step, state in enumerate(states, 1):
             callback(step, steps, state[0] if sampler == "ode" else state)

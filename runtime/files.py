@@ -113,7 +113,7 @@ class FolderWriter:
         """Yields a binary file to write, whose size and checksum are taken on the way."""
         path = os.path.join(self.partial, name)
         with named_errors(path), open(path, "wb") as file:
-            hashed = _HashedFile(file)
+            hashed = HashedFile(file)
             yield hashed
             file.flush()
             os.fsync(file.fileno())
@@ -135,7 +135,7 @@ class FolderWriter:
         _restore(self.folder)
 
 
-class _HashedFile:
+class HashedFile:
     def __init__(self, file):
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
 

@@ -220,6 +220,16 @@ def replaced(module, **attributes):
             setattr(module, name, value)
 
 
+# For benchmarks.
+
+
+def operators():
+    """Returns Paddle's operators as they are called in eager mode: a module whose functions can be replaced."""
+    import paddle
+
+    return paddle._C_ops
+
+
 # Networks.
 
 

@@ -3,19 +3,23 @@
 Nothing here imports Paddle before `draw` does: what a user gets wrong is said at once.
 """
 
+import argparse
 import contextlib
 import io
 import math
 import os
 import re
+from dataclasses import dataclass
 
 from PIL import Image
 
 from config.flags import check_seed
+from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, resolve_device
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.labels import DEFAULT_CLASS
+from sampling.model_path import check_no_file, describe_model
 
 MAX_NAME = 240  # bytes of a file's name; file systems take 255
 
@@ -222,3 +226,57 @@ def save_image(image, path, overwrite):
         with contextlib.suppress(OSError):
             os.unlink(partial)
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiT and Large-DiT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiTDemo:
+    """What differs between the demos of DiTs of several sizes: their defaults.
+
+    Attributes:
+        kind: of the PNG's name. local_folder, public_name: what is sampled without --model_path, the first if it is
+            there. seed: of the noise. gpu_dtype: on a GPU. description: of --help.
+    """
+
+    description: str
+    kind: str = "DiT"
+    local_folder: str = "./DiT_XL_2_256"
+    public_name: str = "facebook/DiT-XL-2-256"
+    seed: int = 0
+    gpu_dtype: str = "float32"
+
+
+def draw_dit(argv, demo):
+    """Runs the demo of a DiT: reads the command line, draws the images, and saves them as a PNG."""
+    parser = argparse.ArgumentParser(description=demo.description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model_path", help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder"
+    )
+    add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
+    parser.add_argument("--scheduler", choices=("ddim", "dpm", "ddpm"), help="ddpm for checkpoints only [ddim]")
+    parser.add_argument(
+        "--backend",
+        choices=("eager", "inference"),
+        default="eager",
+        help="inference: Paddle Inference, see tools/export_inference.py [eager]",
+    )
+    checkpoint = parser.add_argument_group("for a training checkpoint")
+    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
+    checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
+    args = parser.parse_args(argv)
+    check_flags(args)
+
+    path = args.model_path
+    if path is None:
+        path = demo.local_folder if os.path.isdir(demo.local_folder) else demo.public_name
+    check_no_file(path)
+    expected = "DiTPipeline" if args.backend == "eager" else None  # a SiT is told how it can be exported
+    model = describe_model(path, expected, id2label=args.id2label)
+    model.check_backend(args.backend)
+    model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
+    check_model(args, model)
+    draw(demo.kind, args, model, method=args.scheduler)

@@ -220,7 +220,7 @@ def kill_at_operation(number, monkeypatch):
 
     for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, counting(getattr(os, name)))
-    monkeypatch.setattr(manifest._HashedFile, "write", counting(manifest._HashedFile.write))
+    monkeypatch.setattr(manifest.HashedFile, "write", counting(manifest.HashedFile.write))
 
 
 def write_folder(folder, value):
@@ -265,14 +265,14 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
 
 def fail_while(monkeypatch, condition):
     """Writing a checkpoint's file of which `condition(path)` holds meets a full disk."""
-    write = manifest._HashedFile.write
+    write = manifest.HashedFile.write
 
     def full(self, data):
         if condition(self.file.name):
             raise OSError(28, "No space left on device")
         return write(self, data)
 
-    monkeypatch.setattr(manifest._HashedFile, "write", full)
+    monkeypatch.setattr(manifest.HashedFile, "write", full)
 
 
 def test_a_full_disk_does_not_end_training(run, monkeypatch, capsys):
@@ -330,7 +330,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys
     for step in (8, 10):
         shutil.rmtree(run.at(step))
     later, writers = threading.Event(), []
-    write, step_done = manifest._HashedFile.write, TrainingLog.step_done
+    write, step_done = manifest.HashedFile.write, TrainingLog.step_done
 
     def slow(self, data):
         if "8.partial" in self.file.name:
@@ -344,7 +344,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys
             later.set()
         return done
 
-    monkeypatch.setattr(manifest._HashedFile, "write", slow)
+    monkeypatch.setattr(manifest.HashedFile, "write", slow)
     monkeypatch.setattr(TrainingLog, "step_done", tell)
     capsys.readouterr()
     run.resume()
@@ -358,13 +358,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch, capsys
 
 def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(trainer_run, monkeypatch, capsys):
     run, threads = trainer_run, set()
-    write = manifest._HashedFile.write
+    write = manifest.HashedFile.write
 
     def note_thread(self, data):
         threads.add(threading.current_thread().name)
         return write(self, data)
 
-    monkeypatch.setattr(manifest._HashedFile, "write", note_thread)
+    monkeypatch.setattr(manifest.HashedFile, "write", note_thread)
     run.arguments = [*run.arguments, "--max_steps=8"]
     run.resume()
     assert threads == {SAVING_THREAD}

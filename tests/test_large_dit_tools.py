@@ -33,14 +33,15 @@ from diffusion import create_diffusion
 from models.state import paddle_to_official
 from objectives import build_objective
 from sampling import SiTPipeline
+from sampling.demo import draw_dit
 from sampling.guidance import guided
 from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.pipelines.export_large_dit import export_large_dit_pipeline
 from sampling.pipelines.folder import CODE, TREE
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
-from tools.convert_official_weights import save_paddle
 from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams, save_torch
+from weights.output import save_paddle
 from weights.shards import shard_axis
 
 TOLERANCE = 3e-5  # ppdiffusers computes the timestep frequencies in float32
@@ -464,7 +465,7 @@ def test_demo_scripts_without_arguments(tmp_path, monkeypatch, size, demo):
     model = make_model(config)
     labels = read_labels(IMAGENET_LABELS)
     export_large_dit_pipeline(config, state_of(model), make_vae(), demo.local_folder, id2label=labels)
-    infer_demo_dit.main([], demo=demo)
+    draw_dit([], demo)
     image = np.asarray(Image.open(f"result_LargeDiT_{size.upper()}_golden_retriever.png")).astype(int)
     flags = ["--model_path", demo.local_folder, "--classes", 207, "--num_inference_steps", 25, "--seed", demo.seed]
     assert np.array_equal(image, draw("a.png", *flags))

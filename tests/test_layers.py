@@ -94,9 +94,11 @@ def test_what_every_help_needs_imports_no_framework_at_its_top():
     assert_none([path for path in PACKAGED if folder(path) in ("runtime", "config")], find)
 
 
-def test_scripts_are_imported_by_tests_only():
+def test_scripts_are_imported_by_tests_and_benchmarks_only():
     def find(path):
-        allowed = {"tests.support", "_root", *(["benchmarks"] if folder(path) == "benchmarks" else [])}
+        allowed = {"tests.support", "_root"}
+        if folder(path) == "benchmarks":  # which time commands
+            allowed |= {"benchmarks", "tools"}
         return refused(path, SCRIPTS, allowed)
 
     assert_none([path for path in PRODUCT if path not in PACKAGED], find)
@@ -113,6 +115,7 @@ def test_tests_import_neither_benchmarks_nor_one_another():
 OTHERS = {
     *("_replace", "_asdict", "_fields", "_make", "_exit", "_root"),
     *("_actions", "_option_string_actions"),  # argparse
+    *("_foreach_add_", "_foreach_mul_"),  # torch, of a benchmark
     *("_current_frames", "_mmap", "_wrapped"),  # sys; numpy's memmap; tqdm's ObjectWrapper
     *("_progress_bar_config", "_convert_deprecated_attention_blocks", "_update_deprecated_state_dict"),  # ppdiffusers
 }

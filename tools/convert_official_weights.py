@@ -22,6 +22,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
+from weights.output import check_output, is_safetensors, save_paddle
 
 
 def convert(args):
@@ -57,52 +58,6 @@ def convert(args):
             "note: the official code normalises queries and keys over the heads of one rank, the merged network over "
             "all heads: with qk_norm its output is not quite that of the shards."
         )
-
-
-def check_output(path, overwrite=False, torch=False):
-    """Raises ValueError for a file that can't be written, or whose name would say another layout than it has.
-
-    Args:
-        overwrite: it may be there already.
-        torch: it will hold PyTorch's layout, not Paddle's.
-    """
-    other = (".pdparams", ".pdopt") if torch else (".pt", ".pth", ".bin", ".ckpt")
-    if path.lower().endswith(other):
-        expected = ".pt or .safetensors" if torch else ".pdparams or .safetensors"
-        what = "PyTorch's" if torch else "Paddle's"
-        raise ValueError(f"{path}: expected a name that ends in {expected}, as the file will be in {what} layout")
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder; expected the name of a file")
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"{path}: exists already; give another name, or --overwrite")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{path}: there is no folder {folder}")
-
-
-def is_safetensors(path):
-    """Returns whether a file of that name is to hold safetensors."""
-    return path.lower().endswith(".safetensors")
-
-
-def save_paddle(state, path, dtype="float32", safe=False):
-    """Writes {name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
-    import numpy as np
-
-    from models.state import check_finite
-    from weights.files import save_pdparams, save_safetensors
-
-    def cast(value):
-        if dtype != "bfloat16":
-            with np.errstate(over="ignore"):
-                return value.astype(dtype, copy=False)
-        import paddle
-
-        return paddle.to_tensor(value, place=paddle.CPUPlace()).astype(dtype).numpy()  # uint16
-
-    state = {name: cast(value) for name, value in state.items()}
-    check_finite(state, source=f"in {dtype}")
-    (save_safetensors if safe else save_pdparams)(state, path)
 
 
 def main(argv=None):

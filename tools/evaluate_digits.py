@@ -16,10 +16,10 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
 from config.flags import check_seed
-from runtime.files import write_json
 from evaluation.digits import check_size, evaluate, load_digits_through_vae
 from features.autoencoder import downsampling
 from features.images import find_images
+from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import check_ending, check_scale, show_steps
 from sampling.grid import make_grid

@@ -16,7 +16,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.flags import str2bool
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
-from tools.convert_official_weights import check_output, is_safetensors, save_paddle
+from weights.output import check_output, is_safetensors, save_paddle
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NETWORK, AVERAGES = "transformer.", "model_ema."

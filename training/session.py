@@ -243,8 +243,8 @@ class Session:
     def begin_update(self, step):
         """Tells the watch that the optimizer's step `step` comes; the stations are listed in `training.optimizer`."""
         self.stopping.phase("updating the weights")
-        self._learning_rate = self.optimizer.get_lr()
-        self.numbers.begin_update(step, self._learning_rate, self.scaler)
+        self.learning_rate = self.optimizer.get_lr()
+        self.numbers.begin_update(step, self.learning_rate, self.scaler)
 
     def end_update(self):
         """Closes the books of the step; the objective learns from it."""
@@ -263,7 +263,7 @@ class Session:
         if self.log.step_done(step):
             self.log.report(
                 **self.numbers.take(),
-                lr=self._learning_rate,
+                lr=self.learning_rate,
                 grad_norm=self.gradient_norm.take(),
                 epoch=self.sampler.epoch(step),
             )

@@ -45,15 +45,15 @@ class LocalShard:
     """
 
     def __init__(self, model, optimizer=None):
-        self._parameters = dict(model.named_parameters())
+        self._by_name = dict(model.named_parameters())
         self.group, owners = sharding_of(optimizer)
         self._owner = None  # rank in the sharding group by name, in stages 1 and 2
         if owners is not None:
             # Frozen parameters are not in the optimizer: theirs is the first rank.
-            self._owner = {name: owners.get(parameter.name, 0) for name, parameter in self._parameters.items()}
+            self._owner = {name: owners.get(parameter.name, 0) for name, parameter in self._by_name.items()}
         self._splits = {
             parameter.name: parameter.parallel_split
-            for parameter in self._parameters.values()
+            for parameter in self._by_name.values()
             if getattr(parameter, "parallel_split", None) is not None
         }
         self.tensor_group = next((split.group for split in self._splits.values()), None)
@@ -66,11 +66,11 @@ class LocalShard:
 
     def part(self, name, whole):
         """Returns this rank's `local_tensor` of a whole parameter-shaped array."""
-        return self.shard(name, rank_part(self._parameters[name], whole))
+        return self.shard(name, rank_part(self._by_name[name], whole))
 
     def shard(self, name, value):
         """Returns what stage 3 leaves this rank of a value, array or tensor, shaped as its network's parameter."""
-        parameter = self._parameters[name]
+        parameter = self._by_name[name]
         if local_tensor(parameter) is parameter:
             return value
         size = int(np.prod(local_tensor(parameter).shape))
@@ -89,7 +89,7 @@ class LocalShard:
         Args:
             tensor: this rank's part; ignored where another rank owns it.
         """
-        parameter = self._parameters[name]
+        parameter = self._by_name[name]
         if self._owner is not None:
             value = tensor.astype("float32").clone() if self.owns(name) else paddle.zeros(parameter.shape, "float32")
             dist.broadcast(value, src=self.group.ranks[self._owner[name]], group=self.group)
@@ -111,9 +111,9 @@ class LocalShard:
             `{name: float32 array}`; empty on other ranks than 0, which copy nothing to the host.
         """
         result = {}
-        for name in self._parameters if names is None else names:
+        for name in self._by_name if names is None else names:
             value = self.unshard(name, tensors.get(name))
-            split = self._splits.get(self._parameters[name].name)
+            split = self._splits.get(self._by_name[name].name)
             parts = [value]
             if split is not None:
                 parts = []
@@ -134,7 +134,7 @@ class LocalShard:
 
     def whole_shapes(self):
         """Returns `{name: shape}` of the whole network's parameters."""
-        return {name: whole_shape(parameter) for name, parameter in self._parameters.items()}
+        return {name: whole_shape(parameter) for name, parameter in self._by_name.items()}
 
     def norm_weight(self, key):
         """Returns how to add this rank's squared gradient norm to the global one.

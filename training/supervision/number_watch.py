@@ -70,7 +70,7 @@ class NumberWatch:
         self._losses, self._parts = [], {}  # of the step's micro-batches
         self._judged = True
         self._step = 0
-        self._scaler = self._scale = None
+        self._scaler = self._loss_scale = None
         self._rates = {}  # learning rates of the steps since the last report
         self._objective = {}
         self._ok = self._rate = None
@@ -110,7 +110,7 @@ class NumberWatch:
         self._step, self._judged = step, False
         self._rates[step] = learning_rate
         self._scaler = scaler if is_scaler_on(scaler) else None
-        self._scale = None if self._scaler is None else loss_scale(scaler)
+        self._loss_scale = None if self._scaler is None else loss_scale(scaler)
 
     @paddle.no_grad()
     def judge(self, square, gradients):
@@ -157,7 +157,7 @@ class NumberWatch:
         self._losses, self._parts, self._judged = [], {}, True
         infinite = ~paddle.isfinite(square)
         if self._scaler is not None:
-            infinite = infinite & ~(found_overflow(self._scaler) & (self._scale.reshape([1]) > 1.0))
+            infinite = infinite & ~(found_overflow(self._scaler) & (self._loss_scale.reshape([1]) > 1.0))
         infinite = infinite | ~paddle.isfinite(loss)
         if dist.get_world_size() > 1:
             loss, infinite, parts = self._over_ranks(loss, infinite, parts)

@@ -18,6 +18,9 @@ def load_npy(path, *, mapped=False):
     """
     try:
         with open_regular(path) as file:
+            if file.read(2) == b"PK":
+                raise ValueError("it holds an archive of arrays")
+            file.seek(0)
             array = np.lib.format.open_memmap(path, mode="r")  # takes no memory, and refuses what the file has not
             return array if mapped else np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:

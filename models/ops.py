@@ -79,17 +79,16 @@ class Operators:
         """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
         return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
 
-    def linear(self, x, weight, bias):
-        """Returns `x @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias `(M,)` or None."""
-        if bias is not None and self.fast(x, weight):
-            return cpu_ops.linear(x, weight, bias)
-        return F.linear(x, weight, bias)
+    def linear(self, x, weight, bias, *, gelu=False):
+        """Returns `x @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias `(M,)` or None.
 
-    def linear_of_gelu(self, layer, x):
-        """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a whole or a split linear layer."""
-        if isinstance(layer, nn.Linear) and not self.keep_gelu and self.fast(x, layer.weight):
-            return cpu_ops.linear(x, layer.weight, layer.bias, gelu=True)
-        return layer(F.gelu(x, approximate=True))
+        Args:
+            gelu: take the GELU (tanh approximation) of x first.
+        """
+        fast = bias is not None and self.fast(x, weight)
+        if gelu and not (fast and not self.keep_gelu):
+            x, gelu = F.gelu(x, approximate=True), False
+        return cpu_ops.linear(x, weight, bias, gelu=gelu) if fast else F.linear(x, weight, bias)
 
     def layer_norm(self, x, weight, bias, *, epsilon):
         """Returns the layer norm of x over its last axis; weight and bias: of that width."""

@@ -15,6 +15,7 @@ import paddle
 from paddle import nn
 from paddle.distributed.fleet import meta_parallel
 from paddle.distributed.fleet.layers.mpu.random import MODEL_PARALLEL_RNG, get_rng_state_tracker
+from paddle.nn import functional as F
 
 from runtime.paddle_private import concat_over_group, keep_own_parameters_float32, sum_gradient_over_group
 
@@ -109,8 +110,8 @@ def _undrawn():
 class Linear(ops.Layer, nn.Linear):
     """A whole linear layer: x `(..., in)` -> `x @ weight + bias` `(..., out)`."""
 
-    def forward(self, x):
-        return self.ops.linear(x, self.weight, self.bias)
+    def forward(self, x, gelu=False):
+        return self.ops.linear(x, self.weight, self.bias, gelu=gelu)
 
 
 class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
@@ -118,6 +119,14 @@ class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
 
     def forward(self, x):
         return self.linear(x, self.weight, self.bias)
+
+
+def linear_of_gelu(layer, x):
+    """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a linear one, whole or split.
+
+    A whole one takes the GELU itself: its weight may be there only while it is called (sharding stage 3).
+    """
+    return layer(x, gelu=True) if isinstance(layer, Linear) else layer(F.gelu(x, approximate=True))
 
 
 LINEARS = (nn.Linear, meta_parallel.ColumnParallelLinear, meta_parallel.RowParallelLinear)

@@ -467,7 +467,7 @@ def test_a_run_with_loss_scaling(tmp_path, run_loop, monkeypatch, make_scaler):
     [
         ("--on_nonfinite=ignore", "on_nonfinite: invalid choice: 'ignore'"),
         ("--loss_spike_factor=0.5", "loss_spike_factor must be 0 for off, or a number above 1, got 0.5"),
-        ("--loss_spike_factor=nan", "loss_spike_factor must be 0 for off, or a number above 1, got NaN"),
+        ("--loss_spike_factor=nan", "loss_spike_factor must be 0 for off, or a number above 1, got nan"),
     ],
 )
 def test_flags(features, tmp_path, run_loop, flag, message):

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import types
 import weakref
 import zipfile
@@ -244,7 +245,9 @@ class TestOtherFormats:
         try:
             tree = safe_load(path)
             array = tree["a"]
-            held = weakref.ref(array if array.base is None else array.base)
+            holders = sys.getrefcount(array.base)
+            assert holders == 2  # the array, and this call
+            held = weakref.ref(array)
             del tree, array
             assert held() is None
         finally:

@@ -6,9 +6,8 @@ Three kinds of file are read, told apart by their content, not by their name:
 * Paddle pickles (``.pdparams``, ``.pdopt``), as ``paddle.save`` writes them,
 * ``.safetensors``.
 
-The first two are pickles, and a pickle may call any function of the machine that opens it. Here it can't: see
-``weights.unpickle``. What a file states of lengths and shapes is compared with its size before memory is taken for it.
-Neither PyTorch nor Paddle is imported.
+The first two are pickles, which may call any function; here they can't, see ``weights.unpickle``. What a file states of
+lengths and shapes is compared with its size before memory is taken. Neither PyTorch nor Paddle is imported.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
 from runtime.untrusted import open_regular, printable
-from weights.records import Records, array_on, contiguous_stride, widened
+from weights.records import Records, contiguous_stride, elements, read_elements, widened
 from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
 
 _SAFETENSORS_TYPES = {
@@ -95,7 +94,7 @@ def _one_line(path, error):
 
 
 def _read_torch_zip(file, tolerant):
-    left = os.fstat(file.fileno()).st_size
+    left = _size(file)
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -115,10 +114,10 @@ def _read_torch_zip(file, tolerant):
         program = Unpickler(io.BytesIO(member("data.pkl")))
         tree, storages = program.load(), {}
         for key, (dtype, numel) in program.storages.items():
-            storages[key] = _elements(member(f"data/{key}"), dtype, big_endian), dtype
+            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
             if len(storages[key][0]) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
-    return _values(tree, file, storages, tolerant)
+    return Records(_size(file), storages).read(tree, tolerant)
 
 
 def _read_pickle(file, tolerant):
@@ -139,16 +138,11 @@ def _read_pickle(file, tolerant):
             dtype, numel = program.storages[key]
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {printable(key)} is not of the stated size")
-            storages[key] = _read_elements(file, numel, dtype, big_endian), dtype
-    tree = _values(tree, file, storages, tolerant)
+            storages[key] = read_elements(file, numel, dtype, big_endian), dtype
+    tree = Records(_size(file), storages).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
     return tree
-
-
-def _values(tree, file, storages, tolerant):
-    records = Records(os.fstat(file.fileno()).st_size, storages)
-    return records.entries(tree) if tolerant else records.value(tree)
 
 
 def _read_safetensors(path, file):
@@ -168,7 +162,7 @@ def _read_safetensors(path, file):
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
-        state[name] = widened(_read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
+        state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
 
@@ -188,23 +182,12 @@ def safetensors_layout(path):
         raise _one_line(path, error) from None
 
 
+def _size(file):
+    return os.fstat(file.fileno()).st_size
+
+
 def _is_paddle(header):
     return (header.metadata() or {}).get("format") in ("pd", "np")
-
-
-def _read_elements(file, count, dtype, big_endian=False):
-    """Returns the next elements of a file, which must have them before memory is taken; see `_elements`."""
-    size = count * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
-    if size > os.fstat(file.fileno()).st_size - file.tell():
-        raise ValueError(f"it states a length of {size:,} bytes, which is more than it has")
-    return _elements(file.read(size), dtype, big_endian)
-
-
-def _elements(data, dtype, big_endian):
-    """Returns the bytes of a storage as elements `(numel,)` of this machine's byte order; bfloat16 as uint16."""
-    stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
-    array = array_on(data, stored, (len(data) // stored.itemsize,))
-    return array.astype(stored.newbyteorder("="), copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Makes numpy arrays and plain values of the records that `weights.unpickle` reads."""
 
 import math
+import os
 import re
 
 import numpy as np
@@ -25,9 +26,9 @@ class Records:
     def __init__(self, file_size, storages=None):
         self.left, self.storages, self.done = 4 * file_size + (1 << 26), storages, {}
 
-    def entries(self, tree):
-        """Returns what `value` does but, of a dict, the error for each entry that has no value."""
-        if not isinstance(tree, dict):
+    def read(self, tree, tolerant):
+        """Returns `value(tree)`; where `tolerant`, an entry of a dict that has no value becomes the error."""
+        if not tolerant or not isinstance(tree, dict):
             return self.value(tree)
         entries = {}
         for name in filter(lambda name: isinstance(name, _PLAIN), tree):
@@ -187,6 +188,21 @@ def array_on(data, dtype, shape, order="C"):
     array = np.ndarray(0, dtype)
     array.__setstate__((1, tuple(shape), dtype, order == "F", data))
     return array
+
+
+def read_elements(file, count, dtype, big_endian=False):
+    """Returns the next elements of a file, which must have them before memory is taken; see `elements`."""
+    size = count * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
+    if size > os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError(f"it states a length of {size:,} bytes, which is more than it has")
+    return elements(file.read(size), dtype, big_endian)
+
+
+def elements(data, dtype, big_endian):
+    """Returns the bytes of a storage as elements `(numel,)` of this machine's byte order; bfloat16 as uint16."""
+    stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
+    array = array_on(data, stored, (len(data) // stored.itemsize,))
+    return array.astype(stored.newbyteorder("="), copy=False)
 
 
 def _are_sizes(numbers):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import operator
 import os
 import pickle
@@ -18,9 +19,8 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from safetensors.numpy import save_file
 from support.mutations import READERS, fuzz_all
-from support.runs import TINY_MODELS, write_config, write_features
+from support.runs import TINY_MODELS, write_config
 
 import infer_demo_sit
 from features.autoencoder import load_vae
@@ -439,37 +439,61 @@ class TestCheckpointsOfNoArrays:
                 load_checkpoint(folder).optimizer  # noqa: B018 (read when it is wanted)
             one_line(error)
 
+    def test_official_file(self, tmp_path):
+        path, ones = tmp_path / "x.pt", np.ones((2, 3), "f4")
 
-class TestJson:
-    @pytest.mark.parametrize(
-        "text, message",
-        [
-            (b"[" * 100 + b"]" * 100, "nested more than 64 deep"),
-            (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
-            (b'{"a": ' + b"9" * 5000 + b"}", "has more than 64 bits"),
-            (b'{"a": 1e999}', "is too large"),
-            (b'{"a": NaN}', "NaN is no JSON value"),
-            (b'{"a": "\xff"}', "not UTF-8 text at byte 7"),
-            (b"", "broken JSON at line 1"),
-        ],
-    )
-    def test_one_line(self, tmp_path, text, message):
-        path = tmp_path / "x.json"
+        def load(step=3, betas=(0.9, 0.999), moment=ones, weight=ones):
+            entry = {"step": step, "exp_avg": moment, "exp_avg_sq": moment}
+            opt = {"state": {0: entry}, "param_groups": [{"betas": betas, "params": [0]}]}
+            model = {"module._orig_mod.a.weight": weight}
+            path.write_bytes(pickle.dumps({"model": model, "ema": model, "opt": opt, "args": {"out": tmp_path}}))
+            return load_checkpoint(path)
+
+        for step in (3, np.float32([3]), np.array(3.0, "f4")):
+            checkpoint = load(step=step)
+            assert checkpoint.progress["global_step"] == 3
+            assert checkpoint.optimizer["a.weight"]["moment1"].shape == (3, 2)
+            assert list(checkpoint.model) == list(checkpoint.ema) == ["a.weight"]
+        wrong_state = "its 'opt' is not the state of torch.optim.AdamW"
+        not_finite = r".*a\.weight has 6 of 6 values that are not finite"
+        for values, message in (
+            ({"step": 30_000_000, "betas": (3**30, 7)}, wrong_state),  # a power of 10^8 digits
+            ({"step": math.inf}, wrong_state),
+            ({"step": 1 << 60}, wrong_state),
+            ({"step": -1}, wrong_state),
+            ({"step": np.ones(2)}, wrong_state),
+            ({"betas": (0.9, math.nan)}, wrong_state),
+            ({"betas": ("0", 0.9)}, wrong_state),
+            ({"moment": [[0.0, 0.0]]}, wrong_state),
+            ({"moment": 1.0}, wrong_state),
+            ({"weight": "x"}, "its 'model' is no state dict"),
+            ({"weight": np.full((2, 3), np.nan, "f4")}, not_finite),
+            ({"moment": np.full((2, 3), np.nan, "f4")}, not_finite),
+        ):
+            with pytest.raises(ValueError, match=rf"x\.pt: {message}") as error:
+                load(**values)
+            one_line(error)
+
+
+def test_json(tmp_path):
+    path = tmp_path / "x.json"
+    for text, message in (
+        (b"[" * 100 + b"]" * 100, "nested more than 64 deep"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "has more than 64 bits"),
+        (b'{"a": 1e999}', "is too large"),
+        (b'{"a": NaN}', "NaN is no JSON value"),
+        (b'{"a": "\xff"}', "not UTF-8 text at byte 7"),
+        (b"", "broken JSON at line 1"),
+        (b"1" + b" " * (1 << 22), "more than 4 MiB"),
+    ):
         path.write_bytes(text)
-        with pytest.raises(ValueError, match=rf"x\.json: .*({message})") as error:
+        with pytest.raises(ValueError, match=rf"x\.json: .*{message}") as error:
             read_json(path)
         one_line(error)
-
-    def test_what_is_right_is_read(self):
-        value = {"a": [1, -(2**64) + 1, 1.5, None, True, {"b": "ü"}]}
-        assert parse_json(json.dumps(value).encode()) == value
-        assert parse_json("[-Infinity]", infinity=True) == [-np.inf]
-
-    def test_too_large(self, tmp_path):
-        with open(tmp_path / "x.json", "wb") as file:
-            file.truncate(1 << 27)
-        with pytest.raises(ValueError, match="more than 4 MiB"):
-            read_json(tmp_path / "x.json")
+    value = {"a": [1, -(2**64) + 1, 1.5, None, True, {"b": "ü"}]}
+    assert parse_json(json.dumps(value).encode()) == value
+    assert parse_json("[-Infinity]", infinity=True) == [-np.inf]
 
 
 class TestPaths:
@@ -519,17 +543,6 @@ class TestPaths:
                 with pytest.raises(ValueError, match="is no regular file but a pipe or device"):
                     read(path)
 
-    def test_a_pipe_among_the_features(self, tmp_path):
-        from features.pairs import PairStore
-
-        write_features(tmp_path, count=3)
-        path = tmp_path / "imagenet64_features" / "1.npy"
-        path.unlink()
-        os.mkfifo(path)
-        store = PairStore(str(tmp_path), "imagenet64")
-        with pytest.raises(ValueError, match=r"1\.npy: .*no regular file"):
-            store.read(np.array([1]), np.empty((1, *store.row_shape), "f4"))
-
 
 def test_a_lost_connection_is_not_a_file_that_is_not_there(monkeypatch, tmp_path):
     import ppdiffusers
@@ -554,16 +567,6 @@ def test_a_lost_connection_is_not_a_file_that_is_not_there(monkeypatch, tmp_path
     earlier.touch()
     assert find_weights("someone/something") == ([str(earlier)], "paddle")
     assert all(hasattr(ppdiffusers, name) for name in SCHEDULERS)
-
-
-def test_bfloat16_of_ppdiffusers(tmp_path):
-    """It has no name for that type in numpy, and writes uint16."""
-    values = np.array([0x3F80, 0xC020], "u2")
-    path = tmp_path / "x.safetensors"
-    for made_by, expected in (("pd", [1.0, -2.5]), ("np", [1.0, -2.5]), ("pt", values)):
-        save_file({"w": values}, str(path), metadata={"format": made_by})
-        np.testing.assert_array_equal(safe_load(path)["w"], expected)
-        np.testing.assert_array_equal(read_weights(path)[0]["w"], expected)
 
 
 class TestImages:

@@ -132,8 +132,8 @@ def _read_pickle(file, tolerant):
         big_endian = not Unpickler(file).load().get("little_endian", True)
         program, storages = Unpickler(file), {}
         tree = program.load()
-        for key in map(str, Unpickler(file).load()):
-            if key not in program.storages:  # how long it is can't be told
+        for key in Unpickler(file).load():
+            if not isinstance(key, str) or key not in program.storages:  # how long it is can't be told
                 raise Refused("it has a storage of a type that weights don't have")
             dtype, numel = program.storages[key]
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:

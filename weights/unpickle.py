@@ -112,11 +112,11 @@ class Unpickler(pickle.Unpickler):
             return kind
         if view and view[0] is not None:
             raise Refused("it has a storage that is a view of another one: save it with a newer PyTorch")
-        if not isinstance(key, (str, int)) or type(numel) is not int or not 0 <= numel < 1 << 60:
+        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 60:
             raise ValueError("a storage of impossible size")
-        if self.storages.setdefault(str(key), (dtype, numel)) != (dtype, numel):
+        if self.storages.setdefault(key, (dtype, numel)) != (dtype, numel):
             raise ValueError(f"its storage {printable(key)} has two types or sizes")
-        return Call("storage", (str(key),))
+        return Call("storage", (key,))
 
 
 class _Map(mmap.mmap):

@@ -93,7 +93,7 @@ def doubled(part, times=200):
 
 
 REBUILD = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
-LONG_LIST = b"(" + b"K\x01" * 10**5 + b"l"
+LONG_LIST = b"(" + b"K\x01" * 20_000 + b"l"
 # A pickle, and what is said of it; None: it is read.
 HOSTILE = {
     "a function of ours": (b"\x80\x02cweights.files\nsafe_load\n(X\1\0\0\0xtR.", "import weights.files.safe_load,"),
@@ -241,6 +241,19 @@ class TestSizes:
     def test_views_of_one_storage_are_no_bomb(self, tmp_path):
         path = self.torch(tmp_path / "x.pt", bytes(4 * 2**20), 2**20, (2**10, 2**10), (2**10, 1), times=500)
         assert len(safe_load(path)) == 500
+
+    def test_storages_of_the_format_before_zip(self, tmp_path):
+        head = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+        storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0kX\3\0\0\0cpu\x8a\6" + bytes(5) + b"\1tQ"
+        path = tmp_path / "x.pt"
+        for keys, message in (
+            (b"]" + doubled(b"K\1") + b"a.", "a storage of a type that weights don't have"),
+            (b"]X\1\0\0\0ka.", "it states a length of 4,398,046,511,104 bytes"),
+        ):
+            path.write_bytes(head + b"\x80\2]" + storage + b"a." + b"\x80\2" + keys + bytes(5) + b"\1\0\0")
+            with pytest.raises(ValueError, match=message) as error:
+                safe_load(path)
+            one_line(error)
 
     def test_zip_members(self, tmp_path):
         path = tmp_path / "x.pt"

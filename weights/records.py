@@ -24,6 +24,7 @@ class Records:
     """
 
     def __init__(self, file_size, storages=None):
+        # `done` is by the id of a node, which holds as long as the tree does: only nodes of it may go to `value`.
         self.left, self.storages, self.done = 4 * file_size + (1 << 26), storages, {}
 
     def read(self, tree, tolerant):
@@ -145,7 +146,7 @@ _MAKERS = {
     "_frombuffer": Records._array,
     "scalar": Records._scalar,
     "OrderedDict": Records._dict,
-    "Namespace": lambda records, call, depth: records.value(call.state or {}, depth),
+    "Namespace": lambda records, call, depth: {} if call.state is None else records.value(call.state, depth),
     "_rebuild_parameter": lambda records, call, depth: records.value(call.arguments[0], depth),
     "tuple": lambda records, call, depth: records.value(call.arguments[0], depth),
     "encode": Records._encoded,

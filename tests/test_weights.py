@@ -9,7 +9,9 @@ import gc
 import json
 import os
 import pickle
+import shutil
 import struct
+import sys
 import types
 import weakref
 import zipfile
@@ -18,8 +20,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import save_file
 from support.golden import GOLDEN, load_golden, relative_error
 
+from features.autoencoder import load_vae
 from models import DiT
 from models.state import (
     check_finite,
@@ -29,9 +33,21 @@ from models.state import (
     paddle_to_official,
     plain_names,
 )
-from weights.files import load_weights, pick_weights, safe_load, save_pdparams, save_safetensors, save_torch
+from sampling.pipelines.pretrained import load_dit_pipeline
+from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
+from weights.files import (
+    load_weights,
+    pick_weights,
+    safe_load,
+    safetensors_layout,
+    save_pdparams,
+    save_safetensors,
+    save_torch,
+)
+from weights.source import read_weights
 
 DATA = Path(__file__).parent / "data"
+VAE = Path(__file__).parent.parent / "assets" / "digits_vae"
 SMALL = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_attention_heads": 4, "num_classes": 10}
 
 
@@ -244,7 +260,9 @@ class TestOtherFormats:
         try:
             tree = safe_load(path)
             array = tree["a"]
-            held = weakref.ref(array if array.base is None else array.base)
+            holders = sys.getrefcount(array.base)
+            assert holders == 2  # the array, and this call
+            held = weakref.ref(array)
             del tree, array
             assert held() is None
         finally:
@@ -262,11 +280,77 @@ class TestOtherFormats:
         for name, value in arrays.items():
             np.testing.assert_array_equal(tree[name], value, err_msg=name)
 
-    def test_safetensors_bfloat16(self, tmp_path):
+
+class TestSafetensors:
+    CONFIG = {"model": {"type": "DiT", **SMALL, "num_layers": 3, "attention_head_dim": 16}}
+
+    def test_bfloat16(self, tmp_path):
         header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
         data = struct.pack("<HH", 0x3F80, 0xC020)  # 1.0, -2.5
         (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
         np.testing.assert_array_equal(load_weights(tmp_path / "b.safetensors")["w"], np.array([1.0, -2.5], "float32"))
+        # ppdiffusers has no name for that type in numpy, and writes uint16.
+        values = np.array([0x3F80, 0xC020], "u2")
+        path = tmp_path / "x.safetensors"
+        for made_by, expected in (("pd", [1.0, -2.5]), ("np", [1.0, -2.5]), ("pt", values)):
+            save_file({"w": values}, str(path), metadata={"format": made_by})
+            np.testing.assert_array_equal(safe_load(path)["w"], expected)
+            np.testing.assert_array_equal(read_weights(path)[0]["w"], expected)
+
+    def test_layouts_there_and_back(self, tmp_path):
+        config, there, back = (
+            tmp_path / "DiT_tiny.json",
+            tmp_path / "paddle.safetensors",
+            tmp_path / "torch.safetensors",
+        )
+        config.write_text(json.dumps(self.CONFIG))
+        flags = ["--config_file", str(config), "--weights"]
+        convert_official_weights.main([*flags, str(GOLDEN / "dit_tiny.pt"), "--output", str(there)])
+        convert_official_weights.main([*flags, str(there), "--output", str(back), "--reverse"])
+        assert (safetensors_layout(there), safetensors_layout(back)) == ("paddle", "torch")
+        official = load_weights(GOLDEN / "dit_tiny.pt")
+        name = "blocks.0.attn.proj.weight"  # square: nothing but the mark tells
+        np.testing.assert_array_equal(safe_load(back)[name], official[name])
+        for path in (there, back):
+            weights, _ = read_weights(path)
+            assert all(np.array_equal(weights[name], value) for name, value in official_to_paddle(official).items())
+        half = tmp_path / "half.safetensors"
+        extract_weights.main(["--model_file", str(there), "--dtype", "bfloat16", "--checkpoint_path", str(half)])
+        np.testing.assert_allclose(load_weights(half)[name], official[name].T, rtol=1 / 128)
+        with pytest.raises(ValueError, match="is in PyTorch's layout; use tools/convert_official_weights.py"):
+            extract_weights.main(["--model_file", str(back), "--checkpoint_path", str(tmp_path / "no.pdparams")])
+
+    def test_stock_ppdiffusers_loads_the_folder(self, tmp_path):
+        from ppdiffusers import DiTPipeline
+
+        state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
+        state["pos_embed"] = DiT(**SMALL, num_layers=3, attention_head_dim=16).pos_embed.numpy()  # stock's own
+        save_pdparams(state, tmp_path / "a.pdparams")
+        (tmp_path / "DiT_tiny.json").write_text(json.dumps(self.CONFIG))
+        convert_dit_to_ppdiffusers.main(
+            ["--model_weights", str(tmp_path / "a.pdparams"), "--config_file", str(tmp_path / "DiT_tiny.json")]
+            + ["--vae_model", str(VAE), "--checkpoint_path", str(tmp_path / "out"), "--safe_serialization"]
+        )
+        assert not list((tmp_path / "out").rglob("*.pdparams"))
+        ours, stock = load_dit_pipeline(str(tmp_path / "out")), DiTPipeline.from_pretrained(str(tmp_path / "out"))
+        for part in ("transformer", "vae"):
+            expected, loaded = (getattr(pipe, part).state_dict() for pipe in (ours, stock))
+            assert loaded.keys() == expected.keys()
+            assert all(bool((loaded[name] == value).all()) for name, value in expected.items())
+
+    @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+    def test_a_folder_of_pytorchs(self, tmp_path, name):
+        """A folder as diffusers writes it: Linear weights are turned."""
+        vae = load_vae(str(VAE))
+        linear = {f"{name}.weight" for name, part in vae.named_sublayers() if isinstance(part, paddle.nn.Linear)}
+        state = {key: value.numpy() for key, value in vae.state_dict().items()}
+        state = {key: np.ascontiguousarray(value.T) if key in linear else value for key, value in state.items()}
+        assert linear
+        shutil.copytree(VAE, tmp_path / "vae", ignore=shutil.ignore_patterns("*.pdparams"))
+        path = tmp_path / "vae" / name
+        save_torch(state, path) if name.endswith(".bin") else save_safetensors(state, path, layout="torch")
+        again = load_vae(str(tmp_path / "vae")).state_dict()
+        assert all(bool((again[key] == value).all()) for key, value in vae.state_dict().items())
 
 
 class Hostile:

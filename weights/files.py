@@ -6,9 +6,8 @@ Three kinds of file are read, told apart by their content, not by their name:
 * Paddle pickles (``.pdparams``, ``.pdopt``), as ``paddle.save`` writes them,
 * ``.safetensors``.
 
-The first two are pickles, and a pickle may call any function of the machine that opens it. Here it can't: see
-``weights.unpickle``. What a file states of lengths and shapes is compared with its size before memory is taken for it.
-Neither PyTorch nor Paddle is imported.
+The first two are pickles, which may call any function; here they can't, see ``weights.unpickle``. What a file states of
+lengths and shapes is compared with its size before memory is taken. Neither PyTorch nor Paddle is imported.
 """
 
 import contextlib
@@ -26,25 +25,14 @@ from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
 from runtime.untrusted import open_regular, shortened
-from weights.unpickle import (
-    STORAGE_TYPES,
-    BoundedFile,
-    Budget,
-    Placeholder,
-    Refused,
-    Storage,
-    Unpickler,
-    contiguous_stride,
-    to_arrays,
-    widened,
-)
+from weights.records import Records, contiguous_stride, elements, read_elements, widened
+from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
 
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
     "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older than the zip format
-_PARTS = "UnpackBigParamInfor@@"  # in a paddle.save file: which parameters are split, and into what
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -56,10 +44,10 @@ def safe_load(path, *, tolerant=False):
 
     Args:
         path: the file.
-        tolerant: an entry of the file's dict that holds anything else becomes a `Placeholder`, and is no error.
+        tolerant: an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
 
     Returns:
-        The file's nested dict / list / tuple / set / numbers / str / None, with every tensor as a numpy array of its
+        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its
         own shape (strides and offsets resolved). bfloat16 becomes float32; an `argparse.Namespace` becomes a dict.
         Paddle's own name table is left out, as `paddle.load` does.
 
@@ -77,13 +65,12 @@ def safe_load(path, *, tolerant=False):
         with file:
             start = file.read(16)
             file.seek(0)
-            bounded = BoundedFile(file, os.fstat(file.fileno()).st_size)
             if start.startswith(b"PK"):
-                return _read_torch_zip(bounded, tolerant)
+                return _read_torch_zip(file, tolerant)
             if start[8:9] == b"{" and start[5:8] == b"\0\0\0":
-                return _read_safetensors(path, bounded)
+                return _read_safetensors(path, file)
             if start[:1] in (b"\x80", b"(", b"}", b"]", b"c"):  # protocols 0 and 1 have no mark of their own
-                return _read_pickle(bounded, tolerant)
+                return _read_pickle(file, tolerant)
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
         raise _one_line(path, error) from None
     raise ValueError(f"{path}: not a weight file (expected .pt/.pth, .pdparams or .safetensors content)")
@@ -91,13 +78,13 @@ def safe_load(path, *, tolerant=False):
 
 def readable(tree, name, path):
     """Returns the entry `name` of what `safe_load(path, tolerant=True)` gave; ValueError if it can't be read."""
-    if isinstance(tree[name], Placeholder):
-        raise _one_line(path, tree[name].error)
+    if isinstance(tree[name], Exception):
+        raise _one_line(path, tree[name])
     return tree[name]
 
 
 def _one_line(path, error):
-    """Returns the `ValueError` for what a reader or a `Placeholder` says of a file."""
+    """Returns the `ValueError` for what a reader says of a file."""
     if isinstance(error, Refused):
         return ValueError(f"{path}: refused: {error}")
     if isinstance(error, OSError):
@@ -107,8 +94,8 @@ def _one_line(path, error):
 
 
 def _read_torch_zip(file, tolerant):
-    left, budget, storages = file.size, Budget(file.size), {}
-    with zipfile.ZipFile(file.file) as archive:
+    left = _size(file)
+    with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("a zip file without PyTorch's data.pkl")
@@ -121,22 +108,16 @@ def _read_torch_zip(file, tolerant):
             left -= record.file_size
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or left < 0:
                 raise ValueError(f"{record.filename} is compressed or overlaps others, which PyTorch's never do")
-            with archive.open(record) as data:
-                return BoundedFile(data, record.file_size).read_memory(record.file_size)
+            return archive.read(record)
 
-        big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").tobytes().strip() == b"big"
-
-        def storage(key, dtype, numel):
-            if key not in storages:
-                data = _elements(member(f"data/{key}"), dtype, big_endian)
-                storages[key] = Storage(dtype, len(data), data)
-            if (storages[key].dtype, storages[key].numel) != (dtype, numel):
+        big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
+        program = Unpickler(io.BytesIO(member("data.pkl")))
+        tree, storages = program.load(), {}
+        for key, (dtype, numel) in program.storages.items():
+            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
+            if len(storages[key][0]) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
-            return storages[key]
-
-        program = member("data.pkl")
-        program = BoundedFile(io.BytesIO(program), len(program))
-        return to_arrays(Unpickler(program, budget, storage).load(), budget, tolerant=tolerant)
+    return Records(_size(file), storages).read(tree, tolerant)
 
 
 def _read_pickle(file, tolerant):
@@ -144,39 +125,23 @@ def _read_pickle(file, tolerant):
 
     That is the pickles of a magic number, version, system, object and list of storages, and then the storages' data.
     """
-    budget, storages = Budget(file.size), {}
-    tree = Unpickler(file, budget).load()
-    if tree != _LEGACY_MAGIC:
-        return _join_parts(to_arrays(tree, budget, paddle=True, tolerant=tolerant), budget)
-    Unpickler(file, budget).load()  # protocol version
-    big_endian = not Unpickler(file, budget).load().get("little_endian", True)
-
-    def storage(key, dtype, numel):
-        return storages.setdefault(key, Storage(dtype, numel))
-
-    tree = Unpickler(file, budget, storage).load()
-    for key in map(str, Unpickler(file, budget).load()):
-        if key not in storages:  # how long it is can't be told
-            raise Refused("it has a storage of a type that weights don't have")
-        found = storages[key]
-        if struct.unpack("<q", file.read(8)) != (found.numel,) or found.data is not None:
-            raise ValueError(f"its storage {shortened(key)} is not of the stated size")
-        found.data = _elements(file.read_memory(found.numel * _itemsize(found.dtype)), found.dtype, big_endian)
-    return to_arrays(tree, budget, tolerant=tolerant)
-
-
-def _join_parts(tree, budget):
-    """Does what `paddle.load` does after unpickling: leaves its name table out, and joins big parameters."""
-    if not isinstance(tree, (dict, list, tuple, np.ndarray)):
-        raise ValueError(f"it holds a lone {type(tree).__name__}")
-    if isinstance(tree, dict):
+    program, storages = Unpickler(file), None
+    tree = program.load()
+    if tree == _LEGACY_MAGIC:
+        Unpickler(file).load()  # protocol version
+        big_endian = not Unpickler(file).load().get("little_endian", True)
+        program, storages = Unpickler(file), {}
+        tree = program.load()
+        for key in Unpickler(file).load():
+            if not isinstance(key, str) or key not in program.storages:  # how long it is can't be told
+                raise Refused("it has a storage of a type that weights don't have")
+            dtype, numel = program.storages[key]
+            if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
+                raise ValueError(f"its storage {shortened(key)} is not of the stated size")
+            storages[key] = read_elements(file, numel, dtype, big_endian), dtype
+    tree = Records(_size(file), storages).read(tree, tolerant)
+    if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
-        for name, info in tree.pop(_PARTS, {}).items():
-            if not all(isinstance(part, str) for part in info["slices"]):
-                raise ValueError(f"{_PARTS} does not name the parts of {shortened(name)}")
-            parts = [tree.pop(part) for part in info["slices"]]
-            budget.take(sum(part.nbytes for part in parts))
-            tree[name] = np.concatenate(parts).reshape(info["OriginShape"])
     return tree
 
 
@@ -189,16 +154,15 @@ def _read_safetensors(path, file):
         is_paddle = _is_paddle(header)
         entries = [(name, header.get_slice(name)) for name in header.offset_keys()]
         entries = [(name, entry.get_dtype(), entry.get_shape()) for name, entry in entries]
-    budget, state = Budget(file.size), {}
+    state = {}
     (length,) = struct.unpack("<Q", file.read(8))
-    file.file.seek(8 + length)
+    file.seek(8 + length)
     for name, code, shape in entries:
         if code not in _SAFETENSORS_TYPES:
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
-        data = _elements(file.read_memory(math.prod(shape) * _itemsize(dtype)), dtype, False)
-        state[name] = widened(data.reshape(shape), dtype, budget)
+        state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
 
@@ -218,20 +182,12 @@ def safetensors_layout(path):
         raise _one_line(path, error) from None
 
 
+def _size(file):
+    return os.fstat(file.fileno()).st_size
+
+
 def _is_paddle(header):
     return (header.metadata() or {}).get("format") in ("pd", "np")
-
-
-def _itemsize(dtype):
-    return np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
-
-
-def _elements(memory, dtype, big_endian):
-    """Returns the bytes of a storage as elements `(numel,)` of this machine's byte order; bfloat16 as uint16."""
-    stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
-    if not len(memory):
-        return np.zeros(0, stored.newbyteorder("="))
-    return np.frombuffer(memory, stored).astype(stored.newbyteorder("="), copy=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

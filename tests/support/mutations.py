@@ -293,9 +293,6 @@ def _pdparams(folder):
     other = {"StructuredToParameterName@@": {"a": "b"}, "w": state["layer.0.weight"], "step": 7, "lr": [1e-4, None]}
     for protocol in range(6):
         (folder / f"protocol{protocol}.pdparams").write_bytes(pickle.dumps(other, protocol=protocol))
-    big = {"w@@.0": np.zeros(6, "f4"), "w@@.1": np.ones(6, "f4")}
-    big["UnpackBigParamInfor@@"] = {"w": {"OriginShape": [3, 4], "slices": ["w@@.0", "w@@.1"]}}
-    (folder / "big.pdparams").write_bytes(pickle.dumps(big, protocol=2))
 
 
 def _read_weights(path):

@@ -140,22 +140,7 @@ class Sampler:
         check_number("last_step_size", last_step_size, "a number, at least 0 and below 1", lambda size: 0 <= size < 1)
         _check_num_steps(num_steps)
         transport, path = self.transport, self.transport.path_sampler
-        if last_step is None:
-            last_step_size = 0.0
-        t0, t1 = transport.check_interval(
-            transport.train_eps,
-            transport.sample_eps,
-            diffusion_form=diffusion_form,
-            sde=True,
-            eval=True,
-            last_step_size=last_step_size,
-        )
-        if transport.path_type != PathType.VP and diffusion_form == "SBDM" and t0 == 0:
-            t0 = _SINGULAR_START
-        if transport.path_type != PathType.VP or t1 == 1:
-            self._check_eps()
-        if t0 >= t1:
-            raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
+        t0, t1 = self._sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
         grid = _grid(t0, t1, num_steps)
         if t1 == 1:
             last_step = None
@@ -203,6 +188,25 @@ class Sampler:
             return states if trajectory else states[-1:]
 
         return sample
+
+    def _sde_interval(self, diffusion_form, last_step_size):
+        """Returns the times between which the SDE is integrated; raises `ValueError` if nothing is left of them."""
+        transport = self.transport
+        t0, t1 = transport.check_interval(
+            transport.train_eps,
+            transport.sample_eps,
+            diffusion_form=diffusion_form,
+            sde=True,
+            eval=True,
+            last_step_size=last_step_size,
+        )
+        if transport.path_type != PathType.VP and diffusion_form == "SBDM" and t0 == 0:
+            t0 = _SINGULAR_START
+        if transport.path_type != PathType.VP or t1 == 1:
+            self._check_eps()
+        if t0 >= t1:
+            raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
+        return t0, t1
 
     def sample_ode_likelihood(self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, progress=False):
         """Returns a function for the log-likelihood of data under the probability flow ODE (Song et al. 2021, 4.3).

@@ -19,10 +19,11 @@ class Regularizer:
         self.weight = weight
 
     def loss(self, tokens, batch):
-        """Returns the loss of each sample, `(N,)`.
+        """Returns the loss of each sample, `(N,)`, without the weight.
 
         Args:
-            tokens: {index: `(N, T, D)`} after the blocks `layers`, part of the graph.
+            tokens: {index: `(N, T, D)`} after the blocks `layers`, part of the graph, in the network's dtype. They are
+                those of this rank's micro-batch: a loss that compares samples depends on its size.
             batch: the `objectives.Batch` that the network was given.
         """
         raise NotImplementedError

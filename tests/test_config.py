@@ -9,6 +9,7 @@ from support.runs import ROOT
 from config.flags import LOOPS, Parser, notrainer_parser, resolve_training, trainer_parser
 from config.options import ABOVE_0, AUXILIARY_TYPES, Option
 from config.schema import load_config, resolve_config
+from objectives.regularizers import REGULARIZERS
 from tools.options_table import pages
 
 SMALL = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -91,8 +92,8 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
         ("[1, 2]", "expected an object \\{...\\}, got"),
         ({"model": SMALL, "objective": {"auxiliary": {}}}, "objective: auxiliary must be a list of objects"),
         (
-            {"model": SMALL, "objective": {"auxiliary": [{"type": "dispersive", "weight": 1}]}},
-            r'objective: auxiliary\[0\]: regularizer type must be one of .*, got "dispersive"',
+            {"model": SMALL, "objective": {"auxiliary": [{"type": "no_such", "weight": 1}]}},
+            r'objective: auxiliary\[0\]: regularizer type must be one of .*, got "no_such"',
         ),
         ({"model": SMALL, "objective": {"auxiliary": [3]}}, r"objective: auxiliary\[0\]: expected an object .*, got 3"),
         (
@@ -205,3 +206,7 @@ def test_the_other_loops_name_of_a_flag_is_told(loop):
 def test_tables_in_the_docs_are_current():
     for path, text in pages().items():
         assert Path(path).read_text(encoding="utf-8") == text, "run python tools/options_table.py --write"
+
+
+def test_every_regularizer_has_its_keys():
+    assert set(AUXILIARY_TYPES) == set(REGULARIZERS)

@@ -11,12 +11,14 @@ from support.golden import load_golden, official_network, relative_error
 
 from models.state import official_to_paddle
 from transport import DIFFUSION_FORMS, LAST_STEPS, ModelType, Sampler, WeightType, create_transport
+from transport.integrators import FIXED_STEP
 
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = (None, "velocity", "likelihood")
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+GOLDEN_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 EVERY_KIND = list(itertools.product(PATHS, PREDICTIONS))
 DATA_STD = 0.5
 
@@ -136,7 +138,7 @@ TOLERANCES = {"dopri5": 5e-3, "dopri5_tight": 2e-4}
 
 @pytest.mark.parametrize(
     ("case", "run"),
-    [("cfg4", run) for run in (*ORDERS, *SETTINGS)] + [("nocfg", "euler"), ("nocfg", "dopri5")],
+    [("cfg4", run) for run in (*GOLDEN_METHODS, *SETTINGS)] + [("nocfg", "euler"), ("nocfg", "dopri5")],
 )
 def test_ode_is_the_official_one(tiny, case, run):
     arrays = load_golden(f"sit_ode_linear_velocity_{case}")
@@ -368,7 +370,7 @@ def test_fixed_methods_converge_at_their_order(method):
             return exact_model("GVP", "velocity")(x, t)
 
         errors.append(abs(fn(z, model)[-1].item() - DATA_STD))
-        assert len(calls) == steps * {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}[method]
+        assert len(calls) == steps * len(FIXED_STEP[method].c)
     assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[method], abs=0.35)
 
 

@@ -11,6 +11,7 @@ from _root import ROOT
 
 from config.options import (
     AUXILIARY_KEYS,
+    AUXILIARY_TYPES,
     DATA_KEYS,
     FEATURES_KEYS,
     FLAG_GROUPS,
@@ -70,6 +71,7 @@ def page():
     parts += [f"## `model` of type {', '.join(names)}\n\n{table(keys)}\n" for keys, names in types.values()]
     parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in OBJECTIVE_KEYS.items()]
     parts += [f"{AUXILIARY}\n\n{table(AUXILIARY_KEYS)}\n"]
+    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in AUXILIARY_TYPES.items() if keys]
     parts += [f"## `training`\n\n{table(TRAINING_KEYS)}\n## `data`\n\n{table(DATA_KEYS)}\n"]
     parts += [f"## `features`\n\n{FEATURES}\n\n{table(FEATURES_KEYS)}\nKeys of `vae`:\n\n{table(VAE_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]

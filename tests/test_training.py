@@ -9,7 +9,8 @@ from paddle import nn
 from support.golden import GOLDEN, load_golden, relative_error
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, read_losses, write_config
 
-from config.schema import resolve_config
+from config.options import TRAINING_KEYS
+from config.schema import check_section, resolve_config
 from features.order import MicroBatchSampler, SampleStream, total_steps
 from models import build_model
 from runtime.precision import Precision, resolve_precision
@@ -156,8 +157,8 @@ def test_schedules_are_those_of_paddlenlp():
 
     for kind in ("constant", "constant_with_warmup", "linear", "cosine", "polynomial"):
         theirs = get_scheduler(kind, learning_rate=2e-4, num_warmup_steps=5, num_training_steps=40, lr_end=1e-5)
-        training = {"learning_rate": 2e-4, "lr_scheduler_type": kind, "warmup_steps": 5, "num_cycles": 0.5}
-        ours = build_lr_scheduler({**training, "lr_end": 1e-5, "power": 1.0}, 40)
+        given = {"learning_rate": 2e-4, "lr_scheduler_type": kind, "warmup_steps": 5, "lr_end": 1e-5}
+        ours = build_lr_scheduler(check_section(TRAINING_KEYS, given, "test"), 40)
         for step in range(41):
             if kind != "constant":  # theirs ignores the warm-up
                 assert ours.get_lr() == pytest.approx(theirs.get_lr(), rel=1e-6, abs=1e-12), (kind, step)

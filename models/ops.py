@@ -86,9 +86,11 @@ class Operators:
             gelu: take the GELU (tanh approximation) of x first.
         """
         fast = bias is not None and self.fast(x, weight)
-        if gelu and not (fast and not self.keep_gelu):
-            x, gelu = F.gelu(x, approximate=True), False
-        return cpu_ops.linear(x, weight, bias, gelu=gelu) if fast else F.linear(x, weight, bias)
+        if gelu and fast and not self.keep_gelu:
+            return cpu_ops.linear(x, weight, bias, gelu=True)
+        if gelu:
+            x = F.gelu(x, approximate=True)
+        return cpu_ops.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
 
     def layer_norm(self, x, weight, bias, *, epsilon):
         """Returns the layer norm of x over its last axis; weight and bias: of that width."""

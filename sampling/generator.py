@@ -20,6 +20,7 @@ from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_guidance, describe_model
+from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
 from weights.source import read_weights
 
@@ -175,9 +176,7 @@ def check_settings(model, num_inference_steps, **options):
         make(objective or model.path).check(num_steps=num_inference_steps, **options)
 
 
-def load_generator(
-    path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None
-):
+def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
     """Loads the `Generator` of a model. Nothing that it holds is executed, but the programs of an exported folder are.
 
     Args:
@@ -232,8 +231,6 @@ def from_weights(config, state, vae, *, labels=None, notes=(), source="weights")
     Raises:
         ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
     """
-    from sampling.pipelines.export import check_vae
-
     sampler = PipelineSampler(make_scheduler(config["objective"]))
     check_vae(vae, config["model"]["in_channels"])
     network = load_network(config["model"], state, source)

@@ -254,6 +254,5 @@ def check_no_file(path):
     """Raises `ValueError` for a file, where a folder or a name on the hub is expected."""
     if os.path.isfile(path):
         raise ValueError(
-            f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
-            "file of weights)"
+            f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a file of weights)"
         )

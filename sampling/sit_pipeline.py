@@ -28,8 +28,7 @@ from runtime.process import is_terminal
 from runtime.untrusted import inside
 from sampling.generator import Generator, in_float32, load_network, mend_positions
 from sampling.model_path import MODEL_PIPELINES
-from sampling.pipelines.export import check_vae
-from sampling.pipelines.folder import check_id2label, read_component, read_json_object, write_components, write_folder
+from sampling.pipelines.folder import check_id2label, check_vae, read_component, read_json_object, write_pipeline
 from transport import Sampler, create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
@@ -158,20 +157,17 @@ class SiTPipeline(DiffusionPipeline):
 
         network = self.transformer
         settings = {key: value for key, value in network.settings.items() if key not in COMPUTE_SETTINGS}
-
-        def write(folder):
-            write_components(
-                folder,
-                pipeline=type(self).__name__,
-                transformer=("models", type(network).__name__, settings),
-                weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
-                scheduler=("sampling.sit_pipeline", self.scheduler),
-                vae=self.vae,
-                labels=self.id2label,
-                safe_serialization=safe_serialization,
-            )
-
-        write_folder(os.fspath(save_directory), write, overwrite)
+        write_pipeline(
+            os.fspath(save_directory),
+            pipeline=type(self).__name__,
+            transformer=("models", type(network).__name__, settings),
+            weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
+            scheduler=("sampling.sit_pipeline", self.scheduler),
+            vae=self.vae,
+            labels=self.id2label,
+            overwrite=overwrite,
+            safe_serialization=safe_serialization,
+        )
 
     @classmethod
     def from_pretrained(cls, folder, paddle_dtype=None):

@@ -37,7 +37,7 @@ from features.packed import PackedStore
 from models.state import check_state
 from runtime.untrusted import inside, parse_json, read_json, shortened
 from sampling.generator import load_generator
-from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.folder import read_component
 from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
@@ -193,7 +193,7 @@ def models(tmp_path_factory):
     vae = make_vae()
     state = state_of(make_model(make_config()))
     labels = {i: f"digit {i}" for i in range(10)}
-    export_dit_pipeline(make_config(), state, vae, folder / "dit", id2label=labels)
+    export_pipeline(make_config(), state, vae, folder / "dit", id2label=labels)
     config = make_config(type="SiT", objective={"type": "transport"})
     SiTPipeline.from_weights(config, state, vae, labels).save_pretrained(folder / "sit")
     vae.save_pretrained(str(folder / "vae"), safe_serialization=False)

@@ -149,7 +149,7 @@ class Generator:
                 latents.append(self.objective.sample(denoiser, x, **settings))
         if random is not None:
             tracker.remove(random)
-        latents = latents[0] if len(latents) == 1 else paddle.concat(latents)
+        latents = paddle.concat(latents)
         return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
 
     def decode(self, latents):
@@ -205,7 +205,13 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
     if not model.holds_all:
         return _load_weights(model, dtype, vae, key)
-    return _load_pipeline(model, dtype) if model.pipeline == "DiTPipeline" else _load_sit_pipeline(model, dtype)
+    if model.pipeline == "DiTPipeline":
+        return _load_pipeline(model, dtype)
+    from sampling.sit_pipeline import SiTPipeline
+
+    generator = SiTPipeline.from_pretrained(model.path, dtype).generator
+    generator.path, generator.labels = model.path, model.labels
+    return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
@@ -308,17 +314,6 @@ def _load_weights(model, dtype, vae, key):
         notes=model.notes + notes,
         **latent_sizes(config["model"]),
     )
-
-
-def _load_sit_pipeline(model, dtype):
-    from sampling.sit_pipeline import SiTPipeline
-
-    pipe = SiTPipeline.from_pretrained(model.path)
-    if dtype != "float32":
-        pipe.to(dtype=dtype)
-    generator = pipe.generator
-    generator.path, generator.labels = model.path, model.labels
-    return generator
 
 
 def _load_pipeline(model, dtype, exportable=False):

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from config.schema import load_config, weights_config
+from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import find_classes, read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
@@ -11,16 +11,8 @@ from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
 from weights.source import checkpoint_hint, is_training_checkpoint
 
-SCHEDULER_CONFIG = os.path.join("scheduler", "scheduler_config.json")
-# The class that model_index.json names: the objective that it samples, and the demo that takes it.
-PIPELINES = {"DiTPipeline": ("diffusion", "infer_demo_dit.py"), "SiTPipeline": ("transport", "infer_demo_sit.py")}
-# A network's type: the pipeline of its folder.
-MODEL_PIPELINES = {
-    "DiT": "DiTPipeline",
-    "LargeDiT": "DiTPipeline",
-    "SiT": "SiTPipeline",
-    "LargeSiT": "SiTPipeline",
-}
+# The class of pipeline that model_index.json names: what its networks have in common.
+PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
 
 
 @dataclass
@@ -128,80 +120,81 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
-    given = None if id2label is None else read_labels(id2label)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
         config = load_config(os.path.join(path, "config.json"))
         return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
     if os.path.isfile(path):
-        own = os.path.join(os.path.dirname(path), "config.json")
-        found = weights_config(path, config)
-        if found is None and default_config is None:
-            raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
+        found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         if found is None:
-            found, config = load_config(default_config), default_config
-        return _describe_weights("file", path, found, f"{config or own}: describes", pipeline, id2label)
+            if default_config is None:
+                raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
+            found, source = load_config(default_config), default_config
+        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label)
     if config is not None:
         raise ValueError(
             f"--config_file is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which "
             "holds all it needs"
         )
-    if not os.path.isdir(path):
-        if pipeline == "SiTPipeline":
-            raise ValueError(f"{path}: there is no such file or folder")
-        check_hub_name(path)
-        return Model("hub", path, "DiTPipeline", labels=given or {}, has_own_labels=given is not None)
-    return _describe_folder(path, pipeline, given)
+    own = {} if id2label is None else {"labels": read_labels(id2label), "has_own_labels": True}
+    if os.path.isdir(path):
+        return _describe_folder(path, pipeline, own)
+    if pipeline == "SiTPipeline":
+        raise ValueError(f"{path}: there is no such file or folder")
+    parts = path.split("/")  # OWNER/NAME on the hub, unless it looks like a folder that is not there
+    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
+        raise ValueError(f"{path}: there is no such folder")
+    return Model("hub", path, "DiTPipeline", **own)
 
 
-def _describe_folder(path, pipeline, given):
+def _describe_folder(path, pipeline, own):
+    """Returns the `Model` of a folder that is no checkpoint; `own`: what the user says of its labels."""
     num_classes = has_null_class = network_type = None
     if pipeline != "SiTPipeline" and is_exported(path):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
-        pipeline, kind = check_pipeline(path, pipeline), "pipeline"
-        index = _json_object(path, "model_index.json")
+        index, kind = _read_index(path, pipeline), "pipeline"
+        pipeline = index["_class_name"]
         if pipeline == "SiTPipeline":
-            network = _json_object(path, os.path.join("transformer", "config.json"))
+            network = _json_object(path, "transformer/config.json")
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
         parts = (index.get(name) for name in ("scheduler", "transformer"))
         scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
     # What is not as it should be is left to the loaders, which say so.
-    labels = {}
-    if is_id2label(index.get("id2label") or {}):
-        labels = {int(key): label for key, label in (index.get("id2label") or {}).items()}
+    labels = index.get("id2label") or {}
+    if is_id2label(labels):
+        own = {"labels": {int(key): label for key, label in labels.items()}, **own}
         if num_classes is None:
-            num_classes = max(labels, default=999) + 1
+            num_classes = max(map(int, labels), default=999) + 1
     return Model(
         kind,
         path,
         pipeline,
         network_type,
-        labels=labels if given is None else given,
-        has_own_labels=given is not None,
         num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
         has_null_class=has_null_class,
-        scheduler={**_json_object(path, SCHEDULER_CONFIG), "_class_name": scheduler},
+        scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
+        **own,
     )
 
 
 def _describe_weights(kind, path, config, what, pipeline, id2label):
     """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
     model, objective = config["model"], config["objective"]["type"]
-    own = MODEL_PIPELINES[model["type"]]
-    expected, demo = PIPELINES[pipeline or own]
-    if pipeline not in (None, own):
-        raise ValueError(f"{what} a {model['type']}; use {PIPELINES[own][1]}")
-    if objective != expected:
-        raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {demo} samples {expected!r}")
+    network = MODEL_TYPES[model["type"]]
+    if pipeline not in (None, network.pipeline):
+        raise ValueError(f"{what} a {model['type']}; use {network.demo}")
+    if objective != network.objective:
+        expected = f"{network.demo} samples {network.objective!r}"
+        raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
     labels, note = weights_labels(id2label, config)
     return Model(
         kind,
         path,
-        own,
+        network.pipeline,
         model["type"],
         config=config,
         labels=labels,
@@ -218,36 +211,22 @@ def _json_object(folder, name):
     return content if isinstance(content, dict) else {}
 
 
-def check_pipeline(path, pipeline=None):
-    """Returns the class of pipeline that a folder holds.
-
-    Args:
-        path: a folder that is no training checkpoint. pipeline: the class of `PIPELINES` that is expected; None: any.
-
-    Raises:
-        ValueError: one line: it holds none, or another, and then which demo takes it.
-    """
+def _read_index(path, pipeline):
+    """Reads the model_index.json of a folder that must hold a pipeline of `PIPELINES`, that one if it is not None."""
+    expected = (pipeline,) if pipeline else tuple(PIPELINES)
     index = os.path.join(path, "model_index.json")
-    expected = pipeline or " or ".join(PIPELINES)
     if not os.path.isfile(index):
         raise ValueError(
-            f"{path}: neither a {expected} folder (model_index.json) nor a training checkpoint "
+            f"{path}: neither a {' or '.join(expected)} folder (model_index.json) nor a training checkpoint "
             f"(config.json and model_state.pdparams){checkpoint_hint(path)}"
         )
-    content = read_json(index)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind not in ((pipeline,) if pipeline else tuple(PIPELINES)):
+    content = _json_object(path, "model_index.json")
+    kind = content.get("_class_name")
+    if kind not in expected:
         known = PIPELINES.get(kind) if isinstance(kind, str) else None
-        hint = f"use {known[1]}" if known else f"expected a {expected}"
+        hint = f"use {known.demo}" if known else f"expected a {' or '.join(expected)}"
         raise ValueError(f"{path}: is a {shortened(kind)}; {hint}")
-    return kind
-
-
-def check_hub_name(path):
-    """Raises `ValueError` for what can't be OWNER/NAME on the hub: a folder that is not there."""
-    parts = path.split("/")
-    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
-        raise ValueError(f"{path}: there is no such folder")
+    return content
 
 
 def check_no_file(path):

@@ -326,7 +326,7 @@ def _load_pipeline(model, dtype, exportable=False):
     from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
 
     pipe = load_dit_pipeline(model.path, dtype)
-    labels = model.labels if model.has_own_labels else pipe.id2label
+    labels = model.labels or pipe.id2label
     transformer = pipe.transformer
     large = exportable and hasattr(transformer, "y_embedder")
     return Generator(
@@ -359,7 +359,5 @@ def _load_programs(model, device, dtype, vae, key):
             export_inference(source, folder)
             generator = load_inference(folder, device=device, dtype=dtype)
         generator.check_weights, generator.notes = None, source.notes
-    generator.path = model.path
-    if model.has_own_labels:
-        generator.labels = model.labels
+    generator.path, generator.labels = model.path, model.labels or generator.labels
     return generator

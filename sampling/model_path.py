@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
-from sampling.labels import find_classes, read_labels, weights_labels
+from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
 from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
@@ -25,7 +25,7 @@ class Model:
         path: of it.
         pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
         config: resolved, of a checkpoint or a file.
-        labels: `{id: label}`, perhaps empty. has_own_labels: they are the user's, and win over those of a folder.
+        labels: `{id: label}`, the user's where there are any; perhaps empty.
         num_classes: None if it is not known.
         has_null_class: whether it can be guided; None if that is not known.
         scheduler: a pipeline's scheduler_config.json with its class in `_class_name`, or {}.
@@ -38,7 +38,6 @@ class Model:
     type: str | None = None
     config: dict | None = None
     labels: dict = field(default_factory=dict)
-    has_own_labels: bool = False
     num_classes: int | None = None
     has_null_class: bool | None = None
     scheduler: dict = field(default_factory=dict)
@@ -48,15 +47,6 @@ class Model:
     def holds_all(self):
         """Is True for a model that brings weights and VAE along, so that neither can be chosen."""
         return self.kind in ("pipeline", "exported", "hub")
-
-    def check_classes(self, classes):
-        """Raises `ValueError` for classes that the model lacks, as far as that is known."""
-        if self.num_classes is not None:
-            find_classes(classes, self.labels, self.num_classes)
-
-    def check_guidance(self, scale):
-        """Returns the guidance scale asked for, or the default; raises as `check_guidance`."""
-        return check_guidance(scale, self.has_null_class is not False, self.path)
 
     def check_diffusion(self, method, num_steps, backend="eager"):
         """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model can't be sampled by.
@@ -137,19 +127,19 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
             f"--config_file is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which "
             "holds all it needs"
         )
-    own = {} if id2label is None else {"labels": read_labels(id2label), "has_own_labels": True}
+    labels = {} if id2label is None else read_labels(id2label)
     if os.path.isdir(path):
-        return _describe_folder(path, pipeline, own)
+        return _describe_folder(path, pipeline, labels)
     if pipeline == "SiTPipeline":
         raise ValueError(f"{path}: there is no such file or folder")
     parts = path.split("/")  # OWNER/NAME on the hub, unless it looks like a folder that is not there
     if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
         raise ValueError(f"{path}: there is no such folder")
-    return Model("hub", path, "DiTPipeline", **own)
+    return Model("hub", path, "DiTPipeline", labels=labels)
 
 
-def _describe_folder(path, pipeline, own):
-    """Returns the `Model` of a folder that is no checkpoint; `own`: what the user says of its labels."""
+def _describe_folder(path, pipeline, labels):
+    """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
     if pipeline != "SiTPipeline" and is_exported(path):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
@@ -164,20 +154,21 @@ def _describe_folder(path, pipeline, own):
         parts = (index.get(name) for name in ("scheduler", "transformer"))
         scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
     # What is not as it should be is left to the loaders, which say so.
-    labels = index.get("id2label") or {}
-    if is_id2label(labels):
-        own = {"labels": {int(key): label for key, label in labels.items()}, **own}
+    own = index.get("id2label") or {}
+    if is_id2label(own):
+        own = {int(key): label for key, label in own.items()}
+        labels = labels or own
         if num_classes is None:
-            num_classes = max(map(int, labels), default=999) + 1
+            num_classes = max(own, default=999) + 1
     return Model(
         kind,
         path,
         pipeline,
         network_type,
+        labels=labels,
         num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
         has_null_class=has_null_class,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
-        **own,
     )
 
 
@@ -198,7 +189,6 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
         model["type"],
         config=config,
         labels=labels,
-        has_own_labels=id2label is not None,
         num_classes=model["num_classes"],
         has_null_class=model["class_dropout_prob"] > 0,
         notes=[note] if note else [],

@@ -13,15 +13,11 @@ from sampling.pipelines.folder import check_id2label, check_output
 IMAGE_SIZE = 256  # pixels, of --model_name
 
 
-def model_names(kind):
-    """Lists what --model_name accepts for DiT or SiT."""
-    return [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
-
-
 def named_config(kind, model_name, image_size):
     """Returns the config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
-    if model_name not in model_names(kind):
-        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(model_names(kind))}")
+    known = [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
+    if model_name not in known:
+        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(known)}")
     _, size, patch_size = model_name.split("_")
     if image_size < 1 or image_size % (8 * int(patch_size)):
         raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")

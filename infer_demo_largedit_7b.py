@@ -21,7 +21,6 @@ DEMO = DiTDemo(
 )
 
 
-
 def main(argv=None):
     draw_dit(argv, DEMO)
 

@@ -87,8 +87,7 @@ def prepare(case):
 
     from models import build_model
     from runtime.files import write_json
-    from sampling.pipelines.export import export_dit_pipeline
-    from sampling.pipelines.export_sit import export_stock_sit
+    from sampling.pipelines.export import export_pipeline
     from weights.files import save_pdparams
 
     paddle.seed(0)
@@ -100,8 +99,7 @@ def prepare(case):
         os.makedirs(folder)
         write_json(os.path.join(folder, "config.json"), config)
         save_pdparams(state, os.path.join(folder, "model_state.pdparams"))
-        export = export_stock_sit if kind == "SiT" else export_dit_pipeline
-        export(config, state, vae, f"{folder}_pipeline")
+        export_pipeline(config, state, vae, f"{folder}_pipeline")
 
 
 def _noise(case, steps):

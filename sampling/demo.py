@@ -18,8 +18,8 @@ from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, resolve_device
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
-from sampling.labels import DEFAULT_CLASS
-from sampling.model_path import check_no_file, describe_model
+from sampling.labels import DEFAULT_CLASS, find_classes
+from sampling.model_path import check_guidance, check_no_file, describe_model
 
 MAX_NAME = 240  # bytes of a file's name; file systems take 255
 
@@ -79,8 +79,9 @@ def check_scale(scale):
 
 def check_model(args, model):
     """Raises `ValueError` for classes and guidance that a `Model` lacks, and notes flags of no effect on it."""
-    model.check_classes(args.classes)
-    model.check_guidance(args.guidance_scale)
+    if model.num_classes is not None:
+        find_classes(args.classes, model.labels, model.num_classes)
+    check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
     given = [name for name in ("guidance_channels", "guidance_interval") if getattr(args, name, None) is not None]
     if args.guidance_scale == 1 or (args.guidance_scale is None and model.has_null_class is False):
         note_unused(given, "without guidance")

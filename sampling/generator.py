@@ -20,6 +20,7 @@ from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_guidance, describe_model
+from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
 from weights.source import read_weights
 
@@ -148,7 +149,7 @@ class Generator:
                 latents.append(self.objective.sample(denoiser, x, **settings))
         if random is not None:
             tracker.remove(random)
-        latents = latents[0] if len(latents) == 1 else paddle.concat(latents)
+        latents = paddle.concat(latents)
         return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
 
     def decode(self, latents):
@@ -175,9 +176,7 @@ def check_settings(model, num_inference_steps, **options):
         make(objective or model.path).check(num_steps=num_inference_steps, **options)
 
 
-def load_generator(
-    path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None
-):
+def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
     """Loads the `Generator` of a model. Nothing that it holds is executed, but the programs of an exported folder are.
 
     Args:
@@ -206,7 +205,13 @@ def load_generator(
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
     if not model.holds_all:
         return _load_weights(model, dtype, vae, key)
-    return _load_pipeline(model, dtype) if model.pipeline == "DiTPipeline" else _load_sit_pipeline(model, dtype)
+    if model.pipeline == "DiTPipeline":
+        return _load_pipeline(model, dtype)
+    from sampling.sit_pipeline import SiTPipeline
+
+    generator = SiTPipeline.from_pretrained(model.path, dtype).generator
+    generator.path, generator.labels = model.path, model.labels
+    return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
@@ -232,8 +237,6 @@ def from_weights(config, state, vae, *, labels=None, notes=(), source="weights")
     Raises:
         ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
     """
-    from sampling.pipelines.export import check_vae
-
     sampler = PipelineSampler(make_scheduler(config["objective"]))
     check_vae(vae, config["model"]["in_channels"])
     network = load_network(config["model"], state, source)
@@ -313,17 +316,6 @@ def _load_weights(model, dtype, vae, key):
     )
 
 
-def _load_sit_pipeline(model, dtype):
-    from sampling.sit_pipeline import SiTPipeline
-
-    pipe = SiTPipeline.from_pretrained(model.path)
-    if dtype != "float32":
-        pipe.to(dtype=dtype)
-    generator = pipe.generator
-    generator.path, generator.labels = model.path, model.labels
-    return generator
-
-
 def _load_pipeline(model, dtype, exportable=False):
     """Returns the `Generator` of a DiTPipeline; with all channels guided and a scale above 1 it draws its images.
 
@@ -334,7 +326,7 @@ def _load_pipeline(model, dtype, exportable=False):
     from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
 
     pipe = load_dit_pipeline(model.path, dtype)
-    labels = model.labels if model.has_own_labels else pipe.id2label
+    labels = model.labels or pipe.id2label
     transformer = pipe.transformer
     large = exportable and hasattr(transformer, "y_embedder")
     return Generator(
@@ -367,7 +359,5 @@ def _load_programs(model, device, dtype, vae, key):
             export_inference(source, folder)
             generator = load_inference(folder, device=device, dtype=dtype)
         generator.check_weights, generator.notes = None, source.notes
-    generator.path = model.path
-    if model.has_own_labels:
-        generator.labels = model.labels
+    generator.path, generator.labels = model.path, model.labels or generator.labels
     return generator

@@ -26,26 +26,20 @@ def read_labels(path):
     return {int(key): str(value) for key, value in labels.items()}
 
 
-def class_names(config):
-    """Returns `({label: name}, note or None)` for the classes that a config's network was trained on.
+def weights_labels(path, config):
+    """Returns `({id: label}, note or None)` for weights, which come without: those of a file, or those of their set.
 
-    They are the names of its own set. 1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names
-    of ImageNet's classes, and the note says so.
+    The set is that which a config's network was trained on. 1000 classes without names, or with
+    ImageNet's ids (n01440764 ...), get the names of ImageNet's classes, and the note says so.
     """
-    names = config["features"]["class_names"] or {}
+    if path is not None:
+        return read_labels(path), None
+    names = {int(key): name for key, name in (config["features"]["class_names"] or {}).items()}
     ids = list(names.values())
     are_imagenet = len(ids) == 1000 and (ids[0], ids[-1]) == IMAGENET_IDS and ids == sorted(ids)
     if config["model"]["num_classes"] == 1000 and (not names or are_imagenet):
-        return read_json(IMAGENET_LABELS)["id2label"], "the class names are ImageNet's; --id2label FILE for others"
+        return read_labels(IMAGENET_LABELS), "the class names are ImageNet's; --id2label FILE for others"
     return names, None
-
-
-def weights_labels(path, config):
-    """Returns `({id: label}, note or None)` for weights that come without: those of a file, else of `class_names`."""
-    if path is not None:
-        return read_labels(path), None
-    names, note = class_names(config)
-    return {int(key): name for key, name in names.items()}, note
 
 
 def find_labels(path, config):

@@ -3,24 +3,16 @@
 import os
 from dataclasses import dataclass, field
 
-from config.schema import load_config, weights_config
+from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
-from sampling.labels import find_classes, read_labels, weights_labels
+from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
 from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
 from weights.source import checkpoint_hint, is_training_checkpoint
 
-SCHEDULER_CONFIG = os.path.join("scheduler", "scheduler_config.json")
-# The class that model_index.json names: the objective that it samples, and the demo that takes it.
-PIPELINES = {"DiTPipeline": ("diffusion", "infer_demo_dit.py"), "SiTPipeline": ("transport", "infer_demo_sit.py")}
-# A network's type: the pipeline of its folder.
-MODEL_PIPELINES = {
-    "DiT": "DiTPipeline",
-    "LargeDiT": "DiTPipeline",
-    "SiT": "SiTPipeline",
-    "LargeSiT": "SiTPipeline",
-}
+# The class of pipeline that model_index.json names: what its networks have in common.
+PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
 
 
 @dataclass
@@ -33,7 +25,7 @@ class Model:
         path: of it.
         pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
         config: resolved, of a checkpoint or a file.
-        labels: `{id: label}`, perhaps empty. has_own_labels: they are the user's, and win over those of a folder.
+        labels: `{id: label}`, the user's where there are any; perhaps empty.
         num_classes: None if it is not known.
         has_null_class: whether it can be guided; None if that is not known.
         scheduler: a pipeline's scheduler_config.json with its class in `_class_name`, or {}.
@@ -46,7 +38,6 @@ class Model:
     type: str | None = None
     config: dict | None = None
     labels: dict = field(default_factory=dict)
-    has_own_labels: bool = False
     num_classes: int | None = None
     has_null_class: bool | None = None
     scheduler: dict = field(default_factory=dict)
@@ -56,15 +47,6 @@ class Model:
     def holds_all(self):
         """Is True for a model that brings weights and VAE along, so that neither can be chosen."""
         return self.kind in ("pipeline", "exported", "hub")
-
-    def check_classes(self, classes):
-        """Raises `ValueError` for classes that the model lacks, as far as that is known."""
-        if self.num_classes is not None:
-            find_classes(classes, self.labels, self.num_classes)
-
-    def check_guidance(self, scale):
-        """Returns the guidance scale asked for, or the default; raises as `check_guidance`."""
-        return check_guidance(scale, self.has_null_class is not False, self.path)
 
     def check_diffusion(self, method, num_steps, backend="eager"):
         """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model can't be sampled by.
@@ -128,84 +110,85 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
-    given = None if id2label is None else read_labels(id2label)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
         config = load_config(os.path.join(path, "config.json"))
         return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
     if os.path.isfile(path):
-        own = os.path.join(os.path.dirname(path), "config.json")
-        found = weights_config(path, config)
-        if found is None and default_config is None:
-            raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
+        found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         if found is None:
-            found, config = load_config(default_config), default_config
-        return _describe_weights("file", path, found, f"{config or own}: describes", pipeline, id2label)
+            if default_config is None:
+                raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
+            found, source = load_config(default_config), default_config
+        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label)
     if config is not None:
         raise ValueError(
             f"--config_file is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which "
             "holds all it needs"
         )
-    if not os.path.isdir(path):
-        if pipeline == "SiTPipeline":
-            raise ValueError(f"{path}: there is no such file or folder")
-        check_hub_name(path)
-        return Model("hub", path, "DiTPipeline", labels=given or {}, has_own_labels=given is not None)
-    return _describe_folder(path, pipeline, given)
+    labels = {} if id2label is None else read_labels(id2label)
+    if os.path.isdir(path):
+        return _describe_folder(path, pipeline, labels)
+    if pipeline == "SiTPipeline":
+        raise ValueError(f"{path}: there is no such file or folder")
+    parts = path.split("/")  # OWNER/NAME on the hub, unless it looks like a folder that is not there
+    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
+        raise ValueError(f"{path}: there is no such folder")
+    return Model("hub", path, "DiTPipeline", labels=labels)
 
 
-def _describe_folder(path, pipeline, given):
+def _describe_folder(path, pipeline, labels):
+    """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
     if pipeline != "SiTPipeline" and is_exported(path):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
-        pipeline, kind = check_pipeline(path, pipeline), "pipeline"
-        index = _json_object(path, "model_index.json")
+        index, kind = _read_index(path, pipeline), "pipeline"
+        pipeline = index["_class_name"]
         if pipeline == "SiTPipeline":
-            network = _json_object(path, os.path.join("transformer", "config.json"))
+            network = _json_object(path, "transformer/config.json")
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
         parts = (index.get(name) for name in ("scheduler", "transformer"))
         scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
     # What is not as it should be is left to the loaders, which say so.
-    labels = {}
-    if is_id2label(index.get("id2label") or {}):
-        labels = {int(key): label for key, label in (index.get("id2label") or {}).items()}
+    own = index.get("id2label") or {}
+    if is_id2label(own):
+        own = {int(key): label for key, label in own.items()}
+        labels = labels or own
         if num_classes is None:
-            num_classes = max(labels, default=999) + 1
+            num_classes = max(own, default=999) + 1
     return Model(
         kind,
         path,
         pipeline,
         network_type,
-        labels=labels if given is None else given,
-        has_own_labels=given is not None,
+        labels=labels,
         num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
         has_null_class=has_null_class,
-        scheduler={**_json_object(path, SCHEDULER_CONFIG), "_class_name": scheduler},
+        scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
 
 
 def _describe_weights(kind, path, config, what, pipeline, id2label):
     """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
     model, objective = config["model"], config["objective"]["type"]
-    own = MODEL_PIPELINES[model["type"]]
-    expected, demo = PIPELINES[pipeline or own]
-    if pipeline not in (None, own):
-        raise ValueError(f"{what} a {model['type']}; use {PIPELINES[own][1]}")
-    if objective != expected:
-        raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {demo} samples {expected!r}")
+    network = MODEL_TYPES[model["type"]]
+    if pipeline not in (None, network.pipeline):
+        raise ValueError(f"{what} a {model['type']}; use {network.demo}")
+    if objective != network.objective:
+        expected = f"{network.demo} samples {network.objective!r}"
+        raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
     labels, note = weights_labels(id2label, config)
     return Model(
         kind,
         path,
-        own,
+        network.pipeline,
         model["type"],
         config=config,
         labels=labels,
-        has_own_labels=id2label is not None,
         num_classes=model["num_classes"],
         has_null_class=model["class_dropout_prob"] > 0,
         notes=[note] if note else [],
@@ -218,42 +201,27 @@ def _json_object(folder, name):
     return content if isinstance(content, dict) else {}
 
 
-def check_pipeline(path, pipeline=None):
-    """Returns the class of pipeline that a folder holds.
-
-    Args:
-        path: a folder that is no training checkpoint. pipeline: the class of `PIPELINES` that is expected; None: any.
-
-    Raises:
-        ValueError: one line: it holds none, or another, and then which demo takes it.
-    """
+def _read_index(path, pipeline):
+    """Reads the model_index.json of a folder that must hold a pipeline of `PIPELINES`, that one if it is not None."""
+    expected = (pipeline,) if pipeline else tuple(PIPELINES)
     index = os.path.join(path, "model_index.json")
-    expected = pipeline or " or ".join(PIPELINES)
     if not os.path.isfile(index):
         raise ValueError(
-            f"{path}: neither a {expected} folder (model_index.json) nor a training checkpoint "
+            f"{path}: neither a {' or '.join(expected)} folder (model_index.json) nor a training checkpoint "
             f"(config.json and model_state.pdparams){checkpoint_hint(path)}"
         )
-    content = read_json(index)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind not in ((pipeline,) if pipeline else tuple(PIPELINES)):
+    content = _json_object(path, "model_index.json")
+    kind = content.get("_class_name")
+    if kind not in expected:
         known = PIPELINES.get(kind) if isinstance(kind, str) else None
-        hint = f"use {known[1]}" if known else f"expected a {expected}"
+        hint = f"use {known.demo}" if known else f"expected a {' or '.join(expected)}"
         raise ValueError(f"{path}: is a {shortened(kind)}; {hint}")
-    return kind
-
-
-def check_hub_name(path):
-    """Raises `ValueError` for what can't be OWNER/NAME on the hub: a folder that is not there."""
-    parts = path.split("/")
-    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
-        raise ValueError(f"{path}: there is no such folder")
+    return content
 
 
 def check_no_file(path):
     """Raises `ValueError` for a file, where a folder or a name on the hub is expected."""
     if os.path.isfile(path):
         raise ValueError(
-            f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a "
-            "file of weights)"
+            f"{path}: is a file; expected a folder (tools/convert_dit_to_ppdiffusers.py makes one of a file of weights)"
         )

@@ -6,7 +6,14 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_diffusion, check_scheduler, fit_note
+from sampling.step_counts import (
+    FLOW_SCHEDULER,
+    SCHEDULERS,
+    check_diffusion,
+    check_scheduler,
+    describe_fit,
+    visited_timesteps,
+)
 
 
 def make_scheduler(objective, name="ddim"):
@@ -110,7 +117,17 @@ class PipelineSampler:
         if self.timestep_fit is None:
             return None
         schedulers = {name: pipeline_scheduler(self.scheduler, name) for name in self.timestep_fit}
-        return fit_note(self.timestep_fit, schedulers, method or "ddim", num_steps)
+        exact = {
+            t
+            for name, counts in self.timestep_fit.items()
+            for count in counts
+            for t in visited_timesteps(schedulers[name], count)
+        }
+        method = method or "ddim"
+        if exact.issuperset(visited_timesteps(schedulers[method], num_steps)):
+            return None
+        steps = f"in {num_steps} steps ({method})"
+        return f"{describe_fit(self.timestep_fit)}; {steps} its images differ from the checkpoint's"
 
 
 class CheckpointSampler(DiffusionObjective):

@@ -22,14 +22,13 @@ from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipe
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
+from config.schema import MODEL_TYPES
 from models import MODELS
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
 from sampling.generator import Generator, in_float32, load_network, mend_positions
-from sampling.model_path import MODEL_PIPELINES
-from sampling.pipelines.export import check_vae
-from sampling.pipelines.folder import check_id2label, read_component, read_json_object, write_components, write_folder
+from sampling.pipelines.folder import check_id2label, check_vae, read_component, read_json_object, write_pipeline
 from transport import Sampler, create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
@@ -82,7 +81,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
 # All that a folder may name in model_index.json; nothing is imported by a name that stands in a file.
 COMPONENTS = {
     "scheduler": (TransportScheduler,),
-    "transformer": tuple(MODELS[kind] for kind, pipeline in MODEL_PIPELINES.items() if pipeline == "SiTPipeline"),
+    "transformer": tuple(MODELS[name] for name, kind in MODEL_TYPES.items() if kind.pipeline == "SiTPipeline"),
     "vae": (AutoencoderKL,),
 }
 
@@ -130,9 +129,9 @@ class SiTPipeline(DiffusionPipeline):
             ValueError: a config that is no SiT's, or weights that don't fit it or are not finite; names `source`.
         """
         settings = config["model"]
-        known = [network.__name__ for network in COMPONENTS["transformer"]]
-        if settings["type"] not in known:
-            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {' or '.join(known)}")
+        if MODELS[settings["type"]] not in COMPONENTS["transformer"]:
+            expected = _names(COMPONENTS["transformer"])
+            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {expected}")
         scheduler = TransportScheduler.from_objective(config["objective"])
         network = load_network(settings, state, source)
         mend_positions(network)
@@ -158,20 +157,17 @@ class SiTPipeline(DiffusionPipeline):
 
         network = self.transformer
         settings = {key: value for key, value in network.settings.items() if key not in COMPUTE_SETTINGS}
-
-        def write(folder):
-            write_components(
-                folder,
-                pipeline=type(self).__name__,
-                transformer=("models", type(network).__name__, settings),
-                weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
-                scheduler=("sampling.sit_pipeline", self.scheduler),
-                vae=self.vae,
-                labels=self.id2label,
-                safe_serialization=safe_serialization,
-            )
-
-        write_folder(os.fspath(save_directory), write, overwrite)
+        write_pipeline(
+            os.fspath(save_directory),
+            pipeline=type(self).__name__,
+            transformer=("models", type(network).__name__, settings),
+            weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
+            scheduler=("sampling.sit_pipeline", self.scheduler),
+            vae=self.vae,
+            labels=self.id2label,
+            overwrite=overwrite,
+            safe_serialization=safe_serialization,
+        )
 
     @classmethod
     def from_pretrained(cls, folder, paddle_dtype=None):
@@ -211,16 +207,12 @@ class SiTPipeline(DiffusionPipeline):
     @property
     def dtype(self):
         """Returns the network's dtype."""
-        return self._weight.dtype
+        return self.transformer.y_embedder.embedding_table.weight.dtype
 
     @property
     def device(self):
         """Returns where the network is."""
-        return self._weight.place
-
-    @property
-    def _weight(self):
-        return self.transformer.y_embedder.embedding_table.weight
+        return self.transformer.y_embedder.embedding_table.weight.place
 
     # -- Sampling -----------------------------------------------------------------------------------------------------
 
@@ -308,6 +300,7 @@ class SiTPipeline(DiffusionPipeline):
             options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
             options.update(last_step=last_step, last_step_size=last_step_size)
         self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
+        hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
         size = self.transformer.sample_size
         noise = randn_tensor((len(y), self.transformer.in_channels, size, size), generator=generator, dtype="float32")
         with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
@@ -320,17 +313,14 @@ class SiTPipeline(DiffusionPipeline):
                 guidance_channels=guidance_channels,
                 guidance_interval=guidance_interval,
                 output="latents",
-                progress=self._shows_progress(),
+                progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
                 sampler=sampler,
                 method=method,
                 **options,
             )
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.generator.decode(latents)
-            if output_type == "pil":
-                images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
+        images = latents if output_type == "latent" else self.generator.decode(latents)
+        if output_type == "pil":
+            images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_labels(self, class_labels):
@@ -340,13 +330,11 @@ class SiTPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"class_labels: {label!r} is no class id, an integer; get_label_ids gives the ids of labels"
                 )
-        labels = [operator.index(label) for label in labels]
-        wrong = [label for label in labels if not 0 <= label < count]
-        if wrong:
-            raise ValueError(f"class_labels: there is no class {wrong[0]}; the classes are 0..{count - 1}")
-        if not labels:
+            if not 0 <= operator.index(label) < count:
+                raise ValueError(f"class_labels: there is no class {label}; the classes are 0..{count - 1}")
+        if not len(labels):
             raise ValueError("class_labels: expected at least one class id")
-        return labels
+        return [operator.index(label) for label in labels]
 
     def _check_guidance(self, scale, interval, channels):
         if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
@@ -373,7 +361,3 @@ class SiTPipeline(DiffusionPipeline):
             if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
                 raise ValueError(f"generator {one!r}: expected what paddle.Generator().manual_seed(seed) returns")
         return generators[0] if len(generators) == 1 else generators
-
-    def _shows_progress(self):
-        disable = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        return is_terminal(sys.stderr) if disable is None else not disable  # as tqdm has it

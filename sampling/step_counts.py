@@ -92,21 +92,6 @@ def is_timestep_fit(value):
 
 
 def describe_fit(fit):
-    """Puts the numbers of steps of a fit into words."""
-    return "; ".join(f"{', '.join(map(str, counts)) or 'none'} ({name})" for name, counts in fit.items())
-
-
-def fit_note(fit, schedulers, name, num_steps):
-    """Returns a sentence if the timestep embedding of an exported network is not exact in that many steps, else None.
-
-    Args:
-        fit: `{"ddim": numbers of steps, "dpm": numbers of steps}` that are exact.
-        schedulers: `{"ddim": scheduler, "dpm": scheduler}`. name: the one that samples.
-    """
-    exact = {t for kind, counts in fit.items() for count in counts for t in visited_timesteps(schedulers[kind], count)}
-    if exact.issuperset(visited_timesteps(schedulers[name], num_steps)):
-        return None
-    return (
-        f"the timestep embedding of this pipeline is exact in these numbers of steps: {describe_fit(fit)}; in "
-        f"{num_steps} steps ({name}) its images differ from the checkpoint's"
-    )
+    """Returns a sentence on the numbers of steps, `{"ddim": [...], "dpm": [...]}`, in which an export is exact."""
+    counts = "; ".join(f"{', '.join(map(str, counts)) or 'none'} ({name})" for name, counts in fit.items())
+    return f"the timestep embedding of this pipeline is exact in these numbers of steps: {counts}"

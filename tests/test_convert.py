@@ -25,7 +25,8 @@ from support.runs import ROOT, command_environment
 from models import build_model
 from models.state import official_to_paddle, paddle_to_official
 from sampling.pipelines.converter import named_config
-from sampling.pipelines.export import export_dit_pipeline, transformer_config, transformer_state
+from sampling.pipelines.export import export_pipeline
+from sampling.pipelines.export_dit import transformer_config, transformer_state
 from sampling.pipelines.folder import TREE
 from sampling.pipelines.timestep_fit import fit_timestep_embedding
 from sampling.schedulers import make_scheduler
@@ -162,7 +163,7 @@ class TestTransformer:
         config = make_config(**sizes)
         settings = config["model"]
         model = make_model(config)
-        export_dit_pipeline(config, state_of(model), make_vae(settings["in_channels"]), tmp_path / "out")
+        export_pipeline(config, state_of(model), make_vae(settings["in_channels"]), tmp_path / "out")
         exported = Transformer2DModel.from_pretrained(str(tmp_path / "out" / "transformer"))
         exported.eval()
 
@@ -217,20 +218,20 @@ class TestTransformer:
     def test_refusals(self, tmp_path, sizes, message):
         config = make_config(**sizes)
         with pytest.raises(ValueError, match=message):
-            export_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
+            export_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
         assert tree_of(tmp_path) == []
 
     def test_another_pos_embed_is_refused(self, tmp_path):
         config = make_config(num_layers=3)  # dit_tiny.pt, whose table is not the plain one
         state = official_to_paddle(load_weights(GOLDEN / "dit_tiny.pt"))
         with pytest.raises(ValueError, match="pos_embed differs by up to 0.0"):
-            export_dit_pipeline(config, state, make_vae(), tmp_path / "out")
+            export_pipeline(config, state, make_vae(), tmp_path / "out")
         assert tree_of(tmp_path) == []
 
     def test_another_vae_is_refused(self, tmp_path):
         config = make_config()
         with pytest.raises(ValueError, match="the VAE has 3 latent channels"):
-            export_dit_pipeline(config, state_of(make_model(config)), make_vae(3), tmp_path / "out")
+            export_pipeline(config, state_of(make_model(config)), make_vae(3), tmp_path / "out")
 
 
 class TestPipeline:
@@ -246,7 +247,7 @@ class TestPipeline:
     def test_ddim_gives_ddim_sample_loops_latents(self, tmp_path, sizes, objective, steps, guidance_scale):
         config = make_config(objective=objective, **sizes)
         model = make_model(config)
-        export_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
+        export_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
         latents, noise = stock_latents(tmp_path / "out", steps, guidance_scale)
         expected = ddim_latents(config, model, noise, steps, guidance_scale)
         # ppdiffusers multiplies 1000 alphas in float32, ours are float64: the cosine schedule's last ones are tiny.
@@ -260,7 +261,7 @@ class TestPipeline:
         labels = {i: f"class {i}, alias {i}" for i in range(10)}
         out = tmp_path / "out"
         state = state_of(make_model(config))
-        notes = export_dit_pipeline(config, state, make_vae(), out, scheduler=scheduler, id2label=labels)
+        notes = export_pipeline(config, state, make_vae(), out, scheduler=scheduler, id2label=labels)
         assert tree_of(tmp_path) == sorted(f"out/{name}" for name in TREE)
         assert any("guides all latent channels" in note for note in notes)
         index = json.loads((out / "model_index.json").read_text())
@@ -282,16 +283,16 @@ class TestPipeline:
         state = state_of(make_model(config))
         out = tmp_path / "out"
         out.mkdir()  # empty: free
-        export_dit_pipeline(config, state, vae, out)
+        export_pipeline(config, state, vae, out)
         before = (out / "model_index.json").read_bytes()
         with pytest.raises(ValueError, match="is not empty"):
-            export_dit_pipeline(config, state, vae, out, scheduler="dpm")
+            export_pipeline(config, state, vae, out, scheduler="dpm")
         assert (out / "model_index.json").read_bytes() == before
-        export_dit_pipeline(config, state, vae, out, scheduler="dpm", overwrite=True)
+        export_pipeline(config, state, vae, out, scheduler="dpm", overwrite=True)
         assert b"DPMSolver" in (out / "model_index.json").read_bytes()
         (out / "notes.txt").write_text("mine")
         with pytest.raises(ValueError, match="holds notes.txt, which is no part of a pipeline"):
-            export_dit_pipeline(config, state, vae, out, overwrite=True)
+            export_pipeline(config, state, vae, out, overwrite=True)
         assert tree_of(tmp_path) == sorted([*(f"out/{name}" for name in TREE), "out/notes.txt"])
 
 
@@ -554,10 +555,10 @@ class TestHalfPrecision:
     def test_becomes_a_pipeline(self, tmp_path, rounded):
         config = make_config()
         state = {name: rounded(value) for name, value in state_of(make_model(config)).items()}
-        export_dit_pipeline(config, state, make_vae(), tmp_path / "out")
+        export_pipeline(config, state, make_vae(), tmp_path / "out")
         state["pos_embed"] = state["pos_embed"] * np.float32(1.01)
         with pytest.raises(ValueError, match="pos_embed differs by up to 0.0"):
-            export_dit_pipeline(config, state, make_vae(), tmp_path / "other")
+            export_pipeline(config, state, make_vae(), tmp_path / "other")
 
     def test_starts_a_run_with_the_exact_table(self, tmp_path):
         config = make_config()

@@ -18,7 +18,7 @@ from support.pipelines import make_config, make_model, make_pipeline, state_of
 from evaluation.digits import evaluate, nearest_distance
 from features.images import find_images, load_image
 from sampling.generator import load_generator
-from sampling.pipelines.export_sit import export_stock_sit
+from sampling.pipelines.export import export_pipeline
 from tools import prepare_digits, train_vae
 from tools.evaluate_digits import main
 
@@ -302,7 +302,7 @@ def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, va
     )
     assert np.array_equal(default, ddim) and not np.array_equal(default, dpm)
     config = make_config("SiT")
-    export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "stock")
+    export_pipeline(config, state_of(make_model(config)), vae, tmp_path / "stock")
     assert type(load_generator(str(tmp_path / "stock")).objective.scheduler) is EDMEulerScheduler
 
 
@@ -333,7 +333,7 @@ def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
 
 def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path):
     config = make_config("SiT", sample_size=2 * vae.config.sample_size // 8)
-    export_stock_sit(config, state_of(make_model(config)), vae, tmp_path / "large")
+    export_pipeline(config, state_of(make_model(config)), vae, tmp_path / "large")
     command = ["--pipeline", str(tmp_path / "large"), "--num_images", "10", "--num_inference_steps", "2"]
     message = "draws images of 64x64 pixels, .*png is 32x32; expected digits of that size: .*--image_size 64"
     with pytest.raises(ValueError, match=message):

@@ -21,7 +21,7 @@ from models import build_model
 from sampling.generator import from_weights
 from sampling.labels import find_classes, find_labels, weights_labels
 from sampling.pipelines import inference
-from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.export import export_pipeline
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
 from tools.extract_features import main
 from training.setup import build_dataset, describe_data_changes, describe_features
@@ -214,7 +214,7 @@ def test_stock_folders_hold_the_scale_in_their_vae(settings, convolutions, tmp_p
     config = resolve_config({"model": {**TINY_MODELS["DiT"], "sample_size": 4, "in_channels": channels}})
     network = build_model(config["model"])
     state = {name: value.numpy() for name, value in network.named_parameters()}
-    export_dit_pipeline(config, state, vae, tmp_path / "pipe", timestep_embedding="keep")
+    export_pipeline(config, state, vae, tmp_path / "pipe", timestep_embedding="keep")
 
     pipe = DiTPipeline.from_pretrained(str(tmp_path / "pipe"))
     latents = paddle.randn([2, channels, 4, 4])

@@ -18,7 +18,7 @@ from features.autoencoder import NotFiniteError
 from models import build_model
 from objectives import build_objective
 from sampling.generator import Generator, latent_sizes, load_generator
-from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.export import export_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def models(tmp_path_factory):
     """A DiT and a SiT, each as a training checkpoint and as a pipeline folder."""
     root = tmp_path_factory.mktemp("models")
     dit = write_checkpoint(root / "dit", make_config(sample_size=4))
-    export_dit_pipeline(make_config(sample_size=4), state_of(dit), make_vae(), root / "DiTPipeline", id2label=LABELS)
+    export_pipeline(make_config(sample_size=4), state_of(dit), make_vae(), root / "DiTPipeline", id2label=LABELS)
     write_checkpoint(root / "sit", make_config("SiT"))
     make_pipeline().save_pretrained(root / "SiTPipeline")
     return root

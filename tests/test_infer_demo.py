@@ -22,7 +22,7 @@ from sampling import demo as image_demo
 from sampling.grid import make_grid
 from sampling.guidance import default_channels, guided
 from sampling.labels import IMAGENET_LABELS, find_class, find_classes
-from sampling.pipelines.export import export_dit_pipeline
+from sampling.pipelines.export import export_pipeline
 from sampling.schedulers import make_scheduler, pipeline_scheduler
 from weights.files import load_weights, save_pdparams, save_safetensors
 
@@ -142,7 +142,7 @@ def models(tmp_path_factory):
     config, vae = make_config(), make_vae()
     state = state_of(make_model(config))
     labels = {i: f"digit {i}" for i in range(10)}
-    export_dit_pipeline(config, state, vae, folder / "pipeline", id2label=labels)
+    export_pipeline(config, state, vae, folder / "pipeline", id2label=labels)
     vae.save_pretrained(str(folder / "vae"), safe_serialization=False)
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir()
@@ -223,7 +223,7 @@ class TestDemo:
     def test_no_argument_takes_the_local_folder(self, tmp_path, capsys):
         config = make_config(num_classes=1000)
         labels = json.loads(open(IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
-        export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "DiT_XL_2_256", id2label=labels)
+        export_pipeline(config, state_of(make_model(config)), make_vae(), "DiT_XL_2_256", id2label=labels)
         infer_demo_dit.main([])
         image = np.asarray(Image.open("result_DiT_golden_retriever.png"))
         assert image.shape == (8, 8, 3)
@@ -425,7 +425,7 @@ class TestDemo:
 
     def test_a_pipeline_that_kept_dits_embedding_says_so(self, models, capsys):
         config = make_config()
-        export_dit_pipeline(config, state_of(make_model(config)), make_vae(), "kept", timestep_embedding="keep")
+        export_pipeline(config, state_of(make_model(config)), make_vae(), "kept", timestep_embedding="keep")
         draw("--model_path", "kept", "--classes", 1)
         assert "note: the timestep embedding of this pipeline is exact in these numbers of steps: none" in (
             capsys.readouterr().out
@@ -437,7 +437,7 @@ class TestDemo:
     def test_as_many_steps_as_the_diffusion_has(self, tmp_path):
         config = make_config(objective={"diffusion_steps": 30})
         state, vae = state_of(make_model(config)), make_vae()
-        export_dit_pipeline(config, state, vae, "pipeline")
+        export_pipeline(config, state, vae, "pipeline")
         vae.save_pretrained("vae", safe_serialization=False)
         os.mkdir("checkpoint")
         (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
@@ -524,7 +524,7 @@ class TestDemo:
         with pytest.raises(ValueError, match="was trained without EMA"):
             draw(*flags, "--key", "ema")
 
-        export_dit_pipeline(config, state, make_vae(), tmp_path / "pipeline")
+        export_pipeline(config, state, make_vae(), tmp_path / "pipeline")
         flags = ["--model_path", tmp_path / "pipeline", "--num_inference_steps", 2, "--classes", 1]
         with pytest.raises(ValueError, match="trained without a null class, can't be guided"):
             draw(*flags, "--guidance_scale", 4)

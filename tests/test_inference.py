@@ -13,9 +13,7 @@ from support.pipelines import make_config, make_model, make_vae, state_of, tree_
 
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
-from sampling.pipelines.export import export_dit_pipeline
-from sampling.pipelines.export_large_dit import export_large_dit_pipeline
-from sampling.pipelines.export_sit import export_stock_sit
+from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from tools import export_inference
 
@@ -29,12 +27,12 @@ def models(tmp_path_factory):
     vae, labels = make_vae(), {i: f"digit {i}" for i in range(10)}
     vae.save_pretrained(str(folder / "vae"), safe_serialization=False)
     config = make_config()
-    export_dit_pipeline(config, state_of(make_model(config)), vae, folder / "dit", id2label=labels)
+    export_pipeline(config, state_of(make_model(config)), vae, folder / "dit", id2label=labels)
     large = make_config("LargeDiT", qk_norm=True, num_kv_heads=1)
     state = state_of(make_model(large))
-    export_large_dit_pipeline(large, state, vae, folder / "large_dit", id2label=labels)
+    export_pipeline(large, state, vae, folder / "large_dit", id2label=labels)
     sit = make_config("SiT", sample_size=8, num_attention_heads=4)
-    export_stock_sit(sit, state_of(make_model(sit)), vae, folder / "sit", id2label=labels)
+    export_pipeline(sit, state_of(make_model(sit)), vae, folder / "sit", id2label=labels)
     write_checkpoint(folder / "checkpoint", make_config(num_attention_heads=2))
     for kind in KINDS:
         flags = ["--vae", str(folder / "vae")] if kind == "checkpoint" else []
@@ -148,7 +146,7 @@ def test_what_is_in_the_folder(models):
 
 def test_a_network_without_null_class(models, tmp_path, capsys):
     config = make_config(class_dropout_prob=0.0)
-    export_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "dit")
+    export_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "dit")
     export_inference.main(["--model_path", str(tmp_path / "dit"), "--output", str(tmp_path / "out")])
     assert f"{FIT}: 10, 20, 25, 50 (ddim); none (dpm)" in capsys.readouterr().out
     flags = ["--num_inference_steps", 2, "--classes", 1]

@@ -36,7 +36,7 @@ from sampling import SiTPipeline
 from sampling.demo import draw_dit
 from sampling.guidance import guided
 from sampling.labels import IMAGENET_LABELS, read_labels
-from sampling.pipelines.export_large_dit import export_large_dit_pipeline
+from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.folder import CODE, TREE
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
 from transport import Sampler, create_transport
@@ -236,7 +236,7 @@ def test_stock_pipelines_transformer_gives_our_output(tmp_path, sizes):
 
     config = make_config("LargeDiT", **sizes)
     model = make_model(config)
-    export_large_dit_pipeline(config, state_of(model), make_vae(model.in_channels), tmp_path / "out")
+    export_pipeline(config, state_of(model), make_vae(model.in_channels), tmp_path / "out")
     transformer = DiTPipeline.from_pretrained(str(tmp_path / "out")).transformer
     x, t, y = inputs(model)
     with paddle.no_grad():
@@ -255,7 +255,7 @@ def test_stock_pipelines_transformer_gives_our_output(tmp_path, sizes):
 def test_stock_pipeline_draws_ddim_sample_loops_latents(tmp_path, guidance_scale):
     config = make_config("LargeDiT", **ODD)
     model = make_model(config)
-    export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
+    export_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
     latents, noise = stock_latents(tmp_path / "out", 25, guidance_scale)
     expected = ddim_latents(config, model, noise, 25, guidance_scale)
     assert relative_error(latents, expected) < 1e-4
@@ -264,7 +264,7 @@ def test_stock_pipeline_draws_ddim_sample_loops_latents(tmp_path, guidance_scale
 def test_the_folder_needs_nothing_of_this_project(tmp_path):
     config = make_config("LargeDiT", **ODD)
     model = make_model(config)
-    export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
+    export_pipeline(config, state_of(model), make_vae(), tmp_path / "out")
     assert tree_of(tmp_path / "out") == sorted([*TREE, CODE])
     x, t, y = inputs(model)
     np.savez(tmp_path / "in.npz", x=x.numpy(), t=t.numpy(), y=y.numpy())
@@ -288,7 +288,7 @@ def test_half_precision_keeps_timesteps_and_norms(tmp_path):
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
 
     config = make_config("LargeDiT")
-    export_large_dit_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
+    export_pipeline(config, state_of(make_model(config)), make_vae(), tmp_path / "out")
     transformer = LargeDiTTransformer.from_pretrained(str(tmp_path / "out" / "transformer"), paddle_dtype="float16")
     norm = transformer.layers[0].attention_norm
     assert norm.weight.dtype == paddle.float16
@@ -310,7 +310,7 @@ def test_why_ppdiffusers_own_class_is_not_used(tmp_path, monkeypatch):
 
     config = make_config("LargeDiT", **ODD)
     model = make_model(config)
-    notes = export_large_dit_pipeline(config, state_of(model), make_vae(), tmp_path / "out", stock_transformer=True)
+    notes = export_pipeline(config, state_of(model), make_vae(), tmp_path / "out", stock_transformer=True)
     assert any("draws other images" in note for note in notes)
     assert tree_of(tmp_path / "out") == sorted(TREE)
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -346,7 +346,7 @@ def test_why_ppdiffusers_own_class_is_not_used(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_exported(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message):
-        export_large_dit_pipeline(make_config("LargeDiT", **sizes), {}, make_vae(), tmp_path / "out")
+        export_pipeline(make_config("LargeDiT", **sizes), {}, make_vae(), tmp_path / "out")
     assert tree_of(tmp_path) == []
 
 
@@ -464,7 +464,7 @@ def test_demo_scripts_without_arguments(tmp_path, monkeypatch, size, demo):
     config = make_config("LargeDiT", num_classes=1000)
     model = make_model(config)
     labels = read_labels(IMAGENET_LABELS)
-    export_large_dit_pipeline(config, state_of(model), make_vae(), demo.local_folder, id2label=labels)
+    export_pipeline(config, state_of(model), make_vae(), demo.local_folder, id2label=labels)
     draw_dit([], demo)
     image = np.asarray(Image.open(f"result_LargeDiT_{size.upper()}_golden_retriever.png")).astype(int)
     flags = ["--model_path", demo.local_folder, "--classes", 207, "--num_inference_steps", 25, "--seed", demo.seed]

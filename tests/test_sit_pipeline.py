@@ -34,7 +34,7 @@ from models.state import official_to_paddle
 from sampling import SiTPipeline
 from sampling import demo as image_demo
 from sampling.guidance import guided
-from sampling.pipelines.export_sit import export_stock_sit
+from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.folder import SAFE_TREE, TREE
 from sampling.sit_pipeline import TransportScheduler
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
@@ -365,7 +365,7 @@ class TestStockFolder:
     def test_stock_pipeline_gives_sample_odes_latents(self, tmp_path, sizes, path_type, steps, guidance_scale):
         config = make_config("SiT", {"path_type": path_type}, attention_head_dim=32, **sizes)
         model = make_model(config)
-        export_stock_sit(config, state_of(model), load_vae(DIGITS_VAE), tmp_path / "out")
+        export_pipeline(config, state_of(model), load_vae(DIGITS_VAE), tmp_path / "out")
         latents, noise = stock_latents(tmp_path / "out", steps, guidance_scale)
         y, null_class = paddle.to_tensor([1, 2]), config["model"]["num_classes"]
         denoiser = guided(model, y, guidance_scale, channels=None, null_class=null_class)
@@ -379,7 +379,7 @@ class TestStockFolder:
         from ppdiffusers import DiTPipeline, EDMEulerScheduler
 
         config = make_config("SiT")
-        notes = export_stock_sit(
+        notes = export_pipeline(
             config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out", id2label=LABELS
         )
         assert any("no other scheduler fits it" in note for note in notes)
@@ -392,7 +392,7 @@ class TestStockFolder:
         from ppdiffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
 
         config = make_config("SiT")
-        export_stock_sit(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
+        export_pipeline(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
         pipe = DiTPipeline.from_pretrained(str(tmp_path / "out"))
         pipe.scheduler = FlowMatchEulerDiscreteScheduler()
         with pytest.raises(AttributeError, match="scale_model_input"):
@@ -402,7 +402,7 @@ class TestStockFolder:
     def test_only_velocity(self, tmp_path, prediction):
         config = make_config("SiT", {"prediction": prediction})
         with pytest.raises(ValueError, match=f"prediction '{prediction}': .* need prediction 'velocity'"):
-            export_stock_sit(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
+            export_pipeline(config, state_of(make_model(config)), load_vae(DIGITS_VAE), tmp_path / "out")
         assert tree_of(tmp_path) == []
 
 
@@ -518,7 +518,7 @@ class TestConverter:
         with pytest.raises(ValueError, match="pos_embed differs"):  # its table is not the plain one
             config = resolve_config({"model": TINY_PT})
             state = official_to_paddle(load_weights(GOLDEN / "sit_tiny.pt"))
-            export_stock_sit(config, state, load_vae(DIGITS_VAE), tmp_path / "out")
+            export_pipeline(config, state, load_vae(DIGITS_VAE), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -535,7 +535,7 @@ class TestDemo:
         state = state_of(write_checkpoint(root / "checkpoint", config))
         vae = load_vae(DIGITS_VAE)
         SiTPipeline.from_weights(config, state, vae, LABELS).save_pretrained(root / "pipeline")
-        export_stock_sit(config, state, vae, root / "stock", id2label=LABELS)
+        export_pipeline(config, state, vae, root / "stock", id2label=LABELS)
         paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(root / "sit.pdparams"))
         (root / "SiT.json").write_text(json.dumps(config))
         return root

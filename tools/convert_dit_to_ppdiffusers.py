@@ -48,36 +48,22 @@ def main(argv=None):
         raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
-        from sampling.pipelines import export, export_large_dit
+        from sampling.pipelines.export import exporter
 
         kind = config["model"]["type"]
         check_diffusion(config["objective"])
-        (export_large_dit if kind == "LargeDiT" else export).transformer_config(config["model"])
+        exporter(config).check(config)
         if args.stock_transformer and kind != "LargeDiT":
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")
 
-    def write(config, state, vae, labels, source):
-        from sampling.pipelines.export import export_dit_pipeline
-        from sampling.pipelines.export_large_dit import export_large_dit_pipeline
+    def export(config, *parts, **options):
+        from sampling.pipelines.export import export_pipeline
 
-        if config["model"]["type"] == "LargeDiT":
-            export, options = export_large_dit_pipeline, {"stock_transformer": args.stock_transformer}
-        else:
-            export, options = export_dit_pipeline, {"timestep_embedding": args.timestep_embedding}
-        return export(
-            config,
-            state,
-            vae,
-            args.checkpoint_path,
-            scheduler=args.scheduler,
-            id2label=labels,
-            overwrite=args.overwrite,
-            safe_serialization=args.safe_serialization,
-            source=source,
-            **options,
-        )
+        option = "stock_transformer" if config["model"]["type"] == "LargeDiT" else "timestep_embedding"
+        options[option] = getattr(args, option)
+        return export_pipeline(config, *parts, scheduler=args.scheduler, **options)
 
-    source = convert("DiT", args, check, write)
+    source = convert("DiT", args, check, export)
     if source is not None:
         print(f"{source} -> {args.checkpoint_path} (ppdiffusers.DiTPipeline.from_pretrained)")
 

@@ -44,31 +44,18 @@ def main(argv=None):
                 f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"
             )
         if args.stock:
-            from sampling.pipelines.export import transformer_config
-            from sampling.pipelines.export_sit import check_prediction
+            from sampling.pipelines import export_sit
 
-            transformer_config(config["model"])
-            check_prediction(config["objective"])
+            export_sit.check(config)
 
-    def export(config, state, vae, labels, source):
+    def export(config, state, vae, folder, *, id2label, source, **options):
         if args.stock:
-            from sampling.pipelines.export_sit import export_stock_sit
+            from sampling.pipelines.export import export_pipeline
 
-            return export_stock_sit(
-                config,
-                state,
-                vae,
-                args.checkpoint_path,
-                id2label=labels,
-                overwrite=args.overwrite,
-                safe_serialization=args.safe_serialization,
-                source=source,
-            )
+            return export_pipeline(config, state, vae, folder, id2label=id2label, source=source, **options)
         from sampling import SiTPipeline
 
-        SiTPipeline.from_weights(config, state, vae, labels, source=source).save_pretrained(
-            args.checkpoint_path, overwrite=args.overwrite, safe_serialization=args.safe_serialization
-        )
+        SiTPipeline.from_weights(config, state, vae, id2label, source=source).save_pretrained(folder, **options)
         return []
 
     source = convert("SiT", args, check, export)

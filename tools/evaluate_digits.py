@@ -1,11 +1,8 @@
 """Draw digits through an exported DiTPipeline or SiTPipeline folder and say how good they are.
 
-Reports three figures and a grid with one row per class:
-- the accuracy of a classifier, trained on the real training digits, on real held-out digits;
-- the share of samples that this classifier assigns to the class that was asked for;
-- the mean distance of a sample to its nearest training image, next to that of held-out digits: samples much nearer to
-  the training images than held-out digits are have been memorised.
-Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+Reports the three figures of `evaluation.digits` and a grid with one row per class: the accuracy of a classifier on real
+held-out digits, the share of samples that it assigns to the class that was asked for, and the mean distance of samples
+to the nearest training image, next to that of held-out digits.
 """
 
 import argparse

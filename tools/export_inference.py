@@ -54,7 +54,7 @@ def main(argv=None):
         print(f"note: {note}")
     fit = generator.objective.timestep_fit
     if fit is not None:
-        print(f"note: the timestep embedding of this pipeline is exact in these numbers of steps: {describe_fit(fit)}")
+        print(f"note: {describe_fit(fit)}")
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(generator, args.output)
     print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")

@@ -13,15 +13,11 @@ from sampling.pipelines.folder import check_id2label, check_output
 IMAGE_SIZE = 256  # pixels, of --model_name
 
 
-def model_names(kind):
-    """Lists what --model_name accepts for DiT or SiT."""
-    return [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
-
-
 def named_config(kind, model_name, image_size):
     """Returns the config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
-    if model_name not in model_names(kind):
-        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(model_names(kind))}")
+    known = [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
+    if model_name not in known:
+        raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(known)}")
     _, size, patch_size = model_name.split("_")
     if image_size < 1 or image_size % (8 * int(patch_size)):
         raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
@@ -110,7 +106,8 @@ def convert(kind, args, check, export):
     Args:
         kind: DiT or SiT.
         check: `check(config)` raises ValueError for a config that can't be exported.
-        export: `export(config, state, vae, labels, source)` writes the folder and returns sentences for the user.
+        export: writes the folder and returns sentences for the user; called as `sampling.pipelines.export
+            .export_pipeline`.
 
     Returns:
         the file that the weights came from, or None if nothing was written (--save False).
@@ -120,22 +117,22 @@ def convert(kind, args, check, export):
     """
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
-    if args.config_file:
+    if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
     config = find_config(kind, args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
     choose_vae(*chosen, args.default_vae, "--vae_model")
+    # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
+    check(config)
+    check_id2label(labels, config["model"]["num_classes"])
+    if args.save:
+        check_output(args.checkpoint_path, args.overwrite)
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes
     from weights.source import read_weights
 
-    # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
-    check_id2label(labels, config["model"]["num_classes"])
-    if args.save:
-        check_output(args.checkpoint_path, args.overwrite)
-    check(config)
     print(f"reading {args.model_weights}", flush=True)
     state, source = read_weights(args.model_weights, key=args.key, layout=args.weights_layout)
     check_finite(state, source=source)
@@ -144,7 +141,16 @@ def convert(kind, args, check, export):
         print(f"{source} fits; --save False: nothing was written")
         return None
     vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
-    notes = export(config, state, vae, labels, source)
+    notes = export(
+        config,
+        state,
+        vae,
+        args.checkpoint_path,
+        id2label=labels,
+        overwrite=args.overwrite,
+        safe_serialization=args.safe_serialization,
+        source=source,
+    )
     for text in [note, *vae_notes, *notes]:
         if text:
             print(f"note: {text}")

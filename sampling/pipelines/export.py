@@ -1,192 +1,42 @@
-"""Export of a DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
-
-Where the stock classes differ from DiT, and what is done about it:
-
-* Classes. The pipeline's null class is the literal 1000. The table is laid out in 1001 rows, the null class in the last
-  one; fewer than 1000 classes fit, more do not. Without a null class (class_dropout_prob 0) the last rows are NaN:
-  sample with `guidance_scale=1`; guidance, which such a network can't do, then shows at once.
-* Timesteps. `Transformer2DModel` spaces the 128 frequencies of its sinusoidal features by 127, the official DiT by 128:
-  with the weights as they are the timestep embedding is another one, and the network's output with it. The embedding
-  is a small MLP of a scalar, so it is fitted anew, see `fit_timestep_embedding`.
-* Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one, by more than
-  the rounding of a half precision, are refused. From a `sample_size` of 128 on it divides the positions by
-  `sample_size // 64`, which makes every table another one: refused too.
-* MLP. Its width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
-* Guidance. The pipeline guides all latent channels, the official `forward_with_cfg` the first three.
-* Latents. The pipeline decodes `latents / scaling_factor`: an autoencoder's shift or statistics are folded into its
-  convolutions, see `features.autoencoder.fold_scaling`.
-* A learned variance is ignored by both schedulers: the pipeline cuts it off.
-"""
-
-import os
-import shutil
+"""Export of networks as folders that the stock `ppdiffusers.DiTPipeline` loads, whichever network it is."""
 
 import numpy as np
 
-from features.autoencoder import LatentScaling, fold_scaling
-from models.state import check_state, expected_shapes, is_rounded
-from sampling.pipelines.folder import check_id2label, check_output, write_components, write_folder
-from sampling.pipelines.pretrained import NULL_CLASS
-from sampling.step_counts import FIT_KEY
-
-OTHER = {"ddim": "dpm", "dpm": "ddim"}
+from features.autoencoder import fold_scaling
+from models.state import check_state, expected_shapes
+from sampling.pipelines import export_dit, export_large_dit, export_sit
+from sampling.pipelines.folder import check_id2label, check_output, check_vae, write_pipeline
 
 
-def transformer_config(model):
-    """Returns the keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be one."""
-    hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
-    if model["type"] not in ("DiT", "SiT"):
-        raise ValueError(f"a model of type {model['type']!r} can't be a Transformer2DModel; expected DiT or SiT")
-    check_num_classes(model)
-    if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
-        raise ValueError(
-            f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
-            "be exported; sample such a model from its checkpoint"
-        )
-    scale = _position_scale(model)
-    if scale > 1 and model["sample_size"] > model["patch_size"]:  # one token alone stands at 0
-        raise ValueError(
-            f"sample_size {model['sample_size']}: from 128 on Transformer2DModel divides the positions by "
-            f"sample_size // 64, here {scale}; such a model can't be a DiTPipeline, sample it from its checkpoint"
-        )
-    return {
-        "sample_size": model["sample_size"],
-        "patch_size": model["patch_size"],
-        "in_channels": model["in_channels"],
-        "out_channels": model["in_channels"] * (2 if model["learn_sigma"] else 1),
-        "num_layers": model["num_layers"],
-        "num_attention_heads": model["num_attention_heads"],
-        "attention_head_dim": model["attention_head_dim"],
-        "num_embeds_ada_norm": NULL_CLASS,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-    }
+def exporter(config):
+    """Returns the module that exports a config's network, by `check(config)` and `convert(config, state, source)`."""
+    if config["model"]["type"] == "LargeDiT":
+        return export_large_dit
+    return export_sit if config["objective"]["type"] == "transport" else export_dit
 
 
-def _position_scale(model):
-    """Returns Transformer2DModel's `interpolation_scale`."""
-    return max(model["sample_size"] // 64, 1)
-
-
-def check_num_classes(model):
-    """Raises ValueError for more classes than a stock DiTPipeline can guide."""
-    if model["num_classes"] > NULL_CLASS:
-        raise ValueError(
-            f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
-            f"{NULL_CLASS} classes can be exported; sample such a model from its checkpoint"
-        )
-
-
-def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
-    """Returns DiT's weights under `Transformer2DModel`'s names.
-
-    Args:
-        model: the `model` section. state: `{name: array}`, Paddle layout.
-        timestep_embedding: what `fit_timestep_embedding` returned, or None to keep DiT's own MLP.
-        source: for messages.
-
-    Returns:
-        `{name: float32 array}`.
-    """
-    from sampling.pipelines.timestep_fit import own_timestep_mlp
-
-    state = {name: np.asarray(value, "float32") for name, value in state.items()}
-    check_state(state, expected_shapes(model), source=source)
-    _check_pos_embed(model, state["pos_embed"], source)
-
-    mlp = timestep_embedding or own_timestep_mlp(state)
-    embedding = {
-        "timestep_embedder.linear_1.weight": mlp["0.weight"],
-        "timestep_embedder.linear_1.bias": mlp["0.bias"],
-        "timestep_embedder.linear_2.weight": mlp["2.weight"],
-        "timestep_embedder.linear_2.bias": mlp["2.bias"],
-        "class_embedder.embedding_table.weight": class_table(model, state["y_embedder.embedding_table.weight"]),
-    }
-    result = {}
-
-    def linear(to, name):
-        result[f"{to}.weight"], result[f"{to}.bias"] = state[f"{name}.weight"], state[f"{name}.bias"]
-
-    linear("pos_embed.proj", "x_embedder.proj")
-    for i in range(model["num_layers"]):
-        to, block = f"transformer_blocks.{i}", f"blocks.{i}"
-        result.update({f"{to}.norm1.emb.{name}": value for name, value in embedding.items()})
-        linear(f"{to}.norm1.linear", f"{block}.adaLN_modulation.1")
-        for part, weight, bias in zip(
-            "qkv",
-            np.split(state[f"{block}.attn.qkv.weight"], 3, axis=1),  # [D, 3D] -> 3 x [D, D]
-            np.split(state[f"{block}.attn.qkv.bias"], 3),
-            strict=True,
-        ):
-            result[f"{to}.attn1.to_{part}.weight"], result[f"{to}.attn1.to_{part}.bias"] = weight, bias
-        linear(f"{to}.attn1.to_out.0", f"{block}.attn.proj")
-        linear(f"{to}.ff.net.0.proj", f"{block}.mlp.fc1")
-        linear(f"{to}.ff.net.2", f"{block}.mlp.fc2")
-        # gelu(0) = 0: hidden units of zeros change nothing.
-        hidden_size, width = state[f"{block}.mlp.fc1.weight"].shape
-        missing = 4 * hidden_size - width
-        for name, padding in (
-            ("ff.net.0.proj.weight", [(0, 0), (0, missing)]),
-            ("ff.net.0.proj.bias", [(0, missing)]),
-            ("ff.net.2.weight", [(0, missing), (0, 0)]),
-        ):
-            if missing:
-                result[f"{to}.{name}"] = np.pad(result[f"{to}.{name}"], padding)
-    linear("proj_out_1", "final_layer.adaLN_modulation.1")
-    linear("proj_out_2", "final_layer.linear")
-    return result
-
-
-def class_table(model, table):
-    """Returns a stock DiTPipeline's label table `(1001, D)`: the classes, then the null class in all other rows."""
-    null = table[-1] if model["class_dropout_prob"] > 0 else np.full_like(table[0], np.nan)
-    rows = np.tile(null, (NULL_CLASS + 1, 1))  # (1001, D)
-    rows[: model["num_classes"]] = table[: model["num_classes"]]
-    return rows
-
-
-def _check_pos_embed(model, pos_embed, source):
-    from ppdiffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    grid_size = model["sample_size"] // model["patch_size"]
-    stock = get_2d_sincos_pos_embed(
-        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=_position_scale(model)
-    )  # (T, D)
-    if not is_rounded(pos_embed[0], stock):
-        difference = np.abs(stock - pos_embed[0]).max()
-        raise ValueError(
-            f"{source}: pos_embed differs by up to {difference:.2g} from the sin-cos table that Transformer2DModel "
-            "computes itself and can't be given; such a model can't be a DiTPipeline, sample it from its checkpoint"
-        )
-
-
-def export_dit_pipeline(
+def export_pipeline(
     config,
     state,
     vae,
     output_dir,
     *,
-    scheduler="ddim",
     id2label=None,
     overwrite=False,
     safe_serialization=False,
-    timestep_embedding="fit",
     source="weights",
+    **options,
 ):
-    """Writes a DiT and a VAE as a `ppdiffusers.DiTPipeline` folder, which is complete or not there.
+    """Writes a DiT, a Large-DiT or a SiT and a VAE as a stock `DiTPipeline` folder, which is complete or not there.
 
     Args:
         config: resolved config; its `model` and `objective` sections are used.
         state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
-        scheduler: "ddim" or "dpm", see `make_scheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
-        timestep_embedding: "fit" for `fit_timestep_embedding`, "keep" for DiT's own weights as they are.
         source: where the weights come from, for messages.
+        options: of the `convert` of `exporter(config)`.
 
     Returns:
         list of sentences that the user should read: what the exported pipeline does differently.
@@ -194,106 +44,24 @@ def export_dit_pipeline(
     Raises:
         ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
     """
-    from sampling.pipelines.timestep_fit import fit_timestep_embedding
-    from sampling.schedulers import make_scheduler, pipeline_scheduler
-
-    model = config["model"]
-    settings = transformer_config(model)
-    the_scheduler = make_scheduler(config["objective"], scheduler)
-    if timestep_embedding not in ("fit", "keep"):
-        raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
-    labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
-    mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, OTHER[scheduler]))
-    weights = transformer_state(
-        model, state, timestep_embedding=mlp if timestep_embedding == "fit" else None, source=source
-    )
-
-    if timestep_embedding == "keep":
-        settings[FIT_KEY] = {scheduler: [], OTHER[scheduler]: []}
-    elif not report["all_timesteps"]:
-        settings[FIT_KEY] = {scheduler: report["exact_steps"], OTHER[scheduler]: report["other_exact_steps"]}
-    transformer = ("ppdiffusers", "Transformer2DModel", settings)
-    write_stock_folder(
-        output_dir, transformer, weights, the_scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
-    )
-    return _notes(model, scheduler, timestep_embedding, report)
-
-
-def check_export(model, state, vae, output_dir, id2label, overwrite, source):
-    """Returns what every export writes, checked: `(labels, state)`, for model_index.json and as float32 arrays.
-
-    Raises:
-        ValueError: one line: weights, labels or a VAE that don't fit, or an output that is in the way.
-    """
+    model, network = config["model"], exporter(config)
+    network.check(config)
     labels = check_id2label(id2label, model["num_classes"])
     check_output(output_dir, overwrite)
     check_vae(vae, model["in_channels"])
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)
-    return labels, state
-
-
-def check_vae(vae, in_channels):
-    """Raises ValueError unless the VAE decodes latents of that many channels, scaled in a way that we know."""
-    if vae.config.latent_channels != in_channels:
-        raise ValueError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the network's in_channels is {in_channels}"
-        )
-    LatentScaling.of(vae.config, channels=in_channels, source="the VAE's config")
-
-
-def write_stock_folder(
-    output_dir, transformer, weights, scheduler, vae, labels, overwrite, *, safe_serialization=False, code=None
-):
-    """Writes the folder of a stock DiTPipeline.
-
-    Args:
-        transformer: `(package, class name, constructor keywords)`, and weights: `{name: array}` under its names.
-        code: a file to put beside the weights, with the transformer's class.
-    """
-    vae = fold_scaling(vae)
-
-    def write(folder):
-        write_components(
-            folder,
-            pipeline="DiTPipeline",
-            transformer=transformer,
-            weights=weights,
-            scheduler=("ppdiffusers", scheduler),
-            vae=vae,
-            labels=labels,
-            safe_serialization=safe_serialization,
-        )
-        if code is not None:
-            shutil.copy(code, os.path.join(folder, "transformer"))
-
-    write_folder(output_dir, write, overwrite)
-
-
-def guidance_notes(model):
-    """Lists sentences on the guidance of a stock DiTPipeline."""
-    notes = ["DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three."]
-    if model["class_dropout_prob"] == 0:
-        notes.append("This model has no null class: sample it with guidance_scale=1; any other gives NaN.")
-    return notes
-
-
-def _notes(model, scheduler, timestep_embedding, report):
-    notes = guidance_notes(model)
-    if timestep_embedding == "keep":
-        notes.append(
-            "The stock transformer embeds timesteps by other frequencies than DiT: with DiT's weights kept, its "
-            f"timestep embedding is off by up to {report['kept_error']:.0%}."
-        )
-    elif report["all_timesteps"]:
-        notes.append("The timestep embedding was fitted to the stock transformer's frequencies: exact everywhere.")
-    else:
-        steps = ", ".join(map(str, report["exact_steps"])) or "no number of"
-        others = ", ".join(map(str, report["other_exact_steps"]))
-        others = f" (and {OTHER[scheduler]} in {others})" if others else ""
-        notes.append(
-            f"The timestep embedding was fitted to the stock transformer's frequencies: exact when this {scheduler} "
-            f"scheduler samples in {steps} steps{others}; this network is too narrow for all timesteps (off by up to "
-            f"{report['max_error']:.1%} at others)."
-        )
-    return notes
+    stock = network.convert(config, state, source, **options)
+    write_pipeline(
+        output_dir,
+        pipeline="DiTPipeline",
+        transformer=(*stock.transformer, stock.settings),
+        weights=stock.weights,
+        scheduler=("ppdiffusers", stock.scheduler),
+        vae=fold_scaling(vae),
+        labels=labels,
+        overwrite=overwrite,
+        safe_serialization=safe_serialization,
+        code=stock.code,
+    )
+    return stock.notes

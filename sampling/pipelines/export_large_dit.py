@@ -6,21 +6,16 @@ don't; it can't be built with Paddle 3, and in float32 it needs a CUDA build of 
 subclass of it that mends this, a copy of `sampling/pipelines/large_dit_transformer.py`, and model_index.json names that
 one: DiTPipeline then gives the numbers of this project's Large-DiT anywhere, without this project.
 
-The rest is as for a DiT (`sampling.pipelines.export`): the label table is laid out for the null class 1000, all latent
-channels are guided, a learned variance is cut off. Timesteps need no fit: the frequencies are the official ones.
+The rest is as for a DiT (`sampling.pipelines.export_dit`): the label table is laid out for the null class 1000, all
+latent channels are guided, a learned variance is cut off. Timesteps need no fit: the frequencies are the official ones.
 """
 
 import os
 
-from sampling.pipelines.export import (
-    check_export,
-    check_num_classes,
-    class_table,
-    guidance_notes,
-    write_stock_folder,
-)
+from sampling.pipelines.export_dit import StockModel, check_num_classes, class_table, guidance_notes
 from sampling.pipelines.folder import CODE
 from sampling.pipelines.pretrained import NULL_CLASS
+from sampling.step_counts import check_diffusion
 
 MAX_TOKENS = 4096  # of DiTLLaMA2DModel's table of rotary positions
 STOCK_CLASS = ("ppdiffusers", "DiTLLaMA2DModel")
@@ -28,10 +23,10 @@ OWN_CLASS = (os.path.splitext(os.path.basename(CODE))[0], "LargeDiTTransformer")
 OWN_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(CODE))
 
 
-def transformer_config(model):
-    """Returns the keywords of the `DiTLLaMA2DModel` for a `model` section; ValueError where it can't be one."""
-    if model["type"] != "LargeDiT":
-        raise ValueError(f"a model of type {model['type']!r} can't be a DiTLLaMA2DModel; expected LargeDiT")
+def check(config):
+    """Returns the keywords of the `DiTLLaMA2DModel` for a resolved config; ValueError where there is no export."""
+    model = config["model"]
+    check_diffusion(config["objective"])
     check_num_classes(model)
     tokens = (model["sample_size"] // model["patch_size"]) ** 2
     if tokens > MAX_TOKENS:
@@ -53,50 +48,26 @@ def transformer_config(model):
     }
 
 
-def export_large_dit_pipeline(
-    config,
-    state,
-    vae,
-    output_dir,
-    *,
-    scheduler="ddim",
-    id2label=None,
-    overwrite=False,
-    safe_serialization=False,
-    stock_transformer=False,
-    source="weights",
-):
-    """Writes a Large-DiT and a VAE as a `ppdiffusers.DiTPipeline` folder, with `CODE` unless `stock_transformer`.
+def convert(config, state, source, *, scheduler="ddim", stock_transformer=False):
+    """Returns a Large-DiT as a `StockModel`, with `CODE` unless `stock_transformer`.
 
     Args:
-        stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers. The others, result
-            and errors are those of `sampling.pipelines.export.export_dit_pipeline`.
+        scheduler: "ddim" or "dpm", see `make_scheduler`.
+        stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers.
     """
     from sampling.schedulers import make_scheduler
 
-    model = config["model"]
-    settings = transformer_config(model)
-    the_scheduler = make_scheduler(config["objective"], scheduler)
-    labels, weights = check_export(model, state, vae, output_dir, id2label, overwrite, source)
-    table = "y_embedder.embedding_table.weight"
-    weights[table] = class_table(model, weights[table])
-    package, class_name = STOCK_CLASS if stock_transformer else OWN_CLASS
-    write_stock_folder(
-        output_dir,
-        (package, class_name, settings),
-        weights,
-        the_scheduler,
-        vae,
-        labels,
-        overwrite,
-        safe_serialization=safe_serialization,
-        code=None if stock_transformer else OWN_FILE,
-    )
+    model, table = config["model"], "y_embedder.embedding_table.weight"
+    weights = {**state, table: class_table(model, state[table])}
+    notes = guidance_notes(model)
     if stock_transformer:
-        note = (
+        notes.append(
             "DiTLLaMA2DModel itself draws other images than this network: its block norms subtract the mean. It can't "
             "be built with Paddle 3, and in float32 needs a CUDA build of Paddle."
         )
     else:
-        note = f"Loading the folder runs its {CODE}: DiTLLaMA2DModel, mended to give the official network's numbers."
-    return [*guidance_notes(model), note]
+        notes.append(
+            f"Loading the folder runs its {CODE}: DiTLLaMA2DModel, mended to give the official network's numbers."
+        )
+    transformer, code = (STOCK_CLASS, None) if stock_transformer else (OWN_CLASS, OWN_FILE)
+    return StockModel(transformer, check(config), weights, make_scheduler(config["objective"], scheduler), notes, code)

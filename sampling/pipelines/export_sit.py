@@ -16,31 +16,33 @@ for a network F and sigmas s > s'. For sigmas below 2^-12 the roots and the firs
 N inference steps are the N points of `sample_ode("euler", num_steps=N)`, and give its latents. The scheduler appends a
 last step from sigma_min, here 2^-32, to 0: of length 2^-20, it changes nothing.
 
-Everything else is as in `sampling.pipelines.export`. The folder works with its own scheduler only, in float32, for
+Everything else is as in `sampling.pipelines.export_dit`. The folder works with its own scheduler only, in float32, for
 velocity prediction on any path; for noise and score predictions a step is no `x + dt F`.
 """
 
 import numpy as np
 
-from sampling.pipelines.export import (
-    check_export,
+from sampling.pipelines.export_dit import (
+    STOCK_CLASS,
+    StockModel,
     guidance_notes,
     transformer_config,
     transformer_state,
-    write_stock_folder,
 )
 
 SIGMA_SCALE = 2.0**-12  # 1 + SIGMA_SCALE**2 rounds to 1 in float32
 SMALLEST = 2.0**-20  # what is left of the time at the last grid point
 
 
-def check_prediction(objective):
-    """Raises ValueError for a transport that does not predict velocity."""
-    if objective["prediction"] != "velocity":
+def check(config):
+    """Returns the keywords of the `Transformer2DModel` for a resolved config; ValueError where there is no export."""
+    prediction = config["objective"]["prediction"]
+    if prediction != "velocity":
         raise ValueError(
-            f"prediction {objective['prediction']!r}: the stock DiTPipeline's Euler steps need prediction 'velocity'; "
+            f"prediction {prediction!r}: the stock DiTPipeline's Euler steps need prediction 'velocity'; "
             "export a SiTPipeline instead"
         )
+    return transformer_config(config["model"])
 
 
 def make_flow_scheduler(objective):
@@ -51,16 +53,12 @@ def make_flow_scheduler(objective):
 
     Returns:
         `(scheduler, times)`: `times(timesteps)` is float64.
-
-    Raises:
-        ValueError: another objective than a transport that predicts velocity.
     """
     from ppdiffusers import EDMEulerScheduler
 
     from sampling.sit_pipeline import TransportScheduler
 
     transport = TransportScheduler.from_objective(objective).transport
-    check_prediction(objective)
     t0, t1 = transport.check_interval(transport.train_eps, transport.sample_eps, eval=True)
     scheduler = EDMEulerScheduler(
         sigma_max=SIGMA_SCALE * (t1 - t0),
@@ -76,35 +74,22 @@ def make_flow_scheduler(objective):
     return scheduler, times
 
 
-def export_stock_sit(
-    config, state, vae, output_dir, *, id2label=None, overwrite=False, safe_serialization=False, source="weights"
-):
-    """Writes a SiT and a VAE as a stock `ppdiffusers.DiTPipeline` folder.
-
-    Arguments, result and errors are those of `sampling.pipelines.export.export_dit_pipeline`.
-    """
+def convert(config, state, source):
+    """Returns a SiT as a `StockModel`."""
     from sampling.pipelines.timestep_fit import fit_time_embedding
 
-    model = config["model"]
-    settings = transformer_config(model)
     scheduler, times = make_flow_scheduler(config["objective"])
-    labels, state = check_export(model, state, vae, output_dir, id2label, overwrite, source)
-
     mlp, report = fit_time_embedding(state, times, *_timesteps(scheduler))
-    weights = transformer_state(model, state, timestep_embedding=mlp, source=source)
+    weights = transformer_state(config["model"], state, timestep_embedding=mlp, source=source)
     for name in ("proj_out_2.weight", "proj_out_2.bias"):
         weights[name] = weights[name] / np.float32(SIGMA_SCALE)  # a power of two: exact
-    transformer = ("ppdiffusers", "Transformer2DModel", settings)
-    write_stock_folder(
-        output_dir, transformer, weights, scheduler, vae, labels, overwrite, safe_serialization=safe_serialization
-    )
-
-    return [
+    notes = [
         "The folder samples Euler steps of the ODE with its own scheduler, in float32; no other scheduler fits it.",
-        *guidance_notes(model),
+        *guidance_notes(config["model"]),
         f"The timestep embedding was fitted to the scheduler's timesteps: right to {report['max_error']:.1g} of its "
         "largest entry, for any number of steps up to 1000.",
     ]
+    return StockModel(STOCK_CLASS, check(config), weights, scheduler, notes)
 
 
 def _timesteps(scheduler):

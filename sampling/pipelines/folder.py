@@ -2,22 +2,24 @@
 
 import inspect
 import os
+import shutil
 
+from features.autoencoder import LatentScaling
 from runtime.files import whole_folder, write_json
 from runtime.untrusted import check_sizes, read_json, shortened
 from weights.files import save_pdparams, save_safetensors
 
+# Names of ppdiffusers, the second with safe_serialization.
+WEIGHTS, SAFE_WEIGHTS = "model_state.pdparams", "diffusion_paddle_model.safetensors"
 TREE = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     "transformer/config.json",
-    "transformer/model_state.pdparams",
+    f"transformer/{WEIGHTS}",
     "vae/config.json",
-    "vae/model_state.pdparams",
+    f"vae/{WEIGHTS}",
 )
-# The same with safe_serialization, under ppdiffusers' names.
-SAFE_WEIGHTS = "diffusion_paddle_model.safetensors"
-SAFE_TREE = tuple(name.replace("model_state.pdparams", SAFE_WEIGHTS) for name in TREE)
+SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
 
@@ -93,19 +95,19 @@ def check_free(output_dir):
         raise ValueError(f"{output_dir}: is there already; give the name of a new folder")
 
 
-def write_folder(output_dir, write, overwrite=False):
-    """Calls `write(temporary folder)`, then gives that folder its name: it is complete or not there.
-
-    Raises:
-        ValueError: something is in the way, see `check_output`.
-    """
-    check_output(output_dir, overwrite)
-    with whole_folder(output_dir) as partial:
-        write(partial)
+def check_vae(vae, in_channels):
+    """Raises ValueError unless the VAE decodes latents of that many channels, scaled in a way that we know."""
+    if vae.config.latent_channels != in_channels:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the network's in_channels is {in_channels}"
+        )
+    LatentScaling.of(vae.config, channels=in_channels, source="the VAE's config")
 
 
-def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, labels, safe_serialization=False):
-    """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`.
+def write_pipeline(
+    output_dir, *, pipeline, transformer, weights, scheduler, vae, labels, overwrite, safe_serialization, code=None
+):
+    """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`: the folder is complete or not there.
 
     Args:
         pipeline: name of the pipeline's class.
@@ -113,35 +115,38 @@ def write_components(folder, *, pipeline, transformer, weights, scheduler, vae, 
         weights: `{name: array}` of the transformer, Paddle layout.
         scheduler: `(package, object)`. vae: the object. Both are written by their own `save_pretrained`.
         labels: what `check_id2label` returned.
+        code: a file to put beside the weights, with the transformer's class.
+
+    Raises:
+        ValueError: something is in the way, see `check_output`.
     """
     from ppdiffusers.version import VERSION
 
     package, class_name, settings = transformer
     scheduler_package, scheduler = scheduler
-    os.makedirs(os.path.join(folder, "transformer"))
-    write_json(
-        os.path.join(folder, "transformer", "config.json"),
-        {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings},
-    )
-    if safe_serialization:
-        save_safetensors(weights, os.path.join(folder, "transformer", SAFE_WEIGHTS))
-    else:
-        save_pdparams(weights, os.path.join(folder, "transformer", "model_state.pdparams"))
-    vae.save_pretrained(
-        os.path.join(folder, "vae"),
-        safe_serialization=safe_serialization,
-        to_diffusers=False,
-        max_shard_size="100GB",  # one file
-    )
-    scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-    write_json(
-        os.path.join(folder, "model_index.json"),
-        {
-            "_class_name": pipeline,
-            "_ppdiffusers_version": VERSION,
-            "id2label": labels,
-            "scheduler": [scheduler_package, type(scheduler).__name__],
-            "transformer": [package, class_name],
-            "vae": ["ppdiffusers", "AutoencoderKL"],
-        },
-    )
+    index = {
+        "_class_name": pipeline,
+        "_ppdiffusers_version": VERSION,
+        "id2label": labels,
+        "scheduler": [scheduler_package, type(scheduler).__name__],
+        "transformer": [package, class_name],
+        "vae": ["ppdiffusers", "AutoencoderKL"],
+    }
+    settings = {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings}
+    check_output(output_dir, overwrite)
+    with whole_folder(output_dir) as folder:
+        transformer_folder = os.path.join(folder, "transformer")
+        os.makedirs(transformer_folder)
+        write_json(os.path.join(transformer_folder, "config.json"), settings)
+        save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
+        save(weights, os.path.join(transformer_folder, name))
+        if code is not None:
+            shutil.copy(code, transformer_folder)
+        vae.save_pretrained(
+            os.path.join(folder, "vae"),
+            safe_serialization=safe_serialization,
+            to_diffusers=False,
+            max_shard_size="100GB",  # one file
+        )
+        scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+        write_json(os.path.join(folder, "model_index.json"), index)

@@ -22,10 +22,10 @@ from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.state import check_finite
-from runtime.files import write_json
+from runtime.files import whole_folder, write_json
 from runtime.untrusted import MAX_SIZE, inside, shortened
 from sampling.generator import Generator
-from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object, write_folder
+from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object
 from sampling.pipelines.pretrained import SCHEDULERS, is_id2label, load_scheduler
 from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
@@ -33,6 +33,7 @@ from weights.pretrained import without_null_rows
 
 MANIFEST = INFERENCE_MANIFEST
 FORMAT = 1
+NETWORK_KEYS = ("in_channels", "sample_size", "num_classes", "null_class")
 PARTS = ("transformer", "vae")
 # A program's file: of Paddle 3, and of Paddle 2.
 PROGRAMS = ("model.json", "model.pdmodel")
@@ -104,7 +105,7 @@ def export_inference(generator, output_dir):
         "vae": (Decoder(generator.vae), [latents]),
     }
 
-    def write(folder):
+    with whole_folder(output_dir) as folder:
         for part, (layer, inputs) in parts.items():
             os.makedirs(os.path.join(folder, part))
             _save(layer, inputs, os.path.join(folder, part, "model"))
@@ -113,10 +114,7 @@ def export_inference(generator, output_dir):
         manifest = {
             "format": FORMAT,
             "paddle_version": paddle.__version__,
-            "in_channels": generator.in_channels,
-            "sample_size": generator.sample_size,
-            "num_classes": generator.num_classes,
-            "null_class": generator.null_class,
+            **{name: getattr(generator, name) for name in NETWORK_KEYS},
             **LatentScaling.of(generator.vae.config).as_dict(),
             "scheduler": type(scheduler).__name__,
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
@@ -124,8 +122,6 @@ def export_inference(generator, output_dir):
             "timestep_fit": generator.objective.timestep_fit,
         }
         write_json(os.path.join(folder, MANIFEST), manifest)
-
-    write_folder(output_dir, write)
 
 
 def _save(layer, inputs, path):
@@ -235,7 +231,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     return Generator(
         lambda x, t, y: network(x, t.astype("float32"), y),
         PipelineSampler(scheduler, manifest.get("timestep_fit")),
-        **{key: manifest[key] for key in ("in_channels", "sample_size", "num_classes", "null_class")},
+        **{key: manifest[key] for key in NETWORK_KEYS},
         # What a `LatentDecoder` asks of an AutoencoderKL.
         vae=SimpleNamespace(
             config=SimpleNamespace(**scaling, latent_channels=manifest["in_channels"]),

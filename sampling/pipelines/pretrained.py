@@ -9,6 +9,7 @@ of the tables below; weights go through `weights.files`. A folder's own code is 
 import os
 
 from runtime.untrusted import read_json, shortened
+from sampling.pipelines.folder import read_json_object
 from sampling.step_counts import FIT_KEY, is_timestep_fit
 from weights.pretrained import find_file, load_model, read_settings, refused_settings
 
@@ -83,10 +84,7 @@ def _load_dit_pipeline(name_or_path, dtype):
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
 
     index_path = find_file(name_or_path, "model_index.json")
-    index = read_json(index_path)
-    kinds = {}
-    if not isinstance(index, dict):
-        raise ValueError(f"{index_path}: expected a JSON object")
+    index, kinds = read_json_object(index_path), {}
     for name, known in (("transformer", TRANSFORMERS), ("scheduler", SCHEDULERS), ("vae", ("AutoencoderKL",))):
         given = index.get(name)
         kinds[name] = given[1] if isinstance(given, list) and len(given) == 2 else None
@@ -127,8 +125,6 @@ def has_null_class(transformer):
 
     The exporter fills the row of a null class that is not there with NaN.
     """
-    if hasattr(transformer, "y_embedder"):  # a Large-DiT
-        embedder = transformer.y_embedder
-    else:
-        embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
+    large = hasattr(transformer, "y_embedder")
+    embedder = transformer.y_embedder if large else transformer.transformer_blocks[0].norm1.emb.class_embedder
     return bool(embedder.embedding_table.weight[-1].isfinite().all())

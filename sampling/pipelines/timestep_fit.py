@@ -22,11 +22,9 @@ _STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
 def fit_timestep_embedding(state, scheduler, other=None):
     """Fits a timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
 
-    DiT embeds t as W2 silu(W1 f(t) + b1) + b2, f(t) the cosines and sines of t * 10000**(-i/128); `Transformer2DModel`
-    has i/127 there and no setting for it. Only the integers 0..999 ever occur as t. So W1 and b1 are drawn at random
-    (a random-feature basis of D functions of t) and W2, b2 solved by least squares. A hidden width D of 1000 or more
-    gives every timestep to float32 rounding. A smaller one can't: there the timesteps that the scheduler visits in 25,
-    50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the others are approximated.
+    A hidden width D of 1000 or more gives every timestep to float32 rounding. A smaller one can't: there the timesteps
+    that the scheduler visits in 25, 50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the
+    others are approximated.
 
     Args:
         state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.

@@ -11,7 +11,8 @@ import numpy as np
 
 from features.autoencoder import LatentScaling
 from features.check_samples import Expected, PackedSamples, PairSamples
-from features.store import manifest_file, read_manifest
+from features.layout import Layout
+from features.store import read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted
 from runtime.progress import tqdm
@@ -180,7 +181,7 @@ def _check_counts(report):
     empty = int((counts == 0).sum())
     if empty:
         report.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
-    path, size = manifest_file(report.feature_path, report.name), report.samples.size
+    path, size = Layout(report.feature_path, report.name).manifest, report.samples.size
     if manifest.get("num_samples", size) != size:
         report.add("manifest", path, f"num_samples {manifest['num_samples']}, found {size}")
     # The config may have more classes than the set.
@@ -205,7 +206,7 @@ def _check_statistics(report, sums, count):
         return
     text = f"the latents' standard deviation is {report.std:.4g}, expected about 1"
     manifest = report.manifest if report.manifest.get("scaling_factor") else {"scaling_factor": 0.18215}  # SD's
-    source = manifest_file(report.feature_path, report.name)
+    source = Layout(report.feature_path, report.name).manifest
     scaling = LatentScaling.of(manifest, channels=len(mean), source=source)
     name = f"scaling factor {scaling.scaling_factor:g}" + ("" if scaling.is_plain else ", with shift or statistics,")
     # Mean and standard deviation of each channel, had they been scaled once more or less.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from features.image_source import MAX_LABEL
+from features.layout import Layout
 from features.npy import load_npy
-from features.packed import PackedStore, packed_folder
-from features.pairs import NpyReader, features_folder, labels_folder, natural_order, read_label, without_batch_axis
+from features.packed import PackedStore
+from features.pairs import NpyReader, natural_order, read_label, without_batch_axis
 from runtime.process import counted, one_line
 
 
@@ -36,7 +37,7 @@ class Expected:
 
 class PackedSamples:
     def __init__(self, report):
-        self.folder = packed_folder(report.feature_path, report.name)
+        self.folder = Layout(report.feature_path, report.name).packed
         self.store = PackedStore(self.folder)
         self.size, self.has_flip = len(self.store), self.store.has_flip
         self.first = self.store.row_shape, self.store.dtype.name
@@ -55,12 +56,9 @@ class PairSamples:
     """The pairs of files whose counterparts are there; the others are problems of the report."""
 
     def __init__(self, report):
-        self.folder = features_folder(report.feature_path, report.name)
-        flipped = self.folder + "_flip"
-        self.has_flip = os.path.isdir(flipped)
-        self.folders = [
-            self.folder, labels_folder(report.feature_path, report.name), *([flipped] if self.has_flip else [])
-        ]  # fmt: skip
+        layout = Layout(report.feature_path, report.name)
+        self.folder, self.has_flip = layout.features, os.path.isdir(layout.flipped)
+        self.folders = [layout.features, layout.labels, *([layout.flipped] if self.has_flip else [])]
         found = []
         for folder in self.folders:
             there = os.listdir(os.fsencode(folder)) if os.path.isdir(folder) else []

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from features.image_source import MAX_LABEL
 from features.layout import Layout
 from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, shard_files, shard_name
 from features.pairs import PairStore, natural_order
-from features.read_ahead import read_ahead
+from features.read_ahead import map_ahead
 from features.store import find_features, open_store, read_manifest
 from features.writers import PairWriter
 from runtime.files import sha256_of_file, whole_file, write_json
@@ -179,15 +178,13 @@ class _Rows:
         return start, [os.fsdecode(name) for name in self.names[start:stop]], labels, rows
 
     def chunks(self, function, start=0, stop=None):
-        """Yields `function(*read(...))`, computed by the threads, of all chunks in order."""
+        """Returns an iterator over `function(*read(...))`, computed by the threads, of all chunks in order."""
         stop = len(self.store) if stop is None else stop
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            tasks = (
-                pool.submit(lambda first=first: function(*self.read(first, min(first + self.chunk, stop))))
-                for first in range(start, stop, self.chunk)
-            )
-            for future in read_ahead(pool, tasks, 2 * self.num_workers):
-                yield future.result()
+
+        def work(first):
+            return function(*self.read(first, min(first + self.chunk, stop)))
+
+        return map_ahead(work, range(start, stop, self.chunk), self.num_workers, 2 * self.num_workers)
 
 
 def _compare(source, target, rounded_to):

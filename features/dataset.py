@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from features.pairs import features_folder
+from features.layout import Layout
 from features.store import MemoryStore, find_features, open_store, read_manifest
 from runtime.process import counted
 
@@ -90,8 +90,9 @@ class FeatureDataset:
             )
         if kind == "packed":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
-            if os.path.isdir(features_folder(feature_path, name)):
-                self.notes.append(f"{self.features_dir} is read, not {features_folder(feature_path, name)} beside it")
+            pairs = Layout(feature_path, name).features
+            if os.path.isdir(pairs):
+                self.notes.append(f"{self.features_dir} is read, not {pairs} beside it")
         elif self.store.index_note:
             self.notes.append(self.store.index_note)
         self[0]

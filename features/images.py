@@ -41,7 +41,7 @@ def some_of(names) -> str:
     return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def order_classes(names, notes: list, earlier: list | None = None) -> list:
+def order_classes(names, notes: list, root: str) -> list:
     """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
@@ -50,7 +50,7 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
-        earlier: the order of a set that was begun before; it is kept for the same names.
+        root: where they are, for the message.
 
     Raises:
         ValueError: two names are the same number.
@@ -67,16 +67,9 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
                 break
         return text
     numbered = sorted(text, key=int)
-    if earlier is not None and sorted(earlier) == text and earlier != numbered:
-        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
-        notes.append(
-            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
-            f"{label}; a new extraction gives it label {numbered.index(name)}"
-        )
-        return earlier
     for one, other in itertools.pairwise(numbered):
         if int(one) == int(other):
-            raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
+            raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
     moved = next((label for label, name in enumerate(numbered) if name != text[label]), None)
     if moved is not None:
         notes.append(
@@ -125,7 +118,7 @@ def _kind(entry, above):
     return None if (state.st_dev, state.st_ino) in above else "folder"
 
 
-def find_images(root: str, *, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
+def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
     """Lists the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
@@ -133,7 +126,6 @@ def find_images(root: str, *, notes: list | None = None, earlier: list | None = 
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     Returns:
         (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
@@ -158,10 +150,7 @@ def find_images(root: str, *, notes: list | None = None, earlier: list | None = 
             lost.append(entry.path)
         elif entry.name.lower().endswith(suffixes):
             loose.append(entry.name)
-    try:
-        classes = order_classes(classes, notes, earlier)
-    except ValueError as error:
-        raise ValueError(f"{root}: {error}") from None
+    classes = order_classes(classes, notes, root)
     for label, name in enumerate(classes):
         paths = []
         for path in walk_files(os.path.join(root, name), above, lost):

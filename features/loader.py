@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from features.read_ahead import map_ahead
 from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
 
@@ -182,14 +182,11 @@ class FeatureLoader:
                 return None
             return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
 
-        with ThreadPoolExecutor(1, "features") as pool:
-            count = 1  # the first step waits for one batch only
-            upcoming = pool.submit(read, count)
-            while (arrays := upcoming.result()) is not None:
-                count = min(2 * count, max_count)
-                upcoming = pool.submit(read, count)
-                for start in range(0, len(arrays[0]), size):
-                    yield [array[start : start + size] for array in arrays]
+        # The first step waits for one batch only.
+        counts = (min(1 << min(reads, 30), max_count) for reads in itertools.count())
+        for arrays in itertools.takewhile(lambda arrays: arrays is not None, map_ahead(read, counts, 1, 1)):
+            for start in range(0, len(arrays[0]), size):
+                yield [array[start : start + size] for array in arrays]
 
     def __iter__(self):
         batches = self._batches()

@@ -19,6 +19,7 @@ import re
 
 import numpy as np
 
+from features.layout import Layout
 from features.npy import load_npy
 from runtime.files import whole_folder
 from runtime.machine import available_memory
@@ -29,16 +30,6 @@ SHARD_SAMPLES = 8192
 # that is only cache.
 MAX_MAPPED_BYTES = 1 << 32
 MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the system's read-around
-
-
-def packed_folder(feature_path, name):
-    """Returns the folder of the packed set NAME."""
-    return os.path.join(feature_path, f"{name}_packed")
-
-
-def partial_folder(feature_path, name):
-    """Returns the folder in which the packed set NAME is written until it is complete."""
-    return packed_folder(feature_path, name) + ".partial"
 
 
 def shard_name(number):
@@ -70,10 +61,10 @@ def finish(feature_path, name):
     Raises:
         ValueError: something is there already.
     """
-    folder = packed_folder(feature_path, name)
-    if os.path.exists(folder):
-        raise ValueError(f"{folder}: is there already; nothing was overwritten")
-    os.rename(partial_folder(feature_path, name), folder)
+    layout = Layout(feature_path, name)
+    if os.path.exists(layout.packed):
+        raise ValueError(f"{layout.packed}: is there already; nothing was overwritten")
+    os.rename(layout.partial, layout.packed)
 
 
 def npy_header(shape, dtype):
@@ -100,7 +91,7 @@ class ShardWriter:
     """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
 
     Args:
-        folder: from `partial_folder`; made if need be.
+        folder: the set's `Layout.partial`; made if need be.
         number: of the shard. A whole shard of that number must not be there; a killed one's leftovers are replaced.
         row_shape: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments.
         dtype: "float32" or "float16".

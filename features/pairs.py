@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from features.layout import Layout
 from features.npy import header_bytes, load_npy, load_npz
 from runtime.files import whole_file
 from runtime.progress import tqdm
@@ -24,16 +25,6 @@ MIN_SAMPLES_FOR_INDEX = 20_000
 _MAX_BYTES = 1 << 30  # of a file that is read at once
 # mtime is coarse: a folder that was modified in the last two seconds may change again with the same mtime.
 _CLOCK_NS = 2_000_000_000
-
-
-def features_folder(feature_path, name):
-    """Returns the folder of the set NAME's latents; their twins are in the same with `_flip` at its end."""
-    return os.path.join(feature_path, f"{name}_features")
-
-
-def labels_folder(feature_path, name):
-    """Returns the folder of the set NAME's labels."""
-    return os.path.join(feature_path, f"{name}_labels")
 
 
 def without_batch_axis(latent):
@@ -129,13 +120,13 @@ class PairStore:
     memory_dtype = np.dtype("float32")  # because the files may be of several
 
     def __init__(self, feature_path, name):
-        self.path, self.labels_dir = features_folder(feature_path, name), labels_folder(feature_path, name)
+        layout = Layout(feature_path, name)
+        self.path, self.labels_dir, self.flip_dir = layout.features, layout.labels, layout.flipped
         if not os.path.isdir(self.labels_dir):
             raise ValueError(f"{self.path}: its labels folder {self.labels_dir} is missing")
-        self.flip_dir = self.path + "_flip"
         self.has_flip = os.path.isdir(self.flip_dir)
         self._folders = [self.path, self.labels_dir, *([self.flip_dir] if self.has_flip else [])]
-        self.index_path = os.path.join(feature_path, f"{name}_index.npz")
+        self.index_path = layout.index
         self.index_note = None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
         self._labels = self._signatures = None

@@ -19,8 +19,9 @@ from support.runs import ROOT, loop_arguments, read_losses, run_script, write_co
 
 from features import pairs
 from features.dataset import FeatureDataset
+from features.layout import Layout
 from features.loader import FeatureLoader
-from features.packed import ShardWriter, finish, finished_shards, partial_folder
+from features.packed import ShardWriter, finish, finished_shards
 from features.store import find_features
 from tools.pack_features import main as pack
 
@@ -212,7 +213,7 @@ def test_manifest_and_classes_travel_with_the_samples(tmp_path):
 def test_several_shards_empty_ones_and_exact_reads(both, tmp_path):
     """Shards of any size, reads in any order, and the way of reading for sets larger than the memory."""
     latents, _ = write_set(tmp_path / "pairs", 9)
-    folder = partial_folder(tmp_path, "imagenet64")
+    folder = Layout(tmp_path, "imagenet64").partial
     for number, (start, stop) in enumerate(((0, 4), (4, 4), (4, 5), (5, 9))):
         with ShardWriter(folder, number * 3, row_shape=SHAPE) as shard:
             for first in range(start, stop, 3):
@@ -668,7 +669,7 @@ def test_small_sets_get_no_index(tmp_path):
 
 def test_a_packed_set_keeps_nothing_but_labels_in_memory(tmp_path):
     """A hundred times the rows, and no more memory of the process's own than their labels."""
-    folder = partial_folder(tmp_path, "imagenet64")
+    folder = Layout(tmp_path, "imagenet64").partial
     rows = np.zeros((4000, *SHAPE), "float32")
     with ShardWriter(folder, 0, row_shape=SHAPE) as shard:
         for start in range(0, 40_000, 4000):

@@ -11,7 +11,7 @@ from features.image_source import MAX_LABEL
 from features.layout import Layout
 from features.npy import load_npy
 from features.packed import PackedStore
-from features.pairs import NpyReader, natural_order, read_label, without_batch_axis
+from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
 from runtime.process import counted, one_line
 
 
@@ -41,7 +41,7 @@ class PackedSamples:
         self.store = PackedStore(self.folder)
         self.size, self.has_flip = len(self.store), self.store.has_flip
         self.first = self.store.row_shape, self.store.dtype.name
-        self.source = self.store.feature_source
+        self.source = self.store.source
 
     def tasks(self, spans, expected, hashing):
         return check_packed, [(self.folder, start, stop, expected) for start, stop in spans]
@@ -59,20 +59,12 @@ class PairSamples:
         layout = Layout(report.feature_path, report.name)
         self.folder, self.has_flip = layout.features, os.path.isdir(layout.flipped)
         self.folders = [layout.features, layout.labels, *([layout.flipped] if self.has_flip else [])]
-        found = []
-        for folder in self.folders:
-            there = os.listdir(os.fsencode(folder)) if os.path.isdir(folder) else []
-            if not os.path.isdir(folder):
-                report.add("pairs", folder, "is missing")
-            found.append({name for name in there if name.endswith(b".npy")})
-        both = set.intersection(*found)
-        for folder, names in zip(self.folders, found, strict=True):
-            for name in natural_order(list(names - both)).tolist():
-                for other, theirs in zip(self.folders, found, strict=True):
-                    if name not in theirs:
-                        path = os.path.join(folder, os.fsdecode(name))
-                        report.add("pairs", path, f"has no counterpart in {other}")
-        self.names = [os.fsdecode(name) for name in natural_order(list(both))]
+        if not os.path.isdir(layout.labels):
+            raise ValueError(f"{layout.labels}: is missing")
+        names, lonely = match_pairs(self.folders)
+        for path, other in lonely:
+            report.add("pairs", path, f"has no counterpart in {other}")
+        self.names = [os.fsdecode(name) for name in names]
         self.size = len(self.names)
         self.first = self._first()
 
@@ -227,7 +219,7 @@ def check_packed(task):
         try:
             chunk.add_label(place, label)
         except ValueError as error:
-            chunk.problem("labels", store.label_source(start + place), error)
-    files = ("latents.npy", "flipped.npy")
-    chunk.add(rows, np.arange(len(indices)), lambda place, twin: store.source(start + place, files[twin]))
+            chunk.problem("labels", store.source(start + place, "labels"), error)
+    kinds = ("latents", "flipped")
+    chunk.add(rows, np.arange(len(indices)), lambda place, twin: store.source(start + place, kinds[twin]))
     return chunk

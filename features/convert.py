@@ -121,11 +121,11 @@ def _check_samples(store):
     if not len(store):
         raise ValueError(f"{store.path}: no sample in it")
     if store.dtype.kind != "f":
-        raise ValueError(f"{store.feature_source(0)}: holds {store.dtype}, expected float latents")
+        raise ValueError(f"{store.source(0)}: holds {store.dtype}, expected float latents")
     wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
     if wrong.any():
         first = int(wrong.argmax())
-        raise ValueError(f"{store.label_source(first)}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
+        raise ValueError(f"{store.source(first, 'labels')}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
 
 
 def _begin(layout, plan_file, plan, work):
@@ -212,8 +212,8 @@ def _compare(source, target, rounded_to):
         if bad.any():
             index = start + int(np.argmax(bad))
             hint = "; were its dtypes mixed? then give --dtype" if new_store.dtype == "float16" else ""
-            is_not = f"is not the same as {old_store.feature_source(index)}"
-            raise ValueError(f"{new_store.feature_source(index)}: {is_not}{hint}")
+            is_not = f"is not the same as {old_store.source(index)}"
+            raise ValueError(f"{new_store.source(index)}: {is_not}{hint}")
         return len(names), worst
 
     largest = 0.0

@@ -113,7 +113,7 @@ class FeatureDataset:
         if self.moments:
             takes += f" and therefore moments of shape {expected}"
         if shape != expected or self.store.dtype.kind != "f":
-            raise ValueError(f"{self.store.feature_source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
+            raise ValueError(f"{self.store.source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
         self.store.expected = takes
 
     def _check_labels(self, labels, indices):
@@ -121,7 +121,7 @@ class FeatureDataset:
         if wrong.any():
             first = int(wrong.argmax())
             raise ValueError(
-                f"{self.store.label_source(indices[first])}: label {labels[first]} is outside the config's "
+                f"{self.store.source(indices[first], 'labels')}: label {labels[first]} is outside the config's "
                 f"num_classes: 0..{self.num_classes - 1}"
             )
         if self._classes is not None and not np.isin(labels, self._classes).all():
@@ -136,7 +136,7 @@ class FeatureDataset:
 
     def source(self, index):
         """Returns where the latent of a sample stands, for messages."""
-        return self.store.feature_source(index if self._indices is None else self._indices[index])
+        return self.store.source(index if self._indices is None else self._indices[index])
 
     def __len__(self):
         return len(self.store) if self._indices is None else len(self._indices)

@@ -283,36 +283,21 @@ class PackedStore:
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def name(self, index):
-        """Returns the sample's name, that of its files as pairs without `.npy`."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return os.fsdecode(self._names(shard, mapped=True)[index - self._starts[shard]])
-
     def names(self):
-        """Returns all names, `(N,)` bytes."""
-        return np.concatenate([self._names(shard) for shard in range(len(self.shards))])
+        """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
+        parts = []
+        for shard, count in zip(self.shards, self._ends - self._starts, strict=True):
+            path = os.path.join(shard, "names.npy")
+            parts.append(load_npy(path))
+            if parts[-1].dtype.kind != "S" or parts[-1].shape != (count,):
+                holds = f"holds {_describe(parts[-1])}"
+                raise ValueError(f"{path}: {holds}, expected the names, bytes, of {counted(count, 'sample')}")
+        return np.concatenate(parts)
 
-    def _names(self, shard, mapped=False):
-        path = os.path.join(self.shards[shard], "names.npy")
-        names, count = load_npy(path, mapped=mapped), self._ends[shard] - self._starts[shard]
-        if names.dtype.kind != "S" or names.shape != (count,):
-            raise ValueError(
-                f"{path}: holds {_describe(names)}, expected the names, bytes, of {counted(count, 'sample')}"
-            )
-        return names
-
-    def feature_source(self, index):
-        """Returns where the latent of a sample stands, for messages."""
-        return self.source(index, "latents.npy")
-
-    def label_source(self, index):
-        """Returns where the label of a sample stands, for messages."""
-        return self.source(index, "labels.npy")
-
-    def source(self, index, name):
-        """Returns where a sample stands in the files of that name."""
+    def source(self, index, kind="latents"):
+        """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self.shards[shard]}/{name} row {index - self._starts[shard]}"
+        return f"{self.shards[shard]}/{kind}.npy row {index - self._starts[shard]}"
 
 
 def _labels(shard):

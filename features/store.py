@@ -101,8 +101,8 @@ def read_manifest(feature_path, name):
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
-    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read`, `feature_source` and
-    `label_source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
+    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read` and
+    `source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
 
     Args:
         store: where they are.
@@ -154,8 +154,5 @@ class MemoryStore:
             out[...] = self._rows[0, indices]
         return self.labels[indices]
 
-    def feature_source(self, index):
-        return self._store.feature_source(self._indices[index])
-
-    def label_source(self, index):
-        return self._store.label_source(self._indices[index])
+    def source(self, index, kind="latents"):
+        return self._store.source(self._indices[index], kind)

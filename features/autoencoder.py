@@ -59,11 +59,6 @@ class LatentDecoder:
         self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
         self.batch_size = batch_size
 
-    @classmethod
-    def from_pretrained(cls, name_or_path, batch_size=16):
-        """Makes one with the VAE of a folder or of the hub; see `load_vae`."""
-        return cls(load_vae(name_or_path), batch_size)
-
     def decode(self, latents):
         """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
 

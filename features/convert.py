@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,18 +22,7 @@ CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
 
 
-@dataclass(frozen=True)
-class Converted:
-    """The result of `convert_set`: how many samples lie where, and the largest rounding error (None: not rounded)."""
-
-    num_samples: int
-    paths: tuple
-    rounding_error: float | None
-
-
-def convert_set(
-    feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4
-) -> Converted:
+def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4):
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
     After a kill the same call goes on where it was.
@@ -46,6 +34,9 @@ def convert_set(
         dtype: of the stored latents, "float32" or "float16"; None: the source's.
         shard_samples: samples a packed file; None: 4 GiB of them.
         num_workers: threads that read ahead.
+
+    Returns:
+        `(number of samples, their paths, largest rounding error)`; the error is None if nothing was rounded.
 
     Raises:
         ValueError: one line: the source can't be converted, or something is in the way.
@@ -79,15 +70,16 @@ def convert_set(
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 
-    source = _Rows(store, num_workers)
-    convert = _to_packed if kind == "packed" else _to_pairs
-    error, labels = convert(source, layout, work, dtype=dtype, rounded_to=rounded_to, shard_samples=shard_samples)
+    source, labels = _Rows(store, num_workers), store.labels
+    if kind == "packed":
+        error = _to_packed(source, layout, dtype, rounded_to, shard_samples)
+    else:
+        error = _to_pairs(source, layout, work, dtype, rounded_to)
     old_classes = Layout(feature_path, name).classes
     if os.path.exists(old_classes):
         with whole_file(layout.classes) as path:
             shutil.copyfile(old_classes, path)
-    num_classes = manifest.get("num_classes", int(labels.max(initial=-1)) + 1)
-    checksums = {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()}
+    num_classes = manifest.get("num_classes", int(labels.max()) + 1)
     new = {
         "format": kind,
         "name": name,
@@ -96,13 +88,13 @@ def convert_set(
         "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
         "dtype": dtype,
         "flip": store.has_flip,
-        "checksums": checksums,
+        "checksums": {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()},
     }
     write_json(layout.manifest, {"version": 1, **manifest, **new})
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
     places = (layout.packed,) if kind == "packed" else (layout.features, layout.labels)
-    return Converted(len(store), (*places, layout.manifest), error if store.dtype != "float16" else None)
+    return len(store), (*places, layout.manifest), error if store.dtype != "float16" else None
 
 
 def _check_names(store):
@@ -224,9 +216,9 @@ def _compare(source, target, rounded_to):
     return largest
 
 
-def _to_packed(source, layout, work, *, dtype, rounded_to, shard_samples):
-    """Puts compared shards and their checksums in place; returns `(rounding error or None, labels)`."""
-    store, error = source.store, None
+def _to_packed(source, layout, dtype, rounded_to, shard_samples):
+    """Puts compared shards and their checksums in place; returns the rounding error, or None."""
+    store, work, error = source.store, layout.partial, None
     if not os.path.exists(layout.packed):  # else: a kill after the comparison
         done = finished_shards(work)
         with tqdm(total=len(store), desc="packing", unit="sample") as bar:
@@ -247,11 +239,11 @@ def _to_packed(source, layout, work, *, dtype, rounded_to, shard_samples):
                 name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
                 digest = sha256_of_file(os.path.join(layout.features_path, name))
                 file.write(f"{digest.hex()}  {name}\n")
-    return error, PackedStore(layout.packed).labels
+    return error
 
 
-def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
-    """Puts compared pairs and their checksums in place; returns `(rounding error or None, labels)`."""
+def _to_pairs(source, layout, work, dtype, rounded_to):
+    """Puts compared pairs and their checksums in place; returns the rounding error, or None."""
     made, compared, error = Layout(work, layout.name), os.path.join(work, "compared"), None
     if not os.path.exists(compared):  # else: a kill while the folders moved
         _write_pairs(source, made, dtype)
@@ -261,7 +253,7 @@ def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
     for name in ("checksums", "labels", "flipped", "features"):
         if os.path.exists(getattr(made, name)):
             os.rename(getattr(made, name), getattr(layout, name))
-    return error, source.store.labels
+    return error
 
 
 def _write_pairs(source, made, dtype):

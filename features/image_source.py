@@ -40,9 +40,8 @@ class ImageSource:
         encoded = [os.fsencode(name) for name in names]
         self.root, self.dim = str(root), []
         # The tar files are named relative to root: it may move while an extraction rests.
-        archives = [path[len(self.root) :].lstrip("/") for path in archives]
-        self._meta = {"kind": kind, "classes": list(classes), "archives": archives}
-        self._meta["sizes"] = self._archive_sizes()
+        self._archives = [path[len(self.root) :].lstrip("/") for path in archives]
+        self.kind, self.classes = kind, list(classes)
         self._arrays = {
             # One block of bytes instead of a million str objects.
             "names": np.frombuffer(b"".join(encoded), dtype="uint8"),
@@ -54,22 +53,21 @@ class ImageSource:
         if empty:
             many = counted(len(classes), "class", "classes")
             notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]
-        self._meta["notes"] = list(notes)
+        self.notes = list(notes)
 
-    kind = property(lambda self: self._meta["kind"])
-    classes = property(lambda self: self._meta["classes"])
-    notes = property(lambda self: self._meta["notes"])
-    labels = property(lambda self: self._arrays["labels"])
+    @property
+    def labels(self):
+        return self._arrays["labels"]
 
     def __len__(self):
         return len(self.labels)
 
     def _archive(self, number):
-        name = self._meta["archives"][number]
+        name = self._archives[number]
         return os.path.join(self.root, name) if name else self.root
 
-    def _archive_sizes(self):
-        return [os.path.getsize(self._archive(number)) for number in range(len(self._meta["archives"]))]
+    def _sizes(self):
+        return [os.path.getsize(self._archive(number)) for number in range(len(self._archives))]
 
     def class_counts(self):
         """Returns how many images each label has, int64 (classes,)."""
@@ -82,7 +80,7 @@ class ImageSource:
     def pixels(self, index, size):
         """Returns the centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
         path = os.path.join(self.root, self.name(index))
-        if not self._meta["archives"]:
+        if not self._archives:
             return load_pixels(path, size, dim=self.dim)
         archive, offset, length = self._arrays["spans"][index].tolist()
         with open(self._archive(archive), "rb") as file:
@@ -98,7 +96,8 @@ class ImageSource:
 
     def save(self, path):
         """Writes the listing as `.npz`."""
-        meta = np.frombuffer(json.dumps(self._meta).encode(), dtype="uint8")
+        meta = {"kind": self.kind, "classes": self.classes, "archives": self._archives, "notes": self.notes}
+        meta = np.frombuffer(json.dumps({**meta, "sizes": self._sizes()}).encode(), dtype="uint8")
         with whole_file(path) as partial, open(partial, "wb") as file:
             np.savez(file, meta=meta, **self._arrays)
 
@@ -108,8 +107,10 @@ class ImageSource:
         source = cls.__new__(cls)
         source.root, source.dim = str(root), []
         source._arrays = load_npz(path, ["meta", "names", "ends", "labels", "spans"])
-        source._meta = parse_json(source._arrays.pop("meta").tobytes())
-        if source._meta["sizes"] != source._archive_sizes():
+        meta = parse_json(source._arrays.pop("meta").tobytes())
+        source.kind, source.classes, source.notes = meta["kind"], meta["classes"], meta["notes"]
+        source._archives = meta["archives"]
+        if meta["sizes"] != source._sizes():
             raise ValueError(f"{root}: its tar files are not those whose images were listed when the extraction began")
         return source
 

@@ -2,10 +2,10 @@
 
 import itertools
 import multiprocessing
+import operator
 import os
 import signal
 import threading
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,8 @@ class _Batches:
             yield [batch]
 
 
-class Loaded(NamedTuple):
-    """An answer of a loader process: arrays, and an error's message or None."""
-
-    batch: list
-    error: str | None
-
-
 class _Guarded:
-    """A dataset of micro-batches, each a `Loaded`.
+    """A dataset of micro-batches, each `(arrays, an error's message or None)`.
 
     Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
     """
@@ -49,14 +42,10 @@ class _Guarded:
 
     def __getitem__(self, batch):
         try:
-            return Loaded([*self.dataset.read(*batch)], None)
+            return [*self.dataset.read(*batch)], None
         except Exception as error:  # even a bug must not hang the loop
             message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
-            return Loaded([np.zeros(1)], message)  # a batch without an array would not come through
-
-
-def _only(items):
-    return items[0]
+            return [np.zeros(1)], message  # a batch without an array would not come through
 
 
 LOADER_DIED = (
@@ -143,7 +132,7 @@ class FeatureLoader:
         loader = DataLoader(
             _Guarded(self._dataset, len(self.sampler)),
             batch_sampler=_Batches(self.sampler),
-            collate_fn=_only,  # arrays: workers must not make tensors
+            collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
             use_shared_memory=self._use_shared_memory(),
@@ -165,10 +154,10 @@ class FeatureLoader:
                 raise ValueError(LOADER_DIED) from None
             if batch is None:
                 return
-            loaded = Loaded(*batch)
-            if loaded.error is not None:
-                raise ValueError(loaded.error)
-            yield loaded.batch
+            arrays, error = batch
+            if error is not None:
+                raise ValueError(error)
+            yield arrays
 
     def _by_thread(self):
         """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""

@@ -34,10 +34,6 @@ class SampleStream:
             start += len(parts[-1])
         return np.concatenate(parts)
 
-    def indices(self, start, stop):
-        """Returns what `take` does, as a list of int."""
-        return self.take(start, stop).tolist()
-
 
 class MicroBatchSampler:
     """Dataset indices of one rank's micro-batches, from optimizer step `first_step` up to `last_step`.

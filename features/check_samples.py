@@ -121,8 +121,7 @@ class Chunk:
             right &= self._check(array, lambda row, twin=twin: source(places[row], twin))
         self.usable[places] = right
         for place, row in zip(places.tolist(), rows[0], strict=True):
-            content = hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest()
-            self.digests[place] = np.frombuffer(content, "uint64")
+            self.digests[place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
         for array in rows[1:]:
             self.twins += int((array == rows[0]).all(axis=(1, 2, 3)).sum())
 

@@ -114,9 +114,7 @@ def _check_samples(store):
         raise ValueError(f"{store.path}: no sample in it")
     if store.dtype.kind != "f":
         raise ValueError(f"{store.source(0)}: holds {store.dtype}, expected float latents")
-    wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
-    if wrong.any():
-        first = int(wrong.argmax())
+    for first in np.flatnonzero((store.labels < 0) | (store.labels > MAX_LABEL)).tolist():
         raise ValueError(f"{store.source(first, 'labels')}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
 
 
@@ -145,8 +143,8 @@ def _begin(layout, plan_file, plan, work):
     if sample * plan["samples"] > free:
         needed = sample * plan["samples"] / 2**30
         raise ValueError(f"{layout.features_path}: needs {needed:.1f} GiB, {free / 2**30:.1f} GiB are free")
-    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work, layout.classes]
-    for path in (*taken, layout.manifest, layout.checksums):
+    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work]
+    for path in (*taken, layout.classes, layout.manifest, layout.checksums):
         if os.path.exists(path):
             raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
     os.makedirs(layout.features_path, exist_ok=True)

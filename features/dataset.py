@@ -187,10 +187,6 @@ class FeatureDataset:
         part._indices = indices if self._indices is None else self._indices[indices]
         return part
 
-    def _labels(self):
-        labels = self.store.labels
-        return labels if self._indices is None else labels[self._indices]
-
     def subset(self, classes):
         """Returns the samples of some classes; labels stay what they are. Every label of pairs is read once.
 
@@ -198,7 +194,7 @@ class FeatureDataset:
             ValueError: a class that is none of the config's, or of which there is no sample.
         """
         classes = sorted(set(classes))
-        labels = self._labels()
+        labels = self.store.labels if self._indices is None else self.store.labels[self._indices]
         counts = np.bincount(labels[(labels >= 0) & (labels < self.num_classes)], minlength=self.num_classes)
         for label in classes:
             if not 0 <= label < self.num_classes:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -57,11 +58,10 @@ def remove_state(layout):
 
 def check_unused(layout):
     """Raises ValueError if something that this extraction would write is there already."""
-    folders = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
-    taken = [path for path in folders if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]
-    taken += [path for path in (layout.classes, layout.checksums) if os.path.exists(path)]
-    if taken:
-        raise ValueError(f"{taken[0]} belongs to another extraction; choose another --features_path or --name")
+    paths = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
+    for path in (*paths, layout.classes, layout.checksums):
+        if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
+            raise ValueError(f"{path} belongs to another extraction; choose another --features_path or --name")
 
 
 def check_settings(path, settings):
@@ -130,7 +130,7 @@ def _with_source(settings, source):
 
 def _join(layout, root, settings):
     """Waits until rank 0 has begun; returns what `open_extraction` does, (None, None) if all is done."""
-    began, told = time.monotonic(), False
+    began = time.monotonic()
     while True:
         # In this order: the manifest is there before the state goes.
         with contextlib.suppress(FileNotFoundError):
@@ -141,9 +141,9 @@ def _join(layout, root, settings):
                 return source, settings
         if os.path.exists(layout.manifest):
             return None, None
-        if not told and time.monotonic() - began > 60:
+        if time.monotonic() - began > 60:
             print(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", file=sys.stderr)
-            told = True
+            began = math.inf  # said once
         time.sleep(0.1)
 
 

@@ -98,24 +98,17 @@ def walk_files(folder, above, lost, *, hidden=False):
     with os.scandir(folder) as entries:
         entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
     for entry in entries:
-        kind = _kind(entry, above)
-        if kind == "folder":
-            yield from walk_files(entry.path, above, lost, hidden=hidden)
-        elif kind == "file":
+        try:
+            state = os.stat(entry.path) if entry.is_dir() else None
+            is_file = entry.is_file()
+        except OSError:  # a link to itself
+            state, is_file = None, False
+        if is_file:
             yield entry.path
-        else:
+        elif state is None or (state.st_dev, state.st_ino) in above:
             lost.append(entry.path)
-
-
-def _kind(entry, above):
-    """Returns `folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
-    try:
-        if not entry.is_dir():
-            return "file" if entry.is_file() else None
-        state = os.stat(entry.path)
-    except OSError:  # a link to itself
-        return None
-    return None if (state.st_dev, state.st_ino) in above else "folder"
+        else:
+            yield from walk_files(entry.path, above, lost, hidden=hidden)
 
 
 def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
@@ -136,40 +129,33 @@ def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
     notes = [] if notes is None else notes
-    suffixes = image_suffixes()
-    state = os.stat(root)
-    above = {(state.st_dev, state.st_ino)}
-    classes, loose, lost, others, samples = [], [], [], [], []
-    for entry in os.scandir(root):
-        if entry.name.startswith("."):
-            continue
-        kind = _kind(entry, above)
-        if kind == "folder":
-            classes.append(entry.name)
-        elif kind is None:
-            lost.append(entry.path)
-        elif entry.name.lower().endswith(suffixes):
-            loose.append(entry.name)
-    classes = order_classes(classes, notes, root)
-    for label, name in enumerate(classes):
-        paths = []
-        for path in walk_files(os.path.join(root, name), above, lost):
-            (paths if path.lower().endswith(suffixes) else others).append(path)
-        samples += [(path, label) for path in sorted(paths)]
+    suffixes, prefix = image_suffixes(), os.path.join(root, "")
+    lost, loose, others, images = [], [], [], []
+    for path in walk_files(root, set(), lost):
+        in_class = os.sep in path[len(prefix) :]
+        if path.lower().endswith(suffixes):
+            (images if in_class else loose).append(path)
+        elif in_class:
+            others.append(path)
+    folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and os.path.isdir(entry.path)]
+    classes = order_classes([name for name in folders if prefix + name not in lost], notes, root)
+    label = {name: number for number, name in enumerate(classes)}
+    samples = sorted((label[path[len(prefix) :].split(os.sep, 1)[0]], path) for path in images)
     if not samples:
         raise ValueError(f"{root}: no images found; expected {root}/<class>/<image>, in a format that Pillow reads")
     if others:
         kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
         notes.append(f"left out, no images by their names: {counted(len(others), 'file')} ({some_of(kinds)})")
     if loose:
-        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(sorted(loose))})")
+        names = sorted(path[len(prefix) :] for path in loose)
+        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(names)})")
     if lost:
         names = sorted(os.path.relpath(path, root) for path in lost)
         notes.append(
             f"left out, links that lead nowhere or back to a folder above them, and what is no file: {len(lost)} "
             f"({some_of(names)})"
         )
-    return samples, classes
+    return [(path, label) for label, path in samples], classes
 
 
 class UnreadableImage(ValueError):

@@ -193,8 +193,9 @@ class FeatureLoader:
             return
         import paddle
 
-        read_ahead = self._num_workers > 0
-        batches = self._by_thread() if read_ahead else itertools.starmap(self._dataset.read, self.sampler.batches())
+        batches = itertools.starmap(self._dataset.read, self.sampler.batches())
+        if self._num_workers > 0:
+            batches = self._by_thread()
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
         for batch in batches:

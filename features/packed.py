@@ -137,16 +137,14 @@ class ShardWriter:
         if (flipped is not None) != self.flip:
             raise ValueError(f"{self.path}: mirrored latents {'expected' if self.flip else 'not expected'}")
         labels = np.asarray(labels)
-        arrays = {"latents.npy": latents, **({"flipped.npy": flipped} if self.flip else {})}
-        for name, array in arrays.items():
-            if np.shape(array) != (len(names), *self.row_shape) or labels.shape != (len(names),):
+        for name, array in zip(shard_files(self.flip)[:-2], (latents, flipped), strict=False):
+            array = np.asarray(array)
+            if array.shape != (len(names), *self.row_shape) or labels.shape != (len(names),):
                 raise ValueError(
-                    f"{self.path}: {name} got {np.shape(array)} with labels {labels.shape} and {len(names)} names; "
+                    f"{self.path}: {name} got {array.shape} with labels {labels.shape} and {len(names)} names; "
                     f"expected (m, {', '.join(map(str, self.row_shape))}), (m,) and m"
                 )
-        arrays = {name: cast(np.asarray(array), self.dtype, self.path) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            self._files[name].write(np.ascontiguousarray(array).data)
+            self._files[name].write(np.ascontiguousarray(cast(array, self.dtype, self.path)).data)
         self._files["labels.npy"].write(labels.astype("int64").data)
         self._names += [os.fsencode(name) for name in names]
 
@@ -232,10 +230,7 @@ class PackedStore:
 
     def read_exactly(self):
         """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.exact_reads = True
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_RANDOM)
+        self.exact_reads = self._advise("MADV_RANDOM")
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels.
@@ -266,7 +261,7 @@ class PackedStore:
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
-            self._unmap()
+            self._advise("MADV_DONTNEED")
         return self.labels[indices].astype("int64")
 
     def _will_need(self, shards, rows, twins):
@@ -278,10 +273,11 @@ class PackedStore:
         for file, page, length in zip(files.tolist(), pages.tolist(), lengths.tolist(), strict=True):
             self._maps[file].madvise(mmap.MADV_WILLNEED, page, length)
 
-    def _unmap(self):
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def _advise(self, advice):
+        """Gives the system an advice on all maps; returns whether it knows it."""
+        for mapped in self._maps if hasattr(mmap, advice) else ():
+            mapped.madvise(getattr(mmap, advice))
+        return hasattr(mmap, advice)
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""

@@ -118,11 +118,10 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """Returns the reconstruction's PSNR and the latents' standard deviation over images `(N, 3, H, W)`.
+    """Returns `(PSNR in dB, latents' standard deviation)` over images `(N, 3, H, W)`.
 
-    Returns:
-        `(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples)`, the latter before the
-        scaling_factor, which follows from it.
+    The PSNR is that of decoding the posterior's mean; the deviation that of posterior samples, before the
+    scaling_factor, which follows from it.
     """
     import paddle
 

@@ -67,9 +67,10 @@ def write_packed(folder, count, shape):
     """A packed set of zeros in shards as tools/pack_features.py would make them for `SHAPE`."""
     import numpy as np
 
-    from features.packed import ShardWriter, finish, partial_folder
+    from features.layout import Layout
+    from features.packed import ShardWriter, finish
 
-    partial, shard_samples = partial_folder(folder, NAME), (1 << 32) // (4 * int(np.prod(SHAPE)))
+    partial, shard_samples = Layout(folder, NAME).partial, (1 << 32) // (4 * int(np.prod(SHAPE)))
     for number, start in enumerate(range(0, count, shard_samples)):
         size = min(shard_samples, count - start)
         with ShardWriter(partial, number, row_shape=shape) as shard:

@@ -59,11 +59,6 @@ class LatentDecoder:
         self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
         self.batch_size = batch_size
 
-    @classmethod
-    def from_pretrained(cls, name_or_path, batch_size=16):
-        """Makes one with the VAE of a folder or of the hub; see `load_vae`."""
-        return cls(load_vae(name_or_path), batch_size)
-
     def decode(self, latents):
         """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
 
@@ -122,9 +117,8 @@ class LatentScaling:
             if not isinstance(value, (list, tuple)):
                 return number(key, value, is_positive)
             if len(value) != (channels or len(value)) or not value:
-                raise ValueError(
-                    f"{source}: {key} has {len(value)} values, expected one for each of {channels} channels"
-                )
+                expected = f"expected one for each of {channels} channels"
+                raise ValueError(f"{source}: {key} has {len(value)} values, {expected}")
             return [number(key, one, is_positive) for one in value]
 
         self.scaling_factor = number("scaling_factor", scaling_factor, True)
@@ -156,12 +150,9 @@ class LatentScaling:
 
     def differences(self, other):
         """Lists, in words, the values of `other` that are not those of this one."""
-        pairs = [(key, getattr(self, key), getattr(other, key)) for key in SCALING_KEYS]
-        return [
-            f"{key} {str(there)[:40]}, not {str(here)[:40]}"
-            for key, here, there in pairs
-            if (here or None) != (there or None)
-        ]
+        here, there = self.as_dict(), other.as_dict()
+        changed = [key for key in SCALING_KEYS if (here[key] or None) != (there[key] or None)]
+        return [f"{key} {str(there[key])[:40]}, not {str(here[key])[:40]}" for key in changed]
 
     def _offset(self):
         return (self.shift_factor or 0.0) if self.latents_mean is None else self.latents_mean
@@ -314,7 +305,6 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     sha, theirs = weights_digest(vae), features["weights_sha256"]
-    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
     changes = []
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
@@ -324,6 +314,7 @@ def match_vae(vae, name, features, flag):
             return f"VAE {name}: the features were made with {', '.join(changes)}, and are decoded so"
     if theirs not in (None, sha):
         changes.insert(0, f"weights of sha256 {shortened(theirs, 12)}, not {sha[:12]}...")
+    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
     return f"VAE {name}: {there}: {', '.join(changes)}" if changes else None
 
 

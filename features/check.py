@@ -1,17 +1,18 @@
 """The check of a whole feature set: every sample in worker processes, then counts, statistics and checksums."""
 
+import contextlib
 import hashlib
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from features.autoencoder import LatentScaling
 from features.check_samples import Expected, PackedSamples, PairSamples
-from features.store import manifest_file, read_manifest
+from features.layout import Layout
+from features.store import read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted
 from runtime.progress import tqdm
@@ -20,7 +21,6 @@ CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 STD_RANGE = (0.5, 2.0)
 
 
-@dataclass
 class Report:
     """The result of `check_set`.
 
@@ -34,23 +34,12 @@ class Report:
         channel_mean, channel_std: of the latents (of moments, of their samples); mean and std over all channels.
     """
 
-    feature_path: str
-    name: str
-    format: str
-    manifest: dict
-    problems: list = field(default_factory=list)
-    notes: list = field(default_factory=list)
-    samples: object = None
-    expected: Expected | None = None
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, "int64"))
-    usable: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    class_counts: np.ndarray | None = None
-    duplicates: int = 0
-    num_files: int | None = None
-    channel_mean: np.ndarray | None = None
-    channel_std: np.ndarray | None = None
-    mean: float | None = None
-    std: float | None = None
+    def __init__(self, feature_path, name, format, manifest):
+        self.feature_path, self.name, self.format, self.manifest = feature_path, name, format, manifest
+        self.problems, self.notes = [], []
+        self.samples = self.expected = self.class_counts = self.num_files = None
+        self.labels, self.usable, self.duplicates = np.zeros(0, "int64"), np.zeros(0, bool), 0
+        self.channel_mean = self.channel_std = self.mean = self.std = None
 
     def add(self, kind, path, text):
         """Adds a problem with the file or folder `path`."""
@@ -167,10 +156,8 @@ def _expect(report, row_shape, dtype, model):
 
 
 def _hash_file(path):
-    try:
+    with contextlib.suppress(OSError):
         return sha256_of_file(path)
-    except OSError:
-        return None
 
 
 def _check_counts(report):
@@ -180,7 +167,7 @@ def _check_counts(report):
     empty = int((counts == 0).sum())
     if empty:
         report.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
-    path, size = manifest_file(report.feature_path, report.name), report.samples.size
+    path, size = Layout(report.feature_path, report.name).manifest, report.samples.size
     if manifest.get("num_samples", size) != size:
         report.add("manifest", path, f"num_samples {manifest['num_samples']}, found {size}")
     # The config may have more classes than the set.
@@ -205,8 +192,7 @@ def _check_statistics(report, sums, count):
         return
     text = f"the latents' standard deviation is {report.std:.4g}, expected about 1"
     manifest = report.manifest if report.manifest.get("scaling_factor") else {"scaling_factor": 0.18215}  # SD's
-    source = manifest_file(report.feature_path, report.name)
-    scaling = LatentScaling.of(manifest, channels=len(mean), source=source)
+    scaling = LatentScaling.of(manifest, channels=len(mean), source=Layout(report.feature_path, report.name).manifest)
     name = f"scaling factor {scaling.scaling_factor:g}" + ("" if scaling.is_plain else ", with shift or statistics,")
     # Mean and standard deviation of each channel, had they been scaled once more or less.
     ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - report.channel_std, mean + report.channel_std)]

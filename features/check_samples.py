@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from features.image_source import MAX_LABEL
+from features.layout import Layout
 from features.npy import load_npy
-from features.packed import PackedStore, packed_folder
-from features.pairs import NpyReader, features_folder, labels_folder, natural_order, read_label, without_batch_axis
+from features.packed import PackedStore
+from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
 from runtime.process import counted, one_line
 
 
@@ -36,11 +37,11 @@ class Expected:
 
 class PackedSamples:
     def __init__(self, report):
-        self.folder = packed_folder(report.feature_path, report.name)
+        self.folder = Layout(report.feature_path, report.name).packed
         self.store = PackedStore(self.folder)
         self.size, self.has_flip = len(self.store), self.store.has_flip
         self.first = self.store.row_shape, self.store.dtype.name
-        self.source = self.store.feature_source
+        self.source = self.store.source
 
     def tasks(self, spans, expected, hashing):
         return check_packed, [(self.folder, start, stop, expected) for start, stop in spans]
@@ -55,26 +56,15 @@ class PairSamples:
     """The pairs of files whose counterparts are there; the others are problems of the report."""
 
     def __init__(self, report):
-        self.folder = features_folder(report.feature_path, report.name)
-        flipped = self.folder + "_flip"
-        self.has_flip = os.path.isdir(flipped)
-        self.folders = [
-            self.folder, labels_folder(report.feature_path, report.name), *([flipped] if self.has_flip else [])
-        ]  # fmt: skip
-        found = []
-        for folder in self.folders:
-            there = os.listdir(os.fsencode(folder)) if os.path.isdir(folder) else []
-            if not os.path.isdir(folder):
-                report.add("pairs", folder, "is missing")
-            found.append({name for name in there if name.endswith(b".npy")})
-        both = set.intersection(*found)
-        for folder, names in zip(self.folders, found, strict=True):
-            for name in natural_order(list(names - both)).tolist():
-                for other, theirs in zip(self.folders, found, strict=True):
-                    if name not in theirs:
-                        path = os.path.join(folder, os.fsdecode(name))
-                        report.add("pairs", path, f"has no counterpart in {other}")
-        self.names = [os.fsdecode(name) for name in natural_order(list(both))]
+        layout = Layout(report.feature_path, report.name)
+        self.folder, self.has_flip = layout.features, os.path.isdir(layout.flipped)
+        self.folders = [layout.features, layout.labels, *([layout.flipped] if self.has_flip else [])]
+        if not os.path.isdir(layout.labels):
+            raise ValueError(f"{layout.labels}: is missing")
+        names, lonely = match_pairs(self.folders)
+        for path, other in lonely:
+            report.add("pairs", path, f"has no counterpart in {other}")
+        self.names = [os.fsdecode(name) for name in names]
         self.size = len(self.names)
         self.first = self._first()
 
@@ -131,8 +121,7 @@ class Chunk:
             right &= self._check(array, lambda row, twin=twin: source(places[row], twin))
         self.usable[places] = right
         for place, row in zip(places.tolist(), rows[0], strict=True):
-            content = hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest()
-            self.digests[place] = np.frombuffer(content, "uint64")
+            self.digests[place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
         for array in rows[1:]:
             self.twins += int((array == rows[0]).all(axis=(1, 2, 3)).sum())
 
@@ -229,7 +218,7 @@ def check_packed(task):
         try:
             chunk.add_label(place, label)
         except ValueError as error:
-            chunk.problem("labels", store.label_source(start + place), error)
-    files = ("latents.npy", "flipped.npy")
-    chunk.add(rows, np.arange(len(indices)), lambda place, twin: store.source(start + place, files[twin]))
+            chunk.problem("labels", store.source(start + place, "labels"), error)
+    kinds = ("latents", "flipped")
+    chunk.add(rows, np.arange(len(indices)), lambda place, twin: store.source(start + place, kinds[twin]))
     return chunk

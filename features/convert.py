@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +10,7 @@ from features.image_source import MAX_LABEL
 from features.layout import Layout
 from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, shard_files, shard_name
 from features.pairs import PairStore, natural_order
-from features.read_ahead import read_ahead
+from features.read_ahead import map_ahead
 from features.store import find_features, open_store, read_manifest
 from features.writers import PairWriter
 from runtime.files import sha256_of_file, whole_file, write_json
@@ -24,18 +22,7 @@ CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
 
 
-@dataclass(frozen=True)
-class Converted:
-    """The result of `convert_set`: how many samples lie where, and the largest rounding error (None: not rounded)."""
-
-    num_samples: int
-    paths: tuple
-    rounding_error: float | None
-
-
-def convert_set(
-    feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4
-) -> Converted:
+def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4):
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
     After a kill the same call goes on where it was.
@@ -47,6 +34,9 @@ def convert_set(
         dtype: of the stored latents, "float32" or "float16"; None: the source's.
         shard_samples: samples a packed file; None: 4 GiB of them.
         num_workers: threads that read ahead.
+
+    Returns:
+        `(number of samples, their paths, largest rounding error)`; the error is None if nothing was rounded.
 
     Raises:
         ValueError: one line: the source can't be converted, or something is in the way.
@@ -80,15 +70,16 @@ def convert_set(
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 
-    source = _Rows(store, num_workers)
-    convert = _to_packed if kind == "packed" else _to_pairs
-    error, labels = convert(source, layout, work, dtype=dtype, rounded_to=rounded_to, shard_samples=shard_samples)
+    source, labels = _Rows(store, num_workers), store.labels
+    if kind == "packed":
+        error = _to_packed(source, layout, dtype, rounded_to, shard_samples)
+    else:
+        error = _to_pairs(source, layout, work, dtype, rounded_to)
     old_classes = Layout(feature_path, name).classes
     if os.path.exists(old_classes):
         with whole_file(layout.classes) as path:
             shutil.copyfile(old_classes, path)
-    num_classes = manifest.get("num_classes", int(labels.max(initial=-1)) + 1)
-    checksums = {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()}
+    num_classes = manifest.get("num_classes", int(labels.max()) + 1)
     new = {
         "format": kind,
         "name": name,
@@ -97,13 +88,13 @@ def convert_set(
         "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
         "dtype": dtype,
         "flip": store.has_flip,
-        "checksums": checksums,
+        "checksums": {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()},
     }
     write_json(layout.manifest, {"version": 1, **manifest, **new})
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
     places = (layout.packed,) if kind == "packed" else (layout.features, layout.labels)
-    return Converted(len(store), (*places, layout.manifest), error if store.dtype != "float16" else None)
+    return len(store), (*places, layout.manifest), error if store.dtype != "float16" else None
 
 
 def _check_names(store):
@@ -122,11 +113,9 @@ def _check_samples(store):
     if not len(store):
         raise ValueError(f"{store.path}: no sample in it")
     if store.dtype.kind != "f":
-        raise ValueError(f"{store.feature_source(0)}: holds {store.dtype}, expected float latents")
-    wrong = (store.labels < 0) | (store.labels > MAX_LABEL)
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(f"{store.label_source(first)}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
+        raise ValueError(f"{store.source(0)}: holds {store.dtype}, expected float latents")
+    for first in np.flatnonzero((store.labels < 0) | (store.labels > MAX_LABEL)).tolist():
+        raise ValueError(f"{store.source(first, 'labels')}: label {store.labels[first]}, expected 0..{MAX_LABEL}")
 
 
 def _begin(layout, plan_file, plan, work):
@@ -154,8 +143,8 @@ def _begin(layout, plan_file, plan, work):
     if sample * plan["samples"] > free:
         needed = sample * plan["samples"] / 2**30
         raise ValueError(f"{layout.features_path}: needs {needed:.1f} GiB, {free / 2**30:.1f} GiB are free")
-    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work, layout.classes]
-    for path in (*taken, layout.manifest, layout.checksums):
+    taken = [layout.features, layout.flipped, layout.labels, layout.packed, work]
+    for path in (*taken, layout.classes, layout.manifest, layout.checksums):
         if os.path.exists(path):
             raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
     os.makedirs(layout.features_path, exist_ok=True)
@@ -179,15 +168,13 @@ class _Rows:
         return start, [os.fsdecode(name) for name in self.names[start:stop]], labels, rows
 
     def chunks(self, function, start=0, stop=None):
-        """Yields `function(*read(...))`, computed by the threads, of all chunks in order."""
+        """Returns an iterator over `function(*read(...))`, computed by the threads, of all chunks in order."""
         stop = len(self.store) if stop is None else stop
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            tasks = (
-                pool.submit(lambda first=first: function(*self.read(first, min(first + self.chunk, stop))))
-                for first in range(start, stop, self.chunk)
-            )
-            for future in read_ahead(pool, tasks, 2 * self.num_workers):
-                yield future.result()
+
+        def work(first):
+            return function(*self.read(first, min(first + self.chunk, stop)))
+
+        return map_ahead(work, range(start, stop, self.chunk), self.num_workers, 2 * self.num_workers)
 
 
 def _compare(source, target, rounded_to):
@@ -215,8 +202,8 @@ def _compare(source, target, rounded_to):
         if bad.any():
             index = start + int(np.argmax(bad))
             hint = "; were its dtypes mixed? then give --dtype" if new_store.dtype == "float16" else ""
-            is_not = f"is not the same as {old_store.feature_source(index)}"
-            raise ValueError(f"{new_store.feature_source(index)}: {is_not}{hint}")
+            is_not = f"is not the same as {old_store.source(index)}"
+            raise ValueError(f"{new_store.source(index)}: {is_not}{hint}")
         return len(names), worst
 
     largest = 0.0
@@ -227,9 +214,9 @@ def _compare(source, target, rounded_to):
     return largest
 
 
-def _to_packed(source, layout, work, *, dtype, rounded_to, shard_samples):
-    """Puts compared shards and their checksums in place; returns `(rounding error or None, labels)`."""
-    store, error = source.store, None
+def _to_packed(source, layout, dtype, rounded_to, shard_samples):
+    """Puts compared shards and their checksums in place; returns the rounding error, or None."""
+    store, work, error = source.store, layout.partial, None
     if not os.path.exists(layout.packed):  # else: a kill after the comparison
         done = finished_shards(work)
         with tqdm(total=len(store), desc="packing", unit="sample") as bar:
@@ -250,11 +237,11 @@ def _to_packed(source, layout, work, *, dtype, rounded_to, shard_samples):
                 name = f"{os.path.basename(layout.packed)}/{shard_name(number)}/{name}"
                 digest = sha256_of_file(os.path.join(layout.features_path, name))
                 file.write(f"{digest.hex()}  {name}\n")
-    return error, PackedStore(layout.packed).labels
+    return error
 
 
-def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
-    """Puts compared pairs and their checksums in place; returns `(rounding error or None, labels)`."""
+def _to_pairs(source, layout, work, dtype, rounded_to):
+    """Puts compared pairs and their checksums in place; returns the rounding error, or None."""
     made, compared, error = Layout(work, layout.name), os.path.join(work, "compared"), None
     if not os.path.exists(compared):  # else: a kill while the folders moved
         _write_pairs(source, made, dtype)
@@ -264,7 +251,7 @@ def _to_pairs(source, layout, work, *, dtype, rounded_to, shard_samples):
     for name in ("checksums", "labels", "flipped", "features"):
         if os.path.exists(getattr(made, name)):
             os.rename(getattr(made, name), getattr(layout, name))
-    return error, source.store.labels
+    return error
 
 
 def _write_pairs(source, made, dtype):

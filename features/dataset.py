@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from features.pairs import features_folder
+from features.layout import Layout
 from features.store import MemoryStore, find_features, open_store, read_manifest
 from runtime.process import counted
 
@@ -90,8 +90,9 @@ class FeatureDataset:
             )
         if kind == "packed":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
-            if os.path.isdir(features_folder(feature_path, name)):
-                self.notes.append(f"{self.features_dir} is read, not {features_folder(feature_path, name)} beside it")
+            pairs = Layout(feature_path, name).features
+            if os.path.isdir(pairs):
+                self.notes.append(f"{self.features_dir} is read, not {pairs} beside it")
         elif self.store.index_note:
             self.notes.append(self.store.index_note)
         self[0]
@@ -112,7 +113,7 @@ class FeatureDataset:
         if self.moments:
             takes += f" and therefore moments of shape {expected}"
         if shape != expected or self.store.dtype.kind != "f":
-            raise ValueError(f"{self.store.feature_source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
+            raise ValueError(f"{self.store.source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
         self.store.expected = takes
 
     def _check_labels(self, labels, indices):
@@ -120,7 +121,7 @@ class FeatureDataset:
         if wrong.any():
             first = int(wrong.argmax())
             raise ValueError(
-                f"{self.store.label_source(indices[first])}: label {labels[first]} is outside the config's "
+                f"{self.store.source(indices[first], 'labels')}: label {labels[first]} is outside the config's "
                 f"num_classes: 0..{self.num_classes - 1}"
             )
         if self._classes is not None and not np.isin(labels, self._classes).all():
@@ -135,7 +136,7 @@ class FeatureDataset:
 
     def source(self, index):
         """Returns where the latent of a sample stands, for messages."""
-        return self.store.feature_source(index if self._indices is None else self._indices[index])
+        return self.store.source(index if self._indices is None else self._indices[index])
 
     def __len__(self):
         return len(self.store) if self._indices is None else len(self._indices)
@@ -186,10 +187,6 @@ class FeatureDataset:
         part._indices = indices if self._indices is None else self._indices[indices]
         return part
 
-    def _labels(self):
-        labels = self.store.labels
-        return labels if self._indices is None else labels[self._indices]
-
     def subset(self, classes):
         """Returns the samples of some classes; labels stay what they are. Every label of pairs is read once.
 
@@ -197,7 +194,7 @@ class FeatureDataset:
             ValueError: a class that is none of the config's, or of which there is no sample.
         """
         classes = sorted(set(classes))
-        labels = self._labels()
+        labels = self.store.labels if self._indices is None else self.store.labels[self._indices]
         counts = np.bincount(labels[(labels >= 0) & (labels < self.num_classes)], minlength=self.num_classes)
         for label in classes:
             if not 0 <= label < self.num_classes:

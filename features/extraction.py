@@ -10,19 +10,18 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from features.autoencoder import LatentScaling, downsampling, weights_digest
-from features.image_source import ImageSource
+from features.image_source import ImageSource, open_source, source_root
 from features.images import UnreadableImage, encodable
-from features.read_ahead import read_ahead
+from features.read_ahead import map_ahead
 from runtime.files import whole_file, write_json
 from runtime.progress import tqdm
 from runtime.run_lock import try_lock
@@ -59,11 +58,10 @@ def remove_state(layout):
 
 def check_unused(layout):
     """Raises ValueError if something that this extraction would write is there already."""
-    folders = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
-    taken = [path for path in folders if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]
-    taken += [path for path in (layout.classes, layout.checksums) if os.path.exists(path)]
-    if taken:
-        raise ValueError(f"{taken[0]} belongs to another extraction; choose another --features_path or --name")
+    paths = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
+    for path in (*paths, layout.classes, layout.checksums):
+        if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
+            raise ValueError(f"{path} belongs to another extraction; choose another --features_path or --name")
 
 
 def check_settings(path, settings):
@@ -80,70 +78,72 @@ def check_settings(path, settings):
             )
 
 
-def open_extraction(layout, root, list_images, make_settings, rank):
+def open_extraction(layout, data_path, list_file, settings, rank):
     """Begins an extraction, or goes on with one.
 
     Args:
         layout: a `Layout`.
-        root: where the images are.
-        list_images: returns the `ImageSource`, with the order of the labels of an earlier start if it is given one.
-        make_settings: of a source, the manifest as far as it is known before.
+        data_path, list_file: the images, see `open_source`.
+        settings: the manifest as far as it does not depend on the images, see `make_settings`.
         rank: the others wait until rank 0 has listed the images.
 
     Returns:
-        (source, settings); settings is None if all is done already.
+        (`ImageSource`, settings); settings is None if all is done already.
 
     Raises:
         ValueError: the folder holds another extraction.
     """
+    root = source_root(data_path, list_file)
     if rank > 0:
-        return _join(layout, root, make_settings)
-    if os.path.exists(layout.manifest):
-        source = list_images(_earlier_classes(layout))
-        check_settings(layout.manifest, make_settings(source))
+        return _join(layout, root, settings)
+    saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
+    if saved is None:
+        check_unused(layout)
+    source = ImageSource.load(layout.images, root) if saved == layout.settings else None
+    if source is None or source.kind != "tar":  # whose headers take long to read
+        source = open_source(data_path, list_file)
+    settings = _with_source(settings, source)
+    if saved is not None:
+        check_settings(saved, settings)
+    if saved == layout.manifest:
         folder = layout.packed if read_json(layout.manifest)["format"] == "packed" else layout.features
         if not os.path.isdir(folder):
             raise ValueError(f"{layout.manifest}: speaks of {folder}, which is not there; delete it to start anew")
         remove_state(layout)
         return source, None
-    if os.path.exists(layout.settings):
-        source = ImageSource.load(layout.images, root)
-        if source.kind != "tar":  # whose headers take long to read
-            source = list_images(source.classes)
-        check_settings(layout.settings, make_settings(source))
-        return source, read_json(layout.settings)
-    check_unused(layout)
-    source = list_images(None)
-    settings = make_settings(source)
-    os.makedirs(layout.state, exist_ok=True)
-    source.save(layout.images)
-    write_json(layout.settings, settings)
-    return source, settings
+    if saved is None:
+        os.makedirs(layout.state, exist_ok=True)
+        source.save(layout.images)
+        write_json(layout.settings, settings)
+    return source, read_json(layout.settings)
 
 
-def _earlier_classes(layout):
-    """Reads the classes of a complete extraction in the order of their labels; None if its file of names is gone."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        names = read_json(layout.classes)["id2label"]
-        return [str(names[str(label)]) for label in range(len(names))]
-    return None
+def _with_source(settings, source):
+    """Returns the settings with what a manifest says of the images."""
+    return {
+        **settings,
+        "num_images": len(source),
+        "num_classes": len(source.classes),
+        "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
+    }
 
 
-def _join(layout, root, make_settings):
-    began, told = time.monotonic(), False
+def _join(layout, root, settings):
+    """Waits until rank 0 has begun; returns what `open_extraction` does, (None, None) if all is done."""
+    began = time.monotonic()
     while True:
         # In this order: the manifest is there before the state goes.
         with contextlib.suppress(FileNotFoundError):
             if os.path.exists(layout.settings):
                 source = ImageSource.load(layout.images, root)
-                settings = make_settings(source)
+                settings = _with_source(settings, source)
                 check_settings(layout.settings, settings)
                 return source, settings
         if os.path.exists(layout.manifest):
             return None, None
-        if not told and time.monotonic() - began > 60:
+        if time.monotonic() - began > 60:
             print(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", file=sys.stderr)
-            told = True
+            began = math.inf  # said once
         time.sleep(0.1)
 
 
@@ -258,27 +258,24 @@ def finish(layout, settings, source, writer, journal):
     return manifest
 
 
-def read_batches(source, batches, *, image_size, batch_size, num_workers, dim=None):
+def read_batches(source, batches, *, image_size, batch_size, num_workers):
     """Yields (indices, pixels uint8 [N, S, S, 3], {index: error} of what can't be read) of each batch.
 
     Threads read ahead, not processes, because Pillow decodes and scales without Python's lock. An unreadable image's
     pixels are zeros: a batch has one shape whatever fails, so that the others come out the same to the bit.
-
-    Args:
-        dim: see `load_pixels`.
     """
 
     def read(index):
         try:
-            return source.pixels(index, image_size, dim)
+            return source.pixels(index, image_size)
         except UnreadableImage as error:
             return error
 
     empty = np.zeros((image_size, image_size, 3), "uint8")
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        started = ((indices, [pool.submit(read, index) for index in indices]) for indices in batches)
-        for indices, futures in read_ahead(pool, started, max(2, 4 * num_workers // batch_size)):
-            images = {index: future.result() for index, future in zip(indices, futures, strict=True)}
+    count = max(2 * batch_size, 4 * num_workers)
+    with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as read_images:
+        for indices in batches:
+            images = dict(zip(indices, read_images, strict=False))
             unreadable = {index: image for index, image in images.items() if isinstance(image, UnreadableImage)}
             yield indices, np.stack([empty if i in unreadable else image for i, image in images.items()]), unreadable
 
@@ -303,76 +300,45 @@ def encode_batches(source, read, encoders):
         return indices, source.labels[indices].tolist(), arrays, unreadable
 
     running = None
-    for indices, pixels, unreadable in read:
-        started = indices, [encode(pixels, indices) for encode in encoders], unreadable
+    for indices, pixels, unreadable in itertools.chain(read, [(None, None, None)]):
+        started = indices and (indices, [encode(pixels, indices) for encode in encoders], unreadable)
         if running:
             yield fetch(*running)
         running = started
-    if running:
-        yield fetch(*running)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Options of an extraction that decide what it writes.
-
-    Attributes:
-        name: of the set. format: "npy" or "packed". image_size: side of the crops in pixels.
-        moments: mean and standard deviation are stored. flip: mirrored twins are. seed: of the posterior samples.
-        batch_size: images encoded at once. vae: folder or hub name. device, dtype: of its arithmetic.
-    """
-
-    name: str
-    format: str
-    image_size: int
-    moments: bool
-    flip: bool
-    seed: int
-    batch_size: int
-    vae: str
-    device: str
-    dtype: str
-
-
-def make_settings(recipe, vae):
+def make_settings(vae, vae_name, name, encoding, options):
     """Returns the manifest of a set, as far as it does not depend on the images.
+
+    Args:
+        vae, vae_name: the autoencoder, and the folder or hub name that it has.
+        name: of the set.
+        encoding: `device`, `dtype` and `batch_size` of the arithmetic.
+        options: `format`, `moments`, `flip`, `image_size` and `seed`, as the flags of tools/extract_features.py.
 
     Raises:
         ValueError: images of this size are not for this VAE.
     """
-    factor, size, name = downsampling(vae), recipe.image_size, recipe.vae
+    factor, size, channels = downsampling(vae), options["image_size"], vae.config.latent_channels
     if size % factor:
-        raise ValueError(f"--image_size {size}: expected a multiple of {factor}, the factor of {name}")
+        raise ValueError(f"--image_size {size}: expected a multiple of {factor}, the factor of {vae_name}")
     if vae.config.in_channels != 3:
-        raise ValueError(f"VAE {name}: takes images of {vae.config.in_channels} channels, expected 3")
+        raise ValueError(f"VAE {vae_name}: takes images of {vae.config.in_channels} channels, expected 3")
     return {
         "version": 1,
-        "format": recipe.format,
-        "name": recipe.name,
-        "sample_shape": [vae.config.latent_channels, size // factor, size // factor],
+        "name": name,
+        "sample_shape": [channels, size // factor, size // factor],
         "dtype": "float32",
-        "moments": recipe.moments,
-        "flip": recipe.flip,
-        "image_size": size,
-        "seed": recipe.seed,
+        **options,
         **LatentScaling.of(vae.config).as_dict(),
         "vae": {
-            "name": encodable(name),
-            "path": encodable(os.path.abspath(name)) if os.path.isdir(name) else None,
+            "name": encodable(vae_name),
+            "path": encodable(os.path.abspath(vae_name)) if os.path.isdir(vae_name) else None,
             "weights_sha256": weights_digest(vae),
-            "latent_channels": vae.config.latent_channels,
+            "latent_channels": channels,
             "downsampling": factor,
         },
-        "encoding": {"device": recipe.device, "dtype": recipe.dtype, "batch_size": recipe.batch_size},
-    }
-
-
-def source_settings(source):
-    """Returns what a manifest says of the images."""
-    return {
-        "num_images": len(source),
-        "num_classes": len(source.classes),
-        "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
+        "encoding": encoding,
     }
 
 
@@ -380,7 +346,7 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
     """Encodes and writes this rank's parts; rank 0 then waits for the others'.
 
     Args:
-        encode: an iterable of batches of indices to what `encode_batches` yields.
+        encode: a list of batches of indices to what `encode_batches` yields.
         skip: leave out unreadable images; else the first is an `UnreadableImage`.
     """
 
@@ -401,7 +367,7 @@ def write_parts(source, writer, journal, encode, *, batch_size, rank, world, ski
     mine = [part for part in parts if part % world == rank and part not in journal.parts]
     if mine:
         journal.open()
-    encoded = encode(batch for part in mine for batch in batches(part))
+    encoded = encode([batch for part in mine for batch in batches(part)])
     done = sum(len(images(part)) for part in journal.parts)
     with (
         contextlib.closing(encoded),

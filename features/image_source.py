@@ -23,6 +23,8 @@ MAX_LABEL = 999_999  # a number beyond it is a mistake in the list
 class ImageSource:
     """Image i is called `name(i)` and is of class `labels[i]`; `pixels(i, size)` reads it.
 
+    `dim` gets the images that were read and use little of their range, see `load_pixels`.
+
     Args:
         kind: folder, list or tar.
         root: what the names are relative to.
@@ -36,11 +38,10 @@ class ImageSource:
 
     def __init__(self, kind, root, classes, names, labels, *, archives=(), spans=None, notes=()):
         encoded = [os.fsencode(name) for name in names]
-        self.root = str(root)
+        self.root, self.dim = str(root), []
         # The tar files are named relative to root: it may move while an extraction rests.
-        archives = [path[len(self.root) :].lstrip("/") for path in archives]
-        self._meta = {"kind": kind, "classes": list(classes), "archives": archives}
-        self._meta["sizes"] = self._archive_sizes()
+        self._archives = [path[len(self.root) :].lstrip("/") for path in archives]
+        self.kind, self.classes = kind, list(classes)
         self._arrays = {
             # One block of bytes instead of a million str objects.
             "names": np.frombuffer(b"".join(encoded), dtype="uint8"),
@@ -52,22 +53,21 @@ class ImageSource:
         if empty:
             many = counted(len(classes), "class", "classes")
             notes = [*notes, f"{len(empty)} of {many} have no image but keep their label: {some_of(empty)}"]
-        self._meta["notes"] = list(notes)
+        self.notes = list(notes)
 
-    kind = property(lambda self: self._meta["kind"])
-    classes = property(lambda self: self._meta["classes"])
-    notes = property(lambda self: self._meta["notes"])
-    labels = property(lambda self: self._arrays["labels"])
+    @property
+    def labels(self):
+        return self._arrays["labels"]
 
     def __len__(self):
         return len(self.labels)
 
     def _archive(self, number):
-        name = self._meta["archives"][number]
+        name = self._archives[number]
         return os.path.join(self.root, name) if name else self.root
 
-    def _archive_sizes(self):
-        return [os.path.getsize(self._archive(number)) for number in range(len(self._meta["archives"]))]
+    def _sizes(self):
+        return [os.path.getsize(self._archive(number)) for number in range(len(self._archives))]
 
     def class_counts(self):
         """Returns how many images each label has, int64 (classes,)."""
@@ -77,15 +77,15 @@ class ImageSource:
         ends = self._arrays["ends"]
         return os.fsdecode(self._arrays["names"][ends[index - 1] if index else 0 : ends[index]].tobytes())
 
-    def pixels(self, index, size, dim=None):
+    def pixels(self, index, size):
         """Returns the centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
         path = os.path.join(self.root, self.name(index))
-        if not self._meta["archives"]:
-            return load_pixels(path, size, dim=dim)
+        if not self._archives:
+            return load_pixels(path, size, dim=self.dim)
         archive, offset, length = self._arrays["spans"][index].tolist()
         with open(self._archive(archive), "rb") as file:
             data = os.pread(file.fileno(), length, offset)
-        return load_pixels(path, size, data, dim)
+        return load_pixels(path, size, data, self.dim)
 
     def digest(self):
         """Returns the sha256 of classes, names and labels: the same for a folder and the tar files it came out of."""
@@ -96,7 +96,8 @@ class ImageSource:
 
     def save(self, path):
         """Writes the listing as `.npz`."""
-        meta = np.frombuffer(json.dumps(self._meta).encode(), dtype="uint8")
+        meta = {"kind": self.kind, "classes": self.classes, "archives": self._archives, "notes": self.notes}
+        meta = np.frombuffer(json.dumps({**meta, "sizes": self._sizes()}).encode(), dtype="uint8")
         with whole_file(path) as partial, open(partial, "wb") as file:
             np.savez(file, meta=meta, **self._arrays)
 
@@ -104,9 +105,12 @@ class ImageSource:
     def load(cls, path, root):
         """Reads the listing that `save` wrote, of images now in `root`; ValueError if its tar files have changed."""
         source = cls.__new__(cls)
-        source.root, source._arrays = str(root), load_npz(path, ["meta", "names", "ends", "labels", "spans"])
-        source._meta = parse_json(source._arrays.pop("meta").tobytes())
-        if source._meta["sizes"] != source._archive_sizes():
+        source.root, source.dim = str(root), []
+        source._arrays = load_npz(path, ["meta", "names", "ends", "labels", "spans"])
+        meta = parse_json(source._arrays.pop("meta").tobytes())
+        source.kind, source.classes, source.notes = meta["kind"], meta["classes"], meta["notes"]
+        source._archives = meta["archives"]
+        if meta["sizes"] != source._sizes():
             raise ValueError(f"{root}: its tar files are not those whose images were listed when the extraction began")
         return source
 
@@ -116,7 +120,7 @@ def source_root(data_path, list_file):
     return data_path or os.path.dirname(os.path.abspath(list_file))
 
 
-def open_source(data_path=None, list_file=None, earlier=None):
+def open_source(data_path=None, list_file=None):
     """Lists the images: of a folder by class, of tar files, or those that a list file names.
 
     Args:
@@ -124,7 +128,6 @@ def open_source(data_path=None, list_file=None, earlier=None):
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
         list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
             relative to `data_path` (default: the list's folder), or names of a tar file's images.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
     folder that it was made from.
@@ -136,8 +139,8 @@ def open_source(data_path=None, list_file=None, earlier=None):
     if list_file:
         return _read_list(list_file, source_root(data_path, list_file), archives)
     if archives:
-        return _class_tars(data_path, archives, notes, earlier)
-    samples, classes = find_images(data_path, notes=notes, earlier=earlier)
+        return _class_tars(data_path, archives, notes)
+    samples, classes = find_images(data_path, notes=notes)
     names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
     return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
 
@@ -230,7 +233,7 @@ def _members(file, shown, start, lost):
         raise ValueError(f"{shown}: damaged or cut short at byte {tar.offset}")
 
 
-def _class_tars(data_path, archives, notes, earlier):
+def _class_tars(data_path, archives, notes):
     lost = []
     found, inner = scan_archives(archives, lost)
     if lost:
@@ -253,10 +256,7 @@ def _class_tars(data_path, archives, notes, earlier):
         )
     if not found:
         raise ValueError(f"{data_path}: no images found; expected one tar file or folder per class in the tar file")
-    try:
-        classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, earlier)
-    except ValueError as error:
-        raise ValueError(f"{data_path}: {error}") from None
+    classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, data_path)
     label = {class_name: number for number, class_name in enumerate(classes)}
     found = sorted((label[name.split("/", 1)[0]], name, *span) for name, *span in found)
     return ImageSource(

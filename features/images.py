@@ -41,7 +41,7 @@ def some_of(names) -> str:
     return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def order_classes(names, notes: list, earlier: list | None = None) -> list:
+def order_classes(names, notes: list, root: str) -> list:
     """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
@@ -50,7 +50,7 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
-        earlier: the order of a set that was begun before; it is kept for the same names.
+        root: where they are, for the message.
 
     Raises:
         ValueError: two names are the same number.
@@ -67,16 +67,9 @@ def order_classes(names, notes: list, earlier: list | None = None) -> list:
                 break
         return text
     numbered = sorted(text, key=int)
-    if earlier is not None and sorted(earlier) == text and earlier != numbered:
-        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
-        notes.append(
-            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
-            f"{label}; a new extraction gives it label {numbered.index(name)}"
-        )
-        return earlier
     for one, other in itertools.pairwise(numbered):
         if int(one) == int(other):
-            raise ValueError(f"the class folders {one} and {other} are the same number; rename one of them")
+            raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
     moved = next((label for label, name in enumerate(numbered) if name != text[label]), None)
     if moved is not None:
         notes.append(
@@ -105,27 +98,20 @@ def walk_files(folder, above, lost, *, hidden=False):
     with os.scandir(folder) as entries:
         entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
     for entry in entries:
-        kind = _kind(entry, above)
-        if kind == "folder":
-            yield from walk_files(entry.path, above, lost, hidden=hidden)
-        elif kind == "file":
+        try:
+            state = os.stat(entry.path) if entry.is_dir() else None
+            is_file = entry.is_file()
+        except OSError:  # a link to itself
+            state, is_file = None, False
+        if is_file:
             yield entry.path
-        else:
+        elif state is None or (state.st_dev, state.st_ino) in above:
             lost.append(entry.path)
+        else:
+            yield from walk_files(entry.path, above, lost, hidden=hidden)
 
 
-def _kind(entry, above):
-    """Returns `folder` or `file`; None for what leads nowhere or to a folder in `above`, and for pipes and devices."""
-    try:
-        if not entry.is_dir():
-            return "file" if entry.is_file() else None
-        state = os.stat(entry.path)
-    except OSError:  # a link to itself
-        return None
-    return None if (state.st_dev, state.st_ino) in above else "folder"
-
-
-def find_images(root: str, *, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
+def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
     """Lists the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
@@ -133,7 +119,6 @@ def find_images(root: str, *, notes: list | None = None, earlier: list | None = 
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     Returns:
         (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
@@ -144,43 +129,33 @@ def find_images(root: str, *, notes: list | None = None, earlier: list | None = 
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
     notes = [] if notes is None else notes
-    suffixes = image_suffixes()
-    state = os.stat(root)
-    above = {(state.st_dev, state.st_ino)}
-    classes, loose, lost, others, samples = [], [], [], [], []
-    for entry in os.scandir(root):
-        if entry.name.startswith("."):
-            continue
-        kind = _kind(entry, above)
-        if kind == "folder":
-            classes.append(entry.name)
-        elif kind is None:
-            lost.append(entry.path)
-        elif entry.name.lower().endswith(suffixes):
-            loose.append(entry.name)
-    try:
-        classes = order_classes(classes, notes, earlier)
-    except ValueError as error:
-        raise ValueError(f"{root}: {error}") from None
-    for label, name in enumerate(classes):
-        paths = []
-        for path in walk_files(os.path.join(root, name), above, lost):
-            (paths if path.lower().endswith(suffixes) else others).append(path)
-        samples += [(path, label) for path in sorted(paths)]
+    suffixes, prefix = image_suffixes(), os.path.join(root, "")
+    lost, loose, others, images = [], [], [], []
+    for path in walk_files(root, set(), lost):
+        in_class = os.sep in path[len(prefix) :]
+        if path.lower().endswith(suffixes):
+            (images if in_class else loose).append(path)
+        elif in_class:
+            others.append(path)
+    folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and os.path.isdir(entry.path)]
+    classes = order_classes([name for name in folders if prefix + name not in lost], notes, root)
+    label = {name: number for number, name in enumerate(classes)}
+    samples = sorted((label[path[len(prefix) :].split(os.sep, 1)[0]], path) for path in images)
     if not samples:
         raise ValueError(f"{root}: no images found; expected {root}/<class>/<image>, in a format that Pillow reads")
     if others:
         kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
         notes.append(f"left out, no images by their names: {counted(len(others), 'file')} ({some_of(kinds)})")
     if loose:
-        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(sorted(loose))})")
+        names = sorted(path[len(prefix) :] for path in loose)
+        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(names)})")
     if lost:
         names = sorted(os.path.relpath(path, root) for path in lost)
         notes.append(
             f"left out, links that lead nowhere or back to a folder above them, and what is no file: {len(lost)} "
             f"({some_of(names)})"
         )
-    return samples, classes
+    return [(path, label) for label, path in samples], classes
 
 
 class UnreadableImage(ValueError):

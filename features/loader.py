@@ -2,14 +2,14 @@
 
 import itertools
 import multiprocessing
+import operator
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 
+from features.read_ahead import map_ahead
 from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
 
@@ -28,15 +28,8 @@ class _Batches:
             yield [batch]
 
 
-class Loaded(NamedTuple):
-    """An answer of a loader process: arrays, and an error's message or None."""
-
-    batch: list
-    error: str | None
-
-
 class _Guarded:
-    """A dataset of micro-batches, each a `Loaded`.
+    """A dataset of micro-batches, each `(arrays, an error's message or None)`.
 
     Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
     """
@@ -49,14 +42,10 @@ class _Guarded:
 
     def __getitem__(self, batch):
         try:
-            return Loaded([*self.dataset.read(*batch)], None)
+            return [*self.dataset.read(*batch)], None
         except Exception as error:  # even a bug must not hang the loop
             message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
-            return Loaded([np.zeros(1)], message)  # a batch without an array would not come through
-
-
-def _only(items):
-    return items[0]
+            return [np.zeros(1)], message  # a batch without an array would not come through
 
 
 LOADER_DIED = (
@@ -143,7 +132,7 @@ class FeatureLoader:
         loader = DataLoader(
             _Guarded(self._dataset, len(self.sampler)),
             batch_sampler=_Batches(self.sampler),
-            collate_fn=_only,  # arrays: workers must not make tensors
+            collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
             use_shared_memory=self._use_shared_memory(),
@@ -165,10 +154,10 @@ class FeatureLoader:
                 raise ValueError(LOADER_DIED) from None
             if batch is None:
                 return
-            loaded = Loaded(*batch)
-            if loaded.error is not None:
-                raise ValueError(loaded.error)
-            yield loaded.batch
+            arrays, error = batch
+            if error is not None:
+                raise ValueError(error)
+            yield arrays
 
     def _by_thread(self):
         """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""
@@ -182,14 +171,11 @@ class FeatureLoader:
                 return None
             return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
 
-        with ThreadPoolExecutor(1, "features") as pool:
-            count = 1  # the first step waits for one batch only
-            upcoming = pool.submit(read, count)
-            while (arrays := upcoming.result()) is not None:
-                count = min(2 * count, max_count)
-                upcoming = pool.submit(read, count)
-                for start in range(0, len(arrays[0]), size):
-                    yield [array[start : start + size] for array in arrays]
+        # The first step waits for one batch only.
+        counts = (min(1 << min(reads, 30), max_count) for reads in itertools.count())
+        for arrays in itertools.takewhile(lambda arrays: arrays is not None, map_ahead(read, counts, 1, 1)):
+            for start in range(0, len(arrays[0]), size):
+                yield [array[start : start + size] for array in arrays]
 
     def __iter__(self):
         batches = self._batches()
@@ -207,8 +193,9 @@ class FeatureLoader:
             return
         import paddle
 
-        read_ahead = self._num_workers > 0
-        batches = self._by_thread() if read_ahead else itertools.starmap(self._dataset.read, self.sampler.batches())
+        batches = itertools.starmap(self._dataset.read, self.sampler.batches())
+        if self._num_workers > 0:
+            batches = self._by_thread()
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
         for batch in batches:

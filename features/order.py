@@ -19,24 +19,17 @@ class SampleStream:
         self.seed = seed
         self._epoch, self._order = -1, None
 
-    def _permutation(self, epoch):
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            self._epoch = epoch
-        return self._order
-
     def take(self, start, stop):
         """Returns the dataset indices at stream positions `[start, stop)`, `(stop - start,)` int64."""
         parts = [np.empty(0, "int64")]
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
-            parts.append(self._permutation(epoch)[offset : offset + stop - start])
+            if epoch != self._epoch:
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+                self._epoch = epoch
+            parts.append(self._order[offset : offset + stop - start])
             start += len(parts[-1])
         return np.concatenate(parts)
-
-    def indices(self, start, stop):
-        """Returns what `take` does, as a list of int."""
-        return self.take(start, stop).tolist()
 
 
 class MicroBatchSampler:

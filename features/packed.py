@@ -19,6 +19,7 @@ import re
 
 import numpy as np
 
+from features.layout import Layout
 from features.npy import load_npy
 from runtime.files import whole_folder
 from runtime.machine import available_memory
@@ -29,16 +30,6 @@ SHARD_SAMPLES = 8192
 # that is only cache.
 MAX_MAPPED_BYTES = 1 << 32
 MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the system's read-around
-
-
-def packed_folder(feature_path, name):
-    """Returns the folder of the packed set NAME."""
-    return os.path.join(feature_path, f"{name}_packed")
-
-
-def partial_folder(feature_path, name):
-    """Returns the folder in which the packed set NAME is written until it is complete."""
-    return packed_folder(feature_path, name) + ".partial"
 
 
 def shard_name(number):
@@ -70,10 +61,10 @@ def finish(feature_path, name):
     Raises:
         ValueError: something is there already.
     """
-    folder = packed_folder(feature_path, name)
-    if os.path.exists(folder):
-        raise ValueError(f"{folder}: is there already; nothing was overwritten")
-    os.rename(partial_folder(feature_path, name), folder)
+    layout = Layout(feature_path, name)
+    if os.path.exists(layout.packed):
+        raise ValueError(f"{layout.packed}: is there already; nothing was overwritten")
+    os.rename(layout.partial, layout.packed)
 
 
 def npy_header(shape, dtype):
@@ -100,7 +91,7 @@ class ShardWriter:
     """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
 
     Args:
-        folder: from `partial_folder`; made if need be.
+        folder: the set's `Layout.partial`; made if need be.
         number: of the shard. A whole shard of that number must not be there; a killed one's leftovers are replaced.
         row_shape: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments.
         dtype: "float32" or "float16".
@@ -146,16 +137,14 @@ class ShardWriter:
         if (flipped is not None) != self.flip:
             raise ValueError(f"{self.path}: mirrored latents {'expected' if self.flip else 'not expected'}")
         labels = np.asarray(labels)
-        arrays = {"latents.npy": latents, **({"flipped.npy": flipped} if self.flip else {})}
-        for name, array in arrays.items():
-            if np.shape(array) != (len(names), *self.row_shape) or labels.shape != (len(names),):
+        for name, array in zip(shard_files(self.flip)[:-2], (latents, flipped), strict=False):
+            array = np.asarray(array)
+            if array.shape != (len(names), *self.row_shape) or labels.shape != (len(names),):
                 raise ValueError(
-                    f"{self.path}: {name} got {np.shape(array)} with labels {labels.shape} and {len(names)} names; "
+                    f"{self.path}: {name} got {array.shape} with labels {labels.shape} and {len(names)} names; "
                     f"expected (m, {', '.join(map(str, self.row_shape))}), (m,) and m"
                 )
-        arrays = {name: cast(np.asarray(array), self.dtype, self.path) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            self._files[name].write(np.ascontiguousarray(array).data)
+            self._files[name].write(np.ascontiguousarray(cast(array, self.dtype, self.path)).data)
         self._files["labels.npy"].write(labels.astype("int64").data)
         self._names += [os.fsencode(name) for name in names]
 
@@ -241,10 +230,7 @@ class PackedStore:
 
     def read_exactly(self):
         """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.exact_reads = True
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_RANDOM)
+        self.exact_reads = self._advise("MADV_RANDOM")
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels.
@@ -275,7 +261,7 @@ class PackedStore:
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
-            self._unmap()
+            self._advise("MADV_DONTNEED")
         return self.labels[indices].astype("int64")
 
     def _will_need(self, shards, rows, twins):
@@ -287,41 +273,27 @@ class PackedStore:
         for file, page, length in zip(files.tolist(), pages.tolist(), lengths.tolist(), strict=True):
             self._maps[file].madvise(mmap.MADV_WILLNEED, page, length)
 
-    def _unmap(self):
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    def name(self, index):
-        """Returns the sample's name, that of its files as pairs without `.npy`."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return os.fsdecode(self._names(shard, mapped=True)[index - self._starts[shard]])
+    def _advise(self, advice):
+        """Gives the system an advice on all maps; returns whether it knows it."""
+        for mapped in self._maps if hasattr(mmap, advice) else ():
+            mapped.madvise(getattr(mmap, advice))
+        return hasattr(mmap, advice)
 
     def names(self):
-        """Returns all names, `(N,)` bytes."""
-        return np.concatenate([self._names(shard) for shard in range(len(self.shards))])
+        """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
+        parts = []
+        for shard, count in zip(self.shards, self._ends - self._starts, strict=True):
+            path = os.path.join(shard, "names.npy")
+            parts.append(load_npy(path))
+            if parts[-1].dtype.kind != "S" or parts[-1].shape != (count,):
+                holds = f"holds {_describe(parts[-1])}"
+                raise ValueError(f"{path}: {holds}, expected the names, bytes, of {counted(count, 'sample')}")
+        return np.concatenate(parts)
 
-    def _names(self, shard, mapped=False):
-        path = os.path.join(self.shards[shard], "names.npy")
-        names, count = load_npy(path, mapped=mapped), self._ends[shard] - self._starts[shard]
-        if names.dtype.kind != "S" or names.shape != (count,):
-            raise ValueError(
-                f"{path}: holds {_describe(names)}, expected the names, bytes, of {counted(count, 'sample')}"
-            )
-        return names
-
-    def feature_source(self, index):
-        """Returns where the latent of a sample stands, for messages."""
-        return self.source(index, "latents.npy")
-
-    def label_source(self, index):
-        """Returns where the label of a sample stands, for messages."""
-        return self.source(index, "labels.npy")
-
-    def source(self, index, name):
-        """Returns where a sample stands in the files of that name."""
+    def source(self, index, kind="latents"):
+        """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self.shards[shard]}/{name} row {index - self._starts[shard]}"
+        return f"{self.shards[shard]}/{kind}.npy row {index - self._starts[shard]}"
 
 
 def _labels(shard):

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from features.layout import Layout
 from features.npy import header_bytes, load_npy, load_npz
 from runtime.files import whole_file
 from runtime.progress import tqdm
@@ -24,16 +25,6 @@ MIN_SAMPLES_FOR_INDEX = 20_000
 _MAX_BYTES = 1 << 30  # of a file that is read at once
 # mtime is coarse: a folder that was modified in the last two seconds may change again with the same mtime.
 _CLOCK_NS = 2_000_000_000
-
-
-def features_folder(feature_path, name):
-    """Returns the folder of the set NAME's latents; their twins are in the same with `_flip` at its end."""
-    return os.path.join(feature_path, f"{name}_features")
-
-
-def labels_folder(feature_path, name):
-    """Returns the folder of the set NAME's labels."""
-    return os.path.join(feature_path, f"{name}_labels")
 
 
 def without_batch_axis(latent):
@@ -101,13 +92,27 @@ def natural_order(names):
     return np.array(sorted(names, key=key), dtype=bytes if names else "S1")
 
 
-def _listing(folder):
-    """Returns `(names of the .npy files as bytes, signature)` of a folder; the signature changes with the names."""
-    signature = _signature(folder)
-    return [name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")], signature
+def match_pairs(folders):
+    """Returns `(names of the .npy files that are in every folder, [(other file, folder that lacks it), ...])`.
+
+    The names are bytes `(N,)`, in `natural_order`, as the other files are. ValueError if the first folder has none.
+    """
+    found = [{name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")} for folder in folders]
+    if not found[0]:
+        raise ValueError(f"{folders[0]}: no .npy file in it")
+    both = set.intersection(*found)
+    lonely = [
+        (os.path.join(folder, os.fsdecode(name)), other)
+        for folder, names in zip(folders, found, strict=True)
+        for name in natural_order(list(names - both)).tolist()
+        for other, theirs in zip(folders, found, strict=True)
+        if name not in theirs
+    ]
+    return natural_order(list(both)), lonely
 
 
 def _signature(folder):
+    """Returns numbers that change with the names in a folder."""
     state = os.stat(folder)
     return [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
@@ -129,26 +134,27 @@ class PairStore:
     memory_dtype = np.dtype("float32")  # because the files may be of several
 
     def __init__(self, feature_path, name):
-        self.path, self.labels_dir = features_folder(feature_path, name), labels_folder(feature_path, name)
-        if not os.path.isdir(self.labels_dir):
-            raise ValueError(f"{self.path}: its labels folder {self.labels_dir} is missing")
-        self.flip_dir = self.path + "_flip"
-        self.has_flip = os.path.isdir(self.flip_dir)
-        self._folders = [self.path, self.labels_dir, *([self.flip_dir] if self.has_flip else [])]
-        self.index_path = os.path.join(feature_path, f"{name}_index.npz")
+        layout = Layout(feature_path, name)
+        self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
+        if not os.path.isdir(layout.labels):
+            raise ValueError(f"{self.path}: its labels folder {layout.labels} is missing")
+        self._kinds = {"latents": layout.features, "labels": layout.labels}
+        if self.has_flip:
+            self._kinds["flipped"] = layout.flipped
+        self.index_path = layout.index
         self.index_note = None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
         self._labels = self._signatures = None
         if not self._load_index():
             self._scan()
-        first = self._feature(self.path, 0)
+        first = without_batch_axis(self._read_feature(self.source(0)))
         self.row_shape, self.dtype = first.shape, first.dtype
         self.expected = f"the first sample is of shape {self.row_shape}"  # completes the error on another shape
 
     def _load_index(self):
         """Takes the names from the index; returns False if it is not there, or not of these very folders."""
         try:
-            self._signatures = [_signature(folder) for folder in self._folders]
+            self._signatures = [_signature(folder) for folder in self._kinds.values()]
             if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
                 return False
             index = load_npz(self.index_path, ["names", "labels"])
@@ -159,20 +165,10 @@ class PairStore:
         return len(self._names) > 0
 
     def _scan(self):
-        (features, *others), signatures = zip(*[_listing(folder) for folder in self._folders], strict=True)
-        if not features:
-            raise ValueError(f"{self.path}: no .npy file in it")
-        features_set = set(features)
-        for folder, what, names in zip(self._folders[1:], ("label", "mirrored"), others, strict=False):
-            if len(names) == len(features) and features_set.issuperset(names):
-                continue
-            names = set(names)
-            for name in map(os.fsdecode, natural_order(list(features_set - names))):
-                raise ValueError(f"{os.path.join(self.path, name)}: has no {what} file {folder}/{name}")
-            for name in map(os.fsdecode, natural_order(list(names - features_set))):
-                raise ValueError(f"{os.path.join(folder, name)}: has no feature file {self.path}/{name}")
-        self._names = natural_order(features)
-        self._signatures = signatures
+        self._signatures = [_signature(folder) for folder in self._kinds.values()]
+        self._names, lonely = match_pairs([*self._kinds.values()])
+        if lonely:
+            raise ValueError("{}: has no counterpart in {}".format(*lonely[0]))
         if len(self._names) >= MIN_SAMPLES_FOR_INDEX:
             self._save_index()
 
@@ -201,26 +197,20 @@ class PairStore:
         """The bytes of all rows, mirrored ones included."""
         return len(self) * int(np.prod(self.row_shape)) * self.dtype.itemsize * (1 + self.has_flip)
 
-    def _feature(self, folder, index):
-        path = os.path.join(folder, self.file_name(index))
-        return without_batch_axis(self._read_feature(path))
-
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
         labels = np.empty(len(indices), "int64")
         for place, index in enumerate(indices.tolist()):
-            twin = mirrored is not None and mirrored[place]
-            folder = self.flip_dir if twin else self.path
-            latent = self._feature(folder, index)
+            path = self.source(index, "flipped" if mirrored is not None and mirrored[place] else "latents")
+            latent = without_batch_axis(self._read_feature(path))
             if latent.shape != self.row_shape or latent.dtype.kind != "f":
-                path = os.path.join(folder, self.file_name(index))
                 raise ValueError(f"{path}: holds {latent.dtype} of shape {latent.shape}, {self.expected}")
             out[place] = latent
             labels[place] = self._label(index)
         return labels
 
     def _label(self, index):
-        path = self.label_source(index)
+        path = self.source(index, "labels")
         label = self._read_label(path)
         try:
             return read_label(label)
@@ -237,22 +227,10 @@ class PairStore:
                 self._save_index()
         return self._labels
 
-    def file_name(self, index):
-        """Returns the sample's file name, the same in every folder of the set."""
-        return os.fsdecode(self._names[index])
-
-    def name(self, index):
-        """Returns the sample's name: its files' without `.npy`."""
-        return self.file_name(index)[: -len(".npy")]
-
     def names(self):
         """Returns all names, `(N,)` bytes."""
         return np.array([name[: -len(b".npy")] for name in self._names.tolist()], dtype=bytes)
 
-    def feature_source(self, index):
-        """Returns the file of a sample's latent."""
-        return os.path.join(self.path, self.file_name(index))
-
-    def label_source(self, index):
-        """Returns the file of a sample's label."""
-        return os.path.join(self.labels_dir, self.file_name(index))
+    def source(self, index, kind="latents"):
+        """Returns the file of a sample's latent, of its mirrored twin ("flipped"), or of its label ("labels")."""
+        return os.path.join(self._kinds[kind], os.fsdecode(self._names[index]))

@@ -1,22 +1,22 @@
-"""Work that threads have begun before its result is asked for."""
+"""Work that threads do before its result is asked for."""
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 
-def read_ahead(pool, tasks, count):
-    """Yields the items of a generator in order; `count` of them have been taken from it before.
+def map_ahead(function, items, num_threads, count):
+    """Yields `function(item)` of each item in order, while threads work on up to `count` items behind it.
 
-    Args:
-        pool: the `ThreadPoolExecutor` to which `tasks` submits work; it is shut down at the end, or when the caller
-            stops, and what has not begun is dropped.
-        tasks: yields futures, or something that holds them.
+    When the caller stops, what has not begun is dropped.
     """
-    waiting = deque(islice(tasks, count))
-    try:
-        while waiting:
-            item = waiting.popleft()
-            waiting.extend(islice(tasks, 1))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(max(1, num_threads), "features") as pool:
+        futures = (pool.submit(function, item) for item in items)
+        waiting = deque(islice(futures, count))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(islice(futures, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -10,7 +10,8 @@ import shlex
 
 import numpy as np
 
-from features.packed import PackedStore, packed_folder, partial_folder
+from features.layout import Layout
+from features.packed import PackedStore
 from features.pairs import PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
@@ -46,9 +47,8 @@ def find_features(feature_path, resolution):
     if preferred in whole:
         whole = [preferred]
     if not whole and found:
-        raise ValueError(
-            f"{partial_folder(feature_path, min(found))}: is not finished; run again the command that writes it"
-        )
+        partial = Layout(feature_path, min(found)).partial
+        raise ValueError(f"{partial}: is not finished; run again the command that writes it")
     if not whole:
         raise ValueError(
             f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
@@ -60,7 +60,7 @@ def find_features(feature_path, resolution):
             f"feature_path {feature_path}: no {preferred}_features/ and several others ({names}); leave one"
         )
     (name,) = whole
-    unfinished = os.path.join(feature_path, f"{name}_extraction")
+    unfinished = Layout(feature_path, name).state
     if os.path.isdir(unfinished):
         raise ValueError(f"{unfinished}: the extraction of {name} is not finished; run the same command again")
     return ("packed" if "packed" in found[name] else "pairs"), name
@@ -84,17 +84,12 @@ def _unpacking(feature_path):
 
 def open_store(feature_path, kind, name):
     """Returns the `PackedStore` or `PairStore` of a set."""
-    return PackedStore(packed_folder(feature_path, name)) if kind == "packed" else PairStore(feature_path, name)
-
-
-def manifest_file(feature_path, name):
-    """Returns the file that says what the set NAME was made of."""
-    return os.path.join(feature_path, f"{name}_manifest.json")
+    return PackedStore(Layout(feature_path, name).packed) if kind == "packed" else PairStore(feature_path, name)
 
 
 def read_manifest(feature_path, name):
     """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
-    path = manifest_file(feature_path, name)
+    path = Layout(feature_path, name).manifest
     if not os.path.exists(path):
         return {}
     manifest = read_json(path, large=True)  # extractions took seeds of any size
@@ -106,8 +101,8 @@ def read_manifest(feature_path, name):
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
-    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read`, `feature_source` and
-    `label_source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
+    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read` and
+    `source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
 
     Args:
         store: where they are.
@@ -159,8 +154,5 @@ class MemoryStore:
             out[...] = self._rows[0, indices]
         return self.labels[indices]
 
-    def feature_source(self, index):
-        return self._store.feature_source(self._indices[index])
-
-    def label_source(self, index):
-        return self._store.label_source(self._indices[index])
+    def source(self, index, kind="latents"):
+        return self._store.source(self._indices[index], kind)

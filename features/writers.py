@@ -18,12 +18,8 @@ class PairWriter:
     """Writes PaddleMIX's layout: a latent `(1, rows...)` and a label `(1,)` an image, `.npy` files of the same name.
 
     Args:
-        layout: a `Layout`.
-        row_shape: (C, h, w) of a stored latent.
-        flip: mirrored twins are stored.
-        batch_size: images encoded at once, here a part.
-        num_images: of the whole set.
-        dtype: of a stored latent.
+        layout: a `Layout`. row_shape, dtype: of a stored latent. flip: mirrored twins are stored.
+        batch_size: images encoded at once, here a part. num_images: of the whole set, for the size of shards.
     """
 
     def __init__(self, layout, *, row_shape, flip, batch_size, num_images=None, dtype="float32"):
@@ -33,11 +29,7 @@ class PairWriter:
         self._header, self._label_header = npy_header((1, *row_shape), dtype), npy_header((1,), "int64")
 
     def write(self, part, batches):
-        """Writes a part's batches `(names of the samples, labels, [latents, flipped latents])`.
-
-        Returns:
-            The sha256 sums of its files of latents, bytes.
-        """
+        """Writes batches `(names, labels, [latents, flipped])`; returns the sha256 sums of the latents' files."""
         for folder in (*self.folders, self.labels):
             os.makedirs(folder, exist_ok=True)
         digests = []

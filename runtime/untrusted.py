@@ -104,7 +104,7 @@ def parse_json(text, *, infinity=False, large=False):
             object_pairs_hook=_unique,
             parse_int=partial(_integer, large=large),
             parse_float=_finite,
-            parse_constant=float if infinity else _constant,
+            parse_constant=float if infinity else _finite,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text at byte {error.start}") from None
@@ -141,12 +141,9 @@ def _integer(digits, large=False):
 def _finite(digits):
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"the number {digits[:20]} is too large")
+        named = digits.strip("-").isalpha()  # NaN, Infinity
+        raise ValueError(f"{digits} is no JSON value" if named else f"the number {digits[:20]} is too large")
     return value
-
-
-def _constant(name):
-    raise ValueError(f"{name} is no JSON value")
 
 
 def read_json(path, *, infinity=False, large=False):

@@ -66,8 +66,8 @@ def spoil_two_sets(folder):
 DATA_MISTAKES = [
     (spoil_missing_folder, "feature_path .*features: no such folder"),
     (spoil_empty, "imagenet64_features: no .npy file in it"),
-    (spoil_no_label, r"imagenet64_features/7.npy: has no label file .*imagenet64_labels/7.npy"),
-    (spoil_no_feature, r"imagenet64_labels/7.npy: has no feature file .*imagenet64_features/7.npy"),
+    (spoil_no_label, r"imagenet64_features/7.npy: has no counterpart in .*imagenet64_labels"),
+    (spoil_no_feature, r"imagenet64_labels/7.npy: has no counterpart in .*imagenet64_features"),
     (spoil_no_label_folder, "its labels folder .*imagenet64_labels is missing"),
     (spoil_truncated, r"imagenet64_features/7.npy: not a readable .npy file \(truncated\?\)"),
     (spoil_archive, r"imagenet64_features/7.npy: not a readable .npy file .*: it holds an archive"),

@@ -19,8 +19,9 @@ from support.runs import ROOT, loop_arguments, read_losses, run_script, write_co
 
 from features import pairs
 from features.dataset import FeatureDataset
+from features.layout import Layout
 from features.loader import FeatureLoader
-from features.packed import ShardWriter, finish, finished_shards, partial_folder
+from features.packed import ShardWriter, finish, finished_shards
 from features.store import find_features
 from tools.pack_features import main as pack
 
@@ -58,7 +59,7 @@ def test_packed_samples_are_those_of_the_pairs_in_natural_order(names, order, tm
     target = dataset(pack_set(tmp_path / "pairs", tmp_path / "packed", "--shard_samples", 2))
     assert_same([everything(target)], [everything(source)])
     assert target[-1][0].dtype == np.float32 and target[-1][1].dtype == np.int64
-    assert [target.store.name(index) for index in range(len(order))] == order
+    assert [os.fsdecode(name) for name in target.store.names()] == order
     back = pack_set(tmp_path / "packed", tmp_path / "back")
     for path in (tmp_path / "pairs").glob("*/*.npy"):
         assert (back / path.relative_to(tmp_path / "pairs")).read_bytes() == path.read_bytes()
@@ -104,7 +105,7 @@ def test_files_are_read_as_numpy_reads_them_however_often(tmp_path):
         label = np.array(labels[index]) if index % 2 else labels[index : index + 1]  # of no dimension, or of one
         write_npy(tmp_path / f"imagenet64_labels/{name}.npy", label, name[:-2])
     data = dataset(tmp_path)
-    place = {data.store.name(index): index for index in range(len(names))}
+    place = {os.fsdecode(name): index for index, name in enumerate(data.store.names())}
     order = np.array([place[name] for name in names])
     for start in range(len(names)):
         rolled = np.roll(np.arange(len(names)), start).repeat(2)
@@ -212,7 +213,7 @@ def test_manifest_and_classes_travel_with_the_samples(tmp_path):
 def test_several_shards_empty_ones_and_exact_reads(both, tmp_path):
     """Shards of any size, reads in any order, and the way of reading for sets larger than the memory."""
     latents, _ = write_set(tmp_path / "pairs", 9)
-    folder = partial_folder(tmp_path, "imagenet64")
+    folder = Layout(tmp_path, "imagenet64").partial
     for number, (start, stop) in enumerate(((0, 4), (4, 4), (4, 5), (5, 9))):
         with ShardWriter(folder, number * 3, row_shape=SHAPE) as shard:
             for first in range(start, stop, 3):
@@ -355,7 +356,7 @@ def test_mistakes_of_a_mirrored_set_of_pairs(tmp_path):
     with pytest.raises(ValueError, match="flips were asked for, but no mirrored latents are there"):
         dataset(write_features(tmp_path / "plain", 3), flip=True)
     (tmp_path / "imagenet64_features_flip/3.npy").unlink()
-    with pytest.raises(ValueError, match="features/3.npy: has no mirrored file .*features_flip/3.npy"):
+    with pytest.raises(ValueError, match="features/3.npy: has no counterpart in .*features_flip"):
         dataset(tmp_path)
     np.save(tmp_path / "imagenet64_features_flip/3.npy", np.zeros((1, 4, 2, 2), "float32"))
     data = dataset(tmp_path, flip=True)
@@ -594,13 +595,13 @@ def test_memory_that_is_not_there(both, monkeypatch):
 
 @pytest.fixture
 def indexed(tmp_path, monkeypatch):
-    """Pairs that get an index although they are few and young; and how many folders were listed."""
+    """Pairs that get an index although they are few and young; and how often their folders were listed."""
     monkeypatch.setattr(pairs, "MIN_SAMPLES_FOR_INDEX", 5)
     monkeypatch.setattr(pairs, "_CLOCK_NS", 0)
     write_set(tmp_path, 12, flip=True)
     listed = []
     monkeypatch.setattr(
-        pairs, "_listing", lambda folder, original=pairs._listing: listed.append(folder) or original(folder)
+        pairs, "match_pairs", lambda folders, original=pairs.match_pairs: listed.append(folders) or original(folders)
     )
     return tmp_path, listed
 
@@ -608,16 +609,16 @@ def indexed(tmp_path, monkeypatch):
 def test_folders_are_listed_once_and_again_when_they_change(indexed):
     folder, listed = indexed
     first = dataset(folder)
-    assert len(listed) == 3 and "imagenet64_index.npz" in first.notes[0]
+    assert len(listed) == 1 and "imagenet64_index.npz" in first.notes[0]
     second = dataset(folder)
-    assert len(listed) == 3 and "imagenet64_index.npz" in second.notes[0]
+    assert len(listed) == 1 and "imagenet64_index.npz" in second.notes[0]
     assert_same([everything(second)], [everything(first)])
     for kind in ("features", "labels", "features_flip"):
         shutil.copy(folder / f"imagenet64_{kind}/3.npy", folder / f"imagenet64_{kind}/12.npy")
-    assert len(dataset(folder)) == 13 and len(listed) == 6
-    assert len(dataset(folder)) == 13 and len(listed) == 6
+    assert len(dataset(folder)) == 13 and len(listed) == 2
+    assert len(dataset(folder)) == 13 and len(listed) == 2
     (folder / "imagenet64_labels/5.npy").unlink()
-    with pytest.raises(ValueError, match="features/5.npy: has no label file"):
+    with pytest.raises(ValueError, match="features/5.npy: has no counterpart in .*labels"):
         dataset(folder)
 
 
@@ -644,11 +645,11 @@ def test_an_index_is_never_needed(indexed, way):
         index.mkdir()  # as in a folder that can't be written to, whoever runs the tests
     listed.clear()
     data = dataset(folder)
-    assert len(data) == 12 and len(listed) == 3
+    assert len(data) == 12 and len(listed) == 1
     if way == "no room for it":
         assert data.notes[0].startswith(f"no index {index} (") and not list(folder.glob(".*"))
     else:
-        assert len(dataset(folder)) == 12 and len(listed) == 3
+        assert len(dataset(folder)) == 12 and len(listed) == 1
 
 
 def test_an_index_is_not_trusted_while_a_folders_clock_may_stand_still(indexed, monkeypatch):
@@ -668,7 +669,7 @@ def test_small_sets_get_no_index(tmp_path):
 
 def test_a_packed_set_keeps_nothing_but_labels_in_memory(tmp_path):
     """A hundred times the rows, and no more memory of the process's own than their labels."""
-    folder = partial_folder(tmp_path, "imagenet64")
+    folder = Layout(tmp_path, "imagenet64").partial
     rows = np.zeros((4000, *SHAPE), "float32")
     with ShardWriter(folder, 0, row_shape=SHAPE) as shard:
         for start in range(0, 40_000, 4000):

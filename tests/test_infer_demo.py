@@ -16,7 +16,7 @@ import infer_demo_dit
 import infer_demo_largedit_3b
 import infer_demo_largedit_7b
 import infer_demo_sit
-from features.autoencoder import LatentDecoder, NotFiniteError
+from features.autoencoder import LatentDecoder, NotFiniteError, load_vae
 from runtime.process import EXIT_BAD_STEP
 from sampling import demo as image_demo
 from sampling.grid import make_grid
@@ -82,7 +82,7 @@ class TestDecoder:
 
     def test_no_vae_there(self, tmp_path):
         with pytest.raises(ValueError, match="no config.json in this folder"):
-            LatentDecoder.from_pretrained(str(tmp_path))
+            load_vae(str(tmp_path))
 
 
 class TestGrid:

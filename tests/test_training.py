@@ -85,8 +85,8 @@ def test_every_sample_once_an_epoch_over_all_ranks():
     first, second = stream[:25], stream[25:]
     assert sorted(first) == sorted(second) == list(range(25))
     assert first != second and first != sorted(first)
-    assert SampleStream(25, seed=3).indices(0, 50) == stream
-    assert SampleStream(25, seed=4).indices(0, 25) != first
+    assert SampleStream(25, seed=3).take(0, 50).tolist() == stream
+    assert SampleStream(25, seed=4).take(0, 25).tolist() != first
 
 
 def test_batches_do_not_depend_on_ranks_or_accumulation():
@@ -125,7 +125,7 @@ def test_resuming_continues_the_stream_without_reading_what_went_before():
     assert resumed.epoch(10) == whole.epoch(10) == 80 / 30
     # A run that goes on with another batch size goes on in the stream where it stopped.
     resumed.resume(7, 20)
-    assert next(iter(resumed)) == whole.stream.indices(20, 24)
+    assert next(iter(resumed)) == whole.stream.take(20, 24).tolist()
 
 
 def test_length_of_a_run():

@@ -18,7 +18,8 @@ import numpy as np
 
 from config.schema import load_config, manifest_features
 from features.check import check_set
-from features.store import find_features, manifest_file
+from features.layout import Layout
+from features.store import find_features
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
@@ -76,7 +77,7 @@ def save_picture(report, path, *, vae, num_images, device):
     chosen = chosen[np.argsort(report.labels[chosen], kind="stable")]
     twins = range(1 + report.samples.has_flip)
     rows = [report.samples.read_row(index, bool(twin))[:channels] for index in chosen.tolist() for twin in twins]
-    made_with = manifest_features(report.manifest, manifest_file(report.feature_path, report.name))["vae"]
+    made_with = manifest_features(report.manifest, Layout(report.feature_path, report.name).manifest)["vae"]
     vae, notes = open_vae(vae, made_with, default=None, flag="--vae", channels=channels)
     for note in notes:
         print(f"note: {note}")

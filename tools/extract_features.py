@@ -32,16 +32,14 @@ from config.schema import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import (
     Journal,
-    Recipe,
     encode_batches,
     finish,
     make_settings,
     open_extraction,
     read_batches,
-    source_settings,
     write_parts,
 )
-from features.image_source import find_archives, open_source, source_root
+from features.image_source import find_archives
 from features.images import UnreadableImage, dim_note, unreadable_list
 from features.layout import Layout
 from features.writers import WRITERS
@@ -77,20 +75,13 @@ def extract(args) -> None:
     rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
     precision, note = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
     vae = load_vae(args.vae)
-    asked = {
-        key: getattr(args, key) for key in ("format", "image_size", "moments", "flip", "seed", "batch_size", "vae")
-    }
-    settings = make_settings(Recipe(name, **asked, device=device.split(":")[0], dtype=precision.dtype), vae)
+    encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
+    options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
+    settings = make_settings(vae, args.vae, name, encoding, options)
 
     # Begin, or go on.
     layout = Layout(args.features_path, name)
-    source, settings = open_extraction(
-        layout,
-        source_root(args.data_path, args.list),
-        lambda earlier: open_source(args.data_path, args.list, earlier),
-        lambda source: {**settings, **source_settings(source)},
-        rank,
-    )
+    source, settings = open_extraction(layout, args.data_path, args.list, settings, rank)
     if rank == 0:
         for sentence in filter(None, [note, *source.notes]):
             print(sentence, flush=True)
@@ -108,12 +99,11 @@ def extract(args) -> None:
         num_images=len(source),
     )
     encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
-    dim = []
     encoders = [encoder, *([functools.partial(encoder, mirrored=True)] if args.flip else [])]
 
     def encode(batches):
         sizes = {key: getattr(args, key) for key in ("image_size", "batch_size", "num_workers")}
-        return encode_batches(source, read_batches(source, batches, **sizes, dim=dim), encoders)
+        return encode_batches(source, read_batches(source, batches, **sizes), encoders)
 
     goes_on = "what is done is kept, the same command goes on from there"
     try:
@@ -133,8 +123,8 @@ def extract(args) -> None:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; {goes_on}", error.filename or layout.features_path) from None
     finally:
-        if dim:
-            print(dim_note(dim), flush=True)
+        if source.dim:
+            print(dim_note(source.dim), flush=True)
 
 
 def report(layout, manifest):

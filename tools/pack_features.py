@@ -35,7 +35,7 @@ def main(argv=None):
     for key in ("num_workers", "shard_samples"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
-    done = convert_set(
+    num_samples, paths, rounding_error = convert_set(
         *(args.feature_path, args.output),
         resolution=args.resolution,
         to=args.to,
@@ -43,9 +43,9 @@ def main(argv=None):
         shard_samples=args.shard_samples,
         num_workers=args.num_workers,
     )
-    print(f"{counted(done.num_samples, 'sample')}, compared bit for bit: {', '.join(done.paths)}")
-    if done.rounding_error:
-        print(f"note: stored as float16, the largest rounding error is {done.rounding_error:.2g}")
+    print(f"{counted(num_samples, 'sample')}, compared bit for bit: {', '.join(paths)}")
+    if rounding_error:
+        print(f"note: stored as float16, the largest rounding error is {rounding_error:.2g}")
 
 
 if __name__ == "__main__":

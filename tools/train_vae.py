@@ -12,7 +12,6 @@ The autoencoder in assets/digits_vae was made by
 """
 
 import argparse
-import json
 import math
 import os
 
@@ -21,12 +20,20 @@ import numpy as np
 
 from config.schema import MAX_SEED
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
+from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli
 from runtime.untrusted import read_json
 
 configure_runtime()  # before Paddle is imported
 
 DEFAULTS = {"steps": 3000, "batch_size": 32, "lr": 2e-3, "kl_weight": 3e-3, "seed": 0}
+RULES = {
+    "steps": ((int,), lambda value: value >= 1, "an integer from 1 on"),
+    "batch_size": ((int,), lambda value: value >= 1, "an integer from 1 on"),
+    "lr": ((int, float), lambda value: 0 < value < math.inf, "a number above 0"),
+    "kl_weight": ((int, float), lambda value: 0 <= value < math.inf, "a number from 0 on"),
+    "seed": ((int,), lambda value: 0 <= value <= MAX_SEED, f"an integer from 0 to {MAX_SEED}"),
+}
 
 
 def load_settings(path: str) -> dict:
@@ -46,21 +53,10 @@ def load_settings(path: str) -> dict:
 
 
 def check_training(training: dict, given: dict, path: str) -> None:
-    """Raises `ValueError` for the first setting that can't be.
-
-    Args:
-        training: the settings in effect.
-        given: those that are flags; the others are from the file `path`.
-    """
+    """Raises `ValueError` for the first setting that can't be; those in `given` are flags, the others in `path`."""
     for key, value in training.items():
-        if key in ("lr", "kl_weight"):
-            expected = "a number above 0" if key == "lr" else "a number from 0 on"
-            right = type(value) in (int, float) and 0 <= value < math.inf and (value > 0 or key != "lr")
-        else:
-            least, most = (0, MAX_SEED) if key == "seed" else (1, math.inf)
-            expected = f"an integer from {least} {f'to {most}' if key == 'seed' else 'on'}"
-            right = type(value) is int and least <= value <= most
-        if not right:
+        types, is_right, expected = RULES[key]
+        if type(value) not in types or not is_right(value):
             raise ValueError(f"{f'--{key}' if key in given else f'{path}: {key}'} {value!r}: expected {expected}")
 
 
@@ -122,11 +118,10 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """Returns the reconstruction's PSNR and the latents' standard deviation over images `(N, 3, H, W)`.
+    """Returns `(PSNR in dB, latents' standard deviation)` over images `(N, 3, H, W)`.
 
-    Returns:
-        `(PSNR in dB of decoding the posterior's mean, standard deviation of posterior samples)`, the latter before the
-        scaling_factor, which follows from it.
+    The PSNR is that of decoding the posterior's mean; the deviation that of posterior samples, before the
+    scaling_factor, which follows from it.
     """
     import paddle
 
@@ -179,9 +174,7 @@ def run(args) -> None:
     if heldout is not None:
         print(f"{counted(len(heldout), 'held-out image')}: PSNR {measure(vae, heldout)[0]:.2f} dB")
     vae.save_pretrained(args.output, safe_serialization=False)
-    with open(os.path.join(args.output, "training.json"), "w", encoding="utf-8") as file:
-        json.dump(settings, file, indent=2)
-        file.write("\n")
+    write_json(os.path.join(args.output, "training.json"), settings)
     if lost:
         print(unreadable_list(lost))
     print(f"The autoencoder is in {args.output}")

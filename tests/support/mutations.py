@@ -279,7 +279,6 @@ def _read_packed(path):
         out = np.empty((1, *store.row_shape), "f4")
         for index in range(min(len(store), 8)):
             store.read(np.array([index]), out)
-            store.name(index)
     store.names()
 
 

@@ -32,7 +32,7 @@ def train(args, config, stopping):
     settings = config["training"]
     paddle.set_device(resolve_device(args.device))
     rank, world_size = init_distributed()
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(settings, paddle.get_device())
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     data = setup.open_data(config, args.feature_path, args.image_size, rank=rank, world_size=world_size)

@@ -35,7 +35,7 @@ def train(args, config, stopping):
     if args.per_device_train_batch_size is not None:
         micro_batches = settings["gradient_accumulation_steps"] * degrees.data_ranks
         settings["global_batch_size"] = args.per_device_train_batch_size * micro_batches
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(settings, paddle.get_device())
 
     # Data: a seeded endless stream, of which every data rank takes its rows of each global batch. The ranks of a
     # tensor-parallel group follow one another, and are one data rank.

@@ -56,7 +56,7 @@ class Training:
         self.config = load_config(config_file)
         settings, shape = self.config["training"], self.config["model"]
         paddle.set_device("cpu")
-        setup.setup_precision(self.config, "cpu")
+        setup.setup_precision(settings, "cpu")
         self.model = setup.build_network(self.config, single_backward=True)
         self.objective = build_objective(self.config)
         self.averages, self.watch = setup.build_averages(settings, self.model), NumberWatch(settings)

@@ -75,7 +75,7 @@ def extract(args) -> None:
     if device != "cpu":
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
-    precision, note = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
+    precision = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
     vae = load_vae(args.vae)
     asked = {
         key: getattr(args, key) for key in ("format", "image_size", "moments", "flip", "seed", "batch_size", "vae")
@@ -92,7 +92,7 @@ def extract(args) -> None:
         rank,
     )
     if rank == 0:
-        for sentence in filter(None, [note, *source.notes]):
+        for sentence in filter(None, [precision.note, *source.notes]):
             print(sentence, flush=True)
         if settings is None:
             print(f"{layout.manifest}: complete since an earlier start, nothing to do")

@@ -70,7 +70,7 @@ def replay(folder, config, batch, state):
     """
     model = setup.build_network(config, single_backward=True)
     load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(config["training"], paddle.get_device())
     if precision.note:
         print(f"note: {precision.note}")
     precision.decorate(model)

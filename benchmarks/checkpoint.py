@@ -179,7 +179,7 @@ def save_worker(args, folder):
 
 
 def load_worker(args, folder):
-    from training.checkpoints.whole_folder import damage
+    from training.checkpoints.find import damage
 
     training = Training(args.config_file, 1)
     training.step()

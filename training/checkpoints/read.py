@@ -17,10 +17,13 @@ from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights
 
 
-def load_checkpoint(path, experiment_name=None):
+def load_checkpoint(path, experiment_name=None, *, optional=False):
     """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
 
     Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
+
+    Args:
+        optional: return None, instead of an error, where there is no checkpoint at all.
 
     Raises:
         ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
@@ -29,6 +32,8 @@ def load_checkpoint(path, experiment_name=None):
     if os.path.isfile(path):
         return _load_official(path)
     folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
+    if folder is None and optional:
+        return None
     if folder is None:
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
@@ -125,15 +130,6 @@ def _number(value, below):
     if not isinstance(value, (int, float)) or not 0 <= value < below:
         raise ValueError(f"a {type(value).__name__} where a number from 0 to {below} is expected")
     return value
-
-
-def check_same_model(checkpoint, config):
-    """Raises `ValueError` if the checkpoint's model or objective section is not the run's, naming the keys."""
-    if checkpoint.config is None:
-        return
-    for section in ("model", "objective"):
-        if listed := differences(checkpoint.config[section], config[section]):
-            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
 
 
 @paddle.no_grad()

@@ -195,7 +195,7 @@ def rotate_checkpoints(folder, save_total_limit, say=say):
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
             found = find.list_checkpoints(folder)
-            whole = [path for path in found if find.damage_of(path) is None]
+            whole = [path for path in found if find.damage(path) is None]
             older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
                 delete_folder(path)

@@ -160,10 +160,13 @@ def _ways(config, setting, fixed):
         except ValueError:
             continue
         samples = setting.global_batch // way.data_ranks
-        yield way, [
-            batch
-            for batch in range(samples, 0, -1)
-            if samples % batch == 0
-            and ("batch" not in fixed or batch == setting.batch)
-            and ("accumulation" not in fixed or samples // batch == setting.accumulation)
-        ]
+        yield (
+            way,
+            [
+                batch
+                for batch in range(samples, 0, -1)
+                if samples % batch == 0
+                and ("batch" not in fixed or batch == setting.batch)
+                and ("accumulation" not in fixed or samples // batch == setting.accumulation)
+            ],
+        )

@@ -10,8 +10,8 @@ from objectives import Batch, build_objective
 from runtime.progress import tqdm
 from runtime.untrusted import inside
 from training import setup
+from training.checkpoints.find import damage
 from training.checkpoints.read import load_pretrained
-from training.checkpoints.whole_folder import damage
 from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
 from weights.files import safe_load
 

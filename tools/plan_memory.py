@@ -18,7 +18,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_positive, resolve_training, trainer_parser
+from config.flags import Parser, check_positive, resolve_training
 from runtime.files import write_json
 from runtime.process import counted, run_cli
 from training.parallel.degrees import resolve_degrees
@@ -29,13 +29,13 @@ GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
 SHOWN = (
     *("help", "config_file", "device", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("use_ema", "recompute", "bf16", "fp16", "fp16_opt_level", "enable_xformers_memory_efficient_attention"),
+    *("use_ema", "recompute", "bf16", "fp16", "amp_level", "fused_attention"),
     *("sharding", "sharding_parallel_degree", "tensor_parallel_degree", "dp_degree"),
 )
 
 
 def build_parser():
-    parser = trainer_parser()
+    parser = Parser("trainer")
     parser.description, parser.epilog = __doc__, None
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for action in parser._actions:

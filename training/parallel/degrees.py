@@ -39,7 +39,7 @@ def resolve_degrees(args, model, world_size):
     """Returns the `Degrees` of a run, by the Trainer's flags.
 
     Args:
-        args: flags of `config.flags.trainer_parser`.
+        args: flags of the Trainer's command line.
         model: the `model` section of the resolved config.
         world_size: the number of processes.
 

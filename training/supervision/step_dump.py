@@ -74,9 +74,7 @@ def find_cause(batch, sources):
         return f"Numbers of its sample {first} ({sources[first]}){more} are not finite."
     bad_losses = np.flatnonzero(~np.isfinite(loss))
     if len(bad_losses) == count:
-        if count == 1:
-            return "Its latent is finite, its loss is not: the weights have diverged."
-        return f"Its {count} latents are finite, the losses of all of them are not: the weights have diverged."
+        return f"All latents ({count}) are finite, none of their losses is: the weights have diverged."
     if len(bad_losses):
         first = bad_losses[0]
         return (
@@ -124,10 +122,10 @@ def _compute(step, batch, session):
 
 def _gather(value):
     """Returns every rank's value, in a list."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        values = []
-        dist.all_gather_object(values, value)
+    if dist.get_world_size() == 1:
+        return [value]
+    values = []
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -54,7 +54,6 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
     """Returns AdamW over the trainable parameters, with its `GradientNorm` as `gradient_norm`.
 
     Args:
-        training: the config's `training` section.
         multi_precision: keep float32 master weights of half-precision parameters.
         watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
     """

@@ -53,12 +53,7 @@ def build_network(config, tensor_group=None, *, single_backward=False):
 
 
 def build_averages(training, model, *, on_host=False):
-    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32.
-
-    Args:
-        training: the config's `training` section.
-        on_host: see `EMA`.
-    """
+    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
     if not training["use_ema"]:
         return []
     return [EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)]
@@ -169,10 +164,10 @@ def features_changes(theirs, ours):
         for name in SCALING_KEYS:
             if (there[name] or None) != (here[name] or None):  # no shift is one of 0
                 changes.append(f"{name} {shortened(here[name], 40)} here, {shortened(there[name], 40)} there")
+    names = ours["class_names"] or {}
     for label, there in (theirs["class_names"] or {}).items():
-        here = (ours["class_names"] or {}).get(label, there)
-        if here != there:
-            changes.append(f"class {label} is {shortened(here)} here, {shortened(there)} there")
+        if names.get(label, there) != there:
+            changes.append(f"class {label} is {shortened(names[label])} here, {shortened(there)} there")
             break
     return "; ".join(changes)
 

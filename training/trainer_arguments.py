@@ -15,9 +15,7 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
 
     Args:
         args: flags of the Trainer's command line.
-        training: the `training` section of the resolved config.
-        precision: the resolved `Precision`; PaddleNLP is not asked for what the device can't do.
-        degrees: the resolved `Degrees`.
+        precision, degrees: as resolved; PaddleNLP is not asked for what the device can't do.
         batch_size: samples of a micro-batch on one device.
 
     Raises:

@@ -36,12 +36,7 @@ class Degrees:
 
 
 def resolve_degrees(args, model, world_size):
-    """Returns the `Degrees` of a run, by the Trainer's flags.
-
-    Args:
-        args: flags of the Trainer's command line.
-        model: the `model` section of the resolved config.
-        world_size: the number of processes.
+    """Returns the `Degrees` of `world_size` processes, by the Trainer's flags and the config's section `model`.
 
     Raises:
         ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.

@@ -123,10 +123,8 @@ def fitting(config, setting, memory, machine, *, fixed=()):
     which is its fastest.
 
     Args:
-        config: resolved.
         setting: the `Setting` whose world size, global batch, precision and EMA they share.
-        machine: a `Machine`.
-        fixed: names of fields of `Setting` that must stay as they are.
+        fixed: names of its fields that must stay as they are.
 
     Returns:
         `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory

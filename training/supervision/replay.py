@@ -42,12 +42,10 @@ def read_dump(folder):
 
 
 def _fits(batch, state, model):
-    if not isinstance(batch, dict) or not isinstance(state, dict):
-        return False
-    if not (_ARRAYS <= set(batch) and _KEYS <= set(state)):
+    if not (isinstance(batch, dict) and isinstance(state, dict) and _ARRAYS <= {*batch} and _KEYS <= {*state}):
         return False
     sources, precision, size = state["sources"], state["precision"], state["micro_batch"]
-    if not isinstance(sources, list) or not sources or type(size) is not int or size < 1:
+    if not (isinstance(sources, list) and sources and type(size) is int and size > 0):
         return False
     if not isinstance(precision, dict) or "dtype" not in precision:
         return False

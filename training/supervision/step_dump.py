@@ -61,12 +61,7 @@ def dump_step(bad, session):
 
 
 def find_cause(batch, sources):
-    """Returns a sentence on what made a step bad, as far as its samples tell.
-
-    Args:
-        batch: the arrays of `BATCH`.
-        sources: the samples' files.
-    """
+    """Returns a sentence on what made a step bad, as far as its samples (arrays of `BATCH`, their files) tell."""
     loss, count = batch["loss"], len(batch["loss"])
     bad_latents = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
     if len(bad_latents):
@@ -74,7 +69,9 @@ def find_cause(batch, sources):
         return f"Numbers of its sample {first} ({sources[first]}){more} are not finite."
     bad_losses = np.flatnonzero(~np.isfinite(loss))
     if len(bad_losses) == count:
-        return f"All latents ({count}) are finite, none of their losses is: the weights have diverged."
+        if count == 1:
+            return "Its latent is finite, its loss is not: the weights have diverged."
+        return f"Its {count} latents are finite, the losses of all of them are not: the weights have diverged."
     if len(bad_losses):
         first = bad_losses[0]
         return (

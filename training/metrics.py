@@ -154,8 +154,7 @@ class TrainingLog:
         Args:
             loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
-            skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `NumberWatch`.
-            parts: means of what the loss is made of, by name; logged as `loss_NAME`.
+            skipped_steps, first_skipped, parts: see `NumberWatch.take`; the parts are logged as `loss_NAME`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported

@@ -35,6 +35,7 @@ from training.parallel.shares import LocalShard
 from training.preview import Preview, log_preview
 from training.supervision.number_watch import NumberWatch
 from training.supervision.step_dump import dump_step
+from training.supervision.stopping import Stopping
 from training.validation import Validation
 
 
@@ -84,15 +85,10 @@ class Previews:
         return cls(args.image_logging_steps, vae, args.num_inference_steps, args.cfg_scale)
 
 
-class _NeverStopping:
+class _NeverStopping(Stopping):
     """Stands in for a `Stopping` in a notebook, which keeps its signals."""
 
-    stopped = False
-
     def start(self, first_step, **ranks):
-        pass
-
-    def phase(self, name):
         pass
 
     def due(self, step):

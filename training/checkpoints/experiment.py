@@ -1,5 +1,6 @@
 """The folder of a run: a new experiment, one to resume, or an earlier run to move aside."""
 
+import itertools
 import os
 import shutil
 import time
@@ -113,11 +114,9 @@ def move_earlier_run_aside(output_dir, checkpoint, overwrite):
         moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
     moved = [path for path in moved if os.path.exists(path)]
     if moved:
-        name = aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
-        number = 1
-        while os.path.exists(aside):  # of a run that was started in the same second
-            number += 1
-            aside = f"{name}-{number}"
+        name = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        aside = next(path for path in names if not os.path.exists(path))  # of a run started in the same second
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             "MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
             allow_abbrev=False,
         )
-        self.options = {}  # (flag, option) by the option's name
+        self.options = {}  # (name, option) by flag
         self.twins = {}  # the other loop's name of a setting: this loop's
         (other,) = {*LOOPS} - {loop}
         for title, table in FLAG_GROUPS.items():
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
                     self.twins[theirs or twin] = flag or twin
 
     def _add_option(self, group, name, flag, option, loop):
-        self.options[name] = flag, option
+        self.options[flag] = name, option
         check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
         shown = in_loop(option.unset, loop) if default is None else default
         group.add_argument(
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), None)
             self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown_flag(flag.split("=")[0]))
-        for name, (flag, option) in self.options.items():
+        for flag, (name, option) in self.options.items():
             if getattr(args, name) != "None":
                 check_flag(flag, option, getattr(args, name))
         return args

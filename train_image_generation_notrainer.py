@@ -6,10 +6,10 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from config.flags import read_notrainer_flags
+    from config.flags import read_flags
     from training.supervision.stopping import Stopping
 
-    args, config = read_notrainer_flags()
+    args, config = read_flags("notrainer")
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 
@@ -32,25 +32,16 @@ def train(args, config, stopping):
     settings = config["training"]
     paddle.set_device(resolve_device(args.device))
     rank, world_size = init_distributed()
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(settings, paddle.get_device())
 
     # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
     data = setup.open_data(config, args.feature_path, args.image_size, rank=rank, world_size=world_size)
 
     # Checkpoint to resume, and the experiment's folder.
     lock = RunLock()  # of the run's folder, until this function is left
-    checkpoint, folder = open_experiment(args.resume, args.results_dir, args.config_file, config, lock)
+    checkpoint, folder = open_experiment(args.resume, args.output_dir, args.config_file, config, lock)
 
     # Network, objective, averages, optimizer; log, previews, checkpoints.
-    outputs = Outputs(
-        save_every=args.ckpt_every,
-        save_total_limit=args.save_total_limit,
-        async_save=args.async_save,
-        log_every=args.log_every,
-        visualdl_dir=args.logging_dir,
-        show_bar=not args.disable_tqdm,
-    )
-    vae = f"stabilityai/sd-vae-ft-{args.vae}" if args.vae in ("ema", "mse") else args.vae or args.vae_name_or_path
     session = build_session(
         config,
         data,
@@ -59,8 +50,8 @@ def train(args, config, stopping):
         pretrained=args.pretrained_model_path,
         precision=precision,
         stopping=stopping,
-        outputs=outputs,
-        previews=Previews(args.image_logging_steps, vae, args.num_inference_steps, args.cfg_scale),
+        outputs=Outputs.from_flags(args),
+        previews=Previews.from_flags(args),
     )
     model, objective, sampler = session.model, session.objective, session.sampler
     optimizer, lr_scheduler, scaler = session.optimizer, session.lr_scheduler, session.scaler

@@ -6,10 +6,10 @@ configure_runtime()  # before Paddle is imported
 
 
 def main():
-    from config.flags import read_trainer_flags
+    from config.flags import read_flags
     from training.supervision.stopping import Stopping
 
-    args, config = read_trainer_flags()
+    args, config = read_flags("trainer")
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 
@@ -35,12 +35,12 @@ def train(args, config, stopping):
     if args.per_device_train_batch_size is not None:
         micro_batches = settings["gradient_accumulation_steps"] * degrees.data_ranks
         settings["global_batch_size"] = args.per_device_train_batch_size * micro_batches
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(settings, paddle.get_device())
 
     # Data: a seeded endless stream, of which every data rank takes its rows of each global batch. The ranks of a
     # tensor-parallel group follow one another, and are one data rank.
     data_rank = paddle.distributed.get_rank() // degrees.tensor
-    data = setup.open_data(config, args.feature_path, args.resolution, rank=data_rank, world_size=degrees.data_ranks)
+    data = setup.open_data(config, args.feature_path, args.image_size, rank=data_rank, world_size=degrees.data_ranks)
 
     # Process group; then the output folder: it may hold a run to resume, one to move aside, or nothing.
     training_args = training_arguments(args, settings, precision, degrees, batch_size=data.sampler.batch_size)
@@ -48,21 +48,12 @@ def train(args, config, stopping):
     checkpoint = open_output_dir(
         args.output_dir,
         config,
-        resume=args.resume_from_checkpoint,
+        resume=args.resume,
         overwrite=bool(args.overwrite_output_dir),
         lock=lock,
     )
 
     # Network, objective, averages; log, previews, checkpoints.
-    outputs = Outputs(
-        checkpoints="checkpoint-{step}",
-        save_every=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        async_save=args.async_save,
-        log_every=args.logging_steps,
-        visualdl_dir=args.logging_dir,
-        show_bar=not args.disable_tqdm,
-    )
     session = Session(
         config,
         data,
@@ -72,8 +63,8 @@ def train(args, config, stopping):
         precision=precision,
         degrees=degrees,
         stopping=stopping,
-        outputs=outputs,
-        previews=Previews(args.image_logging_steps, args.vae_name_or_path, args.num_inference_steps, args.cfg_scale),
+        outputs=Outputs.from_flags(args, checkpoints="checkpoint-{step}"),
+        previews=Previews.from_flags(args),
     )
     if session.first_step < session.last_step:
         LatentDiffusionTrainer(session, training_args).train()

@@ -56,7 +56,7 @@ class Training:
         self.config = load_config(config_file)
         settings, shape = self.config["training"], self.config["model"]
         paddle.set_device("cpu")
-        setup.setup_precision(self.config, "cpu")
+        setup.setup_precision(settings, "cpu")
         self.model = setup.build_network(self.config, single_backward=True)
         self.objective = build_objective(self.config)
         self.averages, self.watch = setup.build_averages(settings, self.model), NumberWatch(settings)
@@ -179,7 +179,7 @@ def save_worker(args, folder):
 
 
 def load_worker(args, folder):
-    from training.checkpoints.whole_folder import damage
+    from training.checkpoints.find import damage
 
     training = Training(args.config_file, 1)
     training.step()

@@ -165,9 +165,9 @@ class Run:
 
     def damaged(self):
         """What is wrong with checkpoints that have their names: lines."""
-        from training.checkpoints.find import damage_of
+        from training.checkpoints.find import damage
 
-        wrong = {path: damage_of(path, checksums=True) for path in self.checkpoints().values()}
+        wrong = {path: damage(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
 
     def differences(self, other):

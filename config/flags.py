@@ -1,6 +1,7 @@
 """Command lines of both training loops, made from the tables of `config.options`. Standard library only.
 
-A flag of a config's key that is not given is None: then the config's JSON decides, then the default of the key.
+Parsed flags have the names of their options, which are the same in both loops. That of a config's key is None if it is
+not given: then the config's JSON decides, then the default of the key.
 """
 
 import argparse
@@ -8,7 +9,6 @@ import difflib
 import math
 import re
 import sys
-from functools import partial
 
 from config.options import (
     BOOL,
@@ -47,28 +47,26 @@ class Parser(argparse.ArgumentParser):
             "MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
             allow_abbrev=False,
         )
-        self.options = {}  # by flag
+        self.options = {}  # (name, option) by flag
         self.twins = {}  # the other loop's name of a setting: this loop's
         (other,) = {*LOOPS} - {loop}
         for title, table in FLAG_GROUPS.items():
             group = self.add_argument_group(title)
             for name, option in table.items():
-                flag, theirs, twin = (
-                    option.flag_in(loop, name),
-                    option.flag_in(other, name),
-                    getattr(option, "twin", None),
-                )
+                flag, theirs = option.flag_in(loop, name), option.flag_in(other, name)
                 if flag:
-                    self._add_option(group, flag, option, loop)
+                    self._add_option(group, name, flag, option, loop)
                 if flag != theirs:
+                    twin = getattr(option, "twin", None)
                     self.twins[theirs or twin] = flag or twin
 
-    def _add_option(self, group, flag, option, loop):
-        self.options[flag] = option
+    def _add_option(self, group, name, flag, option, loop):
+        self.options[flag] = name, option
         check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
         shown = in_loop(option.unset, loop) if default is None else default
         group.add_argument(
             f"--{flag}",
+            dest=name,
             default=default if isinstance(option, Flag) else None,
             help=help if shown == "" else f"{help} [{shown}]",
             type=check.parse,
@@ -89,9 +87,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), None)
             self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown_flag(flag.split("=")[0]))
-        for flag, option in self.options.items():
-            if getattr(args, flag) != "None":
-                check_flag(flag, option, getattr(args, flag))
+        for flag, (name, option) in self.options.items():
+            if getattr(args, name) != "None":
+                check_flag(flag, option, getattr(args, name))
         return args
 
     def _unknown_flag(self, flag):
@@ -109,10 +107,6 @@ def read_flags(loop, words=None):
     """
     args = Parser(loop).parse_args(words)
     return args, resolve_training(args)
-
-
-trainer_parser, notrainer_parser = partial(Parser, "trainer"), partial(Parser, "notrainer")
-read_trainer_flags, read_notrainer_flags = partial(read_flags, "trainer"), partial(read_flags, "notrainer")
 
 
 def resolve_training(args):
@@ -139,12 +133,8 @@ def resolve_training(args):
 
 def _given(args, options):
     """Returns the values that a command line gives for options, by the options' names."""
-    values = (
-        (name, getattr(args, option.flag_in(loop, name) or "", None))
-        for loop in LOOPS
-        for name, option in options.items()
-    )
-    return {name: value for name, value in values if value is not None}
+    values = {name: getattr(args, name, None) for name in options}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_seed(name, value):

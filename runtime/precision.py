@@ -10,7 +10,7 @@ from runtime.paddle_private import skipped_step
 class Precision:
     """Resolved mixed precision: `dtype` float32 means that AMP is off; `level` is O1 or O2.
 
-    `note` is a sentence to print where the device computes otherwise than asked, else None.
+    `note` is a sentence to print once where the device computes otherwise than asked, else None.
     """
 
     dtype: str = "float32"
@@ -54,9 +54,7 @@ class Precision:
 
 
 def resolve_precision(dtype, level, *, device, compute_capability=None):
-    """Returns `(Precision, note)`: the nearest that the device can do to what was asked for.
-
-    The note is a sentence to print once when the device computes otherwise than asked, else None.
+    """Returns the `Precision` that is nearest to what was asked for, as far as the device can do it.
 
     Args:
         dtype: `float32`, `float16` or `bfloat16`.
@@ -68,15 +66,13 @@ def resolve_precision(dtype, level, *, device, compute_capability=None):
         ValueError: a GPU that has no bfloat16.
     """
     if dtype == "float32":
-        return Precision("float32", level), None
+        return Precision("float32", level)
     if device.startswith("cpu"):
-        return Precision("float32", level), (
-            f"amp_dtype {dtype} was asked for, but Paddle on a CPU computes in float32 whatever AMP says: "
-            "this run is float32 throughout."
-        )
+        note = f"amp_dtype {dtype} was asked for, but Paddle on a CPU computes in float32 whatever AMP says: "
+        return Precision("float32", level, note + "this run is float32 throughout.")
     if dtype == "bfloat16" and device.startswith("gpu") and compute_capability and compute_capability < (8, 0):
         raise ValueError(
             f"amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
             f"{compute_capability[0]}.{compute_capability[1]}; use float16 or float32"
         )
-    return Precision(dtype, level), None
+    return Precision(dtype, level)

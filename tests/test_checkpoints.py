@@ -252,7 +252,7 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
         # The next save leaves nothing behind but whole folders.
         write_folder(place / "checkpoint-8", b"next")
         assert not list(place.glob(".*"))
-        assert all(find.damage_of(path, checksums=True) is None for path in list_checkpoints(place))
+        assert all(find.damage(path, checksums=True) is None for path in list_checkpoints(place))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT
 
-from config.flags import LOOPS, Parser, notrainer_parser, resolve_training, trainer_parser
+from config.flags import LOOPS, Parser, resolve_training
 from config.options import ABOVE_0, AUXILIARY_TYPES, Option
 from config.schema import load_config, resolve_config
 from objectives.regularizers import REGULARIZERS
@@ -127,49 +127,49 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("parser", [trainer_parser, notrainer_parser])
-def test_command_line_over_json_over_default(tmp_path, parser):
+@pytest.mark.parametrize("loop", LOOPS)
+def test_command_line_over_json_over_default(tmp_path, loop):
     path = tmp_path / "DiT_x.json"
     path.write_text(
         json.dumps({"model": SMALL, "training": {"ema_decay": 0.5, "recompute": True, "amp_dtype": "bfloat16"}})
     )
-    args = parser().parse_args(["--config_file", str(path), "--recompute", "False", "--learning_rate", "1e-3"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--recompute", "False", "--learning_rate", "1e-3"])
     training = resolve_training(args)["training"]
     assert training["recompute"] is False and training["learning_rate"] == 1e-3  # command line
     assert training["ema_decay"] == 0.5 and training["amp_dtype"] == "bfloat16"  # JSON
     assert training["weight_decay"] == 0.0 and training["use_ema"] is True  # defaults
-    args = parser().parse_args(["--config_file", str(path), "--bf16", "False"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--bf16", "False"])
     assert resolve_training(args)["training"]["amp_dtype"] == "float32"
-    args = parser().parse_args(["--config_file", str(path), "--fp16", "--fp16_opt_level", "O2"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--fp16", "--fp16_opt_level", "O2"])
     assert resolve_training(args)["training"]["amp_dtype"] == "float16"
-    args = parser().parse_args(["--config_file", str(path), "--fp16", "--bf16", "True"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--fp16", "--bf16", "True"])
     with pytest.raises(ValueError, match="at most one of --bf16 and --fp16"):
         resolve_training(args)
-    args = parser().parse_args(["--config_file", str(path), "--path_type", "GVP"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--path_type", "GVP"])
     with pytest.raises(
         ValueError, match="command line: --path_type is no setting of the config's objective 'diffusion'"
     ):
         resolve_training(args)
-    args = parser().parse_args(["--config_file", str(path), "--classes", "0,1000"])
+    args = Parser(loop).parse_args(["--config_file", str(path), "--classes", "0,1000"])
     with pytest.raises(ValueError, match="command line: data: classes: label 1000 is outside .*num_classes: 0..999"):
         resolve_training(args)
     with pytest.raises(ValueError, match="command line: --learning_rate must be a number above 0, got -1.0"):
-        parser().parse_args(["--config_file", str(path), "--learning_rate", "-1"])
+        Parser(loop).parse_args(["--config_file", str(path), "--learning_rate", "-1"])
 
 
-@pytest.mark.parametrize("parser", [trainer_parser, notrainer_parser])
-def test_transport_flags_over_json(tmp_path, parser):
+@pytest.mark.parametrize("loop", LOOPS)
+def test_transport_flags_over_json(tmp_path, loop):
     path = tmp_path / "SiT_x.json"
     objective = {"type": "transport", "prediction": "noise", "loss_weight": "velocity"}
     path.write_text(json.dumps({"model": {"type": "SiT", **SMALL}, "objective": objective}))
     flags = ["--config_file", str(path), "--path-type", "VP", "--loss_weight", "None", "--train_eps", "0.01"]
-    resolved = resolve_training(parser().parse_args(flags))["objective"]
+    resolved = resolve_training(Parser(loop).parse_args(flags))["objective"]
     assert (resolved["path_type"], resolved["prediction"], resolved["loss_weight"]) == ("VP", "noise", None)
     assert (resolved["train_eps"], resolved["sample_eps"]) == (0.01, None)
     with pytest.raises(
         ValueError, match="command line: argument --path_type: invalid choice: 'linear' .*Linear.*GVP.*VP"
     ):
-        parser().parse_args(["--config_file", str(path), "--path_type", "linear"])
+        Parser(loop).parse_args(["--config_file", str(path), "--path_type", "linear"])
 
 
 def test_regularizers_by_their_type(monkeypatch):

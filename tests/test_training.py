@@ -143,8 +143,11 @@ def test_length_of_a_run():
 
 
 def test_learning_rate_schedules():
+    defaults = resolve_config({"model": TRAIN_CONFIG, "training": {"warmup_steps": 10, "lr_end": 0.0}})["training"]
+
     def factors(kind, steps=(0, 5, 10, 55, 100), **options):
-        return [round(lr_factor(kind, step, warmup_steps=10, total_steps=100, **options), 6) for step in steps]
+        training = {**defaults, "lr_scheduler_type": kind, **options}
+        return [round(lr_factor(training, step, total_steps=100), 6) for step in steps]
 
     assert factors("constant") == [0, 0.5, 1, 1, 1]
     assert factors("linear") == [0, 0.5, 1, 0.5, 0]
@@ -277,15 +280,15 @@ def test_optimizer_state_does_not_depend_on_paddles_names():
 
 
 def test_cpu_computes_in_float32_and_says_so():
-    precision, note = resolve_precision("bfloat16", "O2", device="cpu")
+    precision = resolve_precision("bfloat16", "O2", device="cpu")
     assert precision.dtype == "float32" and not precision.low_precision_weights
-    assert "Paddle on a CPU computes in float32" in note
-    assert resolve_precision("float32", "O1", device="cpu") == (Precision(), None)
+    assert "Paddle on a CPU computes in float32" in precision.note
+    assert resolve_precision("float32", "O1", device="cpu") == Precision()
 
 
 def test_half_precision_on_gpus():
-    assert resolve_precision("bfloat16", "O1", device="gpu:0", compute_capability=(8, 0))[0].dtype == "bfloat16"
-    assert resolve_precision("float16", "O2", device="gpu:0", compute_capability=(7, 0))[0].low_precision_weights
+    assert resolve_precision("bfloat16", "O1", device="gpu:0", compute_capability=(8, 0)).dtype == "bfloat16"
+    assert resolve_precision("float16", "O2", device="gpu:0", compute_capability=(7, 0)).low_precision_weights
     with pytest.raises(ValueError, match=r"bfloat16 needs a GPU of compute capability 8.0 or newer.*7.0; use float16"):
         resolve_precision("bfloat16", "O1", device="gpu:0", compute_capability=(7, 0))
 

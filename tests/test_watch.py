@@ -23,8 +23,8 @@ from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler
 from objectives import DiffusionObjective
 from runtime.precision import Precision
+from training.checkpoints.find import damage
 from training.checkpoints.saver import write_checkpoint
-from training.checkpoints.whole_folder import damage
 from training.optimizer import build_optimizer
 from training.supervision.number_watch import BadStepError, NumberWatch
 from training.supervision.stopping import Stopping

@@ -29,7 +29,7 @@ def main():
     if loop == "trainer":
         check_idle(args.output_dir)
     else:
-        check_experiment_idle(args.resume, args.results_dir, experiment_name(args.config_file))
+        check_experiment_idle(args.resume, args.output_dir, experiment_name(args.config_file))
     print("the flags are right")
 
 

@@ -73,7 +73,7 @@ def extract(args) -> None:
     if device != "cpu":
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
-    precision, note = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
+    precision = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
@@ -83,7 +83,7 @@ def extract(args) -> None:
     layout = Layout(args.features_path, name)
     source, settings = open_extraction(layout, args.data_path, args.list, settings, rank)
     if rank == 0:
-        for sentence in filter(None, [note, *source.notes]):
+        for sentence in filter(None, [precision.note, *source.notes]):
             print(sentence, flush=True)
         if settings is None:
             print(f"{layout.manifest}: complete since an earlier start, nothing to do")

@@ -18,23 +18,24 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_positive, resolve_training, trainer_parser
+from config.flags import Parser, check_positive, resolve_training
 from runtime.files import write_json
 from runtime.process import counted, run_cli
-from training.parallel.memory_plan import SHARDING, Plan, Setting, check
+from training.parallel.degrees import resolve_degrees
+from training.parallel.memory_plan import Plan, Setting
 from training.parallel.step_time import Machine, fitting, step_flops, step_seconds, traffic
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
 SHOWN = (
     *("help", "config_file", "device", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("use_ema", "recompute", "bf16", "fp16", "fp16_opt_level", "enable_xformers_memory_efficient_attention"),
+    *("use_ema", "recompute", "bf16", "fp16", "amp_level", "fused_attention"),
     *("sharding", "sharding_parallel_degree", "tensor_parallel_degree", "dp_degree"),
 )
 
 
 def build_parser():
-    parser = trainer_parser()
+    parser = Parser("trainer")
     parser.description, parser.epilog = __doc__, None
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for action in parser._actions:
@@ -64,19 +65,12 @@ def setting_of(args, config):
     Raises:
         ValueError: a degree that is not supported or does not divide what it splits.
     """
-    for name in ("pipeline", "sep"):
-        degree = getattr(args, f"{name}_parallel_degree")
-        if degree != 1:
-            raise ValueError(f"--{name}_parallel_degree must be 1, got {degree}: {name} parallelism is not supported")
-    if (args.sharding or "") not in SHARDING:
-        raise ValueError(f"--sharding must be '' or {', '.join(SHARDING[1:])}, got {args.sharding!r}")
-    training, world, tensor = config["training"], args.world_size, args.tensor_parallel_degree or 1
-    degree = args.sharding_parallel_degree or (max(1, world // tensor) if args.sharding else 1)
+    training, degrees = config["training"], resolve_degrees(args, config["model"], args.world_size)
     setting = Setting(
-        world_size=world,
-        tensor_parallel=tensor,
-        sharding=(args.sharding or "stage1") if degree > 1 else "",
-        sharding_degree=degree,
+        world_size=args.world_size,
+        tensor_parallel=degrees.tensor,
+        sharding=degrees.stage,
+        sharding_degree=degrees.sharding,
         accumulation=training["gradient_accumulation_steps"],
         precision=training["amp_dtype"],
         level=training["amp_level"],
@@ -85,12 +79,8 @@ def setting_of(args, config):
         fused_attention=training["fused_attention"],
         device="cpu" if args.device.split(":")[0] == "cpu" else "gpu",
     )
-    check(config, setting)
-    if args.dp_degree is not None and args.dp_degree != setting.data_parallel:
-        raise ValueError(
-            f"--dp_degree {args.dp_degree} is not what {world} processes with tensor-parallel degree {tensor} and "
-            f"sharding degree {degree} give: the data-parallel degree is {setting.data_parallel}"
-        )
+    if args.dp_degree not in (None, setting.data_parallel):
+        raise ValueError(degrees.notes[0])
     batch = args.per_device_train_batch_size
     if batch is None:
         total, micro_batches = training["global_batch_size"], setting.data_ranks * setting.accumulation
@@ -121,7 +111,6 @@ def gib(size):
 
 
 def print_plan(planned, config, config_file, machine):
-    """Prints the tables of one setting."""
     kind, setting = config["model"]["type"], planned.setting
     print(f"{config_file}: {kind}, {planned.parameters:,} parameters, {planned.trained:,} of them trained")
     print(describe(setting), end="\n\n")
@@ -168,7 +157,6 @@ def describe(setting):
 
 
 def print_fitting(found, args):
-    """Prints the list of what fits."""
     print(
         f"\nways to train the same batch in {args.gpu_memory:g} GiB, {args.reserve:g} of them left free, fastest first:"
     )

@@ -40,11 +40,7 @@ class EMA:
 
     @paddle.no_grad()
     def shard(self, shard):
-        """Keeps the averages of this rank's part only; call it when the optimizer has its wrappers.
-
-        Args:
-            shard: the rank's `training.parallel.shares.LocalShard`.
-        """
+        """Keeps the averages of this rank's `LocalShard` only; call it when the optimizer has its wrappers."""
         self.shadow = {
             name: shard.shard(name, value).to(device=paddle.get_device())
             for name, value in self.shadow.items()

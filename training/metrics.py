@@ -14,6 +14,7 @@ import paddle
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
+from runtime.files import whole_file
 from runtime.process import is_terminal
 
 
@@ -23,15 +24,6 @@ def peak_memory_gib():
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-
-
-def _row(line):
-    """Returns the row of a line; None for one that a kill or a power cut has damaged."""
-    try:
-        row = json.loads(line)
-        return row if line.endswith("\n") and isinstance(row["step"], int) else None
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 class _Rows:
@@ -45,19 +37,21 @@ class _Rows:
     """
 
     def __init__(self, path, first_step):
-        rows = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                rows = [_row(line) for line in file]
-        self.earlier = [row for row in rows if row is not None and row["step"] <= first_step]
         self.path, self._file, self._pending, self._refused = path, None, b"", False
+        self.earlier = []
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                # A kill or a power cut damages lines.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    row = json.loads(line)
+                    if line.endswith("\n") and isinstance(row["step"], int) and row["step"] <= first_step:
+                        self.earlier.append(row)
         if self.earlier:
-            with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.earlier)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.partial", path)
-        elif os.path.exists(path):
+        else:
             os.remove(path)
 
     def append(self, values):
@@ -120,7 +114,7 @@ class TrainingLog:
         self.first_step = self._step = self._reported = first_step
         self._start = time.perf_counter()
         self._paused = 0.0
-        self._writer = self._file = self._bar = None
+        self._writer = self._bar = None
         if rank == 0:
             from visualdl import LogWriter
 
@@ -128,10 +122,9 @@ class TrainingLog:
             self._writer = LogWriter(visualdl_dir)
             self._file = _Rows(os.path.join(folder, "metrics.jsonl"), first_step)
             self._validations = _Rows(os.path.join(folder, "validation.jsonl"), first_step)
-            for values in self._file.earlier:  # VisualDL shows the newest file of a folder only
-                self._add_scalars("train", values)
-            for values in self._validations.earlier:
-                self._add_scalars("validation", values)
+            for tag, rows in (("train", self._file), ("validation", self._validations)):
+                for values in rows.earlier:  # VisualDL shows the newest file of a folder only
+                    self._add_scalars(tag, values)
             self._add_earlier_images(os.path.join(folder, "images"))
             self._bar = tqdm(
                 total=last_step,
@@ -161,8 +154,7 @@ class TrainingLog:
         Args:
             loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
-            skipped_steps, first_skipped: how many steps changed nothing, and the first of them, see `NumberWatch`.
-            parts: means of what the loss is made of, by name; logged as `loss_NAME`.
+            skipped_steps, first_skipped, parts: see `NumberWatch.take`; the parts are logged as `loss_NAME`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported
@@ -179,11 +171,8 @@ class TrainingLog:
             "peak_memory_gib": peak_memory_gib(),
         }
         self._reported, self._start, self._paused = self._step, time.perf_counter(), 0.0
-        if self._writer is not None:
-            self._write(dict(values), first_skipped)
-        return values
-
-    def _write(self, values, first_skipped):
+        if self._writer is None:
+            return
         self._add_scalars("train", values)
         self._append(self._file, values)
         for name, places in (("loss", 4), ("grad_norm", 3)):

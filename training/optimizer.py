@@ -23,12 +23,13 @@ from runtime import paddle_private
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
-def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0.0, power=1.0, learning_rate=1.0):
-    """Returns the factor on the learning rate at step `step` (0-based): linear warm-up, then the schedule `kind`.
+def lr_factor(training, step, total_steps):
+    """Returns the factor on the learning rate at step `step` (0-based): linear warm-up, then the schedule.
 
     The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves,
     polynomial of `power` to `lr_end`. But `constant` has its warm-up too, if one is asked for.
     """
+    kind, warmup_steps = training["lr_scheduler_type"], training["warmup_steps"]
     if step < warmup_steps:
         return step / max(1, warmup_steps)
     if kind in ("constant", "constant_with_warmup"):
@@ -37,34 +38,22 @@ def lr_factor(kind, step, *, warmup_steps, total_steps, num_cycles=0.5, lr_end=0
     if kind == "linear":
         return 1.0 - progress
     if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * progress)))
-    end = lr_end / learning_rate
-    return (1.0 - end) * (1.0 - progress) ** power + end
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * training["num_cycles"] * 2.0 * progress)))
+    end = training["lr_end"] / training["learning_rate"]
+    return (1.0 - end) * (1.0 - progress) ** training["power"] + end
 
 
 def build_lr_scheduler(training, total_steps):
     """Returns a `LambdaDecay` for the resolved `training` section; `scheduler.step()` once an optimizer step."""
-
-    def factor(step):
-        return lr_factor(
-            training["lr_scheduler_type"],
-            step,
-            warmup_steps=training["warmup_steps"],
-            total_steps=total_steps,
-            num_cycles=training["num_cycles"],
-            lr_end=training["lr_end"],
-            power=training["power"],
-            learning_rate=training["learning_rate"],
-        )
-
-    return paddle.optimizer.lr.LambdaDecay(learning_rate=training["learning_rate"], lr_lambda=factor)
+    return paddle.optimizer.lr.LambdaDecay(
+        learning_rate=training["learning_rate"], lr_lambda=lambda step: lr_factor(training, step, total_steps)
+    )
 
 
 def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, watch=None):
     """Returns AdamW over the trainable parameters, with its `GradientNorm` as `gradient_norm`.
 
     Args:
-        training: the config's `training` section.
         multi_precision: keep float32 master weights of half-precision parameters.
         watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
     """

@@ -35,6 +35,7 @@ from training.parallel.shares import LocalShard
 from training.preview import Preview, log_preview
 from training.supervision.number_watch import NumberWatch
 from training.supervision.step_dump import dump_step
+from training.supervision.stopping import Stopping
 from training.validation import Validation
 
 
@@ -53,6 +54,19 @@ class Outputs:
     visualdl_dir: str | None = None  # None: tb_log in the run's folder
     show_bar: bool = True
 
+    @classmethod
+    def from_flags(cls, args, **options):
+        """Returns those of a command line, of either loop; `options` come on top."""
+        return cls(
+            save_every=args.save_steps,
+            save_total_limit=args.save_total_limit,
+            async_save=args.async_save,
+            log_every=args.logging_steps,
+            visualdl_dir=args.logging_dir,
+            show_bar=not args.disable_tqdm,
+            **options,
+        )
+
 
 @dataclass
 class Previews:
@@ -63,16 +77,18 @@ class Previews:
     num_inference_steps: int = 25
     cfg_scale: float = 4.0
 
+    @classmethod
+    def from_flags(cls, args):
+        """Returns those of a command line, of either loop."""
+        vae = getattr(args, "vae", None)
+        vae = f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else vae or args.vae_name_or_path
+        return cls(args.image_logging_steps, vae, args.num_inference_steps, args.cfg_scale)
 
-class _NeverStopping:
+
+class _NeverStopping(Stopping):
     """Stands in for a `Stopping` in a notebook, which keeps its signals."""
 
-    stopped = False
-
     def start(self, first_step, **ranks):
-        pass
-
-    def phase(self, name):
         pass
 
     def due(self, step):

@@ -4,7 +4,6 @@ import json
 import os
 import random
 from collections import namedtuple
-from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -26,17 +25,11 @@ MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up t
 Data = namedtuple("Data", "dataset held_out sampler")
 
 
-def setup_precision(config, device):
-    """Returns the `Precision` of a run; its `note` says if the device computes otherwise than asked.
-
-    Raises:
-        ValueError: the device can't do what was asked.
-    """
-    training = config["training"]
-    precision, note = resolve_precision(
+def setup_precision(training, device):
+    """Returns the `Precision` of a run, see `resolve_precision`."""
+    return resolve_precision(
         training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
     )
-    return replace(precision, note=note)
 
 
 def build_network(config, tensor_group=None, *, single_backward=False):
@@ -60,12 +53,7 @@ def build_network(config, tensor_group=None, *, single_backward=False):
 
 
 def build_averages(training, model, *, on_host=False):
-    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32.
-
-    Args:
-        training: the config's `training` section.
-        on_host: see `EMA`.
-    """
+    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
     if not training["use_ema"]:
         return []
     return [EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)]
@@ -78,8 +66,18 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
         resolution: picks one of several sets in the folder.
         rank, world_size: of the ranks that get different data.
     """
+    training = config["training"]
     dataset, held_out = build_dataset(config, feature_path, resolution)
-    return Data(dataset, held_out, build_sampler(config["training"], dataset, rank=rank, world_size=world_size))
+    sampler = MicroBatchSampler(
+        len(dataset),
+        global_batch_size=training["global_batch_size"],
+        accumulation_steps=training["gradient_accumulation_steps"],
+        rank=rank,
+        world_size=world_size,
+        seed=training["seed"],
+        last_step=_last_step(training, len(dataset)),
+    )
+    return Data(dataset, held_out, sampler)
 
 
 def build_dataset(config, feature_path, resolution):
@@ -166,25 +164,12 @@ def features_changes(theirs, ours):
         for name in SCALING_KEYS:
             if (there[name] or None) != (here[name] or None):  # no shift is one of 0
                 changes.append(f"{name} {shortened(here[name], 40)} here, {shortened(there[name], 40)} there")
+    names = ours["class_names"] or {}
     for label, there in (theirs["class_names"] or {}).items():
-        here = (ours["class_names"] or {}).get(label, there)
-        if here != there:
-            changes.append(f"class {label} is {shortened(here)} here, {shortened(there)} there")
+        if names.get(label, there) != there:
+            changes.append(f"class {label} is {shortened(names[label])} here, {shortened(there)} there")
             break
     return "; ".join(changes)
-
-
-def build_sampler(training, dataset, *, rank, world_size):
-    """Returns the `MicroBatchSampler` of rank `rank` of `world_size` data ranks, up to the last step of a new run."""
-    return MicroBatchSampler(
-        len(dataset),
-        global_batch_size=training["global_batch_size"],
-        accumulation_steps=training["gradient_accumulation_steps"],
-        rank=rank,
-        world_size=world_size,
-        seed=training["seed"],
-        last_step=_last_step(training, len(dataset)),
-    )
 
 
 def resume_sampler(sampler, training, progress):
@@ -202,23 +187,18 @@ def describe_data_changes(checkpoint, config, dataset):
     """Returns a sentence to print if a resumed run had other data, else None."""
     if checkpoint is None:
         return None
-    changes = []
+    changes, ours, theirs = [], config, checkpoint.config or config
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
         changes.append(f"{counted(len(dataset), 'sample')} here, {before:,} when the checkpoint was saved")
-    theirs = checkpoint.config["data"] if checkpoint.config is not None else config["data"]
-    for key in ("flip", "posterior", "classes", "validation_samples"):
-        if theirs[key] != config["data"][key]:
-            changes.append(f"{key} {config['data'][key]} here, {theirs[key]} there")
-    if checkpoint.config is not None:
-        changes += filter(None, [features_changes(checkpoint.config["features"], config["features"])])
+    keys = ("flip", "posterior", "classes", "validation_samples")
+    changed = [key for key in keys if theirs["data"][key] != ours["data"][key]]
+    changes += [f"{key} {ours['data'][key]} here, {theirs['data'][key]} there" for key in changed]
+    changes += filter(None, [features_changes(theirs["features"], ours["features"])])
     if not changes:
         return None
     note = "; ".join(changes) + ": other data, or in another order, from here"
-    if (
-        theirs["validation_samples"] != config["data"]["validation_samples"]
-        or theirs["classes"] != config["data"]["classes"]
-    ):
+    if {"classes", "validation_samples"} & {*changed}:
         note += "; held-out samples may have been trained on before"
     return note
 

@@ -14,10 +14,8 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
     """Returns PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
     Args:
-        args: flags of `config.flags.trainer_parser`.
-        training: the `training` section of the resolved config.
-        precision: the resolved `Precision`; PaddleNLP is not asked for what the device can't do.
-        degrees: the resolved `Degrees`.
+        args: flags of the Trainer's command line.
+        precision, degrees: as resolved; PaddleNLP is not asked for what the device can't do.
         batch_size: samples of a micro-batch on one device.
 
     Raises:
@@ -35,7 +33,7 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
         "seed": training["seed"],
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": training["gradient_accumulation_steps"],
-        "dataloader_num_workers": args.dataloader_num_workers,
+        "dataloader_num_workers": args.num_workers,
         "recompute": training["recompute"],
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",

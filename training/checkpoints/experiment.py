@@ -1,16 +1,18 @@
 """The folder of a run: a new experiment, one to resume, or an earlier run to move aside."""
 
+import itertools
 import os
 import shutil
 import time
 
 import paddle
 
+from config.schema import differences
 from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
 from training.checkpoints.find import find_checkpoints, list_checkpoints, step_of
-from training.checkpoints.read import check_same_model, load_checkpoint
+from training.checkpoints.read import load_checkpoint
 from training.parallel.collective import run_on_rank_0
 
 
@@ -32,8 +34,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     try:
         run_on_rank_0(lambda: check_experiment_idle(resume, results_dir, name))
         if resume == "auto":
-            any_there = run_on_rank_0(lambda: bool(find_checkpoints(results_dir, name)))
-            checkpoint = open_checkpoint(results_dir, config, name) if any_there else None
+            checkpoint = open_checkpoint(results_dir, config, name, optional=True)
         else:
             checkpoint = open_checkpoint(resume, config) if resume else None
     except ValueError as error:
@@ -79,11 +80,11 @@ def open_output_dir(output_dir, config, *, resume, overwrite, lock):
     run_on_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
     if resume and resume != "auto":
         checkpoint = open_checkpoint(resume, config)
+    elif overwrite and resume != "auto":
+        checkpoint = None
     else:
-        anew = overwrite and resume != "auto"
-        any_there = not anew and run_on_rank_0(lambda: bool(find_checkpoints(output_dir)))
         try:
-            checkpoint = open_checkpoint(output_dir, config) if any_there else None
+            checkpoint = open_checkpoint(output_dir, config, optional=True)
         except ValueError as error:
             raise ValueError(
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
@@ -113,25 +114,27 @@ def move_earlier_run_aside(output_dir, checkpoint, overwrite):
         moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
     moved = [path for path in moved if os.path.exists(path)]
     if moved:
-        name = aside = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
-        number = 1
-        while os.path.exists(aside):  # of a run that was started in the same second
-            number += 1
-            aside = f"{name}-{number}"
+        name = os.path.join(output_dir, time.strftime("previous-%Y%m%d-%H%M%S"))
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        aside = next(path for path in names if not os.path.exists(path))  # of a run started in the same second
         os.makedirs(aside)
         for path in moved:
             shutil.move(path, aside)
         say(f"moved {counted(len(moved), 'item')} of the earlier run to {aside}")
 
 
-def open_checkpoint(path, config, experiment_name=None):
+def open_checkpoint(path, config, experiment_name=None, *, optional=False):
     """Reads a checkpoint for a run with this config, as `load_checkpoint` does.
 
     Raises:
         ValueError: one line: what `load_checkpoint` raises, or it holds another model or objective.
     """
-    checkpoint = load_checkpoint(path, experiment_name)
-    check_same_model(checkpoint, config)
+    checkpoint = load_checkpoint(path, experiment_name, optional=optional)
+    if checkpoint is None:
+        return None
+    for section in ("model", "objective") if checkpoint.config is not None else ():
+        if listed := differences(checkpoint.config[section], config[section]):
+            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
     progress = checkpoint.progress
     if "samples_seen" not in progress:
         batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])

@@ -1,14 +1,18 @@
 """Finds training checkpoints: which folders are one, which are whole, and which one a run resumes."""
 
+import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from runtime.files import MANIFEST, restore_replaced
 from runtime.process import say
+from runtime.progress import tqdm
 from runtime.run_lock import list_experiments
-from training.checkpoints.whole_folder import damage
+from runtime.untrusted import read_json
 from weights.source import is_training_checkpoint
 
 CONFIG, MODEL = "config.json", "model_state.pdparams"
@@ -86,9 +90,59 @@ def find_checkpoints(folder, experiment_name=None):
     return [path for paths in found for path in reversed(paths)]
 
 
-def damage_of(path, checksums=False):
-    """Returns in words what is wrong with a checkpoint by its manifest, or None."""
-    return damage(path, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=checksums)
+def damage(folder, *, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=False):
+    """Returns, in words, what is wrong with a folder that `runtime.files.FolderWriter` wrote; None for a whole one.
+
+    Args:
+        required: names of files that its manifest must list.
+        checksums: read every file to its end, not only its size.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        return f"it has no {MANIFEST}"
+    try:
+        files = read_json(path)["files"]
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        expected = {}
+    if not {*required} <= {*expected} or not expected or any(os.path.basename(name) != name for name in expected):
+        return f"its {MANIFEST} is damaged"
+    for name, (size, _) in expected.items():
+        file = os.path.join(folder, name)
+        if not os.path.isfile(file):
+            return f"{name} is missing"
+        if os.path.getsize(file) != size:
+            return f"{name} has {os.path.getsize(file):,} bytes, {size:,} were written"
+    return _wrong_checksum(folder, expected) if checksums else None
+
+
+def _wrong_checksum(folder, expected):
+    stop, total = threading.Event(), sum(size for size, _ in expected.values())
+    title = f"checking {os.path.basename(os.path.normpath(folder))}"
+
+    def sha256(name):
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 24))
+        with open(os.path.join(folder, name), "rb", buffering=0) as file:
+            while not stop.is_set() and (count := file.readinto(buffer)):
+                digest.update(buffer[:count])
+                bar.update(count)
+        return digest.hexdigest()
+
+    with (
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, leave=False) as bar,
+        ThreadPoolExecutor(4) as pool,  # SHA-256 is slower than a disk; a checkpoint has three large files
+    ):
+        try:
+            digests = {name: pool.submit(sha256, name) for name in expected}
+            for name, (_, digest) in expected.items():
+                try:
+                    if digests[name].result() != digest:
+                        return f"{name} is damaged: its checksum is not that of what was written"
+                except OSError as error:
+                    return f"{name} cannot be read: {error.strerror}"
+        finally:
+            stop.set()  # neither Ctrl-C nor what is damaged waits for the files that are still being read
+    return None
 
 
 def pick_checkpoint(folder, experiment_name=None):
@@ -109,14 +163,14 @@ def pick_checkpoint(folder, experiment_name=None):
     if is_checkpoint(folder):
         if not _holds(folder, MANIFEST):
             say(f"note: {folder} has no {MANIFEST}, as older ones: it is resumed unchecked")
-        elif wrong := damage_of(folder, checksums=True):
+        elif wrong := damage(folder, checksums=True):
             raise ValueError(
                 f"{folder}: {wrong}; resume another one (or delete its {MANIFEST}, if you changed the files yourself)"
             )
         return folder
     passed = []  # (path, what is wrong)
     for path in find_checkpoints(folder, experiment_name):
-        wrong = damage_of(path, checksums=True)
+        wrong = damage(path, checksums=True)
         if wrong is None:
             return path
         say(f"note: checkpoint {path} is passed over: {wrong}")

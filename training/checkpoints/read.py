@@ -17,10 +17,13 @@ from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights
 
 
-def load_checkpoint(path, experiment_name=None):
+def load_checkpoint(path, experiment_name=None, *, optional=False):
     """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
 
     Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
+
+    Args:
+        optional: return None, instead of an error, where there is no checkpoint at all.
 
     Raises:
         ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
@@ -29,6 +32,8 @@ def load_checkpoint(path, experiment_name=None):
     if os.path.isfile(path):
         return _load_official(path)
     folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
+    if folder is None and optional:
+        return None
     if folder is None:
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
@@ -64,47 +69,44 @@ def _read_optimizer(path):
 def _load_official(path):
     """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
-    if isinstance(raw, dict):
-        raw = {**raw, **{name: readable(raw, name, path) for name in ("model", "ema", "opt") if name in raw}}
     if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
             "weights alone use --pretrained_model_path"
         )
-    for name in ("model", "ema"):
-        if name in raw and not is_state(raw[name]):
+    weights = {name: readable(raw, name, path) for name in ("model", "ema") if name in raw}
+    for name, state in weights.items():
+        if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")
-        if name in raw:
-            raw[name] = plain_names(raw[name])
-            check_finite(raw[name], source=f"{path}: {name}")
+        weights[name] = plain_names(state)
+        check_finite(weights[name], source=f"{path}: {name}")
+    optimizer = readable(raw, "opt", path)
     try:
-        moments, step = _official_moments(raw)
+        moments, step = _official_moments([*weights["model"]], optimizer)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = shortened(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
     for kind in ("moment1", "moment2"):
         check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")
+    progress, args = {"global_step": step}, raw.get("args")
+    batch = args.get("global_batch_size") if isinstance(args, dict) else None
+    if type(batch) is int and batch > 0:
+        progress["global_batch_size"] = batch
     return Checkpoint(
         source=path,
         config=None,
-        model=official_to_paddle(raw["model"]),
-        averages={"": official_to_paddle(raw["ema"])} if "ema" in raw else {},
+        model=official_to_paddle(weights["model"]),
+        averages={"": official_to_paddle(weights["ema"])} if "ema" in weights else {},
         read_optimizer=lambda: moments,
-        progress={"global_step": step, **_official_batch(raw.get("args"))},
+        progress=progress,
     )
 
 
-def _official_batch(args):
-    """Returns the global batch of the run that wrote an official file, if its `args` tell."""
-    batch = args.get("global_batch_size") if isinstance(args, dict) else None
-    return {"global_batch_size": batch} if type(batch) is int and batch > 0 else {}
-
-
-def _official_moments(raw):
-    names = list(raw["model"])
-    beta1, beta2 = (_number(beta, below=1) for beta in raw["opt"]["param_groups"][0]["betas"])
+def _official_moments(names, optimizer):
+    """Returns `(moments by name, step)` of torch.optim.AdamW's state, whose parameters are numbered as `names`."""
+    beta1, beta2 = (_number(beta, below=1) for beta in optimizer["param_groups"][0]["betas"])
     moments, step = {}, 0
-    for index, entry in raw["opt"]["state"].items():
+    for index, entry in optimizer["state"].items():
         name = names[index]
         step = int(_number(entry["step"], below=1 << 53))
         if not is_state({key: entry[key] for key in ("exp_avg", "exp_avg_sq")}):
@@ -125,15 +127,6 @@ def _number(value, below):
     if not isinstance(value, (int, float)) or not 0 <= value < below:
         raise ValueError(f"a {type(value).__name__} where a number from 0 to {below} is expected")
     return value
-
-
-def check_same_model(checkpoint, config):
-    """Raises `ValueError` if the checkpoint's model or objective section is not the run's, naming the keys."""
-    if checkpoint.config is None:
-        return
-    for section in ("model", "objective"):
-        if listed := differences(checkpoint.config[section], config[section]):
-            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
 
 
 @paddle.no_grad()

@@ -69,27 +69,22 @@ def write_checkpoint(folder, files):
         for _ in files:
             pass
         return
-    writer = failure = None
+    writer = None
     try:
         writer = FolderWriter(folder)
-    except OSError as error:
-        failure = error
-    for name, value in files:
-        if failure is None and value:
+        for name, value in files:
             try:
-                _write_file(writer, name, value)
-            except OSError as error:
-                failure = error
-        del value  # at 7B parameters the host has each part once, not all together
-    if failure is None:
-        try:
-            writer.finish()
-        except OSError as error:
-            failure = error
-    if failure is not None:
+                if value:
+                    _write_file(writer, name, value)
+            finally:
+                del value  # at 7B parameters the host has each part once, not all together
+        writer.finish()
+    except OSError:
+        for _ in files:  # because the other ranks still gather them
+            del _
         if writer is not None:
             writer.discard()
-        raise failure
+        raise
 
 
 def _write_file(writer, name, value):
@@ -195,7 +190,7 @@ def rotate_checkpoints(folder, save_total_limit, say=say):
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
             found = find.list_checkpoints(folder)
-            whole = [path for path in found if find.damage_of(path) is None]
+            whole = [path for path in found if find.damage(path) is None]
             older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
                 delete_folder(path)

@@ -85,7 +85,7 @@ def restore_model(checkpoint, model, averages=()):
     for average in averages:
         state = checkpoint.averages.get(average.name) or checkpoint.model
         check_state(state, LocalShard(model).whole_shapes(), source=checkpoint.source)
-        average.set_state_dict(rank_parts(state, model))
+        average.set_state_dict({name: rank_part(value, state[name]) for name, value in model.named_parameters()})
         updates = checkpoint.progress.get("global_step", 0)
         average.num_updates = checkpoint.progress.get(updates_key(average), updates)
     checkpoint.averages = {}
@@ -94,11 +94,6 @@ def restore_model(checkpoint, model, averages=()):
 def updates_key(average):
     """Returns the key of a checkpoint's state under which the number of an average's updates is kept."""
     return f"ema_updates_{average.name}" if average.name else "ema_updates"
-
-
-def rank_parts(state, model):
-    """Returns this rank's tensor-parallel parts of whole arrays by parameter name."""
-    return {name: rank_part(parameter, state[name]) for name, parameter in model.named_parameters()}
 
 
 def load_weights_into(model, state, source):

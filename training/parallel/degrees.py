@@ -36,12 +36,7 @@ class Degrees:
 
 
 def resolve_degrees(args, model, world_size):
-    """Returns the `Degrees` of a run, by the Trainer's flags.
-
-    Args:
-        args: flags of `config.flags.trainer_parser`.
-        model: the `model` section of the resolved config.
-        world_size: the number of processes.
+    """Returns the `Degrees` of `world_size` processes, by the Trainer's flags and the config's section `model`.
 
     Raises:
         ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
@@ -53,9 +48,9 @@ def resolve_degrees(args, model, world_size):
     for name in ("transformer_engine_backend", "use_fp8"):
         if getattr(args, name):
             raise ValueError(f"--{name} must be False: there are no float8 layers here")
-    if args.sharding not in STAGES:
+    if (args.sharding or "") not in STAGES:
         raise ValueError(f"--sharding must be '' or {', '.join(STAGES[1:])}, got {args.sharding!r}")
-    tensor, sharding = args.tensor_parallel_degree, args.sharding_parallel_degree
+    tensor, sharding = args.tensor_parallel_degree or 1, args.sharding_parallel_degree
     if world_size % tensor:
         raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
     check_tensor_parallel(model, tensor)

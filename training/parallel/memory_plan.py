@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.sizes import MAX_CONDITION_SIZE, check_tensor_parallel, mlp_width
+from models.sizes import MAX_CONDITION_SIZE, mlp_width
 
 SINGLE = 4  # bytes of a float32
-SHARDING = ("", "stage1", "stage2", "stage3")
 # Paddle's sharding: stage 2 collects gradients in one buffer per rank, stage 3 leaves smaller parameters whole.
 GRADIENT_BUFFER = 2**23
 SLICED_FROM = 2**20
@@ -154,7 +153,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; names and values as in `config.flags`. `check` says whether it can be.
+    """How a network is trained; names and values as in `config.flags`.
 
     Attributes:
         world_size: processes, one per device.
@@ -211,17 +210,6 @@ class Setting:
             return None
         plain = self.tensor_parallel == 1 and not self.sharding
         return "buckets" if plain and not self.recompute else "fused"
-
-
-def check(config, setting):
-    """Raises `ValueError`, one line, for degrees that do not divide what they split."""
-    world, tensor, sharding = setting.world_size, setting.tensor_parallel, setting.sharding_degree
-    if world % tensor:
-        raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world} processes of --world_size")
-    check_tensor_parallel(config["model"], tensor)
-    if world % (tensor * sharding):
-        among = f" / --tensor_parallel_degree {tensor}" if tensor > 1 else ""
-        raise ValueError(f"--sharding_parallel_degree {sharding} does not divide the {world} processes{among}")
 
 
 def states(sizes, setting):
@@ -341,7 +329,7 @@ class Plan:
 
     Args:
         config: resolved; only its `model` and `objective` are used.
-        setting: a `Setting`; `check` it first.
+        setting: a `Setting`, whose degrees divide what they split.
 
     Attributes:
         parameters, trained: how many there are, frozen ones included, and how many are trained.

@@ -7,7 +7,9 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from training.parallel.memory_plan import SHARDING, Plan, check
+from models.sizes import check_tensor_parallel
+from training.parallel.degrees import STAGES
+from training.parallel.memory_plan import Plan
 
 
 def step_flops(planned):
@@ -121,10 +123,8 @@ def fitting(config, setting, memory, machine, *, fixed=()):
     which is its fastest.
 
     Args:
-        config: resolved.
         setting: the `Setting` whose world size, global batch, precision and EMA they share.
-        machine: a `Machine`.
-        fixed: names of fields of `Setting` that must stay as they are.
+        fixed: names of its fields that must stay as they are.
 
     Returns:
         `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory
@@ -146,23 +146,25 @@ def fitting(config, setting, memory, machine, *, fixed=()):
 def _ways(config, setting, fixed):
     """Yields `(a Setting but for its batch, the micro-batches that it can take, the largest first)`."""
     degrees = [d for d in range(1, setting.world_size + 1) if setting.world_size % d == 0]
-    choices = {"tensor_parallel": degrees, "sharding": SHARDING, "sharding_degree": degrees, "recompute": (False, True)}
+    choices = {"tensor_parallel": degrees, "sharding": STAGES, "sharding_degree": degrees, "recompute": (False, True)}
     choices.update({name: [getattr(setting, name)] for name in fixed if name in choices})
     for values in itertools.product(*choices.values()):
         way = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
-        if (way.sharding != "") != (way.sharding_degree > 1):
+        divides = way.world_size % (way.tensor_parallel * way.sharding_degree) == 0
+        if (way.sharding != "") != (way.sharding_degree > 1) or not divides or setting.global_batch % way.data_ranks:
             continue
         try:
-            check(config, way)
+            check_tensor_parallel(config["model"], way.tensor_parallel)
         except ValueError:
             continue
         samples = setting.global_batch // way.data_ranks
-        micro_batches = [
-            batch
-            for batch in range(samples, 0, -1)
-            if samples % batch == 0
-            and ("batch" not in fixed or batch == setting.batch)
-            and ("accumulation" not in fixed or samples // batch == setting.accumulation)
-        ]
-        if setting.global_batch % way.data_ranks == 0:
-            yield way, micro_batches
+        yield (
+            way,
+            [
+                batch
+                for batch in range(samples, 0, -1)
+                if samples % batch == 0
+                and ("batch" not in fixed or batch == setting.batch)
+                and ("accumulation" not in fixed or samples // batch == setting.accumulation)
+            ],
+        )

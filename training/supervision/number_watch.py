@@ -71,7 +71,6 @@ class NumberWatch:
         self._judged = True
         self._step = 0
         self._scaler = self._loss_scale = None
-        self._rates = {}  # learning rates of the steps since the last report
         self._objective = {}
         self._ok = self._rate = None
         # On the device, each of shape (1,).
@@ -87,7 +86,7 @@ class NumberWatch:
         self._loss_sum, self._good = paddle.zeros([1]), paddle.zeros([1])
         self._part_sums = {}
         self._skipped, self._first_skipped = paddle.zeros([1], "int64"), paddle.zeros([1], "int64")
-        self._rates = {}
+        self._rates = {}  # learning rates of the steps since the last report
 
     # A step. Nothing here waits for the device, but for every tenth step on several ranks.
 

@@ -10,8 +10,8 @@ from objectives import Batch, build_objective
 from runtime.progress import tqdm
 from runtime.untrusted import inside
 from training import setup
+from training.checkpoints.find import damage
 from training.checkpoints.read import load_pretrained
-from training.checkpoints.whole_folder import damage
 from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
 from weights.files import safe_load
 
@@ -42,12 +42,10 @@ def read_dump(folder):
 
 
 def _fits(batch, state, model):
-    if not isinstance(batch, dict) or not isinstance(state, dict):
-        return False
-    if not (_ARRAYS <= set(batch) and _KEYS <= set(state)):
+    if not (isinstance(batch, dict) and isinstance(state, dict) and _ARRAYS <= {*batch} and _KEYS <= {*state}):
         return False
     sources, precision, size = state["sources"], state["precision"], state["micro_batch"]
-    if not isinstance(sources, list) or not sources or type(size) is not int or size < 1:
+    if not (isinstance(sources, list) and sources and type(size) is int and size > 0):
         return False
     if not isinstance(precision, dict) or "dtype" not in precision:
         return False
@@ -70,7 +68,7 @@ def replay(folder, config, batch, state):
     """
     model = setup.build_network(config, single_backward=True)
     load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
-    precision = setup.setup_precision(config, paddle.get_device())
+    precision = setup.setup_precision(config["training"], paddle.get_device())
     if precision.note:
         print(f"note: {precision.note}")
     precision.decorate(model)

@@ -61,12 +61,7 @@ def dump_step(bad, session):
 
 
 def find_cause(batch, sources):
-    """Returns a sentence on what made a step bad, as far as its samples tell.
-
-    Args:
-        batch: the arrays of `BATCH`.
-        sources: the samples' files.
-    """
+    """Returns a sentence on what made a step bad, as far as its samples (arrays of `BATCH`, their files) tell."""
     loss, count = batch["loss"], len(batch["loss"])
     bad_latents = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
     if len(bad_latents):
@@ -124,10 +119,10 @@ def _compute(step, batch, session):
 
 def _gather(value):
     """Returns every rank's value, in a list."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        values = []
-        dist.all_gather_object(values, value)
+    if dist.get_world_size() == 1:
+        return [value]
+    values = []
+    dist.all_gather_object(values, value)
     return values
 
 

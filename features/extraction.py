@@ -101,7 +101,7 @@ def open_extraction(layout, data_path, list_file, settings, rank):
         check_unused(layout)
     source = ImageSource.load(layout.images, root) if saved == layout.settings else None
     if source is None or source.kind != "tar":  # whose headers take long to read
-        source = open_source(data_path, list_file)
+        source = open_source(data_path, list_file, source.classes if source else _finished_classes(layout))
     settings = _with_source(settings, source)
     if saved is not None:
         check_settings(saved, settings)
@@ -116,6 +116,14 @@ def open_extraction(layout, data_path, list_file, settings, rank):
         source.save(layout.images)
         write_json(layout.settings, settings)
     return source, read_json(layout.settings)
+
+
+def _finished_classes(layout):
+    """Reads the classes of a complete extraction in the order of their labels; None if there are none to be read."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+        names = read_json(layout.classes)["id2label"]
+        return [str(names[str(label)]) for label in range(len(names))]
+    return None
 
 
 def _with_source(settings, source):

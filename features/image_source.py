@@ -120,7 +120,7 @@ def source_root(data_path, list_file):
     return data_path or os.path.dirname(os.path.abspath(list_file))
 
 
-def open_source(data_path=None, list_file=None):
+def open_source(data_path=None, list_file=None, earlier=None):
     """Lists the images: of a folder by class, of tar files, or those that a list file names.
 
     Args:
@@ -128,6 +128,7 @@ def open_source(data_path=None, list_file=None):
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
         list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
             relative to `data_path` (default: the list's folder), or names of a tar file's images.
+        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
     folder that it was made from.
@@ -139,8 +140,8 @@ def open_source(data_path=None, list_file=None):
     if list_file:
         return _read_list(list_file, source_root(data_path, list_file), archives)
     if archives:
-        return _class_tars(data_path, archives, notes)
-    samples, classes = find_images(data_path, notes=notes)
+        return _class_tars(data_path, archives, notes, earlier)
+    samples, classes = find_images(data_path, notes, earlier)
     names = [path[len(os.path.join(data_path, "")) :] for path, _ in samples]
     return ImageSource("folder", data_path, classes, names, [label for _, label in samples], notes=notes)
 
@@ -233,7 +234,7 @@ def _members(file, shown, start, lost):
         raise ValueError(f"{shown}: damaged or cut short at byte {tar.offset}")
 
 
-def _class_tars(data_path, archives, notes):
+def _class_tars(data_path, archives, notes, earlier):
     lost = []
     found, inner = scan_archives(archives, lost)
     if lost:
@@ -256,7 +257,7 @@ def _class_tars(data_path, archives, notes):
         )
     if not found:
         raise ValueError(f"{data_path}: no images found; expected one tar file or folder per class in the tar file")
-    classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, data_path)
+    classes = order_classes({name.split("/", 1)[0] for name, *_ in found} | inner, notes, data_path, earlier)
     label = {class_name: number for number, class_name in enumerate(classes)}
     found = sorted((label[name.split("/", 1)[0]], name, *span) for name, *span in found)
     return ImageSource(

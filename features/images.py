@@ -41,7 +41,7 @@ def some_of(names) -> str:
     return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def order_classes(names, notes: list, root: str) -> list:
+def order_classes(names, notes: list, root: str, earlier: list | None = None) -> list:
     """Returns the class names in the order of their labels.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
@@ -51,6 +51,7 @@ def order_classes(names, notes: list, root: str) -> list:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
         root: where they are, for the message.
+        earlier: the order of a set that was begun before; it is kept for the same names.
 
     Raises:
         ValueError: two names are the same number.
@@ -67,6 +68,13 @@ def order_classes(names, notes: list, root: str) -> list:
                 break
         return text
     numbered = sorted(text, key=int)
+    if earlier is not None and sorted(earlier) == text and earlier != numbered:
+        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
+        notes.append(
+            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
+            f"{label}; a new extraction gives it label {numbered.index(name)}"
+        )
+        return earlier
     for one, other in itertools.pairwise(numbered):
         if int(one) == int(other):
             raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
@@ -111,7 +119,7 @@ def walk_files(folder, above, lost, *, hidden=False):
             yield from walk_files(entry.path, above, lost, hidden=hidden)
 
 
-def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
+def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
     """Lists the images of an image folder.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
@@ -119,6 +127,7 @@ def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
+        earlier: the order of the labels of a set that was begun before, see `order_classes`.
 
     Returns:
         (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
@@ -138,7 +147,7 @@ def find_images(root: str, notes: list | None = None) -> tuple[list, list]:
         elif in_class:
             others.append(path)
     folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and os.path.isdir(entry.path)]
-    classes = order_classes([name for name in folders if prefix + name not in lost], notes, root)
+    classes = order_classes([name for name in folders if prefix + name not in lost], notes, root, earlier)
     label = {name: number for number, name in enumerate(classes)}
     samples = sorted((label[path[len(prefix) :].split(os.sep, 1)[0]], path) for path in images)
     if not samples:

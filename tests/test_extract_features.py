@@ -465,6 +465,22 @@ def test_stopped_between_two_parts_it_goes_on_to_the_same_files(images, tmp_path
     assert ours == everything(output)
 
 
+def test_numbered_classes_of_a_set_begun_in_text_order_keep_it(tmp_path, monkeypatch, capsys):
+    for number in range(11):
+        (tmp_path / f"images/{number}").mkdir(parents=True)
+        Image.new("L", (32, 32), number).save(tmp_path / f"images/{number}/x.png")
+    command = arguments(tmp_path / "images", tmp_path / "out")
+    with monkeypatch.context() as before:
+        before.setattr("features.images.order_classes", lambda names, *_: sorted(names))
+        main(command)
+    files = everything(tmp_path / "out")
+    main(command)
+    told = capsys.readouterr().out
+    assert "complete since an earlier start" in told
+    assert "folder 10 is label 2; a new extraction gives it label 10" in told
+    assert everything(tmp_path / "out") == files
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_rank_writes_its_share_and_any_number_of_ranks_goes_on(
     world, images, extracted, spoilt, tmp_path, monkeypatch

@@ -69,12 +69,13 @@ def _read_optimizer(path):
 def _load_official(path):
     """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
-    if not isinstance(raw, dict) or not {"model", "opt"} <= set(raw):
+    held = raw if isinstance(raw, dict) else {}
+    weights = {name: readable(held, name, path) for name in ("model", "ema") if name in held}
+    if not {"model", "opt"} <= set(held):
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
             "weights alone use --pretrained_model_path"
         )
-    weights = {name: readable(raw, name, path) for name in ("model", "ema") if name in raw}
     for name, state in weights.items():
         if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")

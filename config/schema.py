@@ -180,6 +180,12 @@ def _check_together(config, source):
         raise ValueError(
             f"{source}: objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
         )
+    for index, entry in enumerate(objective["auxiliary"]):
+        if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
+            raise ValueError(
+                f"{source}: objective: auxiliary[{index}]: layer {entry['layer']} is outside the blocks "
+                f"0..{model['num_layers'] - 1}"
+            )
     for label in config["data"]["classes"] or ():
         if label >= model["num_classes"]:
             raise ValueError(

@@ -148,9 +148,7 @@ def column_linear(in_features, out_features, bias=True, *, group, segments=1, ga
     if group is None:
         return linear(in_features, out_features, bias)
     make = SharedColumnLinear if shared_input else meta_parallel.ColumnParallelLinear
-    layer = make(
-        in_features, out_features, weight_attr=_undrawn(), has_bias=bias, gather_output=gather, mp_group=group
-    )
+    layer = make(in_features, out_features, weight_attr=_undrawn(), has_bias=bias, gather_output=gather, mp_group=group)
     _mark(layer.weight, 1, group, segments)
     if bias:
         _mark(layer.bias, 0, group, segments)

@@ -179,11 +179,12 @@ def test_regularizers_by_their_type(monkeypatch):
         config = resolve_config({"model": SMALL, "objective": {"auxiliary": [{"type": "smooth", **entry}]}})
         return config["objective"]["auxiliary"]
 
-    assert resolve(weight=0.5, layer=3) == [{"type": "smooth", "weight": 0.5, "layer": 3, "width": 2.0}]
+    assert resolve(weight=0.5, layer=0) == [{"type": "smooth", "weight": 0.5, "layer": 0, "width": 2.0}]
     for entry, message in (
         ({}, "weight is missing; expected a number"),
         ({"weight": "1"}, 'weight must be a number, got "1"'),
         ({"weight": 1, "layer": 1.5}, "layer must be an integer of 0 or more, or null, got 1.5"),
+        ({"weight": 1, "layer": 1}, r"layer 1 is outside the blocks 0\.\.0"),
         ({"weight": 1, "widht": 1}, "unknown key 'widht'; known: layer, weight, width"),
     ):
         with pytest.raises(ValueError, match=rf"config: objective: auxiliary\[0\]: {message}"):

@@ -13,10 +13,7 @@ from support.runs import ROOT, checkpoint_path, command_environment, launch, loo
 from objectives import DiffusionObjective
 
 LOOPS = ("trainer", "notrainer")
-HOLD = (
-    "import sys; from runtime.run_lock import RunLock; "
-    "lock = RunLock(); lock.take(sys.argv[1]); print(flush=True)"
-)
+HOLD = "import sys; from runtime.run_lock import RunLock; lock = RunLock(); lock.take(sys.argv[1]); print(flush=True)"
 LOOK = "import sys; from runtime.run_lock import check_idle; check_idle(sys.argv[1])"
 
 

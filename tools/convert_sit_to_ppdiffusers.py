@@ -17,6 +17,7 @@ import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 from sampling.pipelines.converter import add_flags, convert
 
@@ -35,7 +36,7 @@ def main(argv=None):
 
     def check(config):
         kind = config["model"]["type"]
-        if kind not in ("SiT", "LargeSiT"):
+        if MODEL_TYPES[kind].pipeline != "SiTPipeline":
             raise ValueError(f"this model is a {kind}; use tools/convert_dit_to_ppdiffusers.py")
         if config["objective"]["type"] != "transport":
             raise ValueError(f"the objective {config['objective']['type']!r} is none of a SiT's; expected 'transport'")

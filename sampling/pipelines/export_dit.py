@@ -51,7 +51,7 @@ def transformer_config(model):
     """Returns the keywords of the `Transformer2DModel` for a `model` section; ValueError where it can't be one."""
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if model["type"] not in ("DiT", "SiT"):
-        raise ValueError(f"a model of type {model['type']!r} can't be a Transformer2DModel; expected DiT or SiT")
+        raise ValueError(f"a model of type {model['type']!r} can't be exported; sample it from its checkpoint")
     check_num_classes(model)
     if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
         raise ValueError(

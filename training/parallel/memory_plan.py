@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from config.schema import MODEL_TYPES
 from models.sizes import MAX_CONDITION_SIZE, mlp_width
 
 SINGLE = 4  # bytes of a float32
@@ -88,9 +89,10 @@ class Sizes:
     """Widths of a resolved config's network, and what else decides how large its tensors are."""
 
     def __init__(self, config):
-        model = config["model"]
-        self.large = "multiple_of" in model
-        self.block = BLOCKS["LargeDiT" if self.large else "DiT"]
+        model, family = config["model"], MODEL_TYPES[config["model"]["type"]].family
+        if family not in BLOCKS:
+            raise ValueError(f"what a {family} keeps in memory is not known here; known: {', '.join(BLOCKS)}")
+        self.large, self.block = family == "LargeDiT", BLOCKS[family]
         self.layers = model["num_layers"]
         self.heads, self.head_dim = model["num_attention_heads"], model["attention_head_dim"]
         self.hidden = self.heads * self.head_dim

@@ -126,10 +126,11 @@ launch() {
     setsid "$@" &
     launcher=$!
     if [ -n "$stopped_by" ]; then signal_processes TERM; fi # in the moment before
+    set +e # because dash takes a signal's trap just before `wait` for a command that failed
     while :; do # a signal ends `wait`, not the launcher
         interrupted=
-        status=0
-        wait "$launcher" 2>/dev/null || status=$? # some shells tell of a killed process there
+        wait "$launcher" 2>/dev/null # some shells tell of a killed process there
+        status=$?
         if [ "$status" != 127 ]; then code=$status; fi
         if [ -z "$interrupted" ]; then break; fi
     done

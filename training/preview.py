@@ -75,17 +75,22 @@ class Preview:
         return np.asarray(make_grid(images, columns=max(1, round(len(images) ** 0.5))))
 
 
-def log_preview(preview, *, model, ema, optimizer, log, folder, step, rank):
-    """Samples a grid into `folder/step.png` and the VisualDL log: rank 0, with those that hold parts of its network."""
+def log_preview(preview, session):
+    """Samples a grid into the run's `images/STEP.png` and its log: rank 0, with those that hold parts of its network.
+
+    Args:
+        session: the run's `training.session.Session`; its first averages are sampled, or the network without any.
+    """
     start = time.perf_counter()
-    shard = LocalShard(model, optimizer)
-    with contextlib.nullcontext(model) if ema is None else ema_weights(model, ema, shard):
+    model, averages = session.model, session.averages
+    shard = LocalShard(model, session.optimizer)
+    with ema_weights(model, averages[0], shard) if averages else contextlib.nullcontext():
         model.eval()
-        latents = preview.sample(model) if rank == 0 or shard.forward_is_collective else None
-        if rank == 0:
-            _save_preview(preview, latents, log, folder, step)
+        latents = preview.sample(model) if session.rank == 0 or shard.forward_is_collective else None
+        if session.rank == 0:
+            _save_preview(preview, latents, session.log, os.path.join(session.folder, "images"), session.step)
     model.train()
-    log.pause(time.perf_counter() - start)
+    session.log.pause(time.perf_counter() - start)
 
 
 def _save_preview(preview, latents, log, folder, step):

@@ -288,16 +288,7 @@ class Session:
             self.validation.run(self)
         if self.preview is not None and step % self.previews.every == 0:
             self.stopping.phase("drawing previews")
-            log_preview(
-                self.preview,
-                model=self.model,
-                ema=next(iter(self.averages), None),
-                optimizer=self.optimizer,
-                log=self.log,
-                folder=os.path.join(self.folder, "images"),
-                step=step,
-                rank=self.rank,
-            )
+            log_preview(self.preview, self)
         stopped = step < self.last_step and self.stopping.due(step)
         if step % self.outputs.save_every == 0 or step == self.last_step or stopped:
             self.save()

@@ -9,6 +9,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from support.kills import kill_at_operation
 from support.runs import checkpoint_path, loop_arguments, read_losses, write_config
 
 from runtime import files as manifest
@@ -202,25 +203,6 @@ def test_rotation_takes_away_what_is_older_than_the_whole_ones(trainer_run):
 
 
 # Kills.
-
-
-def kill_at_operation(number, monkeypatch):
-    """This process is killed before its operation of this number, from 0, that changes the disk."""
-    count = 0
-
-    def counting(function):
-        def call(*args, **kwargs):
-            nonlocal count
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, counting(getattr(os, name)))
-    monkeypatch.setattr(manifest.HashedFile, "write", counting(manifest.HashedFile.write))
 
 
 def write_folder(folder, value):

@@ -2,9 +2,9 @@
 
 import json
 import os
-import signal
 
 import pytest
+from support.kills import kill_at_operation
 
 from runtime.files import whole_file, whole_folder, write_json
 
@@ -44,24 +44,6 @@ def fill(folder, text):
         for name in ("a", "b"):
             with open(os.path.join(partial, name), "w") as file:
                 file.write(text)
-
-
-def kill_at_operation(number, monkeypatch):
-    """Kills this process before its file system operation of that number."""
-    count = 0
-
-    def counting(function):
-        def call(*args, **kwargs):
-            nonlocal count
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("rename", "fsync", "unlink", "rmdir", "mkdir"):
-        monkeypatch.setattr(os, name, counting(getattr(os, name)))
 
 
 def test_a_folder_is_replaced_whole_or_stays_wherever_it_is_killed(tmp_path, monkeypatch):

@@ -15,13 +15,13 @@ step besides.
 import argparse
 import os
 
+from config.options import SIT_VAE
 from runtime.process import run_cli
 from sampling.demo import add_flags, check_flags, check_model, draw, note_unused
 from sampling.model_path import describe_model
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
 PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "SiT_XL_patch2.json")
-PUBLIC_VAE = "stabilityai/sd-vae-ft-ema"
 # Defaults of PaddleMIX's SiT demo, for the SDE only.
 SDE_DEFAULTS = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.4}
 
@@ -61,7 +61,7 @@ def main(argv=None):
     sde.add_argument("--last_step_size", type=float, help="[0.4]")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]")
-    weights.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {PUBLIC_VAE}]")
+    weights.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {SIT_VAE}]")
     weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
     given = {name: value for name in SDE_DEFAULTS if (value := getattr(args, name)) is not None}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
+SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
 MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
 
 

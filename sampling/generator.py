@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import paddle
 
-from config.schema import DEFAULT_VAE
+from config.options import DEFAULT_VAE, SIT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from models import build_model, get_2d_sincos_pos_embed
 from models.state import check_finite, check_state, expected_shapes, without_rounding
@@ -24,7 +24,7 @@ from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
 from weights.source import read_weights
 
-DEFAULT_VAES = {"DiTPipeline": DEFAULT_VAE, "SiTPipeline": "stabilityai/sd-vae-ft-ema"}
+DEFAULT_VAES = {"DiTPipeline": DEFAULT_VAE, "SiTPipeline": SIT_VAE}
 
 
 @dataclass

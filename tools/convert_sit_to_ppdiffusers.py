@@ -17,6 +17,7 @@ import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.options import SIT_VAE
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 from sampling.pipelines.converter import add_flags, convert
@@ -29,7 +30,7 @@ def main(argv=None):
         "SiT",
         model_weights="SiT-XL-2-256x256.pdparams",
         checkpoint_path="SiT_XL_2_256/",
-        vae_model="stabilityai/sd-vae-ft-ema",
+        vae_model=SIT_VAE,
     )
     parser.add_argument("--stock", action="store_true", help="write a DiTPipeline folder for stock ppdiffusers")
     args = parser.parse_args(argv)

@@ -66,17 +66,12 @@ def setting_of(args, config):
         ValueError: a degree that is not supported or does not divide what it splits.
     """
     training, degrees = config["training"], resolve_degrees(args, config["model"], args.world_size)
-    setting = Setting(
+    setting = Setting.of(
+        training,
         world_size=args.world_size,
         tensor_parallel=degrees.tensor,
         sharding=degrees.stage,
         sharding_degree=degrees.sharding,
-        accumulation=training["gradient_accumulation_steps"],
-        precision=training["amp_dtype"],
-        level=training["amp_level"],
-        recompute=training["recompute"],
-        ema=training["use_ema"],
-        fused_attention=training["fused_attention"],
         device="cpu" if args.device.split(":")[0] == "cpu" else "gpu",
     )
     if args.dp_degree not in (None, setting.data_parallel):

@@ -70,17 +70,13 @@ def resolved(case):
     training = config["training"]
     sharding, tensor = case["settings"].get("sharding", ""), case["settings"].get("tensor_parallel", 1)
     half = training["amp_dtype"] != "float32"
-    setting = Setting(
+    setting = Setting.of(
+        training,
         world_size=case["ranks"],
         tensor_parallel=tensor,
         sharding=sharding,
         sharding_degree=case["ranks"] if sharding else 1,
         batch=case["batch"],
-        accumulation=training["gradient_accumulation_steps"],
-        precision=training["amp_dtype"],
-        level=training["amp_level"],
-        recompute=training["recompute"],
-        ema=training["use_ema"],
         # Attention is plain on a CPU, half precision stands for a GPU's.
         fused_attention=False,
         device="gpu" if half else "cpu",

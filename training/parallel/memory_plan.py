@@ -178,6 +178,19 @@ class Setting:
     fused_attention: bool = False
     device: str = "gpu"
 
+    @classmethod
+    def of(cls, training, **others):
+        """Returns the setting of a config's `training` section; others: what stands elsewhere, or wins over it."""
+        own = {
+            "accumulation": training["gradient_accumulation_steps"],
+            "precision": training["amp_dtype"],
+            "level": training["amp_level"],
+            "recompute": training["recompute"],
+            "ema": training["use_ema"],
+            "fused_attention": training["fused_attention"],
+        }
+        return cls(**{**own, **others})
+
     @property
     def data_parallel(self):
         return self.world_size // (self.tensor_parallel * self.sharding_degree)

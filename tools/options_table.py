@@ -1,4 +1,4 @@
-"""Writes the tables of options, docs/options.md and that of README.md, from config/options.py.
+"""Writes the tables of options, docs/options.md and those of README.md, from config/options.py.
 
 python tools/options_table.py --write        # or --check: exit code 2 if they are not current
 """
@@ -6,6 +6,7 @@ python tools/options_table.py --write        # or --check: exit code 2 if they a
 import argparse
 import json
 import os
+import re
 
 from _root import ROOT
 
@@ -26,7 +27,8 @@ from config.options import (
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
-BEGIN, END = "<!-- written by tools/options_table.py -->\n", "<!-- end -->\n"
+# What stands between these comments in README.md is the table of that name.
+MARKED = re.compile(r"(<!-- written by tools/options_table.py: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 INTRO = """# Every option
 
 A flag on the command line wins over the config's JSON, the JSON over the default. Where the two loops differ, the
@@ -81,12 +83,26 @@ def page():
     return "".join(parts).rstrip() + "\n"
 
 
+def twins():
+    """Returns a table of the settings whose flags the two loops name differently, as Markdown."""
+    rows = ["| Trainer | hand-written loop | what |\n| --- | --- | --- |\n"]
+    options = {name: option for group in FLAG_GROUPS.values() for name, option in group.items()}
+    for name, option in options.items():
+        twin, what = getattr(option, "twin", None), _row(name, option)[-1]
+        flags = [option.flag_in(loop, name) or twin for loop in PerLoop._fields]
+        if twin is not None:
+            what += f" / {_row(twin, options[twin])[-1]}"
+        if None not in flags and flags[0] != flags[1]:
+            rows.append(f"| `--{flags[0]}` | `--{flags[1]}` | {what} |\n")
+    return "".join(rows)
+
+
 def pages():
     """Returns the files with tables as they should be: `{path: text}`."""
     path = os.path.join(ROOT, "README.md")
+    tables = {"main": table({name: TRAINING_KEYS[name] for name in MAIN}), "data": table(DATA_KEYS), "twins": twins()}
     with open(path, encoding="utf-8") as file:
-        before, rest = file.read().split(BEGIN)
-    readme = before + BEGIN + table({name: TRAINING_KEYS[name] for name in MAIN}) + END + rest.split(END, 1)[1]
+        readme = MARKED.sub(lambda found: found[1] + tables[found[2]] + found[3], file.read())
     return {path: readme, os.path.join(ROOT, "docs", "options.md"): page()}
 
 

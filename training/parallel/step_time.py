@@ -78,23 +78,14 @@ def traffic(planned):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the cost model knows of the devices. The defaults are an A100's.
+    """What the cost model knows of the devices. The defaults are an A100's."""
 
-    Attributes:
-        tflops: peak of the matrix units in the precision used, 1e12 operations a second; None: by precision.
-        efficiency: share of it that the matrix products of a step reach.
-        bandwidth: 1e9 bytes a second that a device sends to others of its node.
-        network: the same between nodes.
-        per_node: devices of a node.
-        launch: seconds that starting an operator takes.
-    """
-
-    tflops: float | None = None
-    efficiency: float = 0.45
-    bandwidth: float = 240.0
-    network: float = 25.0
-    per_node: int = 8
-    launch: float = 10e-6
+    tflops: float | None = None  # peak of the matrix units in the precision, 1e12 operations a second; None: an A100's
+    efficiency: float = 0.45  # share of it that the matrix products of a step reach
+    bandwidth: float = 240.0  # 1e9 bytes a second that a device sends to others of its node
+    network: float = 25.0  # the same between nodes
+    per_node: int = 8  # devices of a node
+    launch: float = 10e-6  # seconds that starting an operator takes
 
 
 def step_seconds(planned, machine):
@@ -130,41 +121,31 @@ def fitting(config, setting, memory, machine, *, fixed=()):
         `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory
         of all that were tried, or None if no way takes this batch.
     """
-    found, least = [], None
-    for way, micro_batches in _ways(config, setting, fixed):
-        for batch in micro_batches:
-            accumulation = setting.global_batch // (way.data_ranks * batch)
-            planned = Plan(config, dataclasses.replace(way, batch=batch, accumulation=accumulation))
-            if least is None or planned.peak < least.peak:
-                least = planned
-            if planned.peak <= memory:
-                found.append((planned, sum(step_seconds(planned, machine))))
-                break
-    return sorted(found, key=lambda pair: (pair[1], pair[0].peak)), least
-
-
-def _ways(config, setting, fixed):
-    """Yields `(a Setting but for its batch, the micro-batches that it can take, the largest first)`."""
-    degrees = [d for d in range(1, setting.world_size + 1) if setting.world_size % d == 0]
-    choices = {"tensor_parallel": degrees, "sharding": STAGES, "sharding_degree": degrees, "recompute": (False, True)}
-    choices.update({name: [getattr(setting, name)] for name in fixed if name in choices})
+    ranks, samples = _divisors(setting.world_size), _divisors(setting.global_batch)
+    way = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}
+    choices = {**way, "batch": samples[::-1], "accumulation": samples}
+    choices.update({name: [getattr(setting, name)] for name in fixed})
+    found, least = {}, None
     for values in itertools.product(*choices.values()):
-        way = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
-        divides = way.world_size % (way.tensor_parallel * way.sharding_degree) == 0
-        if (way.sharding != "") != (way.sharding_degree > 1) or not divides or setting.global_batch % way.data_ranks:
+        tried = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
+        if values[: len(way)] in found or tried.global_batch != setting.global_batch or not _is_possible(tried, config):
             continue
-        try:
-            check_tensor_parallel(config["model"], way.tensor_parallel)
-        except ValueError:
-            continue
-        samples = setting.global_batch // way.data_ranks
-        yield (
-            way,
-            [
-                batch
-                for batch in range(samples, 0, -1)
-                if samples % batch == 0
-                and ("batch" not in fixed or batch == setting.batch)
-                and ("accumulation" not in fixed or samples // batch == setting.accumulation)
-            ],
-        )
+        planned = Plan(config, tried)
+        if least is None or planned.peak < least.peak:
+            least = planned
+        if planned.peak <= memory:
+            found[values[: len(way)]] = planned, sum(step_seconds(planned, machine))
+    return sorted(found.values(), key=lambda pair: (pair[1], pair[0].peak)), least
+
+
+def _divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _is_possible(setting, config):
+    try:
+        check_tensor_parallel(config["model"], setting.tensor_parallel)
+    except ValueError:
+        return False
+    divides = setting.world_size % (setting.tensor_parallel * setting.sharding_degree) == 0
+    return divides and (setting.sharding != "") == (setting.sharding_degree > 1)

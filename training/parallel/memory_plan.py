@@ -26,40 +26,20 @@ GRADIENT_BUFFER = 2**23
 SLICED_FROM = 2**20
 
 MODES = ("float32", "O1", "O2")  # the order of the numbers in a tuple
-Block = namedtuple("Block", "whole split kv_heads qk_norm mlp rows residual mlp_gradients operators")
-# Bytes that a block keeps for its backward pass:
-#   whole     of N T D: norms, modulated tokens, outputs of attention and MLP
-#   split     of N T D / p: attention (queries, keys, values, their rotations, output)
-#   kv_heads  of N T D / p, times num_kv_heads / heads: rotations of keys
-#   qk_norm   of N T D / p for the queries, and times num_kv_heads / heads for the keys
-#   mlp       of N T / p, times the MLP's width
-#   rows      of N T: statistics of the norms
-# residual: bytes of an element of the residual stream. mlp_gradients: how many gradients of the MLP's inner width the
-# backward pass holds at once. operators: forward and backward.
-BLOCKS = {
-    "DiT": Block(
-        whole=(32, 24, 16),
-        split=(16, 8, 8),
-        kv_heads=(0, 0, 0),
-        qk_norm=(0, 0, 0),
-        mlp=(8, 4, 4),
-        rows=16,
-        residual=(4, 4, 2),
-        mlp_gradients=1,
-        operators=(64, 102, 64),
-    ),
-    "LargeDiT": Block(
-        whole=(40, 28, 28),
-        split=(20, 12, 12),
-        kv_heads=(4, 4, 4),
-        qk_norm=(4, 4, 2),
-        mlp=(12, 6, 6),
-        rows=8,
-        residual=(4, 2, 2),
-        mlp_gradients=2,
-        operators=(130, 166, 150),
-    ),
+# What a block of DiT and one of LargeDiT keep for their backward pass, in bytes, and what else differs between them.
+_BLOCKS = {
+    "whole": ((32, 24, 16), (40, 28, 28)),  # of N T D: norms, modulated tokens, outputs of attention and MLP
+    "split": ((16, 8, 8), (20, 12, 12)),  # of N T D / p: queries, keys, values, their rotations, attention's output
+    "kv_heads": ((0, 0, 0), (4, 4, 4)),  # of N T D / p, times num_kv_heads / heads: rotations of keys
+    "qk_norm": ((0, 0, 0), (4, 4, 2)),  # of N T D / p for queries; for keys times num_kv_heads / heads
+    "mlp": ((8, 4, 4), (12, 6, 6)),  # of N T / p, times the MLP's width
+    "rows": (16, 8),  # of N T: statistics of the norms
+    "residual": ((4, 4, 2), (4, 2, 2)),  # of an element of the residual stream
+    "mlp_gradients": (1, 2),  # gradients of the MLP's inner width that the backward pass holds at once
+    "operators": ((64, 102, 64), (130, 166, 150)),  # forward and backward
 }
+Block = namedtuple("Block", _BLOCKS)
+BLOCKS = dict(zip(("DiT", "LargeDiT"), map(Block, *_BLOCKS.values()), strict=True))
 SPLIT_QK_NORM = 12  # instead of `qk_norm` if p > 1: the layer norm of a split width is made of float32 operators
 SCORES = (4, 6, 2)  # of N heads T^2 / p: softmax of plain attention; O1: float32, and a half copy for the product
 SCORE_GRADIENTS = (8, 6, 4)  # of N heads T^2 / p, in the backward pass of the softmax
@@ -155,28 +135,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; names and values as in `config.flags`.
+    """How a network is trained; names and values as in `config.flags`."""
 
-    Attributes:
-        world_size: processes, one per device.
-        batch: samples of a micro-batch on one device.
-        accumulation: micro-batches per optimizer step.
-        precision, level: `amp_dtype`, `amp_level`.
-        device: `gpu`, or `cpu`, where everything is float32 and attention is plain.
-    """
-
-    world_size: int = 1
+    world_size: int = 1  # processes, one per device
     tensor_parallel: int = 1
     sharding: str = ""
     sharding_degree: int = 1
-    batch: int = 1
-    accumulation: int = 1
-    precision: str = "float32"
+    batch: int = 1  # samples of a micro-batch on one device
+    accumulation: int = 1  # micro-batches per optimizer step
+    precision: str = "float32"  # `amp_dtype`
     level: str = "O1"
     recompute: bool = False
     ema: bool = True
     fused_attention: bool = False
-    device: str = "gpu"
+    device: str = "gpu"  # or "cpu", where everything is float32 and attention is plain
 
     @classmethod
     def of(cls, training, **others):
@@ -185,9 +157,8 @@ class Setting:
             "accumulation": training["gradient_accumulation_steps"],
             "precision": training["amp_dtype"],
             "level": training["amp_level"],
-            "recompute": training["recompute"],
             "ema": training["use_ema"],
-            "fused_attention": training["fused_attention"],
+            **{name: training[name] for name in ("recompute", "fused_attention")},
         }
         return cls(**{**own, **others})
 
@@ -351,63 +322,57 @@ class Plan:
         states: `{kind: bytes}` held all the time.
         phases: `{phase: {kind: bytes}}` that comes on top; the run needs the largest.
         kept: `{kind: bytes}` of the activations at the end of the forward pass.
+        peak, peak_phase: bytes at the peak, and when that is.
     """
 
     def __init__(self, config, setting):
         self.sizes, self.setting = Sizes(config), setting
-        sizes = self.sizes
-        self.parameters = sum(p.numel() for p in sizes.parameters)
-        self.trained = sum(p.numel() for p in sizes.parameters if p.trainable)
-        self.states = states(sizes, setting)
+        self.parameters = sum(p.numel() for p in self.sizes.parameters)
+        self.trained = sum(p.numel() for p in self.sizes.parameters if p.trainable)
+        self.states = states(self.sizes, setting)
         # The backward pass makes gradients, and the optimizer's step drops them. Sharding stages 1 and 2 keep them, and
         # DataParallel makes them all at the start of the backward pass.
         drops = setting.sharding in ("", "stage3") and setting.accumulation == 1 and setting.reducer != "buckets"
         passing = self.states.pop("gradients") if drops else 0
-        kept, per_block, peak = activations(sizes, setting)
+        kept, per_block, peak = activations(self.sizes, setting)
         self.kept = _by_kind(kept)
-        self.phases = _phases(sizes, setting, self.states, passing, peak, per_block)
+        self.phases = self._phases(passing, peak, per_block)
+        needs = {phase: sum(kinds.values()) for phase, kinds in self.phases.items()}
+        self.peak_phase = max(needs, key=needs.get)
+        self.peak = sum(self.states.values()) + needs[self.peak_phase]
 
-    @property
-    def peak_phase(self):
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def peak(self):
-        """Bytes at the peak."""
-        return sum(self.states.values()) + sum(self.phases[self.peak_phase].values())
+    def _phases(self, passing, peak, per_block):
+        sizes, setting, held = self.sizes, self.setting, self.states
+        trained = [p for p in sizes.parameters if p.trainable]
+        numels = [p.numel(setting.tensor_parallel) for p in trained]
+        gathered = {}
+        if setting.sharding == "stage3":
+            # A layer at work and the next one that is fetched, and the gradient of the first.
+            sliced = max((n for n in numels if is_sliced(n, setting)), default=0)
+            gathered = {"gathered weights": 3 * setting.weight_size * sliced}
+        phases = {"forward and backward": {**_by_kind(peak), **gathered}}
+        if passing:
+            # In the first block's backward pass the activations of the others are gone, and their gradients are there.
+            last = max(index for index, p in enumerate(trained) if p.block == 0)
+            gradients = round(passing * sum(numels[last + 1 :]) / sum(numels))
+            kinds = _by_kind(peak - (sizes.layers - 1) * per_block)
+            phases["end of the backward pass"] = {**kinds, **gathered, "gradients": gradients}
+        if setting.reducer == "fused":
+            phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}
+        # The average of a parameter, or the square of its gradient, and their float32 copies.
+        copies = 1 if setting.weight_size == SINGLE else 2
+        phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * max(numels), "gradients": passing}
+        # At the start the network and its average are whole and float32, before they are sharded or cast. An average
+        # that is to be sharded waits on the host.
+        numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
+        average = SINGLE * numel if setting.ema and not setting.sharding else 0
+        whole = SINGLE * numel + average
+        if setting.sharding == "stage1" and setting.tensor_parallel == 1:
+            # Its wrapper sends all weights in one go, of the type that they are trained in.
+            whole = max(whole, 2 * setting.weight_size * numel + average)
+        phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
+        return phases
 
 
 def _by_kind(sizes):
     return {kind: round(size) for kind, size in zip(KINDS, sizes, strict=True)}
-
-
-def _phases(sizes, setting, held, passing, peak, per_block):
-    trained = [p for p in sizes.parameters if p.trainable]
-    numels = [p.numel(setting.tensor_parallel) for p in trained]
-    gathered = {}
-    if setting.sharding == "stage3":
-        # A layer at work and the next one that is fetched, and the gradient of the first.
-        sliced = max((n for n in numels if is_sliced(n, setting)), default=0)
-        gathered = {"gathered weights": 3 * setting.weight_size * sliced}
-    phases = {"forward and backward": {**_by_kind(peak), **gathered}}
-    if passing:
-        # In the first block's backward pass the activations of the others are gone, and their gradients are there.
-        last = max(index for index, p in enumerate(trained) if p.block == 0)
-        gradients = round(passing * sum(numels[last + 1 :]) / sum(numels))
-        kinds = _by_kind(peak - (sizes.layers - 1) * per_block)
-        phases["end of the backward pass"] = {**kinds, **gathered, "gradients": gradients}
-    if setting.reducer == "fused":
-        phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}
-    # The average of a parameter, or the square of its gradient, and their float32 copies.
-    copies = 1 if setting.weight_size == SINGLE else 2
-    phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * max(numels), "gradients": passing}
-    # At the start the network and its average are whole and float32, before they are sharded or cast. An average that
-    # is to be sharded waits on the host.
-    numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
-    average = SINGLE * numel if setting.ema and not setting.sharding else 0
-    whole = SINGLE * numel + average
-    if setting.sharding == "stage1" and setting.tensor_parallel == 1:
-        # Its wrapper sends all weights in one go, of the type that they are trained in.
-        whole = max(whole, 2 * setting.weight_size * numel + average)
-    phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
-    return phases

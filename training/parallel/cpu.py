@@ -5,8 +5,10 @@ the three operators that have no CPU kernel, by the same collectives with their 
 device; and the store that the addresses of a group are exchanged through. On a GPU nothing here is called.
 """
 
+import functools
 import os
 import socket
+from types import SimpleNamespace
 
 import paddle
 import paddle.distributed as dist
@@ -73,24 +75,9 @@ def _own_store(shared, group_name, rank):
     return core.TCPStore(host, int(port), False, 0)
 
 
-class _Instead:
-    """A module with some of its attributes replaced."""
-
-    def __init__(self, module, **attributes):
-        self.__dict__.update(attributes, _module=module)
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
-def _param_storage(base):
-    class ParamStorage(base):
-        """Fills the buffer in place; on a GPU it is filled on the host and moved."""
-
-        def add_rank_params(self, trainable_params, param2align):
-            super().add_rank_params(trainable_params, param2align, convert_gpu=False)
-
-    return ParamStorage
+def _instead(module, **attributes):
+    """Returns a module's attributes, some of them replaced."""
+    return SimpleNamespace(**{**vars(module), **attributes})
 
 
 def _group_sharded_parallel(
@@ -104,10 +91,12 @@ def _group_sharded_parallel(
         group_sharded_storage,
     )
 
-    has_device = _Instead(core, is_compiled_with_cuda=lambda: True)
+    has_device = _instead(core, is_compiled_with_cuda=lambda: True)
     group_sharded_optimizer_stage2.core = group_sharded_stage3.core = has_device
-    group_sharded_optimizer_stage2.paddle = _Instead(paddle, get_device=lambda: "cpu:0")
-    group_sharded_optimizer_stage2.ParamStorage = _param_storage(group_sharded_storage.ParamStorage)
+    group_sharded_optimizer_stage2.paddle = _instead(paddle, get_device=lambda: "cpu:0")
+    # Fills the buffer in place; on a GPU it is filled on the host and moved.
+    storage = group_sharded_storage.ParamStorage
+    storage.add_rank_params = functools.partialmethod(storage.add_rank_params, convert_gpu=False)
     options = {"group": group, "dp_group": dp_group, "device": "cpu"}
     if level == "os_g":
         optimizer = group_sharded_optimizer_stage2.GroupShardedOptimizerStage2(

@@ -59,17 +59,11 @@ class Stopping:
         check_stopping(max_hours, hang_timeout)
         self.max_hours, self.hang_timeout = max_hours, hang_timeout
         self.rank, self.world_size = 0, 1
-        self.request = None
-        self.stopped = False
-        self._agreed = False
-        self._thread = None
+        self.request = self._thread = None
+        self.stopped = self._agreed = False
 
     def start(self, first_step, *, rank=0, world_size=1):
-        """Takes over the signals and starts the thread; call it in the main thread.
-
-        Args:
-            first_step: steps that are done already.
-        """
+        """Takes over the signals and starts the thread, after `first_step` steps; call it in the main thread."""
         self.rank, self.world_size = rank, world_size
         self._first_step, self._step = first_step, first_step + 1
         self._began = self._last_due = self._since = time.monotonic()
@@ -103,7 +97,12 @@ class Stopping:
         self._longest_step, self._last_due = max(self._longest_step, now - self._last_due), now
         self._step = step + 1
         if self.max_hours and self.rank == 0:
-            self._look_at_clock(now, step - self._first_step)
+            reserve, limit = self._longest_step + self._longest_save, 3600 * self.max_hours
+            if self.world_size > 1:
+                reserve += AGREE_EVERY * (now - self._began) / (step - self._first_step)
+            # At most a fifth of the limit, because one slow save must not end the run hours too early.
+            if now - STARTED >= limit - min(1.5 * reserve, 0.2 * limit):
+                self.request = self.request or f"--max_hours {self.max_hours:g}"
         self.stopped = self._agreed if self.world_size > 1 else self.request is not None
         return self.stopped
 
@@ -133,15 +132,6 @@ class Stopping:
             self._say(f"error: {self._place()}: another rank is gone: {one_line(error)[:1000]}")
             exit_now(EXIT_LOST, SAVING_SECONDS)
 
-    def _look_at_clock(self, now, steps):
-        limit = 3600 * self.max_hours
-        reserve = self._longest_step + self._longest_save
-        if self.world_size > 1:
-            reserve += AGREE_EVERY * (now - self._began) / steps
-        # At most a fifth of the limit, because one slow save must not end the run hours too early.
-        if now - STARTED >= limit - min(1.5 * reserve, 0.2 * limit):
-            self.request = self.request or f"--max_hours {self.max_hours:g}"
-
     # The thread.
 
     def _watch(self):
@@ -168,16 +158,15 @@ class Stopping:
     def _on_signal(self, signum):
         # At a terminal SIGINT is Ctrl-C.
         name = "Ctrl-C" if signum == signal.SIGINT and is_terminal(sys.stdin) else signum.name
+        # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
+        repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
             if self.request is None:
                 self.request = name
                 self._say(f"{name}: finishing the step, then saving; a second signal leaves at once")
-            return
-        # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
-        repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
-        if signum == signal.SIGTERM and now - self._first_signal <= repeated:
+        elif signum == signal.SIGTERM and now - self._first_signal <= repeated:
             self._say(f"another SIGTERM within {repeated} s is taken for the launcher's; a later one leaves at once")
         else:
             self._say(f"{name} again: left at once, the steps since the last checkpoint are lost")

@@ -16,23 +16,14 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks of a run divide the work; by default each has its own data and a whole network.
+    """How the ranks of a run divide the work; by default each has its own data and a whole network."""
 
-    Attributes:
-        tensor: ranks that share one network, and get the same batch.
-        sharding: ranks over which `stage` spreads state.
-        stage: one of `STAGES`.
-        data_ranks: ranks, or groups of `tensor` ranks, that get different data.
-        sharding_settings: those of PaddleNLP's sharding_parallel_config that can be used.
-        notes: sentences to print.
-    """
-
-    tensor: int = 1
-    sharding: int = 1
-    stage: str = ""
-    data_ranks: int = 1
-    sharding_settings: str = ""
-    notes: tuple = ()
+    tensor: int = 1  # ranks that share one network, and get the same batch
+    sharding: int = 1  # ranks over which `stage` spreads state
+    stage: str = ""  # one of `STAGES`
+    data_ranks: int = 1  # ranks, or groups of `tensor` ranks, that get different data
+    sharding_settings: str = ""  # those of PaddleNLP's sharding_parallel_config that can be used
+    notes: tuple = ()  # sentences to print
 
 
 def resolve_degrees(args, model, world_size):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from models.sizes import check_tensor_parallel
 
 STAGES = ("", "stage1", "stage2", "stage3")
-# Settings of PaddleNLP's sharding_parallel_config that can be used, by stage. The others keep the optimizer's state
+# Settings of PaddleNLP's sharding_parallel_config: those that stage 1 uses, and others: they keep the optimizer's state
 # under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
-SHARDING_SETTINGS = {"disable_stage1_reduce_avg": ("stage1",), "enable_release_grads": ("stage1",)}
+USED = ("disable_stage1_reduce_avg", "enable_release_grads")
 LEFT_OUT = (
     *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
     *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
@@ -63,10 +63,10 @@ def resolve_degrees(args, model, world_size):
             f"sharding degree {sharding} give: the data-parallel degree is {data_parallel}"
         )
     settings = args.sharding_parallel_config.replace(",", " ").split()
-    known = (*SHARDING_SETTINGS, *LEFT_OUT)
-    if unknown := [name for name in settings if name not in known]:
-        raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
-    used = [name for name in settings if stage in SHARDING_SETTINGS.get(name, ())]
+    if unknown := [name for name in settings if name not in USED + LEFT_OUT]:
+        known = ", ".join(USED + LEFT_OUT)
+        raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {known}")
+    used = [name for name in settings if stage == "stage1" and name in USED]
     if len(used) < len(settings):
         unused = ", ".join(name for name in settings if name not in used)
         notes.append(f"--sharding_parallel_config: {unused} left out (only speed or memory would differ)")

@@ -55,8 +55,8 @@ def dump_step(bad, session):
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     sources = [session.dataset.source(index) for index in batch["index"]]
     cause, parent = find_cause(batch, sources), os.path.join(session.folder, PARENT)
-    names = [f"{bad.step:07d}" + (f"-{number}" if number > 1 else "") for number in range(1, MAX_DUMPS_PER_STEP + 1)]
-    paths = [os.path.join(parent, name) for name in names]
+    suffixes = ["", *(f"-{number}" for number in range(2, MAX_DUMPS_PER_STEP + 1))]
+    paths = [os.path.join(parent, f"{bad.step:07d}{suffix}") for suffix in suffixes]
     path = run_on_rank_0(lambda: next((path for path in paths if not os.path.lexists(path)), None))
     if path is None:
         return f"{cause} {parent} holds {MAX_DUMPS_PER_STEP} dumps of this step, and no other is written."
@@ -68,26 +68,21 @@ def dump_step(bad, session):
 def find_cause(batch, sources):
     """Returns a sentence on what made a step bad, as far as its samples (arrays of `BATCH`, their files) tell."""
     loss, count = batch["loss"], len(batch["loss"])
-    bad_latents = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
-    if len(bad_latents):
-        first, more = bad_latents[0], f", and {len(bad_latents) - 1} more" if len(bad_latents) > 1 else ""
-        return f"Numbers of its sample {first} ({sources[first]}){more} are not finite."
-    bad_losses = np.flatnonzero(~np.isfinite(loss))
-    if len(bad_losses) == count:
-        if count == 1:
-            return "Its latent is finite, its loss is not: the weights have diverged."
-        return f"Its {count} latents are finite, the losses of all of them are not: the weights have diverged."
-    if len(bad_losses):
-        first = bad_losses[0]
-        return (
-            f"Its {count} latents are finite, {counted(len(bad_losses), 'loss is', 'losses are')} not, the first that "
-            f"of sample {first} ({sources[first]}) at t = {batch['t'][first]:.6g}."
-        )
-    largest = int(np.argmax(loss))
-    return (
-        f"The losses of its samples are finite, {loss.min():.4g} to {loss.max():.4g}, the largest is that of sample "
-        f"{largest} ({sources[largest]})."
-    )
+    named = [f"{row} ({source})" for row, source in enumerate(sources)]
+    bad = np.flatnonzero(~np.isfinite(batch["x"]).reshape(count, -1).all(axis=1))
+    if len(bad):
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return f"Numbers of its sample {named[bad[0]]}{more} are not finite."
+    latents = "Its latent is" if count == 1 else f"Its {count} latents are"
+    bad = np.flatnonzero(~np.isfinite(loss))
+    if len(bad) == count:
+        losses = "its loss is" if count == 1 else "the losses of all of them are"
+        return f"{latents} finite, {losses} not: the weights have diverged."
+    if len(bad):
+        losses, t = counted(len(bad), "loss is", "losses are"), batch["t"][bad[0]]
+        return f"{latents} finite, {losses} not, the first that of sample {named[bad[0]]} at t = {t:.6g}."
+    span = f"{loss.min():.4g} to {loss.max():.4g}"
+    return f"The losses of its samples are finite, {span}, the largest is that of sample {named[np.argmax(loss)]}."
 
 
 def _read(step, session):

@@ -153,13 +153,9 @@ class Setting:
     @classmethod
     def of(cls, training, **others):
         """Returns the setting of a config's `training` section; others: what stands elsewhere, or wins over it."""
-        own = {
-            "accumulation": training["gradient_accumulation_steps"],
-            "precision": training["amp_dtype"],
-            "level": training["amp_level"],
-            "ema": training["use_ema"],
-            **{name: training[name] for name in ("recompute", "fused_attention")},
-        }
+        own = {name: training[name] for name in ("recompute", "fused_attention")}
+        own.update(accumulation=training["gradient_accumulation_steps"], ema=training["use_ema"])
+        own.update(precision=training["amp_dtype"], level=training["amp_level"])
         return cls(**{**own, **others})
 
     @property

@@ -45,7 +45,7 @@ def traffic(planned):
     sizes, setting = planned.sizes, planned.setting
     size = setting.weight_size * sum(p.numel(setting.tensor_parallel) for p in sizes.parameters if p.trainable)
     tensor, sharding, micro_batches = setting.tensor_parallel, setting.sharding_degree, setting.accumulation
-    rows, part, times = {}, size, 1  # what the data-parallel ranks average, and how often
+    rows, part, times = {}, size, 1  # part: what the data-parallel ranks average, so many times
     if tensor > 1:
         item, residual = (4, 2, 2)[setting.mode], sizes.block.residual[setting.mode]
         tokens = setting.batch * sizes.tokens * sizes.hidden
@@ -62,17 +62,15 @@ def traffic(planned):
         # Paddle's wrapper sums whole gradients, and then keeps its slice.
         rows["gradients, every micro-batch"] = (micro_batches * ring_all_reduce(size, sharding), span)
         times = micro_batches
+    elif setting.sharding == "stage2":
+        part = size / sharding
+        rows["gradients to their owners, every micro-batch"] = (micro_batches * ring_gather(size, sharding), span)
     elif setting.sharding:
-        gathered = ring_gather(size, sharding)
-        if setting.sharding == "stage1":
-            rows["gradients to their owners"] = (gathered, span)
-        else:
-            rows["gradients to their owners, every micro-batch"] = (micro_batches * gathered, span)
-            part = size / sharding
-        rows["new weights"] = (gathered, span)
+        rows["gradients to their owners"] = (ring_gather(size, sharding), span)
+    if setting.sharding in ("stage1", "stage2"):
+        rows["new weights"] = (ring_gather(size, sharding), span)
     if setting.data_parallel > 1:
-        sent = times * ring_all_reduce(part, setting.data_parallel)
-        rows["gradients (data parallel)"] = (sent, setting.world_size)
+        rows["gradients (data parallel)"] = (times * ring_all_reduce(part, setting.data_parallel), setting.world_size)
     return rows
 
 

@@ -60,11 +60,7 @@ def build_parser():
 
 
 def setting_of(args, config):
-    """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them.
-
-    Raises:
-        ValueError: a degree that is not supported or does not divide what it splits.
-    """
+    """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them."""
     training, degrees = config["training"], resolve_degrees(args, config["model"], args.world_size)
     setting = Setting.of(
         training,
@@ -190,15 +186,14 @@ def main(argv=None):
     if args.json and os.path.exists(args.json) and not args.overwrite:
         raise ValueError(f"--json {args.json}: exists already; give another name, or --overwrite")
     config = resolve_training(args)
-    setting = setting_of(args, config)
+    planned = Plan(config, setting_of(args, config))
     machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)
-    planned = Plan(config, setting)
     result = {"config_file": args.config_file, **as_json(planned, machine)}
     print_plan(planned, result, args.config_file, config["model"]["type"])
     if args.gpu_memory is not None:
         memory = (args.gpu_memory - args.reserve) * GIB
         print(f"\nthis setting {'fits' if planned.peak <= memory else 'does not fit'} into {args.gpu_memory:g} GiB")
-        found, least = fitting(config, setting, memory, machine, fixed=fixed_fields(args))
+        found, least = fitting(config, planned.setting, memory, machine, fixed=fixed_fields(args))
         if not found:
             need = f"; the least is {gib(least.peak)} GiB: {describe(least.setting)}" if least else ""
             raise ValueError(f"no setting fits into {args.gpu_memory:g} GiB less {args.reserve:g} to leave free{need}")

@@ -116,8 +116,8 @@ def fitting(config, setting, memory, machine, *, fixed=()):
         fixed: names of its fields that must stay as they are.
 
     Returns:
-        `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory
-        of all that were tried, or None if no way takes this batch.
+        `([(Plan, seconds of a step)], least)`: least is the `Plan` of all that were tried that needs the least memory,
+        None if no way takes this batch.
     """
     ranks, samples = _divisors(setting.world_size), _divisors(setting.global_batch)
     way = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}

@@ -1,19 +1,16 @@
 """Judges the numbers of every step: one whose loss or gradients are not finite changes no weight.
 
-The verdict is made on the device, from the gradients' norm (`training.optimizer.GradientNorm`) and the mean loss over
-all ranks. A bad step's gradients become zero and its learning rate 0, so that weights and master weights stay bit for
-bit what they were and the moments decay as if the gradient had been zero. The host hears of it at the next report or
-save, where it waits for the device anyway. `training.optimizer` lists the stations of a step.
+The verdict is made on the device, by the norm of the gradients and the mean loss over all ranks, at the stations that
+`training.optimizer` lists. A bad step's gradients become zero and its learning rate 0, so that weights and master
+weights stay bit for bit what they were and the moments decay. The host hears of it at the next report or save, where
+it waits for the device anyway.
 
-With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step
-(`training.supervision.step_dump`), made with the weights that it met. With "skip" the run goes on and counts, until
-`MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad. With `loss_spike_factor` F above 0 a step is bad too if
-its loss is more than F times the running mean of those before it.
-
-With float16 the loss scaler finds gradients that are too large for its scale, and the optimizer does nothing: that is
-no bad step, unless the loss itself is not finite or the scale has gone down to 1.
-
-On several ranks the verdict takes one all-reduce a step. It also carries whether a rank was asked to stop.
+- With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step
+  (`training.supervision.step_dump`), made with the weights that it met.
+- With "skip" the run goes on and counts, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
+- With `loss_spike_factor` F above 0 a loss of more than F times the running mean before it is bad too.
+- With float16 the optimizer does nothing if the gradients overflow the loss scaler's scale. That is no bad step, unless
+  the loss itself is not finite or the scale has gone down to 1.
 """
 
 import math
@@ -82,10 +79,9 @@ class NumberWatch:
     # A step. Nothing here waits for the device, but for every tenth step on several ranks.
 
     def add(self, loss, parts=None):
-        """Adds a micro-batch's mean loss, a detached tensor.
+        """Adds a micro-batch's mean loss, and further means to report, `{name: tensor}`; all detached.
 
-        Args:
-            parts: further means to report, `{name: detached tensor}`; the same names in every step, on every rank.
+        The names are the same in every step, on every rank.
         """
         parts = parts or {}
         self._names = tuple(parts)
@@ -103,14 +99,9 @@ class NumberWatch:
 
     @paddle.no_grad()
     def judge(self, square, gradients):
-        """Judges the step by the squared norm `(1,)` of its gradients, float32, over all ranks' parts.
+        """Judges the step by the squared norm `(1,)` of its gradients, float32, and returns it, 0 for a bad step.
 
-        Args:
-            gradients: the tensors that this rank's optimizer is about to use; zeros are written into those of a bad
-                step.
-
-        Returns:
-            `square`, and 0 in a bad step.
+        The norm is over all ranks' parts. Zeros are written into the gradients of a bad step: this rank's tensors.
         """
         self._decide(square)
         bad = ~self._ok
@@ -174,15 +165,12 @@ class NumberWatch:
             self._end()
 
     def take(self):
-        """Returns the numbers since it was last called, for a report; waits for the device. A collective.
+        """Returns the numbers since it was last called, for a report; waits and raises as `check` does. A collective.
 
         Returns:
             dict: `loss`, the mean over the steps that were not skipped and all ranks, None if there are none;
             `parts`, the same of what `add` got by name; `skipped_steps`, how many were; `first_skipped`, the first of
             them, or None.
-
-        Raises:
-            BadStepError: a bad step has ended the run.
         """
         means = self._sums / paddle.clip(self._sums[:1], min=1.0)
         numbers = (self._bad[:1], self._stop_asked, self._skipped, self._first_skipped, means)
@@ -203,17 +191,11 @@ class NumberWatch:
 
     def _end(self):
         step, infinite, loss, square, mean = self._bad.tolist()
-        bad = BadStep(
-            step=int(step),
-            kind="nonfinite" if infinite else "spike",
-            loss=loss,
-            grad_norm=square**0.5,
-            learning_rate=self._rates.get(int(step)),
-            objective=self._objective,
-        )
+        step, kind, norm = int(step), "nonfinite" if infinite else "spike", square**0.5
+        bad = BadStep(step, kind, loss, norm, self._rates.get(step), self._objective)
         reason = f"the loss is {loss:.6g}"
         if infinite and math.isfinite(loss):
-            reason = f"the gradients are not finite (norm {bad.grad_norm:.3g}; the loss is {loss:.6g})"
+            reason = f"the gradients are not finite (norm {norm:.3g}; {reason})"
         elif not infinite:
             reason += f", more than {self.spike_factor:g} times its running mean {mean:.6g}"
         if self.skips:
@@ -224,7 +206,7 @@ class NumberWatch:
             dumped = f"no dump of it could be made: {one_line(error)}."
         again = "" if self.skips else "; or leave such steps out: --on_nonfinite skip"
         raise BadStepError(
-            f"step {bad.step}: {reason}. It has changed no weight, and training stops. {dumped} Resume the last "
+            f"step {step}: {reason}. It has changed no weight, and training stops. {dumped} Resume the last "
             f"checkpoint with data that are right, a lower --learning_rate or --max_grad_norm{again}"
         )
 

@@ -1,12 +1,12 @@
 """How a run ends before its last step: asked to by a signal or the clock, or because it makes no progress any more.
 
-Asked to, a run finishes its step, saves and leaves with `EXIT_STOPPED`. On several ranks all of them must do so after
-the same step, so the request travels as one number of the all-reduce that `NumberWatch` does in every step anyway.
+Asked to, a run finishes its step, saves and leaves with `EXIT_STOPPED`: on several ranks after the same step, so that
+the request travels as one number of the all-reduce that `NumberWatch` does in every step anyway.
 
-One thread looks after the rest, because the main thread may be inside a call of C++ that does not come back. It takes
-the signals, and it ends a process whose main thread has begun nothing new for `hang_timeout` seconds with `EXIT_LOST`
-and the stacks of its threads. It needs Python's interpreter lock for that. Where a call of C++ keeps the lock,
-faulthandler's timer, which needs none, ends the process with code 1 instead, `SAVING_SECONDS` later.
+A thread takes the signals, because the main thread may be inside a call of C++ that does not come back. It also ends a
+process whose main thread has begun nothing new for `hang_timeout` seconds, with `EXIT_LOST` and the stacks of its
+threads. Where that call keeps Python's interpreter lock, faulthandler's timer, which does not need it, ends the process
+with code 1 instead, `SAVING_SECONDS` later.
 """
 
 import contextlib
@@ -50,9 +50,6 @@ class Stopping:
     Attributes:
         request: what asked this rank to stop, in words; None as long as nothing has.
         stopped: True once `due` has returned True.
-
-    Raises:
-        ValueError: a limit that makes no sense.
     """
 
     def __init__(self, *, max_hours=None, hang_timeout=0):

@@ -10,7 +10,7 @@ N samples of a micro-batch, T tokens, D hidden width, p tensor-parallel degree.
 """
 
 import functools
-import heapq
+import itertools
 import math
 from collections import namedtuple
 from dataclasses import dataclass
@@ -94,42 +94,38 @@ class Sizes:
         def add(name, *shape, **options):
             found.append(Parameter(name, shape, **options))
 
-        def linear(name, fan_in, fan_out, split="", bias=True):
-            add(f"{name}.weight", fan_in, fan_out, split=split != "")
-            if bias:
-                add(f"{name}.bias", fan_out, split=split == "columns")
+        def layer(name, *widths, split=""):
+            add(f"{name}.weight", *widths, split=split != "")
+            add(f"{name}.bias", widths[-1], split=split == "columns")
 
         if self.large:
-            linear("x_embedder", self.patch**2 * self.channels, hidden)
+            layer("x_embedder", self.patch**2 * self.channels, hidden)
         else:
             add("pos_embed", 1, self.tokens, hidden, trainable=False)
             add("x_embedder.proj.weight", hidden, self.channels, self.patch, self.patch)
             add("x_embedder.proj.bias", hidden)
-        linear("t_embedder.mlp.0", 256, self.condition)
-        linear("t_embedder.mlp.2", self.condition, self.condition)
+        layer("t_embedder.mlp.0", 256, self.condition)
+        layer("t_embedder.mlp.2", self.condition, self.condition)
         add("y_embedder.embedding_table.weight", self.labels, self.condition)
-        for layer in range(self.layers):
-            block = f"layers.{layer}" if self.large else f"blocks.{layer}"
+        for index in range(self.layers):
+            block = f"layers.{index}" if self.large else f"blocks.{index}"
             if self.large:
-                for name, width in (("wq", hidden), ("wk", kv_width), ("wv", kv_width)):
-                    linear(f"{block}.attention.{name}", hidden, width, "columns", bias=False)
-                linear(f"{block}.attention.wo", hidden, hidden, "rows", bias=False)
+                for name, width in (("wq", hidden), ("wk", kv_width), ("wv", kv_width), ("wo", hidden)):
+                    add(f"{block}.attention.{name}.weight", hidden, width, split=True)
                 for name, width in (("q_norm", hidden), ("k_norm", kv_width)) if self.qk_norm else ():
-                    add(f"{block}.attention.{name}.weight", width, split=True)
-                    add(f"{block}.attention.{name}.bias", width, split=True)
-                linear(f"{block}.feed_forward.w1", hidden, mlp, "columns", bias=False)
-                linear(f"{block}.feed_forward.w2", mlp, hidden, "rows", bias=False)
-                linear(f"{block}.feed_forward.w3", hidden, mlp, "columns", bias=False)
+                    layer(f"{block}.attention.{name}", width, split="columns")
+                for name, *widths in (("w1", hidden, mlp), ("w2", mlp, hidden), ("w3", hidden, mlp)):
+                    add(f"{block}.feed_forward.{name}.weight", *widths, split=True)
                 add(f"{block}.attention_norm.weight", hidden)
                 add(f"{block}.ffn_norm.weight", hidden)
             else:
-                linear(f"{block}.attn.qkv", hidden, 3 * hidden, "columns")
-                linear(f"{block}.attn.proj", hidden, hidden, "rows")
-                linear(f"{block}.mlp.fc1", hidden, mlp, "columns")
-                linear(f"{block}.mlp.fc2", mlp, hidden, "rows")
-            linear(f"{block}.adaLN_modulation.1", self.condition, 6 * hidden, "columns")
-        linear("final_layer.linear", hidden, self.patch**2 * self.out_channels)
-        linear("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
+                layer(f"{block}.attn.qkv", hidden, 3 * hidden, split="columns")
+                layer(f"{block}.attn.proj", hidden, hidden, split="rows")
+                layer(f"{block}.mlp.fc1", hidden, mlp, split="columns")
+                layer(f"{block}.mlp.fc2", mlp, hidden, split="rows")
+            layer(f"{block}.adaLN_modulation.1", self.condition, 6 * hidden, split="columns")
+        layer("final_layer.linear", hidden, self.patch**2 * self.out_channels)
+        layer("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
         return found
 
 
@@ -203,7 +199,7 @@ def states(sizes, setting):
     if setting.sharding == "stage3":
         held = owned = gradients = sum(math.ceil(n / degree) if is_sliced(n, setting) else n for n in trained)
     elif setting.sharding:
-        share = fullest_share(trained, setting)
+        share = fullest_share(tuple(trained), setting.sharding, degree)
         owned = sum(share)
         if setting.sharding == "stage2":
             gradients = stage2_gradients(share, degree)
@@ -222,17 +218,16 @@ def is_sliced(numel, setting):
     return numel > SLICED_FROM or setting.device == "cpu"
 
 
-def fullest_share(numels, setting):
+@functools.cache
+def fullest_share(numels, stage, degree):
     """Returns the sizes of the parameters of the sharding rank that owns most, dealt out as Paddle does.
 
     Each goes to the rank with the least so far, in stage 1 the largest first, in stage 2 in the network's order.
     """
-    shares = [(0, rank, []) for rank in range(setting.sharding_degree)]
-    for numel in sorted(numels, reverse=True) if setting.sharding == "stage1" else numels:
-        load, rank, share = shares[0]
-        share.append(numel)
-        heapq.heapreplace(shares, (load + numel, rank, share))
-    return max(shares)[2]
+    shares = [[] for _ in range(degree)]
+    for numel in sorted(numels, reverse=True) if stage == "stage1" else numels:
+        min(shares, key=sum).append(numel)
+    return max(shares, key=sum)
 
 
 def stage2_gradients(share, degree):
@@ -241,13 +236,8 @@ def stage2_gradients(share, degree):
     Paddle makes new buffers for the others at every forward pass, before it frees the earlier ones.
     """
     buffer = min(sum(share), GRADIENT_BUFFER)
-    filled = apart = 0
-    for numel in sorted(share):
-        if filled + numel <= buffer:
-            filled += numel
-        else:
-            apart += numel
-    return apart + (2 * degree - 1) * buffer
+    filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
+    return sum(share) - filled + (2 * degree - 1) * buffer
 
 
 # Bytes by kind are vectors: a multiple of these.
@@ -256,11 +246,10 @@ KEPT, SCORE, CAST, GRADIENT, LOSS = np.eye(len(KINDS))
 
 
 def activations(sizes, setting):
-    """Returns what a micro-batch holds on one device beside the states, in bytes: three vectors over KINDS.
+    """Returns what a micro-batch holds on one device beside the states: `(kept, per_block, peak)`, bytes over KINDS.
 
-    Returns:
-        `(kept, per_block, peak)`: at the end of the forward pass; the part of it that each block adds; when most is
-        held, which is when the loss is computed or early in the backward pass.
+    Those are at the end of the forward pass; the part of it that each block adds; and when most is held, which is when
+    the loss is computed or early in the backward pass.
     """
     mode, degree, block = setting.mode, setting.tensor_parallel, sizes.block
     item = (4, 2, 2)[mode]  # bytes of an element of what the matrix products read
@@ -362,10 +351,9 @@ class Plan:
         # that is to be sharded waits on the host.
         numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
         average = SINGLE * numel if setting.ema and not setting.sharding else 0
-        whole = SINGLE * numel + average
-        if setting.sharding == "stage1" and setting.tensor_parallel == 1:
-            # Its wrapper sends all weights in one go, of the type that they are trained in.
-            whole = max(whole, 2 * setting.weight_size * numel + average)
+        # Stage 1's wrapper alone sends all weights in one go, of the type that they are trained in.
+        sends = setting.sharding == "stage1" and setting.tensor_parallel == 1
+        whole = max(SINGLE, 2 * setting.weight_size if sends else 0) * numel + average
         phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
         return phases
 

@@ -5,7 +5,6 @@ It orders settings; it does not promise seconds. docs/memory.md has the formulas
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 
 from models.sizes import check_tensor_parallel
 from training.parallel.degrees import STAGES
@@ -74,7 +73,7 @@ def traffic(planned):
     return rows
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """What the cost model knows of the devices. The defaults are an A100's."""
 
@@ -95,8 +94,7 @@ def step_seconds(planned, machine):
     sizes, setting = planned.sizes, planned.setting
     tflops = machine.tflops or (312.0 if setting.mode else 19.5)
     operators = setting.accumulation * sizes.layers * sizes.block.operators[setting.mode]
-    if setting.recompute:
-        operators *= 4 / 3
+    operators *= 4 / 3 if setting.recompute else 1
     compute = max(step_flops(planned) / (tflops * 1e12 * machine.efficiency), operators * machine.launch)
     communication = sum(
         sent / (1e9 * (machine.bandwidth if ranks <= machine.per_node else machine.network))

@@ -27,11 +27,8 @@ from training.parallel.step_time import Machine, fitting, step_flops, step_secon
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
-SHOWN = (
-    *("help", "config_file", "device", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("use_ema", "recompute", "bf16", "fp16", "amp_level", "fused_attention"),
-    *("sharding", "sharding_parallel_degree", "tensor_parallel_degree", "dp_degree"),
-)
+SHOWN = """help config_file device per_device_train_batch_size gradient_accumulation_steps use_ema recompute bf16 fp16
+amp_level fused_attention sharding sharding_parallel_degree tensor_parallel_degree dp_degree""".split()
 
 
 def build_parser():
@@ -144,9 +141,8 @@ def describe(setting):
 
 
 def print_fitting(found, args):
-    print(
-        f"\nways to train the same batch in {args.gpu_memory:g} GiB, {args.reserve:g} of them left free, fastest first:"
-    )
+    memory = f"{args.gpu_memory:g} GiB, {args.reserve:g} of them left free"
+    print(f"\nways to train the same batch in {memory}, fastest first:")
     print("tensor  sharding    data  recompute  batch x micro    GiB   s/step  samples/s")
     for planned, seconds in found[: args.top]:
         s = planned.setting
@@ -166,12 +162,8 @@ def as_json(planned, machine):
     derived = {"data_parallel": setting.data_parallel, "global_batch": setting.global_batch}
     return {
         "setting": {**dataclasses.asdict(setting), **derived},
-        "parameters": planned.parameters,
-        "trained": planned.trained,
+        **{name: getattr(planned, name) for name in ("parameters", "trained", "peak_phase", "states", "phases")},
         "peak_bytes": planned.peak,
-        "peak_phase": planned.peak_phase,
-        "states": planned.states,
-        "phases": planned.phases,
         "kept_activations": planned.kept,
         "sent_bytes": {name: size for name, (size, _) in traffic(planned).items()},
         "flops": step_flops(planned),

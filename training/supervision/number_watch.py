@@ -58,12 +58,8 @@ class NumberWatch:
         self._max_consecutive = MAX_CONSECUTIVE_BAD_STEPS if self.skips else 1
         self._losses = []  # of the step's micro-batches: loss and parts, `(1 + parts,)`
         self._names = ()  # of the parts
-        self._step = 0
-        self._scaler = self._loss_scale = None
         self._objective = {}
-        self._ok = self._rate = None
         # On the device, each of shape (1,).
-        self._new = paddle.zeros([1], "bool")
         self._consecutive = paddle.zeros([1], "int64")
         self._mean, self._mean_steps = paddle.zeros([1]), paddle.zeros([1])
         self._stop_asked = paddle.zeros([1])  # how many ranks were asked to stop, as of the last step
@@ -88,11 +84,7 @@ class NumberWatch:
         self._losses.append(paddle.concat([v.astype("float32").reshape([1]) for v in (loss, *parts.values())]))
 
     def begin_update(self, step, learning_rate, scaler=None):
-        """Tells the watch that the optimizer's step `step` (1-based) comes next.
-
-        Args:
-            scaler: the `paddle.amp.GradScaler` that calls the optimizer; None, or one that is off, if none does.
-        """
+        """Tells the watch that optimizer step `step` (1-based) comes next, through this `GradScaler`, if it is on."""
         self._step, self._rates[step] = step, learning_rate
         self._scaler = scaler if is_scaler_on(scaler) else None
         self._loss_scale = None if self._scaler is None else loss_scale(scaler)
@@ -210,16 +202,12 @@ class NumberWatch:
             f"checkpoint with data that are right, a lower --learning_rate or --max_grad_norm{again}"
         )
 
-    # The running mean is in a checkpoint, so that a resumed run judges as an unbroken one.
-
     def state_dict(self):
-        """Returns JSON values; none without a spike guard."""
-        if self.spike_factor <= 0:
-            return {}
-        return {"loss_mean": float(self._mean), "loss_steps": float(self._mean_steps)}
+        """Returns JSON values with which a resumed run judges as an unbroken one: the running mean of a spike guard."""
+        return {"loss_mean": float(self._mean), "loss_steps": float(self._mean_steps)} if self.spike_factor > 0 else {}
 
     def set_state_dict(self, state):
-        """Takes over what `state_dict` returned; nothing of an empty one."""
+        """Takes over what `state_dict` returned."""
         if "loss_mean" in state:
             self._mean = paddle.full([1], float(state["loss_mean"]))
             self._mean_steps = paddle.full([1], float(state["loss_steps"]))

@@ -17,17 +17,12 @@ from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
 from weights.files import safe_load
 
 # What the dump of another version, or of somebody else, must hold.
-_ARRAYS = {"x", "y", "t", "noise", "loss", "rank", "micro_step"}
-_KEYS = {"step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "micro_batch", "precision", "device"}
-_KEYS |= {"sources"}
+_ARRAYS = {*"x y t noise loss rank micro_step".split()}
+_KEYS = {*"step kind loss grad_norm learning_rate data_ranks micro_batch precision device sources".split()}
 
 
 def read_dump(folder):
-    """Reads a dump; returns `(config, batch, state)`, where `batch` is arrays by name.
-
-    Raises:
-        ValueError: it is not whole, or its parts do not belong together.
-    """
+    """Returns `(config, batch, state)` of a dump, batch arrays by name; `ValueError`: it is not a whole one."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; expected RUN/bad_steps/STEP, which the run's error names")
     if wrong := damage(folder, required=(CONFIG, WEIGHTS, BATCH, STATE), checksums=True):

@@ -31,17 +31,13 @@ MAX_DUMPS_PER_STEP = 3  # because a run that is started again and again must not
 
 @paddle.no_grad()
 def dump_step(bad, session):
-    """Reads, draws and computes a bad step once more, and writes its dump; a collective.
+    """Reads, draws and computes a bad step once more, writes its dump, and returns sentences: the cause and the place.
+
+    A collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
 
     Args:
         bad: a `training.supervision.number_watch.BadStep`.
         session: the run's `training.session.Session`; its network has the weights that the step met.
-
-    Returns:
-        Sentences that tell the cause and where the dump is.
-
-    Raises:
-        ValueError, OSError: on every rank, where a sample can't be read any more, or the dump can't be written.
     """
     session.saver.wait()  # because a checkpoint under way must be whole before any rank ends
     batches = run_on_every_rank(lambda: _read(bad.step, session))[session.rank]
@@ -112,21 +108,19 @@ def _files(bad, batch, sources, session):
     step = {key: value for key, value in bad._asdict().items() if key != "objective"}
     for key in ("loss", "grad_norm"):
         step[key] = step[key] if math.isfinite(step[key]) else str(step[key])
+    state = {
+        **step,
+        "seed": session.config["training"]["seed"],
+        "samples_seen": sampler.samples_seen(bad.step - 1),
+        "micro_batch": sampler.batch_size,
+        "processes": session.world_size,
+        "data_ranks": sampler.world_size,
+        "precision": {"dtype": precision.dtype, "level": precision.level},
+        "device": paddle.get_device(),
+        "paddle": paddle.__version__,
+        "sources": sources,
+    }
     yield CONFIG, session.config
     yield WEIGHTS, whole_weights(session.model, session.optimizer)
     yield BATCH, batch
-    yield (
-        STATE,
-        {
-            **step,
-            "seed": session.config["training"]["seed"],
-            "samples_seen": sampler.samples_seen(bad.step - 1),
-            "micro_batch": sampler.batch_size,
-            "processes": session.world_size,
-            "data_ranks": sampler.world_size,
-            "precision": {"dtype": precision.dtype, "level": precision.level},
-            "device": paddle.get_device(),
-            "paddle": paddle.__version__,
-            "sources": sources,
-        },
-    )
+    yield STATE, state

@@ -65,17 +65,18 @@ class Stopping:
         self._first_step, self._step = first_step, first_step + 1
         self._began = self._last_due = self._since = time.monotonic()
         self._longest_step = self._longest_save = 0.0  # seconds
-        self._first_signal = None
-        self._phase = "starting"
+        self._first_signal, self._phase = None, "starting"
         # Without a stderr its number may be that of a user's file by now.
         self._stacks = sys.__stderr__ or open(os.devnull, "w")
         # Handlers of Python wait until the main thread is back from C++. The bytes in this socket come at once.
-        self._wake, self._waker = socket.socketpair()
+        self._undo = contextlib.ExitStack()
+        self._wake, self._waker = map(self._undo.enter_context, socket.socketpair())
         self._waker.setblocking(False)
         self._wake.settimeout(TICK)
-        self._old_waker = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._undo.callback(signal.set_wakeup_fd, before)
         for signum in SIGNALS:
+            self._undo.callback(signal.signal, signum, signal.signal(signum, lambda *_: None))
             signal.siginterrupt(signum, False)  # system calls of C++ go on
         self._thread = threading.Thread(target=self._watch, name="stopping", daemon=True)
         self._thread.start()
@@ -119,11 +120,7 @@ class Stopping:
         self._thread.join()
         self._thread = None
         faulthandler.cancel_dump_traceback_later()
-        signal.set_wakeup_fd(self._old_waker)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._wake.close()
-        self._waker.close()
+        self._undo.close()
         lost = isinstance(error, Exception) and not is_mistake(error) and _COLLECTIVE.search(str(error))
         if lost and self.world_size > 1:
             self._say(f"error: {self._place()}: another rank is gone: {one_line(error)[:1000]}")

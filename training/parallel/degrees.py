@@ -42,8 +42,9 @@ def resolve_degrees(args, model, world_size):
     if (args.sharding or "") not in STAGES:
         raise ValueError(f"--sharding must be '' or {', '.join(STAGES[1:])}, got {args.sharding!r}")
     tensor, sharding = args.tensor_parallel_degree or 1, args.sharding_parallel_degree
+    not_dividing = f"does not divide the {world_size} processes launched"
     if world_size % tensor:
-        raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
+        raise ValueError(f"--tensor_parallel_degree {tensor} {not_dividing}")
     check_tensor_parallel(model, tensor)
     if args.sharding and sharding == 1 and world_size > tensor:
         raise ValueError(f"--sharding {args.sharding} with --sharding_parallel_degree 1 shards nothing; leave one out")
@@ -51,9 +52,7 @@ def resolve_degrees(args, model, world_size):
         sharding = world_size // tensor if args.sharding else 1
     if world_size % (tensor * sharding):
         among = f" / --tensor_parallel_degree {tensor}" if tensor > 1 else ""
-        raise ValueError(
-            f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched{among}"
-        )
+        raise ValueError(f"--sharding_parallel_degree {sharding} {not_dividing}{among}")
     stage = (args.sharding or "stage1") if sharding > 1 else ""
     notes = []
     data_parallel = world_size // (tensor * sharding)
@@ -67,7 +66,6 @@ def resolve_degrees(args, model, world_size):
         known = ", ".join(USED + LEFT_OUT)
         raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {known}")
     used = [name for name in settings if stage == "stage1" and name in USED]
-    if len(used) < len(settings):
-        unused = ", ".join(name for name in settings if name not in used)
+    if unused := ", ".join(name for name in settings if name not in used):
         notes.append(f"--sharding_parallel_config: {unused} left out (only speed or memory would differ)")
     return Degrees(tensor, sharding, stage, world_size // tensor, " ".join(used), tuple(notes))

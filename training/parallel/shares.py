@@ -47,10 +47,8 @@ class LocalShard:
     def __init__(self, model, optimizer=None):
         self._by_name = dict(model.named_parameters())
         self.group, owners = sharding_of(optimizer)
-        self._owner = None  # rank in the sharding group by name, in stages 1 and 2
-        if owners is not None:
-            # Frozen parameters are not in the optimizer: theirs is the first rank.
-            self._owner = {name: owners.get(parameter.name, 0) for name, parameter in self._by_name.items()}
+        # Ranks in the sharding group, in stages 1 and 2. Frozen parameters are in no optimizer: theirs is the first.
+        self._owner = None if owners is None else {name: owners.get(p.name, 0) for name, p in self._by_name.items()}
         splits = {p.name: getattr(p, "parallel_split", None) for p in self._by_name.values()}
         self._splits = {name: split for name, split in splits.items() if split is not None}
         self.tensor_group = next((split.group for split in self._splits.values()), None)
@@ -92,14 +90,11 @@ class LocalShard:
         return paddle.concat(parts)[: int(np.prod(parameter.shape))].reshape(parameter.shape)
 
     def gather(self, tensors, names=None):
-        """Gathers whole parameter-shaped values on rank 0. A collective.
+        """Gathers whole parameter-shaped values on rank 0, `{name: float32 array}`; the others get none. A collective.
 
         Args:
             tensors: `{name: this rank's part}`; those that other ranks own may be missing.
             names: which, the same on all ranks; None for all parameters.
-
-        Returns:
-            `{name: float32 array}`; empty on other ranks than 0, which copy nothing to the host.
         """
         result = {}
         for name in self._by_name if names is None else names:

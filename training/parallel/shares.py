@@ -122,10 +122,9 @@ class LocalShard:
         return {name: whole_shape(parameter) for name, parameter in self._by_name.items()}
 
     def norm_weight(self, key):
-        """Returns how the squared gradient norm of an `optimizer_key` adds to the global one: `(is_split, weight)`.
+        """Returns `(is_split, weight)`, how the squared gradient norm of an `optimizer_key` adds to the global one.
 
-        Those are whether the other ranks of the tensor group hold other parts, and one over the number of sharding
-        ranks that hold the same part.
+        True if each rank of the tensor group holds a part; one over the number of sharding ranks with the same part.
         """
         replicas = self.group.nranks if self.weights_are_sharded and not key.startswith("slice@") else 1
         return key.removeprefix("slice@") in self._splits, 1.0 / replicas

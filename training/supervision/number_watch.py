@@ -93,7 +93,7 @@ class NumberWatch:
     def judge(self, square, gradients):
         """Judges the step by the squared norm `(1,)` of its gradients, float32, and returns it, 0 for a bad step.
 
-        The norm is over all ranks' parts. Zeros are written into the gradients of a bad step: this rank's tensors.
+        The norm is over all ranks' parts. Into this rank's `gradients`, tensors, zeros are written in a bad step.
         """
         self._decide(square)
         bad = ~self._ok
@@ -108,7 +108,7 @@ class NumberWatch:
 
     @paddle.no_grad()
     def end_update(self, objective=None):
-        """Ends the step, after the optimizer's and before the objective's `end_step`; a bad one keeps its state."""
+        """Ends the step, before the objective's `end_step`; with a bad step the objective's state is kept."""
         if self._losses:  # the scaler has not even called the optimizer
             self._decide(paddle.full([1], math.inf))
         for name, value in objective.state_dict().items() if objective is not None else ():

@@ -23,12 +23,12 @@ def mlp_width(model):
 
 def check_tensor_parallel(model, degree):
     """Raises `ValueError` if the `model` section of a resolved config can't be split over `degree` ranks."""
-    sizes = {"num_attention_heads": model["num_attention_heads"]}
-    if "mlp_ratio" in model:
-        sizes["the MLP's width, hidden size * mlp_ratio,"] = mlp_width(model)
-    else:
-        sizes["num_kv_heads"] = model["num_kv_heads"] or model["num_attention_heads"]
-        sizes["the feed-forward width (multiple_of, ffn_dim_multiplier)"] = mlp_width(model)
+    heads, is_ratio = model["num_attention_heads"], "mlp_ratio" in model
+    mlp = (
+        "MLP's width, hidden size * mlp_ratio," if is_ratio else "feed-forward width (multiple_of, ffn_dim_multiplier)"
+    )
+    sizes = {"num_attention_heads": heads, "num_kv_heads": model.get("num_kv_heads") or heads}
+    sizes[f"the {mlp}"] = mlp_width(model)
     for name, size in sizes.items():
         if size % degree:
             raise ValueError(

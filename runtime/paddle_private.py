@@ -69,11 +69,6 @@ def _wrappers(optimizer):
     return found
 
 
-def parameters_of(optimizer):
-    """Returns the parameters that an optimizer was given."""
-    return optimizer._parameter_list
-
-
 def stage3_slice(parameter):
     """Returns the flat slice of a parameter that sharding stage 3 leaves this rank, or None if it is whole here."""
     return getattr(parameter, "fw_storage", None)

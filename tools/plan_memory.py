@@ -27,11 +27,8 @@ from training.parallel.step_time import Machine, fitting, step_flops, step_secon
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
-SHOWN = (
-    *("help", "config_file", "device", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("use_ema", "recompute", "bf16", "fp16", "amp_level", "fused_attention"),
-    *("sharding", "sharding_parallel_degree", "tensor_parallel_degree", "dp_degree"),
-)
+SHOWN = """help config_file device per_device_train_batch_size gradient_accumulation_steps use_ema recompute bf16 fp16
+amp_level fused_attention sharding sharding_parallel_degree tensor_parallel_degree dp_degree""".split()
 
 
 def build_parser():
@@ -60,11 +57,7 @@ def build_parser():
 
 
 def setting_of(args, config):
-    """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them.
-
-    Raises:
-        ValueError: a degree that is not supported or does not divide what it splits.
-    """
+    """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them."""
     training, degrees = config["training"], resolve_degrees(args, config["model"], args.world_size)
     setting = Setting.of(
         training,
@@ -76,15 +69,14 @@ def setting_of(args, config):
     )
     if args.dp_degree not in (None, setting.data_parallel):
         raise ValueError(degrees.notes[0])
-    batch = args.per_device_train_batch_size
+    batch, ranks = args.per_device_train_batch_size, setting.data_ranks
     if batch is None:
-        total, micro_batches = training["global_batch_size"], setting.data_ranks * setting.accumulation
-        if total % micro_batches:
+        batch, rest = divmod(training["global_batch_size"], ranks * setting.accumulation)
+        if rest:
             raise ValueError(
-                f"global batch size {total} is not divisible by {setting.data_ranks} data-parallel ranks x "
+                f"global batch size {training['global_batch_size']} is not divisible by {ranks} data-parallel ranks x "
                 f"{setting.accumulation} gradient accumulation steps; give --per_device_train_batch_size"
             )
-        batch = total // micro_batches
     return dataclasses.replace(setting, batch=batch)
 
 
@@ -105,56 +97,52 @@ def gib(size):
     return f"{size / GIB:.2f}"
 
 
-def print_plan(planned, config, config_file, machine):
-    kind, setting = config["model"]["type"], planned.setting
+def print_table(title, sizes, unit, least=0):
+    print(title)
+    for name, size in sizes.items():
+        if size >= least:
+            print(f"  {name:42}{size / unit:8.2f}")
+
+
+def print_plan(planned, report, config_file, kind):
+    phase, held, seconds = planned.peak_phase, sum(planned.states.values()), report["seconds"]
     print(f"{config_file}: {kind}, {planned.parameters:,} parameters, {planned.trained:,} of them trained")
-    print(describe(setting), end="\n\n")
-    print("memory of the fullest GPU                      GiB")
-    phase, held = planned.peak_phase, sum(planned.states.values())
-    rows = [(f"  {name}", size) for name, size in planned.states.items()]
-    rows += [(f"  in the phase {phase!r}:", None), *((f"    {n}", size) for n, size in planned.phases[phase].items())]
-    for name, size in [*rows, ("  peak", planned.peak)]:
-        if size is None or size >= GIB / 200:
-            print(name if size is None else f"{name:44}{gib(size):>8}")
-    others = {name: held + sum(kinds.values()) for name, kinds in planned.phases.items() if name != phase}
-    print(f"other phases: {', '.join(f'{name} {gib(size)}' for name, size in others.items())}")
+    print(describe(planned.setting), end="\n\n")
+    print_table("memory of the fullest GPU                      GiB", planned.states, GIB, least=GIB / 200)
+    in_phase = {f"  {name}": size for name, size in planned.phases[phase].items()}
+    print_table(f"  in the phase {phase!r}:", in_phase, GIB, least=GIB / 200)
+    print(f"  {'peak':42}{gib(planned.peak):>8}")
+    others = [f"{name} {gib(held + sum(kinds.values()))}" for name, kinds in planned.phases.items() if name != phase]
+    print(f"other phases: {', '.join(others)}")
     print(f"kept from the forward to the backward pass: {gib(sum(planned.kept.values()))}\n")
-    sent = traffic(planned)
-    if sent:
-        print("sent by a GPU in a step                         GB")
-        for name, (size, _) in sent.items():
-            print(f"  {name:42}{size / 1e9:8.2f}")
+    if report["sent_bytes"]:
+        print_table("sent by a GPU in a step                         GB", report["sent_bytes"], 1e9)
         print()
-    compute, send = step_seconds(planned, machine)
     print(
-        f"estimate: {compute + send:.3f} s a step ({compute:.3f} computing, {send:.3f} sending), "
-        f"{setting.global_batch / (compute + send):.0f} samples/s"
+        f"estimate: {sum(seconds.values()):.3f} s a step ({seconds['computing']:.3f} computing, "
+        f"{seconds['sending']:.3f} sending), {planned.setting.global_batch / sum(seconds.values()):.0f} samples/s"
     )
 
 
 def describe(setting):
     """Returns one line on how a network is trained."""
-    parts = [f"{setting.world_size} GPUs" if setting.world_size > 1 else "1 GPU"]
-    if setting.tensor_parallel > 1:
-        parts.append(f"tensor parallel {setting.tensor_parallel}")
-    if setting.sharding:
-        parts.append(f"sharding {setting.sharding} x {setting.sharding_degree}")
-    if setting.data_parallel > 1:
-        parts.append(f"data parallel {setting.data_parallel}")
-    switches = {"recompute": setting.recompute, "EMA": setting.ema, "fused attention": setting.fused_attention}
-    words = [f"{setting.precision} {setting.level}" if setting.mode else "float32"]
+    s = setting
+    parts = {
+        f"{s.world_size} GPU{'s' if s.world_size > 1 else ''}": True,
+        f"tensor parallel {s.tensor_parallel}": s.tensor_parallel > 1,
+        f"sharding {s.sharding} x {s.sharding_degree}": s.sharding,
+        f"data parallel {s.data_parallel}": s.data_parallel > 1,
+    }
+    batches = f"{counted(s.batch, 'sample')} x {counted(s.accumulation, 'micro-batch', 'micro-batches')} a GPU"
+    switches = {"recompute": s.recompute, "EMA": s.ema, "fused attention": s.fused_attention}
+    words = [f"{s.precision} {s.level}" if s.mode else "float32"]
     words += [name if value else f"no {name}" for name, value in switches.items()]
-    batches = counted(setting.accumulation, "micro-batch", "micro-batches")
-    return (
-        f"{', '.join(parts)}; {counted(setting.batch, 'sample')} x {batches} a GPU, "
-        f"{setting.global_batch} a step; {', '.join(words)}"
-    )
+    return f"{', '.join(filter(parts.get, parts))}; {batches}, {s.global_batch} a step; {', '.join(words)}"
 
 
 def print_fitting(found, args):
-    print(
-        f"\nways to train the same batch in {args.gpu_memory:g} GiB, {args.reserve:g} of them left free, fastest first:"
-    )
+    memory = f"{args.gpu_memory:g} GiB, {args.reserve:g} of them left free"
+    print(f"\nways to train the same batch in {memory}, fastest first:")
     print("tensor  sharding    data  recompute  batch x micro    GiB   s/step  samples/s")
     for planned, seconds in found[: args.top]:
         s = planned.setting
@@ -170,44 +158,34 @@ def print_fitting(found, args):
 
 def as_json(planned, machine):
     """Returns a plan as JSON values."""
-    compute, send = step_seconds(planned, machine)
     setting = planned.setting
     derived = {"data_parallel": setting.data_parallel, "global_batch": setting.global_batch}
     return {
         "setting": {**dataclasses.asdict(setting), **derived},
-        "parameters": planned.parameters,
-        "trained": planned.trained,
+        **{name: getattr(planned, name) for name in ("parameters", "trained", "peak_phase", "states", "phases")},
         "peak_bytes": planned.peak,
-        "peak_phase": planned.peak_phase,
-        "states": planned.states,
-        "phases": planned.phases,
         "kept_activations": planned.kept,
         "sent_bytes": {name: size for name, (size, _) in traffic(planned).items()},
         "flops": step_flops(planned),
-        "seconds": {"computing": compute, "sending": send},
+        "seconds": dict(zip(("computing", "sending"), step_seconds(planned, machine), strict=True)),
     }
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_positive(
-        args,
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "sharding_parallel_degree", "world_size"),
-        *("tensor_parallel_degree", "gpu_memory", "top", "gpu_tflops", "efficiency", "bandwidth", "network"),
-        "gpus_per_node",
-    )
+    own = ("world_size", "gpu_memory", "top", "gpu_tflops", "efficiency", "bandwidth", "network", "gpus_per_node")
+    check_positive(args, *own)
     if args.json and os.path.exists(args.json) and not args.overwrite:
         raise ValueError(f"--json {args.json}: exists already; give another name, or --overwrite")
     config = resolve_training(args)
-    setting = setting_of(args, config)
+    planned = Plan(config, setting_of(args, config))
     machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)
-    planned = Plan(config, setting)
-    print_plan(planned, config, args.config_file, machine)
     result = {"config_file": args.config_file, **as_json(planned, machine)}
+    print_plan(planned, result, args.config_file, config["model"]["type"])
     if args.gpu_memory is not None:
         memory = (args.gpu_memory - args.reserve) * GIB
         print(f"\nthis setting {'fits' if planned.peak <= memory else 'does not fit'} into {args.gpu_memory:g} GiB")
-        found, least = fitting(config, setting, memory, machine, fixed=fixed_fields(args))
+        found, least = fitting(config, planned.setting, memory, machine, fixed=fixed_fields(args))
         if not found:
             need = f"; the least is {gib(least.peak)} GiB: {describe(least.setting)}" if least else ""
             raise ValueError(f"no setting fits into {args.gpu_memory:g} GiB less {args.reserve:g} to leave free{need}")

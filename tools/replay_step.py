@@ -19,8 +19,7 @@ configure_runtime()  # before Paddle is imported
 def print_samples(batch, sources, losses, limit):
     """Prints a line for each of the `limit` worst samples: first latents that are not finite, then by loss."""
     finite = np.isfinite(batch["x"]).reshape(len(losses), -1).all(axis=1)
-    key = np.where(np.isfinite(losses), losses, np.inf)
-    order = sorted(range(len(losses)), key=lambda row: (finite[row], -key[row], row))
+    order = np.lexsort((-np.where(np.isfinite(losses), losses, np.inf), finite))
     print(f"{'sample':>6} {'rank':>4} {'micro':>5} {'label':>6} {'t':>9} {'loss then':>11} {'now':>11}  latent")
     for row in order[:limit]:
         dropped = "force_drop_ids" in batch and bool(batch["force_drop_ids"][row])

@@ -42,7 +42,7 @@ class EMA:
     def shard(self, shard):
         """Keeps the averages of this rank's `LocalShard` only; call it when the optimizer has its wrappers."""
         self.shadow = {
-            name: shard.shard(name, value).to(device=paddle.get_device())
+            name: paddle.to_tensor(shard.shard(name, value.numpy()))
             for name, value in self.shadow.items()
             if shard.owns(name)
         }

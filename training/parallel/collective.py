@@ -1,6 +1,21 @@
-"""Work for rank 0 alone, whose errors end every rank."""
+"""Work of one rank or of all, whose errors end every rank."""
 
-import paddle
+import paddle.distributed as dist
+
+
+def run_on_every_rank(function):
+    """Returns what `function()` returns on each rank, in a list; an exception of it on one is raised on every rank."""
+    try:
+        answers = [function()]
+    except Exception as error:
+        answers = [error]
+    if dist.get_world_size() > 1:
+        (own,), answers = answers, []
+        dist.all_gather_object(answers, own)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 def run_on_rank_0(decide):
@@ -8,14 +23,4 @@ def run_on_rank_0(decide):
 
     Nodes that don't share a disk must not decide differently.
     """
-    answer = [None]
-    if paddle.distributed.get_rank() == 0:
-        try:
-            answer = [decide()]
-        except Exception as error:
-            answer = [error]
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+    return run_on_every_rank(decide if dist.get_rank() == 0 else lambda: None)[0]

@@ -5,15 +5,22 @@ the three operators that have no CPU kernel, by the same collectives with their 
 device; and the store that the addresses of a group are exchanged through. On a GPU nothing here is called.
 """
 
+import functools
+import logging
 import os
 import socket
+from types import SimpleNamespace
 
 import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
 from paddle.base import core
+from paddle.distributed.fleet.meta_parallel.sharding import group_sharded_optimizer_stage2 as stage2
+from paddle.distributed.fleet.meta_parallel.sharding import group_sharded_stage3 as stage3
+from paddle.distributed.fleet.meta_parallel.sharding import group_sharded_storage
+from paddle.distributed.sharding import group_sharded
 
-from runtime.paddle_private import give_groups_own_stores, parameters_of, replace_tensor_parallel_operators
+from runtime.paddle_private import give_groups_own_stores, replace_tensor_parallel_operators
 
 
 def _copy(x, group):
@@ -55,8 +62,23 @@ def use_plain_collectives():
     replace_tensor_parallel_operators(
         identity=_operator(_copy, _sum), all_reduce=_operator(_sum, _copy), concat=_operator(_concat, _own)
     )
-    dist.sharding.group_sharded_parallel = _group_sharded_parallel
+    # The wrappers' checks: a CPU passes for a custom device in the first, for a GPU in the second.
+    group_sharded.paddle = _instead(paddle, device=SimpleNamespace(get_all_custom_device_type=lambda: ["cpu"]))
+    stage2.core = stage3.core = _instead(core, is_compiled_with_cuda=lambda: True)
+    stage2.paddle = _instead(paddle, get_device=lambda: "cpu:0")
+    # Fills the buffer in place; on a GPU it is filled on the host and moved.
+    storage = group_sharded_storage.ParamStorage
+    storage.add_rank_params = functools.partialmethod(storage.add_rank_params, convert_gpu=False)
+    group_sharded.logger_ = logging.getLogger(__name__)
+    group_sharded.logger_.disabled = True
+    # Stage 3 slices what has more than 100 elements: on a GPU it would be 2 ** 20, more than a test's whole network.
+    dist.sharding.group_sharded_parallel = functools.partial(group_sharded.group_sharded_parallel, segment_size=100)
     give_groups_own_stores(_own_store)
+
+
+def _instead(module, **attributes):
+    """Returns a module's attributes, some of them replaced."""
+    return SimpleNamespace(**{**vars(module), **attributes})
 
 
 def _own_store(shared, group_name, rank):
@@ -71,52 +93,3 @@ def _own_store(shared, group_name, rank):
         return store
     host, _, port = shared.get(key).decode().rpartition(":")
     return core.TCPStore(host, int(port), False, 0)
-
-
-class _Instead:
-    """A module with some of its attributes replaced."""
-
-    def __init__(self, module, **attributes):
-        self.__dict__.update(attributes, _module=module)
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
-def _param_storage(base):
-    class ParamStorage(base):
-        """Fills the buffer in place; on a GPU it is filled on the host and moved."""
-
-        def add_rank_params(self, trainable_params, param2align):
-            super().add_rank_params(trainable_params, param2align, convert_gpu=False)
-
-    return ParamStorage
-
-
-def _group_sharded_parallel(
-    model, optimizer, level, scaler=None, group=None, dp_group=None, exclude_layer=None, sync_comm=False, **_
-):
-    """Wraps as `paddle.distributed.sharding.group_sharded_parallel` does, by the same wrappers, on a CPU."""
-    from paddle.distributed.fleet.meta_parallel.sharding import (
-        group_sharded_optimizer_stage2,
-        group_sharded_stage2,
-        group_sharded_stage3,
-        group_sharded_storage,
-    )
-
-    has_device = _Instead(core, is_compiled_with_cuda=lambda: True)
-    group_sharded_optimizer_stage2.core = group_sharded_stage3.core = has_device
-    group_sharded_optimizer_stage2.paddle = _Instead(paddle, get_device=lambda: "cpu:0")
-    group_sharded_optimizer_stage2.ParamStorage = _param_storage(group_sharded_storage.ParamStorage)
-    options = {"group": group, "dp_group": dp_group, "device": "cpu"}
-    if level == "os_g":
-        optimizer = group_sharded_optimizer_stage2.GroupShardedOptimizerStage2(
-            params=parameters_of(optimizer), optim=optimizer, **options
-        )
-        model = group_sharded_stage2.GroupShardedStage2(model, optimizer, **options)
-    else:
-        # Slices what has more than 100 elements: on a GPU it would be 2 ** 20, more than a test's whole network.
-        model = group_sharded_stage3.GroupShardedStage3(
-            model, optimizer=optimizer, segment_size=100, exclude_layer=exclude_layer, sync_comm=sync_comm, **options
-        )
-    return model, optimizer, scaler

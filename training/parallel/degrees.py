@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from models.sizes import check_tensor_parallel
 
 STAGES = ("", "stage1", "stage2", "stage3")
-# Settings of PaddleNLP's sharding_parallel_config that can be used, by stage. The others keep the optimizer's state
+# Settings of PaddleNLP's sharding_parallel_config: those that stage 1 uses, and others: they keep the optimizer's state
 # under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
-SHARDING_SETTINGS = {"disable_stage1_reduce_avg": ("stage1",), "enable_release_grads": ("stage1",)}
+USED = ("disable_stage1_reduce_avg", "enable_release_grads")
 LEFT_OUT = (
     *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
     *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
@@ -16,23 +16,14 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks of a run divide the work; by default each has its own data and a whole network.
+    """How the ranks of a run divide the work; by default each has its own data and a whole network."""
 
-    Attributes:
-        tensor: ranks that share one network, and get the same batch.
-        sharding: ranks over which `stage` spreads state.
-        stage: one of `STAGES`.
-        data_ranks: ranks, or groups of `tensor` ranks, that get different data.
-        sharding_settings: those of PaddleNLP's sharding_parallel_config that can be used.
-        notes: sentences to print.
-    """
-
-    tensor: int = 1
-    sharding: int = 1
-    stage: str = ""
-    data_ranks: int = 1
-    sharding_settings: str = ""
-    notes: tuple = ()
+    tensor: int = 1  # ranks that share one network, and get the same batch
+    sharding: int = 1  # ranks over which `stage` spreads state
+    stage: str = ""  # one of `STAGES`
+    data_ranks: int = 1  # ranks, or groups of `tensor` ranks, that get different data
+    sharding_settings: str = ""  # those of PaddleNLP's sharding_parallel_config that can be used
+    notes: tuple = ()  # sentences to print
 
 
 def resolve_degrees(args, model, world_size):
@@ -51,8 +42,9 @@ def resolve_degrees(args, model, world_size):
     if (args.sharding or "") not in STAGES:
         raise ValueError(f"--sharding must be '' or {', '.join(STAGES[1:])}, got {args.sharding!r}")
     tensor, sharding = args.tensor_parallel_degree or 1, args.sharding_parallel_degree
+    not_dividing = f"does not divide the {world_size} processes launched"
     if world_size % tensor:
-        raise ValueError(f"--tensor_parallel_degree {tensor} does not divide the {world_size} processes launched")
+        raise ValueError(f"--tensor_parallel_degree {tensor} {not_dividing}")
     check_tensor_parallel(model, tensor)
     if args.sharding and sharding == 1 and world_size > tensor:
         raise ValueError(f"--sharding {args.sharding} with --sharding_parallel_degree 1 shards nothing; leave one out")
@@ -60,9 +52,7 @@ def resolve_degrees(args, model, world_size):
         sharding = world_size // tensor if args.sharding else 1
     if world_size % (tensor * sharding):
         among = f" / --tensor_parallel_degree {tensor}" if tensor > 1 else ""
-        raise ValueError(
-            f"--sharding_parallel_degree {sharding} does not divide the {world_size} processes launched{among}"
-        )
+        raise ValueError(f"--sharding_parallel_degree {sharding} {not_dividing}{among}")
     stage = (args.sharding or "stage1") if sharding > 1 else ""
     notes = []
     data_parallel = world_size // (tensor * sharding)
@@ -72,11 +62,10 @@ def resolve_degrees(args, model, world_size):
             f"sharding degree {sharding} give: the data-parallel degree is {data_parallel}"
         )
     settings = args.sharding_parallel_config.replace(",", " ").split()
-    known = (*SHARDING_SETTINGS, *LEFT_OUT)
-    if unknown := [name for name in settings if name not in known]:
-        raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {', '.join(known)}")
-    used = [name for name in settings if stage in SHARDING_SETTINGS.get(name, ())]
-    if len(used) < len(settings):
-        unused = ", ".join(name for name in settings if name not in used)
+    if unknown := [name for name in settings if name not in USED + LEFT_OUT]:
+        known = ", ".join(USED + LEFT_OUT)
+        raise ValueError(f"--sharding_parallel_config: unknown setting {unknown[0]!r}; known: {known}")
+    used = [name for name in settings if stage == "stage1" and name in USED]
+    if unused := ", ".join(name for name in settings if name not in used):
         notes.append(f"--sharding_parallel_config: {unused} left out (only speed or memory would differ)")
     return Degrees(tensor, sharding, stage, world_size // tensor, " ".join(used), tuple(notes))

@@ -10,7 +10,7 @@ N samples of a micro-batch, T tokens, D hidden width, p tensor-parallel degree.
 """
 
 import functools
-import heapq
+import itertools
 import math
 from collections import namedtuple
 from dataclasses import dataclass
@@ -26,40 +26,20 @@ GRADIENT_BUFFER = 2**23
 SLICED_FROM = 2**20
 
 MODES = ("float32", "O1", "O2")  # the order of the numbers in a tuple
-Block = namedtuple("Block", "whole split kv_heads qk_norm mlp rows residual mlp_gradients operators")
-# Bytes that a block keeps for its backward pass:
-#   whole     of N T D: norms, modulated tokens, outputs of attention and MLP
-#   split     of N T D / p: attention (queries, keys, values, their rotations, output)
-#   kv_heads  of N T D / p, times num_kv_heads / heads: rotations of keys
-#   qk_norm   of N T D / p for the queries, and times num_kv_heads / heads for the keys
-#   mlp       of N T / p, times the MLP's width
-#   rows      of N T: statistics of the norms
-# residual: bytes of an element of the residual stream. mlp_gradients: how many gradients of the MLP's inner width the
-# backward pass holds at once. operators: forward and backward.
-BLOCKS = {
-    "DiT": Block(
-        whole=(32, 24, 16),
-        split=(16, 8, 8),
-        kv_heads=(0, 0, 0),
-        qk_norm=(0, 0, 0),
-        mlp=(8, 4, 4),
-        rows=16,
-        residual=(4, 4, 2),
-        mlp_gradients=1,
-        operators=(64, 102, 64),
-    ),
-    "LargeDiT": Block(
-        whole=(40, 28, 28),
-        split=(20, 12, 12),
-        kv_heads=(4, 4, 4),
-        qk_norm=(4, 4, 2),
-        mlp=(12, 6, 6),
-        rows=8,
-        residual=(4, 2, 2),
-        mlp_gradients=2,
-        operators=(130, 166, 150),
-    ),
+# What a block of DiT and one of LargeDiT keep for their backward pass, in bytes, and what else differs between them.
+_BLOCKS = {
+    "whole": ((32, 24, 16), (40, 28, 28)),  # of N T D: norms, modulated tokens, outputs of attention and MLP
+    "split": ((16, 8, 8), (20, 12, 12)),  # of N T D / p: queries, keys, values, their rotations, attention's output
+    "kv_heads": ((0, 0, 0), (4, 4, 4)),  # of N T D / p, times num_kv_heads / heads: rotations of keys
+    "qk_norm": ((0, 0, 0), (4, 4, 2)),  # of N T D / p for queries; for keys times num_kv_heads / heads
+    "mlp": ((8, 4, 4), (12, 6, 6)),  # of N T / p, times the MLP's width
+    "rows": (16, 8),  # of N T: statistics of the norms
+    "residual": ((4, 4, 2), (4, 2, 2)),  # of an element of the residual stream
+    "mlp_gradients": (1, 2),  # gradients of the MLP's inner width that the backward pass holds at once
+    "operators": ((64, 102, 64), (130, 166, 150)),  # forward and backward
 }
+Block = namedtuple("Block", _BLOCKS)
+BLOCKS = dict(zip(("DiT", "LargeDiT"), map(Block, *_BLOCKS.values()), strict=True))
 SPLIT_QK_NORM = 12  # instead of `qk_norm` if p > 1: the layer norm of a split width is made of float32 operators
 SCORES = (4, 6, 2)  # of N heads T^2 / p: softmax of plain attention; O1: float32, and a half copy for the product
 SCORE_GRADIENTS = (8, 6, 4)  # of N heads T^2 / p, in the backward pass of the softmax
@@ -114,81 +94,64 @@ class Sizes:
         def add(name, *shape, **options):
             found.append(Parameter(name, shape, **options))
 
-        def linear(name, fan_in, fan_out, split="", bias=True):
-            add(f"{name}.weight", fan_in, fan_out, split=split != "")
-            if bias:
-                add(f"{name}.bias", fan_out, split=split == "columns")
+        def layer(name, *widths, split=""):
+            add(f"{name}.weight", *widths, split=split != "")
+            add(f"{name}.bias", widths[-1], split=split == "columns")
 
         if self.large:
-            linear("x_embedder", self.patch**2 * self.channels, hidden)
+            layer("x_embedder", self.patch**2 * self.channels, hidden)
         else:
             add("pos_embed", 1, self.tokens, hidden, trainable=False)
             add("x_embedder.proj.weight", hidden, self.channels, self.patch, self.patch)
             add("x_embedder.proj.bias", hidden)
-        linear("t_embedder.mlp.0", 256, self.condition)
-        linear("t_embedder.mlp.2", self.condition, self.condition)
+        layer("t_embedder.mlp.0", 256, self.condition)
+        layer("t_embedder.mlp.2", self.condition, self.condition)
         add("y_embedder.embedding_table.weight", self.labels, self.condition)
-        for layer in range(self.layers):
-            block = f"layers.{layer}" if self.large else f"blocks.{layer}"
+        for index in range(self.layers):
+            block = f"layers.{index}" if self.large else f"blocks.{index}"
             if self.large:
-                for name, width in (("wq", hidden), ("wk", kv_width), ("wv", kv_width)):
-                    linear(f"{block}.attention.{name}", hidden, width, "columns", bias=False)
-                linear(f"{block}.attention.wo", hidden, hidden, "rows", bias=False)
+                for name, width in (("wq", hidden), ("wk", kv_width), ("wv", kv_width), ("wo", hidden)):
+                    add(f"{block}.attention.{name}.weight", hidden, width, split=True)
                 for name, width in (("q_norm", hidden), ("k_norm", kv_width)) if self.qk_norm else ():
-                    add(f"{block}.attention.{name}.weight", width, split=True)
-                    add(f"{block}.attention.{name}.bias", width, split=True)
-                linear(f"{block}.feed_forward.w1", hidden, mlp, "columns", bias=False)
-                linear(f"{block}.feed_forward.w2", mlp, hidden, "rows", bias=False)
-                linear(f"{block}.feed_forward.w3", hidden, mlp, "columns", bias=False)
+                    layer(f"{block}.attention.{name}", width, split="columns")
+                for name, *widths in (("w1", hidden, mlp), ("w2", mlp, hidden), ("w3", hidden, mlp)):
+                    add(f"{block}.feed_forward.{name}.weight", *widths, split=True)
                 add(f"{block}.attention_norm.weight", hidden)
                 add(f"{block}.ffn_norm.weight", hidden)
             else:
-                linear(f"{block}.attn.qkv", hidden, 3 * hidden, "columns")
-                linear(f"{block}.attn.proj", hidden, hidden, "rows")
-                linear(f"{block}.mlp.fc1", hidden, mlp, "columns")
-                linear(f"{block}.mlp.fc2", mlp, hidden, "rows")
-            linear(f"{block}.adaLN_modulation.1", self.condition, 6 * hidden, "columns")
-        linear("final_layer.linear", hidden, self.patch**2 * self.out_channels)
-        linear("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
+                layer(f"{block}.attn.qkv", hidden, 3 * hidden, split="columns")
+                layer(f"{block}.attn.proj", hidden, hidden, split="rows")
+                layer(f"{block}.mlp.fc1", hidden, mlp, split="columns")
+                layer(f"{block}.mlp.fc2", mlp, hidden, split="rows")
+            layer(f"{block}.adaLN_modulation.1", self.condition, 6 * hidden, split="columns")
+        layer("final_layer.linear", hidden, self.patch**2 * self.out_channels)
+        layer("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
         return found
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a network is trained; names and values as in `config.flags`.
+    """How a network is trained; names and values as in `config.flags`."""
 
-    Attributes:
-        world_size: processes, one per device.
-        batch: samples of a micro-batch on one device.
-        accumulation: micro-batches per optimizer step.
-        precision, level: `amp_dtype`, `amp_level`.
-        device: `gpu`, or `cpu`, where everything is float32 and attention is plain.
-    """
-
-    world_size: int = 1
+    world_size: int = 1  # processes, one per device
     tensor_parallel: int = 1
     sharding: str = ""
     sharding_degree: int = 1
-    batch: int = 1
-    accumulation: int = 1
-    precision: str = "float32"
+    batch: int = 1  # samples of a micro-batch on one device
+    accumulation: int = 1  # micro-batches per optimizer step
+    precision: str = "float32"  # `amp_dtype`
     level: str = "O1"
     recompute: bool = False
     ema: bool = True
     fused_attention: bool = False
-    device: str = "gpu"
+    device: str = "gpu"  # or "cpu", where everything is float32 and attention is plain
 
     @classmethod
     def of(cls, training, **others):
         """Returns the setting of a config's `training` section; others: what stands elsewhere, or wins over it."""
-        own = {
-            "accumulation": training["gradient_accumulation_steps"],
-            "precision": training["amp_dtype"],
-            "level": training["amp_level"],
-            "recompute": training["recompute"],
-            "ema": training["use_ema"],
-            "fused_attention": training["fused_attention"],
-        }
+        own = {name: training[name] for name in ("recompute", "fused_attention")}
+        own.update(accumulation=training["gradient_accumulation_steps"], ema=training["use_ema"])
+        own.update(precision=training["amp_dtype"], level=training["amp_level"])
         return cls(**{**own, **others})
 
     @property
@@ -236,7 +199,7 @@ def states(sizes, setting):
     if setting.sharding == "stage3":
         held = owned = gradients = sum(math.ceil(n / degree) if is_sliced(n, setting) else n for n in trained)
     elif setting.sharding:
-        share = fullest_share(trained, setting)
+        share = fullest_share(tuple(trained), setting.sharding, degree)
         owned = sum(share)
         if setting.sharding == "stage2":
             gradients = stage2_gradients(share, degree)
@@ -255,17 +218,16 @@ def is_sliced(numel, setting):
     return numel > SLICED_FROM or setting.device == "cpu"
 
 
-def fullest_share(numels, setting):
+@functools.cache
+def fullest_share(numels, stage, degree):
     """Returns the sizes of the parameters of the sharding rank that owns most, dealt out as Paddle does.
 
     Each goes to the rank with the least so far, in stage 1 the largest first, in stage 2 in the network's order.
     """
-    shares = [(0, rank, []) for rank in range(setting.sharding_degree)]
-    for numel in sorted(numels, reverse=True) if setting.sharding == "stage1" else numels:
-        load, rank, share = shares[0]
-        share.append(numel)
-        heapq.heapreplace(shares, (load + numel, rank, share))
-    return max(shares)[2]
+    shares = [[] for _ in range(degree)]
+    for numel in sorted(numels, reverse=True) if stage == "stage1" else numels:
+        min(shares, key=sum).append(numel)
+    return max(shares, key=sum)
 
 
 def stage2_gradients(share, degree):
@@ -274,13 +236,8 @@ def stage2_gradients(share, degree):
     Paddle makes new buffers for the others at every forward pass, before it frees the earlier ones.
     """
     buffer = min(sum(share), GRADIENT_BUFFER)
-    filled = apart = 0
-    for numel in sorted(share):
-        if filled + numel <= buffer:
-            filled += numel
-        else:
-            apart += numel
-    return apart + (2 * degree - 1) * buffer
+    filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
+    return sum(share) - filled + (2 * degree - 1) * buffer
 
 
 # Bytes by kind are vectors: a multiple of these.
@@ -289,11 +246,10 @@ KEPT, SCORE, CAST, GRADIENT, LOSS = np.eye(len(KINDS))
 
 
 def activations(sizes, setting):
-    """Returns what a micro-batch holds on one device beside the states, in bytes: three vectors over KINDS.
+    """Returns what a micro-batch holds on one device beside the states: `(kept, per_block, peak)`, bytes over KINDS.
 
-    Returns:
-        `(kept, per_block, peak)`: at the end of the forward pass; the part of it that each block adds; when most is
-        held, which is when the loss is computed or early in the backward pass.
+    Those are at the end of the forward pass; the part of it that each block adds; and when most is held, which is when
+    the loss is computed or early in the backward pass.
     """
     mode, degree, block = setting.mode, setting.tensor_parallel, sizes.block
     item = (4, 2, 2)[mode]  # bytes of an element of what the matrix products read
@@ -351,63 +307,56 @@ class Plan:
         states: `{kind: bytes}` held all the time.
         phases: `{phase: {kind: bytes}}` that comes on top; the run needs the largest.
         kept: `{kind: bytes}` of the activations at the end of the forward pass.
+        peak, peak_phase: bytes at the peak, and when that is.
     """
 
     def __init__(self, config, setting):
         self.sizes, self.setting = Sizes(config), setting
-        sizes = self.sizes
-        self.parameters = sum(p.numel() for p in sizes.parameters)
-        self.trained = sum(p.numel() for p in sizes.parameters if p.trainable)
-        self.states = states(sizes, setting)
+        self.parameters = sum(p.numel() for p in self.sizes.parameters)
+        self.trained = sum(p.numel() for p in self.sizes.parameters if p.trainable)
+        self.states = states(self.sizes, setting)
         # The backward pass makes gradients, and the optimizer's step drops them. Sharding stages 1 and 2 keep them, and
         # DataParallel makes them all at the start of the backward pass.
         drops = setting.sharding in ("", "stage3") and setting.accumulation == 1 and setting.reducer != "buckets"
         passing = self.states.pop("gradients") if drops else 0
-        kept, per_block, peak = activations(sizes, setting)
+        kept, per_block, peak = activations(self.sizes, setting)
         self.kept = _by_kind(kept)
-        self.phases = _phases(sizes, setting, self.states, passing, peak, per_block)
+        self.phases = self._phases(passing, peak, per_block)
+        needs = {phase: sum(kinds.values()) for phase, kinds in self.phases.items()}
+        self.peak_phase = max(needs, key=needs.get)
+        self.peak = sum(self.states.values()) + needs[self.peak_phase]
 
-    @property
-    def peak_phase(self):
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def peak(self):
-        """Bytes at the peak."""
-        return sum(self.states.values()) + sum(self.phases[self.peak_phase].values())
+    def _phases(self, passing, peak, per_block):
+        sizes, setting, held = self.sizes, self.setting, self.states
+        trained = [p for p in sizes.parameters if p.trainable]
+        numels = [p.numel(setting.tensor_parallel) for p in trained]
+        gathered = {}
+        if setting.sharding == "stage3":
+            # A layer at work and the next one that is fetched, and the gradient of the first.
+            sliced = max((n for n in numels if is_sliced(n, setting)), default=0)
+            gathered = {"gathered weights": 3 * setting.weight_size * sliced}
+        phases = {"forward and backward": {**_by_kind(peak), **gathered}}
+        if passing:
+            # In the first block's backward pass the activations of the others are gone, and their gradients are there.
+            last = max(index for index, p in enumerate(trained) if p.block == 0)
+            gradients = round(passing * sum(numels[last + 1 :]) / sum(numels))
+            kinds = _by_kind(peak - (sizes.layers - 1) * per_block)
+            phases["end of the backward pass"] = {**kinds, **gathered, "gradients": gradients}
+        if setting.reducer == "fused":
+            phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}
+        # The average of a parameter, or the square of its gradient, and their float32 copies.
+        copies = 1 if setting.weight_size == SINGLE else 2
+        phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * max(numels), "gradients": passing}
+        # At the start the network and its average are whole and float32, before they are sharded or cast. An average
+        # that is to be sharded waits on the host.
+        numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
+        average = SINGLE * numel if setting.ema and not setting.sharding else 0
+        # Stage 1's wrapper alone sends all weights in one go, of the type that they are trained in.
+        sends = setting.sharding == "stage1" and setting.tensor_parallel == 1
+        whole = max(SINGLE, 2 * setting.weight_size if sends else 0) * numel + average
+        phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
+        return phases
 
 
 def _by_kind(sizes):
     return {kind: round(size) for kind, size in zip(KINDS, sizes, strict=True)}
-
-
-def _phases(sizes, setting, held, passing, peak, per_block):
-    trained = [p for p in sizes.parameters if p.trainable]
-    numels = [p.numel(setting.tensor_parallel) for p in trained]
-    gathered = {}
-    if setting.sharding == "stage3":
-        # A layer at work and the next one that is fetched, and the gradient of the first.
-        sliced = max((n for n in numels if is_sliced(n, setting)), default=0)
-        gathered = {"gathered weights": 3 * setting.weight_size * sliced}
-    phases = {"forward and backward": {**_by_kind(peak), **gathered}}
-    if passing:
-        # In the first block's backward pass the activations of the others are gone, and their gradients are there.
-        last = max(index for index, p in enumerate(trained) if p.block == 0)
-        gradients = round(passing * sum(numels[last + 1 :]) / sum(numels))
-        kinds = _by_kind(peak - (sizes.layers - 1) * per_block)
-        phases["end of the backward pass"] = {**kinds, **gathered, "gradients": gradients}
-    if setting.reducer == "fused":
-        phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}
-    # The average of a parameter, or the square of its gradient, and their float32 copies.
-    copies = 1 if setting.weight_size == SINGLE else 2
-    phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * max(numels), "gradients": passing}
-    # At the start the network and its average are whole and float32, before they are sharded or cast. An average that
-    # is to be sharded waits on the host.
-    numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
-    average = SINGLE * numel if setting.ema and not setting.sharding else 0
-    whole = SINGLE * numel + average
-    if setting.sharding == "stage1" and setting.tensor_parallel == 1:
-        # Its wrapper sends all weights in one go, of the type that they are trained in.
-        whole = max(whole, 2 * setting.weight_size * numel + average)
-    phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
-    return phases

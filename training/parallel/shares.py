@@ -47,15 +47,10 @@ class LocalShard:
     def __init__(self, model, optimizer=None):
         self._by_name = dict(model.named_parameters())
         self.group, owners = sharding_of(optimizer)
-        self._owner = None  # rank in the sharding group by name, in stages 1 and 2
-        if owners is not None:
-            # Frozen parameters are not in the optimizer: theirs is the first rank.
-            self._owner = {name: owners.get(parameter.name, 0) for name, parameter in self._by_name.items()}
-        self._splits = {
-            parameter.name: parameter.parallel_split
-            for parameter in self._by_name.values()
-            if getattr(parameter, "parallel_split", None) is not None
-        }
+        # Ranks in the sharding group, in stages 1 and 2. Frozen parameters are in no optimizer: theirs is the first.
+        self._owner = None if owners is None else {name: owners.get(p.name, 0) for name, p in self._by_name.items()}
+        splits = {p.name: getattr(p, "parallel_split", None) for p in self._by_name.values()}
+        self._splits = {name: split for name, split in splits.items() if split is not None}
         self.tensor_group = next((split.group for split in self._splits.values()), None)
         self.weights_are_sharded = self.group is not None and owners is None
         self.forward_is_collective = self.weights_are_sharded or self.tensor_group is not None
@@ -68,26 +63,20 @@ class LocalShard:
         """Returns this rank's `local_tensor` of a whole parameter-shaped array."""
         return self.shard(name, rank_part(self._by_name[name], whole))
 
-    def shard(self, name, value):
-        """Returns what stage 3 leaves this rank of a value, array or tensor, shaped as its network's parameter."""
+    def shard(self, name, array):
+        """Returns what stage 3 leaves this rank of an array that is shaped as its network's parameter."""
         parameter = self._by_name[name]
         if local_tensor(parameter) is parameter:
-            return value
+            return array
         size = int(np.prod(local_tensor(parameter).shape))
-        flat = value.reshape([-1])[self.group.rank * size : (self.group.rank + 1) * size]
-        if flat.shape[0] == size:
-            return flat.clone() if isinstance(flat, paddle.Tensor) else flat
-        padding = np.zeros(size - flat.shape[0], dtype="float32")
-        if isinstance(flat, paddle.Tensor):
-            return paddle.concat([flat, paddle.to_tensor(padding)])
-        return np.concatenate([flat, padding])
+        piece = array.reshape(-1)[self.group.rank * size : (self.group.rank + 1) * size]
+        return np.pad(piece, (0, size - len(piece)))
 
     @paddle.no_grad()
     def unshard(self, name, tensor):
-        """Makes whole, over the sharding group, a float32 tensor shaped as this rank's parameter. A collective.
+        """Returns the whole of a `tensor` of which this rank holds its `local_tensor` (None: another rank owns it).
 
-        Args:
-            tensor: this rank's part; ignored where another rank owns it.
+        It is float32, and whole over the sharding group only. A collective.
         """
         parameter = self._by_name[name]
         if self._owner is not None:
@@ -101,22 +90,18 @@ class LocalShard:
         return paddle.concat(parts)[: int(np.prod(parameter.shape))].reshape(parameter.shape)
 
     def gather(self, tensors, names=None):
-        """Gathers whole parameter-shaped values on rank 0. A collective.
+        """Gathers whole parameter-shaped values on rank 0, `{name: float32 array}`; the others get none. A collective.
 
         Args:
             tensors: `{name: this rank's part}`; those that other ranks own may be missing.
             names: which, the same on all ranks; None for all parameters.
-
-        Returns:
-            `{name: float32 array}`; empty on other ranks than 0, which copy nothing to the host.
         """
         result = {}
         for name in self._by_name if names is None else names:
             value = self.unshard(name, tensors.get(name))
             split = self._splits.get(self._by_name[name].name)
-            parts = [value]
+            parts = [value] if split is None else []
             if split is not None:
-                parts = []
                 dist.all_gather(parts, value, group=split.group)
             if dist.get_rank() == 0:
                 arrays = [part.numpy() for part in parts]
@@ -137,14 +122,9 @@ class LocalShard:
         return {name: whole_shape(parameter) for name, parameter in self._by_name.items()}
 
     def norm_weight(self, key):
-        """Returns how to add this rank's squared gradient norm to the global one.
+        """Returns `(is_split, weight)`, how the squared gradient norm of an `optimizer_key` adds to the global one.
 
-        Args:
-            key: the `optimizer_key` of a parameter.
-
-        Returns:
-            `(is_tensor_parallel, weight)`: whether the other ranks of the tensor group hold other parts, and one over
-            the number of sharding ranks that hold the same part.
+        True if each rank of the tensor group holds a part; one over the number of sharding ranks with the same part.
         """
         replicas = self.group.nranks if self.weights_are_sharded and not key.startswith("slice@") else 1
         return key.removeprefix("slice@") in self._splits, 1.0 / replicas

@@ -14,11 +14,8 @@ def stage3_wrapper(model):
     - Stage 3 gathers a frozen slice for the backward pass and never lets it go. Layers that hold frozen parameters are
       left whole.
     """
-    holders = [
-        id(layer)
-        for layer in model.sublayers(include_self=True)
-        if any(parameter.stop_gradient for parameter in layer.parameters(include_sublayers=False))
-    ]
+    layers = model.sublayers(include_self=True)
+    holders = [id(layer) for layer in layers if any(p.stop_gradient for p in layer.parameters(include_sublayers=False))]
     wrap = sharding.group_sharded_parallel
 
     def wrapper(*args, exclude_layer=(), **options):

@@ -5,7 +5,6 @@ It orders settings; it does not promise seconds. docs/memory.md has the formulas
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
 
 from models.sizes import check_tensor_parallel
 from training.parallel.degrees import STAGES
@@ -45,7 +44,7 @@ def traffic(planned):
     sizes, setting = planned.sizes, planned.setting
     size = setting.weight_size * sum(p.numel(setting.tensor_parallel) for p in sizes.parameters if p.trainable)
     tensor, sharding, micro_batches = setting.tensor_parallel, setting.sharding_degree, setting.accumulation
-    rows, part, times = {}, size, 1  # what the data-parallel ranks average, and how often
+    rows, part, times = {}, size, 1  # part: what the data-parallel ranks average, so many times
     if tensor > 1:
         item, residual = (4, 2, 2)[setting.mode], sizes.block.residual[setting.mode]
         tokens = setting.batch * sizes.tokens * sizes.hidden
@@ -62,39 +61,28 @@ def traffic(planned):
         # Paddle's wrapper sums whole gradients, and then keeps its slice.
         rows["gradients, every micro-batch"] = (micro_batches * ring_all_reduce(size, sharding), span)
         times = micro_batches
+    elif setting.sharding == "stage2":
+        part = size / sharding
+        rows["gradients to their owners, every micro-batch"] = (micro_batches * ring_gather(size, sharding), span)
     elif setting.sharding:
-        gathered = ring_gather(size, sharding)
-        if setting.sharding == "stage1":
-            rows["gradients to their owners"] = (gathered, span)
-        else:
-            rows["gradients to their owners, every micro-batch"] = (micro_batches * gathered, span)
-            part = size / sharding
-        rows["new weights"] = (gathered, span)
+        rows["gradients to their owners"] = (ring_gather(size, sharding), span)
+    if setting.sharding in ("stage1", "stage2"):
+        rows["new weights"] = (ring_gather(size, sharding), span)
     if setting.data_parallel > 1:
-        sent = times * ring_all_reduce(part, setting.data_parallel)
-        rows["gradients (data parallel)"] = (sent, setting.world_size)
+        rows["gradients (data parallel)"] = (times * ring_all_reduce(part, setting.data_parallel), setting.world_size)
     return rows
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the cost model knows of the devices. The defaults are an A100's.
+    """What the cost model knows of the devices. The defaults are an A100's."""
 
-    Attributes:
-        tflops: peak of the matrix units in the precision used, 1e12 operations a second; None: by precision.
-        efficiency: share of it that the matrix products of a step reach.
-        bandwidth: 1e9 bytes a second that a device sends to others of its node.
-        network: the same between nodes.
-        per_node: devices of a node.
-        launch: seconds that starting an operator takes.
-    """
-
-    tflops: float | None = None
-    efficiency: float = 0.45
-    bandwidth: float = 240.0
-    network: float = 25.0
-    per_node: int = 8
-    launch: float = 10e-6
+    tflops: float | None = None  # peak of the matrix units in the precision, 1e12 operations a second; None: an A100's
+    efficiency: float = 0.45  # share of it that the matrix products of a step reach
+    bandwidth: float = 240.0  # 1e9 bytes a second that a device sends to others of its node
+    network: float = 25.0  # the same between nodes
+    per_node: int = 8  # devices of a node
+    launch: float = 10e-6  # seconds that starting an operator takes
 
 
 def step_seconds(planned, machine):
@@ -106,8 +94,7 @@ def step_seconds(planned, machine):
     sizes, setting = planned.sizes, planned.setting
     tflops = machine.tflops or (312.0 if setting.mode else 19.5)
     operators = setting.accumulation * sizes.layers * sizes.block.operators[setting.mode]
-    if setting.recompute:
-        operators *= 4 / 3
+    operators *= 4 / 3 if setting.recompute else 1
     compute = max(step_flops(planned) / (tflops * 1e12 * machine.efficiency), operators * machine.launch)
     communication = sum(
         sent / (1e9 * (machine.bandwidth if ranks <= machine.per_node else machine.network))
@@ -117,54 +104,41 @@ def step_seconds(planned, machine):
 
 
 def fitting(config, setting, memory, machine, *, fixed=()):
-    """Returns the ways to train the same global batch that fit into `memory` bytes per device, fastest first.
+    """Returns `(found, least)`: the ways to train the same global batch in `memory` bytes per device, fastest first.
 
-    A way is a choice of tensor parallelism, sharding and recompute; each comes with the largest micro-batch that fits,
-    which is its fastest.
+    A way is a choice of tensor parallelism, sharding and recompute. Each is found as `(Plan, seconds of a step)` with
+    the largest micro-batch that fits, which is its fastest. `least` is the `Plan` that needs the least memory of all
+    that were tried, None if no way takes this batch.
 
     Args:
         setting: the `Setting` whose world size, global batch, precision and EMA they share.
         fixed: names of its fields that must stay as they are.
-
-    Returns:
-        `(found, least)`: found is a list of `(Plan, seconds of a step)`, least the `Plan` that needs the least memory
-        of all that were tried, or None if no way takes this batch.
     """
-    found, least = [], None
-    for way, micro_batches in _ways(config, setting, fixed):
-        for batch in micro_batches:
-            accumulation = setting.global_batch // (way.data_ranks * batch)
-            planned = Plan(config, dataclasses.replace(way, batch=batch, accumulation=accumulation))
-            if least is None or planned.peak < least.peak:
-                least = planned
-            if planned.peak <= memory:
-                found.append((planned, sum(step_seconds(planned, machine))))
-                break
-    return sorted(found, key=lambda pair: (pair[1], pair[0].peak)), least
-
-
-def _ways(config, setting, fixed):
-    """Yields `(a Setting but for its batch, the micro-batches that it can take, the largest first)`."""
-    degrees = [d for d in range(1, setting.world_size + 1) if setting.world_size % d == 0]
-    choices = {"tensor_parallel": degrees, "sharding": STAGES, "sharding_degree": degrees, "recompute": (False, True)}
-    choices.update({name: [getattr(setting, name)] for name in fixed if name in choices})
+    ranks, samples = _divisors(setting.world_size), _divisors(setting.global_batch)
+    way = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}
+    choices = {**way, "batch": samples[::-1], "accumulation": samples}
+    choices.update({name: [getattr(setting, name)] for name in fixed})
+    found, least = {}, None
     for values in itertools.product(*choices.values()):
-        way = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
-        divides = way.world_size % (way.tensor_parallel * way.sharding_degree) == 0
-        if (way.sharding != "") != (way.sharding_degree > 1) or not divides or setting.global_batch % way.data_ranks:
+        tried = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
+        if values[: len(way)] in found or tried.global_batch != setting.global_batch or not _is_possible(tried, config):
             continue
-        try:
-            check_tensor_parallel(config["model"], way.tensor_parallel)
-        except ValueError:
-            continue
-        samples = setting.global_batch // way.data_ranks
-        yield (
-            way,
-            [
-                batch
-                for batch in range(samples, 0, -1)
-                if samples % batch == 0
-                and ("batch" not in fixed or batch == setting.batch)
-                and ("accumulation" not in fixed or samples // batch == setting.accumulation)
-            ],
-        )
+        planned = Plan(config, tried)
+        if least is None or planned.peak < least.peak:
+            least = planned
+        if planned.peak <= memory:
+            found[values[: len(way)]] = planned, sum(step_seconds(planned, machine))
+    return sorted(found.values(), key=lambda pair: (pair[1], pair[0].peak)), least
+
+
+def _divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _is_possible(setting, config):
+    try:
+        check_tensor_parallel(config["model"], setting.tensor_parallel)
+    except ValueError:
+        return False
+    divides = setting.world_size % (setting.tensor_parallel * setting.sharding_degree) == 0
+    return divides and (setting.sharding != "") == (setting.sharding_degree > 1)

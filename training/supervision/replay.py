@@ -1,5 +1,6 @@
 """Does a dumped step again (`training.supervision.step_dump`) in one process, and finds what is not finite in it."""
 
+import functools
 import os
 
 import numpy as np
@@ -16,17 +17,12 @@ from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
 from weights.files import safe_load
 
 # What the dump of another version, or of somebody else, must hold.
-_ARRAYS = {"x", "y", "t", "noise", "loss", "rank", "micro_step"}
-_KEYS = {"step", "kind", "loss", "grad_norm", "learning_rate", "data_ranks", "micro_batch", "precision", "device"}
-_KEYS |= {"sources"}
+_ARRAYS = {*"x y t noise loss rank micro_step".split()}
+_KEYS = {*"step kind loss grad_norm learning_rate data_ranks micro_batch precision device sources".split()}
 
 
 def read_dump(folder):
-    """Reads a dump; returns `(config, batch, state)`, where `batch` is arrays by name.
-
-    Raises:
-        ValueError: it is not whole, or its parts do not belong together.
-    """
+    """Returns `(config, batch, state)` of a dump, batch arrays by name; `ValueError`: it is not a whole one."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder; expected RUN/bad_steps/STEP, which the run's error names")
     if wrong := damage(folder, required=(CONFIG, WEIGHTS, BATCH, STATE), checksums=True):
@@ -44,19 +40,14 @@ def read_dump(folder):
 def _fits(batch, state, model):
     if not (isinstance(batch, dict) and isinstance(state, dict) and _ARRAYS <= {*batch} and _KEYS <= {*state}):
         return False
-    sources, precision, size = state["sources"], state["precision"], state["micro_batch"]
-    if not (isinstance(sources, list) and sources and type(size) is int and size > 0):
-        return False
-    if not isinstance(precision, dict) or "dtype" not in precision:
+    sources, precision, size = (state[key] for key in ("sources", "precision", "micro_batch"))
+    if not (isinstance(sources, list) and isinstance(precision, dict) and "dtype" in precision and type(size) is int):
         return False
     rows = (len(sources),)
-    latents = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
-    return all(
-        isinstance(array, np.ndarray)
-        and array.dtype.kind in "fiub"
-        and array.shape == (latents if name in ("x", "noise") else rows)
-        for name, array in batch.items()
-    )
+    shapes = dict.fromkeys(batch, rows)
+    shapes["x"] = shapes["noise"] = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
+    arrays = all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in batch.values())
+    return arrays and {name: array.shape for name, array in batch.items()} == shapes and min(len(sources), size) > 0
 
 
 def replay(folder, config, batch, state):
@@ -105,15 +96,13 @@ def _first_bad_layer(model, forward):
     """Returns a sentence on the first layer, in order of computation, whose output is not finite in a `forward()`."""
     found = []
 
-    def watch(name):
-        def hook(layer, inputs, output):
-            outputs = output if isinstance(output, (list, tuple)) else [output]
-            if not found and not all(bool(paddle.isfinite(value).all()) for value in outputs if value is not None):
-                found.append(f"the first output that is not finite is that of {name} ({type(layer).__name__})")
+    def watch(name, layer, inputs, output):
+        outputs = output if isinstance(output, (list, tuple)) else [output]
+        if not found and not all(bool(paddle.isfinite(value).all()) for value in outputs if value is not None):
+            found.append(f"the first output that is not finite is that of {name} ({type(layer).__name__})")
 
-        return hook
-
-    hooks = [layer.register_forward_post_hook(watch(name)) for name, layer in model.named_sublayers()]
+    layers = model.named_sublayers()
+    hooks = [layer.register_forward_post_hook(functools.partial(watch, name)) for name, layer in layers]
     with paddle.no_grad():
         forward()
     for hook in hooks:

@@ -1,12 +1,12 @@
 """How a run ends before its last step: asked to by a signal or the clock, or because it makes no progress any more.
 
-Asked to, a run finishes its step, saves and leaves with `EXIT_STOPPED`. On several ranks all of them must do so after
-the same step, so the request travels as one number of the all-reduce that `NumberWatch` does in every step anyway.
+Asked to, a run finishes its step, saves and leaves with `EXIT_STOPPED`: on several ranks after the same step, so that
+the request travels as one number of the all-reduce that `NumberWatch` does in every step anyway.
 
-One thread looks after the rest, because the main thread may be inside a call of C++ that does not come back. It takes
-the signals, and it ends a process whose main thread has begun nothing new for `hang_timeout` seconds with `EXIT_LOST`
-and the stacks of its threads. It needs Python's interpreter lock for that. Where a call of C++ keeps the lock,
-faulthandler's timer, which needs none, ends the process with code 1 instead, `SAVING_SECONDS` later.
+A thread takes the signals, because the main thread may be inside a call of C++ that does not come back. It also ends a
+process whose main thread has begun nothing new for `hang_timeout` seconds, with `EXIT_LOST` and the stacks of its
+threads. Where that call keeps Python's interpreter lock, faulthandler's timer, which does not need it, ends the process
+with code 1 instead, `SAVING_SECONDS` later.
 """
 
 import contextlib
@@ -50,41 +50,33 @@ class Stopping:
     Attributes:
         request: what asked this rank to stop, in words; None as long as nothing has.
         stopped: True once `due` has returned True.
-
-    Raises:
-        ValueError: a limit that makes no sense.
     """
 
     def __init__(self, *, max_hours=None, hang_timeout=0):
         check_stopping(max_hours, hang_timeout)
         self.max_hours, self.hang_timeout = max_hours, hang_timeout
         self.rank, self.world_size = 0, 1
-        self.request = None
-        self.stopped = False
-        self._agreed = False
-        self._thread = None
+        self.request = self._thread = None
+        self.stopped = self._agreed = False
 
     def start(self, first_step, *, rank=0, world_size=1):
-        """Takes over the signals and starts the thread; call it in the main thread.
-
-        Args:
-            first_step: steps that are done already.
-        """
+        """Takes over the signals and starts the thread, after `first_step` steps; call it in the main thread."""
         self.rank, self.world_size = rank, world_size
         self._first_step, self._step = first_step, first_step + 1
         self._began = self._last_due = self._since = time.monotonic()
         self._longest_step = self._longest_save = 0.0  # seconds
-        self._first_signal = None
-        self._phase = "starting"
+        self._first_signal, self._phase = None, "starting"
         # Without a stderr its number may be that of a user's file by now.
         self._stacks = sys.__stderr__ or open(os.devnull, "w")
         # Handlers of Python wait until the main thread is back from C++. The bytes in this socket come at once.
-        self._wake, self._waker = socket.socketpair()
+        self._undo = contextlib.ExitStack()
+        self._wake, self._waker = map(self._undo.enter_context, socket.socketpair())
         self._waker.setblocking(False)
         self._wake.settimeout(TICK)
-        self._old_waker = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._handlers = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        before = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._undo.callback(signal.set_wakeup_fd, before)
         for signum in SIGNALS:
+            self._undo.callback(signal.signal, signum, signal.signal(signum, lambda *_: None))
             signal.siginterrupt(signum, False)  # system calls of C++ go on
         self._thread = threading.Thread(target=self._watch, name="stopping", daemon=True)
         self._thread.start()
@@ -103,7 +95,12 @@ class Stopping:
         self._longest_step, self._last_due = max(self._longest_step, now - self._last_due), now
         self._step = step + 1
         if self.max_hours and self.rank == 0:
-            self._look_at_clock(now, step - self._first_step)
+            reserve, limit = self._longest_step + self._longest_save, 3600 * self.max_hours
+            if self.world_size > 1:
+                reserve += AGREE_EVERY * (now - self._began) / (step - self._first_step)
+            # At most a fifth of the limit, because one slow save must not end the run hours too early.
+            if now - STARTED >= limit - min(1.5 * reserve, 0.2 * limit):
+                self.request = self.request or f"--max_hours {self.max_hours:g}"
         self.stopped = self._agreed if self.world_size > 1 else self.request is not None
         return self.stopped
 
@@ -123,24 +120,11 @@ class Stopping:
         self._thread.join()
         self._thread = None
         faulthandler.cancel_dump_traceback_later()
-        signal.set_wakeup_fd(self._old_waker)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._wake.close()
-        self._waker.close()
+        self._undo.close()
         lost = isinstance(error, Exception) and not is_mistake(error) and _COLLECTIVE.search(str(error))
         if lost and self.world_size > 1:
             self._say(f"error: {self._place()}: another rank is gone: {one_line(error)[:1000]}")
             exit_now(EXIT_LOST, SAVING_SECONDS)
-
-    def _look_at_clock(self, now, steps):
-        limit = 3600 * self.max_hours
-        reserve = self._longest_step + self._longest_save
-        if self.world_size > 1:
-            reserve += AGREE_EVERY * (now - self._began) / steps
-        # At most a fifth of the limit, because one slow save must not end the run hours too early.
-        if now - STARTED >= limit - min(1.5 * reserve, 0.2 * limit):
-            self.request = self.request or f"--max_hours {self.max_hours:g}"
 
     # The thread.
 
@@ -168,16 +152,15 @@ class Stopping:
     def _on_signal(self, signum):
         # At a terminal SIGINT is Ctrl-C.
         name = "Ctrl-C" if signum == signal.SIGINT and is_terminal(sys.stdin) else signum.name
+        # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
+        repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
         now = time.monotonic()
         if self._first_signal is None:
             self._first_signal = now
             if self.request is None:
                 self.request = name
                 self._say(f"{name}: finishing the step, then saving; a second signal leaves at once")
-            return
-        # The launcher sends SIGTERM three times, to one process after the other, beside what a user sends to them all.
-        repeated = 1 + int(os.environ.get("PADDLE_LOCAL_SIZE", "0"))  # seconds
-        if signum == signal.SIGTERM and now - self._first_signal <= repeated:
+        elif signum == signal.SIGTERM and now - self._first_signal <= repeated:
             self._say(f"another SIGTERM within {repeated} s is taken for the launcher's; a later one leaves at once")
         else:
             self._say(f"{name} again: left at once, the steps since the last checkpoint are lost")

@@ -3,69 +3,88 @@
 import contextlib
 import hashlib
 import math
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from features.autoencoder import LatentScaling
-from features.check_samples import Expected, PackedSamples, PairSamples
+from features.image_source import MAX_LABEL
 from features.layout import Layout
+from features.npy import load_npy
+from features.packed import PackedStore
+from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
 from features.store import read_manifest
 from runtime.files import sha256_of_file
-from runtime.process import counted
+from runtime.process import counted, one_line
 from runtime.progress import tqdm
 
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 STD_RANGE = (0.5, 2.0)
+ROW_KINDS = ("latents", "flipped")
+_shared = {}  # what a worker process was started with: the arguments of `_look` but for the span
 
 
+@dataclass
 class Report:
     """The result of `check_set`.
 
     Attributes:
-        problems: [(kind, one line), ...]. notes: sentences.
-        samples: what was opened: `folder`, `size`, `has_flip`, `read_row(index, twin)`; None if nothing could be.
-        expected: an `Expected`; None if there was nothing to look into. What follows is then empty, too.
+        facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
+        store: what was opened, with `path`, `has_flip`, `row_shape`, `read` and `source` as of a `PackedStore`.
         labels: `(N,)` int64, -1 where there is no valid one. usable: `(N,)` bool, the samples whose latents are right.
-        class_counts: samples by label. duplicates: how many latents are there again.
-        num_files: how many were compared with their checksums; None without.
-        channel_mean, channel_std: of the latents (of moments, of their samples); mean and std over all channels.
+        problems: [(kind, one line), ...]. notes: sentences.
     """
 
-    def __init__(self, feature_path, name, format, manifest):
-        self.feature_path, self.name, self.format, self.manifest = feature_path, name, format, manifest
-        self.problems, self.notes = [], []
-        self.samples = self.expected = self.class_counts = self.num_files = None
-        self.labels, self.usable, self.duplicates = np.zeros(0, "int64"), np.zeros(0, bool), 0
-        self.channel_mean = self.channel_std = self.mean = self.std = None
+    manifest: dict
+    layout: Layout
+    facts: dict
+    store: Any = None
+    labels: Any = None
+    usable: Any = None
+    notes: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
 
     def add(self, kind, path, text):
         """Adds a problem with the file or folder `path`."""
         self.problems.append((kind, f"{path}: {text}"))
 
     def as_json(self):
-        """Returns the report as JSON values."""
-        result = {"feature_path": self.feature_path, "name": self.name, "format": self.format}
-        if self.expected:
-            result.update(
-                samples=self.samples.size,
-                row_shape=list(self.expected.row_shape),
-                dtype=self.expected.dtype,
-                moments=self.expected.moments,
-                flip=self.samples.has_flip,
-                num_classes=self.expected.num_classes,
-                labels={"min": int(self.labels.min()), "max": int(self.labels.max())},
-                class_counts=self.class_counts.tolist(),
-                duplicates=self.duplicates,
-                files_with_checksum=self.num_files,
-            )
-            if self.mean is not None:
-                channels = {key: getattr(self, key).tolist() for key in ("channel_mean", "channel_std")}
-                result["latents"] = {"mean": self.mean, "std": self.std, **channels}
         problems = [{"kind": kind, "text": text} for kind, text in self.problems]
-        return {**result, "notes": self.notes, "problems": problems}
+        return {**self.facts, "notes": self.notes, "problems": problems}
+
+
+class Pairs:
+    """The pairs of files whose counterparts are there, as a store; `lonely` are the other files, of `match_pairs`."""
+
+    def __init__(self, layout):
+        self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
+        self._folders = {"latents": layout.features, "labels": layout.labels}
+        if self.has_flip:
+            self._folders["flipped"] = layout.flipped
+        self._names, self.lonely = match_pairs([*self._folders.values()])
+        self.row_shape = self.dtype = None
+        for index in range(min(1000, len(self))):
+            with contextlib.suppress(ValueError):
+                latent = without_batch_axis(load_npy(self.source(index)))
+                if latent.dtype.kind == "f" and latent.ndim == 3 and latent.size:
+                    self.row_shape, self.dtype = latent.shape, latent.dtype
+                    break
+
+    def __len__(self):
+        return len(self._names)
+
+    def source(self, index, kind="latents"):
+        return os.path.join(self._folders[kind], os.fsdecode(self._names[index]))
+
+    def read(self, indices, out, mirrored):
+        for place, index in enumerate(indices):
+            path = self.source(index, "flipped" if mirrored[place] else "latents")
+            out[place] = without_batch_axis(load_npy(path))
 
 
 def check_set(
@@ -83,76 +102,181 @@ def check_set(
     Raises:
         ValueError: a broken manifest, or a worker process died.
     """
-    report = Report(feature_path, name, kind, read_manifest(feature_path, name))
+    layout = Layout(feature_path, name)
+    facts = {"feature_path": feature_path, "name": name, "format": kind}
+    report = Report(read_manifest(feature_path, name), layout, facts)
     try:
-        samples = (PackedSamples if kind == "packed" else PairSamples)(report)
-    except ValueError as error:
-        report.problems.append(("format", str(error)))
+        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(layout)
+    except (ValueError, OSError) as error:
+        report.problems.append(("format", one_line(error)))
         return report
-    report.samples = samples
-    if not samples.size or samples.first is None:
-        report.add("format", samples.folder, "no readable sample in it")
+    for path, other in getattr(store, "lonely", ()):
+        report.add("pairs", path, f"has no counterpart in {other}")
+    if not len(store) or store.row_shape is None:
+        report.add("format", store.path, "no readable sample in it")
         return report
-    shape, dtype = samples.first
-    if len(shape) != 3:
-        report.add("format", samples.folder, f"holds rows of shape {shape}, expected (C, h, w)")
+    if len(store.row_shape) != 3:
+        report.add("format", store.path, f"holds rows of shape {store.row_shape}, expected (C, h, w)")
         return report
-    report.expected = expected = _expect(report, shape, dtype, model)
+    _expect(report, model)
     wanted = _read_checksums(report) if compare_checksums else None
 
-    row_bytes = 4 * int(np.prod(expected.row_shape)) * (1 + samples.has_flip)
-    size = max(1, min(CHUNK_BYTES // row_bytes, -(-samples.size // num_workers)))
-    spans = [(start, min(start + size, samples.size)) for start in range(0, samples.size, size)]
-    work, tasks = samples.tasks(spans, expected, wanted is not None)
-    report.labels, report.usable = np.full(samples.size, -1), np.zeros(samples.size, bool)
-    digests, files, chunks = np.zeros((samples.size, 2), "uint64"), {}, []
+    size = len(store)
+    row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)
+    step = max(1, min(CHUNK_BYTES // row_bytes, -(-size // num_workers)))
+    shared = {"store": store, "facts": facts, "hashing": wanted is not None}
+    fork = multiprocessing.get_context("fork")  # because a store is shared, not sent
+    chunks, files = [], {}
     try:
-        with ProcessPoolExecutor(num_workers) as pool, tqdm(total=samples.size, desc="checking", unit="sample") as bar:
-            if wanted is not None and kind == "packed":
-                hashes = pool.map(_hash_file, [os.path.join(feature_path, name) for name in wanted])
-            for (start, stop), chunk in zip(spans, pool.map(work, tasks), strict=True):
+        with (
+            ProcessPoolExecutor(num_workers, fork, _shared.update, [shared]) as pool,
+            tqdm(total=size, desc="checking", unit="sample") as bar,
+        ):
+            for chunk in pool.map(check_span, [range(size)[start:][:step] for start in range(0, size, step)]):
                 report.problems += chunk.problems
-                report.labels[start:stop], report.usable[start:stop] = chunk.labels, chunk.usable
-                digests[start:stop] = chunk.digests
                 files.update(chunk.files)
-                chunks.append((chunk.sums, chunk.count, chunk.twins))
-                bar.update(stop - start)
+                chunks.append(chunk)
+                bar.update(len(chunk.labels))
             if wanted is not None and kind == "packed":
                 bar.set_description("checksums")
-                files = dict(zip(wanted, hashes, strict=True))
+                paths = [os.path.join(feature_path, name) for name in wanted]
+                files = dict(zip(wanted, pool.map(_hash_file, paths), strict=True))
     except BrokenProcessPool:
         raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
-    sums, count, twins = (sum(values) for values in zip(*chunks, strict=True))
+    report.labels, report.usable, digests = (
+        np.concatenate([getattr(chunk, key) for chunk in chunks]) for key in ("labels", "usable", "digests")
+    )
     _check_counts(report)
-    _check_statistics(report, sums, count)
     _check_duplicates(report, digests, allow_duplicates)
+    facts["files_with_checksum"] = None if wanted is None else len(wanted)
+    sums, count, twins = (sum(getattr(chunk, key) for chunk in chunks) for key in ("sums", "count", "twins"))
+    _check_statistics(report, sums, count)
     if twins and twins == report.usable.sum():
-        report.add("mirrored", samples.folder, "every mirrored latent is the same as its original")
+        report.add("mirrored", store.path, "every mirrored latent is the same as its original")
     if wanted is not None:
-        report.num_files = len(wanted)
         _compare_checksums(report, wanted, files)
     return report
 
 
-def _expect(report, row_shape, dtype, model):
-    """Returns the `Expected` of a set: what the config says, else the manifest, else the first sample."""
-    manifest, samples = report.manifest, report.samples
-    sample_shape = manifest.get("sample_shape")
+def _expect(report, model):
+    """Notes shape and classes of every sample: what the config says, else the manifest, else the first sample."""
+    manifest, store = report.manifest, report.store
+    shape, num_classes = manifest.get("sample_shape"), manifest.get("num_classes")
     if model:
-        sample_shape = (model["in_channels"], model["sample_size"], model["sample_size"])
+        shape = (model["in_channels"], model["sample_size"], model["sample_size"])
+        num_classes = model["num_classes"]
     moments = manifest.get("moments")
     if moments is None:
-        moments = sample_shape is not None and row_shape[0] == 2 * sample_shape[0]
-    expected_shape = tuple(row_shape)
-    if sample_shape is not None:
-        expected_shape = (sample_shape[0] * (1 + moments), *sample_shape[1:])
-    num_classes = model["num_classes"] if model else manifest.get("num_classes")
+        moments = shape is not None and store.row_shape[0] == 2 * shape[0]
+    row_shape = store.row_shape if shape is None else (shape[0] * (1 + moments), *shape[1:])
     if num_classes is None:
         report.notes.append("the number of classes is not known: no --config_file, no manifest")
-    if report.format == "packed" and expected_shape != row_shape:
-        report.add("latents", samples.folder, f"holds latents of shape {row_shape}, expected {expected_shape}")
-        expected_shape = row_shape
-    return Expected(expected_shape, manifest.get("dtype", dtype), bool(moments), num_classes)
+    if report.facts["format"] == "packed" and row_shape != store.row_shape:
+        report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
+        row_shape = store.row_shape
+    report.facts.update(
+        samples=len(store),
+        row_shape=row_shape,
+        dtype=manifest.get("dtype", store.dtype.name),
+        moments=bool(moments),
+        flip=store.has_flip,
+        num_classes=num_classes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a worker process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Chunk:
+    """The findings on n neighbouring samples; small, because it travels between processes.
+
+    Attributes:
+        problems, labels, usable: as of a `Report`.
+        digests: `(n, 2)` uint64 of the latents; twins: how many mirrored latents are their originals.
+        sums: `(2, C)` float64: of x and of x**2, with moments of mean**2 + std**2; count: numbers a channel in them.
+        files: `{path under the feature folder: sha256}` of the pairs' files.
+    """
+
+    def __init__(self, size, channels):
+        self.problems, self.files = [], {}
+        self.labels, self.usable = np.full(size, -1), np.ones(size, bool)
+        self.digests, self.twins = np.zeros((size, 2), "uint64"), 0
+        self.sums, self.count = np.zeros((2, channels)), 0
+
+    def add(self, kind, path, text):
+        self.problems.append((kind, text if path in text else f"{path}: {text}"))
+
+
+def check_span(span):
+    """Returns the `Chunk` of a range of samples."""
+    return _look(np.array(span), **_shared)
+
+
+def _look(indices, store, facts, hashing):
+    channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
+    chunk, kinds = Chunk(len(indices), channels), ROW_KINDS[: 1 + store.has_flip]
+    rows = [np.empty((len(indices), *facts["row_shape"]), "float32") for _ in kinds]
+    if isinstance(store, Pairs):
+        labels = _read_pairs(store, indices, rows, facts, chunk, hashing)
+    else:
+        for twin, out in enumerate(rows):
+            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
+    last = MAX_LABEL if facts["num_classes"] is None else facts["num_classes"] - 1
+    for place, label in enumerate(labels):
+        if label is not None and not 0 <= label <= last:
+            chunk.add("labels", store.source(indices[place], "labels"), f"label {label}, expected 0..{last}")
+        if label is not None and 0 <= label <= MAX_LABEL:
+            chunk.labels[place] = label
+
+    places = np.flatnonzero(chunk.usable)
+    rows = [array[places] for array in rows]
+    for place, row in zip(places, rows[0], strict=True):
+        chunk.digests[place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
+    for kind, array in zip(kinds, rows, strict=True):
+        bad = (~np.isfinite(array)).sum(axis=(1, 2, 3))
+        for row in np.flatnonzero(bad):
+            chunk.add("finite", store.source(indices[places[row]], kind), f"{counted(bad[row], 'number')} not finite")
+        positive = (array[:, channels:] > 0).all(axis=(1, 2, 3))  # of no number without moments
+        for row in np.flatnonzero((bad == 0) & ~positive):
+            chunk.add("moments", store.source(indices[places[row]], kind), "a standard deviation is not above 0")
+        good = (bad == 0) & positive
+        chunk.usable[places] &= good
+        values = array[good].astype("float64")
+        chunk.sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
+        chunk.sums[1] += np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels).sum(axis=0)
+        chunk.count += values[:, 0].size
+        if kind == "flipped":
+            chunk.twins = int((array == rows[0]).all(axis=(1, 2, 3)).sum())
+    return chunk
+
+
+def _read_pairs(store, indices, rows, facts, chunk, hashing):
+    """Puts latents into `rows` and returns labels, None for an unreadable one; what is wrong goes to the chunk."""
+    reader, labels = NpyReader(), [None] * len(indices)
+    for place, index in enumerate(indices):
+        for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
+            path = store.source(index, kind)
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    data = file.read()
+                if hashing:
+                    folder, name = os.path.split(path)
+                    chunk.files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
+                array = reader.parse(data, path)
+                if kind == "labels":
+                    labels[place] = read_label(array)
+                    continue
+                latent = without_batch_axis(array)
+                if latent.shape != facts["row_shape"] or latent.dtype.name != facts["dtype"]:
+                    holds = f"holds {latent.dtype} of shape {latent.shape}"
+                    raise ValueError(f"{holds}, expected {facts['dtype']} of shape {facts['row_shape']}")
+                out[place] = latent
+            except (ValueError, OSError) as error:
+                chunk.add("labels" if kind == "labels" else "latents", path, one_line(error))
+                chunk.usable[place] &= kind == "labels"
+    return labels
 
 
 def _hash_file(path):
@@ -160,18 +284,25 @@ def _hash_file(path):
         return sha256_of_file(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Over all samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _check_counts(report):
-    classes, manifest, has_flip = report.expected.num_classes, report.manifest, report.samples.has_flip
-    report.class_counts = np.bincount(report.labels[report.labels >= 0], minlength=classes or 0)
-    counts = report.class_counts[:classes]  # without labels that are none of the classes
+    facts, manifest, valid = report.facts, report.manifest, report.labels[report.labels >= 0]
+    all_counts = np.bincount(valid, minlength=facts["num_classes"] or 0)
+    facts["labels"] = {"min": int(report.labels.min()), "max": int(report.labels.max())}
+    facts["class_counts"] = all_counts.tolist()
+    counts = all_counts[: facts["num_classes"]]  # without labels that are none of the classes
     empty = int((counts == 0).sum())
     if empty:
         report.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
-    path, size = Layout(report.feature_path, report.name).manifest, report.samples.size
+    path, size, has_flip = report.layout.manifest, facts["samples"], facts["flip"]
     if manifest.get("num_samples", size) != size:
         report.add("manifest", path, f"num_samples {manifest['num_samples']}, found {size}")
     # The config may have more classes than the set.
-    used = np.trim_zeros(report.class_counts, "b").tolist()
+    used = np.trim_zeros(all_counts, "b").tolist()
     if np.trim_zeros(np.asarray(manifest.get("class_counts", used)), "b").tolist() != used:
         report.add("manifest", path, "class_counts are not those of the labels")
     if manifest.get("flip", has_flip) != has_flip:
@@ -180,35 +311,36 @@ def _check_counts(report):
 
 
 def _check_statistics(report, sums, count):
-    """Fills in mean and standard deviation, which is about 1 if the latents are scaled."""
+    """Notes mean and standard deviation, which is about 1 if the latents are scaled."""
     if not count:
         return
-    mean = sums[0] / count
-    square = (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
-    report.channel_mean, report.channel_std = mean, np.sqrt(np.maximum(square - mean**2, 0))
-    report.mean = float(mean.mean())
-    report.std = float(np.sqrt(max(square.mean() - report.mean**2, 0)))
-    if STD_RANGE[0] <= report.std <= STD_RANGE[1]:
+    mean, square = sums / count  # with moments the square of a posterior sample
+    channel_std = np.sqrt(np.maximum(square - mean**2, 0))
+    std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
+    report.facts["latents"] = {
+        **{"mean": float(mean.mean()), "std": std},
+        **{"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()},
+    }
+    if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
-    text = f"the latents' standard deviation is {report.std:.4g}, expected about 1"
+    text = f"the latents' standard deviation is {std:.4g}, expected about 1"
     manifest = report.manifest if report.manifest.get("scaling_factor") else {"scaling_factor": 0.18215}  # SD's
-    scaling = LatentScaling.of(manifest, channels=len(mean), source=Layout(report.feature_path, report.name).manifest)
+    scaling = LatentScaling.of(manifest, channels=len(mean), source=report.layout.manifest)
     name = f"scaling factor {scaling.scaling_factor:g}" + ("" if scaling.is_plain else ", with shift or statistics,")
     # Mean and standard deviation of each channel, had they been scaled once more or less.
-    ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - report.channel_std, mean + report.channel_std)]
+    ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - channel_std, mean + channel_std)]
     for change, what in ((scaling.normalize, "is not in them"), (scaling.denormalize, "is in them twice")):
         low, high = map(change, ends)
-        middle, half = (low + high) / 2, (high - low) / 2
-        if STD_RANGE[0] <= math.sqrt(np.mean(half**2) + np.var(middle)) <= STD_RANGE[1]:
+        if STD_RANGE[0] <= math.sqrt(np.mean(((high - low) / 2) ** 2) + np.var((low + high) / 2)) <= STD_RANGE[1]:
             text += f"; it looks as if the autoencoder's {name} {what}"
-    report.add("scale", report.samples.folder, text)
+    report.add("scale", report.store.path, text)
 
 
 def _check_duplicates(report, digests, allowed):
-    usable, labels, source = np.flatnonzero(report.usable), report.labels, report.samples.source
+    usable, labels, source = np.flatnonzero(report.usable), report.labels, report.store.source
     order = usable[np.lexsort((usable, digests[usable, 1], digests[usable, 0]))]
     again = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-    report.duplicates = int(again.sum())
+    report.facts["duplicates"] = int(again.sum())
     first = None
     for place in np.flatnonzero(again).tolist():
         if first is None or not (digests[first] == digests[order[place]]).all():
@@ -228,7 +360,7 @@ def _read_checksums(report):
     if checksums is None:
         report.notes.append("no checksums to compare: no manifest, or none in it")
         return None
-    path = os.path.join(report.feature_path, checksums["file"])
+    path = os.path.join(report.layout.features_path, checksums["file"])
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -250,7 +382,7 @@ def _read_checksums(report):
 
 def _compare_checksums(report, wanted, files):
     for name in {**wanted, **files}:
-        path = os.path.join(report.feature_path, name)
+        path = os.path.join(report.layout.features_path, name)
         if files.get(name) is None:
             report.add("checksums", path, "has a checksum, but is not there")
         elif name not in wanted:

@@ -255,7 +255,7 @@ def die(task):
 
 
 def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
-    monkeypatch.setattr("features.check_samples.check_pairs", die)
+    monkeypatch.setattr("features.check.check_span", die)
     with pytest.raises(ValueError, match="a process of the check died; .* smaller --num_workers"):
         run(healthy / "pairs")
 

@@ -1,13 +1,14 @@
 """Between pixels and latents: autoencoders, the scale of their latents, encoding and decoding."""
 
 import hashlib
-import math
 import os
 import re
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from config.schema import SCALING_KEYS
+from config.options import ABOVE_0, REQUIRED, VAE_KEYS, Option
+from config.schema import SCALING_KEYS, check_section
 from runtime.untrusted import shortened
 
 
@@ -89,59 +90,47 @@ class LatentDecoder:
         return (self.decode(latents) * 255).round().astype("uint8")
 
 
+_SCALING = {key: VAE_KEYS[key] for key in SCALING_KEYS} | {"scaling_factor": Option(REQUIRED, ABOVE_0)}
+
+
+@dataclass(frozen=True)
 class LatentScaling:
     """Turns an autoencoder's latents `z` into what networks see, and back, by the keys of diffusers' AutoencoderKL.
 
     Networks see `(z - shift_factor) * scaling_factor` (Stable Diffusion 3, Flux), or with statistics of every channel
     `(z - latents_mean) * scaling_factor / latents_std`, as diffusers' pipelines do.
-
-    Args:
-        scaling_factor, shift_factor: numbers. latents_mean, latents_std: numbers, or a list of one a channel.
-        channels: of the latents, None for unknown. source: for messages.
-
-    Raises:
-        ValueError: one line: a value that can't be, or a shift and a mean at once, which diffusers has no rule for.
     """
 
-    def __init__(
-        self, scaling_factor, shift_factor=None, latents_mean=None, latents_std=None, *, channels=None, source="VAE"
-    ):
-        def number(key, value, is_positive=False):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or (is_positive and value <= 0):
-                expected = "a number above 0" if is_positive else "a finite number"
-                raise ValueError(f"{source}: {key} is {str(value)[:40]}, expected {expected}")
-            return float(value)
-
-        def numbers(key, value, is_positive=False):
-            if not isinstance(value, (list, tuple)):
-                return number(key, value, is_positive)
-            if len(value) != (channels or len(value)) or not value:
-                expected = f"expected one for each of {channels} channels"
-                raise ValueError(f"{source}: {key} has {len(value)} values, {expected}")
-            return [number(key, one, is_positive) for one in value]
-
-        self.scaling_factor = number("scaling_factor", scaling_factor, True)
-        self.shift_factor = None if shift_factor is None else number("shift_factor", shift_factor)
-        if (latents_mean is None) != (latents_std is None):
-            given, missing = ("std", "mean") if latents_mean is None else ("mean", "std")
-            raise ValueError(f"{source}: has latents_{given} but no latents_{missing}; expected both or none")
-        self.latents_mean = self.latents_std = None
-        if latents_mean is not None:
-            self.latents_mean = numbers("latents_mean", latents_mean)
-            self.latents_std = numbers("latents_std", latents_std, True)
-            if self.shift_factor:
-                raise ValueError(f"{source}: has shift_factor and latents_mean, which can't be combined; expected one")
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: float | list | None  # a list: one a channel
+    latents_std: float | list | None
 
     @classmethod
     def of(cls, config, *, channels=None, source="VAE"):
-        """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null."""
-        values = [config.get(key) if isinstance(config, dict) else getattr(config, key, None) for key in SCALING_KEYS]
-        return cls(*values, channels=channels, source=source)
+        """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null.
 
-    def as_dict(self):
-        """Returns the four keys and their values, for JSON."""
-        return {key: getattr(self, key) for key in SCALING_KEYS}
+        Args:
+            channels: of the latents, None for unknown. source: for messages.
+
+        Raises:
+            ValueError: one line: a value that can't be, or a shift and a mean at once, which diffusers has no rule for.
+        """
+        given = config if isinstance(config, dict) else vars(config)
+        values = check_section(_SCALING, {key: given.get(key) for key in SCALING_KEYS}, source)
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) != (channels or len(value)):
+                expected = f"expected one for each of {channels} channels"
+                raise ValueError(f"{source}: {key} has {len(value)} values, {expected}")
+        scaling = cls(**values)
+        if (scaling.latents_mean is None) != (scaling.latents_std is None):
+            given, missing = ("std", "mean") if scaling.latents_mean is None else ("mean", "std")
+            raise ValueError(f"{source}: has latents_{given} but no latents_{missing}; expected both or none")
+        if scaling.shift_factor and scaling.latents_mean is not None:
+            raise ValueError(f"{source}: has shift_factor and latents_mean, which can't be combined; expected one")
+        return scaling
+
+    as_dict = asdict
 
     @property
     def is_plain(self):
@@ -154,23 +143,23 @@ class LatentScaling:
         changed = [key for key in SCALING_KEYS if (here[key] or None) != (there[key] or None)]
         return [f"{key} {str(there[key])[:40]}, not {str(here[key])[:40]}" for key in changed]
 
-    def _offset(self):
-        return (self.shift_factor or 0.0) if self.latents_mean is None else self.latents_mean
+    @property
+    def offset_and_std(self):
+        """Two numbers, or lists of one a channel: what is taken off `z`, and what it is divided by then."""
+        return (self.shift_factor or 0.0, 1.0) if self.latents_mean is None else (self.latents_mean, self.latents_std)
 
     def normalize(self, z):
         """Returns latents `(N, C, h, w)`, numpy or Paddle, as networks see them, for an autoencoder's `z`."""
-        return self.normalize_std(z if self.is_plain else z - _per_channel(self._offset(), z))
+        return self.normalize_std(z - _per_channel(self.offset_and_std[0], z))
 
     def normalize_std(self, std):
         """Returns the standard deviation of latents `(N, C, h, w)` as networks see it: scaled, not shifted."""
-        std = std * self.scaling_factor
-        return std if self.latents_std is None else std / _per_channel(self.latents_std, std)
+        return std * self.scaling_factor / _per_channel(self.offset_and_std[1], std)
 
     def denormalize(self, latents):
         """Returns the `z` that the autoencoder decodes, for latents `(N, C, h, w)` as networks see them."""
-        z = latents if self.latents_std is None else latents * _per_channel(self.latents_std, latents)
-        z = z / self.scaling_factor
-        return z if self.is_plain else z + _per_channel(self._offset(), z)
+        offset, std = (_per_channel(value, latents) for value in self.offset_and_std)
+        return latents * std / self.scaling_factor + offset
 
 
 def _per_channel(value, latents):
@@ -197,8 +186,7 @@ def fold_scaling(vae):
     if scaling.is_plain:
         return vae
     channels = vae.config.latent_channels
-    mean = np.broadcast_to(np.array(scaling._offset(), "float64"), [channels])
-    std = np.broadcast_to(np.array(scaling.latents_std or 1.0, "float64"), [channels])
+    mean, std = (np.broadcast_to(np.array(value, "float64"), [channels]) for value in scaling.offset_and_std)
     state = {name: value.astype("float32").numpy() for name, value in vae.state_dict().items()}
 
     def convolution(name, size):

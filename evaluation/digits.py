@@ -7,12 +7,10 @@
 Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
 """
 
-import os
-
 import numpy as np
 from PIL import Image
 
-from features.images import find_images, load_image
+from features.images import load_image
 from runtime.progress import tqdm
 
 
@@ -27,18 +25,17 @@ def check_size(side, path):
         )
 
 
-def load_digits_through_vae(vae, root, size, batch_size=50):
-    """Reads an image folder, crops to `size` pixels, encodes and decodes.
+def pass_through_vae(vae, samples, size, what, batch_size=50):
+    """Reads the samples of `find_images`, crops to `size` pixels, encodes and decodes; `what` is for the progress bar.
 
     Returns:
         `(images, labels)`: float32 `(N, H, W, 3)` in [0, 1], int64 `(N,)`.
     """
     import paddle
 
-    samples, _ = find_images(root)
     images = []
     with paddle.no_grad():
-        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
+        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {what} digits"):
             x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
             x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
             images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())

@@ -11,12 +11,11 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from features.images import walk_files
 from runtime.process import counted, run_cli
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = "partial.png"  # the file that is being written
 
 
 def expected_images(image_size: int) -> dict:
@@ -42,12 +41,12 @@ def expected_images(image_size: int) -> dict:
 
 def holds_image(path: str, image) -> bool:
     """Returns whether the file at `path` is this very image, pixel by pixel."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path, formats=["PNG"]) as found:
-            return found.mode == image.mode and found.size == image.size and found.tobytes() == image.tobytes()
-    except (UnidentifiedImageError, OSError):
+            return np.array_equal(found, image)
+    except OSError:
         return False
 
 
@@ -61,30 +60,20 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
 
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")
-    images = expected_images(image_size)
-    present = set()
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"--output {output} is a file; expected a folder")
-    lost = []  # links that lead nowhere, and the like
-    found = list(walk_files(output, set(), lost, hidden=True)) if os.path.exists(output) else []
-    for path in lost + found:
-        relative = os.path.relpath(path, output)
-        if relative.endswith(PARTIAL) and relative.removesuffix(PARTIAL) in images:  # of a run that was killed
-            os.remove(path)
-            continue
-        if relative not in images or path in lost or not holds_image(path, images[relative]):
-            raise ValueError(
-                f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
-                "nothing was written, give a new or empty folder"
-            )
-        present.add(relative)
-
-    missing = [relative for relative in images if relative not in present]
-    for relative in tqdm(missing, desc="digits", unit="image", disable=not missing):
+    missing, partial = expected_images(image_size), os.path.join(output, PARTIAL)
+    for folder, _, names in os.walk(output, followlinks=True):
+        for path in (os.path.join(folder, name) for name in names):
+            relative = os.path.relpath(path, output)
+            if path != partial and not (relative in missing and holds_image(path, missing.pop(relative))):
+                raise ValueError(
+                    f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
+                    "nothing was written, give a new or empty folder"
+                )
+    for relative, image in tqdm(missing.items(), desc="digits", unit="image", disable=not missing):
         path = os.path.join(output, relative)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        images[relative].save(path + PARTIAL, format="PNG")
-        os.replace(path + PARTIAL, path)
+        image.save(partial)
+        os.replace(partial, path)
     return len(missing)
 
 

@@ -10,7 +10,7 @@ import tarfile
 
 import numpy as np
 
-from features.images import encodable, find_images, image_suffixes, load_pixels, order_classes, some_of
+from features.images import encodable, find_images, image_suffixes, left_out, load_pixels, order_classes, some_of
 from features.npy import load_npz
 from runtime.files import whole_file
 from runtime.process import counted
@@ -176,56 +176,46 @@ def _stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def scan_archives(archives, lost=None):
+def scan_archives(archives):
     """Finds the images in tar files by reading the headers alone.
 
-    Args:
-        lost: gets the names of links and of what is no plain file.
-
     Returns:
-        (found, inner): found is a list of (name, archive, offset, size), in no order; the name of an image in a tar
-        file within a tar file is `class/name`. inner is the set of those classes.
+        (found, inner, lost): found is a list of (name, archive, offset, size), in no order; the name of an image in a
+        tar file within a tar file is `class/name`. inner is the set of those classes. lost are the names of links and
+        of what is no plain file.
 
     Raises:
         ValueError: a file that is no tar file, is compressed, damaged or cut short.
     """
-    found, inner = [], set()
-    suffixes = image_suffixes()
+    found, inner, lost, suffixes = [], set(), [], image_suffixes()
     total = sum(os.path.getsize(path) for path in archives)
     with tqdm(total=total, desc="tar headers", unit="B", unit_scale=True, leave=False) as progress:
         for number, path in enumerate(archives):
             before = progress.n
             with open(path, "rb") as file:
-                for name, offset, size in _members(file, path, 0, lost):
-                    progress.update(before + offset - progress.n)
-                    name = posixpath.normpath(name).lstrip("/")
-                    if name.lower().endswith(".tar"):
-                        inner.add(_stem(name))
-                        for image, *span in _members(file, f"{path}: {name}", offset, lost):
-                            progress.update(before + span[0] - progress.n)
-                            if _is_image(image, suffixes):
-                                found.append((f"{_stem(name)}/{posixpath.normpath(image)}", number, *span))
-                    elif _is_image(name, suffixes):
+                for name, offset, size in _members(file, path, inner, lost):
+                    progress.update(before + offset + size - progress.n)
+                    if name.lower().endswith(suffixes) and not posixpath.basename(name).startswith("."):
                         found.append((name, number, offset, size))
-            progress.update(before + os.path.getsize(path) - progress.n)
-    return found, inner
+    return found, inner, lost
 
 
-def _is_image(name, suffixes):
-    return name.lower().endswith(suffixes) and not posixpath.basename(name).startswith(".")
-
-
-def _members(file, shown, start, lost):
-    """Yields (name, offset in `file`, size) of the plain files in the tar file that starts at `start`."""
+def _members(file, shown, inner, lost, start=0, folder=""):
+    """Yields (name, offset in `file`, size) of the plain files in the tar file that starts at `start`, and in those in
+    it; `inner` gets the names of these, `lost` those of what is no plain file."""
     try:
         file.seek(start)
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep a million headers
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-            elif lost is not None and not member.isdir():
-                lost.append(member.name)
+            name = posixpath.normpath(member.name).lstrip("/")
+            if not member.isreg() or member.issparse():
+                lost += [] if member.isdir() else [member.name]
+            elif name.lower().endswith(".tar") and not folder:
+                inner.add(_stem(name))
+                yield from _members(file, f"{shown}: {name}", inner, lost, member.offset_data, f"{_stem(name)}/")
+            else:
+                yield folder + name, member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{shown}: no plain tar file, or damaged or cut short ({error}); unpack a .tar.gz") from None
     # tarfile takes a damaged header for the end, which is a block of zeros.
@@ -235,10 +225,8 @@ def _members(file, shown, start, lost):
 
 
 def _class_tars(data_path, archives, notes, earlier):
-    lost = []
-    found, inner = scan_archives(archives, lost)
-    if lost:
-        notes.append(f"left out, links in tar files and what is no plain file: {len(lost)} ({some_of(sorted(lost))})")
+    found, inner, lost = scan_archives(archives)
+    notes += left_out("links in tar files and what is no plain file", len(lost), lost)
     if inner and any(name.split("/", 1)[0] not in inner for name, *_ in found):
         raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
     if not inner and archives != [data_path]:
@@ -295,7 +283,7 @@ def _read_list(list_file, root, archives):
     classes, labels = _number(labels, list_file)
     spans = None
     if archives:
-        found, _ = scan_archives(archives)
+        found, _, _ = scan_archives(archives)
         where = {name: span for name, *span in found}
         missing = [name for name in names if posixpath.normpath(name) not in where]
         if missing:
@@ -309,13 +297,11 @@ def _read_list(list_file, root, archives):
 
 def _number(labels, list_file):
     """Returns classes and numbers of a list's labels: numbers as they are, names in sorted order."""
-    numeric = [re.fullmatch(r"[+-]?[0-9.]+", label) is not None for label in labels]
-    if not any(numeric):
-        classes = sorted(set(labels))
-        number = {label: i for i, label in enumerate(classes)}
-        return classes, [number[label] for label in labels]
-    wrong = [label for label in labels if not re.fullmatch("[0-9]{1,6}", label)]
-    if wrong:
-        raise ValueError(f"{list_file}: label {wrong[0]}: labels are all names, or all numbers 0..{MAX_LABEL}")
+    if not any(re.fullmatch(r"[+-]?[0-9.]+", label) for label in labels):
+        classes, numbers = np.unique(labels, return_inverse=True)
+        return classes.tolist(), numbers
+    for label in labels:
+        if not re.fullmatch("[0-9]{1,6}", label):
+            raise ValueError(f"{list_file}: label {label}: labels are all names, or all numbers 0..{MAX_LABEL}")
     numbers = [int(label) for label in labels]
     return [str(i) for i in range(max(numbers) + 1)], numbers

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from runtime.progress import tqdm
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 STD_RANGE = (0.5, 2.0)
 ROW_KINDS = ("latents", "flipped")
-_shared = {}  # what a worker process was started with: the arguments of `_look` but for the span
+_shared = []  # what a worker process was started with: the store, a report's facts, whether pairs are hashed
 
 
 @dataclass
@@ -107,16 +108,14 @@ def check_set(
     report = Report(read_manifest(feature_path, name), layout, facts)
     try:
         report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(layout)
+        for path, other in getattr(store, "lonely", ()):
+            report.add("pairs", path, f"has no counterpart in {other}")
+        if not len(store) or store.row_shape is None:
+            raise ValueError(f"{store.path}: no readable sample in it")
+        if len(store.row_shape) != 3:
+            raise ValueError(f"{store.path}: holds rows of shape {store.row_shape}, expected (C, h, w)")
     except (ValueError, OSError) as error:
         report.problems.append(("format", one_line(error)))
-        return report
-    for path, other in getattr(store, "lonely", ()):
-        report.add("pairs", path, f"has no counterpart in {other}")
-    if not len(store) or store.row_shape is None:
-        report.add("format", store.path, "no readable sample in it")
-        return report
-    if len(store.row_shape) != 3:
-        report.add("format", store.path, f"holds rows of shape {store.row_shape}, expected (C, h, w)")
         return report
     _expect(report, model)
     wanted = _read_checksums(report) if compare_checksums else None
@@ -124,17 +123,18 @@ def check_set(
     size = len(store)
     row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)
     step = max(1, min(CHUNK_BYTES // row_bytes, -(-size // num_workers)))
-    shared = {"store": store, "facts": facts, "hashing": wanted is not None}
+    shared = store, facts, wanted is not None
     fork = multiprocessing.get_context("fork")  # because a store is shared, not sent
     chunks, files = [], {}
     try:
         with (
-            ProcessPoolExecutor(num_workers, fork, _shared.update, [shared]) as pool,
+            ProcessPoolExecutor(num_workers, fork, _shared.extend, [shared]) as pool,
             tqdm(total=size, desc="checking", unit="sample") as bar,
         ):
             for chunk in pool.map(check_span, [range(size)[start:][:step] for start in range(0, size, step)]):
                 report.problems += chunk.problems
                 files.update(chunk.files)
+                chunk.problems = chunk.files = None  # they take the most memory, and stand in the report
                 chunks.append(chunk)
                 bar.update(len(chunk.labels))
             if wanted is not None and kind == "packed":
@@ -211,10 +211,7 @@ class Chunk:
 
 def check_span(span):
     """Returns the `Chunk` of a range of samples."""
-    return _look(np.array(span), **_shared)
-
-
-def _look(indices, store, facts, hashing):
+    indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
     chunk, kinds = Chunk(len(indices), channels), ROW_KINDS[: 1 + store.has_flip]
     rows = [np.empty((len(indices), *facts["row_shape"]), "float32") for _ in kinds]
@@ -259,8 +256,7 @@ def _read_pairs(store, indices, rows, facts, chunk, hashing):
         for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
             path = store.source(index, kind)
             try:
-                with open(path, "rb", buffering=0) as file:
-                    data = file.read()
+                data = Path(path).read_bytes()
                 if hashing:
                     folder, name = os.path.split(path)
                     chunk.files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
@@ -338,20 +334,15 @@ def _check_statistics(report, sums, count):
 
 def _check_duplicates(report, digests, allowed):
     usable, labels, source = np.flatnonzero(report.usable), report.labels, report.store.source
-    order = usable[np.lexsort((usable, digests[usable, 1], digests[usable, 0]))]
-    again = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-    report.facts["duplicates"] = int(again.sum())
-    first = None
-    for place in np.flatnonzero(again).tolist():
-        if first is None or not (digests[first] == digests[order[place]]).all():
-            first = int(order[place])
-        index = int(order[place + 1])
-        text = f"is the same latent as {source(first)}"
-        if labels[index] != labels[first]:
-            text += f", but label {labels[index]}, there {labels[first]}"
-        elif allowed:
-            continue
-        report.add("duplicates", source(index), text)
+    _, first, group = np.unique(digests[usable], axis=0, return_index=True, return_inverse=True)
+    first = usable[first[group.reshape(-1)]]  # the first sample with this one's latent
+    report.facts["duplicates"] = int((first != usable).sum())
+    for index, other in zip(usable[first != usable], first[first != usable], strict=True):
+        text = f"is the same latent as {source(other)}"
+        if labels[index] != labels[other]:
+            report.add("duplicates", source(index), f"{text}, but label {labels[index]}, there {labels[other]}")
+        elif not allowed:
+            report.add("duplicates", source(index), text)
 
 
 def _read_checksums(report):
@@ -362,8 +353,7 @@ def _read_checksums(report):
         return None
     path = os.path.join(report.layout.features_path, checksums["file"])
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = Path(path).read_bytes()
     except OSError as error:
         report.add("checksums", path, error.strerror)
         return None

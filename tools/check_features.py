@@ -18,6 +18,7 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.flags import check_positive
 from config.schema import load_config, manifest_features
 from features.check import check_set
 from features.store import find_features
@@ -121,9 +122,7 @@ def main(argv=None):
     )
     parser.add_argument("--device", default="auto", help="of --vae: auto, cpu, gpu or gpu:N [auto]")
     args = parser.parse_args(argv)
-    for key in ("num_workers", "num_images"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
+    check_positive(args, "num_workers", "num_images")
     kind, name = find_features(args.feature_path, args.resolution)
     model = load_config(args.config_file)["model"] if args.config_file else None
     output, picture = output_files(args.output, args.feature_path, name, args.overwrite)

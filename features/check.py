@@ -27,6 +27,8 @@ from runtime.progress import tqdm
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 STD_RANGE = (0.5, 2.0)
 ROW_KINDS = ("latents", "flipped")
+# Of a sample: its label, -1 where there is no valid one; whether its latents are right; the hash of the first.
+SAMPLE = np.dtype([("label", "int64"), ("usable", "bool"), ("digest", "uint64", 2)])
 _shared = []  # what a worker process was started with: the store, a report's facts, whether pairs are hashed
 
 
@@ -37,7 +39,7 @@ class Report:
     Attributes:
         facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
         store: what was opened, with `path`, `has_flip`, `row_shape`, `read` and `source` as of a `PackedStore`.
-        labels: `(N,)` int64, -1 where there is no valid one. usable: `(N,)` bool, the samples whose latents are right.
+        samples: `(N,)` of `SAMPLE`; `(0,)` if there was none to look into.
         problems: [(kind, one line), ...]. notes: sentences.
     """
 
@@ -45,8 +47,7 @@ class Report:
     layout: Layout
     facts: dict
     store: Any = None
-    labels: Any = None
-    usable: Any = None
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     notes: list = field(default_factory=list)
     problems: list = field(default_factory=list)
 
@@ -84,8 +85,37 @@ class Pairs:
 
     def read(self, indices, out, mirrored):
         for place, index in enumerate(indices):
-            path = self.source(index, "flipped" if mirrored[place] else "latents")
-            out[place] = without_batch_axis(load_npy(path))
+            out[place] = without_batch_axis(load_npy(self.source(index, ROW_KINDS[int(mirrored[place])])))
+
+    def read_all(self, indices, rows, dtype, hashing):
+        """Puts latents, and mirrored ones, into `rows`.
+
+        Returns:
+            `(labels, whole, problems, files)`: None for a label that can't be read; `(n,)` bool, samples whose latents
+            could be; `{path under the feature folder: sha256}` of the files, if they are hashed.
+        """
+        labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
+        reader, shape = NpyReader(), rows[0].shape[1:]
+        for place, index in enumerate(indices):
+            for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
+                path = self.source(index, kind)
+                try:
+                    data = Path(path).read_bytes()
+                    if hashing:
+                        folder, name = os.path.split(path)
+                        files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
+                    array = reader.parse(data, path)
+                    array = read_label(array) if kind == "labels" else without_batch_axis(array)
+                    if kind != "labels" and (array.shape != shape or array.dtype.name != dtype):
+                        holds = f"holds {array.dtype} of shape {array.shape}"
+                        raise ValueError(f"{holds}, expected {dtype} of shape {shape}")
+                    out[place] = array
+                except (ValueError, OSError) as error:
+                    text = one_line(error)
+                    kind = "labels" if kind == "labels" else "latents"
+                    problems.append((kind, text if path in text else f"{path}: {text}"))
+                    whole[place] &= kind == "labels"
+        return labels, whole, problems, files
 
 
 def check_set(
@@ -96,7 +126,6 @@ def check_set(
     Args:
         feature_path, kind, name: the set, as `features.store.find_features` gives them.
         model: the `model` section of a config, for shape and classes; None: what the manifest says.
-        num_workers: processes.
         compare_checksums: compare every file with its checksum, if the manifest names a file of them.
         allow_duplicates: equal latents of one class are no problem.
 
@@ -123,39 +152,94 @@ def check_set(
     size = len(store)
     row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)
     step = max(1, min(CHUNK_BYTES // row_bytes, -(-size // num_workers)))
-    shared = store, facts, wanted is not None
     fork = multiprocessing.get_context("fork")  # because a store is shared, not sent
-    chunks, files = [], {}
+    parts, sums, files = [], 0, {}
     try:
         with (
-            ProcessPoolExecutor(num_workers, fork, _shared.extend, [shared]) as pool,
+            ProcessPoolExecutor(num_workers, fork, _shared.extend, [(store, facts, wanted is not None)]) as pool,
             tqdm(total=size, desc="checking", unit="sample") as bar,
         ):
-            for chunk in pool.map(check_span, [range(size)[start:][:step] for start in range(0, size, step)]):
-                report.problems += chunk.problems
-                files.update(chunk.files)
-                chunk.problems = chunk.files = None  # they take the most memory, and stand in the report
-                chunks.append(chunk)
-                bar.update(len(chunk.labels))
+            spans = [range(size)[start:][:step] for start in range(0, size, step)]
+            for samples, numbers, problems, read in pool.map(check_span, spans):
+                parts.append(samples)
+                sums += numbers
+                report.problems += problems
+                files.update(read)
+                bar.update(len(samples))
             if wanted is not None and kind == "packed":
                 bar.set_description("checksums")
                 paths = [os.path.join(feature_path, name) for name in wanted]
                 files = dict(zip(wanted, pool.map(_hash_file, paths), strict=True))
     except BrokenProcessPool:
         raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
-    report.labels, report.usable, digests = (
-        np.concatenate([getattr(chunk, key) for chunk in chunks]) for key in ("labels", "usable", "digests")
-    )
+    report.samples = np.concatenate(parts)
     _check_counts(report)
-    _check_duplicates(report, digests, allow_duplicates)
+    _check_duplicates(report, allow_duplicates)
     facts["files_with_checksum"] = None if wanted is None else len(wanted)
-    sums, count, twins = (sum(getattr(chunk, key) for chunk in chunks) for key in ("sums", "count", "twins"))
-    _check_statistics(report, sums, count)
-    if twins and twins == report.usable.sum():
-        report.add("mirrored", store.path, "every mirrored latent is the same as its original")
+    _check_statistics(report, sums)
     if wanted is not None:
         _compare_checksums(report, wanted, files)
     return report
+
+
+def check_span(span):
+    """Looks into a range of samples, in a worker process.
+
+    Returns:
+        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the sums of x and of x**2 (with
+        moments of mean**2 + std**2), how many numbers of a channel are in them, and how many mirrored latents are
+        their originals; [(kind, line), ...]; and the `files` of `Pairs.read_all`.
+    """
+    indices, (store, facts, hashing) = np.array(span), _shared
+    channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
+    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((4, channels))
+    rows = [np.empty((len(indices), *facts["row_shape"]), "float32") for _ in range(1 + store.has_flip)]
+    if isinstance(store, Pairs):
+        labels, whole, problems, files = store.read_all(indices, rows, facts["dtype"], hashing)
+    else:
+        for twin, out in enumerate(rows):
+            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
+        whole, problems, files = np.ones(len(indices), bool), [], {}
+
+    def add(kind, index, what, text):
+        problems.append((kind, f"{store.source(index, what)}: {text}"))
+
+    last = MAX_LABEL if facts["num_classes"] is None else facts["num_classes"] - 1
+    for place, label in enumerate(labels):
+        samples["label"][place] = label if label is not None and 0 <= label <= MAX_LABEL else -1
+        if label is not None and not 0 <= label <= last:
+            add("labels", indices[place], "labels", f"label {label}, expected 0..{last}")
+    places = np.flatnonzero(whole)
+    rows = [array[places] for array in rows]
+    for place, row in zip(places, rows[0], strict=True):
+        samples["digest"][place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
+    for kind, array in zip(ROW_KINDS, rows, strict=False):
+        bad = (~np.isfinite(array)).sum(axis=(1, 2, 3))
+        positive = (array[:, channels:] > 0).all(axis=(1, 2, 3))  # of no number without moments
+        for row in np.flatnonzero(bad):
+            add("finite", indices[places[row]], kind, f"{counted(bad[row], 'number')} not finite")
+        for row in np.flatnonzero((bad == 0) & ~positive):
+            add("moments", indices[places[row]], kind, "a standard deviation is not above 0")
+        good = (bad == 0) & positive
+        whole[places] &= good
+        values = array[good].astype("float64")
+        sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
+        sums[1] += np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels).sum(axis=0)
+        sums[2] += values[:, 0].size
+        if kind == "flipped":
+            sums[3] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
+    samples["usable"] = whole
+    return samples, sums, problems, files
+
+
+def _hash_file(path):
+    with contextlib.suppress(OSError):
+        return sha256_of_file(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over all samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _expect(report, model):
@@ -184,133 +268,33 @@ def _expect(report, model):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a worker process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Chunk:
-    """The findings on n neighbouring samples; small, because it travels between processes.
-
-    Attributes:
-        problems, labels, usable: as of a `Report`.
-        digests: `(n, 2)` uint64 of the latents; twins: how many mirrored latents are their originals.
-        sums: `(2, C)` float64: of x and of x**2, with moments of mean**2 + std**2; count: numbers a channel in them.
-        files: `{path under the feature folder: sha256}` of the pairs' files.
-    """
-
-    def __init__(self, size, channels):
-        self.problems, self.files = [], {}
-        self.labels, self.usable = np.full(size, -1), np.ones(size, bool)
-        self.digests, self.twins = np.zeros((size, 2), "uint64"), 0
-        self.sums, self.count = np.zeros((2, channels)), 0
-
-    def add(self, kind, path, text):
-        self.problems.append((kind, text if path in text else f"{path}: {text}"))
-
-
-def check_span(span):
-    """Returns the `Chunk` of a range of samples."""
-    indices, (store, facts, hashing) = np.array(span), _shared
-    channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
-    chunk, kinds = Chunk(len(indices), channels), ROW_KINDS[: 1 + store.has_flip]
-    rows = [np.empty((len(indices), *facts["row_shape"]), "float32") for _ in kinds]
-    if isinstance(store, Pairs):
-        labels = _read_pairs(store, indices, rows, facts, chunk, hashing)
-    else:
-        for twin, out in enumerate(rows):
-            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
-    last = MAX_LABEL if facts["num_classes"] is None else facts["num_classes"] - 1
-    for place, label in enumerate(labels):
-        if label is not None and not 0 <= label <= last:
-            chunk.add("labels", store.source(indices[place], "labels"), f"label {label}, expected 0..{last}")
-        if label is not None and 0 <= label <= MAX_LABEL:
-            chunk.labels[place] = label
-
-    places = np.flatnonzero(chunk.usable)
-    rows = [array[places] for array in rows]
-    for place, row in zip(places, rows[0], strict=True):
-        chunk.digests[place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
-    for kind, array in zip(kinds, rows, strict=True):
-        bad = (~np.isfinite(array)).sum(axis=(1, 2, 3))
-        for row in np.flatnonzero(bad):
-            chunk.add("finite", store.source(indices[places[row]], kind), f"{counted(bad[row], 'number')} not finite")
-        positive = (array[:, channels:] > 0).all(axis=(1, 2, 3))  # of no number without moments
-        for row in np.flatnonzero((bad == 0) & ~positive):
-            chunk.add("moments", store.source(indices[places[row]], kind), "a standard deviation is not above 0")
-        good = (bad == 0) & positive
-        chunk.usable[places] &= good
-        values = array[good].astype("float64")
-        chunk.sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
-        chunk.sums[1] += np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels).sum(axis=0)
-        chunk.count += values[:, 0].size
-        if kind == "flipped":
-            chunk.twins = int((array == rows[0]).all(axis=(1, 2, 3)).sum())
-    return chunk
-
-
-def _read_pairs(store, indices, rows, facts, chunk, hashing):
-    """Puts latents into `rows` and returns labels, None for an unreadable one; what is wrong goes to the chunk."""
-    reader, labels = NpyReader(), [None] * len(indices)
-    for place, index in enumerate(indices):
-        for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
-            path = store.source(index, kind)
-            try:
-                data = Path(path).read_bytes()
-                if hashing:
-                    folder, name = os.path.split(path)
-                    chunk.files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
-                array = reader.parse(data, path)
-                if kind == "labels":
-                    labels[place] = read_label(array)
-                    continue
-                latent = without_batch_axis(array)
-                if latent.shape != facts["row_shape"] or latent.dtype.name != facts["dtype"]:
-                    holds = f"holds {latent.dtype} of shape {latent.shape}"
-                    raise ValueError(f"{holds}, expected {facts['dtype']} of shape {facts['row_shape']}")
-                out[place] = latent
-            except (ValueError, OSError) as error:
-                chunk.add("labels" if kind == "labels" else "latents", path, one_line(error))
-                chunk.usable[place] &= kind == "labels"
-    return labels
-
-
-def _hash_file(path):
-    with contextlib.suppress(OSError):
-        return sha256_of_file(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Over all samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _check_counts(report):
-    facts, manifest, valid = report.facts, report.manifest, report.labels[report.labels >= 0]
-    all_counts = np.bincount(valid, minlength=facts["num_classes"] or 0)
-    facts["labels"] = {"min": int(report.labels.min()), "max": int(report.labels.max())}
+    facts, manifest, labels = report.facts, report.manifest, report.samples["label"]
+    all_counts = np.bincount(labels[labels >= 0], minlength=facts["num_classes"] or 0)
+    facts["labels"] = {"min": int(labels.min()), "max": int(labels.max())}
     facts["class_counts"] = all_counts.tolist()
     counts = all_counts[: facts["num_classes"]]  # without labels that are none of the classes
     empty = int((counts == 0).sum())
     if empty:
         report.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
-    path, size, has_flip = report.layout.manifest, facts["samples"], facts["flip"]
-    if manifest.get("num_samples", size) != size:
-        report.add("manifest", path, f"num_samples {manifest['num_samples']}, found {size}")
+    path = report.layout.manifest
+    for key, found in (("num_samples", facts["samples"]), ("flip", facts["flip"])):
+        if manifest.get(key, found) != found:
+            report.add("manifest", path, f"{key} {manifest[key]}, found {found}")
     # The config may have more classes than the set.
     used = np.trim_zeros(all_counts, "b").tolist()
     if np.trim_zeros(np.asarray(manifest.get("class_counts", used)), "b").tolist() != used:
         report.add("manifest", path, "class_counts are not those of the labels")
-    if manifest.get("flip", has_flip) != has_flip:
-        there = "there are" if has_flip else "there are no"
-        report.add("manifest", path, f"flip {manifest['flip']}, {there} mirrored latents")
 
 
-def _check_statistics(report, sums, count):
-    """Notes mean and standard deviation, which is about 1 if the latents are scaled."""
+def _check_statistics(report, sums):
+    """Notes mean and standard deviation, which is about 1 if the latents are scaled; `sums` as of `check_span`."""
+    count, twins = sums[2:, 0]
+    if twins and twins == report.samples["usable"].sum():
+        report.add("mirrored", report.store.path, "every mirrored latent is the same as its original")
     if not count:
         return
-    mean, square = sums / count  # with moments the square of a posterior sample
+    mean, square = sums[:2] / count  # with moments the square of a posterior sample
     channel_std = np.sqrt(np.maximum(square - mean**2, 0))
     std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
     report.facts["latents"] = {
@@ -332,9 +316,10 @@ def _check_statistics(report, sums, count):
     report.add("scale", report.store.path, text)
 
 
-def _check_duplicates(report, digests, allowed):
-    usable, labels, source = np.flatnonzero(report.usable), report.labels, report.store.source
-    _, first, group = np.unique(digests[usable], axis=0, return_index=True, return_inverse=True)
+def _check_duplicates(report, allowed):
+    usable, labels = np.flatnonzero(report.samples["usable"]), report.samples["label"]
+    digests, source = report.samples["digest"][usable], report.store.source
+    _, first, group = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     first = usable[first[group.reshape(-1)]]  # the first sample with this one's latent
     report.facts["duplicates"] = int((first != usable).sum())
     for index, other in zip(usable[first != usable], first[first != usable], strict=True):

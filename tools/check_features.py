@@ -36,7 +36,7 @@ def print_report(report):
         what = "moments" if facts["moments"] else "latents"
         print(
             f"{counted(facts['samples'], 'sample')} in {report.store.path}: "
-            f"{what if report.usable.any() else f'expected {what}'} {facts['row_shape']} "
+            f"{what if report.samples['usable'].any() else f'expected {what}'} {facts['row_shape']} "
             f"{facts['dtype']}{', mirrored twins' if facts['flip'] else ''}"
         )
         if counts := [count for count in facts["class_counts"] if count]:
@@ -67,10 +67,10 @@ def save_picture(report, path, *, vae, num_images, device):
     from sampling.grid import make_grid
 
     paddle.set_device(resolve_device(device))
-    facts = report.facts
+    facts, usable, labels = report.facts, report.samples["usable"], report.samples["label"]
     channels, files = facts["row_shape"][0] // (1 + facts["moments"]), 1 + facts["flip"]
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(report.usable))[:num_images]
-    chosen = chosen[np.argsort(report.labels[chosen], kind="stable")]
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:num_images]
+    chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     rows = np.empty((len(chosen) * files, *facts["row_shape"]), "float32")
     report.store.read(chosen.repeat(files), rows, np.arange(len(rows)) % files == 1)
     made_with = manifest_features(report.manifest, report.layout.manifest)["vae"]
@@ -136,7 +136,7 @@ def main(argv=None):
     write_json(output, report.as_json())
     print_report(report)
     print(f"report: {output}", flush=True)
-    if args.vae and report.usable is not None and report.usable.any():
+    if args.vae and report.samples["usable"].any():
         save_picture(report, picture, vae=args.vae, num_images=args.num_images, device=args.device)
         print(f"picture: {picture}")
     if report.problems:

@@ -17,11 +17,11 @@ from runtime.progress import tqdm
 def check_size(side, path):
     """Raises `ValueError` unless the digit at `path` has `side` pixels in height and in width, as the samples have."""
     with Image.open(path) as digit:
-        width, height = digit.size
-    if (width, height) != (side, side):
+        found = "{}x{}".format(*digit.size)
+    if found != f"{side}x{side}":
         raise ValueError(
-            f"the pipeline draws images of {side}x{side} pixels, {path} is {width}x{height}; expected digits of that "
-            f"size: tools/prepare_digits.py --image_size {side}"
+            f"the pipeline draws images of {side}x{side} pixels, {path} is {found}; expected digits of that size: "
+            f"tools/prepare_digits.py --image_size {side}"
         )
 
 

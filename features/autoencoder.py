@@ -21,11 +21,8 @@ class NotFiniteError(ValueError):
 def load_vae(name_or_path):
     """Loads the `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub.
 
-    It is in eval mode. Nothing that the folder holds is executed.
-
-    Raises:
-        ValueError: one line: no VAE there, one whose scale of latents can't be, or the download failed, and what to do
-            without a network.
+    It is in eval mode. Nothing that the folder holds is executed. No VAE there, one whose scale of latents can't be, or
+    a download that failed is a `ValueError` of one line.
     """
     from ppdiffusers import AutoencoderKL
 
@@ -48,17 +45,11 @@ def load_vae(name_or_path):
 
 
 class LatentDecoder:
-    """Decodes latents, as networks see them, to images.
-
-    Args:
-        vae: an `AutoencoderKL`; its config says how the latents were scaled, see `LatentScaling`.
-        batch_size: latents decoded at once.
-    """
+    """Decodes latents, as networks see them: scaled as the config of the `AutoencoderKL` says, see `LatentScaling`."""
 
     def __init__(self, vae, batch_size=16):
-        self.vae = vae
+        self.vae, self.batch_size = vae, batch_size
         self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
-        self.batch_size = batch_size
 
     def decode(self, latents):
         """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
@@ -72,13 +63,12 @@ class LatentDecoder:
         with paddle.no_grad():
             for start in range(0, latents.shape[0], self.batch_size):
                 batch = self.scaling.denormalize(latents[start : start + self.batch_size])
-                decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
-                decoded = decoded.astype("float32")
+                decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample.astype("float32")  # (n, 3, H, W)
                 good = batch.astype("float32").isfinite().all([1, 2, 3]) & decoded.isfinite().all([1, 2, 3])  # (n,)
                 bad.extend(start + i for i, is_good in enumerate(good.tolist()) if not is_good)
                 images.append((decoded / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
         if bad:
-            which = f"{', '.join(map(str, bad[:10]))}{', ...' if len(bad) > 10 else ''}"
+            which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
             raise NotFiniteError(
                 f"{len(bad)} of {latents.shape[0]} images hold numbers that are not finite (NaN or infinity): number "
                 f"{which}, counted from 0. Such weights, half precision or a large guidance scale lead to it"
@@ -189,22 +179,17 @@ def fold_scaling(vae):
     mean, std = (np.broadcast_to(np.array(value, "float64"), [channels]) for value in scaling.offset_and_std)
     state = {name: value.astype("float32").numpy() for name, value in vae.state_dict().items()}
 
-    def convolution(name, size):
+    def fold(name, size, change):
         weight = state.get(f"{name}.weight", np.eye(size)[:, :, None, None]).astype("float64")
-        return weight, state.get(f"{name}.bias", np.zeros(size)).astype("float64")
+        bias = state.get(f"{name}.bias", np.zeros(size)).astype("float64")
+        weight, bias = change(weight, bias)
+        state.update({f"{name}.weight": weight.astype("float32"), f"{name}.bias": bias.astype("float32")})
 
     # z = latents * std + mean, and then the convolution.
-    weight, bias = convolution("post_quant_conv", channels)
-    after = {"weight": weight * std[:, None, None], "bias": bias + weight[:, :, 0, 0] @ mean}
+    fold("post_quant_conv", channels, lambda w, b: (w * std[:, None, None], b + w[:, :, 0, 0] @ mean))
     # The mean of the posterior, and the logarithm of its variance.
-    weight, bias = convolution("quant_conv", 2 * channels)
-    factor = np.concatenate([1 / std, np.ones(channels)])
-    before = {
-        "weight": weight * factor[:, None, None, None],
-        "bias": bias * factor + np.concatenate([-mean / std, -2 * np.log(std)]),
-    }
-    for name, part in (("post_quant_conv", after), ("quant_conv", before)):
-        state.update({f"{name}.{key}": value.astype("float32") for key, value in part.items()})
+    factor, offset = np.concatenate([1 / std, np.ones(channels)]), np.concatenate([-mean / std, -2 * np.log(std)])
+    fold("quant_conv", 2 * channels, lambda w, b: (w * factor[:, None, None, None], b * factor + offset))
 
     settings = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     settings.update(dict.fromkeys(SCALING_KEYS[1:]), use_quant_conv=True, use_post_quant_conv=True)
@@ -239,9 +224,9 @@ def choose_vae(given, features, default, flag):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
     Args:
-        given: the flag's value, or None.
+        given: the value of the flag, or None.
         features: the `vae` entry of a config's `features` section, or None: what the latents were made with.
-        default: folder or hub name for latents that nothing is known of. flag: its name, for messages.
+        default: for latents that nothing is known of.
 
     Raises:
         ValueError: one line: the features' own is a folder that is not there.
@@ -265,18 +250,15 @@ def open_vae(given, features, *, default, flag, channels=None):
 
     Weights that are the features' own decode latents as those were scaled, whatever the config beside them says.
 
-    Args:
-        channels: of the latents; None: not compared.
-
     Returns:
         `(vae, notes)`: sentences for the user, among them how it differs from the one that made the features.
 
     Raises:
-        ValueError: one line: it can't be loaded, or its latents are not of the features' shape.
+        ValueError: one line: it can't be loaded, or its latents are not of the features' shape, or of `channels`.
     """
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
-    notes = [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    notes = [*filter(None, (note, match_vae(vae, name, features, flag)))]
     theirs = vae.config.latent_channels
     if channels not in (None, theirs):
         raise ValueError(f"{flag} {name}: decodes {theirs} channels, the latents have {channels}")
@@ -310,10 +292,8 @@ class LatentEncoder:
     """Encodes pixels to what is stored of their latents.
 
     Args:
-        vae: an `AutoencoderKL`.
-        precision: a `runtime.precision.Precision`.
-        seed: of the posterior samples.
-        moments: keep mean and standard deviation instead of a sample of them.
+        vae: an `AutoencoderKL`. precision: a `runtime.precision.Precision`.
+        seed: of the posterior samples. moments: keep mean and standard deviation instead of a sample of them.
     """
 
     def __init__(self, vae, precision, *, seed, moments):

@@ -188,7 +188,7 @@ def check_span(span):
     Returns:
         `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the sums of x and of x**2 (with
         moments of mean**2 + std**2), how many numbers of a channel are in them, and how many mirrored latents are
-        their originals; [(kind, line), ...]; and the `files` of `Pairs.read_all`.
+        their originals; the last two as of a `Report` and of `Pairs.read_all`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
@@ -235,11 +235,6 @@ def check_span(span):
 def _hash_file(path):
     with contextlib.suppress(OSError):
         return sha256_of_file(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Over all samples
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _expect(report, model):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from features.images import encodable, find_images, image_suffixes, left_out, load_pixels, order_classes, some_of
+from features.images import encodable, find_images, image_formats, left_out, load_pixels, order_classes, some_of
 from features.npy import load_npz
 from runtime.files import whole_file
 from runtime.process import counted
@@ -151,11 +151,7 @@ def open_source(data_path=None, list_file=None, earlier=None):
 
 
 def find_archives(data_path):
-    """Returns (tar files, notes): those that `data_path` is or holds, none for a folder by class.
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """Returns (tar files, notes): those that `data_path` is or holds, none for a folder by class."""
     if os.path.isfile(data_path):
         return [data_path], []
     if not os.path.isdir(data_path):
@@ -171,27 +167,19 @@ def find_archives(data_path):
     return archives, []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tar files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
 def scan_archives(archives):
-    """Finds the images in tar files by reading the headers alone.
+    """Finds the images in tar files by reading the headers alone; ValueError for no tar file, or a damaged one.
 
     Returns:
         (found, inner, lost): found is a list of (name, archive, offset, size), in no order; the name of an image in a
         tar file within a tar file is `class/name`. inner is the set of those classes. lost are the names of links and
         of what is no plain file.
-
-    Raises:
-        ValueError: a file that is no tar file, is compressed, damaged or cut short.
     """
-    found, inner, lost, suffixes = [], set(), [], image_suffixes()
+    found, inner, lost, (_, endings) = [], set(), [], image_formats()
     total = sum(os.path.getsize(path) for path in archives)
     with tqdm(total=total, desc="tar headers", unit="B", unit_scale=True, leave=False) as progress:
         for number, path in enumerate(archives):
@@ -199,7 +187,7 @@ def scan_archives(archives):
             with open(path, "rb") as file:
                 for name, offset, size in _members(file, path, inner, lost):
                     progress.update(before + offset + size - progress.n)
-                    if name.lower().endswith(suffixes) and not posixpath.basename(name).startswith("."):
+                    if name.lower().endswith(endings) and not posixpath.basename(name).startswith("."):
                         found.append((name, number, offset, size))
     return found, inner, lost
 
@@ -258,25 +246,20 @@ def _class_tars(data_path, archives, notes, earlier):
     return classes, sorted((label[name.split("/", 1)[0]], name, *span) for name, *span in found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# List files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _read_list(list_file, root, archives):
     """Returns (classes, samples), as `_class_tars` does, in the list's order; without `archives` no more than names."""
     names, labels = [], []
     try:
         with open(list_file, encoding="utf-8-sig", newline="") as file:
-            # Only the last comma separates: names may hold commas, quoted or not.
             for number, row in enumerate(csv.reader(file), 1):
                 if not row or number == 1 and [cell.strip().lower() for cell in row] == ["path", "label"]:
                     continue
-                *path, label = row
-                if not ",".join(path).strip() or not label.strip():
+                # Only the last comma separates: names may hold commas, quoted or not.
+                name, label = ",".join(row[:-1]), row[-1].strip()
+                if not name.strip() or not label:
                     raise ValueError(f"{list_file}: line {number}: expected path,label, found {','.join(row)!r}")
-                names.append(",".join(path))
-                labels.append(label.strip())
+                names.append(name)
+                labels.append(label)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{list_file}: cannot be read as text with a line path,label an image ({error})") from None
     if not names:

@@ -15,20 +15,14 @@ MAX_LISTED = 20  # unreadable images named at the end of a command
 
 
 @functools.cache
-def image_formats() -> list:
-    """Returns the formats that Pillow reads by itself, without EPS, a program which it hands to Ghostscript."""
+def image_formats() -> tuple:
+    """Returns formats and endings of files that Pillow reads by itself: not EPS, a program for Ghostscript."""
     from PIL import Image
 
     Image.init()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many are an error
-    return [kind for kind in Image.ID if kind != "EPS"]
-
-
-def image_suffixes() -> tuple:
-    """Returns the file name endings, lower case, of `image_formats`."""
-    from PIL import Image
-
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
+    formats = [kind for kind in Image.ID if kind != "EPS"]
+    return formats, tuple(ending for ending, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def encodable(name):
@@ -143,11 +137,11 @@ def find_images(root: str, notes: list | None = None, earlier: list | None = Non
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
     notes = [] if notes is None else notes
-    suffixes, prefix = image_suffixes(), os.path.join(root, "")
+    (_, endings), prefix = image_formats(), os.path.join(root, "")
     lost, loose, kinds, images = [], [], [], []
     for path in walk_files(root, lost):
         name = path[len(prefix) :]
-        if path.lower().endswith(suffixes):
+        if path.lower().endswith(endings):
             (images if os.sep in name else loose).append(name)
         elif os.sep in name:
             kinds.append(os.path.splitext(path)[1] or os.path.basename(path))
@@ -177,11 +171,7 @@ def to_rgb(image):
 
     An alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
     animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
-    Pillow does for 16-bit colour, and what has no known range is refused. Numbers that do not fill their 16 bits come
-    out dark: `dim_note` tells of them.
-
-    Raises:
-        ValueError: floats, or integers beyond 16 bits.
+    Pillow does for 16-bit colour; floats and integers beyond 16 bits, whose range is not known, are a `ValueError`.
     """
     from PIL import Image
 
@@ -252,7 +242,7 @@ def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | Non
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()) as file:
+        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()[0]) as file:
             # The mode tells of grey; colour is cut to its high bytes while the file is read.
             deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
             image = to_rgb(file)

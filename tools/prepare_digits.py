@@ -28,14 +28,12 @@ def expected_images(image_size: int) -> dict:
     _, heldout = train_test_split(
         np.arange(len(digits.target)), test_size=NUM_HELDOUT, stratify=digits.target, random_state=SPLIT_SEED
     )
-    heldout = set(heldout.tolist())
     images = {}
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         grey = Image.fromarray(np.round(pixels * (255 / 16)).astype("uint8"))  # the data set's values are 0..16
         part = "heldout" if index in heldout else "train"
-        images[os.path.join(part, str(label), f"{index:04d}.png")] = grey.resize(
-            (image_size, image_size), Image.BICUBIC
-        ).convert("RGB")
+        scaled = grey.resize((image_size, image_size), Image.BICUBIC).convert("RGB")
+        images[os.path.join(part, str(label), f"{index:04d}.png")] = scaled
     return images
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from config.flags import check_flag
 from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option
-from config.schema import check_section, check_value
+from config.schema import check_section
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli
@@ -151,7 +151,7 @@ def main(argv: list | None = None) -> None:
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise ValueError(f"--output {args.output} is not empty; nothing was written")
     size = settings["vae"].get("sample_size", 32)
-    check_value({"sample_size": Option(32, POSITIVE_INT)}, "sample_size", size, args.config_file)
+    check_section({"sample_size": Option(32, POSITIVE_INT)}, {"sample_size": size}, args.config_file)
     lost = [] if args.on_error == "skip" else None
     images = load_folder(args.data, size, lost)
     heldout = load_folder(args.heldout, size, lost) if args.heldout else None

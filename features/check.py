@@ -38,9 +38,9 @@ class Report:
 
     Attributes:
         facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
-        store: what was opened, with `path`, `has_flip`, `row_shape`, `read` and `source` as of a `PackedStore`.
+        store: what was opened, a `PackedStore` or `Pairs`.
         samples: `(N,)` of `SAMPLE`; `(0,)` if there was none to look into.
-        problems: [(kind, one line), ...]. notes: sentences.
+        notes: sentences. problems: [{"kind": ..., "text": one line}, ...].
     """
 
     manifest: dict
@@ -53,11 +53,7 @@ class Report:
 
     def add(self, kind, path, text):
         """Adds a problem with the file or folder `path`."""
-        self.problems.append((kind, f"{path}: {text}"))
-
-    def as_json(self):
-        problems = [{"kind": kind, "text": text} for kind, text in self.problems]
-        return {**self.facts, "notes": self.notes, "problems": problems}
+        self.problems.append({"kind": kind, "text": f"{path}: {text}"})
 
 
 class Pairs:
@@ -82,40 +78,6 @@ class Pairs:
 
     def source(self, index, kind="latents"):
         return os.path.join(self._folders[kind], os.fsdecode(self._names[index]))
-
-    def read(self, indices, out, mirrored):
-        for place, index in enumerate(indices):
-            out[place] = without_batch_axis(load_npy(self.source(index, ROW_KINDS[int(mirrored[place])])))
-
-    def read_all(self, indices, rows, dtype, hashing):
-        """Puts latents, and mirrored ones, into `rows`.
-
-        Returns:
-            `(labels, whole, problems, files)`: None for a label that can't be read; `(n,)` bool, samples whose latents
-            could be; `{path under the feature folder: sha256}` of the files, if they are hashed.
-        """
-        labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
-        reader, shape = NpyReader(), rows[0].shape[1:]
-        for place, index in enumerate(indices):
-            for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
-                path = self.source(index, kind)
-                try:
-                    data = Path(path).read_bytes()
-                    if hashing:
-                        folder, name = os.path.split(path)
-                        files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
-                    array = reader.parse(data, path)
-                    array = read_label(array) if kind == "labels" else without_batch_axis(array)
-                    if kind != "labels" and (array.shape != shape or array.dtype.name != dtype):
-                        holds = f"holds {array.dtype} of shape {array.shape}"
-                        raise ValueError(f"{holds}, expected {dtype} of shape {shape}")
-                    out[place] = array
-                except (ValueError, OSError) as error:
-                    text = one_line(error)
-                    kind = "labels" if kind == "labels" else "latents"
-                    problems.append((kind, text if path in text else f"{path}: {text}"))
-                    whole[place] &= kind == "labels"
-        return labels, whole, problems, files
 
 
 def check_set(
@@ -144,7 +106,7 @@ def check_set(
         if len(store.row_shape) != 3:
             raise ValueError(f"{store.path}: holds rows of shape {store.row_shape}, expected (C, h, w)")
     except (ValueError, OSError) as error:
-        report.problems.append(("format", one_line(error)))
+        report.problems.append({"kind": "format", "text": one_line(error)})
         return report
     _expect(report, model)
     wanted = _read_checksums(report) if compare_checksums else None
@@ -182,27 +144,58 @@ def check_set(
     return report
 
 
+def read_rows(store, indices, facts, hashing=False):
+    """Reads samples, and of pairs those that can be read.
+
+    Returns:
+        `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels, None
+        for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of pairs
+        that are to be hashed `{path under the feature folder: sha256}`.
+    """
+    labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
+    shape, dtype, reader = facts["row_shape"], facts["dtype"], NpyReader()
+    rows = [np.empty((len(indices), *shape), "float32") for _ in range(1 + store.has_flip)]
+    if isinstance(store, PackedStore):
+        for twin, out in enumerate(rows):
+            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
+        return rows, labels, whole, problems, files
+    for place, index in enumerate(indices):
+        for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
+            path = store.source(index, kind)
+            try:
+                data = Path(path).read_bytes()
+                if hashing:
+                    folder, name = os.path.split(path)
+                    files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
+                array = reader.parse(data, path)
+                array = read_label(array) if kind == "labels" else without_batch_axis(array)
+                if kind != "labels" and (array.shape != shape or array.dtype.name != dtype):
+                    holds = f"holds {array.dtype} of shape {array.shape}"
+                    raise ValueError(f"{holds}, expected {dtype} of shape {shape}")
+                out[place] = array
+            except (ValueError, OSError) as error:
+                text = one_line(error)
+                kind = "labels" if kind == "labels" else "latents"
+                problems.append({"kind": kind, "text": text if path in text else f"{path}: {text}"})
+                whole[place] &= kind == "labels"
+    return rows, labels, whole, problems, files
+
+
 def check_span(span):
     """Looks into a range of samples, in a worker process.
 
     Returns:
         `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the sums of x and of x**2 (with
         moments of mean**2 + std**2), how many numbers of a channel are in them, and how many mirrored latents are
-        their originals; the last two as of a `Report` and of `Pairs.read_all`.
+        their originals; the last two as of `read_rows`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
     samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((4, channels))
-    rows = [np.empty((len(indices), *facts["row_shape"]), "float32") for _ in range(1 + store.has_flip)]
-    if isinstance(store, Pairs):
-        labels, whole, problems, files = store.read_all(indices, rows, facts["dtype"], hashing)
-    else:
-        for twin, out in enumerate(rows):
-            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
-        whole, problems, files = np.ones(len(indices), bool), [], {}
+    rows, labels, whole, problems, files = read_rows(store, indices, facts, hashing)
 
     def add(kind, index, what, text):
-        problems.append((kind, f"{store.source(index, what)}: {text}"))
+        problems.append({"kind": kind, "text": f"{store.source(index, what)}: {text}"})
 
     last = MAX_LABEL if facts["num_classes"] is None else facts["num_classes"] - 1
     for place, label in enumerate(labels):

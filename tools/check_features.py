@@ -20,7 +20,7 @@ import numpy as np
 
 from config.flags import check_positive
 from config.schema import load_config, manifest_features
-from features.check import check_set
+from features.check import check_set, read_rows
 from features.store import find_features
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
@@ -49,10 +49,10 @@ def print_report(report):
             print(f"{counted(facts['files_with_checksum'], 'file')} compared with the checksums")
         for note in report.notes:
             print(f"note: {note}")
-    for kind, text in report.problems:
-        shown[kind] += 1
-        if shown[kind] <= SHOWN:
-            print(f"problem: {text}")
+    for problem in report.problems:
+        shown[problem["kind"]] += 1
+        if shown[problem["kind"]] <= SHOWN:
+            print(f"problem: {problem['text']}")
     for kind, count in shown.items():
         if count > SHOWN:
             print(f"problem: {count - SHOWN} more of the kind {kind!r}, in the report")
@@ -68,11 +68,10 @@ def save_picture(report, path, *, vae, num_images, device):
 
     paddle.set_device(resolve_device(device))
     facts, usable, labels = report.facts, report.samples["usable"], report.samples["label"]
-    channels, files = facts["row_shape"][0] // (1 + facts["moments"]), 1 + facts["flip"]
+    channels = facts["row_shape"][0] // (1 + facts["moments"])
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:num_images]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    rows = np.empty((len(chosen) * files, *facts["row_shape"]), "float32")
-    report.store.read(chosen.repeat(files), rows, np.arange(len(rows)) % files == 1)
+    rows = np.stack(read_rows(report.store, chosen, facts)[0], axis=1).reshape(-1, *facts["row_shape"])
     made_with = manifest_features(report.manifest, report.layout.manifest)["vae"]
     vae, notes = open_vae(vae, made_with, default=None, flag="--vae", channels=channels)
     for note in notes:
@@ -133,7 +132,7 @@ def main(argv=None):
         compare_checksums=not args.no_checksums,
         allow_duplicates=args.allow_duplicates,
     )
-    write_json(output, report.as_json())
+    write_json(output, {**report.facts, "notes": report.notes, "problems": report.problems})
     print_report(report)
     print(f"report: {output}", flush=True)
     if args.vae and report.samples["usable"].any():

@@ -115,13 +115,10 @@ def open_source(data_path=None, list_file=None, earlier=None):
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
         list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
             relative to `data_path` (default: the list's folder), or names of a tar file's images.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
+        earlier: see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
-    folder that it was made from.
-
-    Raises:
-        ValueError: one line on what is not there, or can't be understood.
+    folder that it was made from. What is not there, or can't be understood, is a `ValueError` of one line.
     """
     archives, notes = find_archives(data_path) if data_path else ([], [])
     root = source_root(data_path, list_file)

@@ -41,7 +41,7 @@ def left_out(what: str, count, names) -> list:
 
 
 def order_classes(names, notes: list, root: str, earlier: list | None = None) -> list:
-    """Returns the class names in the order of their labels.
+    """Returns the class names in the order of their labels; ValueError if two names are the same number.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
     Other names are sorted as text.
@@ -49,11 +49,7 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
-        root: where they are, for the message.
         earlier: the order of a set that was begun before; it is kept for the same names.
-
-    Raises:
-        ValueError: two names are the same number.
     """
 
     def compare(order, other, how, who):
@@ -119,17 +115,15 @@ def walk_files(folder, lost, above=()):
 
 
 def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
-    """Lists the images of an image folder.
+    """Returns (samples, classes) of an image folder: a list of (path, label) in that order, and the folders' names.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
     depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
+    Samples are sorted by label, then by path.
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
-
-    Returns:
-        (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
+        earlier: see `order_classes`.
 
     Raises:
         ValueError: `root` is not a folder, has no subfolder, or there is no image in it.

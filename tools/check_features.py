@@ -20,10 +20,12 @@ import numpy as np
 
 from config.flags import check_positive
 from config.schema import load_config, manifest_features
+from features.autoencoder import LatentDecoder, open_vae
 from features.check import check_set, read_rows
 from features.store import find_features
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from sampling.grid import make_grid
 
 SHOWN = 10  # problems of a kind on the console; the report has all
 COLUMNS = 8
@@ -62,9 +64,6 @@ def save_picture(report, path, *, vae, num_images, device):
     """Decodes some samples, sorted by class, into a PNG; mirrored twins beside their originals."""
     configure_runtime()
     import paddle
-
-    from features.autoencoder import LatentDecoder, open_vae
-    from sampling.grid import make_grid
 
     paddle.set_device(resolve_device(device))
     facts, usable, labels = report.facts, report.samples["usable"], report.samples["label"]

@@ -12,6 +12,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
 from runtime.process import counted, run_cli
+from runtime.progress import tqdm
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
@@ -54,8 +55,6 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
     Raises:
         ValueError: before anything is written, if `output` holds a file that is not one of these images.
     """
-    from runtime.progress import tqdm
-
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")
     missing, partial = expected_images(image_size), os.path.join(output, PARTIAL)

@@ -21,9 +21,11 @@ import numpy as np
 from config.flags import check_flag
 from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option
 from config.schema import check_section
+from features.autoencoder import LatentScaling
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli
+from runtime.progress import tqdm
 from runtime.untrusted import read_json
 
 configure_runtime()  # before Paddle is imported
@@ -37,13 +39,12 @@ TRAINING = {
 }
 
 
-def load_settings(path: str, flags: dict | None = None) -> dict:
+def load_settings(path: str, **flags) -> dict:
     """Reads `{"vae": AutoencoderKL keywords, "training": {...}}`; flags win over it, then come the defaults.
 
     Raises:
         ValueError: anything else; names the flag, or file and key.
     """
-    flags = flags or {}
     for name, value in flags.items():
         check_flag(name, TRAINING[name], value)
     settings = check_section({"vae": Option(REQUIRED, OBJECT), "training": Option({}, OBJECT)}, read_json(path), path)
@@ -54,11 +55,7 @@ def load_settings(path: str, flags: dict | None = None) -> dict:
 def load_folder(root: str, size: int, lost: list | None = None):
     """Returns the images of an image folder, float32 `(N, 3, size, size)` in [-1, 1], and prints notes on them.
 
-    Args:
-        lost: gets `(name, reason)` of unreadable images, which are left out; None: the first is an error.
-
-    Raises:
-        ValueError: an image that can't be read, or none that can.
+    `lost` gets `(name, reason)` of unreadable images, which are left out; without it the first is a ValueError.
     """
     notes, dim, images = [], [], []
     samples, _ = find_images(root, notes=notes)
@@ -79,8 +76,6 @@ def load_folder(root: str, size: int, lost: list | None = None):
 def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> None:
     """Trains `vae` in place on images `(N, 3, H, W)` with AdamW, a short warm-up and a cosine decay to zero."""
     import paddle
-
-    from runtime.progress import tqdm
 
     rng = np.random.default_rng(seed)
     warmup = min(100, steps // 10)
@@ -109,14 +104,11 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """Returns `(PSNR in dB, latents' standard deviation)` over images `(N, 3, H, W)`.
+    """Returns the PSNR in dB of decoding the posterior's mean, and the standard deviation of posterior samples.
 
-    The PSNR is that of decoding the posterior's mean; the deviation that of posterior samples, before the
-    scaling_factor, which follows from it.
+    Both are over images `(N, 3, H, W)`; the deviation is that before the scaling_factor, which follows from it.
     """
     import paddle
-
-    from features.autoencoder import LatentScaling
 
     scaling = LatentScaling.of({**vae.config, "scaling_factor": 1.0})
     squared_error, latents = 0.0, []
@@ -147,7 +139,7 @@ def main(argv: list | None = None) -> None:
     args = parser.parse_args(argv)
 
     flags = {name: getattr(args, name) for name in TRAINING if getattr(args, name) is not None}
-    settings = load_settings(args.config_file, flags)
+    settings = load_settings(args.config_file, **flags)
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise ValueError(f"--output {args.output} is not empty; nothing was written")
     size = settings["vae"].get("sample_size", 32)
@@ -158,8 +150,6 @@ def main(argv: list | None = None) -> None:
 
     import paddle
     from ppdiffusers import AutoencoderKL
-
-    from features.autoencoder import LatentScaling
 
     paddle.seed(settings["training"]["seed"])
     try:

@@ -205,8 +205,7 @@ def weights_digest(vae):
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         array = value.numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 
@@ -303,12 +302,8 @@ class LatentEncoder:
     def __call__(self, pixels, indices, mirrored=False):
         """Starts the work and returns a tensor float32 (N, C, h, w), with moments (N, 2C, h, w): mean, then std.
 
-        Both are scaled as the VAE's config says, as a sample mean + std * noise is.
-
-        Args:
-            pixels: uint8 (N, S, S, 3).
-            indices: of the images, for the noise.
-            mirrored: encode the mirror images, with noise of their own.
+        Both are scaled as the VAE's config says, as a sample mean + std * noise is. `pixels` are uint8 (N, S, S, 3),
+        `indices` those of the images, for the noise; mirror images have noise of their own.
         """
         import paddle
 

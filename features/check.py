@@ -128,7 +128,7 @@ def check_set(
                 report.problems += problems
                 files.update(read)
                 bar.update(len(samples))
-            if wanted is not None and kind == "packed":
+            if wanted and kind == "packed":
                 bar.set_description("checksums")
                 paths = [os.path.join(feature_path, name) for name in wanted]
                 files = dict(zip(wanted, pool.map(_hash_file, paths), strict=True))
@@ -137,10 +137,8 @@ def check_set(
     report.samples = np.concatenate(parts)
     _check_counts(report)
     _check_duplicates(report, allow_duplicates)
-    facts["files_with_checksum"] = None if wanted is None else len(wanted)
     _check_statistics(report, sums)
-    if wanted is not None:
-        _compare_checksums(report, wanted, files)
+    _compare_checksums(report, wanted, files)
     return report
 
 
@@ -344,7 +342,8 @@ def _read_checksums(report):
 
 
 def _compare_checksums(report, wanted, files):
-    for name in {**wanted, **files}:
+    report.facts["files_with_checksum"] = None if wanted is None else len(wanted)
+    for name in {**(wanted or {}), **files}:
         path = os.path.join(report.layout.features_path, name)
         if files.get(name) is None:
             report.add("checksums", path, "has a checksum, but is not there")

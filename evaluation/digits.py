@@ -1,10 +1,7 @@
-"""How good drawn digits are, in three figures.
+"""How good drawn digits are: does a classifier of real ones know them, and are they new?
 
-- the accuracy of a classifier, trained on the real training digits, on real held-out digits;
-- the share of samples that this classifier assigns to the class that was asked for;
-- the mean distance of a sample to its nearest training image, next to that of held-out digits: samples much nearer to
-  the training images than held-out digits are have been memorised.
-Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+Samples much nearer to the training images than held-out digits are have been memorised. Real images pass through the
+pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
 """
 
 import numpy as np

@@ -214,11 +214,6 @@ def downsampling(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def choose_vae(given, features, default, flag):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 

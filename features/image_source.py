@@ -51,11 +51,8 @@ class ImageSource:
     def __len__(self):
         return len(self.labels)
 
-    def _archive(self, name):
-        return os.path.join(self.root, name) if name else self.root
-
     def _sizes(self):
-        return [os.path.getsize(self._archive(name)) for name in self.archives]
+        return [os.path.getsize(os.path.join(self.root, name).rstrip("/")) for name in self.archives]
 
     def class_counts(self):
         """Returns how many images each label has, int64 (classes,)."""
@@ -72,7 +69,7 @@ class ImageSource:
         if not self.archives:
             return load_pixels(path, size, dim=self.dim)
         archive, offset, length = self.arrays["spans"][index].tolist()
-        with open(self._archive(self.archives[archive]), "rb") as file:
+        with open(os.path.join(self.root, self.archives[archive]).rstrip("/"), "rb") as file:
             data = os.pread(file.fileno(), length, offset)
         return load_pixels(path, size, data, self.dim)
 
@@ -123,14 +120,11 @@ def open_source(data_path=None, list_file=None, earlier=None):
     archives, notes = find_archives(data_path) if data_path else ([], [])
     root = source_root(data_path, list_file)
     if list_file:
-        kind, notes = "list", []
-        classes, samples = _read_list(list_file, root, archives)
+        kind, notes, (classes, samples) = "list", [], _read_list(list_file, root, archives)
     elif archives:
-        kind = "tar"
-        classes, samples = _class_tars(root, archives, notes, earlier)
+        kind, (classes, samples) = "tar", _class_tars(root, archives, notes, earlier)
     else:
-        kind = "folder"
-        found, classes = find_images(root, notes, earlier)
+        kind, (found, classes) = "folder", find_images(root, notes, earlier)
         samples = [(label, path[len(os.path.join(root, "")) :]) for path, label in found]
     names = [os.fsencode(name) for _, name, *_ in samples]
     arrays = {

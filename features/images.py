@@ -96,11 +96,10 @@ def walk_files(folder, lost, above=()):
 
     Args:
         lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
-        above: (device, inode) of the folders that lead here: a link to one of them would never end.
+        above: real paths of the folders that lead here: a link to one of them would never end.
     """
-    state = os.stat(folder)
-    key = state.st_dev, state.st_ino
-    if key in above:
+    here = os.path.realpath(folder)
+    if here in above:
         lost.append(folder)
         return
     with os.scandir(folder) as entries:
@@ -109,7 +108,7 @@ def walk_files(folder, lost, above=()):
         if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # the first asks no file system
             yield entry.path
         elif os.path.isdir(entry.path):
-            yield from walk_files(entry.path, lost, {*above, key})
+            yield from walk_files(entry.path, lost, {*above, here})
         else:
             lost.append(entry.path)
 

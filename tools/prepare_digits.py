@@ -6,6 +6,7 @@ stratified, and the same in every run, so that no held-out image is ever trained
 """
 
 import argparse
+import contextlib
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
@@ -42,11 +43,9 @@ def holds_image(path: str, image) -> bool:
     """Returns whether the file at `path` is this very image, pixel by pixel."""
     from PIL import Image
 
-    try:
-        with Image.open(path, formats=["PNG"]) as found:
-            return np.array_equal(found, image)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), Image.open(path, formats=["PNG"]) as found:
+        return np.array_equal(found, image)
+    return False
 
 
 def prepare_digits(output: str, image_size: int = 32) -> int:

@@ -23,10 +23,9 @@ def check_size(side, path):
 
 
 def pass_through_vae(vae, samples, size, what, batch_size=50):
-    """Reads the samples of `find_images`, crops to `size` pixels, encodes and decodes; `what` is for the progress bar.
+    """Returns images and labels of the samples of `find_images`, cropped to `size` pixels, encoded and decoded.
 
-    Returns:
-        `(images, labels)`: float32 `(N, H, W, 3)` in [0, 1], int64 `(N,)`.
+    They are float32 `(N, H, W, 3)` in [0, 1], and int64 `(N,)`; `what` is for the progress bar.
     """
     import paddle
 
@@ -55,8 +54,7 @@ def nearest_distance(images, train_images):
 def evaluate(samples, labels, train, heldout):
     """Returns the figures of samples `(N, H, W, 3)` drawn for labels `(N,)`, as a dict.
 
-    Args:
-        train, heldout: `(images, labels)` of real digits.
+    `train` and `heldout` are `(images, labels)` of real digits.
     """
     from sklearn.svm import SVC
 

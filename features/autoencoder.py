@@ -100,14 +100,12 @@ class LatentScaling:
     def of(cls, config, *, channels=None, source="VAE"):
         """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null.
 
-        Args:
-            channels: of the latents, None for unknown. source: for messages.
-
-        Raises:
-            ValueError: one line: a value that can't be, or a shift and a mean at once, which diffusers has no rule for.
+        A value that can't be, or a list of another length than `channels`, is a `ValueError` of one line that begins
+        with `source`; so are a shift and a mean at once, which diffusers has no rule for.
         """
         given = config if isinstance(config, dict) else vars(config)
-        values = check_section(_SCALING, {key: given.get(key) for key in SCALING_KEYS}, source)
+        given = {key: list(value) if isinstance(value := given.get(key), tuple) else value for key in SCALING_KEYS}
+        values = check_section(_SCALING, given, source)
         for key, value in values.items():
             if isinstance(value, list) and len(value) != (channels or len(value)):
                 expected = f"expected one for each of {channels} channels"

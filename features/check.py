@@ -38,8 +38,7 @@ class Report:
 
     Attributes:
         facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
-        store: what was opened, a `PackedStore` or `Pairs`.
-        samples: `(N,)` of `SAMPLE`; `(0,)` if there was none to look into.
+        store: what was opened, a `PackedStore` or `Pairs`. samples: `(N,)` of `SAMPLE`, or `(0,)`.
         notes: sentences. problems: [{"kind": ..., "text": one line}, ...].
     """
 
@@ -91,8 +90,7 @@ def check_set(
         compare_checksums: compare every file with its checksum, if the manifest names a file of them.
         allow_duplicates: equal latents of one class are no problem.
 
-    Raises:
-        ValueError: a broken manifest, or a worker process died.
+    A broken manifest, or a worker process that dies, is a `ValueError`.
     """
     layout = Layout(feature_path, name)
     facts = {"feature_path": feature_path, "name": name, "format": kind}

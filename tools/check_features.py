@@ -82,10 +82,7 @@ def save_picture(report, path, *, vae, num_images, device):
 def output_files(path, folder, name, overwrite):
     """Returns `(report, picture)`: the files asked for, else free ones `NAME_check` in the folder of the features.
 
-    They land in the working folder where that of the features can't be written.
-
-    Raises:
-        ValueError: one line: `path` is taken, or can't be a report's.
+    They land in the working folder where that can't be written. A name that is taken, or no report's, is a ValueError.
     """
     if path is None:
         folder = folder if os.access(folder, os.W_OK) else "."

@@ -51,8 +51,7 @@ def holds_image(path: str, image) -> bool:
 def prepare_digits(output: str, image_size: int = 32) -> int:
     """Writes the missing images below `output`; returns how many were written.
 
-    Raises:
-        ValueError: before anything is written, if `output` holds a file that is not one of these images.
+    A file there that is not one of these images is a `ValueError` before anything is written.
     """
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")

@@ -42,8 +42,7 @@ TRAINING = {
 def load_settings(path: str, **flags) -> dict:
     """Reads `{"vae": AutoencoderKL keywords, "training": {...}}`; flags win over it, then come the defaults.
 
-    Raises:
-        ValueError: anything else; names the flag, or file and key.
+    Anything else is a `ValueError` that names the flag, or file and key.
     """
     for name, value in flags.items():
         check_flag(name, TRAINING[name], value)

@@ -181,13 +181,13 @@ def check_span(span):
     """Looks into a range of samples, in a worker process.
 
     Returns:
-        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the sums of x and of x**2 (with
-        moments of mean**2 + std**2), how many numbers of a channel are in them, and how many mirrored latents are
-        their originals; the last two as of `read_rows`.
+        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
+        moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their
+        originals; the last two as of `read_rows`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
-    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((4, channels))
+    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((5, channels))
     rows, labels, whole, problems, files = read_rows(store, indices, facts, hashing)
 
     def add(kind, index, what, text):
@@ -213,10 +213,11 @@ def check_span(span):
         whole[places] &= good
         values = array[good].astype("float64")
         sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
-        sums[1] += np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels).sum(axis=0)
-        sums[2] += values[:, 0].size
+        squares = np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels)
+        sums[1 : 1 + len(squares)] += squares
+        sums[3] += values[:, 0].size
         if kind == "flipped":
-            sums[3] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
+            sums[4] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
     samples["usable"] = whole
     return samples, sums, problems, files
 
@@ -273,12 +274,12 @@ def _check_counts(report):
 
 def _check_statistics(report, sums):
     """Notes mean and standard deviation, which is about 1 if the latents are scaled; `sums` as of `check_span`."""
-    count, twins = sums[2:, 0]
+    count, twins = sums[3:, 0]
     if twins and twins == report.samples["usable"].sum():
         report.add("mirrored", report.store.path, "every mirrored latent is the same as its original")
     if not count:
         return
-    mean, square = sums[:2] / count  # with moments the square of a posterior sample
+    mean, square = sums[0] / count, (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
     channel_std = np.sqrt(np.maximum(square - mean**2, 0))
     std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
     report.facts["latents"] = {

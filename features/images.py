@@ -114,11 +114,10 @@ def walk_files(folder, lost, above=()):
 
 
 def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
-    """Returns (samples, classes) of an image folder: a list of (path, label) in that order, and the folders' names.
+    """Returns (samples, classes) of an image folder: [(path, label), ...] by label, then path, and the folder names.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
     depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
-    Samples are sorted by label, then by path.
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.

@@ -1,44 +1,37 @@
-"""How good drawn digits are, in three figures.
+"""How good drawn digits are: does a classifier of real ones know them, and are they new?
 
-- the accuracy of a classifier, trained on the real training digits, on real held-out digits;
-- the share of samples that this classifier assigns to the class that was asked for;
-- the mean distance of a sample to its nearest training image, next to that of held-out digits: samples much nearer to
-  the training images than held-out digits are have been memorised.
-Real images pass through the pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+Samples much nearer to the training images than held-out digits are have been memorised. Real images pass through the
+pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
 """
-
-import os
 
 import numpy as np
 from PIL import Image
 
-from features.images import find_images, load_image
+from features.images import load_image
 from runtime.progress import tqdm
 
 
 def check_size(side, path):
     """Raises `ValueError` unless the digit at `path` has `side` pixels in height and in width, as the samples have."""
     with Image.open(path) as digit:
-        width, height = digit.size
-    if (width, height) != (side, side):
+        found = "{}x{}".format(*digit.size)
+    if found != f"{side}x{side}":
         raise ValueError(
-            f"the pipeline draws images of {side}x{side} pixels, {path} is {width}x{height}; expected digits of that "
-            f"size: tools/prepare_digits.py --image_size {side}"
+            f"the pipeline draws images of {side}x{side} pixels, {path} is {found}; expected digits of that size: "
+            f"tools/prepare_digits.py --image_size {side}"
         )
 
 
-def load_digits_through_vae(vae, root, size, batch_size=50):
-    """Reads an image folder, crops to `size` pixels, encodes and decodes.
+def pass_through_vae(vae, samples, size, what, batch_size=50):
+    """Returns images and labels of the samples of `find_images`, cropped to `size` pixels, encoded and decoded.
 
-    Returns:
-        `(images, labels)`: float32 `(N, H, W, 3)` in [0, 1], int64 `(N,)`.
+    They are float32 `(N, H, W, 3)` in [0, 1], and int64 `(N,)`; `what` is for the progress bar.
     """
     import paddle
 
-    samples, _ = find_images(root)
     images = []
     with paddle.no_grad():
-        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {os.path.basename(root)} digits"):
+        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {what} digits"):
             x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
             x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
             images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
@@ -61,8 +54,7 @@ def nearest_distance(images, train_images):
 def evaluate(samples, labels, train, heldout):
     """Returns the figures of samples `(N, H, W, 3)` drawn for labels `(N,)`, as a dict.
 
-    Args:
-        train, heldout: `(images, labels)` of real digits.
+    `train` and `heldout` are `(images, labels)` of real digits.
     """
     from sklearn.svm import SVC
 

@@ -1,13 +1,14 @@
 """Between pixels and latents: autoencoders, the scale of their latents, encoding and decoding."""
 
 import hashlib
-import math
 import os
 import re
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from config.schema import SCALING_KEYS
+from config.options import ABOVE_0, REQUIRED, VAE_KEYS, Option
+from config.schema import SCALING_KEYS, check_section
 from runtime.untrusted import shortened
 
 
@@ -20,11 +21,8 @@ class NotFiniteError(ValueError):
 def load_vae(name_or_path):
     """Loads the `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub.
 
-    It is in eval mode. Nothing that the folder holds is executed.
-
-    Raises:
-        ValueError: one line: no VAE there, one whose scale of latents can't be, or the download failed, and what to do
-            without a network.
+    It is in eval mode. Nothing that the folder holds is executed. No VAE there, one whose scale of latents can't be, or
+    a download that failed is a `ValueError` of one line.
     """
     from ppdiffusers import AutoencoderKL
 
@@ -47,17 +45,11 @@ def load_vae(name_or_path):
 
 
 class LatentDecoder:
-    """Decodes latents, as networks see them, to images.
-
-    Args:
-        vae: an `AutoencoderKL`; its config says how the latents were scaled, see `LatentScaling`.
-        batch_size: latents decoded at once.
-    """
+    """Decodes latents, as networks see them: scaled as the config of the `AutoencoderKL` says, see `LatentScaling`."""
 
     def __init__(self, vae, batch_size=16):
-        self.vae = vae
+        self.vae, self.batch_size = vae, batch_size
         self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
-        self.batch_size = batch_size
 
     def decode(self, latents):
         """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
@@ -71,13 +63,12 @@ class LatentDecoder:
         with paddle.no_grad():
             for start in range(0, latents.shape[0], self.batch_size):
                 batch = self.scaling.denormalize(latents[start : start + self.batch_size])
-                decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample  # (n, 3, H, W) in [-1, 1]
-                decoded = decoded.astype("float32")
+                decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample.astype("float32")  # (n, 3, H, W)
                 good = batch.astype("float32").isfinite().all([1, 2, 3]) & decoded.isfinite().all([1, 2, 3])  # (n,)
                 bad.extend(start + i for i, is_good in enumerate(good.tolist()) if not is_good)
                 images.append((decoded / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
         if bad:
-            which = f"{', '.join(map(str, bad[:10]))}{', ...' if len(bad) > 10 else ''}"
+            which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
             raise NotFiniteError(
                 f"{len(bad)} of {latents.shape[0]} images hold numbers that are not finite (NaN or infinity): number "
                 f"{which}, counted from 0. Such weights, half precision or a large guidance scale lead to it"
@@ -89,59 +80,45 @@ class LatentDecoder:
         return (self.decode(latents) * 255).round().astype("uint8")
 
 
+_SCALING = {key: VAE_KEYS[key] for key in SCALING_KEYS} | {"scaling_factor": Option(REQUIRED, ABOVE_0)}
+
+
+@dataclass(frozen=True)
 class LatentScaling:
     """Turns an autoencoder's latents `z` into what networks see, and back, by the keys of diffusers' AutoencoderKL.
 
     Networks see `(z - shift_factor) * scaling_factor` (Stable Diffusion 3, Flux), or with statistics of every channel
     `(z - latents_mean) * scaling_factor / latents_std`, as diffusers' pipelines do.
-
-    Args:
-        scaling_factor, shift_factor: numbers. latents_mean, latents_std: numbers, or a list of one a channel.
-        channels: of the latents, None for unknown. source: for messages.
-
-    Raises:
-        ValueError: one line: a value that can't be, or a shift and a mean at once, which diffusers has no rule for.
     """
 
-    def __init__(
-        self, scaling_factor, shift_factor=None, latents_mean=None, latents_std=None, *, channels=None, source="VAE"
-    ):
-        def number(key, value, is_positive=False):
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or (is_positive and value <= 0):
-                expected = "a number above 0" if is_positive else "a finite number"
-                raise ValueError(f"{source}: {key} is {str(value)[:40]}, expected {expected}")
-            return float(value)
-
-        def numbers(key, value, is_positive=False):
-            if not isinstance(value, (list, tuple)):
-                return number(key, value, is_positive)
-            if len(value) != (channels or len(value)) or not value:
-                expected = f"expected one for each of {channels} channels"
-                raise ValueError(f"{source}: {key} has {len(value)} values, {expected}")
-            return [number(key, one, is_positive) for one in value]
-
-        self.scaling_factor = number("scaling_factor", scaling_factor, True)
-        self.shift_factor = None if shift_factor is None else number("shift_factor", shift_factor)
-        if (latents_mean is None) != (latents_std is None):
-            given, missing = ("std", "mean") if latents_mean is None else ("mean", "std")
-            raise ValueError(f"{source}: has latents_{given} but no latents_{missing}; expected both or none")
-        self.latents_mean = self.latents_std = None
-        if latents_mean is not None:
-            self.latents_mean = numbers("latents_mean", latents_mean)
-            self.latents_std = numbers("latents_std", latents_std, True)
-            if self.shift_factor:
-                raise ValueError(f"{source}: has shift_factor and latents_mean, which can't be combined; expected one")
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: float | list | None  # a list: one a channel
+    latents_std: float | list | None
 
     @classmethod
     def of(cls, config, *, channels=None, source="VAE"):
-        """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null."""
-        values = [config.get(key) if isinstance(config, dict) else getattr(config, key, None) for key in SCALING_KEYS]
-        return cls(*values, channels=channels, source=source)
+        """Makes one from an autoencoder's config, or any dict or object with the four keys; a missing one is null.
 
-    def as_dict(self):
-        """Returns the four keys and their values, for JSON."""
-        return {key: getattr(self, key) for key in SCALING_KEYS}
+        A value that can't be, or a list of another length than `channels`, is a `ValueError` of one line that begins
+        with `source`; so are a shift and a mean at once, which diffusers has no rule for.
+        """
+        given = config if isinstance(config, dict) else vars(config)
+        given = {key: list(value) if isinstance(value := given.get(key), tuple) else value for key in SCALING_KEYS}
+        values = check_section(_SCALING, given, source)
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) != (channels or len(value)):
+                expected = f"expected one for each of {channels} channels"
+                raise ValueError(f"{source}: {key} has {len(value)} values, {expected}")
+        scaling = cls(**values)
+        if (scaling.latents_mean is None) != (scaling.latents_std is None):
+            given, missing = ("std", "mean") if scaling.latents_mean is None else ("mean", "std")
+            raise ValueError(f"{source}: has latents_{given} but no latents_{missing}; expected both or none")
+        if scaling.shift_factor and scaling.latents_mean is not None:
+            raise ValueError(f"{source}: has shift_factor and latents_mean, which can't be combined; expected one")
+        return scaling
+
+    as_dict = asdict
 
     @property
     def is_plain(self):
@@ -154,23 +131,23 @@ class LatentScaling:
         changed = [key for key in SCALING_KEYS if (here[key] or None) != (there[key] or None)]
         return [f"{key} {str(there[key])[:40]}, not {str(here[key])[:40]}" for key in changed]
 
-    def _offset(self):
-        return (self.shift_factor or 0.0) if self.latents_mean is None else self.latents_mean
+    @property
+    def offset_and_std(self):
+        """Two numbers, or lists of one a channel: what is taken off `z`, and what it is divided by then."""
+        return (self.shift_factor or 0.0, 1.0) if self.latents_mean is None else (self.latents_mean, self.latents_std)
 
     def normalize(self, z):
         """Returns latents `(N, C, h, w)`, numpy or Paddle, as networks see them, for an autoencoder's `z`."""
-        return self.normalize_std(z if self.is_plain else z - _per_channel(self._offset(), z))
+        return self.normalize_std(z - _per_channel(self.offset_and_std[0], z))
 
     def normalize_std(self, std):
         """Returns the standard deviation of latents `(N, C, h, w)` as networks see it: scaled, not shifted."""
-        std = std * self.scaling_factor
-        return std if self.latents_std is None else std / _per_channel(self.latents_std, std)
+        return std * self.scaling_factor / _per_channel(self.offset_and_std[1], std)
 
     def denormalize(self, latents):
         """Returns the `z` that the autoencoder decodes, for latents `(N, C, h, w)` as networks see them."""
-        z = latents if self.latents_std is None else latents * _per_channel(self.latents_std, latents)
-        z = z / self.scaling_factor
-        return z if self.is_plain else z + _per_channel(self._offset(), z)
+        offset, std = (_per_channel(value, latents) for value in self.offset_and_std)
+        return latents * std / self.scaling_factor + offset
 
 
 def _per_channel(value, latents):
@@ -197,26 +174,20 @@ def fold_scaling(vae):
     if scaling.is_plain:
         return vae
     channels = vae.config.latent_channels
-    mean = np.broadcast_to(np.array(scaling._offset(), "float64"), [channels])
-    std = np.broadcast_to(np.array(scaling.latents_std or 1.0, "float64"), [channels])
+    mean, std = (np.broadcast_to(np.array(value, "float64"), [channels]) for value in scaling.offset_and_std)
     state = {name: value.astype("float32").numpy() for name, value in vae.state_dict().items()}
 
-    def convolution(name, size):
+    def fold(name, size, change):
         weight = state.get(f"{name}.weight", np.eye(size)[:, :, None, None]).astype("float64")
-        return weight, state.get(f"{name}.bias", np.zeros(size)).astype("float64")
+        bias = state.get(f"{name}.bias", np.zeros(size)).astype("float64")
+        weight, bias = change(weight, bias)
+        state.update({f"{name}.weight": weight.astype("float32"), f"{name}.bias": bias.astype("float32")})
 
     # z = latents * std + mean, and then the convolution.
-    weight, bias = convolution("post_quant_conv", channels)
-    after = {"weight": weight * std[:, None, None], "bias": bias + weight[:, :, 0, 0] @ mean}
+    fold("post_quant_conv", channels, lambda w, b: (w * std[:, None, None], b + w[:, :, 0, 0] @ mean))
     # The mean of the posterior, and the logarithm of its variance.
-    weight, bias = convolution("quant_conv", 2 * channels)
-    factor = np.concatenate([1 / std, np.ones(channels)])
-    before = {
-        "weight": weight * factor[:, None, None, None],
-        "bias": bias * factor + np.concatenate([-mean / std, -2 * np.log(std)]),
-    }
-    for name, part in (("post_quant_conv", after), ("quant_conv", before)):
-        state.update({f"{name}.{key}": value.astype("float32") for key, value in part.items()})
+    factor, offset = np.concatenate([1 / std, np.ones(channels)]), np.concatenate([-mean / std, -2 * np.log(std)])
+    fold("quant_conv", 2 * channels, lambda w, b: (w * factor[:, None, None, None], b * factor + offset))
 
     settings = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     settings.update(dict.fromkeys(SCALING_KEYS[1:]), use_quant_conv=True, use_post_quant_conv=True)
@@ -232,8 +203,7 @@ def weights_digest(vae):
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         array = value.numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 
@@ -242,18 +212,13 @@ def downsampling(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which autoencoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def choose_vae(given, features, default, flag):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
     Args:
-        given: the flag's value, or None.
+        given: the value of the flag, or None.
         features: the `vae` entry of a config's `features` section, or None: what the latents were made with.
-        default: folder or hub name for latents that nothing is known of. flag: its name, for messages.
+        default: for latents that nothing is known of.
 
     Raises:
         ValueError: one line: the features' own is a folder that is not there.
@@ -277,18 +242,15 @@ def open_vae(given, features, *, default, flag, channels=None):
 
     Weights that are the features' own decode latents as those were scaled, whatever the config beside them says.
 
-    Args:
-        channels: of the latents; None: not compared.
-
     Returns:
         `(vae, notes)`: sentences for the user, among them how it differs from the one that made the features.
 
     Raises:
-        ValueError: one line: it can't be loaded, or its latents are not of the features' shape.
+        ValueError: one line: it can't be loaded, or its latents are not of the features' shape, or of `channels`.
     """
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
-    notes = [text for text in (note, match_vae(vae, name, features, flag)) if text]
+    notes = [*filter(None, (note, match_vae(vae, name, features, flag)))]
     theirs = vae.config.latent_channels
     if channels not in (None, theirs):
         raise ValueError(f"{flag} {name}: decodes {theirs} channels, the latents have {channels}")
@@ -322,10 +284,8 @@ class LatentEncoder:
     """Encodes pixels to what is stored of their latents.
 
     Args:
-        vae: an `AutoencoderKL`.
-        precision: a `runtime.precision.Precision`.
-        seed: of the posterior samples.
-        moments: keep mean and standard deviation instead of a sample of them.
+        vae: an `AutoencoderKL`. precision: a `runtime.precision.Precision`.
+        seed: of the posterior samples. moments: keep mean and standard deviation instead of a sample of them.
     """
 
     def __init__(self, vae, precision, *, seed, moments):
@@ -335,12 +295,8 @@ class LatentEncoder:
     def __call__(self, pixels, indices, mirrored=False):
         """Starts the work and returns a tensor float32 (N, C, h, w), with moments (N, 2C, h, w): mean, then std.
 
-        Both are scaled as the VAE's config says, as a sample mean + std * noise is.
-
-        Args:
-            pixels: uint8 (N, S, S, 3).
-            indices: of the images, for the noise.
-            mirrored: encode the mirror images, with noise of their own.
+        Both are scaled as the VAE's config says, as a sample mean + std * noise is. `pixels` are uint8 (N, S, S, 3),
+        `indices` those of the images, for the noise; mirror images have noise of their own.
         """
         import paddle
 

@@ -3,69 +3,80 @@
 import contextlib
 import hashlib
 import math
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from features.autoencoder import LatentScaling
-from features.check_samples import Expected, PackedSamples, PairSamples
+from features.image_source import MAX_LABEL
 from features.layout import Layout
+from features.npy import load_npy
+from features.packed import PackedStore
+from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
 from features.store import read_manifest
 from runtime.files import sha256_of_file
-from runtime.process import counted
+from runtime.process import counted, one_line
 from runtime.progress import tqdm
 
 CHUNK_BYTES = 1 << 24  # of rows, a task of a worker process
 STD_RANGE = (0.5, 2.0)
+ROW_KINDS = ("latents", "flipped")
+# Of a sample: its label, -1 where there is no valid one; whether its latents are right; the hash of the first.
+SAMPLE = np.dtype([("label", "int64"), ("usable", "bool"), ("digest", "uint64", 2)])
+_shared = []  # what a worker process was started with: the store, a report's facts, whether pairs are hashed
 
 
+@dataclass
 class Report:
     """The result of `check_set`.
 
     Attributes:
-        problems: [(kind, one line), ...]. notes: sentences.
-        samples: what was opened: `folder`, `size`, `has_flip`, `read_row(index, twin)`; None if nothing could be.
-        expected: an `Expected`; None if there was nothing to look into. What follows is then empty, too.
-        labels: `(N,)` int64, -1 where there is no valid one. usable: `(N,)` bool, the samples whose latents are right.
-        class_counts: samples by label. duplicates: how many latents are there again.
-        num_files: how many were compared with their checksums; None without.
-        channel_mean, channel_std: of the latents (of moments, of their samples); mean and std over all channels.
+        facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
+        store: what was opened, a `PackedStore` or `Pairs`. samples: `(N,)` of `SAMPLE`, or `(0,)`.
+        notes: sentences. problems: [{"kind": ..., "text": one line}, ...].
     """
 
-    def __init__(self, feature_path, name, format, manifest):
-        self.feature_path, self.name, self.format, self.manifest = feature_path, name, format, manifest
-        self.problems, self.notes = [], []
-        self.samples = self.expected = self.class_counts = self.num_files = None
-        self.labels, self.usable, self.duplicates = np.zeros(0, "int64"), np.zeros(0, bool), 0
-        self.channel_mean = self.channel_std = self.mean = self.std = None
+    manifest: dict
+    layout: Layout
+    facts: dict
+    store: Any = None
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
+    notes: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
 
     def add(self, kind, path, text):
         """Adds a problem with the file or folder `path`."""
-        self.problems.append((kind, f"{path}: {text}"))
+        self.problems.append({"kind": kind, "text": f"{path}: {text}"})
 
-    def as_json(self):
-        """Returns the report as JSON values."""
-        result = {"feature_path": self.feature_path, "name": self.name, "format": self.format}
-        if self.expected:
-            result.update(
-                samples=self.samples.size,
-                row_shape=list(self.expected.row_shape),
-                dtype=self.expected.dtype,
-                moments=self.expected.moments,
-                flip=self.samples.has_flip,
-                num_classes=self.expected.num_classes,
-                labels={"min": int(self.labels.min()), "max": int(self.labels.max())},
-                class_counts=self.class_counts.tolist(),
-                duplicates=self.duplicates,
-                files_with_checksum=self.num_files,
-            )
-            if self.mean is not None:
-                channels = {key: getattr(self, key).tolist() for key in ("channel_mean", "channel_std")}
-                result["latents"] = {"mean": self.mean, "std": self.std, **channels}
-        problems = [{"kind": kind, "text": text} for kind, text in self.problems]
-        return {**result, "notes": self.notes, "problems": problems}
+
+class Pairs:
+    """The pairs of files whose counterparts are there, as a store; `lonely` are the other files, of `match_pairs`."""
+
+    def __init__(self, layout):
+        self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
+        self._folders = {"latents": layout.features, "labels": layout.labels}
+        if self.has_flip:
+            self._folders["flipped"] = layout.flipped
+        self._names, self.lonely = match_pairs([*self._folders.values()])
+        self.row_shape = self.dtype = None
+        for index in range(min(1000, len(self))):
+            with contextlib.suppress(ValueError):
+                latent = without_batch_axis(load_npy(self.source(index)))
+                if latent.dtype.kind == "f" and latent.ndim == 3 and latent.size:
+                    self.row_shape, self.dtype = latent.shape, latent.dtype
+                    break
+
+    def __len__(self):
+        return len(self._names)
+
+    def source(self, index, kind="latents"):
+        return os.path.join(self._folders[kind], os.fsdecode(self._names[index]))
 
 
 def check_set(
@@ -76,83 +87,139 @@ def check_set(
     Args:
         feature_path, kind, name: the set, as `features.store.find_features` gives them.
         model: the `model` section of a config, for shape and classes; None: what the manifest says.
-        num_workers: processes.
         compare_checksums: compare every file with its checksum, if the manifest names a file of them.
         allow_duplicates: equal latents of one class are no problem.
 
-    Raises:
-        ValueError: a broken manifest, or a worker process died.
+    A broken manifest, or a worker process that dies, is a `ValueError`.
     """
-    report = Report(feature_path, name, kind, read_manifest(feature_path, name))
+    layout = Layout(feature_path, name)
+    facts = {"feature_path": feature_path, "name": name, "format": kind}
+    report = Report(read_manifest(feature_path, name), layout, facts)
     try:
-        samples = (PackedSamples if kind == "packed" else PairSamples)(report)
-    except ValueError as error:
-        report.problems.append(("format", str(error)))
+        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(layout)
+        for path, other in getattr(store, "lonely", ()):
+            report.add("pairs", path, f"has no counterpart in {other}")
+        if not len(store) or store.row_shape is None:
+            raise ValueError(f"{store.path}: no readable sample in it")
+        if len(store.row_shape) != 3:
+            raise ValueError(f"{store.path}: holds rows of shape {store.row_shape}, expected (C, h, w)")
+    except (ValueError, OSError) as error:
+        report.problems.append({"kind": "format", "text": one_line(error)})
         return report
-    report.samples = samples
-    if not samples.size or samples.first is None:
-        report.add("format", samples.folder, "no readable sample in it")
-        return report
-    shape, dtype = samples.first
-    if len(shape) != 3:
-        report.add("format", samples.folder, f"holds rows of shape {shape}, expected (C, h, w)")
-        return report
-    report.expected = expected = _expect(report, shape, dtype, model)
+    _expect(report, model)
     wanted = _read_checksums(report) if compare_checksums else None
 
-    row_bytes = 4 * int(np.prod(expected.row_shape)) * (1 + samples.has_flip)
-    size = max(1, min(CHUNK_BYTES // row_bytes, -(-samples.size // num_workers)))
-    spans = [(start, min(start + size, samples.size)) for start in range(0, samples.size, size)]
-    work, tasks = samples.tasks(spans, expected, wanted is not None)
-    report.labels, report.usable = np.full(samples.size, -1), np.zeros(samples.size, bool)
-    digests, files, chunks = np.zeros((samples.size, 2), "uint64"), {}, []
+    size = len(store)
+    row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)
+    step = max(1, min(CHUNK_BYTES // row_bytes, -(-size // num_workers)))
+    fork = multiprocessing.get_context("fork")  # because a store is shared, not sent
+    parts, sums, files = [], 0, {}
     try:
-        with ProcessPoolExecutor(num_workers) as pool, tqdm(total=samples.size, desc="checking", unit="sample") as bar:
-            if wanted is not None and kind == "packed":
-                hashes = pool.map(_hash_file, [os.path.join(feature_path, name) for name in wanted])
-            for (start, stop), chunk in zip(spans, pool.map(work, tasks), strict=True):
-                report.problems += chunk.problems
-                report.labels[start:stop], report.usable[start:stop] = chunk.labels, chunk.usable
-                digests[start:stop] = chunk.digests
-                files.update(chunk.files)
-                chunks.append((chunk.sums, chunk.count, chunk.twins))
-                bar.update(stop - start)
-            if wanted is not None and kind == "packed":
+        with (
+            ProcessPoolExecutor(num_workers, fork, _shared.extend, [(store, facts, wanted is not None)]) as pool,
+            tqdm(total=size, desc="checking", unit="sample") as bar,
+        ):
+            spans = [range(size)[start:][:step] for start in range(0, size, step)]
+            for samples, numbers, problems, read in pool.map(check_span, spans):
+                parts.append(samples)
+                sums += numbers
+                report.problems += problems
+                files.update(read)
+                bar.update(len(samples))
+            if wanted and kind == "packed":
                 bar.set_description("checksums")
-                files = dict(zip(wanted, hashes, strict=True))
+                paths = [os.path.join(feature_path, name) for name in wanted]
+                files = dict(zip(wanted, pool.map(_hash_file, paths), strict=True))
     except BrokenProcessPool:
         raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
-    sums, count, twins = (sum(values) for values in zip(*chunks, strict=True))
+    report.samples = np.concatenate(parts)
     _check_counts(report)
-    _check_statistics(report, sums, count)
-    _check_duplicates(report, digests, allow_duplicates)
-    if twins and twins == report.usable.sum():
-        report.add("mirrored", samples.folder, "every mirrored latent is the same as its original")
-    if wanted is not None:
-        report.num_files = len(wanted)
-        _compare_checksums(report, wanted, files)
+    _check_duplicates(report, allow_duplicates)
+    _check_statistics(report, sums)
+    _compare_checksums(report, wanted, files)
     return report
 
 
-def _expect(report, row_shape, dtype, model):
-    """Returns the `Expected` of a set: what the config says, else the manifest, else the first sample."""
-    manifest, samples = report.manifest, report.samples
-    sample_shape = manifest.get("sample_shape")
-    if model:
-        sample_shape = (model["in_channels"], model["sample_size"], model["sample_size"])
-    moments = manifest.get("moments")
-    if moments is None:
-        moments = sample_shape is not None and row_shape[0] == 2 * sample_shape[0]
-    expected_shape = tuple(row_shape)
-    if sample_shape is not None:
-        expected_shape = (sample_shape[0] * (1 + moments), *sample_shape[1:])
-    num_classes = model["num_classes"] if model else manifest.get("num_classes")
-    if num_classes is None:
-        report.notes.append("the number of classes is not known: no --config_file, no manifest")
-    if report.format == "packed" and expected_shape != row_shape:
-        report.add("latents", samples.folder, f"holds latents of shape {row_shape}, expected {expected_shape}")
-        expected_shape = row_shape
-    return Expected(expected_shape, manifest.get("dtype", dtype), bool(moments), num_classes)
+def read_rows(store, indices, facts, hashing=False):
+    """Reads samples, and of pairs those that can be read.
+
+    Returns:
+        `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels, None
+        for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of pairs
+        that are to be hashed `{path under the feature folder: sha256}`.
+    """
+    labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
+    shape, dtype, reader = facts["row_shape"], facts["dtype"], NpyReader()
+    rows = [np.empty((len(indices), *shape), "float32") for _ in range(1 + store.has_flip)]
+    if isinstance(store, PackedStore):
+        for twin, out in enumerate(rows):
+            labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
+        return rows, labels, whole, problems, files
+    for place, index in enumerate(indices):
+        for kind, out in zip(("labels", *ROW_KINDS), (labels, *rows), strict=False):
+            path = store.source(index, kind)
+            try:
+                data = Path(path).read_bytes()
+                if hashing:
+                    folder, name = os.path.split(path)
+                    files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
+                array = reader.parse(data, path)
+                array = read_label(array) if kind == "labels" else without_batch_axis(array)
+                if kind != "labels" and (array.shape != shape or array.dtype.name != dtype):
+                    holds = f"holds {array.dtype} of shape {array.shape}"
+                    raise ValueError(f"{holds}, expected {dtype} of shape {shape}")
+                out[place] = array
+            except (ValueError, OSError) as error:
+                text = one_line(error)
+                kind = "labels" if kind == "labels" else "latents"
+                problems.append({"kind": kind, "text": text if path in text else f"{path}: {text}"})
+                whole[place] &= kind == "labels"
+    return rows, labels, whole, problems, files
+
+
+def check_span(span):
+    """Looks into a range of samples, in a worker process.
+
+    Returns:
+        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
+        moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their
+        originals; the last two as of `read_rows`.
+    """
+    indices, (store, facts, hashing) = np.array(span), _shared
+    channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
+    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((5, channels))
+    rows, labels, whole, problems, files = read_rows(store, indices, facts, hashing)
+
+    def add(kind, index, what, text):
+        problems.append({"kind": kind, "text": f"{store.source(index, what)}: {text}"})
+
+    last = MAX_LABEL if facts["num_classes"] is None else facts["num_classes"] - 1
+    for place, label in enumerate(labels):
+        samples["label"][place] = label if label is not None and 0 <= label <= MAX_LABEL else -1
+        if label is not None and not 0 <= label <= last:
+            add("labels", indices[place], "labels", f"label {label}, expected 0..{last}")
+    places = np.flatnonzero(whole)
+    rows = [array[places] for array in rows]
+    for place, row in zip(places, rows[0], strict=True):
+        samples["digest"][place] = np.frombuffer(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), "uint64")
+    for kind, array in zip(ROW_KINDS, rows, strict=False):
+        bad = (~np.isfinite(array)).sum(axis=(1, 2, 3))
+        positive = (array[:, channels:] > 0).all(axis=(1, 2, 3))  # of no number without moments
+        for row in np.flatnonzero(bad):
+            add("finite", indices[places[row]], kind, f"{counted(bad[row], 'number')} not finite")
+        for row in np.flatnonzero((bad == 0) & ~positive):
+            add("moments", indices[places[row]], kind, "a standard deviation is not above 0")
+        good = (bad == 0) & positive
+        whole[places] &= good
+        values = array[good].astype("float64")
+        sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
+        squares = np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels)
+        sums[1 : 1 + len(squares)] += squares
+        sums[3] += values[:, 0].size
+        if kind == "flipped":
+            sums[4] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
+    samples["usable"] = whole
+    return samples, sums, problems, files
 
 
 def _hash_file(path):
@@ -160,66 +227,92 @@ def _hash_file(path):
         return sha256_of_file(path)
 
 
+def _expect(report, model):
+    """Notes shape and classes of every sample: what the config says, else the manifest, else the first sample."""
+    manifest, store = report.manifest, report.store
+    shape, num_classes = manifest.get("sample_shape"), manifest.get("num_classes")
+    if model:
+        shape = (model["in_channels"], model["sample_size"], model["sample_size"])
+        num_classes = model["num_classes"]
+    moments = manifest.get("moments")
+    if moments is None:
+        moments = shape is not None and store.row_shape[0] == 2 * shape[0]
+    row_shape = store.row_shape if shape is None else (shape[0] * (1 + moments), *shape[1:])
+    if num_classes is None:
+        report.notes.append("the number of classes is not known: no --config_file, no manifest")
+    if report.facts["format"] == "packed" and row_shape != store.row_shape:
+        report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
+        row_shape = store.row_shape
+    report.facts.update(
+        samples=len(store),
+        row_shape=row_shape,
+        dtype=manifest.get("dtype", store.dtype.name),
+        moments=bool(moments),
+        flip=store.has_flip,
+        num_classes=num_classes,
+    )
+
+
 def _check_counts(report):
-    classes, manifest, has_flip = report.expected.num_classes, report.manifest, report.samples.has_flip
-    report.class_counts = np.bincount(report.labels[report.labels >= 0], minlength=classes or 0)
-    counts = report.class_counts[:classes]  # without labels that are none of the classes
+    facts, manifest, labels = report.facts, report.manifest, report.samples["label"]
+    all_counts = np.bincount(labels[labels >= 0], minlength=facts["num_classes"] or 0)
+    facts["labels"] = {"min": int(labels.min()), "max": int(labels.max())}
+    facts["class_counts"] = all_counts.tolist()
+    counts = all_counts[: facts["num_classes"]]  # without labels that are none of the classes
     empty = int((counts == 0).sum())
     if empty:
         report.notes.append(f"{empty} of {counted(len(counts), 'class', 'classes')} have no sample")
-    path, size = Layout(report.feature_path, report.name).manifest, report.samples.size
-    if manifest.get("num_samples", size) != size:
-        report.add("manifest", path, f"num_samples {manifest['num_samples']}, found {size}")
+    path = report.layout.manifest
+    for key, found in (("num_samples", facts["samples"]), ("flip", facts["flip"])):
+        if manifest.get(key, found) != found:
+            report.add("manifest", path, f"{key} {manifest[key]}, found {found}")
     # The config may have more classes than the set.
-    used = np.trim_zeros(report.class_counts, "b").tolist()
+    used = np.trim_zeros(all_counts, "b").tolist()
     if np.trim_zeros(np.asarray(manifest.get("class_counts", used)), "b").tolist() != used:
         report.add("manifest", path, "class_counts are not those of the labels")
-    if manifest.get("flip", has_flip) != has_flip:
-        there = "there are" if has_flip else "there are no"
-        report.add("manifest", path, f"flip {manifest['flip']}, {there} mirrored latents")
 
 
-def _check_statistics(report, sums, count):
-    """Fills in mean and standard deviation, which is about 1 if the latents are scaled."""
+def _check_statistics(report, sums):
+    """Notes mean and standard deviation, which is about 1 if the latents are scaled; `sums` as of `check_span`."""
+    count, twins = sums[3:, 0]
+    if twins and twins == report.samples["usable"].sum():
+        report.add("mirrored", report.store.path, "every mirrored latent is the same as its original")
     if not count:
         return
-    mean = sums[0] / count
-    square = (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
-    report.channel_mean, report.channel_std = mean, np.sqrt(np.maximum(square - mean**2, 0))
-    report.mean = float(mean.mean())
-    report.std = float(np.sqrt(max(square.mean() - report.mean**2, 0)))
-    if STD_RANGE[0] <= report.std <= STD_RANGE[1]:
+    mean, square = sums[0] / count, (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
+    channel_std = np.sqrt(np.maximum(square - mean**2, 0))
+    std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
+    report.facts["latents"] = {
+        **{"mean": float(mean.mean()), "std": std},
+        **{"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()},
+    }
+    if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
-    text = f"the latents' standard deviation is {report.std:.4g}, expected about 1"
+    text = f"the latents' standard deviation is {std:.4g}, expected about 1"
     manifest = report.manifest if report.manifest.get("scaling_factor") else {"scaling_factor": 0.18215}  # SD's
-    scaling = LatentScaling.of(manifest, channels=len(mean), source=Layout(report.feature_path, report.name).manifest)
+    scaling = LatentScaling.of(manifest, channels=len(mean), source=report.layout.manifest)
     name = f"scaling factor {scaling.scaling_factor:g}" + ("" if scaling.is_plain else ", with shift or statistics,")
     # Mean and standard deviation of each channel, had they been scaled once more or less.
-    ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - report.channel_std, mean + report.channel_std)]
+    ends = [np.reshape(value, (-1, 1, 1)) for value in (mean - channel_std, mean + channel_std)]
     for change, what in ((scaling.normalize, "is not in them"), (scaling.denormalize, "is in them twice")):
         low, high = map(change, ends)
-        middle, half = (low + high) / 2, (high - low) / 2
-        if STD_RANGE[0] <= math.sqrt(np.mean(half**2) + np.var(middle)) <= STD_RANGE[1]:
+        if STD_RANGE[0] <= math.sqrt(np.mean(((high - low) / 2) ** 2) + np.var((low + high) / 2)) <= STD_RANGE[1]:
             text += f"; it looks as if the autoencoder's {name} {what}"
-    report.add("scale", report.samples.folder, text)
+    report.add("scale", report.store.path, text)
 
 
-def _check_duplicates(report, digests, allowed):
-    usable, labels, source = np.flatnonzero(report.usable), report.labels, report.samples.source
-    order = usable[np.lexsort((usable, digests[usable, 1], digests[usable, 0]))]
-    again = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
-    report.duplicates = int(again.sum())
-    first = None
-    for place in np.flatnonzero(again).tolist():
-        if first is None or not (digests[first] == digests[order[place]]).all():
-            first = int(order[place])
-        index = int(order[place + 1])
-        text = f"is the same latent as {source(first)}"
-        if labels[index] != labels[first]:
-            text += f", but label {labels[index]}, there {labels[first]}"
-        elif allowed:
-            continue
-        report.add("duplicates", source(index), text)
+def _check_duplicates(report, allowed):
+    usable, labels = np.flatnonzero(report.samples["usable"]), report.samples["label"]
+    digests, source = report.samples["digest"][usable], report.store.source
+    _, first, group = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    first = usable[first[group.reshape(-1)]]  # the first sample with this one's latent
+    report.facts["duplicates"] = int((first != usable).sum())
+    for index, other in zip(usable[first != usable], first[first != usable], strict=True):
+        text = f"is the same latent as {source(other)}"
+        if labels[index] != labels[other]:
+            report.add("duplicates", source(index), f"{text}, but label {labels[index]}, there {labels[other]}")
+        elif not allowed:
+            report.add("duplicates", source(index), text)
 
 
 def _read_checksums(report):
@@ -228,10 +321,9 @@ def _read_checksums(report):
     if checksums is None:
         report.notes.append("no checksums to compare: no manifest, or none in it")
         return None
-    path = os.path.join(report.feature_path, checksums["file"])
+    path = os.path.join(report.layout.features_path, checksums["file"])
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = Path(path).read_bytes()
     except OSError as error:
         report.add("checksums", path, error.strerror)
         return None
@@ -249,8 +341,9 @@ def _read_checksums(report):
 
 
 def _compare_checksums(report, wanted, files):
-    for name in {**wanted, **files}:
-        path = os.path.join(report.feature_path, name)
+    report.facts["files_with_checksum"] = None if wanted is None else len(wanted)
+    for name in {**(wanted or {}), **files}:
+        path = os.path.join(report.layout.features_path, name)
         if files.get(name) is None:
             report.add("checksums", path, "has a checksum, but is not there")
         elif name not in wanted:

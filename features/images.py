@@ -15,20 +15,14 @@ MAX_LISTED = 20  # unreadable images named at the end of a command
 
 
 @functools.cache
-def image_formats() -> list:
-    """Returns the formats that Pillow reads by itself, without EPS, a program which it hands to Ghostscript."""
+def image_formats() -> tuple:
+    """Returns formats and endings of files that Pillow reads by itself: not EPS, a program for Ghostscript."""
     from PIL import Image
 
     Image.init()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many are an error
-    return [kind for kind in Image.ID if kind != "EPS"]
-
-
-def image_suffixes() -> tuple:
-    """Returns the file name endings, lower case, of `image_formats`."""
-    from PIL import Image
-
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
+    formats = [kind for kind in Image.ID if kind != "EPS"]
+    return formats, tuple(ending for ending, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def encodable(name):
@@ -41,8 +35,13 @@ def some_of(names) -> str:
     return ", ".join(encodable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def left_out(what: str, count, names) -> list:
+    """Returns a sentence, as a list, on files that are no images of a class; none if there is no name."""
+    return [f"left out, {what}: {count} ({some_of(sorted(names))})"] if names else []
+
+
 def order_classes(names, notes: list, root: str, earlier: list | None = None) -> list:
-    """Returns the class names in the order of their labels.
+    """Returns the class names in the order of their labels; ValueError if two names are the same number.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
     Other names are sorted as text.
@@ -50,12 +49,16 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
     Args:
         notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
             and where text puts a name with a higher number first, as class10 before class2.
-        root: where they are, for the message.
         earlier: the order of a set that was begun before; it is kept for the same names.
-
-    Raises:
-        ValueError: two names are the same number.
     """
+
+    def compare(order, other, how, who):
+        for label, name in enumerate(order):
+            if name != other[label]:
+                of_other = f"{who} gives it label {other.index(name)}"
+                notes.append(f"labels follow {how}: folder {name} is label {label}; {of_other}")
+                break
+
     text = sorted(names)
     if not all(re.fullmatch("[0-9]+", name) for name in text):
         parts = [re.split("([0-9]+)", name) for name in text]  # texts and numbers in turn
@@ -67,70 +70,58 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
                 )
                 break
         return text
-    numbered = sorted(text, key=int)
-    if earlier is not None and sorted(earlier) == text and earlier != numbered:
-        label, name = next((label, name) for label, name in enumerate(earlier) if name != numbered[label])
-        notes.append(
-            f"labels follow the names of the class folders as text, as when this set was begun: folder {name} is label "
-            f"{label}; a new extraction gives it label {numbered.index(name)}"
+    order = sorted(text, key=int)
+    if earlier is not None and sorted(earlier) == text:
+        compare(
+            earlier, order, "the names of the class folders as text, as when this set was begun", "a new extraction"
         )
         return earlier
-    for one, other in itertools.pairwise(numbered):
+    for one, other in itertools.pairwise(order):
         if int(one) == int(other):
             raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
-    moved = next((label for label, name in enumerate(numbered) if name != text[label]), None)
-    if moved is not None:
-        notes.append(
-            f"labels follow the numbers of the class folders: folder {numbered[moved]} is label {moved}; torchvision's "
-            f"ImageFolder, which sorts names as text, gives it label {text.index(numbered[moved])}"
-        )
-    off = next((label for label, name in enumerate(numbered) if int(name) != label), None)
-    if off is not None:
-        notes.append(
-            f"the class folders' numbers are not 0..{len(numbered) - 1}: labels are their places in the order of the "
-            f"numbers, folder {numbered[off]} is label {off}"
-        )
-    return numbered
+    torchvision = "torchvision's ImageFolder, which sorts names as text,"
+    compare(order, text, "the numbers of the class folders", torchvision)
+    for label, name in enumerate(order):
+        if int(name) != label:
+            notes.append(
+                f"the class folders' numbers are not 0..{len(order) - 1}: labels are their places in the order of the "
+                f"numbers, folder {name} is label {label}"
+            )
+            break
+    return order
 
 
-def walk_files(folder, above, lost, *, hidden=False):
-    """Yields the paths of the files below a folder, following links.
+def walk_files(folder, lost, above=()):
+    """Yields the paths of the files below a folder that are not hidden, following links.
 
     Args:
-        above: (device, inode) of the folders that lead here: a link to one of them would never end.
         lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
-        hidden: with files and folders whose names begin with a dot.
+        above: real paths of the folders that lead here: a link to one of them would never end.
     """
-    state = os.stat(folder)
-    above = {*above, (state.st_dev, state.st_ino)}
+    here = os.path.realpath(folder)
+    if here in above:
+        lost.append(folder)
+        return
     with os.scandir(folder) as entries:
-        entries = [entry for entry in entries if hidden or not entry.name.startswith(".")]
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
     for entry in entries:
-        try:
-            state = os.stat(entry.path) if entry.is_dir() else None
-            is_file = entry.is_file()
-        except OSError:  # a link to itself
-            state, is_file = None, False
-        if is_file:
+        if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # the first asks no file system
             yield entry.path
-        elif state is None or (state.st_dev, state.st_ino) in above:
-            lost.append(entry.path)
+        elif os.path.isdir(entry.path):
+            yield from walk_files(entry.path, lost, {*above, here})
         else:
-            yield from walk_files(entry.path, above, lost, hidden=hidden)
+            lost.append(entry.path)
 
 
 def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
-    """Lists the images of an image folder.
+    """Returns (samples, classes) of an image folder: [(path, label), ...] by label, then path, and the folder names.
 
     Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
     depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
 
     Args:
         notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: the order of the labels of a set that was begun before, see `order_classes`.
-
-    Returns:
-        (samples, classes): samples is a list of (path, label) sorted by label, then path; classes the folder names.
+        earlier: see `order_classes`.
 
     Raises:
         ValueError: `root` is not a folder, has no subfolder, or there is no image in it.
@@ -138,32 +129,24 @@ def find_images(root: str, notes: list | None = None, earlier: list | None = Non
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
     notes = [] if notes is None else notes
-    suffixes, prefix = image_suffixes(), os.path.join(root, "")
-    lost, loose, others, images = [], [], [], []
-    for path in walk_files(root, set(), lost):
-        in_class = os.sep in path[len(prefix) :]
-        if path.lower().endswith(suffixes):
-            (images if in_class else loose).append(path)
-        elif in_class:
-            others.append(path)
-    folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and os.path.isdir(entry.path)]
-    classes = order_classes([name for name in folders if prefix + name not in lost], notes, root, earlier)
+    (_, endings), prefix = image_formats(), os.path.join(root, "")
+    lost, loose, kinds, images = [], [], [], []
+    for path in walk_files(root, lost):
+        name = path[len(prefix) :]
+        if path.lower().endswith(endings):
+            (images if os.sep in name else loose).append(name)
+        elif os.sep in name:
+            kinds.append(os.path.splitext(path)[1] or os.path.basename(path))
+    classes = [name for name in os.listdir(root) if name[0] != "." and os.path.isdir(prefix + name)]
+    classes = order_classes([name for name in classes if prefix + name not in lost], notes, root, earlier)
     label = {name: number for number, name in enumerate(classes)}
-    samples = sorted((label[path[len(prefix) :].split(os.sep, 1)[0]], path) for path in images)
+    samples = sorted((label[name.split(os.sep, 1)[0]], prefix + name) for name in images)
     if not samples:
         raise ValueError(f"{root}: no images found; expected {root}/<class>/<image>, in a format that Pillow reads")
-    if others:
-        kinds = sorted({os.path.splitext(path)[1] or os.path.basename(path) for path in others})
-        notes.append(f"left out, no images by their names: {counted(len(others), 'file')} ({some_of(kinds)})")
-    if loose:
-        names = sorted(path[len(prefix) :] for path in loose)
-        notes.append(f"left out, in no class folder: {counted(len(loose), 'image')} ({some_of(names)})")
-    if lost:
-        names = sorted(os.path.relpath(path, root) for path in lost)
-        notes.append(
-            f"left out, links that lead nowhere or back to a folder above them, and what is no file: {len(lost)} "
-            f"({some_of(names)})"
-        )
+    notes += left_out("no images by their names", counted(len(kinds), "file"), {*kinds})
+    notes += left_out("in no class folder", counted(len(loose), "image"), loose)
+    astray = "links that lead nowhere or back to a folder above them, and what is no file"
+    notes += left_out(astray, len(lost), [path[len(prefix) :] for path in lost])
     return [(path, label) for label, path in samples], classes
 
 
@@ -180,11 +163,7 @@ def to_rgb(image):
 
     An alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
     animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
-    Pillow does for 16-bit colour, and what has no known range is refused. Numbers that do not fill their 16 bits come
-    out dark: `dim_note` tells of them.
-
-    Raises:
-        ValueError: floats, or integers beyond 16 bits.
+    Pillow does for 16-bit colour; floats and integers beyond 16 bits, whose range is not known, are a `ValueError`.
     """
     from PIL import Image
 
@@ -222,11 +201,9 @@ def center_crop(image, size: int):
 
 
 def unreadable_list(lost: list, everything: str = "") -> str:
-    """Returns lines for the end of a command that left out images which can't be read.
+    """Returns lines for the end of a command that left out images: `(name, reason)` of each that can't be read.
 
-    Args:
-        lost: (name, reason) of each.
-        everything: where all of them are named, if there is such a file.
+    `everything` is the file, if there is one, that names all of them.
     """
     lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
     lines += [f"  {encodable(name)}: {reason}" for name, reason in lost[:MAX_LISTED]]
@@ -257,7 +234,7 @@ def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | Non
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()) as file:
+        with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()[0]) as file:
             # The mode tells of grey; colour is cut to its high bytes while the file is read.
             deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
             image = to_rgb(file)

@@ -164,8 +164,8 @@ def test_manifest_that_does_not_fit(own):
     (own / "imagenet64_manifest.json").write_text(json.dumps(manifest))
     found = problems(own)
     assert [kind for kind, _ in found] == ["manifest"] * 3
-    assert "num_samples 41, found 40" in found[0][1] and "class_counts are not those of the labels" in found[1][1]
-    assert "flip False, there are mirrored latents" in found[2][1]
+    assert "num_samples 41, found 40" in found[0][1] and "flip False, found True" in found[1][1]
+    assert "class_counts are not those of the labels" in found[2][1]
 
 
 def test_every_broken_pair_is_listed(healthy, tmp_path, capsys):
@@ -255,7 +255,7 @@ def die(task):
 
 
 def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
-    monkeypatch.setattr("features.check_samples.check_pairs", die)
+    monkeypatch.setattr("features.check.check_span", die)
     with pytest.raises(ValueError, match="a process of the check died; .* smaller --num_workers"):
         run(healthy / "pairs")
 

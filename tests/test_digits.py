@@ -158,18 +158,18 @@ def test_train_vae_learns_and_saves(few_digits, tmp_path, capsys):
 def test_train_vae_names_a_misspelt_key(few_digits, tmp_path):
     (tmp_path / "bad.json").write_text('{"vae": {}, "training": {"step": 3}}')
     command = ["--data", str(few_digits), "--config_file", str(tmp_path / "bad.json"), "--output", str(tmp_path / "x")]
-    with pytest.raises(ValueError, match="bad.json: unknown key 'step'"):
+    with pytest.raises(ValueError, match="bad.json: training: unknown key 'step'"):
         train_vae.main(command)
 
 
 @pytest.mark.parametrize(
     ("training", "flags", "message"),
     [
-        ({}, ["--seed", "4294967296"], "--seed 4294967296: expected an integer from 0 to 4294967295"),
-        ({"seed": -1}, [], "own.json: seed -1: expected an integer from 0 to 4294967295"),
-        ({"steps": "many"}, [], "own.json: steps 'many': expected an integer from 1 on"),
-        ({"steps": "many"}, ["--steps", "0"], "--steps 0: expected an integer from 1 on"),
-        ({}, ["--lr", "nan"], "--lr nan: expected a number above 0"),
+        ({}, ["--seed", "4294967296"], "--seed must be an integer from 0 to 4294967295, got 4294967296"),
+        ({"seed": -1}, [], "own.json: training: seed must be an integer from 0 to 4294967295, got -1"),
+        ({"steps": "many"}, [], 'own.json: training: steps must be a positive integer, got "many"'),
+        ({"steps": "many"}, ["--steps", "0"], "--steps must be a positive integer, got 0"),
+        ({}, ["--lr", "nan"], "--lr must be a number above 0, got nan"),
     ],
 )
 def test_train_vae_refuses_settings_before_it_reads_images(training, flags, message, tmp_path):

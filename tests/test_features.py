@@ -191,9 +191,9 @@ def test_samples_are_shifted_too(images, tmp_path):
     [
         ({"shift_factor": 0.5, "latents_mean": 0.0, "latents_std": 1.0}, "can't be combined"),
         ({"latents_mean": [0.0] * 4}, "has latents_mean but no latents_std; expected both or none"),
-        ({"latents_mean": 0.0, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std is 0.0, expected a number above 0"),
+        ({"latents_mean": 0.0, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std must be a number above 0, a list of"),
         ({"latents_mean": [0.0] * 3, "latents_std": 1.0}, "3 values, expected one for each of 4 channels"),
-        ({"scaling_factor": 0}, "scaling_factor is 0, expected a number above 0"),
+        ({"scaling_factor": 0}, "scaling_factor must be a number above 0, got 0"),
     ],
 )
 def test_a_scale_that_cannot_be_is_one_line(settings, message, tmp_path):

@@ -10,54 +10,51 @@ there) unless --output names another file. Exit code: 0 all is well, 1 there are
 """
 
 import argparse
+import collections
+import itertools
 import os
 import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.flags import check_positive
 from config.schema import load_config, manifest_features
-from features.check import check_set
-from features.layout import Layout
+from features.autoencoder import LatentDecoder, open_vae
+from features.check import check_set, read_rows
 from features.store import find_features
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from sampling.grid import make_grid
 
 SHOWN = 10  # problems of a kind on the console; the report has all
 COLUMNS = 8
 
 
-def print_summary(report):
-    """Prints what was found, without the problems."""
-    if not report.expected:
-        return
-    what = "moments" if report.expected.moments else "latents"
-    if not report.usable.any():  # none has this shape
-        what = f"expected {what}"
-    print(
-        f"{counted(report.samples.size, 'sample')} in {report.samples.folder}: {what} {report.expected.row_shape} "
-        f"{report.expected.dtype}{', mirrored twins' if report.samples.has_flip else ''}"
-    )
-    counts = report.class_counts[report.class_counts > 0]
-    if len(counts):
-        to = counted(counts.max(), "sample")
-        print(f"{counted(len(counts), 'class', 'classes')} with {counts.min():,} to {to}")
-    if report.mean is not None:
-        again = counted(report.duplicates, "duplicate")
-        print(f"latents: mean {report.mean:.4f}, standard deviation {report.std:.4f}; {again}")
-    if report.num_files is not None:
-        print(f"{counted(report.num_files, 'file')} compared with the checksums")
-    for note in report.notes:
-        print(f"note: {note}")
-
-
-def print_problems(problems):
-    """Prints the first problems of each kind."""
-    shown = {}
-    for kind, text in problems:
-        shown[kind] = shown.get(kind, 0) + 1
-        if shown[kind] <= SHOWN:
-            print(f"problem: {text}")
+def print_report(report):
+    """Prints what was found, and the first problems of each kind."""
+    facts, shown = report.facts, collections.Counter()
+    if "samples" in facts:
+        what = "moments" if facts["moments"] else "latents"
+        print(
+            f"{counted(facts['samples'], 'sample')} in {report.store.path}: "
+            f"{what if report.samples['usable'].any() else f'expected {what}'} {facts['row_shape']} "
+            f"{facts['dtype']}{', mirrored twins' if facts['flip'] else ''}"
+        )
+        if counts := [count for count in facts["class_counts"] if count]:
+            least, most = f"{min(counts):,}", counted(max(counts), "sample")
+            print(f"{counted(len(counts), 'class', 'classes')} with {least} to {most}")
+        if "latents" in facts:
+            numbers = "mean {mean:.4f}, standard deviation {std:.4f}".format(**facts["latents"])
+            print(f"latents: {numbers}; {counted(facts['duplicates'], 'duplicate')}")
+        if facts["files_with_checksum"] is not None:
+            print(f"{counted(facts['files_with_checksum'], 'file')} compared with the checksums")
+        for note in report.notes:
+            print(f"note: {note}")
+    for problem in report.problems:
+        shown[problem["kind"]] += 1
+        if shown[problem["kind"]] <= SHOWN:
+            print(f"problem: {problem['text']}")
     for kind, count in shown.items():
         if count > SHOWN:
             print(f"problem: {count - SHOWN} more of the kind {kind!r}, in the report")
@@ -68,51 +65,38 @@ def save_picture(report, path, *, vae, num_images, device):
     configure_runtime()
     import paddle
 
-    from features.autoencoder import LatentDecoder, open_vae
-    from sampling.grid import make_grid
-
     paddle.set_device(resolve_device(device))
-    channels = report.expected.channels
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(report.usable))[:num_images]
-    chosen = chosen[np.argsort(report.labels[chosen], kind="stable")]
-    twins = range(1 + report.samples.has_flip)
-    rows = [report.samples.read_row(index, bool(twin))[:channels] for index in chosen.tolist() for twin in twins]
-    made_with = manifest_features(report.manifest, Layout(report.feature_path, report.name).manifest)["vae"]
+    facts, usable, labels = report.facts, report.samples["usable"], report.samples["label"]
+    channels = facts["row_shape"][0] // (1 + facts["moments"])
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:num_images]
+    chosen = chosen[np.argsort(labels[chosen], kind="stable")]
+    rows = np.stack(read_rows(report.store, chosen, facts)[0], axis=1).reshape(-1, *facts["row_shape"])
+    made_with = manifest_features(report.manifest, report.layout.manifest)["vae"]
     vae, notes = open_vae(vae, made_with, default=None, flag="--vae", channels=channels)
     for note in notes:
         print(f"note: {note}")
-    images = LatentDecoder(vae)(paddle.to_tensor(np.stack(rows)))
+    images = LatentDecoder(vae)(paddle.to_tensor(rows[:, :channels]))
     make_grid(images, columns=min(COLUMNS, len(images))).save(path)
 
 
-def report_file(path, folder, name, overwrite):
-    """Returns the report's file: the one asked for, else a free `NAME_check.json` in the folder of the features.
+def output_files(path, folder, name, overwrite):
+    """Returns `(report, picture)`: the files asked for, else free ones `NAME_check` in the folder of the features.
 
-    It lands in the working folder where that of the features can't be written.
-
-    Raises:
-        ValueError: one line: `path` is taken, or can't be a report's.
+    They land in the working folder where that can't be written. A name that is taken, or no report's, is a ValueError.
     """
-    if path is not None:
-        if not path.endswith(".json"):
-            raise ValueError(f"--output {path}: expected a name that ends in .json")
-        for taken in (path, picture_file(path)):
-            if os.path.exists(taken) and not overwrite:
-                raise ValueError(f"--output {path}: {taken} exists already; give another name, or --overwrite")
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise ValueError(f"--output {path}: there is no such folder")
-        return path
-    folder = folder if os.access(folder, os.W_OK) else "."
-    path, number = os.path.join(folder, f"{name}_check.json"), 1
-    while os.path.exists(path) or os.path.exists(picture_file(path)):
-        number += 1
-        path = os.path.join(folder, f"{name}_check-{number}.json")
-    return path
-
-
-def picture_file(report):
-    """Returns the file of the picture beside a report."""
-    return report[: -len(".json")] + ".png"
+    if path is None:
+        folder = folder if os.access(folder, os.W_OK) else "."
+        stems = (os.path.join(folder, f"{name}_check{f'-{n}' if n > 1 else ''}") for n in itertools.count(1))
+        both = ((f"{stem}.json", f"{stem}.png") for stem in stems)
+        return next(files for files in both if not any(map(os.path.exists, files)))
+    if not path.endswith(".json"):
+        raise ValueError(f"--output {path}: expected a name that ends in .json")
+    files = path, path.removesuffix(".json") + ".png"
+    for taken in filter(os.path.exists, () if overwrite else files):
+        raise ValueError(f"--output {path}: {taken} exists already; give another name, or --overwrite")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"--output {path}: there is no such folder")
+    return files
 
 
 def main(argv=None):
@@ -133,12 +117,10 @@ def main(argv=None):
     )
     parser.add_argument("--device", default="auto", help="of --vae: auto, cpu, gpu or gpu:N [auto]")
     args = parser.parse_args(argv)
-    for key in ("num_workers", "num_images"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
+    check_positive(args, "num_workers", "num_images")
     kind, name = find_features(args.feature_path, args.resolution)
     model = load_config(args.config_file)["model"] if args.config_file else None
-    output = report_file(args.output, args.feature_path, name, args.overwrite)
+    output, picture = output_files(args.output, args.feature_path, name, args.overwrite)
     report = check_set(
         *(args.feature_path, kind, name),
         model=model,
@@ -146,13 +128,12 @@ def main(argv=None):
         compare_checksums=not args.no_checksums,
         allow_duplicates=args.allow_duplicates,
     )
-    write_json(output, report.as_json())
-    print_summary(report)
-    print_problems(report.problems)
+    write_json(output, {**report.facts, "notes": report.notes, "problems": report.problems})
+    print_report(report)
     print(f"report: {output}", flush=True)
-    if args.vae and report.usable.any():
-        save_picture(report, picture_file(output), vae=args.vae, num_images=args.num_images, device=args.device)
-        print(f"picture: {picture_file(output)}")
+    if args.vae and report.samples["usable"].any():
+        save_picture(report, picture, vae=args.vae, num_images=args.num_images, device=args.device)
+        print(f"picture: {picture}")
     if report.problems:
         sys.exit(1)
 

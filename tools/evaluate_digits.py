@@ -13,7 +13,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
 from config.flags import check_seed
-from evaluation.digits import check_size, evaluate, load_digits_through_vae
+from evaluation.digits import check_size, evaluate, pass_through_vae
 from features.autoencoder import downsampling
 from features.images import find_images
 from runtime.files import write_json
@@ -43,72 +43,6 @@ def check(args, model):
     check_scheduler(model.scheduler, None, args.num_inference_steps)
 
 
-def run(args):
-    """Draws, measures, writes and prints, as the flags say."""
-    check_seed("seed", args.seed)
-    check_scale(args.guidance_scale)
-    if args.grid:
-        check_ending("grid", args.grid)
-    train_root, heldout_root = os.path.join(args.digits, "train"), os.path.join(args.digits, "heldout")
-    digits, classes = find_images(train_root)
-    num_classes = len(classes)
-    find_images(heldout_root)
-    if args.num_images < num_classes or args.num_images % num_classes:
-        raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
-    model = describe_model(args.pipeline)
-    check(args, model)
-    sampler = {"sampler": args.sampler or "ode"} if model.pipeline == "SiTPipeline" else {}
-
-    configure_runtime()
-    from sampling.generator import load_generator
-
-    # Samples, class by class in turn, so that any batch holds every class.
-    generator = load_generator(model)
-    side = generator.sample_size * downsampling(generator.vae)
-    check_size(side, digits[0][0])
-    labels = np.arange(args.num_images) % num_classes
-    latents = generator.sample(
-        labels,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        batch_size=BATCH_SIZE,
-        output="latents",
-        callback=show_steps("samples"),
-        **sampler,
-        **({"diffusion_form": "sigma"} if args.sampler == "sde" else {}),  # SiTPipeline's default
-    )
-    samples = generator.decode(latents)
-    if args.grid:
-        columns = min(10, args.num_images // num_classes)
-        rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
-        os.makedirs(os.path.dirname(os.path.abspath(args.grid)), exist_ok=True)
-        make_grid((samples[rows.reshape(-1)] * 255).round().astype("uint8"), columns).save(args.grid)
-
-    # Figures.
-    train, heldout = (load_digits_through_vae(generator.vae, root, side) for root in (train_root, heldout_root))
-    report = evaluate(samples, labels, train, heldout)
-    names = ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
-    report["settings"] = {name: getattr(args, name) for name in names} | sampler
-    if args.report:
-        os.makedirs(os.path.dirname(os.path.abspath(args.report)), exist_ok=True)
-        write_json(args.report, report)
-    share = report["share_assigned_to_class_asked_for"]
-    print(f"classifier on real held-out digits:      {report['classifier_accuracy_on_heldout']:.3f}")
-    print(f"samples assigned to the class asked for: {share:.3f} of {args.num_images}")
-    print(
-        f"nearest training image (RMS difference of grey pixels in [0, 1]): samples "
-        f"{report['nearest_train_distance_of_samples']:.4f}, held-out digits "
-        f"{report['nearest_train_distance_of_heldout']:.4f}"
-    )
-    for what, path in (("grid", args.grid), ("report", args.report)):
-        if path:
-            print(f"{what}: {path}")
-    if args.min_accuracy is not None and share < args.min_accuracy:
-        print(f"error: the share {share:.3f} is below --min_accuracy {args.min_accuracy}", file=sys.stderr)
-        sys.exit(1)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="exported DiTPipeline or SiTPipeline folder")
@@ -121,7 +55,68 @@ def main(argv=None):
     parser.add_argument("--grid", help="PNG to write, one row per class")
     parser.add_argument("--report", help="JSON to write")
     parser.add_argument("--min_accuracy", type=float, help="exit with 1 if the share of samples is below this")
-    run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    check_seed("seed", args.seed)
+    check_scale(args.guidance_scale)
+    if args.grid:
+        check_ending("grid", args.grid)
+    digits = {part: find_images(os.path.join(args.digits, part)) for part in ("train", "heldout")}
+    samples, classes = digits["train"]
+    num_classes = len(classes)
+    if args.num_images < num_classes or args.num_images % num_classes:
+        raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
+    model = describe_model(args.pipeline)
+    check(args, model)
+    sampler = {"sampler": args.sampler or "ode"} if model.pipeline == "SiTPipeline" else {}
+
+    configure_runtime()
+    from sampling.generator import load_generator
+
+    # Samples, class by class in turn, so that any batch holds every class.
+    generator = load_generator(model)
+    side = generator.sample_size * downsampling(generator.vae)
+    check_size(side, samples[0][0])
+    labels = np.arange(args.num_images) % num_classes
+    latents = generator.sample(
+        labels,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=BATCH_SIZE,
+        output="latents",
+        callback=show_steps("samples"),
+        **sampler,
+        **({"diffusion_form": "sigma"} if args.sampler == "sde" else {}),  # SiTPipeline's default
+    )
+    images = generator.decode(latents)
+    for path in filter(None, (args.grid, args.report)):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    if args.grid:
+        columns = min(10, args.num_images // num_classes)
+        rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
+        make_grid((images[rows.reshape(-1)] * 255).round().astype("uint8"), columns).save(args.grid)
+
+    # Figures.
+    train, heldout = (pass_through_vae(generator.vae, found, side, part) for part, (found, _) in digits.items())
+    report = evaluate(images, labels, train, heldout)
+    names = ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
+    report["settings"] = {name: getattr(args, name) for name in names} | sampler
+    if args.report:
+        write_json(args.report, report)
+    share = report["share_assigned_to_class_asked_for"]
+    print(
+        f"classifier on real held-out digits:      {report['classifier_accuracy_on_heldout']:.3f}\n"
+        f"samples assigned to the class asked for: {share:.3f} of {args.num_images}\n"
+        f"nearest training image (RMS difference of grey pixels in [0, 1]): samples "
+        f"{report['nearest_train_distance_of_samples']:.4f}, held-out digits "
+        f"{report['nearest_train_distance_of_heldout']:.4f}"
+    )
+    for what in ("grid", "report"):
+        if path := getattr(args, what):
+            print(f"{what}: {path}")
+    if args.min_accuracy is not None and share < args.min_accuracy:
+        print(f"error: the share {share:.3f} is below --min_accuracy {args.min_accuracy}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

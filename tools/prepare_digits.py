@@ -6,17 +6,18 @@ stratified, and the same in every run, so that no held-out image is ever trained
 """
 
 import argparse
+import contextlib
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from features.images import walk_files
 from runtime.process import counted, run_cli
+from runtime.progress import tqdm
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = "partial.png"  # the file that is being written
 
 
 def expected_images(image_size: int) -> dict:
@@ -29,62 +30,45 @@ def expected_images(image_size: int) -> dict:
     _, heldout = train_test_split(
         np.arange(len(digits.target)), test_size=NUM_HELDOUT, stratify=digits.target, random_state=SPLIT_SEED
     )
-    heldout = set(heldout.tolist())
     images = {}
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         grey = Image.fromarray(np.round(pixels * (255 / 16)).astype("uint8"))  # the data set's values are 0..16
         part = "heldout" if index in heldout else "train"
-        images[os.path.join(part, str(label), f"{index:04d}.png")] = grey.resize(
-            (image_size, image_size), Image.BICUBIC
-        ).convert("RGB")
+        scaled = grey.resize((image_size, image_size), Image.BICUBIC).convert("RGB")
+        images[os.path.join(part, str(label), f"{index:04d}.png")] = scaled
     return images
 
 
 def holds_image(path: str, image) -> bool:
     """Returns whether the file at `path` is this very image, pixel by pixel."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path, formats=["PNG"]) as found:
-            return found.mode == image.mode and found.size == image.size and found.tobytes() == image.tobytes()
-    except (UnidentifiedImageError, OSError):
-        return False
+    with contextlib.suppress(OSError), Image.open(path, formats=["PNG"]) as found:
+        return np.array_equal(found, image)
+    return False
 
 
 def prepare_digits(output: str, image_size: int = 32) -> int:
     """Writes the missing images below `output`; returns how many were written.
 
-    Raises:
-        ValueError: before anything is written, if `output` holds a file that is not one of these images.
+    A file there that is not one of these images is a `ValueError` before anything is written.
     """
-    from runtime.progress import tqdm
-
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")
-    images = expected_images(image_size)
-    present = set()
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"--output {output} is a file; expected a folder")
-    lost = []  # links that lead nowhere, and the like
-    found = list(walk_files(output, set(), lost, hidden=True)) if os.path.exists(output) else []
-    for path in lost + found:
-        relative = os.path.relpath(path, output)
-        if relative.endswith(PARTIAL) and relative.removesuffix(PARTIAL) in images:  # of a run that was killed
-            os.remove(path)
-            continue
-        if relative not in images or path in lost or not holds_image(path, images[relative]):
-            raise ValueError(
-                f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
-                "nothing was written, give a new or empty folder"
-            )
-        present.add(relative)
-
-    missing = [relative for relative in images if relative not in present]
-    for relative in tqdm(missing, desc="digits", unit="image", disable=not missing):
+    missing, partial = expected_images(image_size), os.path.join(output, PARTIAL)
+    for folder, _, names in os.walk(output, followlinks=True):
+        for path in (os.path.join(folder, name) for name in names):
+            relative = os.path.relpath(path, output)
+            if path != partial and not (relative in missing and holds_image(path, missing.pop(relative))):
+                raise ValueError(
+                    f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
+                    "nothing was written, give a new or empty folder"
+                )
+    for relative, image in tqdm(missing.items(), desc="digits", unit="image", disable=not missing):
         path = os.path.join(output, relative)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        images[relative].save(path + PARTIAL, format="PNG")
-        os.replace(path + PARTIAL, path)
+        image.save(partial)
+        os.replace(partial, path)
     return len(missing)
 
 

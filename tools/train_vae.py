@@ -18,56 +18,43 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.schema import MAX_SEED
+from config.flags import check_flag
+from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option
+from config.schema import check_section
+from features.autoencoder import LatentScaling
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli
+from runtime.progress import tqdm
 from runtime.untrusted import read_json
 
 configure_runtime()  # before Paddle is imported
 
-DEFAULTS = {"steps": 3000, "batch_size": 32, "lr": 2e-3, "kl_weight": 3e-3, "seed": 0}
-RULES = {
-    "steps": ((int,), lambda value: value >= 1, "an integer from 1 on"),
-    "batch_size": ((int,), lambda value: value >= 1, "an integer from 1 on"),
-    "lr": ((int, float), lambda value: 0 < value < math.inf, "a number above 0"),
-    "kl_weight": ((int, float), lambda value: 0 <= value < math.inf, "a number from 0 on"),
-    "seed": ((int,), lambda value: 0 <= value <= MAX_SEED, f"an integer from 0 to {MAX_SEED}"),
+TRAINING = {
+    "steps": Option(3000, POSITIVE_INT, "optimizer steps; as all below, wins over the JSON"),
+    "batch_size": Option(32, POSITIVE_INT),
+    "lr": Option(2e-3, ABOVE_0, "peak learning rate"),
+    "kl_weight": Option(3e-3, FROM_0, "weight of the KL term (mean over latent elements)"),
+    "seed": Option(0, SEED._replace(accepts=lambda value: SEED.accepts(value) and value <= MAX_SEED)),
 }
 
 
-def load_settings(path: str) -> dict:
-    """Reads `{"vae": AutoencoderKL keywords, "training": {...}}`, and fills in the defaults of training.
+def load_settings(path: str, **flags) -> dict:
+    """Reads `{"vae": AutoencoderKL keywords, "training": {...}}`; flags win over it, then come the defaults.
 
-    Raises:
-        ValueError: anything else; names file and key.
+    Anything else is a `ValueError` that names the flag, or file and key.
     """
-    settings = read_json(path)
-    sections = [settings.get("vae"), settings.get("training", {})] if isinstance(settings, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections):
-        raise ValueError(f'{path}: expected {{"vae": {{...}}, "training": {{...}}}}')
-    unknown = set(settings) - {"vae", "training"} | set(settings.get("training", {})) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}; training takes {', '.join(DEFAULTS)}")
-    return {"vae": settings["vae"], "training": {**DEFAULTS, **settings.get("training", {})}}
-
-
-def check_training(training: dict, given: dict, path: str) -> None:
-    """Raises `ValueError` for the first setting that can't be; those in `given` are flags, the others in `path`."""
-    for key, value in training.items():
-        types, is_right, expected = RULES[key]
-        if type(value) not in types or not is_right(value):
-            raise ValueError(f"{f'--{key}' if key in given else f'{path}: {key}'} {value!r}: expected {expected}")
+    for name, value in flags.items():
+        check_flag(name, TRAINING[name], value)
+    settings = check_section({"vae": Option(REQUIRED, OBJECT), "training": Option({}, OBJECT)}, read_json(path), path)
+    training = check_section(TRAINING, {**settings["training"], **flags}, f"{path}: training")
+    return {"vae": settings["vae"], "training": training}
 
 
 def load_folder(root: str, size: int, lost: list | None = None):
     """Returns the images of an image folder, float32 `(N, 3, size, size)` in [-1, 1], and prints notes on them.
 
-    Args:
-        lost: gets `(name, reason)` of unreadable images, which are left out; None: the first is an error.
-
-    Raises:
-        ValueError: an image that can't be read, or none that can.
+    `lost` gets `(name, reason)` of unreadable images, which are left out; without it the first is a ValueError.
     """
     notes, dim, images = [], [], []
     samples, _ = find_images(root, notes=notes)
@@ -88,8 +75,6 @@ def load_folder(root: str, size: int, lost: list | None = None):
 def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: float, seed: int) -> None:
     """Trains `vae` in place on images `(N, 3, H, W)` with AdamW, a short warm-up and a cosine decay to zero."""
     import paddle
-
-    from runtime.progress import tqdm
 
     rng = np.random.default_rng(seed)
     warmup = min(100, steps // 10)
@@ -118,17 +103,13 @@ def train(vae, images, *, steps: int, batch_size: int, lr: float, kl_weight: flo
 
 
 def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
-    """Returns `(PSNR in dB, latents' standard deviation)` over images `(N, 3, H, W)`.
+    """Returns the PSNR in dB of decoding the posterior's mean, and the standard deviation of posterior samples.
 
-    The PSNR is that of decoding the posterior's mean; the deviation that of posterior samples, before the
-    scaling_factor, which follows from it.
+    Both are over images `(N, 3, H, W)`; the deviation is that before the scaling_factor, which follows from it.
     """
     import paddle
 
-    from features.autoencoder import LatentScaling
-
-    config = vae.config
-    scaling = LatentScaling(1.0, config.shift_factor, config.latents_mean, config.latents_std)
+    scaling = LatentScaling.of({**vae.config, "scaling_factor": 1.0})
     squared_error, latents = 0.0, []
     with paddle.no_grad():
         for start in range(0, len(images), batch_size):
@@ -140,24 +121,34 @@ def measure(vae, images, batch_size: int = 64) -> tuple[float, float]:
     return 10 * math.log10(4 * images.size / squared_error), float(np.concatenate(latents).std())
 
 
-def run(args) -> None:
-    settings = load_settings(args.config_file)
-    given = {key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None}
-    settings["training"].update(given)
-    check_training(settings["training"], given, args.config_file)
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="image folder by class to train on")
+    parser.add_argument("--heldout", help="image folder by class on which to measure the reconstruction")
+    parser.add_argument("--config_file", required=True, help="JSON with sections vae and training")
+    parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
+    )
+    for name, option in TRAINING.items():
+        parser.add_argument(f"--{name}", type=option.check.parse, help=option.help or None)
+    args = parser.parse_args(argv)
+
+    flags = {name: getattr(args, name) for name in TRAINING if getattr(args, name) is not None}
+    settings = load_settings(args.config_file, **flags)
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise ValueError(f"--output {args.output} is not empty; nothing was written")
     size = settings["vae"].get("sample_size", 32)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"{args.config_file}: sample_size {size!r}: expected an integer from 1 on")
+    check_section({"sample_size": Option(32, POSITIVE_INT)}, {"sample_size": size}, args.config_file)
     lost = [] if args.on_error == "skip" else None
     images = load_folder(args.data, size, lost)
     heldout = load_folder(args.heldout, size, lost) if args.heldout else None
 
     import paddle
     from ppdiffusers import AutoencoderKL
-
-    from features.autoencoder import LatentScaling
 
     paddle.seed(settings["training"]["seed"])
     try:
@@ -178,26 +169,6 @@ def run(args) -> None:
     if lost:
         print(unreadable_list(lost))
     print(f"The autoencoder is in {args.output}")
-
-
-def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="image folder by class to train on")
-    parser.add_argument("--heldout", help="image folder by class on which to measure the reconstruction")
-    parser.add_argument("--config_file", required=True, help="JSON with sections vae and training")
-    parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
-    )
-    parser.add_argument("--steps", type=int, help="optimizer steps; as all below, wins over the JSON")
-    parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--kl_weight", type=float, help="weight of the KL term (mean over latent elements)")
-    parser.add_argument("--seed", type=int)
-    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

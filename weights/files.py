@@ -25,8 +25,16 @@ from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
 from runtime.untrusted import open_regular, shortened
-from weights.records import Records, contiguous_stride, elements, read_elements, widened
-from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
+from weights.unpickle import (
+    STORAGE_TYPES,
+    Records,
+    Refused,
+    contiguous_stride,
+    elements,
+    read_elements,
+    run,
+    widened,
+)
 
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
@@ -111,9 +119,9 @@ def _read_torch_zip(file, tolerant):
             return archive.read(record)
 
         big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
-        program = Unpickler(io.BytesIO(member("data.pkl")))
-        tree, storages = program.load(), {}
-        for key, (dtype, numel) in program.storages.items():
+        tree, stated = run(io.BytesIO(member("data.pkl")))
+        storages = {}
+        for key, (dtype, numel) in stated.items():
             storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
             if len(storages[key][0]) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
@@ -125,17 +133,15 @@ def _read_pickle(file, tolerant):
 
     That is the pickles of a magic number, version, system, object and list of storages, and then the storages' data.
     """
-    program, storages = Unpickler(file), None
-    tree = program.load()
+    (tree, _), storages = run(file), None
     if tree == _LEGACY_MAGIC:
-        Unpickler(file).load()  # protocol version
-        big_endian = not Unpickler(file).load().get("little_endian", True)
-        program, storages = Unpickler(file), {}
-        tree = program.load()
-        for key in Unpickler(file).load():
-            if not isinstance(key, str) or key not in program.storages:  # how long it is can't be told
+        run(file)  # protocol version
+        big_endian = not run(file)[0].get("little_endian", True)
+        (tree, stated), (keys, _), storages = run(file), run(file), {}
+        for key in keys:
+            if not isinstance(key, str) or key not in stated:  # how long it is can't be told
                 raise Refused("it has a storage of a type that weights don't have")
-            dtype, numel = program.storages[key]
+            dtype, numel = stated[key]
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {shortened(key)} is not of the stated size")
             storages[key] = read_elements(file, numel, dtype, big_endian), dtype

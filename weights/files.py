@@ -66,8 +66,6 @@ def safe_load(path, *, tolerant=False):
     path = os.fspath(path)
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no such file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder, expected a weight file")
     file = open_regular(path)
     try:
         with file:
@@ -208,14 +206,14 @@ _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net
 def load_weights(path, key=None):
     """Reads one model's weights, {name: array}, in the layout that the file has (see `official_to_paddle`).
 
+    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
+    wrappers put before the names is taken off, see `plain_names`.
+
     Args:
         path: a file as for `safe_load`.
         key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
             "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
             "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
-
-    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
-    wrappers put before the names is taken off, see `plain_names`.
 
     Raises:
         ValueError: one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
@@ -224,22 +222,23 @@ def load_weights(path, key=None):
 
 
 def pick_weights(tree, path, key=None, *, averages=True):
-    """Picks one model's weights, as `load_weights` does, out of what `safe_load(path, tolerant=True)` gave.
+    """Picks `(weights, key)`, as `load_weights` does, out of what `safe_load(path, tolerant=True)` gave.
 
-    Rank 0 prints which were taken, where that is not obvious.
+    Rank 0 prints which were taken, where that is not obvious. The key is None for a plain state dict.
 
     Args:
         averages: False: "auto" leaves averages out.
-
-    Returns:
-        `(weights, key)`; the key is None for a plain state dict.
     """
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
     nested = [name for name, value in tree.items() if is_state(value)]
     known = listed(nested, 10) or "none"
     if key == "auto":
-        key = _pick_key(nested, averages)
+        of_averages = [name for name in nested if is_averages(name)]
+        others = [name for name in nested if name not in of_averages]
+        choice = of_averages if averages and of_averages else others
+        likely = [name for name in ("ema", *_WEIGHTS) if name in choice]
+        key = likely[0] if likely else choice[0] if len(choice) == 1 else None
         surprising = len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}
         if surprising and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
             print(f"note: {path} holds the sets of weights {known}; {shortened(key)} is taken")
@@ -261,16 +260,6 @@ def pick_weights(tree, path, key=None, *, averages=True):
     return plain_names(tree), key
 
 
-def _pick_key(nested, averages):
-    """Returns the key that "auto" takes among those of a file's state dicts, or None if there is no telling."""
-    of_averages = [name for name in nested if is_averages(name)]
-    others = [name for name in nested if name not in of_averages]
-    if averages and of_averages:
-        return "ema" if "ema" in of_averages else of_averages[0] if len(of_averages) == 1 else None
-    known = [name for name in _WEIGHTS if name in others]
-    return known[0] if known else others[0] if len(others) == 1 else None
-
-
 def is_averages(key):
     """Returns whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
     return isinstance(key, str) and bool(_AVERAGES.search(key))
@@ -288,7 +277,7 @@ def save_pdparams(state, path):
 
     Args:
         state: arrays of uint16 are read as bfloat16.
-        path: the file, or a binary file that is open for writing.
+        path: its path, or a binary file that is open for writing.
     """
 
     def entry(name, value):
@@ -308,9 +297,7 @@ def save_safetensors(state, path, *, layout="paddle"):
     The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`.
 
     Args:
-        path: the file.
-        layout: of Linear weights, "paddle" or "torch": goes into the metadata, where ppdiffusers and
-            `safetensors_layout` look for it.
+        layout: of Linear weights, "paddle" or "torch", for ppdiffusers and `safetensors_layout`.
     """
     names = {np.dtype(code): name for name, code in _SAFETENSORS_TYPES.items() if code != "bfloat16"}
     names[np.dtype("u2")] = "BF16"
@@ -331,7 +318,7 @@ def save_torch(state, path):
     """Writes {name: array} as a PyTorch file that `torch.load(path, weights_only=True)` reads as an OrderedDict.
 
     The zip format of `torch.save`: data.pkl describes each tensor by (storage, offset, size, stride), data/N holds
-    its bytes. Arrays must be of a type that torch has; big-endian and strided ones are rewritten plainly.
+    its bytes. Arrays must be of a type that torch has.
     """
     classes = {np.dtype(code): name for name, code in STORAGE_TYPES.items() if code != "bfloat16"}
     tensors = [(name, value.shape, _type_name(classes, name, value, path)) for name, value in state.items()]
@@ -363,21 +350,14 @@ def _torch_pickle(tensors):
         tensors: `(name, shape, storage class)` of each.
     """
 
-    def string(text):
-        data = text.encode("utf-8")
-        return b"X" + struct.pack("<I", len(data)) + data
+    def plain(value):
+        return pickle.dumps(value, protocol=2)[2:-1]  # without its first and last operations, PROTO and STOP
 
-    def integer(value):
-        return b"J" + struct.pack("<i", value) if value < 2**31 else b"\x8a\x08" + struct.pack("<q", value)
-
-    def integers(values):
-        return b"(" + b"".join(map(integer, values)) + b"t"
-
-    empty_dict = b"ccollections\nOrderedDict\n)R"
+    empty_dict, zero = b"ccollections\nOrderedDict\n)R", b"J\0\0\0\0"
     parts = [b"\x80\x02", empty_dict, b"("]
     for index, (name, shape, storage_class) in enumerate(tensors):
-        storage = string("storage") + f"ctorch\n{storage_class}\n".encode() + string(str(index)) + string("cpu")
-        storage = b"(" + storage + integer(math.prod(shape)) + b"tQ"
-        view = integer(0) + integers(shape) + integers(contiguous_stride(shape))
-        parts += [string(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
+        storage = plain("storage") + f"ctorch\n{storage_class}\n".encode() + plain(str(index)) + plain("cpu")
+        storage = b"(" + storage + plain(math.prod(shape)) + b"tQ"
+        view = zero + plain(tuple(shape)) + plain(contiguous_stride(shape))
+        parts += [plain(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
     return b"".join(parts) + b"u."

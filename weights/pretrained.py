@@ -1,8 +1,6 @@
 """Reads weights and settings of pipelines and autoencoders, from folders and from the hub, and executes nothing.
 
-ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
-model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files; weights go through
-`weights.files`.
+Of ppdiffusers it takes the downloads alone: `from_pretrained` executes what it finds in pickles and `.py` files.
 """
 
 import os
@@ -36,11 +34,9 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
     """
     if os.path.isdir(name_or_path):
         path = inside(name_or_path, os.path.join(subfolder, name))
-        if os.path.exists(path):
-            return path
-        if needed:
+        if needed and not os.path.exists(path):
             raise ValueError(f"{path}: no such file")
-        return None
+        return path if os.path.exists(path) else None
     from ppdiffusers.utils import DIFFUSERS_CACHE, FROM_AISTUDIO, FROM_HF_HUB, PPDIFFUSERS_CACHE
     from ppdiffusers.utils.download_utils import bos_aistudio_hf_download
 
@@ -73,11 +69,10 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     """
     path = find_file(name_or_path, name, subfolder)
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
-    kind = settings.get("_class_name") if isinstance(settings, dict) else None
-    if class_names is not None and kind not in class_names:
-        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
+    if class_names is not None and (kind := settings.get("_class_name")) not in class_names:
+        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     check_sizes(settings, path)
     return settings, path
@@ -89,7 +84,17 @@ def find_weights(name_or_path, subfolder=""):
     Where ppdiffusers' hub can't be reached, they are those that an earlier download has left.
     """
     try:
-        return _find_weights(name_or_path, subfolder)
+        for variant in VARIANTS:
+            for name, layout in WEIGHTS.items():
+                stem, ending = os.path.splitext(name)
+                path = find_file(name_or_path, f"{stem}{variant}{ending}", subfolder, needed=False)
+                if path is not None:
+                    return [path], layout
+                index = find_file(name_or_path, f"{name}.index{variant}.json", subfolder, needed=False)
+                if index is not None:
+                    return [find_file(name_or_path, shard, subfolder) for shard in _shards(index)], layout
+        where = os.path.join(name_or_path, subfolder)
+        raise ValueError(f"{where}: no weights there; expected one of {', '.join(WEIGHTS)}")
     except Exception:
         from ppdiffusers.utils import PPDIFFUSERS_CACHE
 
@@ -97,21 +102,7 @@ def find_weights(name_or_path, subfolder=""):
         if os.path.isdir(name_or_path) or not os.path.isdir(earlier):
             raise
         print(f"note: {name_or_path} can't be looked up on the hub; taken from {earlier}")
-        return _find_weights(earlier, subfolder)
-
-
-def _find_weights(name_or_path, subfolder):
-    for variant in VARIANTS:
-        for name, layout in WEIGHTS.items():
-            stem, ending = os.path.splitext(name)
-            path = find_file(name_or_path, f"{stem}{variant}{ending}", subfolder, needed=False)
-            if path is not None:
-                return [path], layout
-            index = find_file(name_or_path, f"{name}.index{variant}.json", subfolder, needed=False)
-            if index is not None:
-                return [find_file(name_or_path, shard, subfolder) for shard in _shards(index)], layout
-    where = os.path.join(name_or_path, subfolder)
-    raise ValueError(f"{where}: no weights there; expected one of {', '.join(WEIGHTS)}")
+        return find_weights(earlier, subfolder)
 
 
 def _shards(path):

@@ -4,8 +4,6 @@ import glob
 import os
 import re
 
-from tqdm import tqdm
-
 from models.state import turn_linear
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
@@ -53,15 +51,18 @@ def read_weights(path, *, key=None, layout="auto"):
     if shards := find_shards(path, key):
         path, layout = shards[0], "torch"
         if len(shards) > 1:
-            weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards", disable=None))
+            weights = merge_shards(shards)
             path = f"{path} and its {len(shards) - 1} other shards"
         else:
             weights = load_weights(path)
     else:
         if os.path.isdir(path):
             path, key, layout = _file_in_checkpoint(path, key), None, "paddle"
+        ending = os.path.splitext(path)[1].lower()
         if layout == "auto":
-            layout = _layout_of(path)
+            layout = safetensors_layout(path) if ending == ".safetensors" else _ENDINGS.get(ending)
+        if layout is None:
+            raise ValueError(f"{path}: whose layout is it? Expected .pdparams, .pt, .pth or .safetensors, or say which")
         weights = load_weights(path, key or "auto")
     for name, value in weights.items():  # in place, so that no second set of weights is held
         value = turn_linear(name, value) if layout == "torch" else value
@@ -77,7 +78,7 @@ def find_shards(path, key=None):
         key: "model" or "ema"; None takes the averages of a folder that has them, or what the file is.
 
     Raises:
-        ValueError: one line: a shard is missing, there are those of several networks, or the key is another one.
+        ValueError: one line: a shard is missing, there are those of several networks, or of another key.
     """
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
     given = SHARD.fullmatch(name)
@@ -85,36 +86,26 @@ def find_shards(path, key=None):
         return []
     found = {}  # (key, number of ranks): {rank: path}
     for match in filter(None, map(SHARD.fullmatch, sorted(os.listdir(folder or ".")))):
-        found.setdefault(_kind(match), {})[int(match[2])] = os.path.join(folder, match[0])
+        if given is None or match.group(1, 3) == given.group(1, 3):
+            kind = "ema" if match[1] else "model", int(match[3])
+            found.setdefault(kind, {})[int(match[2])] = os.path.join(folder, match[0])
     if not found:
         return []
-    if given:
-        kind = _kind(given)
-        if key not in (None, kind[0]):
-            raise ValueError(f"{path}: holds the weights of the key {kind[0]}, not of {key}; give the folder instead")
-        if kind not in found:  # no such file
-            return []
-    else:
-        keys = sorted({key for key, _ in found})
-        wanted = key or keys[0]  # "ema" comes before "model"
-        if wanted not in keys:
-            raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
-        kind, *others = (kind for kind in found if kind[0] == wanted)
-        if others:
-            counts = ", ".join(str(count) for _, count in (kind, *others))
-            raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
-    ranks, (wanted, count) = found[kind], kind
+    keys = sorted({key for key, _ in found})
+    wanted = key or keys[0]  # "ema" comes before "model"
+    if wanted not in keys:
+        raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
+    count, *others = (count for kind, count in found if kind == wanted)
+    if others:
+        counts = ", ".join(map(str, (count, *others)))
+        raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
+    ranks = found[wanted, count]
     missing = [rank for rank in range(count) if rank not in ranks]
     if missing:
         prefix = "consolidated_ema" if wanted == "ema" else "consolidated"
         names = ", ".join(f"{prefix}.{rank:02d}-of-{count:02d}.pth" for rank in missing[:3])
         raise ValueError(f"{folder or '.'}: {len(missing)} of {count} shards are missing: {names}")
     return [ranks[rank] for rank in range(count)]
-
-
-def _kind(match):
-    """Returns `(key, number of ranks)` of a shard's name."""
-    return "ema" if match[1] else "model", int(match[3])
 
 
 def _file_in_checkpoint(folder, key):
@@ -128,12 +119,3 @@ def _file_in_checkpoint(folder, key):
     if key == "ema" and not has_averages:
         raise ValueError(f"{folder}: was trained without EMA (no ema_state.pdparams); use the key model")
     return averages if has_averages and key != "model" else weights
-
-
-def _layout_of(path):
-    ending = os.path.splitext(path)[1].lower()
-    if ending == ".safetensors":
-        return safetensors_layout(path)
-    if ending not in _ENDINGS:
-        raise ValueError(f"{path}: whose layout is this? Expected .pdparams, .pt, .pth or .safetensors, or say which")
-    return _ENDINGS[ending]

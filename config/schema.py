@@ -27,7 +27,7 @@ from config.options import (
 )
 from config.options import DEFAULT_VAE as DEFAULT_VAE
 from config.options import MAX_SEED as MAX_SEED
-from runtime.untrusted import check_network, read_json
+from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 SECTIONS = ("model", "objective", "training", "data", "features")
@@ -147,7 +147,7 @@ def _official_names(model, where):
 def _resolve_model(given, where):
     keys = {name: kind.keys for name, kind in MODEL_TYPES.items()}
     model = _check_typed(keys, _official_names(given, where), "DiT", where, "model")
-    check_network(model, where)
+    check_sizes(model, where)
     if model["sample_size"] % model["patch_size"]:
         raise ValueError(
             f"{where}: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"

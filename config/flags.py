@@ -24,7 +24,7 @@ from config.options import (
     in_loop,
     str2bool,
 )
-from config.schema import load_config, override
+from config.schema import check_together, load_config
 
 __all__ = ["PASSED_ON", "str2bool"]
 
@@ -120,21 +120,23 @@ def resolve_training(args):
     """
     if args.bf16 and args.fp16:
         raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
-    training, objective, data = (_given(args, keys) for keys in (TRAINING_KEYS, OBJECTIVE_KEYS["transport"], DATA_KEYS))
+    config = load_config(args.config_file)
+    sections = {"training": TRAINING_KEYS, "objective": OBJECTIVE_KEYS["transport"], "data": DATA_KEYS}
+    for section, options in sections.items():
+        given = {name: value for name in options if (value := getattr(args, name, None)) is not None}
+        for name in given:
+            if name not in config[section]:
+                kind = config["objective"]["type"]
+                raise ValueError(f"command line: --{name} is no setting of the config's objective {kind!r}")
+        config[section].update({name: None if value == "None" else value for name, value in given.items()})
+    training = config["training"]
     if args.bf16 is not None or args.fp16 is not None:
         training["amp_dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    config = override(load_config(args.config_file), {"training": training, "objective": objective, "data": data})
-    seed = config["training"]["seed"]
-    if seed > MAX_SEED:
-        where = "command line" if "seed" in training else f"{args.config_file}: training"
-        raise ValueError(f"{where}: seed must be an integer from 0 to {MAX_SEED}, got {seed}")
+    check_together(config, "command line")
+    if training["seed"] > MAX_SEED:
+        where = f"{args.config_file}: training" if getattr(args, "seed", None) is None else "command line"
+        raise ValueError(f"{where}: seed must be an integer from 0 to {MAX_SEED}, got {training['seed']}")
     return config
-
-
-def _given(args, options):
-    """Returns the values that a command line gives for options, by the options' names."""
-    values = {name: getattr(args, name, None) for name in options}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_seed(name, value):

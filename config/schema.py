@@ -80,34 +80,31 @@ MODEL_TYPES = {
 }
 
 
-def check_value(options, name, value, where):
-    """Returns a value that `options[name]` accepts, of the default's type.
-
-    Raises:
-        ValueError: one line: the place, the key, and what was expected.
-    """
-    if name not in options:
-        raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(options))}")
-    option = options[name]
-    if not option.check.accepts(value):
-        raise ValueError(f"{where}: {name} must be {option.check.expected}, got {json.dumps(value)[:60]}")
-    # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
-    return float(value) if isinstance(option.default, float) else value
-
-
 def _check_object(given, where):
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected an object {{...}}, got {json.dumps(given)[:60]}")
 
 
 def check_section(options, given, where):
-    """Returns every key of a section, from what is given and the defaults; raises `ValueError` as `check_value`."""
+    """Returns every key of a section, from what is given and the defaults.
+
+    Raises:
+        ValueError: one line: the place, the key, and what was expected.
+    """
     _check_object(given, where)
-    values = {name: check_value(options, name, value, where) for name, value in given.items()}
+    for name, value in given.items():
+        if name not in options:
+            raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(options))}")
+        if not options[name].check.accepts(value):
+            raise ValueError(f"{where}: {name} must be {options[name].check.expected}, got {json.dumps(value)[:60]}")
+    values = {}
     for name, option in options.items():
-        if name not in values and option.default is REQUIRED:
+        if name not in given and option.default is REQUIRED:
             raise ValueError(f"{where}: {name} is missing; expected {option.check.expected}")
-    return {name: values.get(name, copy.copy(option.default)) for name, option in options.items()}
+        value = given.get(name, copy.copy(option.default))
+        # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
+        values[name] = float(value) if isinstance(option.default, float) else value
+    return values
 
 
 def _check_typed(tables, given, default_type, where, subject):
@@ -166,7 +163,7 @@ def _resolve_objective(given, default_type, where):
     return objective
 
 
-def _check_together(config, source):
+def check_together(config, source):
     """Raises `ValueError` for sections that are right one by one, but don't fit together."""
     model, objective = config["model"], config["objective"]
     kind = MODEL_TYPES[model["type"]]
@@ -194,22 +191,13 @@ def _check_together(config, source):
             )
 
 
-def _type_from_file_name(path):
-    """Returns the model type that a file's name begins with; PaddleMIX's flat files say it in no other way."""
-    name = os.path.basename(path)
-    for kind in sorted(MODEL_TYPES, key=len, reverse=True):
-        if re.match(rf"{kind}(?![A-Za-z])", name, re.IGNORECASE):
-            return kind
-    return "DiT"
-
-
-def resolve_config(raw, *, source="config", file_name=""):
+def resolve_config(raw, *, source="config"):
     """Checks a raw config and fills in the defaults.
 
     Args:
-        raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files).
-        source: named in errors.
-        file_name: gives a flat file its model type.
+        raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files),
+            whose type is that with which the name of the file begins, or DiT.
+        source: the file, or another name for errors.
 
     Returns:
         `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}, "features": {...}}`, every key present.
@@ -219,7 +207,9 @@ def resolve_config(raw, *, source="config", file_name=""):
     """
     _check_object(raw, source)
     if "model" not in raw and not set(raw) & set(SECTIONS):
-        kind = _type_from_file_name(file_name)
+        file_name = os.path.basename(source)
+        kinds = [kind for kind in MODEL_TYPES if re.match(rf"{kind}(?![A-Za-z])", file_name, re.IGNORECASE)]
+        (kind,) = kinds or ["DiT"]
         # PaddleMIX's LargeDiT class has qk_norm on unless its files say otherwise, the official one off.
         paddlemix = MODEL_TYPES[kind].family == "LargeDiT" and "attention_head_dim" in raw
         defaults = {"qk_norm": True} if paddlemix else {}
@@ -238,7 +228,7 @@ def resolve_config(raw, *, source="config", file_name=""):
         "data": check_section(DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),
     }
-    _check_together(config, source)
+    check_together(config, source)
     return config
 
 
@@ -265,16 +255,15 @@ def manifest_features(manifest, where):
 
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
-    return resolve_config(read_json(path), source=str(path), file_name=str(path))
+    return resolve_config(read_json(path), source=str(path))
 
 
 def own_config(path):
     """Reads the resolved config of the training checkpoint that `path` is, or is a file of; None if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = os.path.join(folder, "config.json")
-    if not os.path.isfile(file):
-        return None
-    if folder != path and not os.path.isfile(os.path.join(folder, "model_state.pdparams")):
+    needed = [file] if folder == path else [file, os.path.join(folder, "model_state.pdparams")]
+    if not all(map(os.path.isfile, needed)):
         return None
     raw = read_json(file)
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):  # a config.json of ppdiffusers', say
@@ -283,11 +272,7 @@ def own_config(path):
 
 
 def differences(theirs, ours, *, ignored=()):
-    """Lists the keys in which two sections differ, as text "key A there, B here, ..."; empty if there are none.
-
-    Args:
-        ignored: keys that are left out.
-    """
+    """Lists the keys, but those `ignored`, in which two sections differ: "key A there, B here, ..."; empty for none."""
     keys = {*theirs, *ours} if theirs.get("type") == ours.get("type") else {*theirs} & {*ours}
     different = [key for key in sorted(keys - {*ignored}) if theirs.get(key) != ours.get(key)]
     return ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
@@ -326,37 +311,10 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
 
 
 def weights_features(path, config):
-    """Returns the `features` section of weights: that of the checkpoint they lie in, if it has one, else the config's.
-
-    Args:
-        path: a training checkpoint folder, a file of weights in one, or any other.
-        config: what describes the network.
-    """
+    """Returns the `features` section of the checkpoint that weights lie in, if it has one, else the config's."""
     own = own_config(path)
-    if own is not None and any(value is not None for value in own["features"].values()):
-        return own["features"]
-    return config["features"]
-
-
-def override(config, given, where="command line"):
-    """Returns the config with values of a command line put over its sections.
-
-    Args:
-        given: `{section: {key: value}}`, values that their options accept; "None" stands for null.
-
-    Raises:
-        ValueError: one line: values that don't fit together, or that the config's objective has no use for.
-    """
-    result = dict(config)
-    for section, values in given.items():
-        for name in values:
-            if name not in config[section]:
-                kind = config["objective"]["type"]
-                raise ValueError(f"{where}: --{name} is no setting of the config's objective {kind!r}")
-        values = {name: None if value == "None" else value for name, value in values.items()}
-        result[section] = {**config[section], **values}
-    _check_together(result, where)
-    return result
+    known = own is not None and any(value is not None for value in own["features"].values())
+    return (own if known else config)["features"]
 
 
 def ineffective_settings(objective):
@@ -364,7 +322,5 @@ def ineffective_settings(objective):
     if objective["type"] != "transport" or objective["prediction"] != "velocity":
         return None
     names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
-    given = [name for name in names if objective[name] is not None]
-    if not given:
-        return None
-    return f"{', '.join(given)} has no effect on velocity prediction with the path {objective['path_type']}"
+    given = ", ".join(name for name in names if objective[name] is not None)
+    return f"{given} has no effect on velocity prediction with the path {objective['path_type']}" if given else None

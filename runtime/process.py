@@ -35,6 +35,7 @@ EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): ag
 EXIT_LOST = 70  # a rank hangs or is gone (EX_SOFTWARE)
 EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
 EXIT_INTERRUPTED = 130  # Ctrl-C, nothing to save
+EXIT_UNREAD = 141  # nobody reads the output any more, as in `command | head -1` (128 + SIGPIPE)
 
 
 def configure_runtime():
@@ -63,16 +64,21 @@ def configure_runtime():
 def run_cli(main):
     """Runs a command: a user's mistake or a file system's refusal is one line on stderr and exit code 2.
 
-    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too.
+    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too; a reader of the output that is
+    gone ends a command without one.
     """
     try:
         main()
         leave_distributed()
+        _flush_output()
     except Exception as error:
+        launched = _launched_processes() > 1
+        if isinstance(error, BrokenPipeError) and not launched:
+            exit_now(EXIT_UNREAD)
         if is_mistake(error) and os.environ.get("TRACEBACK") != "1":
             say(f"error: {one_line(error)}", sys.stderr)
             exit_now(getattr(error, "exit_code", 2))
-        if not is_mistake(error) and _launched_processes() > 1:
+        if not is_mistake(error) and launched:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             exit_now(1)  # because the destructors of a process group may wait for the other ranks
@@ -84,7 +90,17 @@ def run_cli(main):
         if end.code == EXIT_STOPPED:
             leave_distributed(EXIT_STOPPED)
             exit_now(EXIT_STOPPED)
+        _flush_output()
         raise
+
+
+def _flush_output():
+    """Flushes stdout while a reader that is gone can be told from other errors; Python would complain of any."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            exit_now(EXIT_UNREAD)
 
 
 def is_mistake(error):

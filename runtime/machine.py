@@ -4,11 +4,10 @@
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import sysconfig
-
-AVX2 = "5"  # of MKL_DEBUG_CPU_TYPE
 
 
 def read_processor(path="/proc/cpuinfo"):
@@ -16,22 +15,12 @@ def read_processor(path="/proc/cpuinfo"):
 
     Both are empty where it lists none, as on arm64 and on other systems.
     """
-    fields = _first_processor(path)
-    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
-
-
-def _first_processor(path):
     fields = {}
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if not name.strip():  # the end of the first processor; a server lists hundreds
-                    break
-                fields[name.strip()] = value.strip()
-    except OSError:
-        pass
-    return fields
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in itertools.takewhile(str.strip, file):  # the first processor; a server lists hundreds
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
 
 
 def has_bundled_mkl(folders=None):
@@ -39,12 +28,6 @@ def has_bundled_mkl(folders=None):
     if folders is None:
         folders = [*sys.path, sysconfig.get_path("platlib")]
     return any(os.path.isfile(os.path.join(folder, "paddle", "libs", "libmklml_intel.so")) for folder in folders)
-
-
-def processor_name(path="/proc/cpuinfo"):
-    """Returns vendor and model of the first processor, to stand beside a figure: `AuthenticAMD, AMD EPYC ...`."""
-    fields = _first_processor(path)
-    return ", ".join(fields.get(name, "unknown") for name in ("vendor_id", "model name"))
 
 
 def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
@@ -55,13 +38,14 @@ def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     it at the first product: until then it takes effect even if Paddle is imported.
 
     Args:
-        environ: the mapping to set it in. cpuinfo: as in `read_processor`. folders: as in `has_bundled_mkl`.
+        environ: the mapping to set it in.
+        cpuinfo, folders: as in `read_processor` and `has_bundled_mkl`.
     """
     if "MKL_DEBUG_CPU_TYPE" in environ:
         return
     vendor, flags = read_processor(cpuinfo)
     if vendor and vendor != "GenuineIntel" and "avx2" in flags and has_bundled_mkl(folders):
-        environ["MKL_DEBUG_CPU_TYPE"] = AVX2
+        environ["MKL_DEBUG_CPU_TYPE"] = "5"  # AVX2
 
 
 def available_memory():

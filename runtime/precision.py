@@ -18,17 +18,13 @@ class Precision:
     note: str | None = None
 
     @property
-    def enabled(self):
-        return self.dtype != "float32"
-
-    @property
     def low_precision_weights(self):
         """True if the model's own weights are cast, with float32 masters in the optimizer (O2)."""
-        return self.enabled and self.level == "O2"
+        return self.dtype != "float32" and self.level == "O2"
 
     def autocast(self):
         """Returns the context for the forward pass and the loss."""
-        if not self.enabled:
+        if self.dtype == "float32":
             return contextlib.nullcontext()
         import paddle
 
@@ -40,7 +36,6 @@ class Precision:
             import paddle
 
             paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
-        return model
 
     def scaler(self):
         """Returns a loss scaler for float16; one that does nothing otherwise."""
@@ -57,8 +52,7 @@ def resolve_precision(dtype, level, *, device, compute_capability=None):
     """Returns the `Precision` that is nearest to what was asked for, as far as the device can do it.
 
     Args:
-        dtype: `float32`, `float16` or `bfloat16`.
-        level: `O1` (weights stay float32) or `O2` (weights are cast, with float32 masters).
+        dtype, level: of a config's `amp_dtype` and `amp_level`.
         device: `cpu`, `gpu:0`, ...
         compute_capability: `(major, minor)` of the GPU.
 

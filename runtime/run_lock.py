@@ -16,16 +16,11 @@ _held = weakref.WeakValueDictionary()  # the lock files that this process holds,
 
 
 def try_lock(file):
-    """Takes the lock of an open file; returns False if another process has it.
-
-    Returns True on a file system without locks: there nothing is checked.
-    """
+    """Takes the lock of an open file; False: another process has it. A file system without locks checks nothing."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
@@ -57,16 +52,11 @@ def experiment_name(config_file):
     return os.path.splitext(os.path.basename(config_file))[0]
 
 
-def list_experiments(folder, experiment_name=None):
+def list_experiments(folder, name=None):
     """Returns `[(index, path)]` of the folders `NNN-NAME` in `folder`, lowest index first."""
-    if not os.path.isdir(folder):
-        return []
-    found = []
-    for entry in os.scandir(folder):
-        match = _EXPERIMENT_NAME.match(entry.name)
-        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
-            found.append((int(match.group(1)), entry.path))
-    return sorted(found)
+    matches = map(_EXPERIMENT_NAME.match, os.listdir(folder) if os.path.isdir(folder) else [])
+    found = [(int(match[1]), os.path.join(folder, match[0])) for match in matches if match and name in (None, match[2])]
+    return sorted((index, path) for index, path in found if os.path.isdir(path))
 
 
 def check_experiment_idle(resume, results_dir, name):

@@ -54,27 +54,25 @@ class Parser(argparse.ArgumentParser):
             group = self.add_argument_group(title)
             for name, option in table.items():
                 flag, theirs = option.flag_in(loop, name), option.flag_in(other, name)
-                if flag:
-                    self._add_option(group, name, flag, option, loop)
                 if flag != theirs:
                     twin = getattr(option, "twin", None)
                     self.twins[theirs or twin] = flag or twin
-
-    def _add_option(self, group, name, flag, option, loop):
-        self.options[flag] = name, option
-        check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
-        shown = in_loop(option.unset, loop) if default is None else default
-        group.add_argument(
-            f"--{flag}",
-            dest=name,
-            default=default if isinstance(option, Flag) else None,
-            help=help if shown == "" else f"{help} [{shown}]",
-            type=check.parse,
-            metavar=check.metavar,
-            choices=check.choices,
-            nargs=check.nargs,
-            **({"const": True} if check is BOOL else {}),
-        )
+                if not flag:
+                    continue
+                self.options[flag] = name, option
+                check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
+                shown = in_loop(option.unset, loop) if default is None else default
+                group.add_argument(
+                    f"--{flag}",
+                    dest=name,
+                    default=default if isinstance(option, Flag) else None,
+                    help=help if shown == "" else f"{help} [{shown}]",
+                    type=check.parse,
+                    metavar=check.metavar,
+                    choices=check.choices,
+                    nargs=check.nargs,
+                    **({"const": True} if check is BOOL else {}),
+                )
 
     def error(self, message):
         raise ValueError(f"command line: {message}; see --help")
@@ -110,10 +108,7 @@ def read_flags(loop, words=None):
 
 
 def resolve_training(args):
-    """Returns the config of a run: command line over JSON over defaults.
-
-    Args:
-        args: parsed flags of either loop.
+    """Returns the config of a run, of parsed flags of either loop: command line over JSON over defaults.
 
     Raises:
         ValueError: names the file or "command line", the key, and what was expected.

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from config.options import (
@@ -43,26 +42,11 @@ ALIASES = {
 }
 
 
-def _check_dit(model, where):
-    width = model["num_attention_heads"] * model["attention_head_dim"]
-    if width % 4:  # two coordinates, each with sines and cosines
-        raise ValueError(f"{where}: num_attention_heads * attention_head_dim must be a multiple of 4, got {width}")
-
-
-def _check_large_dit(model, where):
-    heads, head_dim, kv_heads = (model[n] for n in ("num_attention_heads", "attention_head_dim", "num_kv_heads"))
-    if head_dim % 2:
-        raise ValueError(f"{where}: attention_head_dim must be even for rotary positions, got {head_dim}")
-    if kv_heads and heads % kv_heads:
-        raise ValueError(f"{where}: num_kv_heads must divide num_attention_heads {heads}, got {kv_heads}")
-
-
 @dataclass(frozen=True)
 class ModelType:
     """All that the project knows of a network by its `type`, beside its class in `models`."""
 
     keys: dict  # its options, the keyword arguments of the class
-    check_sizes: Callable  # check_sizes(model, where) raises ValueError for sizes that don't fit together
     family: str  # the network itself; types of one family differ only in `drops_variance`
     drops_variance: bool  # of the channels that `learn_sigma` doubles, only the first half leaves the network
     objective: str  # the default type of the objective
@@ -73,10 +57,10 @@ class ModelType:
 _DIFFUSION = {"objective": "diffusion", "demo": "infer_demo_dit.py", "pipeline": "DiTPipeline"}
 _TRANSPORT = {"objective": "transport", "demo": "infer_demo_sit.py", "pipeline": "SiTPipeline"}
 MODEL_TYPES = {
-    "DiT": ModelType(DIT_KEYS, _check_dit, "DiT", drops_variance=False, **_DIFFUSION),
-    "SiT": ModelType(DIT_KEYS, _check_dit, "DiT", drops_variance=True, **_TRANSPORT),
-    "LargeDiT": ModelType(LARGE_DIT_KEYS, _check_large_dit, "LargeDiT", drops_variance=False, **_DIFFUSION),
-    "LargeSiT": ModelType(LARGE_DIT_KEYS, _check_large_dit, "LargeDiT", drops_variance=True, **_TRANSPORT),
+    "DiT": ModelType(DIT_KEYS, "DiT", drops_variance=False, **_DIFFUSION),
+    "SiT": ModelType(DIT_KEYS, "DiT", drops_variance=True, **_TRANSPORT),
+    "LargeDiT": ModelType(LARGE_DIT_KEYS, "LargeDiT", drops_variance=False, **_DIFFUSION),
+    "LargeSiT": ModelType(LARGE_DIT_KEYS, "LargeDiT", drops_variance=True, **_TRANSPORT),
 }
 
 
@@ -141,54 +125,38 @@ def _official_names(model, where):
     return renamed
 
 
-def _resolve_model(given, where):
-    keys = {name: kind.keys for name, kind in MODEL_TYPES.items()}
-    model = _check_typed(keys, _official_names(given, where), "DiT", where, "model")
-    check_sizes(model, where)
+def _conflicts(model, objective, data):
+    """Yields in words which values of a config are right one by one, but don't fit together."""
+    kind, heads, head_dim = MODEL_TYPES[model["type"]], model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
-        raise ValueError(
-            f"{where}: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
-        )
-    MODEL_TYPES[model["type"]].check_sizes(model, where)
-    return model
-
-
-def _resolve_objective(given, default_type, where):
-    objective = _check_typed(OBJECTIVE_KEYS, given, default_type, where, "objective")
-    types = {name: {**AUXILIARY_KEYS, **keys} for name, keys in AUXILIARY_TYPES.items()}
-    objective["auxiliary"] = [
-        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
-        for index, entry in enumerate(objective["auxiliary"])
-    ]
-    return objective
+        yield f"model: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
+    if kind.family == "DiT" and heads * head_dim % 4:  # two coordinates, each with sines and cosines
+        yield f"model: num_attention_heads * attention_head_dim must be a multiple of 4, got {heads * head_dim}"
+    if kind.family == "LargeDiT" and head_dim % 2:
+        yield f"model: attention_head_dim must be even for rotary positions, got {head_dim}"
+    if model.get("num_kv_heads") and heads % model["num_kv_heads"]:
+        yield f"model: num_kv_heads must divide num_attention_heads {heads}, got {model['num_kv_heads']}"
+    if model["learn_sigma"] and kind.drops_variance != (objective["type"] == "transport"):
+        twins = [name for name, other in MODEL_TYPES.items() if other.family == kind.family and other is not kind]
+        use = "".join(f"the model type {twin}, or " for twin in twins)
+        what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
+        yield f"{what}; use {use}learn_sigma false"
+    if objective.get("cosine_loss") and objective["prediction"] != "velocity":
+        yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
+    for index, entry in enumerate(objective["auxiliary"]):
+        if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
+            what = f"layer {entry['layer']} is outside the blocks 0..{model['num_layers'] - 1}"
+            yield f"objective: auxiliary[{index}]: {what}"
+    for label in data["classes"] or ():
+        if label >= model["num_classes"]:
+            classes = f"0..{model['num_classes'] - 1}"
+            yield f"data: classes: label {label} is outside the config's num_classes: {classes}"
 
 
 def check_together(config, source):
     """Raises `ValueError` for sections that are right one by one, but don't fit together."""
-    model, objective = config["model"], config["objective"]
-    kind = MODEL_TYPES[model["type"]]
-    if model["learn_sigma"] and kind.drops_variance != (objective["type"] == "transport"):
-        twins = [name for name, other in MODEL_TYPES.items() if other.family == kind.family and other is not kind]
-        raise ValueError(
-            f"{source}: a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}; "
-            f"use {''.join(f'the model type {twin}, or ' for twin in twins)}learn_sigma false"
-        )
-    if objective.get("cosine_loss") and objective["prediction"] != "velocity":
-        raise ValueError(
-            f"{source}: objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
-        )
-    for index, entry in enumerate(objective["auxiliary"]):
-        if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
-            raise ValueError(
-                f"{source}: objective: auxiliary[{index}]: layer {entry['layer']} is outside the blocks "
-                f"0..{model['num_layers'] - 1}"
-            )
-    for label in config["data"]["classes"] or ():
-        if label >= model["num_classes"]:
-            raise ValueError(
-                f"{source}: data: classes: label {label} is outside the config's num_classes: "
-                f"0..{model['num_classes'] - 1}"
-            )
+    for conflict in _conflicts(config["model"], config["objective"], config["data"]):
+        raise ValueError(f"{source}: {conflict}")
 
 
 def resolve_config(raw, *, source="config"):
@@ -219,11 +187,19 @@ def resolve_config(raw, *, source="config"):
             raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
     if "model" not in raw:
         raise ValueError(f"{source}: the section 'model' is missing")
-    model = _resolve_model(raw["model"], f"{source}: model")
-    default_type = MODEL_TYPES[model["type"]].objective
+    types, where = {name: kind.keys for name, kind in MODEL_TYPES.items()}, f"{source}: model"
+    model = _check_typed(types, _official_names(raw["model"], where), "DiT", where, "model")
+    check_sizes(model, where)
+    default_type, where = MODEL_TYPES[model["type"]].objective, f"{source}: objective"
+    objective = _check_typed(OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
+    types = {name: {**AUXILIARY_KEYS, **keys} for name, keys in AUXILIARY_TYPES.items()}
+    objective["auxiliary"] = [
+        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
+        for index, entry in enumerate(objective["auxiliary"])
+    ]
     config = {
         "model": model,
-        "objective": _resolve_objective(raw.get("objective", {}), default_type, f"{source}: objective"),
+        "objective": objective,
         "training": check_section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
         "data": check_section(DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),

@@ -10,23 +10,9 @@ import math
 import re
 import sys
 
-from config.options import (
-    BOOL,
-    DATA_KEYS,
-    FLAG_GROUPS,
-    MAX_SEED,
-    OBJECTIVE_KEYS,
-    PASSED_ON,
-    STOPPING_FLAGS,
-    TRAINING_KEYS,
-    Flag,
-    PerLoop,
-    in_loop,
-    str2bool,
-)
+from config import options
+from config.options import PerLoop, in_loop
 from config.schema import check_together, load_config
-
-__all__ = ["PASSED_ON", "str2bool"]
 
 LOOPS = PerLoop._fields
 LAUNCHED = PerLoop(
@@ -50,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         self.options = {}  # (name, option) by flag
         self.twins = {}  # the other loop's name of a setting: this loop's
         (other,) = {*LOOPS} - {loop}
-        for title, table in FLAG_GROUPS.items():
+        for title, table in options.FLAG_GROUPS.items():
             group = self.add_argument_group(title)
             for name, option in table.items():
                 flag, theirs = option.flag_in(loop, name), option.flag_in(other, name)
@@ -65,13 +51,13 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(
                     f"--{flag}",
                     dest=name,
-                    default=default if isinstance(option, Flag) else None,
+                    default=default if isinstance(option, options.Flag) else None,
                     help=help if shown == "" else f"{help} [{shown}]",
                     type=check.parse,
                     metavar=check.metavar,
                     choices=check.choices,
                     nargs=check.nargs,
-                    **({"const": True} if check is BOOL else {}),
+                    **({"const": True} if check is options.BOOL else {}),
                 )
 
     def error(self, message):
@@ -116,9 +102,10 @@ def resolve_training(args):
     if args.bf16 and args.fp16:
         raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
     config = load_config(args.config_file)
-    sections = {"training": TRAINING_KEYS, "objective": OBJECTIVE_KEYS["transport"], "data": DATA_KEYS}
-    for section, options in sections.items():
-        given = {name: value for name in options if (value := getattr(args, name, None)) is not None}
+    transport = options.OBJECTIVE_KEYS["transport"]
+    sections = {"training": options.TRAINING_KEYS, "objective": transport, "data": options.DATA_KEYS}
+    for section, keys in sections.items():
+        given = {name: value for name in keys if (value := getattr(args, name, None)) is not None}
         for name in given:
             if name not in config[section]:
                 kind = config["objective"]["type"]
@@ -128,16 +115,16 @@ def resolve_training(args):
     if args.bf16 is not None or args.fp16 is not None:
         training["amp_dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     check_together(config, "command line")
-    if training["seed"] > MAX_SEED:
+    if training["seed"] > options.MAX_SEED:
         where = f"{args.config_file}: training" if getattr(args, "seed", None) is None else "command line"
-        raise ValueError(f"{where}: seed must be an integer from 0 to {MAX_SEED}, got {training['seed']}")
+        raise ValueError(f"{where}: seed must be an integer from 0 to {options.MAX_SEED}, got {training['seed']}")
     return config
 
 
 def check_seed(name, value):
     """Raises `ValueError` for a seed, the flag `--name`'s, that is not in the range that every command takes."""
-    if not 0 <= value <= MAX_SEED:
-        raise ValueError(f"--{name} {value}: expected an integer from 0 to {MAX_SEED}")
+    if not 0 <= value <= options.MAX_SEED:
+        raise ValueError(f"--{name} {value}: expected an integer from 0 to {options.MAX_SEED}")
 
 
 def check_positive(args, *names):
@@ -156,5 +143,5 @@ def check_flag(name, option, value):
 
 def check_stopping(max_hours, hang_timeout):
     """Raises `ValueError` for what `training.supervision.stopping.Stopping` can't take."""
-    check_flag("max_hours", STOPPING_FLAGS["max_hours"], max_hours)
-    check_flag("hang_timeout", STOPPING_FLAGS["hang_timeout"], hang_timeout)
+    check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
+    check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)

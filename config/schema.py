@@ -11,21 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from config.options import (
-    AUXILIARY_KEYS,
-    AUXILIARY_TYPES,
-    DATA_KEYS,
-    DIT_KEYS,
-    FEATURES_KEYS,
-    LARGE_DIT_KEYS,
-    OBJECTIVE_KEYS,
-    POSITIVE_INT,
-    REQUIRED,
-    TRAINING_KEYS,
-    VAE_KEYS,
-)
-from config.options import DEFAULT_VAE as DEFAULT_VAE
-from config.options import MAX_SEED as MAX_SEED
+from config import options
 from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -57,10 +43,10 @@ class ModelType:
 _DIFFUSION = {"objective": "diffusion", "demo": "infer_demo_dit.py", "pipeline": "DiTPipeline"}
 _TRANSPORT = {"objective": "transport", "demo": "infer_demo_sit.py", "pipeline": "SiTPipeline"}
 MODEL_TYPES = {
-    "DiT": ModelType(DIT_KEYS, "DiT", drops_variance=False, **_DIFFUSION),
-    "SiT": ModelType(DIT_KEYS, "DiT", drops_variance=True, **_TRANSPORT),
-    "LargeDiT": ModelType(LARGE_DIT_KEYS, "LargeDiT", drops_variance=False, **_DIFFUSION),
-    "LargeSiT": ModelType(LARGE_DIT_KEYS, "LargeDiT", drops_variance=True, **_TRANSPORT),
+    "DiT": ModelType(options.DIT_KEYS, "DiT", drops_variance=False, **_DIFFUSION),
+    "SiT": ModelType(options.DIT_KEYS, "DiT", drops_variance=True, **_TRANSPORT),
+    "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", drops_variance=False, **_DIFFUSION),
+    "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", drops_variance=True, **_TRANSPORT),
 }
 
 
@@ -69,7 +55,7 @@ def _check_object(given, where):
         raise ValueError(f"{where}: expected an object {{...}}, got {json.dumps(given)[:60]}")
 
 
-def check_section(options, given, where):
+def check_section(keys, given, where):
     """Returns every key of a section, from what is given and the defaults.
 
     Raises:
@@ -77,13 +63,13 @@ def check_section(options, given, where):
     """
     _check_object(given, where)
     for name, value in given.items():
-        if name not in options:
-            raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(options))}")
-        if not options[name].check.accepts(value):
-            raise ValueError(f"{where}: {name} must be {options[name].check.expected}, got {json.dumps(value)[:60]}")
+        if name not in keys:
+            raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(keys))}")
+        if not keys[name].check.accepts(value):
+            raise ValueError(f"{where}: {name} must be {keys[name].check.expected}, got {json.dumps(value)[:60]}")
     values = {}
-    for name, option in options.items():
-        if name not in given and option.default is REQUIRED:
+    for name, option in keys.items():
+        if name not in given and option.default is options.REQUIRED:
             raise ValueError(f"{where}: {name} is missing; expected {option.check.expected}")
         value = given.get(name, copy.copy(option.default))
         # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
@@ -116,7 +102,7 @@ def _official_names(model, where):
         name, width, heads = given["hidden_size"], renamed.pop("hidden_size"), renamed.get("num_attention_heads")
         if "attention_head_dim" in renamed:
             raise ValueError(f"{where}: {name} and attention_head_dim say the same; give one")
-        if not (POSITIVE_INT.accepts(width) and POSITIVE_INT.accepts(heads) and width % heads == 0):
+        if not (options.POSITIVE_INT.accepts(width) and options.POSITIVE_INT.accepts(heads) and width % heads == 0):
             raise ValueError(
                 f"{where}: {name} must be a multiple of num_attention_heads {json.dumps(heads)}, "
                 f"got {json.dumps(width)}"
@@ -191,8 +177,8 @@ def resolve_config(raw, *, source="config"):
     model = _check_typed(types, _official_names(raw["model"], where), "DiT", where, "model")
     check_sizes(model, where)
     default_type, where = MODEL_TYPES[model["type"]].objective, f"{source}: objective"
-    objective = _check_typed(OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
-    types = {name: {**AUXILIARY_KEYS, **keys} for name, keys in AUXILIARY_TYPES.items()}
+    objective = _check_typed(options.OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
+    types = {name: {**options.AUXILIARY_KEYS, **keys} for name, keys in options.AUXILIARY_TYPES.items()}
     objective["auxiliary"] = [
         _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
         for index, entry in enumerate(objective["auxiliary"])
@@ -200,8 +186,8 @@ def resolve_config(raw, *, source="config"):
     config = {
         "model": model,
         "objective": objective,
-        "training": check_section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
-        "data": check_section(DATA_KEYS, raw.get("data", {}), f"{source}: data"),
+        "training": check_section(options.TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
+        "data": check_section(options.DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),
     }
     check_together(config, source)
@@ -210,9 +196,9 @@ def resolve_config(raw, *, source="config"):
 
 def resolve_features(given, where):
     """Returns a `features` section with every key, null where nothing is given; raises as `resolve_config` does."""
-    features = check_section(FEATURES_KEYS, given, where)
+    features = check_section(options.FEATURES_KEYS, given, where)
     if features["vae"] is not None:
-        features["vae"] = check_section(VAE_KEYS, features["vae"], f"{where}: vae")
+        features["vae"] = check_section(options.VAE_KEYS, features["vae"], f"{where}: vae")
     return features
 
 
@@ -223,7 +209,7 @@ def manifest_features(manifest, where):
         ValueError: one line: a value that can't be.
     """
     vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
-    known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in VAE_KEYS}
+    known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in options.VAE_KEYS}
     if all(value is None for value in known.values()):
         known = None
     return resolve_features({"image_size": manifest.get("image_size"), "vae": known}, where)
@@ -256,7 +242,8 @@ def differences(theirs, ours, *, ignored=()):
 
 def sampling_differences(theirs, ours):
     """Lists the `differences` of two sections that change a trained network's images."""
-    ignored = {name for keys in OBJECTIVE_KEYS.values() for name, option in keys.items() if option.training_only}
+    tables = options.OBJECTIVE_KEYS.values()
+    ignored = {name for keys in tables for name, option in keys.items() if option.training_only}
     rates = theirs.get("class_dropout_prob"), ours.get("class_dropout_prob")
     if None not in rates and min(rates) > 0:
         ignored.add("class_dropout_prob")  # both have a null class

@@ -28,7 +28,7 @@ import warnings
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_seed
-from config.schema import DEFAULT_VAE
+from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import (
     Journal,

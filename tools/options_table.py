@@ -5,24 +5,11 @@ python tools/options_table.py --write        # or --check: exit code 2 if they a
 
 import argparse
 import json
-import os
+from pathlib import Path
 
 from _root import ROOT
 
-from config.options import (
-    AUXILIARY_KEYS,
-    AUXILIARY_TYPES,
-    DATA_KEYS,
-    FEATURES_KEYS,
-    FLAG_GROUPS,
-    OBJECTIVE_KEYS,
-    REQUIRED,
-    TRAINING_KEYS,
-    VAE_KEYS,
-    Flag,
-    PerLoop,
-    in_loop,
-)
+from config import options
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
@@ -44,20 +31,20 @@ MAIN = (
 
 def _row(name, option):
     flags, defaults, helps = [], [], []  # of the Trainer and the hand-written loop, once where they are the same
-    for loop in PerLoop._fields:
-        flag, default = option.flag_in(loop, name), in_loop(option.default, loop)
+    for loop in options.PerLoop._fields:
+        flag, default = option.flag_in(loop, name), options.in_loop(option.default, loop)
         flags.append(flag and f"`--{flag}`")
-        unset = in_loop(option.unset, loop) or "-"
-        defaults.append(unset if default in (None, REQUIRED) else f"`{json.dumps(default)}`")
-        helps.append(in_loop(option.help, loop))
+        unset = options.in_loop(option.unset, loop) or "-"
+        defaults.append(unset if default in (None, options.REQUIRED) else f"`{json.dumps(default)}`")
+        helps.append(options.in_loop(option.help, loop))
     flag, default, help = (" / ".join(dict.fromkeys(filter(None, texts))) for texts in (flags, defaults, helps))
-    first = [flag] if isinstance(option, Flag) else [f"`{name}`", flag]
+    first = [flag] if isinstance(option, options.Flag) else [f"`{name}`", flag]
     return [*first, default, option.check.expected, help]
 
 
-def table(options):
+def table(keys):
     """Returns a table of options, keys or flags alone, as Markdown."""
-    rows = [_row(name, option) for name, option in options.items()]
+    rows = [_row(name, option) for name, option in keys.items()]
     head = ["key", "flag", "default", "accepted", "what"][-len(rows[0]) :]
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
@@ -69,25 +56,25 @@ def page():
     for name, kind in MODEL_TYPES.items():
         types.setdefault(id(kind.keys), (kind.keys, []))[1].append(name)
     parts += [f"## `model` of type {', '.join(names)}\n\n{table(keys)}\n" for keys, names in types.values()]
-    parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in OBJECTIVE_KEYS.items()]
-    parts += [f"{AUXILIARY}\n\n{table(AUXILIARY_KEYS)}\n"]
-    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in AUXILIARY_TYPES.items() if keys]
-    parts += [f"## `training`\n\n{table(TRAINING_KEYS)}\n## `data`\n\n{table(DATA_KEYS)}\n"]
-    parts += [f"## `features`\n\n{FEATURES}\n\n{table(FEATURES_KEYS)}\nKeys of `vae`:\n\n{table(VAE_KEYS)}\n"]
+    parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in options.OBJECTIVE_KEYS.items()]
+    parts += [f"{AUXILIARY}\n\n{table(options.AUXILIARY_KEYS)}\n"]
+    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in options.AUXILIARY_TYPES.items() if keys]
+    parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
+    parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
+    parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
-    for title, options in FLAG_GROUPS.items():
-        if flags := {name: option for name, option in options.items() if isinstance(option, Flag)}:
+    for title, keys in options.FLAG_GROUPS.items():
+        if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:
             parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
     return "".join(parts).rstrip() + "\n"
 
 
 def pages():
     """Returns the files with tables as they should be: `{path: text}`."""
-    path = os.path.join(ROOT, "README.md")
-    with open(path, encoding="utf-8") as file:
-        before, rest = file.read().split(BEGIN)
-    readme = before + BEGIN + table({name: TRAINING_KEYS[name] for name in MAIN}) + END + rest.split(END, 1)[1]
-    return {path: readme, os.path.join(ROOT, "docs", "options.md"): page()}
+    path = Path(ROOT, "README.md")
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    readme = before + BEGIN + table({name: options.TRAINING_KEYS[name] for name in MAIN}) + END + rest.split(END, 1)[1]
+    return {path: readme, Path(ROOT, "docs/options.md"): page()}
 
 
 def main(argv=None):
@@ -98,9 +85,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for path, text in pages().items():
         if args.write:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        elif not os.path.isfile(path) or open(path, encoding="utf-8").read() != text:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             raise ValueError(f"{path}: is not current; run python tools/options_table.py --write")
     print("written" if args.write else "current")
 

@@ -18,7 +18,7 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.schema import MAX_SEED
+from config.options import MAX_SEED
 from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli

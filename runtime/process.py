@@ -123,10 +123,9 @@ def _launched_processes():
 
 
 def leave_distributed(code=0):
-    """Ends this process of a finished job; does nothing in a process that is alone.
+    """Ends this process of a finished job, when all ranks are here; does nothing in a process that is alone.
 
-    All ranks wait for one another and run no destructors, because those of a process group talk to the store of rank
-    0, and abort where that is gone already.
+    No destructors run: those of a process group talk to the store of rank 0, and abort where that is gone already.
     """
     if _launched_processes() > 1:
         import paddle.distributed as dist
@@ -137,11 +136,7 @@ def leave_distributed(code=0):
 
 
 def exit_now(code, saving_seconds=None):
-    """Ends this process without destructors.
-
-    Args:
-        saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
-    """
+    """Ends this process without destructors; a checkpoint being written gets `saving_seconds` for it (None: any)."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     for thread in threading.enumerate():
         if thread.name == SAVING_THREAD and thread.is_alive():
@@ -216,10 +211,7 @@ def init_distributed():
 
 
 def seed_step(seed, step):
-    """Seeds Paddle's generators for an optimizer step: a resumed run draws the same noise as an unbroken one.
-
-    All ranks take the same seed: each draws for the whole global batch and keeps its rows (`objectives.Rows`).
-    """
+    """Seeds Paddle's generators for a step, alike on all ranks: a resumed run draws the same noise as an unbroken one."""
     import numpy as np
     import paddle
 
@@ -229,10 +221,8 @@ def seed_step(seed, step):
 def start_worker(*_):
     """Prepares a loader process, as its `worker_init_fn`: it was forked with everything that the run holds.
 
-    - A signal to the whole process group is the run's business, which needs its loaders until it has saved. SIGTERM
-      from the run itself ends a loader.
-    - A loader ends with a run that is killed.
-    - It closes the lock of the run's folder.
+    A signal to the whole process group is the run's business, which needs its loaders until it has saved. A loader ends
+    by SIGTERM from the run itself, and with a run that is killed.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

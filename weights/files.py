@@ -1,13 +1,7 @@
-"""Weight files: read without trusting them, write, and translate between the PyTorch and the Paddle layout.
+"""Weight files: read without trusting them, and written. Neither PyTorch nor Paddle is imported.
 
-Three kinds of file are read, told apart by their content, not by their name:
-
-* PyTorch checkpoints (``.pt``, ``.pth``, ``.bin``): the zip format of ``torch.save`` and the older one before it,
-* Paddle pickles (``.pdparams``, ``.pdopt``), as ``paddle.save`` writes them,
-* ``.safetensors``.
-
-The first two are pickles, which may call any function; here they can't, see ``weights.unpickle``. What a file states of
-lengths and shapes is compared with its size before memory is taken. Neither PyTorch nor Paddle is imported.
+PyTorch's (the zip format of `torch.save` and the older one before it), Paddle's and safetensors are told apart by their
+content, not by their name. What a file states of lengths and shapes is compared with its size before memory is taken.
 """
 
 import contextlib
@@ -25,16 +19,8 @@ from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
 from runtime.untrusted import open_regular, shortened
-from weights.unpickle import (
-    STORAGE_TYPES,
-    Records,
-    Refused,
-    contiguous_stride,
-    elements,
-    read_elements,
-    run,
-    widened,
-)
+from weights import unpickle
+from weights.unpickle import Refused, read_elements
 
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
@@ -42,26 +28,22 @@ _SAFETENSORS_TYPES = {
 }  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older than the zip format
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Reading ----
 
 
 def safe_load(path, *, tolerant=False):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
     Args:
-        path: the file.
         tolerant: an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
 
     Returns:
-        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its
-        own shape (strides and offsets resolved). bfloat16 becomes float32; an `argparse.Namespace` becomes a dict.
-        Paddle's own name table is left out, as `paddle.load` does.
+        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own
+        shape. bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out.
 
     Raises:
         ValueError: one line that names the file: absent, truncated, of no known format, or asking for an import
-            outside the short list that weights need, where it is not in an entry of a `tolerant` reading.
+            outside the short list that weights need.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -117,13 +99,13 @@ def _read_torch_zip(file, tolerant):
             return archive.read(record)
 
         big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
-        tree, stated = run(io.BytesIO(member("data.pkl")))
+        tree, stated = unpickle.run(io.BytesIO(member("data.pkl")))
         storages = {}
         for key, (dtype, numel) in stated.items():
-            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
+            storages[key] = unpickle.elements(member(f"data/{key}"), dtype, big_endian), dtype
             if len(storages[key][0]) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
-    return Records(_size(file), storages).read(tree, tolerant)
+    return unpickle.Records(_size(file), storages).read(tree, tolerant)
 
 
 def _read_pickle(file, tolerant):
@@ -131,11 +113,11 @@ def _read_pickle(file, tolerant):
 
     That is the pickles of a magic number, version, system, object and list of storages, and then the storages' data.
     """
-    (tree, _), storages = run(file), None
+    (tree, _), storages = unpickle.run(file), None
     if tree == _LEGACY_MAGIC:
-        run(file)  # protocol version
-        big_endian = not run(file)[0].get("little_endian", True)
-        (tree, stated), (keys, _), storages = run(file), run(file), {}
+        unpickle.run(file)  # protocol version
+        big_endian = not unpickle.run(file)[0].get("little_endian", True)
+        (tree, stated), (keys, _), storages = unpickle.run(file), unpickle.run(file), {}
         for key in keys:
             if not isinstance(key, str) or key not in stated:  # how long it is can't be told
                 raise Refused("it has a storage of a type that weights don't have")
@@ -143,7 +125,7 @@ def _read_pickle(file, tolerant):
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {shortened(key)} is not of the stated size")
             storages[key] = read_elements(file, numel, dtype, big_endian), dtype
-    tree = Records(_size(file), storages).read(tree, tolerant)
+    tree = unpickle.Records(_size(file), storages).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
     return tree
@@ -166,7 +148,7 @@ def _read_safetensors(path, file):
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
-        state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
+        state[name] = unpickle.widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
 
@@ -194,9 +176,7 @@ def _is_paddle(header):
     return (header.metadata() or {}).get("format") in ("pd", "np")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which weights of a file
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Which weights of a file ----
 
 # How a checkpoint's sets of weights are named, where a key names averages, and where none does, the likeliest first.
 _AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNORECASE)
@@ -265,9 +245,7 @@ def is_averages(key):
     return isinstance(key, str) and bool(_AVERAGES.search(key))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Writing ----
 
 
 def save_pdparams(state, path):
@@ -320,7 +298,7 @@ def save_torch(state, path):
     The zip format of `torch.save`: data.pkl describes each tensor by (storage, offset, size, stride), data/N holds
     its bytes. Arrays must be of a type that torch has.
     """
-    classes = {np.dtype(code): name for name, code in STORAGE_TYPES.items() if code != "bfloat16"}
+    classes = {np.dtype(code): name for name, code in unpickle.STORAGE_TYPES.items() if code != "bfloat16"}
     tensors = [(name, value.shape, _type_name(classes, name, value, path)) for name, value in state.items()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _torch_pickle(tensors))
@@ -358,6 +336,6 @@ def _torch_pickle(tensors):
     for index, (name, shape, storage_class) in enumerate(tensors):
         storage = plain("storage") + f"ctorch\n{storage_class}\n".encode() + plain(str(index)) + plain("cpu")
         storage = b"(" + storage + plain(math.prod(shape)) + b"tQ"
-        view = zero + plain(tuple(shape)) + plain(contiguous_stride(shape))
+        view = zero + plain(tuple(shape)) + plain(unpickle.contiguous_stride(shape))
         parts += [plain(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
     return b"".join(parts) + b"u."

@@ -26,17 +26,15 @@ MAX_SHARDS = 1000
 def find_file(name_or_path, name, subfolder="", *, needed=True):
     """Returns the path of a file in a folder, or of a name on the hub, downloaded if need be.
 
-    Args:
-        needed: False: returns None where there is surely no such file.
-
-    Raises:
-        ValueError: one line: not in the folder, or a link leads out of it. The hub clients raise a dozen other types.
+    Raises ValueError for a file that is not in the folder (None instead, unless it is `needed`), or a link that leads
+    out of it. The hub clients raise a dozen other types.
     """
     if os.path.isdir(name_or_path):
         path = inside(name_or_path, os.path.join(subfolder, name))
         if needed and not os.path.exists(path):
             raise ValueError(f"{path}: no such file")
         return path if os.path.exists(path) else None
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     from ppdiffusers.utils import DIFFUSERS_CACHE, FROM_AISTUDIO, FROM_HF_HUB, PPDIFFUSERS_CACHE
     from ppdiffusers.utils.download_utils import bos_aistudio_hf_download
 
@@ -45,20 +43,12 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
         hub = {"from_hf_hub": FROM_HF_HUB, "from_aistudio": FROM_AISTUDIO, "cache_dir": cache}
         return bos_aistudio_hf_download(str(name_or_path), name, subfolder=subfolder, **hub)
     except Exception as error:
-        if needed or not _is_absent(error):
+        while error is not None and not isinstance(error, EntryNotFoundError):  # ppdiffusers makes an OSError of it
+            error = error.__context__
+        # A lost connection, which is also a LocalEntryNotFoundError, must not make us take another file.
+        if needed or error is None or isinstance(error, LocalEntryNotFoundError):
             raise
         return None
-
-
-def _is_absent(error):
-    """Returns whether a hub says that it has no such file; a lost connection must not make us take another one."""
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-
-    while error is not None:  # ppdiffusers makes an OSError of it
-        if isinstance(error, EntryNotFoundError):
-            return not isinstance(error, LocalEntryNotFoundError)  # the network is not there
-        error = error.__context__
-    return False
 
 
 def read_settings(name_or_path, name, subfolder="", class_names=None):
@@ -122,13 +112,12 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
 
     Args:
         model_class: a subclass of `ppdiffusers.ModelMixin`.
-        name_or_path: folder, or name on the hub.
         class_names: what its config.json may name; None for that class.
         dtype: of the weights; None for float32.
 
     Raises:
         ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what
-            `load_weights` refuses. The hub clients raise a dozen other types.
+            `find_file` and `load_weights` refuse.
     """
     import paddle
 

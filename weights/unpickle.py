@@ -62,12 +62,9 @@ class _Key:
 def run(file):
     """Runs the pickle at which a file, on disk or a BytesIO, stands; the file then stands behind it.
 
-    Returns:
-        `(tree, storages)`: plain values, containers, names and calls; `{key: (dtype, numel)}` of the storages that
-        torch tensors refer to, each as `Call("storage", (key,))`.
-
-    Raises:
-        Refused, or whatever a damaged file makes Python say.
+    Returns `(tree, storages)`: plain values, containers, names and calls; `{key: (dtype, numel)}` of the storages that
+    torch tensors refer to, each as `Call("storage", (key,))`. Raises `Refused`, or whatever a damaged file makes Python
+    say.
     """
     stack, marks, memo, storages, start = [], [], {}, {}, file.tell()
     end = file.seek(0, os.SEEK_END)
@@ -188,11 +185,7 @@ class Records:
         return entries
 
     def value(self, node, depth=0):
-        """Returns a tree of arrays, dicts, lists, tuples and plain values.
-
-        Raises:
-            Refused, ValueError: anything else, or more than `MAX_DEPTH` containers in one another.
-        """
+        """Returns a tree of arrays, dicts, lists, tuples and plain values; raises for anything else."""
         if isinstance(node, _PLAIN):
             return node
         if id(node) not in self.done:

@@ -84,21 +84,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(loop, words=None):
-    """Returns `(args, config)`, checked, of a loop's command line (None: this process's).
-
-    Raises:
-        ValueError: one line: an unknown flag, a wrong value, a wrong config.
-    """
+    """Returns `(args, config)` of a loop's command line (None: this process's); ValueError for what is wrong in it."""
     args = Parser(loop).parse_args(words)
     return args, resolve_training(args)
 
 
 def resolve_training(args):
-    """Returns the config of a run, of parsed flags of either loop: command line over JSON over defaults.
-
-    Raises:
-        ValueError: names the file or "command line", the key, and what was expected.
-    """
+    """Returns the config of a run, of parsed flags of either loop: command line over JSON over defaults."""
     if args.bf16 and args.fp16:
         raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
     config = load_config(args.config_file)

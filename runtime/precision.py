@@ -54,7 +54,7 @@ def resolve_precision(dtype, level, *, device, compute_capability=None):
     Args:
         dtype, level: of a config's `amp_dtype` and `amp_level`.
         device: `cpu`, `gpu:0`, ...
-        compute_capability: `(major, minor)` of the GPU.
+        compute_capability: `(major, minor)`, if not of the GPU that is there.
 
     Raises:
         ValueError: a GPU that has no bfloat16.
@@ -64,9 +64,13 @@ def resolve_precision(dtype, level, *, device, compute_capability=None):
     if device.startswith("cpu"):
         note = f"amp_dtype {dtype} was asked for, but Paddle on a CPU computes in float32 whatever AMP says: "
         return Precision("float32", level, note + "this run is float32 throughout.")
-    if dtype == "bfloat16" and device.startswith("gpu") and compute_capability and compute_capability < (8, 0):
-        raise ValueError(
-            f"amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
-            f"{compute_capability[0]}.{compute_capability[1]}; use float16 or float32"
-        )
+    if dtype == "bfloat16" and device.startswith("gpu"):
+        import paddle
+
+        major, minor = compute_capability or paddle.device.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                "amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
+                f"{major}.{minor}; use float16 or float32"
+            )
     return Precision(dtype, level)

@@ -193,13 +193,6 @@ def resolve_device(requested):
     return requested  # "gpu" alone is the one that the launcher chose for this process
 
 
-def compute_capability(device):
-    """Returns `(major, minor)` of a GPU, None for other devices."""
-    import paddle
-
-    return tuple(paddle.device.cuda.get_device_capability(device)) if device.startswith("gpu") else None
-
-
 def init_distributed():
     """Joins the process group of `paddle.distributed.launch`; returns `(rank, world_size)`."""
     import paddle.distributed as dist
@@ -211,7 +204,7 @@ def init_distributed():
 
 
 def seed_step(seed, step):
-    """Seeds Paddle's generators for a step, alike on all ranks: a resumed run draws the same noise as an unbroken one."""
+    """Seeds Paddle's generators for a step, alike on all ranks: a resumed run draws the noise of an unbroken one."""
     import numpy as np
     import paddle
 

@@ -23,11 +23,7 @@ def shortened(value, limit=80):
 
 
 def open_regular(path):
-    """Opens a regular file to read bytes. A pipe or device could keep a program waiting, or never end.
-
-    Raises:
-        ValueError: one line: a folder, or no regular file. OSError: not there, or the file system refuses.
-    """
+    """Opens a regular file to read bytes; ValueError for a folder, a pipe or a device, which may never end."""
     try:
         mode = os.stat(path).st_mode
     except ValueError:  # a NUL, or half a surrogate pair
@@ -44,10 +40,6 @@ def inside(folder, name):
 
     The folder itself may be a link. In a snapshot of the Hugging Face cache, `NAME/snapshots/REVISION/`, the files are
     links to `NAME/blobs/`, which is taken for a part of it.
-
-    Args:
-        folder: the folder that the user named.
-        name: a relative path, perhaps of a JSON file in the folder.
 
     Raises:
         ValueError: one line: the path leaves the folder, by itself or by a link.

@@ -238,10 +238,7 @@ class Records:
         return _refuse(call, "")
 
     def _tensor(self, storage, offset, size, stride):
-        """Returns a view of a storage where the elements lie in order, else a copy.
-
-        Element (i, j, ...) lies at offset + i*stride[0] + j*stride[1] + ...
-        """
+        """Returns the tensor with element (i, j, ...) at offset + i*stride[0] + j*stride[1] + ... of a storage."""
         if not isinstance(storage, Call) or storage.name != "storage":
             _refuse(storage, "a tensor without its data")
         if not len(size) == len(stride) < 50 or not _are_sizes((offset, *size, *stride)):
@@ -273,7 +270,7 @@ class Records:
         if isinstance(data, str):
             self._count(len(data))
             return data.encode("latin1")
-        return data if isinstance(data, (bytes, bytearray)) else self.value(data, depth)
+        return bytes(data) if isinstance(data, (bytes, bytearray)) else self.value(data, depth)
 
     def _widened(self, array, dtype):
         self._count(2 * array.nbytes if dtype == "bfloat16" else 0)
@@ -305,17 +302,11 @@ def _dtype(node):
 
 
 def array_on(data, dtype, shape, order="C"):
-    """Returns a writable array on the memory of bytes or a bytearray, as numpy's own unpickling does, without a copy.
-
-    Raises:
-        ValueError: a shape that does not fit the data.
-    """
+    """Returns a writable array on the memory of bytes, as numpy's own unpickling does, without a copy."""
     if not _are_sizes(shape) or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError("an array whose data are not of its size")
     if not data:
         return np.zeros(shape, dtype)
-    if isinstance(data, bytearray):
-        return np.frombuffer(data, dtype).reshape(shape, order=order)
     array = np.ndarray(0, dtype)
     array.__setstate__((1, tuple(shape), dtype, order == "F", data))
     return array

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from config import options
 from runtime.untrusted import check_sizes, read_json
@@ -28,8 +28,7 @@ ALIASES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelType:
+class ModelType(NamedTuple):
     """All that the project knows of a network by its `type`, beside its class in `models`."""
 
     keys: dict  # its options, the keyword arguments of the class
@@ -40,13 +39,11 @@ class ModelType:
     pipeline: str  # the class of its pipeline folder
 
 
-_DIFFUSION = {"objective": "diffusion", "demo": "infer_demo_dit.py", "pipeline": "DiTPipeline"}
-_TRANSPORT = {"objective": "transport", "demo": "infer_demo_sit.py", "pipeline": "SiTPipeline"}
 MODEL_TYPES = {
-    "DiT": ModelType(options.DIT_KEYS, "DiT", drops_variance=False, **_DIFFUSION),
-    "SiT": ModelType(options.DIT_KEYS, "DiT", drops_variance=True, **_TRANSPORT),
-    "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", drops_variance=False, **_DIFFUSION),
-    "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", drops_variance=True, **_TRANSPORT),
+    "DiT": ModelType(options.DIT_KEYS, "DiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
+    "SiT": ModelType(options.DIT_KEYS, "DiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
+    "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
+    "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
 }
 
 
@@ -146,15 +143,12 @@ def check_together(config, source):
 
 
 def resolve_config(raw, *, source="config"):
-    """Checks a raw config and fills in the defaults.
+    """Checks a raw config and returns it with all sections and keys, those that it lacks by default.
 
     Args:
         raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files),
             whose type is that with which the name of the file begins, or DiT.
         source: the file, or another name for errors.
-
-    Returns:
-        `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}, "features": {...}}`, every key present.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
@@ -203,11 +197,7 @@ def resolve_features(given, where):
 
 
 def manifest_features(manifest, where):
-    """Returns the `features` section of a set's manifest, without the class names, which stand in another file.
-
-    Raises:
-        ValueError: one line: a value that can't be.
-    """
+    """Returns the `features` section of a set's manifest, without the class names, which stand in another file."""
     vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
     known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in options.VAE_KEYS}
     if all(value is None for value in known.values()):
@@ -253,13 +243,8 @@ def sampling_differences(theirs, ours):
 def weights_config(path, config_file=None, sections=("model", "objective")):
     """Reads the config of weights: that of the checkpoint they lie in, else a config file; None without either.
 
-    Args:
-        path: of the weights.
-        config_file: what the user gave, or None.
-        sections: those in which the two must agree.
-
     Raises:
-        ValueError: one line: the keys in which the two describe another network.
+        ValueError: one line: the keys of `sections` in which the two describe another network.
     """
     own = own_config(path)
     if config_file is None:

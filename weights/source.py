@@ -9,7 +9,6 @@ from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
 from weights.shards import merge_shards
 
-LAYOUTS = ("auto", "paddle", "torch")
 _ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch")}
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
@@ -28,7 +27,7 @@ def checkpoint_hint(folder):
 
 
 def read_weights(path, *, key=None, layout="auto"):
-    """Reads one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
+    """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
     Args:
         path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
@@ -39,22 +38,14 @@ def read_weights(path, *, key=None, layout="auto"):
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
             `.safetensors` file says of itself.
 
-    Returns:
-        `(weights, file)`: file is the one that was read.
-
     Raises:
         ValueError: one line that names path: not there, unreadable, no such key, or no weights.
     """
     path = os.fspath(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if shards := find_shards(path, key):
         path, layout = shards[0], "torch"
-        if len(shards) > 1:
-            weights = merge_shards(shards)
-            path = f"{path} and its {len(shards) - 1} other shards"
-        else:
-            weights = load_weights(path)
+        weights = merge_shards(shards) if len(shards) > 1 else load_weights(path)
+        path += f" and its {len(shards) - 1} other shards" if len(shards) > 1 else ""
     else:
         if os.path.isdir(path):
             path, key, layout = _file_in_checkpoint(path, key), None, "paddle"
@@ -73,9 +64,7 @@ def read_weights(path, *, key=None, layout="auto"):
 def find_shards(path, key=None):
     """Returns all the files of the official Large-DiT weights that `path` belongs to, by rank; empty if it is none.
 
-    Args:
-        path: a folder with `consolidated[_ema].NN-of-MM.pth` files, or one of them.
-        key: "model" or "ema"; None takes the averages of a folder that has them, or what the file is.
+    `path` is their folder or one of them, `key` "model" or "ema": None takes a folder's averages if it has them.
 
     Raises:
         ValueError: one line: a shard is missing, there are those of several networks, or of another key.

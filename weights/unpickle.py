@@ -55,10 +55,6 @@ class Call:
     state: object = None
 
 
-class _Key:
-    """Stands for a key that is no plain value: to hash it may take any time."""
-
-
 def run(file):
     """Runs the pickle at which a file, on disk or a BytesIO, stands; the file then stands behind it.
 
@@ -138,7 +134,7 @@ def _result(name, argument, parts, storages):
 
 def _with_items(target, items):
     for key, value in zip(items[::2], items[1::2], strict=True):
-        target[key if isinstance(key, _PLAIN) else _Key()] = value
+        target[key if isinstance(key, _PLAIN) else object()] = value  # because to hash others may take any time
     return target
 
 
@@ -198,7 +194,7 @@ class Records:
         if isinstance(node, Call):
             return self._called(node, depth)
         if isinstance(node, dict):
-            if any(isinstance(name, _Key) for name in node):
+            if not all(isinstance(name, _PLAIN) for name in node):
                 raise ValueError("a dict with a key that is no plain value")
             return {name: self.value(value, depth) for name, value in node.items()}
         if not isinstance(node, (list, tuple)):

@@ -57,18 +57,13 @@ def inside(folder, name):
 
 
 def parse_json(text, *, infinity=False):
-    """Returns the value of a JSON text, str or UTF-8 bytes; integers beyond 64 bits are floats.
-
-    Args:
-        infinity: accept `Infinity` and `NaN`, which Python writes.
+    """Returns the value of a JSON text, str or bytes; integers beyond 64 bits are floats.
 
     Raises:
-        ValueError: one line, without a file's name: broken, not UTF-8, nested more than `MAX_JSON_DEPTH` deep, a key
-            that is there twice, NaN, infinity.
+        ValueError: one line, without a file's name: broken, nested more than `MAX_JSON_DEPTH` deep, a key that is there
+            twice, `NaN` or `Infinity`, which Python writes (accepted with `infinity`).
     """
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
         value = json.loads(
             text,
             object_pairs_hook=_unique,

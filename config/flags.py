@@ -15,9 +15,6 @@ from config.options import PerLoop, in_loop
 from config.schema import check_together, load_config
 
 LOOPS = PerLoop._fields
-LAUNCHED = PerLoop(
-    "--nproc_per_node 8 train_image_generation_trainer.py", "--gpus 0,1,2,3 train_image_generation_notrainer.py"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,12 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, loop):
         how = in_loop(PerLoop("the PaddleNLP Trainer", "a hand-written loop"), loop)
+        devices = in_loop(PerLoop("--nproc_per_node 8", "--gpus 0,1,2,3"), loop)
         super().__init__(
             description=f"Trains a class-conditional diffusion transformer on latent features with {how}. What is not "
             "given here the config decides, for its own keys, then the default in [].",
-            epilog=f"On several GPUs: python -m paddle.distributed.launch {in_loop(LAUNCHED, loop)} ... Environment: "
-            "OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that are not Intel's, "
-            "MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
+            epilog=f"On several GPUs: python -m paddle.distributed.launch {devices} train_image_generation_{loop}.py "
+            "... Environment: OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that "
+            "are not Intel's, MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
             allow_abbrev=False,
         )
         self.options = {}  # (name, option) by flag

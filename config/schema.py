@@ -18,14 +18,9 @@ SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 SECTIONS = ("model", "objective", "training", "data", "features")
 # Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, and Large-DiT's.
 ALIASES = {
-    "input_size": "sample_size",
-    "depth": "num_layers",
-    "num_heads": "num_attention_heads",
-    "dim": "hidden_size",
-    "n_layers": "num_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_kv_heads",
-}
+    "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
+    "n_layers": "num_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_kv_heads",
+}  # fmt: skip
 
 
 class ModelType(NamedTuple):
@@ -100,10 +95,8 @@ def _official_names(model, where):
         if "attention_head_dim" in renamed:
             raise ValueError(f"{where}: {name} and attention_head_dim say the same; give one")
         if not (options.POSITIVE_INT.accepts(width) and options.POSITIVE_INT.accepts(heads) and width % heads == 0):
-            raise ValueError(
-                f"{where}: {name} must be a multiple of num_attention_heads {json.dumps(heads)}, "
-                f"got {json.dumps(width)}"
-            )
+            rule = f"must be a multiple of num_attention_heads {json.dumps(heads)}"
+            raise ValueError(f"{where}: {name} {rule}, got {json.dumps(width)}")
         renamed["attention_head_dim"] = width // heads
     return renamed
 
@@ -154,14 +147,13 @@ def resolve_config(raw, *, source="config"):
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
     """
     _check_object(raw, source)
-    if "model" not in raw and not set(raw) & set(SECTIONS):
+    if not set(raw) & set(SECTIONS):
         file_name = os.path.basename(source)
         kinds = [kind for kind in MODEL_TYPES if re.match(rf"{kind}(?![A-Za-z])", file_name, re.IGNORECASE)]
         (kind,) = kinds or ["DiT"]
         # PaddleMIX's LargeDiT class has qk_norm on unless its files say otherwise, the official one off.
         paddlemix = MODEL_TYPES[kind].family == "LargeDiT" and "attention_head_dim" in raw
-        defaults = {"qk_norm": True} if paddlemix else {}
-        raw = {"model": {"type": kind, **defaults, **raw}}
+        raw = {"model": {"type": kind, **({"qk_norm": True} if paddlemix else {}), **raw}}
     for name in raw:
         if name not in SECTIONS:
             raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
@@ -252,9 +244,8 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
     config = load_config(config_file)
     for section in sections if own is not None else ():
         if listed := sampling_differences(own[section], config[section]):
-            raise ValueError(
-                f"{path}: holds another run's {section}: {listed}; these weights do not fit the config {config_file}"
-            )
+            what = f"another run's {section}: {listed}"
+            raise ValueError(f"{path}: holds {what}; these weights do not fit the config {config_file}")
     return own or config
 
 

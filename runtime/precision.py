@@ -69,8 +69,6 @@ def resolve_precision(dtype, level, *, device, compute_capability=None):
 
         major, minor = compute_capability or paddle.device.cuda.get_device_capability(device)
         if major < 8:
-            raise ValueError(
-                "amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
-                f"{major}.{minor}; use float16 or float32"
-            )
+            needs = "amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer"
+            raise ValueError(f"{needs}, this one has {major}.{minor}; use float16 or float32")
     return Precision(dtype, level)

@@ -27,7 +27,6 @@ def local_processes():
     return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
 
 
-DEVICES = ("auto", "cpu", "gpu")
 SAVING_THREAD = "checkpoint"  # the name of the thread that writes a checkpoint, which is waited for before the end
 STARTED = time.monotonic()
 # Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
@@ -173,23 +172,18 @@ def one_line(error):
 
 
 def resolve_device(requested):
-    """Returns what `paddle.set_device` takes for `auto`, `cpu`, `gpu` or `gpu:N`.
-
-    Raises:
-        ValueError: another word, or a GPU where Paddle sees none.
-    """
+    """Returns what `paddle.set_device` takes for `auto`, `cpu`, `gpu` or `gpu:N`; ValueError where there is no GPU."""
     import paddle
 
     kind = requested.split(":")[0]
-    if kind not in DEVICES:
+    if kind not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device must be auto, cpu, gpu or gpu:N, got {requested!r}")
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if kind == "auto":
         kind = requested = "gpu" if gpus else "cpu"
     if kind == "gpu" and not gpus:
-        raise ValueError(
-            "device gpu was asked for, but Paddle sees no GPU here; use --device cpu, or install paddlepaddle-gpu"
-        )
+        use = "use --device cpu, or install paddlepaddle-gpu"
+        raise ValueError(f"device gpu was asked for, but Paddle sees no GPU here; {use}")
     return requested  # "gpu" alone is the one that the launcher chose for this process
 
 

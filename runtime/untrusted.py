@@ -145,6 +145,5 @@ def check_sizes(settings, where):
     size, patch, heads, head_dim = (max(1, number) for number in given)
     tokens, width = max(1, size // patch) ** 2, heads * head_dim
     if "patch_size" in settings and tokens * width > MAX_POSITIONS:
-        raise ValueError(
-            f"{where}: {', '.join(names)} make {tokens:,} tokens of width {width:,}, which is more than any network has"
-        )
+        made = f"{', '.join(names)} make {tokens:,} tokens of width {width:,}"
+        raise ValueError(f"{where}: {made}, which is more than any network has")

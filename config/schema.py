@@ -48,11 +48,7 @@ def _check_object(given, where):
 
 
 def check_section(keys, given, where):
-    """Returns every key of a section, from what is given and the defaults.
-
-    Raises:
-        ValueError: one line: the place, the key, and what was expected.
-    """
+    """Returns every key of a section, from what is given and the defaults; ValueError for what a key can't be."""
     _check_object(given, where)
     for name, value in given.items():
         if name not in keys:

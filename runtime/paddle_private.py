@@ -136,11 +136,6 @@ def scale_gradient(parameter, gradient, factor):
     parameter._reset_grad_inplace_version(True)
 
 
-def is_scaler_on(scaler):
-    """Returns whether `scaler`, a `paddle.amp.GradScaler` or None, scales anything."""
-    return scaler is not None and scaler._enable
-
-
 def loss_scale(scaler):
     """Returns a scaler's current scale, a tensor on the device; the public method brings it to the host."""
     return scaler._scale
@@ -213,11 +208,8 @@ def replaced(module, **attributes):
             setattr(module, name, value)
 
 
-# For benchmarks.
-
-
 def operators():
-    """Returns Paddle's operators as they are called in eager mode: a module whose functions can be replaced."""
+    """Returns Paddle's operators as they are called in eager mode: a module whose functions benchmarks replace."""
     import paddle
 
     return paddle._C_ops

@@ -9,7 +9,7 @@ from pathlib import Path
 MAX_JSON_BYTES = 1 << 22  # in memory it can be 30 times as large
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 1 << 64
-MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network; its table of positions holds tokens x width numbers
+MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network
 MAX_SIZE = 1_000_000  # of any other number
 MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
 LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")  # by timestep or latent channel
@@ -125,13 +125,7 @@ def read_json(path, *, infinity=False):
 
 
 def check_sizes(settings, where):
-    """Raises ValueError, before memory is taken, for sizes that no network or scheduler has.
-
-    Args:
-        settings: by name; `sample_size`, `patch_size`, `num_attention_heads` and `attention_head_dim` together make
-            the table of positions.
-        where: for the message.
-    """
+    """Raises ValueError, before memory is taken, for sizes among settings that no network or scheduler has."""
     for key, value in settings.items():
         shown = f"{where}: {shortened(key)} is {shortened(value, 40)}"
         if isinstance(value, list) and len(value) > MAX_BLOCKS and key not in LONG_LISTS:
@@ -144,6 +138,6 @@ def check_sizes(settings, where):
     given = [settings[name] if isinstance(settings.get(name), int) else 1 for name in names]
     size, patch, heads, head_dim = (max(1, number) for number in given)
     tokens, width = max(1, size // patch) ** 2, heads * head_dim
-    if "patch_size" in settings and tokens * width > MAX_POSITIONS:
+    if "patch_size" in settings and tokens * width > MAX_POSITIONS:  # numbers of the table of positions
         made = f"{', '.join(names)} make {tokens:,} tokens of width {width:,}"
         raise ValueError(f"{where}: {made}, which is more than any network has")

@@ -109,10 +109,7 @@ def _read_torch_zip(file, tolerant):
 
 
 def _read_pickle(file, tolerant):
-    """Reads Paddle's pickle, or the format of torch before zip.
-
-    That is the pickles of a magic number, version, system, object and list of storages, and then the storages' data.
-    """
+    """Reads Paddle's pickle, or torch's of before zip: magic number, version, system, object, storages, their data."""
     (tree, _), storages = unpickle.run(file), None
     if tree == _LEGACY_MAGIC:
         unpickle.run(file)  # protocol version
@@ -132,9 +129,9 @@ def _read_pickle(file, tolerant):
 
 
 def _read_safetensors(path, file):
-    """The official package reads and checks the header: no gap, no overlap, nothing behind the last tensor.
+    """Lets the official package check the header, and reads the data, as the package has no bfloat16 for numpy.
 
-    The data are read here: the package has no bfloat16 for numpy, and each tensor gets memory that can be given back.
+    Each tensor gets memory of its own, which can be given back.
     """
     with safe_open(path, framework="np") as header:
         is_paddle = _is_paddle(header)
@@ -156,9 +153,6 @@ def safetensors_layout(path):
     """Returns how a safetensors file stores Linear weights, "paddle" or "torch", by its metadata.
 
     ppdiffusers and paddlenlp write `format` "pd" or "np" for Paddle's layout; "pt", or nothing, is PyTorch's.
-
-    Raises:
-        ValueError: as `safe_load`.
     """
     try:
         open_regular(path).close()  # no pipe, which the package would wait for
@@ -322,11 +316,7 @@ def _little_endian(value):
 
 
 def _torch_pickle(tensors):
-    """Returns the pickle (protocol 2) of OrderedDict(name -> _rebuild_tensor_v2(...)).
-
-    Args:
-        tensors: `(name, shape, storage class)` of each.
-    """
+    """Returns the pickle of OrderedDict(name -> _rebuild_tensor_v2(...)) of tensors `(name, shape, storage class)`."""
 
     def plain(value):
         return pickle.dumps(value, protocol=2)[2:-1]  # without its first and last operations, PROTO and STOP

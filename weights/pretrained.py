@@ -54,8 +54,7 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
 def read_settings(name_or_path, name, subfolder="", class_names=None):
     """Reads a JSON file of settings: returns `(keywords, path)`, without the keys that begin with `_`.
 
-    Raises:
-        ValueError: one line: broken, sizes that no network has, or not the settings of one of `class_names`.
+    Raises ValueError for sizes that no network has, and for settings of none of `class_names`.
     """
     path = find_file(name_or_path, name, subfolder)
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
@@ -112,8 +111,8 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
 
     Args:
         model_class: a subclass of `ppdiffusers.ModelMixin`.
-        class_names: what its config.json may name; None for that class.
-        dtype: of the weights; None for float32.
+        class_names: what its config.json may name, if not that class.
+        dtype: of the weights, if not float32.
 
     Raises:
         ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what

@@ -231,8 +231,7 @@ def sampling_differences(theirs, ours):
 def weights_config(path, config_file=None, sections=("model", "objective")):
     """Reads the config of weights: that of the checkpoint they lie in, else a config file; None without either.
 
-    Raises:
-        ValueError: one line: the keys of `sections` in which the two describe another network.
+    Raises ValueError if the two describe another network, with the keys of `sections` in which they do.
     """
     own = own_config(path)
     if config_file is None:

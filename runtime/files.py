@@ -33,12 +33,7 @@ def whole_file(path, *, shared=False):
     """Yields a temporary path to write to; when the block ends, the file gets the name `path` by one rename.
 
     After an error or a kill `path` is what it was before. A link is followed; a device or pipe is written directly.
-
-    Args:
-        shared: several processes may write the file at once, and the last one wins.
-
-    Raises:
-        OSError: the file system refused; it names `path`.
+    Of several processes that write a `shared` file at once the last one wins. An `OSError` names `path`.
     """
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):

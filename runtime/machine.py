@@ -11,10 +11,7 @@ import sysconfig
 
 
 def read_processor(path="/proc/cpuinfo"):
-    """Returns vendor and feature flags of the first processor that Linux lists: `("AuthenticAMD", {"avx2", ...})`.
-
-    Both are empty where it lists none, as on arm64 and on other systems.
-    """
+    """Returns vendor and feature flags of the first processor that Linux lists, both empty on arm64 and elsewhere."""
     fields = {}
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in itertools.takewhile(str.strip, file):  # the first processor; a server lists hundreds
@@ -36,10 +33,6 @@ def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     The MKL in Paddle's CPU wheels takes its slowest path on processors of other vendors. Newer releases of MKL, such as
     PyTorch's, do not read the variable. A value that the environment has already stays, even an empty one. MKL reads
     it at the first product: until then it takes effect even if Paddle is imported.
-
-    Args:
-        environ: the mapping to set it in.
-        cpuinfo, folders: as in `read_processor` and `has_bundled_mkl`.
     """
     if "MKL_DEBUG_CPU_TYPE" in environ:
         return
@@ -49,10 +42,7 @@ def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
 
 
 def available_memory():
-    """Returns the bytes that this machine or container could still give to a process and its page cache.
-
-    None where neither /proc/meminfo nor a cgroup says it.
-    """
+    """Returns the bytes that this machine or container can still give to processes and page cache; None: unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration, IndexError):
         with open("/proc/meminfo") as file:

@@ -151,7 +151,7 @@ def skipped_step(scaler):
     return scaler._cache_found_inf
 
 
-# Fleet and collectives.
+# Fleet, collectives and networks.
 
 
 def tensor_parallel_group():
@@ -213,9 +213,6 @@ def operators():
     import paddle
 
     return paddle._C_ops
-
-
-# Networks.
 
 
 def keep_own_parameters_float32(layer):

@@ -49,15 +49,9 @@ class Precision:
 
 
 def resolve_precision(dtype, level, *, device, compute_capability=None):
-    """Returns the `Precision` that is nearest to what was asked for, as far as the device can do it.
+    """Returns the `Precision` nearest to a config's `amp_dtype` and `amp_level` that a device (`cpu`, `gpu:0`) can do.
 
-    Args:
-        dtype, level: of a config's `amp_dtype` and `amp_level`.
-        device: `cpu`, `gpu:0`, ...
-        compute_capability: `(major, minor)`, if not of the GPU that is there.
-
-    Raises:
-        ValueError: a GPU that has no bfloat16.
+    Raises ValueError for bfloat16 on a GPU without, by its compute capability `(major, minor)`, which is read if None.
     """
     if dtype == "float32":
         return Precision("float32", level)

@@ -27,8 +27,7 @@ def try_lock(file):
 class RunLock:
     """Locks one folder from `take` until this object is gone: keep it as long as the run may write."""
 
-    def __init__(self):
-        self._file = None
+    _file = None
 
     def take(self, folder):
         """Makes the folder if there is none, and locks it; raises `ValueError` if another run has it."""

@@ -39,10 +39,7 @@ def inside(folder, name):
     """Returns the path of `name` in a folder that somebody else may have made; a link in it may not lead out.
 
     The folder itself may be a link. In a snapshot of the Hugging Face cache, `NAME/snapshots/REVISION/`, the files are
-    links to `NAME/blobs/`, which is taken for a part of it.
-
-    Raises:
-        ValueError: one line: the path leaves the folder, by itself or by a link.
+    links to `NAME/blobs/`, which is taken for a part of it. Raises ValueError for a path that leaves the folder.
     """
     path = os.path.join(folder, name)
     try:

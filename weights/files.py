@@ -198,10 +198,8 @@ def load_weights(path, key=None):
 def pick_weights(tree, path, key=None, *, averages=True):
     """Picks `(weights, key)`, as `load_weights` does, out of what `safe_load(path, tolerant=True)` gave.
 
-    Rank 0 prints which were taken, where that is not obvious. The key is None for a plain state dict.
-
-    Args:
-        averages: False: "auto" leaves averages out.
+    Rank 0 prints which were taken, where that is not obvious. The key is None for a plain state dict. Without
+    `averages` "auto" leaves averages out.
     """
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
@@ -245,11 +243,8 @@ def is_averages(key):
 def save_pdparams(state, path):
     """Writes {name: array} as a `.pdparams` that `paddle.load` reads as tensors; {name: {key: array}} stay arrays.
 
-    `paddle.save` of tensors holds every weight four times at its peak; this holds one more tensor than `state`.
-
-    Args:
-        state: arrays of uint16 are read as bfloat16.
-        path: its path, or a binary file that is open for writing.
+    `paddle.save` of tensors holds every weight four times at its peak; this holds one more tensor than `state`. Arrays
+    of uint16 are read as bfloat16. `path` may be a binary file that is open for writing.
     """
 
     def entry(name, value):
@@ -266,10 +261,8 @@ def save_pdparams(state, path):
 def save_safetensors(state, path, *, layout="paddle"):
     """Writes {name: array} as safetensors, which hold nothing but tensors; arrays of uint16 as bfloat16.
 
-    The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`.
-
-    Args:
-        layout: of Linear weights, "paddle" or "torch", for ppdiffusers and `safetensors_layout`.
+    The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`. The layout
+    of Linear weights, "paddle" or "torch", is noted for ppdiffusers and `safetensors_layout`.
     """
     names = {np.dtype(code): name for name, code in _SAFETENSORS_TYPES.items() if code != "bfloat16"}
     names[np.dtype("u2")] = "BF16"

@@ -25,9 +25,6 @@ def shard_axis(name):
     """Returns the axis along which the official Large-DiT splits a parameter over tensor-parallel ranks.
 
     It is 0 or 1, in the official layout (Linear weights [out, in]); None: every rank holds the parameter whole.
-
-    Raises:
-        ValueError: no parameter of Large-DiT.
     """
     for pattern, axis in _SHARD_AXES:
         if re.fullmatch(pattern, name):
@@ -38,10 +35,7 @@ def shard_axis(name):
 def merge_shards(paths):
     """Returns the weights of tensor-parallel shards, given in the order of ranks, as one state in the official layout.
 
-    One shard is in memory at a time beside the result.
-
-    Raises:
-        ValueError: one line: unreadable, no Large-DiT, or shards that are not those of one network.
+    One shard is in memory at a time beside the result. Raises ValueError for shards that are not those of one network.
     """
     merged, shapes = {}, {}
     for rank, path in enumerate(tqdm(paths, desc="merging shards", disable=None)):

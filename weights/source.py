@@ -64,10 +64,8 @@ def read_weights(path, *, key=None, layout="auto"):
 def find_shards(path, key=None):
     """Returns all the files of the official Large-DiT weights that `path` belongs to, by rank; empty if it is none.
 
-    `path` is their folder or one of them, `key` "model" or "ema": None takes a folder's averages if it has them.
-
-    Raises:
-        ValueError: one line: a shard is missing, there are those of several networks, or of another key.
+    `path` is their folder or one of them, `key` "model" or "ema": None takes a folder's averages if it has them. Raises
+    ValueError for a missing shard, and for shards of several networks, or of another key.
     """
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
     given = SHARD.fullmatch(name)

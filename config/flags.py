@@ -68,17 +68,16 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), None)
-            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown_flag(flag.split("=")[0]))
+            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown(flag.split("=")[0]))
         for flag, (name, option) in self.options.items():
             if getattr(args, name) != "None":
                 check_flag(flag, option, getattr(args, name))
         return args
 
-    def _unknown_flag(self, flag):
-        twin = self.twins.get(flag.lstrip("-"))
+    def _unknown(self, flag):
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-        meant = f"--{twin}" if twin else near[0] if near else None
-        return f"unknown flag {flag}" + (f" (did you mean {meant}?)" if meant else "")
+        meant = [f"--{twin}"] if (twin := self.twins.get(flag.lstrip("-"))) else near
+        return f"unknown flag {flag}" + (f" (did you mean {meant[0]}?)" if meant else "")
 
 
 def read_flags(loop, words=None):

@@ -60,12 +60,10 @@ def list_experiments(folder, name=None):
 
 def check_experiment_idle(resume, results_dir, name):
     """Raises `ValueError` if a run is at work in the experiment that `--resume` means; `auto`: the newest `name`."""
-    if resume == "auto":
-        meant = list_experiments(results_dir, name)[-1:]
-    else:
-        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
-        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
-    for _, path in meant:
+    found = list_experiments(results_dir, name if resume == "auto" else None)
+    if resume != "auto":
+        found = [one for one in found if resume and os.path.isdir(resume) and os.path.samefile(one[1], resume)]
+    for _, path in found[-1:]:
         check_idle(path)
 
 

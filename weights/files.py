@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from models.state import is_state, listed, plain_names
 from runtime.untrusted import open_regular, shortened
-from weights import unpickle
-from weights.unpickle import Refused, read_elements
+from weights.records import Records, contiguous_stride, elements, read_elements, widened
+from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
 
 _SAFETENSORS_TYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
@@ -99,30 +99,32 @@ def _read_torch_zip(file, tolerant):
             return archive.read(record)
 
         big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
-        tree, stated = unpickle.run(io.BytesIO(member("data.pkl")))
-        storages = {}
-        for key, (dtype, numel) in stated.items():
-            storages[key] = unpickle.elements(member(f"data/{key}"), dtype, big_endian), dtype
+        program = Unpickler(io.BytesIO(member("data.pkl")))
+        tree, storages = program.load(), {}
+        for key, (dtype, numel) in program.storages.items():
+            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
             if len(storages[key][0]) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
-    return unpickle.Records(_size(file), storages).read(tree, tolerant)
+    return Records(_size(file), storages).read(tree, tolerant)
 
 
 def _read_pickle(file, tolerant):
     """Reads Paddle's pickle, or torch's of before zip: magic number, version, system, object, storages, their data."""
-    (tree, _), storages = unpickle.run(file), None
+    program, storages = Unpickler(file), None
+    tree = program.load()
     if tree == _LEGACY_MAGIC:
-        unpickle.run(file)  # protocol version
-        big_endian = not unpickle.run(file)[0].get("little_endian", True)
-        (tree, stated), (keys, _), storages = unpickle.run(file), unpickle.run(file), {}
-        for key in keys:
-            if not isinstance(key, str) or key not in stated:  # how long it is can't be told
+        Unpickler(file).load()  # protocol version
+        big_endian = not Unpickler(file).load().get("little_endian", True)
+        program, storages = Unpickler(file), {}
+        tree = program.load()
+        for key in Unpickler(file).load():
+            if not isinstance(key, str) or key not in program.storages:  # how long it is can't be told
                 raise Refused("it has a storage of a type that weights don't have")
-            dtype, numel = stated[key]
+            dtype, numel = program.storages[key]
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {shortened(key)} is not of the stated size")
             storages[key] = read_elements(file, numel, dtype, big_endian), dtype
-    tree = unpickle.Records(_size(file), storages).read(tree, tolerant)
+    tree = Records(_size(file), storages).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
     return tree
@@ -145,7 +147,7 @@ def _read_safetensors(path, file):
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
-        state[name] = unpickle.widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
+        state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
 
@@ -285,7 +287,7 @@ def save_torch(state, path):
     The zip format of `torch.save`: data.pkl describes each tensor by (storage, offset, size, stride), data/N holds
     its bytes. Arrays must be of a type that torch has.
     """
-    classes = {np.dtype(code): name for name, code in unpickle.STORAGE_TYPES.items() if code != "bfloat16"}
+    classes = {np.dtype(code): name for name, code in STORAGE_TYPES.items() if code != "bfloat16"}
     tensors = [(name, value.shape, _type_name(classes, name, value, path)) for name, value in state.items()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _torch_pickle(tensors))
@@ -319,6 +321,6 @@ def _torch_pickle(tensors):
     for index, (name, shape, storage_class) in enumerate(tensors):
         storage = plain("storage") + f"ctorch\n{storage_class}\n".encode() + plain(str(index)) + plain("cpu")
         storage = b"(" + storage + plain(math.prod(shape)) + b"tQ"
-        view = zero + plain(tuple(shape)) + plain(unpickle.contiguous_stride(shape))
+        view = zero + plain(tuple(shape)) + plain(contiguous_stride(shape))
         parts += [plain(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
     return b"".join(parts) + b"u."

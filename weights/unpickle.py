@@ -1,18 +1,14 @@
-"""Reads a pickle as arrays and plain values: nothing that it names is imported or called.
+"""Reads a pickle as a tree of records: nothing that it names is imported or run.
 
-A pickle is a program of a stack machine, whose GLOBAL imports, and whose REDUCE calls, whatever it names. `run` is such
-a machine that imports nothing: it gives a `Name` for an import, and a `Call` for a call of a listed one. `Records`
-makes arrays of the calls. Both keep to the memory and time that a file of this size warrants.
+A pickle is a program: its GLOBAL imports, and its REDUCE calls, whatever they name. The standard library's Unpickler
+runs it, but gets a `Name` for each import and a `Call` for each call of a listed one. `weights.records` makes arrays
+of them. The program is read before it runs, because a small one could take much memory or time.
 """
 
-import math
-import os
+import io
+import mmap
+import pickle
 import pickletools
-import re
-from dataclasses import dataclass
-from types import SimpleNamespace
-
-import numpy as np
 
 from runtime.untrusted import shortened
 
@@ -29,48 +25,126 @@ STORAGE_TYPES = {
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-MAX_DEPTH = 100  # of containers in containers
+MAX_NAMES = 1000  # each costs a class
+MAX_KEY_PARTS = 1000  # a tuple in tuples is hashed once for each place where it stands: 2^n times
 _UNUSED = {"DUP", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
-_DTYPE = re.compile(r"[<>=|]?(f[248]|[iu][1248]|b1|\?)")  # no objects, records, strings
-_PLAIN = (type(None), bool, int, float, str, bytes)
+# Of the objects that an operation takes from the stack, those that it hashes.
+_HASHED = {"SETITEM": slice(1, None, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0, None, 2)}
+_HASHED.update(ADDITEMS=slice(1, None), FROZENSET=slice(0, None))
 
 
 class Refused(Exception):
     """The file asks for something that weights don't need."""
 
 
-@dataclass(eq=False)
-class Name:
-    """What a pickle imports. A call of a name that is not listed, such as a path among the settings, is the name."""
+class Call(dict):
+    """A record of a call: the name, the arguments, the state of what is returned (BUILD), and its items (SETITEM)."""
 
-    name: str
+    __slots__ = ("name", "arguments", "state")
+    __hash__, __eq__ = object.__hash__, object.__eq__
 
+    def __init__(self, name, arguments):
+        self.name, self.arguments, self.state = name, arguments, None
 
-@dataclass(eq=False)
-class Call:
-    """A call of a listed name; `state` is what BUILD gives to the object that it would return."""
-
-    name: str
-    arguments: tuple
-    state: object = None
+    def __setstate__(self, state):
+        self.state = state
 
 
-def run(file):
-    """Runs the pickle at which a file, on disk or a BytesIO, stands; the file then stands behind it.
+class Name(type):
+    """A name stands for what a pickle imports.
 
-    Returns `(tree, storages)`: plain values, containers, names and calls; `{key: (dtype, numel)}` of the storages that
-    torch tensors refer to, each as `Call("storage", (key,))`. Raises `Refused`, or whatever a damaged file makes Python
-    say.
+    A call of a listed one gives a `Call`. A call of any other, such as a path or a device among the settings, gives
+    the name again. Nothing is kept of what is put in. A name is a class, because NEWOBJ takes nothing else, and has
+    `__setstate__`, because BUILD would set any attribute of an object without one.
     """
-    stack, marks, memo, storages, start = [], [], {}, {}, file.tell()
-    end = file.seek(0, os.SEEK_END)
-    file.seek(start)
-    bounded = SimpleNamespace(tell=file.tell, readline=file.readline)  # memory is taken for what is there alone
-    bounded.read = lambda count: file.read(min(count, end - file.tell()))
-    for operation, argument, _ in pickletools.genops(bounded):
+
+    def __new__(cls, name):
+        return super().__new__(cls, "Name", (), {"__new__": lambda self, *items, **keywords: self(*items)})
+
+    def __init__(cls, name):
+        cls.name = name
+
+    def __call__(cls, *arguments):
+        return Call(cls.name, arguments) if cls.name in LISTED else cls
+
+    def _ignore(cls, *items):
+        pass
+
+    append = extend = add = __setitem__ = __setstate__ = _ignore
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads one pickle from where a file, on disk or a BytesIO, stands; the file then stands behind it.
+
+    `load` returns plain values, containers, names and calls, or raises whatever a damaged file makes Python say.
+    `storages` then holds `{key: (dtype, numel)}` of what torch tensors refer to, each as a `Call("storage", (key,))`.
+    """
+
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")
+        self.file, self.names, self.storages = file, {}, {}
+
+    def load(self):
+        start, in_memory = self.file.tell(), isinstance(self.file, io.BytesIO)
+        # The pages of the map count as resident memory, so that it is closed before the data are read.
+        program = self.file if in_memory else _Map(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        program.seek(start)
+        _check_program(program)
+        del program
+        self.file.seek(start)
+        return super().load()
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name not in self.names:
+            if len(self.names) == MAX_NAMES:
+                raise Refused(f"it asks to import more than {MAX_NAMES} names")
+            self.names[name] = Name(name)
+        return self.names[name]
+
+    def persistent_load(self, pid):
+        # ("storage", storage class, key, device, number of elements[, view of another storage: older files])
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Name):
+            raise Refused("it refers to an object outside of the file")
+        _, kind, key, _, numel, *view = pid
+        dtype = STORAGE_TYPES.get(kind.name.removeprefix("torch."))
+        if dtype is None:
+            return kind
+        if view and view[0] is not None:
+            raise Refused("it has a storage that is a view of another one: save it with a newer PyTorch")
+        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 60:
+            raise ValueError("a storage of impossible size")
+        if self.storages.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise ValueError(f"its storage {shortened(key)} has two types or sizes")
+        return Call("storage", (key,))
+
+
+class _Map(mmap.mmap):
+    def read(self, count):
+        """Returns the next bytes; long ones as a view, because `pickletools` looks at nothing but their number."""
+        if count < 4096:
+            return super().read(count)
+        view = memoryview(self)[self.tell() :][:count]
+        self.seek(self.tell() + len(view))
+        return view
+
+
+def _check_program(file):
+    """Raises for a pickle that would take more memory or time than its length warrants; it is read, not run.
+
+    `pickletools` compares every length with the file. Checked here are frames and memo indices, for which the
+    Unpickler takes memory, and the keys of dicts and sets: instead of each object, the number of its parts lies on
+    the stack.
+    """
+    stack, marks, memo, before, frame_end = [], [], {}, 0, 0
+    for operation, argument, place in pickletools.genops(file):
         name, takes = operation.name, operation.stack_before
         if name in _UNUSED:
             raise Refused(f"it uses the pickle operation {name}, which no weights need; nothing was run")
+        # The Unpickler drops the rest of a frame when it reads beyond it, and would run another program than this.
+        if before < frame_end < place or (name == "FRAME" and place < frame_end):
+            raise ValueError("its frames overlap")
+        before, frame_end = place, place + 9 + argument if name == "FRAME" else frame_end
         if pickletools.markobject in takes:
             first = marks.pop() - takes.index(pickletools.markobject) if marks else -1
         else:
@@ -79,259 +153,17 @@ def run(file):
             raise ValueError(f"its {name} takes more than there is")
         parts = stack[first:]
         del stack[first:]
+        if name in _HASHED and any(count > MAX_KEY_PARTS for count in parts[_HASHED[name]]):
+            raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
         if name == "MARK":
             marks.append(len(stack))
         elif operation.stack_after:
-            stack.append(memo[argument] if "GET" in name else _result(name, argument, parts, storages))
-        if "PUT" in name or name == "MEMOIZE":
-            memo[len(memo) if argument is None else argument] = stack[-1]
-    return parts[0], storages
-
-
-def _result(name, argument, parts, storages):
-    """Returns what an operation leaves on the stack in the place of `parts`."""
-    target, *values = parts or [None]
-    match name:
-        case "MEMOIZE":
-            return target
-        case "NEWTRUE" | "NEWFALSE":
-            return name == "NEWTRUE"
-        case "EMPTY_LIST" | "LIST":
-            return parts
-        case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-            return tuple(parts)
-        case "EMPTY_DICT" | "DICT":
-            return _with_items({}, parts)
-        case "EMPTY_SET" | "FROZENSET":
-            return set()  # its members are of no use: weights hold no sets
-        case "GLOBAL" | "STACK_GLOBAL":
-            return Name(".".join(parts or argument.split(" ")))
-        case "BINPERSID":
-            return _storage(target, storages)
-        case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
-            if not isinstance(target, Name) or not isinstance(values[0], tuple):
-                raise ValueError(f"'{type(target).__name__}' object is not callable")
-            if target.name == "collections.OrderedDict" and not values[0]:
-                return {}
-            return Call(target.name, values[0]) if target.name in LISTED else target
-    if not parts:
-        return argument
-    match target:
-        case list() if name.startswith("APPEND"):
-            target.extend(values)
-        case dict() if name.startswith("SETITEM"):
-            _with_items(target, values)
-        case Call() if name == "BUILD":
-            target.state = values[0]
-        case Name():
-            pass
-        case set() | dict() if name in ("ADDITEMS", "BUILD"):
-            pass  # members of a set, attributes of an OrderedDict
-        case _:
-            raise ValueError(f"{name} of a {type(target).__name__}")
-    return target
-
-
-def _with_items(target, items):
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        target[key if isinstance(key, _PLAIN) else object()] = value  # because to hash others may take any time
-    return target
-
-
-def _storage(pid, storages):
-    # ("storage", storage class, key, device, number of elements[, view of another storage: older files])
-    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Name):
-        raise Refused("it refers to an object outside of the file")
-    _, kind, key, _, numel, *view = pid
-    dtype = STORAGE_TYPES.get(kind.name.removeprefix("torch."))
-    if dtype is None:
-        return kind
-    if view and view[0] is not None:
-        raise Refused("it has a storage that is a view of another one: save it with a newer PyTorch")
-    if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 60:
-        raise ValueError("a storage of impossible size")
-    if storages.setdefault(key, (dtype, numel)) != (dtype, numel):
-        raise ValueError(f"its storage {shortened(key)} has two types or sizes")
-    return Call("storage", (key,))
-
-
-class Records:
-    """Makes what records stand for; tied weights stay one array.
-
-    Args:
-        file_size: bounds what is copied, so that a small file can't ask for much memory.
-        storages: `{key: (elements, dtype)}` of a torch file; None: a paddle.save file, in which a pair (name, array)
-            is a tensor, and uint16 is bfloat16.
-    """
-
-    def __init__(self, file_size, storages=None):
-        # `done` is by the id of a node, which holds as long as the tree does: only nodes of it may go to `value`.
-        self.left, self.storages, self.done = 4 * file_size + (1 << 26), storages, {}
-
-    def read(self, tree, tolerant):
-        """Returns `value(tree)`; where `tolerant`, an entry of a dict that has no value becomes the error."""
-        if not tolerant or not isinstance(tree, dict):
-            return self.value(tree)
-        entries = {}
-        for name in filter(lambda name: isinstance(name, _PLAIN), tree):
-            try:
-                entries[name] = self.value(tree[name], 1)
-            except Exception as error:
-                entries[name] = error.with_traceback(None)
-        return entries
-
-    def value(self, node, depth=0):
-        """Returns a tree of arrays, dicts, lists, tuples and plain values; raises for anything else."""
-        if isinstance(node, _PLAIN):
-            return node
-        if id(node) not in self.done:
-            if depth > MAX_DEPTH:
-                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-            self.done[id(node)] = self._make(node, depth + 1)
-        return self.done[id(node)]
-
-    def _make(self, node, depth):
-        if isinstance(node, Call):
-            return self._called(node, depth)
-        if isinstance(node, dict):
-            if not all(isinstance(name, _PLAIN) for name in node):
-                raise ValueError("a dict with a key that is no plain value")
-            return {name: self.value(value, depth) for name, value in node.items()}
-        if not isinstance(node, (list, tuple)):
-            _refuse(node, f"it holds a {type(node).__name__}, neither a tensor nor a plain value")
-        values = [self.value(value, depth) for value in node]
-        if self.storages is None and len(node) == 2 and type(node) is tuple and isinstance(node[0], str):
-            # Paddle's tensor. Where a user saved a pair, the second item is one: a call of `tuple`.
-            if isinstance(node[1], Call) and node[1].name.endswith(("_reconstruct", "_frombuffer")):
-                return values[1]
-        return type(node)(values)
-
-    def _called(self, call, depth):
-        arguments = call.arguments
-        match call.name.split(".")[-1]:
-            case "_rebuild_tensor_v2":
-                return self._tensor(*arguments[:4])
-            case "_reconstruct":
-                _, shape, dtype, is_fortran, data = call.state or [None] * 5
-                return self._array(data, dtype, shape, "F" if is_fortran else "C", depth)
-            case "_frombuffer":
-                data, dtype, shape, order = arguments
-                return self._array(data, dtype, shape, order, depth)
-            case "scalar":
-                return np.frombuffer(self._bytes(arguments[1], depth), _dtype(arguments[0]), count=1)[0].item()
-            case "_rebuild_parameter" | "tuple":
-                return self.value(arguments[0], depth)
-            case "Namespace":
-                return {} if call.state is None else self.value(call.state, depth)
-            case "bytes":
-                return b""
-            case "encode" if arguments[1] in ("latin1", "latin-1"):
-                return self._bytes(arguments[0], depth)
-            case "encode":
-                raise ValueError("text in another encoding than latin1")
-            case "OrderedDict":
-                raise ValueError("a dict as Python 2 writes it: save the file with Python 3")
-        return _refuse(call, "")
-
-    def _tensor(self, storage, offset, size, stride):
-        """Returns the tensor with element (i, j, ...) at offset + i*stride[0] + j*stride[1] + ... of a storage."""
-        if not isinstance(storage, Call) or storage.name != "storage":
-            _refuse(storage, "a tensor without its data")
-        if not len(size) == len(stride) < 50 or not _are_sizes((offset, *size, *stride)):
-            raise ValueError("a tensor of impossible shape, stride or offset")
-        (data, dtype), size, stride = self.storages[storage.arguments[0]], tuple(size), tuple(stride)
-        if 0 in size:
-            return np.zeros(size, "f4" if dtype == "bfloat16" else dtype)
-        if offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) >= len(data):
-            raise ValueError(f"a tensor of shape {size} that reaches past the end of its data")
-        flat = data[offset:]
-        if stride == contiguous_stride(size):
-            return self._widened(flat[: math.prod(size)].reshape(size), dtype)
-        self._count(math.prod(size) * flat.itemsize)
-        strides = [s * flat.itemsize for s in stride]
-        view = np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
-        return self._widened(np.array(view, order="C"), dtype)
-
-    def _array(self, data, dtype, shape, order, depth):
-        """Returns a numpy array, of this machine's byte order and in C order."""
-        dtype = _dtype(dtype)
-        array, native = array_on(self._bytes(data, depth), dtype, shape, order), dtype.newbyteorder("=")
-        if not array.flags.c_contiguous or array.dtype != native:
-            self._count(array.nbytes)
-            array = np.array(array, native, order="C")
-        return self._widened(array, "bfloat16" if self.storages is None and native == np.uint16 else native)
-
-    def _bytes(self, data, depth):
-        """Returns the bytes of an array, which protocols before 3 write as text of latin1."""
-        if isinstance(data, str):
-            self._count(len(data))
-            return data.encode("latin1")
-        return bytes(data) if isinstance(data, (bytes, bytearray)) else self.value(data, depth)
-
-    def _widened(self, array, dtype):
-        self._count(2 * array.nbytes if dtype == "bfloat16" else 0)
-        return widened(array, dtype)
-
-    def _count(self, size):
-        """Counts bytes that are copied."""
-        self.left -= size
-        if self.left < 0:
-            raise ValueError("its tensors take many times more memory than the file has bytes")
-
-
-def _refuse(node, message):
-    """Raises the error for a record in a wrong place."""
-    if isinstance(node, Name) and node.name not in LISTED:
-        raise Refused(f"it asks to import {shortened(node.name, 100)}, which no weights need; nothing was run")
-    if isinstance(node, (Name, Call)):
-        raise Refused(f"it holds a {node.name}, neither a tensor nor a plain value")
-    raise ValueError(message)
-
-
-def _dtype(node):
-    if not isinstance(node, Call) or node.name != "numpy.dtype":
-        _refuse(node, "an array without its data")
-    code = node.arguments[0]
-    if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-        raise ValueError(f"an array of type {code[:60] if isinstance(code, str) else type(code).__name__!r}")
-    return np.dtype(code).newbyteorder(node.state[1] if node.state else "=")
-
-
-def array_on(data, dtype, shape, order="C"):
-    """Returns a writable array on the memory of bytes, as numpy's own unpickling does, without a copy."""
-    if not _are_sizes(shape) or math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError("an array whose data are not of its size")
-    if not data:
-        return np.zeros(shape, dtype)
-    array = np.ndarray(0, dtype)
-    array.__setstate__((1, tuple(shape), dtype, order == "F", data))
-    return array
-
-
-def read_elements(file, count, dtype, big_endian=False):
-    """Returns the next elements of a file, which must have them before memory is taken; see `elements`."""
-    size = count * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
-    if size > os.fstat(file.fileno()).st_size - file.tell():
-        raise ValueError(f"it states a length of {size:,} bytes, which is more than it has")
-    return elements(file.read(size), dtype, big_endian)
-
-
-def elements(data, dtype, big_endian):
-    """Returns the bytes of a storage as elements `(numel,)` of this machine's byte order; bfloat16 as uint16."""
-    stored = np.dtype("u2" if dtype == "bfloat16" else dtype).newbyteorder(">" if big_endian else "<")
-    array = array_on(data, stored, (len(data) // stored.itemsize,))
-    return array.astype(stored.newbyteorder("="), copy=False)
-
-
-def _are_sizes(numbers):
-    return len(numbers) < 100 and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
-
-
-def contiguous_stride(size):
-    """Returns the strides, in elements, of a tensor whose elements lie in order."""
-    return tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
-
-
-def widened(array, dtype):
-    """Returns an array as it is or, of the 16 bits of "bfloat16" (the upper half of a float32), as float32."""
-    return (array.astype(np.uint32) << 16).view(np.float32).reshape(array.shape) if dtype == "bfloat16" else array
+            count = memo.get(argument, 1) if name in ("GET", "BINGET", "LONG_BINGET") else 1 + sum(parts)
+            stack.append(min(count, MAX_KEY_PARTS + 1))
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if argument is None else argument
+            if not 0 <= index < place:
+                raise ValueError(f"it states a memo index of {index:,}")
+            memo[index] = stack[-1]
+    if frame_end > place + 1:
+        raise ValueError("it states a frame that is longer than the program")

@@ -35,7 +35,6 @@ from tqdm import tqdm
 from benchmarks.turns import Worker, memory, reset_peak, serve
 from config.schema import resolve_config
 from runtime.files import write_json
-from runtime.machine import processor_name
 from runtime.process import configure_runtime, run_cli
 
 SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
@@ -463,6 +462,16 @@ def _line(row):
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def _processor():
+    """Returns vendor and model of the processor, to stand beside the figures: `AuthenticAMD, AMD EPYC ...`."""
+    fields = {}
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    return ", ".join(fields.get(name, "unknown") for name in ("vendor_id", "model name"))
+
+
 def run(args):
     cases = [
         _case(name, args, recompute, threads)
@@ -471,14 +480,14 @@ def run(args):
         for recompute in ((False, True) if args.recompute else (False,))
     ]
     rows = []
-    print(f"processor: {processor_name()}\n")
+    print(f"processor: {_processor()}\n")
     print(f"| {HEADS} |")
     print("|" + " --- |" * (HEADS.count("|") + 1), flush=True)
     for case in tqdm(cases, unit="case"):
         rows.append(measure(case, args))
         tqdm.write(_line(rows[-1]))
     if args.output:
-        write_json(args.output, {"processor": processor_name(), "load_average": os.getloadavg(), "rows": rows})
+        write_json(args.output, {"processor": _processor(), "load_average": os.getloadavg(), "rows": rows})
         print(f"figures: {args.output}")
 
 

@@ -10,28 +10,11 @@ import math
 import re
 import sys
 
-from config.options import (
-    BOOL,
-    DATA_KEYS,
-    FLAG_GROUPS,
-    MAX_SEED,
-    OBJECTIVE_KEYS,
-    PASSED_ON,
-    STOPPING_FLAGS,
-    TRAINING_KEYS,
-    Flag,
-    PerLoop,
-    in_loop,
-    str2bool,
-)
-from config.schema import load_config, override
-
-__all__ = ["PASSED_ON", "str2bool"]
+from config import options
+from config.options import PerLoop, in_loop
+from config.schema import check_together, load_config
 
 LOOPS = PerLoop._fields
-LAUNCHED = PerLoop(
-    "--nproc_per_node 8 train_image_generation_trainer.py", "--gpus 0,1,2,3 train_image_generation_notrainer.py"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,42 +22,41 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, loop):
         how = in_loop(PerLoop("the PaddleNLP Trainer", "a hand-written loop"), loop)
+        devices = in_loop(PerLoop("--nproc_per_node 8", "--gpus 0,1,2,3"), loop)
         super().__init__(
             description=f"Trains a class-conditional diffusion transformer on latent features with {how}. What is not "
             "given here the config decides, for its own keys, then the default in [].",
-            epilog=f"On several GPUs: python -m paddle.distributed.launch {in_loop(LAUNCHED, loop)} ... Environment: "
-            "OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that are not Intel's, "
-            "MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
+            epilog=f"On several GPUs: python -m paddle.distributed.launch {devices} train_image_generation_{loop}.py "
+            "... Environment: OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that "
+            "are not Intel's, MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
             allow_abbrev=False,
         )
         self.options = {}  # (name, option) by flag
         self.twins = {}  # the other loop's name of a setting: this loop's
         (other,) = {*LOOPS} - {loop}
-        for title, table in FLAG_GROUPS.items():
+        for title, table in options.FLAG_GROUPS.items():
             group = self.add_argument_group(title)
             for name, option in table.items():
                 flag, theirs = option.flag_in(loop, name), option.flag_in(other, name)
-                if flag:
-                    self._add_option(group, name, flag, option, loop)
                 if flag != theirs:
                     twin = getattr(option, "twin", None)
                     self.twins[theirs or twin] = flag or twin
-
-    def _add_option(self, group, name, flag, option, loop):
-        self.options[flag] = name, option
-        check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
-        shown = in_loop(option.unset, loop) if default is None else default
-        group.add_argument(
-            f"--{flag}",
-            dest=name,
-            default=default if isinstance(option, Flag) else None,
-            help=help if shown == "" else f"{help} [{shown}]",
-            type=check.parse,
-            metavar=check.metavar,
-            choices=check.choices,
-            nargs=check.nargs,
-            **({"const": True} if check is BOOL else {}),
-        )
+                if not flag:
+                    continue
+                self.options[flag] = name, option
+                check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
+                shown = in_loop(option.unset, loop) if default is None else default
+                group.add_argument(
+                    f"--{flag}",
+                    dest=name,
+                    default=default if isinstance(option, options.Flag) else None,
+                    help=help if shown == "" else f"{help} [{shown}]",
+                    type=check.parse,
+                    metavar=check.metavar,
+                    choices=check.choices,
+                    nargs=check.nargs,
+                    **({"const": True} if check is options.BOOL else {}),
+                )
 
     def error(self, message):
         raise ValueError(f"command line: {message}; see --help")
@@ -86,61 +68,52 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), None)
-            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown_flag(flag.split("=")[0]))
+            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown(flag.split("=")[0]))
         for flag, (name, option) in self.options.items():
             if getattr(args, name) != "None":
                 check_flag(flag, option, getattr(args, name))
         return args
 
-    def _unknown_flag(self, flag):
-        twin = self.twins.get(flag.lstrip("-"))
+    def _unknown(self, flag):
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-        meant = f"--{twin}" if twin else near[0] if near else None
-        return f"unknown flag {flag}" + (f" (did you mean {meant}?)" if meant else "")
+        meant = [f"--{twin}"] if (twin := self.twins.get(flag.lstrip("-"))) else near
+        return f"unknown flag {flag}" + (f" (did you mean {meant[0]}?)" if meant else "")
 
 
 def read_flags(loop, words=None):
-    """Returns `(args, config)`, checked, of a loop's command line (None: this process's).
-
-    Raises:
-        ValueError: one line: an unknown flag, a wrong value, a wrong config.
-    """
+    """Returns `(args, config)` of a loop's command line (None: this process's); ValueError for what is wrong in it."""
     args = Parser(loop).parse_args(words)
     return args, resolve_training(args)
 
 
 def resolve_training(args):
-    """Returns the config of a run: command line over JSON over defaults.
-
-    Args:
-        args: parsed flags of either loop.
-
-    Raises:
-        ValueError: names the file or "command line", the key, and what was expected.
-    """
+    """Returns the config of a run, of parsed flags of either loop: command line over JSON over defaults."""
     if args.bf16 and args.fp16:
         raise ValueError("command line: at most one of --bf16 and --fp16 can be True")
-    training, objective, data = (_given(args, keys) for keys in (TRAINING_KEYS, OBJECTIVE_KEYS["transport"], DATA_KEYS))
+    config = load_config(args.config_file)
+    transport = options.OBJECTIVE_KEYS["transport"]
+    sections = {"training": options.TRAINING_KEYS, "objective": transport, "data": options.DATA_KEYS}
+    for section, keys in sections.items():
+        given = {name: value for name in keys if (value := getattr(args, name, None)) is not None}
+        for name in given:
+            if name not in config[section]:
+                kind = config["objective"]["type"]
+                raise ValueError(f"command line: --{name} is no setting of the config's objective {kind!r}")
+        config[section].update({name: None if value == "None" else value for name, value in given.items()})
+    training = config["training"]
     if args.bf16 is not None or args.fp16 is not None:
         training["amp_dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    config = override(load_config(args.config_file), {"training": training, "objective": objective, "data": data})
-    seed = config["training"]["seed"]
-    if seed > MAX_SEED:
-        where = "command line" if "seed" in training else f"{args.config_file}: training"
-        raise ValueError(f"{where}: seed must be an integer from 0 to {MAX_SEED}, got {seed}")
+    check_together(config, "command line")
+    if training["seed"] > options.MAX_SEED:
+        where = f"{args.config_file}: training" if getattr(args, "seed", None) is None else "command line"
+        raise ValueError(f"{where}: seed must be an integer from 0 to {options.MAX_SEED}, got {training['seed']}")
     return config
-
-
-def _given(args, options):
-    """Returns the values that a command line gives for options, by the options' names."""
-    values = {name: getattr(args, name, None) for name in options}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_seed(name, value):
     """Raises `ValueError` for a seed, the flag `--name`'s, that is not in the range that every command takes."""
-    if not 0 <= value <= MAX_SEED:
-        raise ValueError(f"--{name} {value}: expected an integer from 0 to {MAX_SEED}")
+    if not 0 <= value <= options.MAX_SEED:
+        raise ValueError(f"--{name} {value}: expected an integer from 0 to {options.MAX_SEED}")
 
 
 def check_positive(args, *names):
@@ -159,5 +132,5 @@ def check_flag(name, option, value):
 
 def check_stopping(max_hours, hang_timeout):
     """Raises `ValueError` for what `training.supervision.stopping.Stopping` can't take."""
-    check_flag("max_hours", STOPPING_FLAGS["max_hours"], max_hours)
-    check_flag("hang_timeout", STOPPING_FLAGS["hang_timeout"], hang_timeout)
+    check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
+    check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)

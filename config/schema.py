@@ -9,60 +9,24 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from config.options import (
-    AUXILIARY_KEYS,
-    AUXILIARY_TYPES,
-    DATA_KEYS,
-    DIT_KEYS,
-    FEATURES_KEYS,
-    LARGE_DIT_KEYS,
-    OBJECTIVE_KEYS,
-    POSITIVE_INT,
-    REQUIRED,
-    TRAINING_KEYS,
-    VAE_KEYS,
-)
-from config.options import DEFAULT_VAE as DEFAULT_VAE
-from config.options import MAX_SEED as MAX_SEED
-from runtime.untrusted import check_network, read_json
+from config import options
+from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 SECTIONS = ("model", "objective", "training", "data", "features")
 # Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, and Large-DiT's.
 ALIASES = {
-    "input_size": "sample_size",
-    "depth": "num_layers",
-    "num_heads": "num_attention_heads",
-    "dim": "hidden_size",
-    "n_layers": "num_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_kv_heads",
-}
+    "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
+    "n_layers": "num_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_kv_heads",
+}  # fmt: skip
 
 
-def _check_dit(model, where):
-    width = model["num_attention_heads"] * model["attention_head_dim"]
-    if width % 4:  # two coordinates, each with sines and cosines
-        raise ValueError(f"{where}: num_attention_heads * attention_head_dim must be a multiple of 4, got {width}")
-
-
-def _check_large_dit(model, where):
-    heads, head_dim, kv_heads = (model[n] for n in ("num_attention_heads", "attention_head_dim", "num_kv_heads"))
-    if head_dim % 2:
-        raise ValueError(f"{where}: attention_head_dim must be even for rotary positions, got {head_dim}")
-    if kv_heads and heads % kv_heads:
-        raise ValueError(f"{where}: num_kv_heads must divide num_attention_heads {heads}, got {kv_heads}")
-
-
-@dataclass(frozen=True)
-class ModelType:
+class ModelType(NamedTuple):
     """All that the project knows of a network by its `type`, beside its class in `models`."""
 
     keys: dict  # its options, the keyword arguments of the class
-    check_sizes: Callable  # check_sizes(model, where) raises ValueError for sizes that don't fit together
     family: str  # the network itself; types of one family differ only in `drops_variance`
     drops_variance: bool  # of the channels that `learn_sigma` doubles, only the first half leaves the network
     objective: str  # the default type of the objective
@@ -70,29 +34,12 @@ class ModelType:
     pipeline: str  # the class of its pipeline folder
 
 
-_DIFFUSION = {"objective": "diffusion", "demo": "infer_demo_dit.py", "pipeline": "DiTPipeline"}
-_TRANSPORT = {"objective": "transport", "demo": "infer_demo_sit.py", "pipeline": "SiTPipeline"}
 MODEL_TYPES = {
-    "DiT": ModelType(DIT_KEYS, _check_dit, "DiT", drops_variance=False, **_DIFFUSION),
-    "SiT": ModelType(DIT_KEYS, _check_dit, "DiT", drops_variance=True, **_TRANSPORT),
-    "LargeDiT": ModelType(LARGE_DIT_KEYS, _check_large_dit, "LargeDiT", drops_variance=False, **_DIFFUSION),
-    "LargeSiT": ModelType(LARGE_DIT_KEYS, _check_large_dit, "LargeDiT", drops_variance=True, **_TRANSPORT),
+    "DiT": ModelType(options.DIT_KEYS, "DiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
+    "SiT": ModelType(options.DIT_KEYS, "DiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
+    "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
+    "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
 }
-
-
-def check_value(options, name, value, where):
-    """Returns a value that `options[name]` accepts, of the default's type.
-
-    Raises:
-        ValueError: one line: the place, the key, and what was expected.
-    """
-    if name not in options:
-        raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(options))}")
-    option = options[name]
-    if not option.check.accepts(value):
-        raise ValueError(f"{where}: {name} must be {option.check.expected}, got {json.dumps(value)[:60]}")
-    # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
-    return float(value) if isinstance(option.default, float) else value
 
 
 def _check_object(given, where):
@@ -100,14 +47,22 @@ def _check_object(given, where):
         raise ValueError(f"{where}: expected an object {{...}}, got {json.dumps(given)[:60]}")
 
 
-def check_section(options, given, where):
-    """Returns every key of a section, from what is given and the defaults; raises `ValueError` as `check_value`."""
+def check_section(keys, given, where):
+    """Returns every key of a section, from what is given and the defaults; ValueError for what a key can't be."""
     _check_object(given, where)
-    values = {name: check_value(options, name, value, where) for name, value in given.items()}
-    for name, option in options.items():
-        if name not in values and option.default is REQUIRED:
+    for name, value in given.items():
+        if name not in keys:
+            raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(sorted(keys))}")
+        if not keys[name].check.accepts(value):
+            raise ValueError(f"{where}: {name} must be {keys[name].check.expected}, got {json.dumps(value)[:60]}")
+    values = {}
+    for name, option in keys.items():
+        if name not in given and option.default is options.REQUIRED:
             raise ValueError(f"{where}: {name} is missing; expected {option.check.expected}")
-    return {name: values.get(name, copy.copy(option.default)) for name, option in options.items()}
+        value = given.get(name, copy.copy(option.default))
+        # JSON writes 4.0 as 4: keep the type of the default, so that two runs of one config save the same text.
+        values[name] = float(value) if isinstance(option.default, float) else value
+    return values
 
 
 def _check_typed(tables, given, default_type, where, subject):
@@ -135,129 +90,104 @@ def _official_names(model, where):
         name, width, heads = given["hidden_size"], renamed.pop("hidden_size"), renamed.get("num_attention_heads")
         if "attention_head_dim" in renamed:
             raise ValueError(f"{where}: {name} and attention_head_dim say the same; give one")
-        if not (POSITIVE_INT.accepts(width) and POSITIVE_INT.accepts(heads) and width % heads == 0):
-            raise ValueError(
-                f"{where}: {name} must be a multiple of num_attention_heads {json.dumps(heads)}, "
-                f"got {json.dumps(width)}"
-            )
+        if not (options.POSITIVE_INT.accepts(width) and options.POSITIVE_INT.accepts(heads) and width % heads == 0):
+            rule = f"must be a multiple of num_attention_heads {json.dumps(heads)}"
+            raise ValueError(f"{where}: {name} {rule}, got {json.dumps(width)}")
         renamed["attention_head_dim"] = width // heads
     return renamed
 
 
-def _resolve_model(given, where):
-    keys = {name: kind.keys for name, kind in MODEL_TYPES.items()}
-    model = _check_typed(keys, _official_names(given, where), "DiT", where, "model")
-    check_network(model, where)
+def _conflicts(model, objective, data):
+    """Yields in words which values of a config are right one by one, but don't fit together."""
+    kind, heads, head_dim = MODEL_TYPES[model["type"]], model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
-        raise ValueError(
-            f"{where}: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
-        )
-    MODEL_TYPES[model["type"]].check_sizes(model, where)
-    return model
-
-
-def _resolve_objective(given, default_type, where):
-    objective = _check_typed(OBJECTIVE_KEYS, given, default_type, where, "objective")
-    types = {name: {**AUXILIARY_KEYS, **keys} for name, keys in AUXILIARY_TYPES.items()}
-    objective["auxiliary"] = [
-        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
-        for index, entry in enumerate(objective["auxiliary"])
-    ]
-    return objective
-
-
-def _check_together(config, source):
-    """Raises `ValueError` for sections that are right one by one, but don't fit together."""
-    model, objective = config["model"], config["objective"]
-    kind = MODEL_TYPES[model["type"]]
+        yield f"model: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
+    if kind.family == "DiT" and heads * head_dim % 4:  # two coordinates, each with sines and cosines
+        yield f"model: num_attention_heads * attention_head_dim must be a multiple of 4, got {heads * head_dim}"
+    if kind.family == "LargeDiT" and head_dim % 2:
+        yield f"model: attention_head_dim must be even for rotary positions, got {head_dim}"
+    if model.get("num_kv_heads") and heads % model["num_kv_heads"]:
+        yield f"model: num_kv_heads must divide num_attention_heads {heads}, got {model['num_kv_heads']}"
     if model["learn_sigma"] and kind.drops_variance != (objective["type"] == "transport"):
         twins = [name for name, other in MODEL_TYPES.items() if other.family == kind.family and other is not kind]
-        raise ValueError(
-            f"{source}: a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}; "
-            f"use {''.join(f'the model type {twin}, or ' for twin in twins)}learn_sigma false"
-        )
+        use = "".join(f"the model type {twin}, or " for twin in twins)
+        what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
+        yield f"{what}; use {use}learn_sigma false"
     if objective.get("cosine_loss") and objective["prediction"] != "velocity":
-        raise ValueError(
-            f"{source}: objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
-        )
+        yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
     for index, entry in enumerate(objective["auxiliary"]):
         if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
-            raise ValueError(
-                f"{source}: objective: auxiliary[{index}]: layer {entry['layer']} is outside the blocks "
-                f"0..{model['num_layers'] - 1}"
-            )
-    for label in config["data"]["classes"] or ():
+            what = f"layer {entry['layer']} is outside the blocks 0..{model['num_layers'] - 1}"
+            yield f"objective: auxiliary[{index}]: {what}"
+    for label in data["classes"] or ():
         if label >= model["num_classes"]:
-            raise ValueError(
-                f"{source}: data: classes: label {label} is outside the config's num_classes: "
-                f"0..{model['num_classes'] - 1}"
-            )
+            classes = f"0..{model['num_classes'] - 1}"
+            yield f"data: classes: label {label} is outside the config's num_classes: {classes}"
 
 
-def _type_from_file_name(path):
-    """Returns the model type that a file's name begins with; PaddleMIX's flat files say it in no other way."""
-    name = os.path.basename(path)
-    for kind in sorted(MODEL_TYPES, key=len, reverse=True):
-        if re.match(rf"{kind}(?![A-Za-z])", name, re.IGNORECASE):
-            return kind
-    return "DiT"
+def check_together(config, source):
+    """Raises `ValueError` for sections that are right one by one, but don't fit together."""
+    for conflict in _conflicts(config["model"], config["objective"], config["data"]):
+        raise ValueError(f"{source}: {conflict}")
 
 
-def resolve_config(raw, *, source="config", file_name=""):
-    """Checks a raw config and fills in the defaults.
+def resolve_config(raw, *, source="config"):
+    """Checks a raw config and returns it with all sections and keys, those that it lacks by default.
 
     Args:
-        raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files).
-        source: named in errors.
-        file_name: gives a flat file its model type.
-
-    Returns:
-        `{"model": {...}, "objective": {...}, "training": {...}, "data": {...}, "features": {...}}`, every key present.
+        raw: what the JSON holds: an object with sections, or a flat one of model keys alone (PaddleMIX's files),
+            whose type is that with which the name of the file begins, or DiT.
+        source: the file, or another name for errors.
 
     Raises:
         ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
     """
     _check_object(raw, source)
-    if "model" not in raw and not set(raw) & set(SECTIONS):
-        kind = _type_from_file_name(file_name)
+    if not set(raw) & set(SECTIONS):
+        file_name = os.path.basename(source)
+        kinds = [kind for kind in MODEL_TYPES if re.match(rf"{kind}(?![A-Za-z])", file_name, re.IGNORECASE)]
+        (kind,) = kinds or ["DiT"]
         # PaddleMIX's LargeDiT class has qk_norm on unless its files say otherwise, the official one off.
         paddlemix = MODEL_TYPES[kind].family == "LargeDiT" and "attention_head_dim" in raw
-        defaults = {"qk_norm": True} if paddlemix else {}
-        raw = {"model": {"type": kind, **defaults, **raw}}
+        raw = {"model": {"type": kind, **({"qk_norm": True} if paddlemix else {}), **raw}}
     for name in raw:
         if name not in SECTIONS:
             raise ValueError(f"{source}: unknown section {name!r}; known: {', '.join(SECTIONS)}")
     if "model" not in raw:
         raise ValueError(f"{source}: the section 'model' is missing")
-    model = _resolve_model(raw["model"], f"{source}: model")
-    default_type = MODEL_TYPES[model["type"]].objective
+    types, where = {name: kind.keys for name, kind in MODEL_TYPES.items()}, f"{source}: model"
+    model = _check_typed(types, _official_names(raw["model"], where), "DiT", where, "model")
+    check_sizes(model, where)
+    default_type, where = MODEL_TYPES[model["type"]].objective, f"{source}: objective"
+    objective = _check_typed(options.OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
+    types = {name: {**options.AUXILIARY_KEYS, **keys} for name, keys in options.AUXILIARY_TYPES.items()}
+    objective["auxiliary"] = [
+        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
+        for index, entry in enumerate(objective["auxiliary"])
+    ]
     config = {
         "model": model,
-        "objective": _resolve_objective(raw.get("objective", {}), default_type, f"{source}: objective"),
-        "training": check_section(TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
-        "data": check_section(DATA_KEYS, raw.get("data", {}), f"{source}: data"),
+        "objective": objective,
+        "training": check_section(options.TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
+        "data": check_section(options.DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),
     }
-    _check_together(config, source)
+    check_together(config, source)
     return config
 
 
 def resolve_features(given, where):
     """Returns a `features` section with every key, null where nothing is given; raises as `resolve_config` does."""
-    features = check_section(FEATURES_KEYS, given, where)
+    features = check_section(options.FEATURES_KEYS, given, where)
     if features["vae"] is not None:
-        features["vae"] = check_section(VAE_KEYS, features["vae"], f"{where}: vae")
+        features["vae"] = check_section(options.VAE_KEYS, features["vae"], f"{where}: vae")
     return features
 
 
 def manifest_features(manifest, where):
-    """Returns the `features` section of a set's manifest, without the class names, which stand in another file.
-
-    Raises:
-        ValueError: one line: a value that can't be.
-    """
+    """Returns the `features` section of a set's manifest, without the class names, which stand in another file."""
     vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
-    known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in VAE_KEYS}
+    known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in options.VAE_KEYS}
     if all(value is None for value in known.values()):
         known = None
     return resolve_features({"image_size": manifest.get("image_size"), "vae": known}, where)
@@ -265,16 +195,15 @@ def manifest_features(manifest, where):
 
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
-    return resolve_config(read_json(path), source=str(path), file_name=str(path))
+    return resolve_config(read_json(path), source=str(path))
 
 
 def own_config(path):
     """Reads the resolved config of the training checkpoint that `path` is, or is a file of; None if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = os.path.join(folder, "config.json")
-    if not os.path.isfile(file):
-        return None
-    if folder != path and not os.path.isfile(os.path.join(folder, "model_state.pdparams")):
+    needed = [file] if folder == path else [file, os.path.join(folder, "model_state.pdparams")]
+    if not all(map(os.path.isfile, needed)):
         return None
     raw = read_json(file)
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):  # a config.json of ppdiffusers', say
@@ -283,11 +212,7 @@ def own_config(path):
 
 
 def differences(theirs, ours, *, ignored=()):
-    """Lists the keys in which two sections differ, as text "key A there, B here, ..."; empty if there are none.
-
-    Args:
-        ignored: keys that are left out.
-    """
+    """Lists the keys, but those `ignored`, in which two sections differ: "key A there, B here, ..."; empty for none."""
     keys = {*theirs, *ours} if theirs.get("type") == ours.get("type") else {*theirs} & {*ours}
     different = [key for key in sorted(keys - {*ignored}) if theirs.get(key) != ours.get(key)]
     return ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
@@ -295,7 +220,8 @@ def differences(theirs, ours, *, ignored=()):
 
 def sampling_differences(theirs, ours):
     """Lists the `differences` of two sections that change a trained network's images."""
-    ignored = {name for keys in OBJECTIVE_KEYS.values() for name, option in keys.items() if option.training_only}
+    tables = options.OBJECTIVE_KEYS.values()
+    ignored = {name for keys in tables for name, option in keys.items() if option.training_only}
     rates = theirs.get("class_dropout_prob"), ours.get("class_dropout_prob")
     if None not in rates and min(rates) > 0:
         ignored.add("class_dropout_prob")  # both have a null class
@@ -305,13 +231,7 @@ def sampling_differences(theirs, ours):
 def weights_config(path, config_file=None, sections=("model", "objective")):
     """Reads the config of weights: that of the checkpoint they lie in, else a config file; None without either.
 
-    Args:
-        path: of the weights.
-        config_file: what the user gave, or None.
-        sections: those in which the two must agree.
-
-    Raises:
-        ValueError: one line: the keys in which the two describe another network.
+    Raises ValueError if the two describe another network, with the keys of `sections` in which they do.
     """
     own = own_config(path)
     if config_file is None:
@@ -319,44 +239,16 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
     config = load_config(config_file)
     for section in sections if own is not None else ():
         if listed := sampling_differences(own[section], config[section]):
-            raise ValueError(
-                f"{path}: holds another run's {section}: {listed}; these weights do not fit the config {config_file}"
-            )
+            what = f"another run's {section}: {listed}"
+            raise ValueError(f"{path}: holds {what}; these weights do not fit the config {config_file}")
     return own or config
 
 
 def weights_features(path, config):
-    """Returns the `features` section of weights: that of the checkpoint they lie in, if it has one, else the config's.
-
-    Args:
-        path: a training checkpoint folder, a file of weights in one, or any other.
-        config: what describes the network.
-    """
+    """Returns the `features` section of the checkpoint that weights lie in, if it has one, else the config's."""
     own = own_config(path)
-    if own is not None and any(value is not None for value in own["features"].values()):
-        return own["features"]
-    return config["features"]
-
-
-def override(config, given, where="command line"):
-    """Returns the config with values of a command line put over its sections.
-
-    Args:
-        given: `{section: {key: value}}`, values that their options accept; "None" stands for null.
-
-    Raises:
-        ValueError: one line: values that don't fit together, or that the config's objective has no use for.
-    """
-    result = dict(config)
-    for section, values in given.items():
-        for name in values:
-            if name not in config[section]:
-                kind = config["objective"]["type"]
-                raise ValueError(f"{where}: --{name} is no setting of the config's objective {kind!r}")
-        values = {name: None if value == "None" else value for name, value in values.items()}
-        result[section] = {**config[section], **values}
-    _check_together(result, where)
-    return result
+    known = own is not None and any(value is not None for value in own["features"].values())
+    return (own if known else config)["features"]
 
 
 def ineffective_settings(objective):
@@ -364,7 +256,5 @@ def ineffective_settings(objective):
     if objective["type"] != "transport" or objective["prediction"] != "velocity":
         return None
     names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
-    given = [name for name in names if objective[name] is not None]
-    if not given:
-        return None
-    return f"{', '.join(given)} has no effect on velocity prediction with the path {objective['path_type']}"
+    given = ", ".join(name for name in names if objective[name] is not None)
+    return f"{given} has no effect on velocity prediction with the path {objective['path_type']}" if given else None

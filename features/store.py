@@ -92,7 +92,7 @@ def read_manifest(feature_path, name):
     path = Layout(feature_path, name).manifest
     if not os.path.exists(path):
         return {}
-    manifest = read_json(path, large=True)  # extractions took seeds of any size
+    manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return manifest

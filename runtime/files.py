@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there: written beside, flushed to disk, renamed in one step.
 
 `N` is written as `.N.partial`. A folder that is replaced is `.N.replaced` until the new one has its name, so that a
-kill between the two renames loses neither; `restore_replaced` gives it its name back. Standard library only.
+kill between the two renames loses neither. Standard library only.
 """
 
 import contextlib
@@ -33,12 +33,7 @@ def whole_file(path, *, shared=False):
     """Yields a temporary path to write to; when the block ends, the file gets the name `path` by one rename.
 
     After an error or a kill `path` is what it was before. A link is followed; a device or pipe is written directly.
-
-    Args:
-        shared: several processes may write the file at once, and the last one wins.
-
-    Raises:
-        OSError: the file system refused; it names `path`.
+    Of several processes that write a `shared` file at once the last one wins. An `OSError` names `path`.
     """
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
@@ -78,7 +73,7 @@ def sha256_of_file(path):
 @contextlib.contextmanager
 def whole_folder(path):
     """Yields a new, empty folder beside `path`, which gets its name when the block ends; a folder there is replaced."""
-    partial = _beside(path, "partial")
+    partial, replaced = _beside(path, "partial"), _beside(path, "replaced")
     _restore(path)
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
@@ -87,26 +82,30 @@ def whole_folder(path):
         for root, _, names in os.walk(partial):
             for name in names:
                 _flush(os.path.join(root, name))
-        _put_in_place(partial, path)
+            _flush(root)
+        if os.path.isdir(path):
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(path, replaced)
+        os.rename(partial, path)
+        parent = os.path.dirname(partial)
+        _flush(parent)
+        _flush(os.path.dirname(parent))  # the parent may be new
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _restore(path)
 
 
 class FolderWriter:
-    """Writes a folder and a manifest of its files; nothing is seen under the folder's name before `finish`.
+    """Writes a numbered folder as `whole_folder` does, with a manifest of its files, and clears what kills have left.
 
-    What a kill left of earlier ones beside it is deleted. Every method may raise `OSError`.
+    Every method may raise `OSError`.
     """
 
     def __init__(self, folder):
-        self.folder = os.path.abspath(folder)
-        self.partial = _beside(self.folder, "partial")
-        self.files = {}
-        parent = os.path.dirname(self.folder)
-        os.makedirs(parent, exist_ok=True)
-        clear_leftovers(parent)
-        os.mkdir(self.partial)
+        clear_leftovers(os.path.dirname(os.path.abspath(folder)))
+        self.files, self._folder = {}, whole_folder.__wrapped__(folder)  # a generator can be ended without an error
+        self.partial = next(self._folder)
 
     @contextlib.contextmanager
     def open(self, name):
@@ -115,8 +114,6 @@ class FolderWriter:
         with named_errors(path), open(path, "wb") as file:
             hashed = HashedFile(file)
             yield hashed
-            file.flush()
-            os.fsync(file.fileno())
         self.files[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
 
     def write_json(self, name, value, indent=2):
@@ -127,12 +124,11 @@ class FolderWriter:
     def finish(self):
         """Writes the manifest and gives the folder its name; one that has it is deleted after that."""
         self.write_json(MANIFEST, {"files": self.files})
-        _put_in_place(self.partial, self.folder)
+        next(self._folder, None)
 
     def discard(self):
         """Gives back the room of a folder that is not finished; an old one of its name stays."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        _restore(self.folder)
+        self._folder.close()
 
 
 class HashedFile:
@@ -171,7 +167,7 @@ def restore_replaced(parent):
 
 def _leftovers(parent):
     """Returns `(path, name, kind)` of each folder that was on its way to or from a name in `parent`."""
-    matches = [_LEFTOVER.match(name) for name in os.listdir(parent)]
+    matches = [_LEFTOVER.match(name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
     return [(os.path.join(parent, match.group()), match.group(1), match.group(2)) for match in matches if match]
 
 
@@ -179,20 +175,6 @@ def _restore(folder):
     if not os.path.exists(folder):
         with contextlib.suppress(OSError):
             os.rename(_beside(folder, "replaced"), folder)
-
-
-def _put_in_place(partial, folder):
-    """Gives `partial`, whose files are on the disk, the name `folder`; one that has it is deleted after that."""
-    _flush(partial)
-    replaced = _beside(folder, "replaced")
-    if os.path.isdir(folder):
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-    os.rename(partial, folder)
-    parent = os.path.dirname(os.path.abspath(folder))
-    _flush(parent)
-    _flush(os.path.dirname(parent))  # the parent may be new
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _beside(path, kind):
@@ -204,7 +186,8 @@ def _flush(path):
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_errors(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that flush names by themselves
             raise

@@ -4,34 +4,20 @@
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import sysconfig
 
-AVX2 = "5"  # of MKL_DEBUG_CPU_TYPE
-
 
 def read_processor(path="/proc/cpuinfo"):
-    """Returns vendor and feature flags of the first processor that Linux lists: `("AuthenticAMD", {"avx2", ...})`.
-
-    Both are empty where it lists none, as on arm64 and on other systems.
-    """
-    fields = _first_processor(path)
-    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
-
-
-def _first_processor(path):
+    """Returns vendor and feature flags of the first processor that Linux lists, both empty on arm64 and elsewhere."""
     fields = {}
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if not name.strip():  # the end of the first processor; a server lists hundreds
-                    break
-                fields[name.strip()] = value.strip()
-    except OSError:
-        pass
-    return fields
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in itertools.takewhile(str.strip, file):  # the first processor; a server lists hundreds
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
 
 
 def has_bundled_mkl(folders=None):
@@ -41,34 +27,22 @@ def has_bundled_mkl(folders=None):
     return any(os.path.isfile(os.path.join(folder, "paddle", "libs", "libmklml_intel.so")) for folder in folders)
 
 
-def processor_name(path="/proc/cpuinfo"):
-    """Returns vendor and model of the first processor, to stand beside a figure: `AuthenticAMD, AMD EPYC ...`."""
-    fields = _first_processor(path)
-    return ", ".join(fields.get(name, "unknown") for name in ("vendor_id", "model name"))
-
-
 def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     """Sets MKL_DEBUG_CPU_TYPE, so that Paddle's matrix products use AVX2 on processors that are not Intel's.
 
     The MKL in Paddle's CPU wheels takes its slowest path on processors of other vendors. Newer releases of MKL, such as
     PyTorch's, do not read the variable. A value that the environment has already stays, even an empty one. MKL reads
     it at the first product: until then it takes effect even if Paddle is imported.
-
-    Args:
-        environ: the mapping to set it in. cpuinfo: as in `read_processor`. folders: as in `has_bundled_mkl`.
     """
     if "MKL_DEBUG_CPU_TYPE" in environ:
         return
     vendor, flags = read_processor(cpuinfo)
     if vendor and vendor != "GenuineIntel" and "avx2" in flags and has_bundled_mkl(folders):
-        environ["MKL_DEBUG_CPU_TYPE"] = AVX2
+        environ["MKL_DEBUG_CPU_TYPE"] = "5"  # AVX2
 
 
 def available_memory():
-    """Returns the bytes that this machine or container could still give to a process and its page cache.
-
-    None where neither /proc/meminfo nor a cgroup says it.
-    """
+    """Returns the bytes that this machine or container can still give to processes and page cache; None: unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration, IndexError):
         with open("/proc/meminfo") as file:

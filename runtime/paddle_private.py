@@ -8,13 +8,9 @@ import functools
 
 
 def zero_if(flag, tensors):
-    """Fills tensors with zeros, in place, if a flag on the device is set; otherwise they are not touched.
+    """Fills floating tensors with zeros, in place, if a flag on the device, a bool tensor (1,), is set.
 
     Paddle's public operators need the flag on the host, or write every tensor in any case.
-
-    Args:
-        flag: a bool tensor (1,).
-        tensors: of any floating types.
     """
     import paddle
 
@@ -49,7 +45,7 @@ def master_weights(optimizer):
 def sharding_of(optimizer):
     """Reads how a sharding wrapper divides an optimizer's state: `(group, owner by parameter.name)`.
 
-    Returns `(group, None)` for stage 3, which slices every parameter, and `(None, None)` where nothing is sharded.
+    The owners are None for stage 3, which slices every parameter; the group is None where nothing is sharded.
     """
     for wrapper in _wrappers(optimizer) if optimizer is not None else ():
         attributes = vars(wrapper)
@@ -94,8 +90,7 @@ def adamw_accumulators(optimizer, parameters, names):
 def make_adamw(apply_rate, **options):
     """Returns a `paddle.optimizer.AdamW` whose learning rate at each parameter passes through `apply_rate(rate)`.
 
-    Between steps it gives gradients up instead of filling them with zeros: a backward pass then writes them instead of
-    adding to them.
+    Between steps it gives gradients up, so that a backward pass writes them instead of adding to zeros.
     """
     import paddle
 
@@ -136,11 +131,6 @@ def scale_gradient(parameter, gradient, factor):
     parameter._reset_grad_inplace_version(True)
 
 
-def is_scaler_on(scaler):
-    """Returns whether `scaler`, a `paddle.amp.GradScaler` or None, scales anything."""
-    return scaler is not None and scaler._enable
-
-
 def loss_scale(scaler):
     """Returns a scaler's current scale, a tensor on the device; the public method brings it to the host."""
     return scaler._scale
@@ -156,7 +146,7 @@ def skipped_step(scaler):
     return scaler._cache_found_inf
 
 
-# Fleet and collectives.
+# Fleet, collectives and networks.
 
 
 def tensor_parallel_group():
@@ -166,8 +156,7 @@ def tensor_parallel_group():
     """
     from paddle.distributed import fleet
 
-    hybrid = getattr(fleet.fleet, "_hcg", None)
-    if hybrid is None:
+    if (hybrid := getattr(fleet.fleet, "_hcg", None)) is None:
         return None
     fleet.fleet._user_defined_strategy.hybrid_configs["mp_configs"].need_broadcast_data = False
     group = hybrid.get_model_parallel_group()
@@ -190,16 +179,15 @@ def give_groups_own_stores(make_store):
     from paddle.distributed import collective
 
     of_paddle = collective._new_process_group_impl
-    if hasattr(of_paddle, "make_store"):  # replaced already
-        return
 
     def new_process_group(backend, store, rank, world_size, group_name, *args, **options):
         if backend == "gloo":
             store = make_store(store, group_name, rank)
         return of_paddle(backend, store, rank, world_size, group_name, *args, **options)
 
-    new_process_group.make_store = make_store
-    collective._new_process_group_impl = new_process_group
+    if not hasattr(of_paddle, "make_store"):  # not replaced already
+        new_process_group.make_store = make_store
+        collective._new_process_group_impl = new_process_group
 
 
 @contextlib.contextmanager
@@ -215,17 +203,11 @@ def replaced(module, **attributes):
             setattr(module, name, value)
 
 
-# For benchmarks.
-
-
 def operators():
-    """Returns Paddle's operators as they are called in eager mode: a module whose functions can be replaced."""
+    """Returns Paddle's operators as they are called in eager mode: a module whose functions benchmarks replace."""
     import paddle
 
     return paddle._C_ops
-
-
-# Networks.
 
 
 def keep_own_parameters_float32(layer):

@@ -18,17 +18,13 @@ class Precision:
     note: str | None = None
 
     @property
-    def enabled(self):
-        return self.dtype != "float32"
-
-    @property
     def low_precision_weights(self):
         """True if the model's own weights are cast, with float32 masters in the optimizer (O2)."""
-        return self.enabled and self.level == "O2"
+        return self.dtype != "float32" and self.level == "O2"
 
     def autocast(self):
         """Returns the context for the forward pass and the loss."""
-        if not self.enabled:
+        if self.dtype == "float32":
             return contextlib.nullcontext()
         import paddle
 
@@ -40,7 +36,6 @@ class Precision:
             import paddle
 
             paddle.amp.decorate(models=model, level="O2", dtype=self.dtype)
-        return model
 
     def scaler(self):
         """Returns a loss scaler for float16; one that does nothing otherwise."""
@@ -54,25 +49,20 @@ class Precision:
 
 
 def resolve_precision(dtype, level, *, device, compute_capability=None):
-    """Returns the `Precision` that is nearest to what was asked for, as far as the device can do it.
+    """Returns the `Precision` nearest to a config's `amp_dtype` and `amp_level` that a device (`cpu`, `gpu:0`) can do.
 
-    Args:
-        dtype: `float32`, `float16` or `bfloat16`.
-        level: `O1` (weights stay float32) or `O2` (weights are cast, with float32 masters).
-        device: `cpu`, `gpu:0`, ...
-        compute_capability: `(major, minor)` of the GPU.
-
-    Raises:
-        ValueError: a GPU that has no bfloat16.
+    Raises ValueError for bfloat16 on a GPU without, by its compute capability `(major, minor)`, which is read if None.
     """
     if dtype == "float32":
         return Precision("float32", level)
     if device.startswith("cpu"):
         note = f"amp_dtype {dtype} was asked for, but Paddle on a CPU computes in float32 whatever AMP says: "
         return Precision("float32", level, note + "this run is float32 throughout.")
-    if dtype == "bfloat16" and device.startswith("gpu") and compute_capability and compute_capability < (8, 0):
-        raise ValueError(
-            f"amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has "
-            f"{compute_capability[0]}.{compute_capability[1]}; use float16 or float32"
-        )
+    if dtype == "bfloat16" and device.startswith("gpu"):
+        import paddle
+
+        major, minor = compute_capability or paddle.device.cuda.get_device_capability(device)
+        if major < 8:
+            needs = "amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer"
+            raise ValueError(f"{needs}, this one has {major}.{minor}; use float16 or float32")
     return Precision(dtype, level)

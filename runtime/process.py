@@ -27,7 +27,6 @@ def local_processes():
     return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
 
 
-DEVICES = ("auto", "cpu", "gpu")
 SAVING_THREAD = "checkpoint"  # the name of the thread that writes a checkpoint, which is waited for before the end
 STARTED = time.monotonic()
 # Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
@@ -35,6 +34,7 @@ EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): ag
 EXIT_LOST = 70  # a rank hangs or is gone (EX_SOFTWARE)
 EXIT_STOPPED = 75  # stopped on request and saved, to be resumed (EX_TEMPFAIL of sysexits.h: try again)
 EXIT_INTERRUPTED = 130  # Ctrl-C, nothing to save
+EXIT_UNREAD = 141  # nobody reads the output any more, as in `command | head -1` (128 + SIGPIPE)
 
 
 def configure_runtime():
@@ -63,16 +63,21 @@ def configure_runtime():
 def run_cli(main):
     """Runs a command: a user's mistake or a file system's refusal is one line on stderr and exit code 2.
 
-    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too.
+    `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too; a reader of the output that is
+    gone ends a command without one.
     """
     try:
         main()
         leave_distributed()
+        _flush_output()
     except Exception as error:
+        launched = _launched_processes() > 1
+        if isinstance(error, BrokenPipeError) and not launched:
+            exit_now(EXIT_UNREAD)
         if is_mistake(error) and os.environ.get("TRACEBACK") != "1":
             say(f"error: {one_line(error)}", sys.stderr)
             exit_now(getattr(error, "exit_code", 2))
-        if not is_mistake(error) and _launched_processes() > 1:
+        if not is_mistake(error) and launched:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             exit_now(1)  # because the destructors of a process group may wait for the other ranks
@@ -84,7 +89,17 @@ def run_cli(main):
         if end.code == EXIT_STOPPED:
             leave_distributed(EXIT_STOPPED)
             exit_now(EXIT_STOPPED)
+        _flush_output()
         raise
+
+
+def _flush_output():
+    """Flushes stdout while a reader that is gone can be told from other errors; Python would complain of any."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            exit_now(EXIT_UNREAD)
 
 
 def is_mistake(error):
@@ -107,10 +122,9 @@ def _launched_processes():
 
 
 def leave_distributed(code=0):
-    """Ends this process of a finished job; does nothing in a process that is alone.
+    """Ends this process of a finished job, when all ranks are here; does nothing in a process that is alone.
 
-    All ranks wait for one another and run no destructors, because those of a process group talk to the store of rank
-    0, and abort where that is gone already.
+    No destructors run: those of a process group talk to the store of rank 0, and abort where that is gone already.
     """
     if _launched_processes() > 1:
         import paddle.distributed as dist
@@ -121,11 +135,7 @@ def leave_distributed(code=0):
 
 
 def exit_now(code, saving_seconds=None):
-    """Ends this process without destructors.
-
-    Args:
-        saving_seconds: how long to wait for a checkpoint that is being written; None: until it is.
-    """
+    """Ends this process without destructors; a checkpoint being written gets `saving_seconds` for it (None: any)."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     for thread in threading.enumerate():
         if thread.name == SAVING_THREAD and thread.is_alive():
@@ -162,31 +172,19 @@ def one_line(error):
 
 
 def resolve_device(requested):
-    """Returns what `paddle.set_device` takes for `auto`, `cpu`, `gpu` or `gpu:N`.
-
-    Raises:
-        ValueError: another word, or a GPU where Paddle sees none.
-    """
+    """Returns what `paddle.set_device` takes for `auto`, `cpu`, `gpu` or `gpu:N`; ValueError where there is no GPU."""
     import paddle
 
     kind = requested.split(":")[0]
-    if kind not in DEVICES:
+    if kind not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device must be auto, cpu, gpu or gpu:N, got {requested!r}")
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if kind == "auto":
         kind = requested = "gpu" if gpus else "cpu"
     if kind == "gpu" and not gpus:
-        raise ValueError(
-            "device gpu was asked for, but Paddle sees no GPU here; use --device cpu, or install paddlepaddle-gpu"
-        )
+        use = "use --device cpu, or install paddlepaddle-gpu"
+        raise ValueError(f"device gpu was asked for, but Paddle sees no GPU here; {use}")
     return requested  # "gpu" alone is the one that the launcher chose for this process
-
-
-def compute_capability(device):
-    """Returns `(major, minor)` of a GPU, None for other devices."""
-    import paddle
-
-    return tuple(paddle.device.cuda.get_device_capability(device)) if device.startswith("gpu") else None
 
 
 def init_distributed():
@@ -200,10 +198,7 @@ def init_distributed():
 
 
 def seed_step(seed, step):
-    """Seeds Paddle's generators for an optimizer step: a resumed run draws the same noise as an unbroken one.
-
-    All ranks take the same seed: each draws for the whole global batch and keeps its rows (`objectives.Rows`).
-    """
+    """Seeds Paddle's generators for a step, alike on all ranks: a resumed run draws the noise of an unbroken one."""
     import numpy as np
     import paddle
 
@@ -213,10 +208,8 @@ def seed_step(seed, step):
 def start_worker(*_):
     """Prepares a loader process, as its `worker_init_fn`: it was forked with everything that the run holds.
 
-    - A signal to the whole process group is the run's business, which needs its loaders until it has saved. SIGTERM
-      from the run itself ends a loader.
-    - A loader ends with a run that is killed.
-    - It closes the lock of the run's folder.
+    A signal to the whole process group is the run's business, which needs its loaders until it has saved. A loader ends
+    by SIGTERM from the run itself, and with a run that is killed.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

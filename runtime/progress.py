@@ -12,10 +12,7 @@ LINE_SECONDS = 30  # between two lines in a log
 
 
 class tqdm(_Bar):  # noqa: N801
-    """Shows tqdm's bar on a terminal; a log gets a plain line every `LINE_SECONDS`, and one at the end.
-
-    In a log each refresh of the bar would be a line of its own.
-    """
+    """Shows tqdm's bar on a terminal; a log gets a plain line, not at each refresh but every `LINE_SECONDS`."""
 
     def __init__(self, *args, **options):
         self._plain = not is_terminal(options.get("file") or sys.stderr)

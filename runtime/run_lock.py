@@ -16,24 +16,18 @@ _held = weakref.WeakValueDictionary()  # the lock files that this process holds,
 
 
 def try_lock(file):
-    """Takes the lock of an open file; returns False if another process has it.
-
-    Returns True on a file system without locks: there nothing is checked.
-    """
+    """Takes the lock of an open file; False: another process has it. A file system without locks checks nothing."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
 class RunLock:
     """Locks one folder from `take` until this object is gone: keep it as long as the run may write."""
 
-    def __init__(self):
-        self._file = None
+    _file = None
 
     def take(self, folder):
         """Makes the folder if there is none, and locks it; raises `ValueError` if another run has it."""
@@ -57,26 +51,19 @@ def experiment_name(config_file):
     return os.path.splitext(os.path.basename(config_file))[0]
 
 
-def list_experiments(folder, experiment_name=None):
+def list_experiments(folder, name=None):
     """Returns `[(index, path)]` of the folders `NNN-NAME` in `folder`, lowest index first."""
-    if not os.path.isdir(folder):
-        return []
-    found = []
-    for entry in os.scandir(folder):
-        match = _EXPERIMENT_NAME.match(entry.name)
-        if match and entry.is_dir() and experiment_name in (None, match.group(2)):
-            found.append((int(match.group(1)), entry.path))
-    return sorted(found)
+    matches = map(_EXPERIMENT_NAME.match, os.listdir(folder) if os.path.isdir(folder) else [])
+    found = [(int(match[1]), os.path.join(folder, match[0])) for match in matches if match and name in (None, match[2])]
+    return sorted((index, path) for index, path in found if os.path.isdir(path))
 
 
 def check_experiment_idle(resume, results_dir, name):
     """Raises `ValueError` if a run is at work in the experiment that `--resume` means; `auto`: the newest `name`."""
-    if resume == "auto":
-        meant = list_experiments(results_dir, name)[-1:]
-    else:
-        there = list_experiments(results_dir) if resume and os.path.isdir(resume) else []
-        meant = [(index, path) for index, path in there if os.path.samefile(path, resume)]
-    for _, path in meant:
+    found = list_experiments(results_dir, name if resume == "auto" else None)
+    if resume != "auto":
+        found = [one for one in found if resume and os.path.isdir(resume) and os.path.samefile(one[1], resume)]
+    for _, path in found[-1:]:
         check_idle(path)
 
 

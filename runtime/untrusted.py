@@ -4,14 +4,13 @@ import json
 import math
 import os
 import stat
-from functools import partial
 from pathlib import Path
 
 MAX_JSON_BYTES = 1 << 22  # in memory it can be 30 times as large
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 1 << 64
-MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network; its table of positions holds tokens x width numbers
-MAX_SIZE = 1_000_000  # of any number in a folder's settings
+MAX_LAYERS, MAX_POSITIONS = 1000, 1 << 28  # of a network
+MAX_SIZE = 1_000_000  # of any other number
 MAX_BLOCKS, MAX_BLOCK_LAYERS = 32, 100  # entries of a list, such as a VAE's blocks, and the layers of each
 LONG_LISTS = ("trained_betas", "latents_mean", "latents_std")  # by timestep or latent channel
 
@@ -24,11 +23,7 @@ def shortened(value, limit=80):
 
 
 def open_regular(path):
-    """Opens a regular file to read bytes. A pipe or device could keep a program waiting, or never end.
-
-    Raises:
-        ValueError: one line: a folder, or no regular file. OSError: not there, or the file system refuses.
-    """
+    """Opens a regular file to read bytes; ValueError for a folder, a pipe or a device, which may never end."""
     try:
         mode = os.stat(path).st_mode
     except ValueError:  # a NUL, or half a surrogate pair
@@ -44,14 +39,7 @@ def inside(folder, name):
     """Returns the path of `name` in a folder that somebody else may have made; a link in it may not lead out.
 
     The folder itself may be a link. In a snapshot of the Hugging Face cache, `NAME/snapshots/REVISION/`, the files are
-    links to `NAME/blobs/`, which is taken for a part of it.
-
-    Args:
-        folder: the folder that the user named.
-        name: a relative path, perhaps of a JSON file in the folder.
-
-    Raises:
-        ValueError: one line: the path leaves the folder, by itself or by a link.
+    links to `NAME/blobs/`, which is taken for a part of it. Raises ValueError for a path that leaves the folder.
     """
     path = os.path.join(folder, name)
     try:
@@ -65,44 +53,18 @@ def inside(folder, name):
     return path
 
 
-def check_network(settings, where):
-    """Raises ValueError for sizes that no transformer has, before memory is taken for it.
-
-    Args:
-        settings: `num_layers`, `sample_size`, `patch_size`, `num_attention_heads`, `attention_head_dim`; may lack any.
-        where: for the message.
-    """
-    numbers = {name: value for name, value in settings.items() if isinstance(value, int)}
-    if numbers.get("num_layers", 1) > MAX_LAYERS:
-        raise ValueError(f"{where}: num_layers is {numbers['num_layers']}, expected {MAX_LAYERS} at most")
-    patch = max(1, numbers.get("patch_size", 1))
-    tokens = max(1, numbers.get("sample_size", 1) // patch) ** 2
-    width = max(1, numbers.get("num_attention_heads", 1)) * max(1, numbers.get("attention_head_dim", 1))
-    if tokens * width > MAX_POSITIONS:
-        raise ValueError(
-            f"{where}: sample_size, patch_size, num_attention_heads and attention_head_dim make {tokens:,} tokens of "
-            f"width {width:,}, which is more than any network has"
-        )
-
-
-def parse_json(text, *, infinity=False, large=False):
-    """Returns the value of a JSON text, str or UTF-8 bytes.
-
-    Args:
-        infinity: accept `Infinity` and `NaN`, which Python writes.
-        large: return integers beyond 64 bits as floats, instead of an error.
+def parse_json(text, *, infinity=False):
+    """Returns the value of a JSON text, str or bytes; integers beyond 64 bits are floats.
 
     Raises:
-        ValueError: one line, without a file's name: broken, not UTF-8, nested more than `MAX_JSON_DEPTH` deep, a key
-            that is there twice, NaN, infinity, an integer beyond 64 bits.
+        ValueError: one line, without a file's name: broken, nested more than `MAX_JSON_DEPTH` deep, a key that is there
+            twice, `NaN` or `Infinity`, which Python writes (accepted with `infinity`).
     """
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_int=partial(_integer, large=large),
+            parse_int=_integer,
             parse_float=_finite,
             parse_constant=float if infinity else _finite,
         )
@@ -130,23 +92,19 @@ def _unique(pairs):
     return found
 
 
-def _integer(digits, large=False):
-    if len(digits) <= 21 and -MAX_INTEGER < int(digits) < MAX_INTEGER:
-        return int(digits)
-    if large:
-        return _finite(digits)
-    raise ValueError(f"the number {digits[:20]}... has more than 64 bits")
+def _integer(digits):
+    return int(digits) if len(digits) <= 21 and abs(int(digits)) < MAX_INTEGER else _finite(digits)
 
 
 def _finite(digits):
     value = float(digits)
     if not math.isfinite(value):
         named = digits.strip("-").isalpha()  # NaN, Infinity
-        raise ValueError(f"{digits} is no JSON value" if named else f"the number {digits[:20]} is too large")
+        raise ValueError(f"{digits} is no JSON value" if named else f"the number {shortened(digits, 20)} is too large")
     return value
 
 
-def read_json(path, *, infinity=False, large=False):
+def read_json(path, *, infinity=False):
     """Reads a JSON file; raises `ValueError`, one line that names the file and what is wrong; see `parse_json`."""
     try:
         with open_regular(path) as file:
@@ -158,20 +116,25 @@ def read_json(path, *, infinity=False, large=False):
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: has more than {MAX_JSON_BYTES >> 20} MiB, too much for a JSON file of settings")
     try:
-        return parse_json(text, infinity=infinity, large=large)
+        return parse_json(text, infinity=infinity)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_sizes(settings, path):
-    """Raises ValueError, before anything is made of them, for sizes that no network or scheduler has."""
+def check_sizes(settings, where):
+    """Raises ValueError, before memory is taken, for sizes among settings that no network or scheduler has."""
     for key, value in settings.items():
-        shown = f"{path}: {shortened(key)} is {shortened(value, 40)}"
+        shown = f"{where}: {shortened(key)} is {shortened(value, 40)}"
         if isinstance(value, list) and len(value) > MAX_BLOCKS and key not in LONG_LISTS:
             raise ValueError(f"{shown}, {len(value):,} values, which is more than any network has")
         limit = MAX_BLOCK_LAYERS if "layers_per" in key else MAX_LAYERS if "layers" in key else MAX_SIZE
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and limit < abs(number) < math.inf:
                 raise ValueError(f"{shown}, which is more than any network has")
-    if "patch_size" in settings:
-        check_network(settings, path)
+    names = ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")
+    given = [settings[name] if isinstance(settings.get(name), int) else 1 for name in names]
+    size, patch, heads, head_dim = (max(1, number) for number in given)
+    tokens, width = max(1, size // patch) ** 2, heads * head_dim
+    if "patch_size" in settings and tokens * width > MAX_POSITIONS:  # numbers of the table of positions
+        made = f"{', '.join(names)} make {tokens:,} tokens of width {width:,}"
+        raise ValueError(f"{where}: {made}, which is more than any network has")

@@ -1,11 +1,14 @@
 """Commands answer `--help` at once, and importing the networks costs nothing beyond Paddle."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from support.commands import commands, help_command
 from support.runs import ROOT, command_environment, write_config
+
+from runtime.process import EXIT_UNREAD
 
 PYTHON = [command for command in commands() if command.endswith(".py")]
 SHELL = [command for command in commands() if command.endswith(".sh")]
@@ -83,6 +86,22 @@ def test_mistakes_on_the_command_line_are_told_before_a_framework_is_imported(lo
     assert done.returncode == 2, (done.returncode, done.stderr)
     (error,) = done.stderr.splitlines()
     assert error.startswith("error: ") and line in error
+
+
+@pytest.mark.parametrize(
+    "command", ["[print('line') for _ in range(10**5)]", "print('line')", "print('line') or exit()"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone_ends_a_command_without_a_line(command, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"from runtime.process import run_cli; run_cli(lambda: {command})"
+    environment = {**command_environment(), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_UNREAD, "")
 
 
 def test_networks_import_nothing_beyond_paddle():

@@ -17,7 +17,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.schema import DEFAULT_VAE
+from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import MAX_NAME, note_weights_flags
 from sampling.model_path import check_no_file, describe_model

@@ -28,7 +28,7 @@ import warnings
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_seed
-from config.schema import DEFAULT_VAE
+from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import (
     Journal,
@@ -43,7 +43,7 @@ from features.image_source import find_archives
 from features.images import UnreadableImage, dim_note, unreadable_list
 from features.layout import Layout
 from features.writers import WRITERS
-from runtime.process import compute_capability, configure_runtime, counted, resolve_device, run_cli
+from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
 configure_runtime()  # before Paddle is imported
 
@@ -73,7 +73,7 @@ def extract(args) -> None:
     if device != "cpu":
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
-    precision = resolve_precision(args.dtype, "O1", device=device, compute_capability=compute_capability(device))
+    precision = resolve_precision(args.dtype, "O1", device=device)
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}

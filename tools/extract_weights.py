@@ -13,7 +13,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import str2bool
+from config.options import str2bool
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle

@@ -5,25 +5,12 @@ python tools/options_table.py --write        # or --check: exit code 2 if they a
 
 import argparse
 import json
-import os
 import re
+from pathlib import Path
 
 from _root import ROOT
 
-from config.options import (
-    AUXILIARY_KEYS,
-    AUXILIARY_TYPES,
-    DATA_KEYS,
-    FEATURES_KEYS,
-    FLAG_GROUPS,
-    OBJECTIVE_KEYS,
-    REQUIRED,
-    TRAINING_KEYS,
-    VAE_KEYS,
-    Flag,
-    PerLoop,
-    in_loop,
-)
+from config import options
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
@@ -46,20 +33,20 @@ MAIN = (
 
 def _row(name, option):
     flags, defaults, helps = [], [], []  # of the Trainer and the hand-written loop, once where they are the same
-    for loop in PerLoop._fields:
-        flag, default = option.flag_in(loop, name), in_loop(option.default, loop)
+    for loop in options.PerLoop._fields:
+        flag, default = option.flag_in(loop, name), options.in_loop(option.default, loop)
         flags.append(flag and f"`--{flag}`")
-        unset = in_loop(option.unset, loop) or "-"
-        defaults.append(unset if default in (None, REQUIRED) else f"`{json.dumps(default)}`")
-        helps.append(in_loop(option.help, loop))
+        unset = options.in_loop(option.unset, loop) or "-"
+        defaults.append(unset if default in (None, options.REQUIRED) else f"`{json.dumps(default)}`")
+        helps.append(options.in_loop(option.help, loop))
     flag, default, help = (" / ".join(dict.fromkeys(filter(None, texts))) for texts in (flags, defaults, helps))
-    first = [flag] if isinstance(option, Flag) else [f"`{name}`", flag]
+    first = [flag] if isinstance(option, options.Flag) else [f"`{name}`", flag]
     return [*first, default, option.check.expected, help]
 
 
-def table(options):
+def table(keys):
     """Returns a table of options, keys or flags alone, as Markdown."""
-    rows = [_row(name, option) for name, option in options.items()]
+    rows = [_row(name, option) for name, option in keys.items()]
     head = ["key", "flag", "default", "accepted", "what"][-len(rows[0]) :]
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
@@ -71,14 +58,15 @@ def page():
     for name, kind in MODEL_TYPES.items():
         types.setdefault(id(kind.keys), (kind.keys, []))[1].append(name)
     parts += [f"## `model` of type {', '.join(names)}\n\n{table(keys)}\n" for keys, names in types.values()]
-    parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in OBJECTIVE_KEYS.items()]
-    parts += [f"{AUXILIARY}\n\n{table(AUXILIARY_KEYS)}\n"]
-    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in AUXILIARY_TYPES.items() if keys]
-    parts += [f"## `training`\n\n{table(TRAINING_KEYS)}\n## `data`\n\n{table(DATA_KEYS)}\n"]
-    parts += [f"## `features`\n\n{FEATURES}\n\n{table(FEATURES_KEYS)}\nKeys of `vae`:\n\n{table(VAE_KEYS)}\n"]
+    parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in options.OBJECTIVE_KEYS.items()]
+    parts += [f"{AUXILIARY}\n\n{table(options.AUXILIARY_KEYS)}\n"]
+    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in options.AUXILIARY_TYPES.items() if keys]
+    parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
+    parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
+    parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
-    for title, options in FLAG_GROUPS.items():
-        if flags := {name: option for name, option in options.items() if isinstance(option, Flag)}:
+    for title, keys in options.FLAG_GROUPS.items():
+        if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:
             parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
     return "".join(parts).rstrip() + "\n"
 
@@ -86,12 +74,12 @@ def page():
 def twins():
     """Returns a table of the settings whose flags the two loops name differently, as Markdown."""
     rows = ["| Trainer | hand-written loop | what |\n| --- | --- | --- |\n"]
-    options = {name: option for group in FLAG_GROUPS.values() for name, option in group.items()}
-    for name, option in options.items():
+    known = {name: option for group in options.FLAG_GROUPS.values() for name, option in group.items()}
+    for name, option in known.items():
         twin, what = getattr(option, "twin", None), _row(name, option)[-1]
-        flags = [option.flag_in(loop, name) or twin for loop in PerLoop._fields]
+        flags = [option.flag_in(loop, name) or twin for loop in options.PerLoop._fields]
         if twin is not None:
-            what += f" / {_row(twin, options[twin])[-1]}"
+            what += f" / {_row(twin, known[twin])[-1]}"
         if None not in flags and flags[0] != flags[1]:
             rows.append(f"| `--{flags[0]}` | `--{flags[1]}` | {what} |\n")
     return "".join(rows)
@@ -99,11 +87,11 @@ def twins():
 
 def pages():
     """Returns the files with tables as they should be: `{path: text}`."""
-    path = os.path.join(ROOT, "README.md")
-    tables = {"main": table({name: TRAINING_KEYS[name] for name in MAIN}), "data": table(DATA_KEYS), "twins": twins()}
-    with open(path, encoding="utf-8") as file:
-        readme = MARKED.sub(lambda found: found[1] + tables[found[2]] + found[3], file.read())
-    return {path: readme, os.path.join(ROOT, "docs", "options.md"): page()}
+    path = Path(ROOT, "README.md")
+    main = table({name: options.TRAINING_KEYS[name] for name in MAIN})
+    tables = {"main": main, "data": table(options.DATA_KEYS), "twins": twins()}
+    readme = MARKED.sub(lambda found: found[1] + tables[found[2]] + found[3], path.read_text(encoding="utf-8"))
+    return {path: readme, Path(ROOT, "docs/options.md"): page()}
 
 
 def main(argv=None):
@@ -114,9 +102,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for path, text in pages().items():
         if args.write:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        elif not os.path.isfile(path) or open(path, encoding="utf-8").read() != text:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             raise ValueError(f"{path}: is not current; run python tools/options_table.py --write")
     print("written" if args.write else "current")
 

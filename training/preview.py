@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from PIL import Image
 
-from config.schema import DEFAULT_VAE
+from config.options import DEFAULT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes

@@ -14,7 +14,7 @@ from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
 from models import build_model
 from runtime.precision import resolve_precision
-from runtime.process import compute_capability, counted
+from runtime.process import counted
 from runtime.untrusted import read_json, shortened
 from training.averages import EMA
 
@@ -27,9 +27,7 @@ Data = namedtuple("Data", "dataset held_out sampler")
 
 def setup_precision(training, device):
     """Returns the `Precision` of a run, see `resolve_precision`."""
-    return resolve_precision(
-        training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
-    )
+    return resolve_precision(training["amp_dtype"], training["amp_level"], device=device)
 
 
 def build_network(config, tensor_group=None, *, single_backward=False):

@@ -6,7 +6,7 @@ import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.utils.log import logger
 
-from config.flags import PASSED_ON
+from config.options import PASSED_ON
 from training.parallel.cpu import use_plain_collectives
 
 

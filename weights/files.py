@@ -1,13 +1,7 @@
-"""Weight files: read without trusting them, write, and translate between the PyTorch and the Paddle layout.
+"""Weight files: read without trusting them, and written. Neither PyTorch nor Paddle is imported.
 
-Three kinds of file are read, told apart by their content, not by their name:
-
-* PyTorch checkpoints (``.pt``, ``.pth``, ``.bin``): the zip format of ``torch.save`` and the older one before it,
-* Paddle pickles (``.pdparams``, ``.pdopt``), as ``paddle.save`` writes them,
-* ``.safetensors``.
-
-The first two are pickles, which may call any function; here they can't, see ``weights.unpickle``. What a file states of
-lengths and shapes is compared with its size before memory is taken. Neither PyTorch nor Paddle is imported.
+PyTorch's (the zip format of `torch.save` and the older one before it), Paddle's and safetensors are told apart by their
+content, not by their name. What a file states of lengths and shapes is compared with its size before memory is taken.
 """
 
 import contextlib
@@ -34,32 +28,26 @@ _SAFETENSORS_TYPES = {
 }  # fmt: skip
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older than the zip format
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Reading ----
 
 
 def safe_load(path, *, tolerant=False):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
     Args:
-        path: the file.
         tolerant: an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
 
     Returns:
-        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its
-        own shape (strides and offsets resolved). bfloat16 becomes float32; an `argparse.Namespace` becomes a dict.
-        Paddle's own name table is left out, as `paddle.load` does.
+        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own
+        shape. bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out.
 
     Raises:
         ValueError: one line that names the file: absent, truncated, of no known format, or asking for an import
-            outside the short list that weights need, where it is not in an entry of a `tolerant` reading.
+            outside the short list that weights need.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no such file")
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder, expected a weight file")
     file = open_regular(path)
     try:
         with file:
@@ -121,10 +109,7 @@ def _read_torch_zip(file, tolerant):
 
 
 def _read_pickle(file, tolerant):
-    """Reads Paddle's pickle, or the format of torch before zip.
-
-    That is the pickles of a magic number, version, system, object and list of storages, and then the storages' data.
-    """
+    """Reads Paddle's pickle, or torch's of before zip: magic number, version, system, object, storages, their data."""
     program, storages = Unpickler(file), None
     tree = program.load()
     if tree == _LEGACY_MAGIC:
@@ -146,9 +131,9 @@ def _read_pickle(file, tolerant):
 
 
 def _read_safetensors(path, file):
-    """The official package reads and checks the header: no gap, no overlap, nothing behind the last tensor.
+    """Lets the official package check the header, and reads the data, as the package has no bfloat16 for numpy.
 
-    The data are read here: the package has no bfloat16 for numpy, and each tensor gets memory that can be given back.
+    Each tensor gets memory of its own, which can be given back.
     """
     with safe_open(path, framework="np") as header:
         is_paddle = _is_paddle(header)
@@ -170,9 +155,6 @@ def safetensors_layout(path):
     """Returns how a safetensors file stores Linear weights, "paddle" or "torch", by its metadata.
 
     ppdiffusers and paddlenlp write `format` "pd" or "np" for Paddle's layout; "pt", or nothing, is PyTorch's.
-
-    Raises:
-        ValueError: as `safe_load`.
     """
     try:
         open_regular(path).close()  # no pipe, which the package would wait for
@@ -190,9 +172,7 @@ def _is_paddle(header):
     return (header.metadata() or {}).get("format") in ("pd", "np")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which weights of a file
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Which weights of a file ----
 
 # How a checkpoint's sets of weights are named, where a key names averages, and where none does, the likeliest first.
 _AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNORECASE)
@@ -202,14 +182,14 @@ _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net
 def load_weights(path, key=None):
     """Reads one model's weights, {name: array}, in the layout that the file has (see `official_to_paddle`).
 
+    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
+    wrappers put before the names is taken off, see `plain_names`.
+
     Args:
         path: a file as for `safe_load`.
         key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
             "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
             "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
-
-    What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
-    wrappers put before the names is taken off, see `plain_names`.
 
     Raises:
         ValueError: one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
@@ -218,22 +198,21 @@ def load_weights(path, key=None):
 
 
 def pick_weights(tree, path, key=None, *, averages=True):
-    """Picks one model's weights, as `load_weights` does, out of what `safe_load(path, tolerant=True)` gave.
+    """Picks `(weights, key)`, as `load_weights` does, out of what `safe_load(path, tolerant=True)` gave.
 
-    Rank 0 prints which were taken, where that is not obvious.
-
-    Args:
-        averages: False: "auto" leaves averages out.
-
-    Returns:
-        `(weights, key)`; the key is None for a plain state dict.
+    Rank 0 prints which were taken, where that is not obvious. The key is None for a plain state dict. Without
+    `averages` "auto" leaves averages out.
     """
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, expected weights by name")
     nested = [name for name, value in tree.items() if is_state(value)]
     known = listed(nested, 10) or "none"
     if key == "auto":
-        key = _pick_key(nested, averages)
+        of_averages = [name for name in nested if is_averages(name)]
+        others = [name for name in nested if name not in of_averages]
+        choice = of_averages if averages and of_averages else others
+        likely = [name for name in ("ema", *_WEIGHTS) if name in choice]
+        key = likely[0] if likely else choice[0] if len(choice) == 1 else None
         surprising = len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}
         if surprising and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
             print(f"note: {path} holds the sets of weights {known}; {shortened(key)} is taken")
@@ -255,34 +234,19 @@ def pick_weights(tree, path, key=None, *, averages=True):
     return plain_names(tree), key
 
 
-def _pick_key(nested, averages):
-    """Returns the key that "auto" takes among those of a file's state dicts, or None if there is no telling."""
-    of_averages = [name for name in nested if is_averages(name)]
-    others = [name for name in nested if name not in of_averages]
-    if averages and of_averages:
-        return "ema" if "ema" in of_averages else of_averages[0] if len(of_averages) == 1 else None
-    known = [name for name in _WEIGHTS if name in others]
-    return known[0] if known else others[0] if len(others) == 1 else None
-
-
 def is_averages(key):
     """Returns whether a key of a checkpoint names averages of weights, such as "ema" or "state_dict_ema"."""
     return isinstance(key, str) and bool(_AVERAGES.search(key))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Writing ----
 
 
 def save_pdparams(state, path):
     """Writes {name: array} as a `.pdparams` that `paddle.load` reads as tensors; {name: {key: array}} stay arrays.
 
-    `paddle.save` of tensors holds every weight four times at its peak; this holds one more tensor than `state`.
-
-    Args:
-        state: arrays of uint16 are read as bfloat16.
-        path: the file, or a binary file that is open for writing.
+    `paddle.save` of tensors holds every weight four times at its peak; this holds one more tensor than `state`. Arrays
+    of uint16 are read as bfloat16. `path` may be a binary file that is open for writing.
     """
 
     def entry(name, value):
@@ -299,12 +263,8 @@ def save_pdparams(state, path):
 def save_safetensors(state, path, *, layout="paddle"):
     """Writes {name: array} as safetensors, which hold nothing but tensors; arrays of uint16 as bfloat16.
 
-    The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`.
-
-    Args:
-        path: the file.
-        layout: of Linear weights, "paddle" or "torch": goes into the metadata, where ppdiffusers and
-            `safetensors_layout` look for it.
+    The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`. The layout
+    of Linear weights, "paddle" or "torch", is noted for ppdiffusers and `safetensors_layout`.
     """
     names = {np.dtype(code): name for name, code in _SAFETENSORS_TYPES.items() if code != "bfloat16"}
     names[np.dtype("u2")] = "BF16"
@@ -325,7 +285,7 @@ def save_torch(state, path):
     """Writes {name: array} as a PyTorch file that `torch.load(path, weights_only=True)` reads as an OrderedDict.
 
     The zip format of `torch.save`: data.pkl describes each tensor by (storage, offset, size, stride), data/N holds
-    its bytes. Arrays must be of a type that torch has; big-endian and strided ones are rewritten plainly.
+    its bytes. Arrays must be of a type that torch has.
     """
     classes = {np.dtype(code): name for name, code in STORAGE_TYPES.items() if code != "bfloat16"}
     tensors = [(name, value.shape, _type_name(classes, name, value, path)) for name, value in state.items()]
@@ -351,27 +311,16 @@ def _little_endian(value):
 
 
 def _torch_pickle(tensors):
-    """Returns the pickle (protocol 2) of OrderedDict(name -> _rebuild_tensor_v2(...)).
+    """Returns the pickle of OrderedDict(name -> _rebuild_tensor_v2(...)) of tensors `(name, shape, storage class)`."""
 
-    Args:
-        tensors: `(name, shape, storage class)` of each.
-    """
+    def plain(value):
+        return pickle.dumps(value, protocol=2)[2:-1]  # without its first and last operations, PROTO and STOP
 
-    def string(text):
-        data = text.encode("utf-8")
-        return b"X" + struct.pack("<I", len(data)) + data
-
-    def integer(value):
-        return b"J" + struct.pack("<i", value) if value < 2**31 else b"\x8a\x08" + struct.pack("<q", value)
-
-    def integers(values):
-        return b"(" + b"".join(map(integer, values)) + b"t"
-
-    empty_dict = b"ccollections\nOrderedDict\n)R"
+    empty_dict, zero = b"ccollections\nOrderedDict\n)R", b"J\0\0\0\0"
     parts = [b"\x80\x02", empty_dict, b"("]
     for index, (name, shape, storage_class) in enumerate(tensors):
-        storage = string("storage") + f"ctorch\n{storage_class}\n".encode() + string(str(index)) + string("cpu")
-        storage = b"(" + storage + integer(math.prod(shape)) + b"tQ"
-        view = integer(0) + integers(shape) + integers(contiguous_stride(shape))
-        parts += [string(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
+        storage = plain("storage") + f"ctorch\n{storage_class}\n".encode() + plain(str(index)) + plain("cpu")
+        storage = b"(" + storage + plain(math.prod(shape)) + b"tQ"
+        view = zero + plain(tuple(shape)) + plain(contiguous_stride(shape))
+        parts += [plain(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, view, b"\x89", empty_dict, b"tR"]
     return b"".join(parts) + b"u."

@@ -1,8 +1,6 @@
 """Reads weights and settings of pipelines and autoencoders, from folders and from the hub, and executes nothing.
 
-ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
-model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files; weights go through
-`weights.files`.
+Of ppdiffusers it takes the downloads alone: `from_pretrained` executes what it finds in pickles and `.py` files.
 """
 
 import os
@@ -28,19 +26,15 @@ MAX_SHARDS = 1000
 def find_file(name_or_path, name, subfolder="", *, needed=True):
     """Returns the path of a file in a folder, or of a name on the hub, downloaded if need be.
 
-    Args:
-        needed: False: returns None where there is surely no such file.
-
-    Raises:
-        ValueError: one line: not in the folder, or a link leads out of it. The hub clients raise a dozen other types.
+    Raises ValueError for a file that is not in the folder (None instead, unless it is `needed`), or a link that leads
+    out of it. The hub clients raise a dozen other types.
     """
     if os.path.isdir(name_or_path):
         path = inside(name_or_path, os.path.join(subfolder, name))
-        if os.path.exists(path):
-            return path
-        if needed:
+        if needed and not os.path.exists(path):
             raise ValueError(f"{path}: no such file")
-        return None
+        return path if os.path.exists(path) else None
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     from ppdiffusers.utils import DIFFUSERS_CACHE, FROM_AISTUDIO, FROM_HF_HUB, PPDIFFUSERS_CACHE
     from ppdiffusers.utils.download_utils import bos_aistudio_hf_download
 
@@ -49,35 +43,25 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
         hub = {"from_hf_hub": FROM_HF_HUB, "from_aistudio": FROM_AISTUDIO, "cache_dir": cache}
         return bos_aistudio_hf_download(str(name_or_path), name, subfolder=subfolder, **hub)
     except Exception as error:
-        if needed or not _is_absent(error):
+        while error is not None and not isinstance(error, EntryNotFoundError):  # ppdiffusers makes an OSError of it
+            error = error.__context__
+        # A lost connection, which is also a LocalEntryNotFoundError, must not make us take another file.
+        if needed or error is None or isinstance(error, LocalEntryNotFoundError):
             raise
         return None
-
-
-def _is_absent(error):
-    """Returns whether a hub says that it has no such file; a lost connection must not make us take another one."""
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-
-    while error is not None:  # ppdiffusers makes an OSError of it
-        if isinstance(error, EntryNotFoundError):
-            return not isinstance(error, LocalEntryNotFoundError)  # the network is not there
-        error = error.__context__
-    return False
 
 
 def read_settings(name_or_path, name, subfolder="", class_names=None):
     """Reads a JSON file of settings: returns `(keywords, path)`, without the keys that begin with `_`.
 
-    Raises:
-        ValueError: one line: broken, sizes that no network has, or not the settings of one of `class_names`.
+    Raises ValueError for sizes that no network has, and for settings of none of `class_names`.
     """
     path = find_file(name_or_path, name, subfolder)
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
-    kind = settings.get("_class_name") if isinstance(settings, dict) else None
-    if class_names is not None and kind not in class_names:
-        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
+    if class_names is not None and (kind := settings.get("_class_name")) not in class_names:
+        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     check_sizes(settings, path)
     return settings, path
@@ -89,7 +73,17 @@ def find_weights(name_or_path, subfolder=""):
     Where ppdiffusers' hub can't be reached, they are those that an earlier download has left.
     """
     try:
-        return _find_weights(name_or_path, subfolder)
+        for variant in VARIANTS:
+            for name, layout in WEIGHTS.items():
+                stem, ending = os.path.splitext(name)
+                path = find_file(name_or_path, f"{stem}{variant}{ending}", subfolder, needed=False)
+                if path is not None:
+                    return [path], layout
+                index = find_file(name_or_path, f"{name}.index{variant}.json", subfolder, needed=False)
+                if index is not None:
+                    return [find_file(name_or_path, shard, subfolder) for shard in _shards(index)], layout
+        where = os.path.join(name_or_path, subfolder)
+        raise ValueError(f"{where}: no weights there; expected one of {', '.join(WEIGHTS)}")
     except Exception:
         from ppdiffusers.utils import PPDIFFUSERS_CACHE
 
@@ -97,21 +91,7 @@ def find_weights(name_or_path, subfolder=""):
         if os.path.isdir(name_or_path) or not os.path.isdir(earlier):
             raise
         print(f"note: {name_or_path} can't be looked up on the hub; taken from {earlier}")
-        return _find_weights(earlier, subfolder)
-
-
-def _find_weights(name_or_path, subfolder):
-    for variant in VARIANTS:
-        for name, layout in WEIGHTS.items():
-            stem, ending = os.path.splitext(name)
-            path = find_file(name_or_path, f"{stem}{variant}{ending}", subfolder, needed=False)
-            if path is not None:
-                return [path], layout
-            index = find_file(name_or_path, f"{name}.index{variant}.json", subfolder, needed=False)
-            if index is not None:
-                return [find_file(name_or_path, shard, subfolder) for shard in _shards(index)], layout
-    where = os.path.join(name_or_path, subfolder)
-    raise ValueError(f"{where}: no weights there; expected one of {', '.join(WEIGHTS)}")
+        return find_weights(earlier, subfolder)
 
 
 def _shards(path):
@@ -131,13 +111,12 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
 
     Args:
         model_class: a subclass of `ppdiffusers.ModelMixin`.
-        name_or_path: folder, or name on the hub.
-        class_names: what its config.json may name; None for that class.
-        dtype: of the weights; None for float32.
+        class_names: what its config.json may name, if not that class.
+        dtype: of the weights, if not float32.
 
     Raises:
         ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what
-            `load_weights` refuses. The hub clients raise a dozen other types.
+            `find_file` and `load_weights` refuse.
     """
     import paddle
 

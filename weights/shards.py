@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime.untrusted import shortened
 from weights.files import load_weights
@@ -23,35 +24,21 @@ _SHARD_AXES = (
 def shard_axis(name):
     """Returns the axis along which the official Large-DiT splits a parameter over tensor-parallel ranks.
 
-    Args:
-        name: official name; the axis counts in the official layout, Linear weights [out, in].
-
-    Returns:
-        0 or 1, or None for a parameter that every rank holds whole.
-
-    Raises:
-        ValueError: no parameter of Large-DiT.
+    It is 0 or 1, in the official layout (Linear weights [out, in]); None: every rank holds the parameter whole.
     """
     for pattern, axis in _SHARD_AXES:
-        if re.match(f"(?:{pattern})$", name):
+        if re.fullmatch(pattern, name):
             return axis
     raise ValueError(f"{shortened(name)} is no parameter of Large-DiT")
 
 
-def merge_shards(paths, progress=iter):
-    """Returns the weights of tensor-parallel shards as one state, in the official layout.
+def merge_shards(paths):
+    """Returns the weights of tensor-parallel shards, given in the order of ranks, as one state in the official layout.
 
-    One shard is in memory at a time beside the result.
-
-    Args:
-        paths: the files of all ranks, in their order.
-        progress: `progress(paths)` iterates over them, and may show how far it is.
-
-    Raises:
-        ValueError: one line: unreadable, no Large-DiT, or shards that are not those of one network.
+    One shard is in memory at a time beside the result. Raises ValueError for shards that are not those of one network.
     """
     merged, shapes = {}, {}
-    for rank, path in enumerate(progress(paths)):
+    for rank, path in enumerate(tqdm(paths, desc="merging shards", disable=None)):
         shard = load_weights(path)
         if rank and (other := sorted(shard.keys() ^ shapes.keys())):
             raise ValueError(f"{path}: {shortened(other[0])} is in {paths[0]} or here, but not in both")

@@ -4,14 +4,11 @@ import glob
 import os
 import re
 
-from tqdm import tqdm
-
 from models.state import turn_linear
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
 from weights.shards import merge_shards
 
-LAYOUTS = ("auto", "paddle", "torch")
 _ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch")}
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
@@ -30,7 +27,7 @@ def checkpoint_hint(folder):
 
 
 def read_weights(path, *, key=None, layout="auto"):
-    """Reads one model's weights as `{name: float32 array}`, Linear weights `[in, out]`.
+    """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
     Args:
         path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
@@ -41,27 +38,22 @@ def read_weights(path, *, key=None, layout="auto"):
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
             `.safetensors` file says of itself.
 
-    Returns:
-        `(weights, file)`: file is the one that was read.
-
     Raises:
         ValueError: one line that names path: not there, unreadable, no such key, or no weights.
     """
     path = os.fspath(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if shards := find_shards(path, key):
         path, layout = shards[0], "torch"
-        if len(shards) > 1:
-            weights = merge_shards(shards, lambda paths: tqdm(paths, desc="merging shards", disable=None))
-            path = f"{path} and its {len(shards) - 1} other shards"
-        else:
-            weights = load_weights(path)
+        weights = merge_shards(shards) if len(shards) > 1 else load_weights(path)
+        path += f" and its {len(shards) - 1} other shards" if len(shards) > 1 else ""
     else:
         if os.path.isdir(path):
             path, key, layout = _file_in_checkpoint(path, key), None, "paddle"
+        ending = os.path.splitext(path)[1].lower()
         if layout == "auto":
-            layout = _layout_of(path)
+            layout = safetensors_layout(path) if ending == ".safetensors" else _ENDINGS.get(ending)
+        if layout is None:
+            raise ValueError(f"{path}: whose layout is it? Expected .pdparams, .pt, .pth or .safetensors, or say which")
         weights = load_weights(path, key or "auto")
     for name, value in weights.items():  # in place, so that no second set of weights is held
         value = turn_linear(name, value) if layout == "torch" else value
@@ -72,12 +64,8 @@ def read_weights(path, *, key=None, layout="auto"):
 def find_shards(path, key=None):
     """Returns all the files of the official Large-DiT weights that `path` belongs to, by rank; empty if it is none.
 
-    Args:
-        path: a folder with `consolidated[_ema].NN-of-MM.pth` files, or one of them.
-        key: "model" or "ema"; None takes the averages of a folder that has them, or what the file is.
-
-    Raises:
-        ValueError: one line: a shard is missing, there are those of several networks, or the key is another one.
+    `path` is their folder or one of them, `key` "model" or "ema": None takes a folder's averages if it has them. Raises
+    ValueError for a missing shard, and for shards of several networks, or of another key.
     """
     folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
     given = SHARD.fullmatch(name)
@@ -85,36 +73,26 @@ def find_shards(path, key=None):
         return []
     found = {}  # (key, number of ranks): {rank: path}
     for match in filter(None, map(SHARD.fullmatch, sorted(os.listdir(folder or ".")))):
-        found.setdefault(_kind(match), {})[int(match[2])] = os.path.join(folder, match[0])
+        if given is None or match.group(1, 3) == given.group(1, 3):
+            kind = "ema" if match[1] else "model", int(match[3])
+            found.setdefault(kind, {})[int(match[2])] = os.path.join(folder, match[0])
     if not found:
         return []
-    if given:
-        kind = _kind(given)
-        if key not in (None, kind[0]):
-            raise ValueError(f"{path}: holds the weights of the key {kind[0]}, not of {key}; give the folder instead")
-        if kind not in found:  # no such file
-            return []
-    else:
-        keys = sorted({key for key, _ in found})
-        wanted = key or keys[0]  # "ema" comes before "model"
-        if wanted not in keys:
-            raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
-        kind, *others = (kind for kind in found if kind[0] == wanted)
-        if others:
-            counts = ", ".join(str(count) for _, count in (kind, *others))
-            raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
-    ranks, (wanted, count) = found[kind], kind
+    keys = sorted({key for key, _ in found})
+    wanted = key or keys[0]  # "ema" comes before "model"
+    if wanted not in keys:
+        raise ValueError(f"{path}: has no shards of the key {wanted!r}; it has those of {', '.join(keys)}")
+    count, *others = (count for kind, count in found if kind == wanted)
+    if others:
+        counts = ", ".join(map(str, (count, *others)))
+        raise ValueError(f"{path}: has shards of several networks (of {counts} ranks); give a file of the one")
+    ranks = found[wanted, count]
     missing = [rank for rank in range(count) if rank not in ranks]
     if missing:
         prefix = "consolidated_ema" if wanted == "ema" else "consolidated"
         names = ", ".join(f"{prefix}.{rank:02d}-of-{count:02d}.pth" for rank in missing[:3])
         raise ValueError(f"{folder or '.'}: {len(missing)} of {count} shards are missing: {names}")
     return [ranks[rank] for rank in range(count)]
-
-
-def _kind(match):
-    """Returns `(key, number of ranks)` of a shard's name."""
-    return "ema" if match[1] else "model", int(match[3])
 
 
 def _file_in_checkpoint(folder, key):
@@ -128,12 +106,3 @@ def _file_in_checkpoint(folder, key):
     if key == "ema" and not has_averages:
         raise ValueError(f"{folder}: was trained without EMA (no ema_state.pdparams); use the key model")
     return averages if has_averages and key != "model" else weights
-
-
-def _layout_of(path):
-    ending = os.path.splitext(path)[1].lower()
-    if ending == ".safetensors":
-        return safetensors_layout(path)
-    if ending not in _ENDINGS:
-        raise ValueError(f"{path}: whose layout is this? Expected .pdparams, .pt, .pth or .safetensors, or say which")
-    return _ENDINGS[ending]

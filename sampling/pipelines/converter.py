@@ -2,7 +2,7 @@
 
 import os
 
-from config.flags import str2bool
+from config.options import str2bool
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.process import configure_runtime

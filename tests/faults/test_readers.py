@@ -484,7 +484,7 @@ def test_json(tmp_path):
     for text, message in (
         (b"[" * 100 + b"]" * 100, "nested more than 64 deep"),
         (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "has more than 64 bits"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "99... is too large"),
         (b'{"a": 1e999}', "is too large"),
         (b'{"a": NaN}', "NaN is no JSON value"),
         (b'{"a": "\xff"}', "not UTF-8 text at byte 7"),

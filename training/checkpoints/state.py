@@ -11,7 +11,7 @@ import paddle
 
 from models.parallel import rank_part
 from models.state import check_state
-from runtime.paddle_private import is_scaler_on, master_weights
+from runtime.paddle_private import master_weights
 from training.checkpoints.find import STATE
 from training.optimizer import optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
@@ -120,7 +120,7 @@ def restore_training(checkpoint, session):
     progress = checkpoint.progress
     session.lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler = progress.get("scaler") or {}
-    if scaler and is_scaler_on(session.scaler):
+    if scaler and session.scaler is not None and session.scaler.is_enable():
         session.scaler.load_state_dict({**scaler, "scale": np.float32(scaler["scale"])})
     if checkpoint.objective:
         session.objective.set_state_dict({key: paddle.to_tensor(value) for key, value in checkpoint.objective.items()})

@@ -19,7 +19,7 @@ from collections import namedtuple
 import paddle
 import paddle.distributed as dist
 
-from runtime.paddle_private import found_overflow, is_scaler_on, loss_scale, zero_if
+from runtime.paddle_private import found_overflow, loss_scale, zero_if
 from runtime.process import EXIT_BAD_STEP, one_line
 from training.supervision.stopping import AGREE_EVERY
 
@@ -86,7 +86,7 @@ class NumberWatch:
     def begin_update(self, step, learning_rate, scaler=None):
         """Tells the watch that optimizer step `step` (1-based) comes next, through this `GradScaler`, if it is on."""
         self._step, self._rates[step] = step, learning_rate
-        self._scaler = scaler if is_scaler_on(scaler) else None
+        self._scaler = scaler if scaler is not None and scaler.is_enable() else None
         self._loss_scale = None if self._scaler is None else loss_scale(scaler)
 
     @paddle.no_grad()

@@ -25,9 +25,6 @@ __all__ = [
 ]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
-_PATHS = {"Linear": PathType.LINEAR, "GVP": PathType.GVP, "VP": PathType.VP}
-_PREDICTIONS = {"velocity": ModelType.VELOCITY, "noise": ModelType.NOISE, "score": ModelType.SCORE}
-_WEIGHTS = {None: WeightType.NONE, "velocity": WeightType.VELOCITY, "likelihood": WeightType.LIKELIHOOD}
 
 
 def create_transport(
@@ -65,9 +62,9 @@ def create_transport(
         ValueError: a value that is not accepted; the message names those that are. (The official code takes any
             unknown prediction for velocity and any unknown weight for None.)
     """
-    check_choice("path_type", path_type, _PATHS)
-    check_choice("prediction", prediction, _PREDICTIONS)
-    check_choice("loss_weight", loss_weight, _WEIGHTS)
+    check_choice("path_type", path_type, [path.value for path in PathType])
+    check_choice("prediction", prediction, [kind.value for kind in ModelType])
+    check_choice("loss_weight", loss_weight, [weight.value for weight in WeightType])
     for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None:
             check_number(name, eps, "None or a number, at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5)
@@ -86,9 +83,9 @@ def create_transport(
         defaults = (0, 0)
         train_eps = sample_eps = None
     return Transport(
-        model_type=_PREDICTIONS[prediction],
-        path_type=_PATHS[path_type],
-        loss_type=_WEIGHTS[loss_weight],
+        model_type=ModelType(prediction),
+        path_type=PathType(path_type),
+        loss_type=WeightType(loss_weight),
         train_eps=defaults[0] if train_eps is None else train_eps,
         sample_eps=defaults[1] if sample_eps is None else sample_eps,
         timestep_sampling=timestep_sampling,

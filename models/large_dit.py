@@ -131,7 +131,7 @@ class LargeDiT(LatentTransformer):
     """Class-conditional diffusion transformer of LLaMA blocks; arguments not named here: see `LatentTransformer`.
 
     Args:
-        num_attention_heads, attention_head_dim: the hidden width is their product; the head width is even.
+        attention_head_dim: even.
         qk_norm: layer norm of queries and keys, which keeps training in half precision stable.
         num_kv_heads: heads of keys and values, a divisor of `num_attention_heads`; None for as many as those.
         multiple_of, ffn_dim_multiplier: inner width of the feed-forward layers, see `FeedForward`.
@@ -159,24 +159,7 @@ class LargeDiT(LatentTransformer):
         single_backward=False,
         tensor_parallel_group=None,
     ):
-        super().__init__(
-            sample_size=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            num_classes=num_classes,
-            class_dropout_prob=class_dropout_prob,
-            learn_sigma=learn_sigma,
-            qk_norm=qk_norm,
-            num_kv_heads=num_kv_heads,
-            multiple_of=multiple_of,
-            ffn_dim_multiplier=ffn_dim_multiplier,
-            norm_eps=norm_eps,
-            enable_recompute=enable_recompute,
-            single_backward=single_backward,
-        )
+        super().__init__(locals())
         kv_heads = num_attention_heads if num_kv_heads is None else num_kv_heads
         if num_attention_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_attention_heads {num_attention_heads}, got {num_kv_heads}")
@@ -224,14 +207,7 @@ class LargeDiT(LatentTransformer):
         return x.reshape([batch, side * side, channels * p * p])
 
     def forward(self, x, t, y, force_drop_ids=None, hooks=()):
-        """Predicts noise (and variance) of noisy latents.
-
-        Args:
-            t: timesteps `(N,)`, in units of the original process (0..999). The others: see `LatentTransformer`.
-
-        Returns:
-            `(N, out_channels, H, W)`.
-        """
+        """Predicts noise (and variance) at timesteps t `(N,)` of the whole process, 0..999; see `LatentTransformer`."""
         x = self.x_embedder(self.patchify(x).astype(self.x_embedder.weight.dtype))  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, E)
         x = self._run_blocks(self.layers, x, (c, *self.rotary), hooks)  # (N, T, D)

@@ -129,9 +129,9 @@ def dopri5(drift, state, grid, atol, rtol):
     """Integrates by Dormand and Prince's adaptive method of order 5, with torchdiffeq's error norm and step control.
 
     The error of a step is the root mean square, over the whole batch, of error / (atol + rtol max(|x|, |x_next|)); of a
-    state of several tensors, the largest of theirs. A step is accepted if that is at most 1, and refused by `ValueError`
-    if none is small enough. Times of `grid` inside a step are interpolated. Unlike torchdiffeq's, the last step ends at
-    the end of the grid: no network is asked about times beyond it.
+    state of several tensors, the largest of theirs. A step is accepted if that is at most 1; if none is small
+    enough, that is a `ValueError`. Times of `grid` inside a step are interpolated. Unlike torchdiffeq's, the last step
+    ends at the end of the grid: no network is asked about times beyond it.
     """
     t, end = grid[0], grid[-1]
     direction = 1.0 if end > t else -1.0

@@ -17,7 +17,7 @@ from .attention import scaled_dot_product
 from .base import LatentTransformer
 from .dit import FinalLayer, modulations
 from .embeddings import LabelEmbedder, TimestepEmbedder
-from .parallel import SharedInput, column_linear, layer_norm, linear, prepare_group, row_linear
+from .parallel import column_linear, layer_norm, linear, prepare_group, row_linear, share_input
 from .sit import DropsVariance
 from .sizes import MAX_CONDITION_SIZE, swiglu_width
 
@@ -59,9 +59,7 @@ class GroupedQueryAttention(ops.Layer):
     def __init__(self, num_heads, num_kv_heads, head_dim, *, qk_norm=False, fused=False, group=None):
         super().__init__()
         hidden_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        self.head_dim = head_dim
-        self.fused = fused
-        self.shared_input = SharedInput(group)
+        self.head_dim, self.fused, self.group = head_dim, fused, group
         self.wq = column_linear(hidden_size, hidden_size, bias=False, shared_input=True, group=group)
         self.wk = column_linear(hidden_size, kv_size, bias=False, shared_input=True, group=group)
         self.wv = column_linear(hidden_size, kv_size, bias=False, shared_input=True, group=group)
@@ -71,7 +69,7 @@ class GroupedQueryAttention(ops.Layer):
 
     def forward(self, x, cos, sin):
         batch, tokens, _ = x.shape
-        x = self.shared_input(x)
+        x = share_input(x, self.group)
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (z.reshape([batch, tokens, -1, self.head_dim]) for z in (q, k, v))  # (N, T, heads, head_dim)
         # The layer norms of AMP give float32: attention is to run in the type of the projections.
@@ -98,13 +96,13 @@ class FeedForward(nn.Layer):
     def __init__(self, hidden_size, multiple_of=256, ffn_dim_multiplier=None, group=None):
         super().__init__()
         width = swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier)
-        self.shared_input = SharedInput(group)
+        self.group = group
         self.w1 = column_linear(hidden_size, width, bias=False, shared_input=True, group=group)
         self.w2 = row_linear(width, hidden_size, bias=False, group=group)
         self.w3 = column_linear(hidden_size, width, bias=False, shared_input=True, group=group)
 
     def forward(self, x):
-        x = self.shared_input(x)
+        x = share_input(x, self.group)
         return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 

@@ -18,9 +18,7 @@ from . import cpu_ops
 
 
 def modulate(x, shift, scale):
-    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
-    if shift.ndim == 2:
-        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, 1, D)`."""
     return x * (1 + scale) + shift
 
 
@@ -30,10 +28,7 @@ def swiglu(gate, x):
 
 
 def rms_norm(x, weight, epsilon):
-    """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type.
-
-    It is computed in float32 whatever AMP says.
-    """
+    """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type; in float32 in any case."""
     with paddle.amp.auto_cast(enable=False):
         h = x.astype("float32")
         h = h * paddle.rsqrt(h.square().mean(-1, keepdim=True) + epsilon)
@@ -80,17 +75,11 @@ class Operators:
         return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
 
     def linear(self, x, weight, bias, *, gelu=False):
-        """Returns `x @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias `(M,)` or None.
-
-        Args:
-            gelu: take the GELU (tanh approximation) of x first.
-        """
+        """Returns `x @ weight + bias`, or `gelu(x) @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias None or `(M,)`."""
         fast = bias is not None and self.fast(x, weight)
-        if gelu and fast and not self.keep_gelu:
-            return cpu_ops.linear(x, weight, bias, gelu=True)
-        if gelu:
-            x = F.gelu(x, approximate=True)
-        return cpu_ops.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
+        if gelu and (self.keep_gelu or not fast):
+            x, gelu = F.gelu(x, approximate=True), False
+        return cpu_ops.linear(x, weight, bias, gelu=gelu) if fast else F.linear(x, weight, bias)
 
     def layer_norm(self, x, weight, bias, *, epsilon):
         """Returns the layer norm of x over its last axis; weight and bias: of that width."""
@@ -105,12 +94,7 @@ class Operators:
     def rotate(self, x, cos, sin):
         """Turns the pairs (0, 1), (2, 3), ... of the last axis by RoPE's angles, in float32 whatever AMP says.
 
-        Args:
-            x: `(N, T, heads, head_dim)`.
-            cos, sin: float32 `(T, 1, head_dim / 2)`.
-
-        Returns:
-            as x, of its type.
+        x: `(N, T, heads, head_dim)`, as is the result, of x's type; cos, sin: float32 `(T, 1, head_dim / 2)`.
         """
         if self.fast(x):
             return cpu_ops.rotate(x, cos, sin)

@@ -115,7 +115,7 @@ class Linear(ops.Layer, nn.Linear):
 
 
 class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
-    """fleet's layer split by column, for an input that comes from a `SharedInput`; the output is never gathered."""
+    """fleet's layer split by column, for an input that comes from `share_input`; the output is never gathered."""
 
     def forward(self, x):
         return self.linear(x, self.weight, self.bias)
@@ -143,7 +143,7 @@ def column_linear(in_features, out_features, bias=True, *, group, segments=1, ga
     Args:
         segments: see `Split`.
         gather: give every rank the whole output.
-        shared_input: the input comes from a `SharedInput`, which sums its gradient over the group for all its users.
+        shared_input: the input comes from `share_input`, which sums its gradient over the group for all its users.
     """
     if group is None:
         return linear(in_features, out_features, bias)
@@ -166,15 +166,9 @@ def row_linear(in_features, out_features, bias=True, *, group):
     return layer
 
 
-class SharedInput(nn.Layer):
-    """The identity; in the backward pass the gradient is summed over the group, once for all layers that share it."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.group = group
-
-    def forward(self, x):
-        return x if self.group is None else sum_gradient_over_group(x, self.group)
+def share_input(x, group):
+    """Returns x; in the backward pass the gradient is summed over the group, once for all layers that share it."""
+    return x if group is None else sum_gradient_over_group(x, group)
 
 
 def layer_norm(width, epsilon, *, group):

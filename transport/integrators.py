@@ -27,19 +27,15 @@ FIXED_STEP = {
     ),
 }  # fmt: skip
 
-# Dormand and Prince 1980. The last stage stands at the end of the step: it is the first one of the next.
-_DOPRI5 = Tableau(
-    (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
-    (
-        (),
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+# Dormand and Prince 1980: c[i] and a[i] of the stages after the first. The step is x of the last stage, at its end: its
+# slope is the first one of the next step.
+_DOPRI5 = (
+    (1 / 5, (1 / 5,)),
+    (3 / 10, (3 / 40, 9 / 40)),
+    (4 / 5, (44 / 45, -56 / 15, 32 / 9)),
+    (8 / 9, (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729)),
+    (1, (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656)),
+    (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 # Step minus a fourth-order step: Shampine's 1986, as in torchdiffeq; 2/3 of Dormand and Prince's own.
 _DOPRI5_ERROR = (
@@ -149,7 +145,7 @@ def dopri5(drift, state, grid, atol, rtol):
         t_next = end if last else t + direction * step
         h = t_next - t
         slopes, new = [slope], state
-        for node, row in zip(_DOPRI5.c[1:], _DOPRI5.a[1:], strict=True):
+        for node, row in _DOPRI5:
             new = _advance(state, slopes, row, h)
             slopes.append(drift(t_next if node == 1 else t + node * h, new))
         zero = tuple(paddle.zeros_like(x) for x in state)

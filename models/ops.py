@@ -75,7 +75,7 @@ class Operators:
         return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
 
     def linear(self, x, weight, bias, *, gelu=False):
-        """Returns `x @ weight + bias`, or `gelu(x) @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias None or `(M,)`."""
+        """Returns `x @ weight + bias`, of `gelu(x)` with `gelu`: x `(..., K)`, weight `(K, M)`, bias None or `(M,)`."""
         fast = bias is not None and self.fast(x, weight)
         if gelu and (self.keep_gelu or not fast):
             x, gelu = F.gelu(x, approximate=True), False

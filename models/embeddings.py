@@ -48,9 +48,7 @@ class TimestepEmbedder(nn.Layer):
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            linear(frequency_embedding_size, hidden_size),
-            nn.Silu(),
-            linear(hidden_size, hidden_size),
+            linear(frequency_embedding_size, hidden_size), nn.Silu(), linear(hidden_size, hidden_size)
         )
         self.frequency_embedding_size = frequency_embedding_size
 

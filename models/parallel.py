@@ -46,29 +46,24 @@ class Split:
     segments: int
     group: object
 
+    def _replaced(self, shape, *sizes):
+        return [*shape[: self.axis], *sizes, *shape[self.axis + 1 :]]
+
     def whole_shape(self, shape):
         """Returns the shape of the whole parameter, from that of a part."""
-        shape = list(shape)
-        shape[self.axis] *= self.group.nranks
-        return shape
-
-    def _blocks(self, shape):
-        before, after = shape[: self.axis], shape[self.axis + 1 :]
-        width = shape[self.axis] // (self.segments * self.group.nranks)
-        return before, [self.segments, self.group.nranks, width], after
+        return self._replaced(shape, shape[self.axis] * self.group.nranks)
 
     def part(self, whole):
         """Returns this rank's part of a whole array or tensor."""
-        before, blocks, after = self._blocks(list(whole.shape))
-        index = (*[slice(None)] * (len(before) + 1), self.group.rank)
-        return whole.reshape([*before, *blocks, *after])[index].reshape([*before, blocks[0] * blocks[2], *after])
+        blocks = whole.reshape(self._replaced(whole.shape, self.segments, self.group.nranks, -1))
+        own = blocks[(*[slice(None)] * (self.axis + 1), self.group.rank)]
+        return own.reshape(self._replaced(whole.shape, -1))
 
     def merge(self, parts):
         """Returns the whole array, from all ranks' parts, arrays in the group's order."""
-        shape = self.whole_shape(parts[0].shape)
-        before, (segments, _, width), after = self._blocks(shape)
-        parts = [part.reshape([*before, segments, width, *after]) for part in parts]
-        return np.stack(parts, axis=len(before) + 1).reshape(shape)
+        shape = parts[0].shape
+        blocks = [part.reshape(self._replaced(shape, self.segments, -1)) for part in parts]
+        return np.stack(blocks, axis=self.axis + 1).reshape(self._replaced(shape, -1))
 
 
 def _mark(parameter, axis, group, segments=1):

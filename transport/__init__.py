@@ -75,19 +75,17 @@ def create_transport(
         raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
     if cosine_loss and prediction != "velocity":
         raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
-    if path_type == "VP":
-        defaults = (1e-5, 1e-3)
-    elif prediction != "velocity":
-        defaults = (1e-3, 1e-3)
+    if path_type != "VP" and prediction == "velocity":
+        train_eps = sample_eps = 0
     else:
-        defaults = (0, 0)
-        train_eps = sample_eps = None
+        train_eps = {"VP": 1e-5}.get(path_type, 1e-3) if train_eps is None else train_eps
+        sample_eps = 1e-3 if sample_eps is None else sample_eps
     return Transport(
         model_type=ModelType(prediction),
         path_type=PathType(path_type),
         loss_type=WeightType(loss_weight),
-        train_eps=defaults[0] if train_eps is None else train_eps,
-        sample_eps=defaults[1] if sample_eps is None else sample_eps,
+        train_eps=train_eps,
+        sample_eps=sample_eps,
         timestep_sampling=timestep_sampling,
         logit_mean=logit_mean,
         logit_std=logit_std,

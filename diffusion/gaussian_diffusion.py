@@ -15,17 +15,8 @@ from collections import deque
 import paddle
 
 from .diffusion_utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
-from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType
-from .schedules import betas_for_alpha_bar, get_named_beta_schedule
-
-__all__ = [
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "betas_for_alpha_bar",
-    "get_named_beta_schedule",
-]
+from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType  # noqa: F401
+from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F401 (here in the official code, too)
 
 
 class GaussianDiffusion(GaussianProcess):

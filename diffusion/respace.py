@@ -26,9 +26,14 @@ def space_timesteps(num_timesteps, section_counts):
     """
     counts = [section_counts] if type(section_counts) is int else section_counts
     if isinstance(counts, str):
-        stride = re.fullmatch("ddim([0-9]+)", counts)
-        if stride:
-            return _constant_stride(num_timesteps, int(stride[1]))
+        if re.fullmatch("ddim[0-9]+", counts):
+            for stride in range(1, num_timesteps):
+                steps = range(0, num_timesteps, stride)
+                if len(steps) == int(counts[4:]):
+                    return set(steps)
+            raise ValueError(
+                f"timestep respacing {counts!r}: no integer stride takes exactly {counts[4:]} of {num_timesteps} steps"
+            )
         counts = [int(part) if part.strip().isdecimal() else None for part in counts.split(",")]
     is_list = isinstance(counts, (list, tuple))
     if not is_list or not all(type(count) is int and count >= 0 for count in counts) or sum(counts) == 0:
@@ -51,16 +56,6 @@ def space_timesteps(num_timesteps, section_counts):
         kept.update(start + round(position) for position in accumulate([0.0, *[stride] * (count - 1)][:count]))
         start += section
     return kept
-
-
-def _constant_stride(num_timesteps, count):
-    for stride in range(1, num_timesteps):
-        steps = range(0, num_timesteps, stride)
-        if len(steps) == count:
-            return set(steps)
-    raise ValueError(
-        f"timestep respacing 'ddim{count}': no integer stride takes exactly {count} of {num_timesteps} steps"
-    )
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -84,10 +84,7 @@ class LatentTransformer(ops.Layer):
                     zeros(layer.bias)
 
     def _initialize_conditioning(self, blocks):
-        """Initialises the embeddings of label and timestep, and adaLN-Zero.
-
-        With adaLN-Zero every block starts as the identity, and the output as 0.
-        """
+        """Initialises the embeddings, and adaLN-Zero: every block starts as the identity, and the output as 0."""
         normal, zeros = nn.initializer.Normal(std=0.02), nn.initializer.Constant(0.0)
         for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             normal(layer.weight)
@@ -130,8 +127,7 @@ class LatentTransformer(ops.Layer):
 
         Args:
             x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.
-            t: `(2N,)`.
-            y: `(2N,)`: the classes, then the null class `num_classes`, N times.
+            t, y: `(2N,)`; the labels are the classes, then the null class `num_classes`, N times.
             cfg_scale: guidance scale, 1 for none.
             cfg_channels: how many leading channels are guided: 3 as in the official code, or None for all
                 `in_channels` latent channels. The others (and the variance) keep the output of their own half.

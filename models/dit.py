@@ -1,7 +1,7 @@
 """DiT: diffusion transformer with adaLN-Zero conditioning (Peebles and Xie, arXiv:2212.09748).
 
 Parameter names, shapes and initialisation are those of the official PyTorch code; Linear weights are stored `[in, out]`
-as Paddle does. Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width.
+as Paddle does. The letters of shapes: see `base`.
 """
 
 import paddle

@@ -1,7 +1,4 @@
-"""Patch, timestep and label embeddings, and the fixed sin-cos position table of DiT and SiT.
-
-Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width, p patch size.
-"""
+"""Patch, timestep and label embeddings, and the fixed position table of DiT. The letters of shapes: see `base`."""
 
 import math
 

@@ -2,10 +2,8 @@
 
 Parameter names, shapes and initialisation are those of the official `DiT_Llama`; Linear weights are stored `[in, out]`
 as Paddle does. Against DiT: rotary positions (RoPE) of the flattened token index instead of a table, RMSNorm, SwiGLU,
-Linear layers without bias, grouped-query attention, and a conditioning width of at most 1024.
-
-Shapes: N batch, T tokens, D hidden width, E conditioning width, C latent channels, H and W latent height and width,
-p patch size.
+Linear layers without bias, grouped-query attention, and a conditioning width of at most 1024. The letters of shapes:
+see `base`.
 """
 
 import numpy as np

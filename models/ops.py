@@ -1,11 +1,9 @@
 """The operators between the matrix products, behind one door: here alone is chosen how they are computed.
 
 Networks call them through `self.ops` and read as their papers. There are two forms, equal up to rounding: Paddle's own
-operators, and those of `cpu_ops` in float32 on a CPU, where they are faster. The latter are for a graph that serves one
-backward pass; so where a graph is recorded they need the promise `single_backward` of whoever built the network. All
-other networks compute with Paddle's own, which give any gradient.
-
-Shapes: N batch, T tokens, D hidden width.
+operators, which give any gradient, and those of `cpu_ops` in float32 on a CPU, where they are faster. The latter are
+for a graph that serves one backward pass; so where a graph is recorded they need the promise `single_backward` of
+whoever built the network. Shapes: N batch, T tokens, D hidden width.
 """
 
 from dataclasses import dataclass
@@ -40,8 +38,7 @@ class Operators:
     """The operators of a network.
 
     Attributes:
-        single_backward: the promise that the graph of the network's outputs serves one first-order backward pass at
-            most, to all inputs and parameters that want a gradient.
+        single_backward: the promise of whoever built it, see `LatentTransformer`.
         keep_gelu: keep the GELU of an MLP for the backward pass instead of computing it again there; for blocks that
             are recomputed as a whole.
     """

@@ -1,7 +1,6 @@
 """Sampling from a trained network: ODE, SDE and likelihood, with the official SiT's arguments.
 
-Time runs from noise (`t = 0`) to data (`t = 1`). Each method of `Sampler` checks its settings and returns a function
-`sample(x, model, **model_kwargs)`; see `transport` for what a model is.
+Each method of `Sampler` returns a function `sample(x, model, **model_kwargs)`; `transport` says what a model is.
 """
 
 import collections
@@ -135,7 +134,7 @@ class Sampler:
         _check_num_steps(num_steps)
         sde = _ReverseSDE(self.transport, diffusion_form, diffusion_norm)
         t0, t1 = sde.interval(0.0 if last_step is None else last_step_size)
-        grid = _grid(t0, t1, num_steps)
+        grid = np.linspace(t0, t1, num_steps).tolist()
         correct_last = t1 < 1 or (self.transport.path_type == PathType.GVP and diffusion_form != "constant")
 
         @paddle.no_grad()
@@ -207,7 +206,7 @@ class Sampler:
         if reverse and transport.model_type == ModelType.NOISE:
             t1, t0 = transport.check_interval(*eps, eval=True)
         _check_eps(transport)
-        return _grid(t0, t1, num_steps)
+        return np.linspace(t0, t1, num_steps).tolist()
 
 
 @dataclass
@@ -289,10 +288,6 @@ def _divergence(velocity, x, signs):
 def _check_num_steps(num_steps):
     if isinstance(num_steps, bool) or not isinstance(num_steps, numbers.Integral) or num_steps < 2:
         raise ValueError(f"num_steps={num_steps!r}: expected an integer, at least 2 (both ends count)")
-
-
-def _grid(t0, t1, num_steps):
-    return np.linspace(t0, t1, num_steps).tolist()
 
 
 def _times(t, x):

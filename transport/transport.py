@@ -77,15 +77,7 @@ class Transport:
         return sum_flat(paddle.square(z)) * -0.5 - 0.5 * size * math.log(2 * math.pi)
 
     def check_interval(
-        self,
-        train_eps,
-        sample_eps,
-        *,
-        diffusion_form="SBDM",
-        sde=False,
-        reverse=False,
-        eval=False,
-        last_step_size=0.0,
+        self, train_eps, sample_eps, *, diffusion_form="SBDM", sde=False, reverse=False, eval=False, last_step_size=0.0
     ):
         """Returns the times `(t0, t1)` between which a network is trained or integrated: the official table.
 

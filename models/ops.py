@@ -74,9 +74,12 @@ class Operators:
     def linear(self, x, weight, bias, *, gelu=False):
         """Returns `x @ weight + bias`, of `gelu(x)` with `gelu`: x `(..., K)`, weight `(K, M)`, bias None or `(M,)`."""
         fast = bias is not None and self.fast(x, weight)
-        if gelu and (self.keep_gelu or not fast):
-            x, gelu = F.gelu(x, approximate=True), False
-        return cpu_ops.linear(x, weight, bias, gelu=gelu) if fast else F.linear(x, weight, bias)
+        # `gelu` stays as it is: `paddle.jit.to_static` gets a flag that a branch changes wrong.
+        if gelu and fast and not self.keep_gelu:
+            return cpu_ops.linear(x, weight, bias, gelu=True)
+        if gelu:
+            x = F.gelu(x, approximate=True)
+        return cpu_ops.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
 
     def layer_norm(self, x, weight, bias, *, epsilon):
         """Returns the layer norm of x over its last axis; weight and bias: of that width."""

@@ -65,12 +65,7 @@ def create_diffusion(
             raise ValueError(f"{name}={value!r}: expected True or False")
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
 
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    elif rescale_learned_sigmas:
-        loss_type = LossType.RESCALED_MSE
-    else:
-        loss_type = LossType.MSE
+    loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     if learn_sigma:
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
@@ -82,5 +77,5 @@ def create_diffusion(
         betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=model_var_type,
-        loss_type=loss_type,
+        loss_type=LossType.RESCALED_KL if use_kl else loss_type,
     )

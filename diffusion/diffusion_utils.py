@@ -1,4 +1,4 @@
-"""Gaussian likelihoods and KL terms of the variational bound (Ho et al. 2020, Nichol and Dhariwal 2021)."""
+"""Precision; Gaussian likelihoods and KL terms of the bound (Ho et al. 2020, Nichol and Dhariwal 2021)."""
 
 import functools
 import math
@@ -6,20 +6,22 @@ import math
 import paddle
 
 
+def at_least_float32(x):
+    """Returns `x`, a tensor of half precision as float32: schedules span more than half precision can hold."""
+    return x.astype("float32") if isinstance(x, paddle.Tensor) and x.dtype in (paddle.float16, paddle.bfloat16) else x
+
+
 def full_precision(function):
-    """Decorates a function whose own operations are not to be autocast. It must not call the network."""
+    """Decorates arithmetic: its tensors are given to it `at_least_float32`, and not autocast. It calls no network."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        args = map(at_least_float32, args)
+        kwargs = {name: at_least_float32(value) for name, value in kwargs.items()}
         with paddle.amp.auto_cast(enable=False):
             return function(*args, **kwargs)
 
     return wrapper
-
-
-def at_least_float32(x):
-    """Returns `x`, as float32 if it is float16 or bfloat16: schedules span more than half precision can hold."""
-    return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
 
 
 def mean_flat(tensor):
@@ -28,16 +30,10 @@ def mean_flat(tensor):
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
-    """Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
-
-    The arguments are tensors or numbers that broadcast together; at least one is a tensor.
-    """
-    arguments = (mean1, logvar1, mean2, logvar2)
-    tensor = next((v for v in arguments if isinstance(v, paddle.Tensor)), None)
-    if tensor is None:
-        raise ValueError("normal_kl needs at least one tensor among its arguments, got numbers only")
-    mean1, logvar1, mean2, logvar2 = (
-        v if isinstance(v, paddle.Tensor) else paddle.full([1] * tensor.ndim, v, dtype=tensor.dtype) for v in arguments
+    """Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats; `mean1` is a tensor."""
+    mean2, logvar2 = (
+        v if isinstance(v, paddle.Tensor) else paddle.full([1] * mean1.ndim, v, dtype=mean1.dtype)
+        for v in (mean2, logvar2)
     )
     distance = paddle.square(mean1 - mean2) * paddle.exp(-logvar2)
     return 0.5 * (logvar2 - 1.0 - logvar1 + paddle.exp(-(logvar2 - logvar1)) + distance)
@@ -53,8 +49,7 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
 
     Args:
         x: targets, uint8 levels rescaled to [-1, 1]. The first and the last bin reach to -inf and +inf.
-        means: Gaussian means, shape of `x`.
-        log_scales: logarithm of the standard deviations, shape of `x`.
+        means, log_scales: of the Gaussian, logarithms of the standard deviations; shape of `x`.
 
     Returns:
         Log probabilities in nats, shape of `x`.

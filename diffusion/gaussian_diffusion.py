@@ -10,25 +10,16 @@ whatever the model's precision and whatever `paddle.amp.auto_cast` says outside;
 """
 
 import math
+from collections import deque
 
 import paddle
 
 from .diffusion_utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
-from .process import LossType, ModelMeanType, ModelVarType, check_timesteps
-from .sampling import SamplingProcess
-from .schedules import betas_for_alpha_bar, get_named_beta_schedule
-
-__all__ = [
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "betas_for_alpha_bar",
-    "get_named_beta_schedule",
-]
+from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType  # noqa: F401
+from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F401 (here in the official code, too)
 
 
-class GaussianDiffusion(SamplingProcess):
+class GaussianDiffusion(GaussianProcess):
     """A diffusion process with given betas, its losses and its samplers; arguments: see `GaussianProcess`."""
 
     # -- Losses -------------------------------------------------------------------------------------------------------
@@ -45,9 +36,8 @@ class GaussianDiffusion(SamplingProcess):
 
     @full_precision
     def _vb_bpd(self, out, x_start, x_t, t):
-        x_start, x_t = at_least_float32(x_start), at_least_float32(x_t)
         true_mean = self._posterior_mean(x_start, x_t, t)
-        true_log_variance = self._extract("posterior_log_variance_clipped", t, x_t)
+        (true_log_variance,) = self._extract(t, x_t, "posterior_log_variance_clipped")
         kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
         nll = -mean_flat(
             discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=0.5 * out["log_variance"])
@@ -58,20 +48,14 @@ class GaussianDiffusion(SamplingProcess):
         """Returns the losses of one timestep for each sample.
 
         Args:
-            model: see the module's docstring.
+            model, t, model_kwargs: see `p_mean_variance`, which also says which shapes are refused.
             x_start: `(N, C, ...)`, the data.
-            t: `(N,)` int64.
-            model_kwargs: further keyword arguments of the model.
             noise: `(N, C, ...)`, drawn if not given.
 
         Returns:
             dict of `(N,)` tensors: "loss", and for the MSE losses "mse" and, where the variance is learned, "vb".
-
-        Raises:
-            ValueError: shapes that do not fit, see `p_mean_variance`.
         """
         x_start = at_least_float32(x_start)
-        check_timesteps(t, x_start)
         if noise is None:
             noise = paddle.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
@@ -80,14 +64,13 @@ class GaussianDiffusion(SamplingProcess):
             bound = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
             with paddle.amp.auto_cast(enable=False):
                 return {"loss": bound * self.num_timesteps if self.loss_type == LossType.RESCALED_KL else bound}
-        output = self._call(model, x_t, t, model_kwargs)
-        return self._mse_losses(output[0] if isinstance(output, tuple) else output, x_start, x_t, t, noise)
+        mean_output, var_output, _ = self._predict(model, x_t, t, model_kwargs)
+        return self._mse_losses(mean_output, var_output, x_start, x_t, t, noise)
 
     @full_precision
-    def _mse_losses(self, output, x_start, x_t, t, noise):
-        mean_output, var_output = self._split_output(output, x_t)
+    def _mse_losses(self, mean_output, var_output, x_start, x_t, t, noise):
         if self.model_mean_type == ModelMeanType.EPSILON:
-            target = at_least_float32(noise)
+            target = noise
         elif self.model_mean_type == ModelMeanType.START_X:
             target = x_start
         else:
@@ -120,7 +103,7 @@ class GaussianDiffusion(SamplingProcess):
             "mse" `(N, T)`, the squared errors of the predicted x_0 and noise.
         """
         x_start = at_least_float32(x_start)
-        vb, xstart_mse, mse = [], [], []
+        terms = []
         for i in self._indices(progress):
             t = self._timesteps(i, x_start)
             noise = paddle.randn_like(x_start)
@@ -128,11 +111,156 @@ class GaussianDiffusion(SamplingProcess):
             out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             with paddle.amp.auto_cast(enable=False):
-                vb.append(out["output"])
-                xstart_mse.append(mean_flat(paddle.square(out["pred_xstart"] - x_start)))
-                mse.append(mean_flat(paddle.square(eps - noise)))
+                errors = (out["pred_xstart"] - x_start, eps - noise)
+                terms.append([out["output"], *(mean_flat(paddle.square(error)) for error in errors)])
         with paddle.amp.auto_cast(enable=False):
-            vb, xstart_mse, mse = (paddle.stack(columns, axis=1) for columns in (vb, xstart_mse, mse))
+            vb, xstart_mse, mse = (paddle.stack(columns, axis=1) for columns in zip(*terms, strict=True))
             prior_bpd = self._prior_bpd(x_start)
-            total_bpd = vb.sum(axis=1) + prior_bpd
-        return {"total_bpd": total_bpd, "prior_bpd": prior_bpd, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
+            total = vb.sum(axis=1) + prior_bpd
+        return {"total_bpd": total, "prior_bpd": prior_bpd, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
+
+    # -- Guidance by a classifier -------------------------------------------------------------------------------------
+
+    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """Returns p's mean shifted by `cond_fn(x, t, **model_kwargs)` = grad_x log p(y | x).
+
+        Sohl-Dickstein et al. 2015. `p_mean_var` is what `p_mean_variance` returned. The samplers run under
+        `paddle.no_grad`: a `cond_fn` that differentiates does so under `paddle.enable_grad()`.
+        """
+        gradient = self._call(cond_fn, x, t, model_kwargs)
+        with paddle.amp.auto_cast(enable=False):
+            return p_mean_var["mean"] + p_mean_var["variance"] * at_least_float32(gradient)
+
+    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """Returns `p_mean_var` as it would be with the score shifted by `cond_fn`, for DDIM (Song et al. 2020)."""
+        x = at_least_float32(x)
+        gradient = self._call(cond_fn, x, t, model_kwargs)
+        with paddle.amp.auto_cast(enable=False):
+            eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+            (alpha_bar,) = self._extract(t, x, "alphas_cumprod")
+            eps = eps - at_least_float32(gradient) * paddle.sqrt(1 - alpha_bar)
+            pred_xstart = self._predict_xstart_from_eps(x, t, eps)
+            return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self._posterior_mean(pred_xstart, x, t)}
+
+    # -- Sampling -----------------------------------------------------------------------------------------------------
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
+        """Draws x_{t-1}, one DDPM step. Arguments as in `p_mean_variance` and `condition_mean`.
+
+        Returns:
+            dict: "sample" and "pred_xstart", of `x`'s shape.
+        """
+        x = at_least_float32(x)
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = paddle.randn_like(x)
+        if cond_fn is not None:
+            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
+        with paddle.amp.auto_cast(enable=False):
+            std = paddle.exp(0.5 * out["log_variance"]) * _not_last(t, x)
+            return {"sample": out["mean"] + std * noise, "pred_xstart": out["pred_xstart"]}
+
+    def p_sample_loop(self, model, shape, *args, **kwargs):
+        """Draws samples by DDPM: x_0, of shape `shape`. Arguments as in `p_sample_loop_progressive`."""
+        return deque(self.p_sample_loop_progressive(model, shape, *args, **kwargs), maxlen=1).pop()["sample"]
+
+    def p_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False,
+    ):  # fmt: skip
+        """Returns a generator of the `p_sample` dicts of all steps.
+
+        Args:
+            model: see the module's docstring; may be a bound method such as `model.forward_with_cfg`.
+            shape: `(N, C, ...)`.
+            noise: the start x_T, of that shape; drawn if not given.
+            clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
+            cond_fn: see `condition_mean`.
+            device: None, or the name of Paddle's current device, on which all work is done.
+            progress: show a progress bar.
+        """
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._sample_loop(self.p_sample, model, shape, noise, options, device, progress)
+
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
+    ):  # fmt: skip
+        """Draws x_{t-1}, one DDIM step, Eq. 12 of Song et al. (2020). Arguments and result as in `p_sample`.
+
+        `eta`: share of the DDPM noise, from 0 (deterministic) to 1.
+        """
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta={eta!r} must lie between 0.0 (deterministic) and 1.0 (the noise of DDPM)")
+        x = at_least_float32(x)
+        pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        noise = paddle.randn_like(x)  # drawn for eta = 0 too, so that eta does not change the random stream
+        with paddle.amp.auto_cast(enable=False):
+            alpha_bar, alpha_bar_prev = self._extract(t, x, "alphas_cumprod", "alphas_cumprod_prev")
+            sigma = (
+                eta * paddle.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * paddle.sqrt(1 - alpha_bar / alpha_bar_prev)
+            )
+            mean = pred_xstart * paddle.sqrt(alpha_bar_prev) + eps * paddle.sqrt(1 - alpha_bar_prev - sigma**2)
+            return {"sample": mean + noise * (_not_last(t, x) * sigma), "pred_xstart": pred_xstart}
+
+    def ddim_reverse_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
+    ):  # fmt: skip
+        """Returns x_{t+1}, one step of the DDIM ODE to noise. Arguments and result as in `ddim_sample`; `eta` is 0."""
+        if eta != 0.0:
+            raise ValueError(f"eta={eta!r}: reverse DDIM is deterministic, only eta=0.0 is accepted")
+        x = at_least_float32(x)
+        pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        with paddle.amp.auto_cast(enable=False):
+            (alpha_bar_next,) = self._extract(t, x, "alphas_cumprod_next")
+            sample = pred_xstart * paddle.sqrt(alpha_bar_next) + eps * paddle.sqrt(1 - alpha_bar_next)
+            return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def _ddim_prediction(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs):
+        """Returns the two parts of `x` `(N, C, ...)` at `t` that a DDIM step mixes anew: x_0 and the noise."""
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+        # The noise is derived from x_0 again: that may have been clipped, or be what the network predicts.
+        return out["pred_xstart"], self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+
+    def ddim_sample_loop(self, model, shape, *args, **kwargs):
+        """Draws samples by DDIM: x_0, of shape `shape`. Arguments as in `ddim_sample_loop_progressive`."""
+        return deque(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs), maxlen=1).pop()["sample"]
+
+    def ddim_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0,
+    ):  # fmt: skip
+        """Returns a generator of all steps' `ddim_sample` dicts; see there and `p_sample_loop_progressive`."""
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        return self._sample_loop(self.ddim_sample, model, shape, noise, options, device, progress)
+
+    def _sample_loop(self, step, model, shape, noise, options, device, progress):
+        shape = [int(n) for n in shape]
+        if device is not None and str(device) != paddle.device.get_device():
+            current = paddle.device.get_device()
+            raise ValueError(f"device={device!r} is not Paddle's current device {current!r}: call paddle.set_device")
+        if noise is not None and list(noise.shape) != shape:
+            raise ValueError(f"noise has shape {list(noise.shape)}, expected {shape}")
+        x = at_least_float32(noise) if noise is not None else paddle.randn(shape)
+        for i in self._indices(progress):
+            with paddle.no_grad():
+                out = step(model, x, self._timesteps(i, x), *options)
+            yield out
+            x = out["sample"]
+
+    def _indices(self, progress):
+        indices = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm.auto import tqdm
+
+            indices = tqdm(indices)
+        return indices
+
+    @staticmethod
+    def _timesteps(i, x):
+        return paddle.full([x.shape[0]], i, dtype="int64")  # filled on the device: no copy from the host
+
+
+def _not_last(t, x):
+    """Returns 1 where a sample still gets noise, 0 at t = 0: `(N, 1, ..., 1)`."""
+    return (t != 0).astype(x.dtype).reshape([-1] + [1] * (x.ndim - 1))

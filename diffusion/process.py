@@ -58,6 +58,7 @@ class GaussianProcess:
                 accepted = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
                 raise ValueError(f"{value!r} is no {kind.__name__}; accepted: {accepted}")
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
+        self._learns_variance = model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
         # Everything is derived in float64 and rounded once, in _table.
         self.betas = betas = np.array(betas, dtype=np.float64)
@@ -73,12 +74,12 @@ class GaussianProcess:
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
 
         # q(x_t | x_0) and its inverses.
+        self._one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(self._one_minus_alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(self._one_minus_alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
-        self._one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
 
         # q(x_{t-1} | x_t, x_0), Eq. 6 and 7 of DDPM.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
@@ -98,10 +99,6 @@ class GaussianProcess:
     def __getstate__(self):
         return {**self.__dict__, "_tables": {}}  # copies and pickles make their own device tables
 
-    @property
-    def _learns_variance(self):
-        return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-
     def _table(self, name, place, dtype):
         """Returns attribute `name` as a tensor on `place`, made once: a look-up costs no copy to the device."""
         key = (name, str(place), dtype)
@@ -109,56 +106,51 @@ class GaussianProcess:
             self._tables[key] = paddle.to_tensor(np.asarray(getattr(self, name)).astype(dtype), place=place)
         return self._tables[key]
 
-    def _extract(self, name, t, x):
-        """Returns entries `t` of the table `name`, `(N, 1, ..., 1)`, to broadcast against `x` `(N, C, ...)`.
+    def _extract(self, t, x, *names):
+        """Returns the entries `t` of tables, `(N, 1, ..., 1)` each, to broadcast against `x` `(N, C, ...)`.
 
         They are always the right-hand operand, because the other way round Paddle takes ten times as long on a CPU.
         """
+        _check_timesteps(t, x)
         dtype = "float64" if x.dtype == paddle.float64 else "float32"
-        return paddle.gather(self._table(name, t.place, dtype), t).reshape([-1] + [1] * (x.ndim - 1))
-
-    def _model_timesteps(self, t):
-        """Returns the timesteps that the network is to see, where the process is a part of a longer one."""
-        return t
+        shape = [-1] + [1] * (x.ndim - 1)
+        return [paddle.gather(self._table(name, t.place, dtype), t).reshape(shape) for name in names]
 
     def _call(self, function, x, t, model_kwargs):
-        return function(x, self._model_timesteps(t), **(model_kwargs or {}))
+        """Calls a network or a `cond_fn` at the timesteps `t` of this process."""
+        _check_timesteps(t, x)
+        return function(x, t, **(model_kwargs or {}))
 
     # -- Forward process ----------------------------------------------------------------------------------------------
 
     @full_precision
     def q_mean_variance(self, x_start, t):
         """Returns mean, variance and log variance of q(x_t | x_0), each of `x_start`'s shape. `t`: `(N,)` int64."""
-        x_start = at_least_float32(x_start)
-        mean = x_start * self._extract("sqrt_alphas_cumprod", t, x_start)
-        variance = self._extract("_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
-        log_variance = self._extract("log_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
-        return mean, variance, log_variance
+        signal, variance, log_variance = self._extract(
+            t, x_start, "sqrt_alphas_cumprod", "_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod"
+        )
+        return x_start * signal, variance.expand(x_start.shape), log_variance.expand(x_start.shape)
 
     @full_precision
     def q_sample(self, x_start, t, noise=None):
         """Draws from q(x_t | x_0), of `x_start`'s shape; `noise` (same shape) is drawn if not given."""
-        x_start = at_least_float32(x_start)
         if noise is None:
             noise = paddle.randn_like(x_start)
         if list(noise.shape) != list(x_start.shape):
             raise ValueError(f"noise has shape {list(noise.shape)}, x_start {list(x_start.shape)}: they must be equal")
-        signal, sigma = (
-            self._extract(name, t, x_start) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        )
-        return x_start * signal + at_least_float32(noise) * sigma
+        signal, sigma = self._extract(t, x_start, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return x_start * signal + noise * sigma
 
     @full_precision
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """Returns mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0), each of `x_t`'s shape."""
-        mean = self._posterior_mean(x_start, x_t, t)
-        variance = self._extract("posterior_variance", t, x_t).expand(x_t.shape)
-        log_variance = self._extract("posterior_log_variance_clipped", t, x_t).expand(x_t.shape)
-        return mean, variance, log_variance
+        names = ("posterior_variance", "posterior_log_variance_clipped")
+        variance, log_variance = (value.expand(x_t.shape) for value in self._extract(t, x_t, *names))
+        return self._posterior_mean(x_start, x_t, t), variance, log_variance
 
+    @full_precision
     def _posterior_mean(self, x_start, x_t, t):
-        x_start, x_t = at_least_float32(x_start), at_least_float32(x_t)
-        coef1, coef2 = (self._extract(name, t, x_t) for name in ("posterior_mean_coef1", "posterior_mean_coef2"))
+        coef1, coef2 = self._extract(t, x_t, "posterior_mean_coef1", "posterior_mean_coef2")
         return x_start * coef1 + x_t * coef2
 
     # -- Reverse process ----------------------------------------------------------------------------------------------
@@ -179,27 +171,25 @@ class GaussianProcess:
             returned beside its output, else None.
 
         Raises:
-            ValueError: the model's output has not the shape that `model_var_type` asks for.
+            ValueError: `t` is not one timestep for each sample, or the model's output has not the shape that
+                `model_var_type` asks for.
         """
         x = at_least_float32(x)
-        check_timesteps(t, x)
-        output = self._call(model, x, t, model_kwargs)
-        output, extra = output if isinstance(output, tuple) else (output, None)
-        mean_output, var_output = self._split_output(output, x)
+        mean_output, var_output, extra = self._predict(model, x, t, model_kwargs)
         return {**self._prediction(mean_output, var_output, x, t, clip_denoised, denoised_fn), "extra": extra}
 
-    @full_precision
-    def _split_output(self, output, x):
-        """Splits the network's output into (mean part, variance part or None), each of `x`'s shape and precision."""
-        channels = x.shape[1]
-        expected = [x.shape[0], channels * (2 if self._learns_variance else 1), *x.shape[2:]]
+    def _predict(self, model, x, t, model_kwargs):
+        """Returns the network's output as (mean part, variance part or None), each as `x`, and what came beside it."""
+        output = self._call(model, x, t, model_kwargs)
+        output, extra = output if isinstance(output, tuple) else (output, None)
+        expected = [x.shape[0], x.shape[1] * (2 if self._learns_variance else 1), *x.shape[2:]]
         if list(output.shape) != expected:
             raise ValueError(
                 f"the model returned shape {list(output.shape)}, expected {expected}: a variance of type"
                 f" {self.model_var_type.name} takes a model with learn_sigma={self._learns_variance}"
             )
         output = at_least_float32(output)
-        return paddle.split(output, 2, axis=1) if self._learns_variance else (output, None)
+        return (*(output.split(2, axis=1) if self._learns_variance else (output, None)), extra)
 
     @full_precision
     def _prediction(self, mean_output, var_output, x, t, clip_denoised, denoised_fn=None):
@@ -207,7 +197,7 @@ class GaussianProcess:
         if self._learns_variance:
             # var_output in [-1, 1] runs from the smallest to the largest sensible log variance.
             fraction = (var_output + 1) / 2
-            high, low = (self._extract(name, t, x) for name in ("_log_betas", "posterior_log_variance_clipped"))
+            high, low = self._extract(t, x, "_log_betas", "posterior_log_variance_clipped")
             log_variance = fraction * high + (1 - fraction) * low
             variance = paddle.exp(log_variance)
         else:
@@ -215,7 +205,7 @@ class GaussianProcess:
                 ModelVarType.FIXED_LARGE: ("_fixed_large_variance", "_fixed_large_log_variance"),
                 ModelVarType.FIXED_SMALL: ("posterior_variance", "posterior_log_variance_clipped"),
             }[self.model_var_type]
-            variance, log_variance = (self._extract(name, t, x).expand(x.shape) for name in names)
+            variance, log_variance = (value.expand(x.shape) for value in self._extract(t, x, *names))
 
         if self.model_mean_type == ModelMeanType.EPSILON:
             pred_xstart = self._predict_xstart_from_eps(x, t, mean_output)
@@ -228,36 +218,26 @@ class GaussianProcess:
         if clip_denoised:
             pred_xstart = paddle.clip(pred_xstart, -1.0, 1.0)
 
-        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            mean = mean_output
-        else:
-            mean = self._posterior_mean(pred_xstart, x, t)
+        is_mean = self.model_mean_type == ModelMeanType.PREVIOUS_X
+        mean = mean_output if is_mean else self._posterior_mean(pred_xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
-
-    def _extract_recips(self, t, x):
-        names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
-        return [self._extract(name, t, x) for name in names]
 
     @full_precision
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        x_t, eps = at_least_float32(x_t), at_least_float32(eps)
-        recip, recipm1 = self._extract_recips(t, x_t)
+        recip, recipm1 = self._extract(t, x_t, "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
         return x_t * recip - eps * recipm1
 
     @full_precision
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
-        x_t, xprev = at_least_float32(x_t), at_least_float32(xprev)
-        coef1, coef2 = (self._extract(name, t, x_t) for name in ("posterior_mean_coef1", "posterior_mean_coef2"))
+        coef1, coef2 = self._extract(t, x_t, "posterior_mean_coef1", "posterior_mean_coef2")
         return (xprev - x_t * coef2) / coef1
 
     @full_precision
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        x_t, pred_xstart = at_least_float32(x_t), at_least_float32(pred_xstart)
-        recip, recipm1 = self._extract_recips(t, x_t)
+        recip, recipm1 = self._extract(t, x_t, "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
         return (x_t * recip - pred_xstart) / recipm1
 
 
-def check_timesteps(t, x):
-    """Raises ValueError unless `t` holds a timestep for each sample of `x`."""
+def _check_timesteps(t, x):
     if list(t.shape) != [x.shape[0]]:
         raise ValueError(f"t has shape {list(t.shape)}, expected [{x.shape[0]}]: one timestep for each sample")

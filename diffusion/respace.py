@@ -1,5 +1,9 @@
 """Respacing: a diffusion process on a subset of another one's timesteps (Sec. 4 of Improved DDPM)."""
 
+import re
+from itertools import accumulate
+
+import numpy as np
 import paddle
 
 from .gaussian_diffusion import GaussianDiffusion
@@ -20,9 +24,23 @@ def space_timesteps(num_timesteps, section_counts):
     Raises:
         ValueError: a string of another form, or more steps than there are.
     """
-    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
-        return _constant_stride(num_timesteps, section_counts)
-    counts = _section_counts(section_counts)
+    counts = [section_counts] if type(section_counts) is int else section_counts
+    if isinstance(counts, str):
+        if re.fullmatch("ddim[0-9]+", counts):
+            for stride in range(1, num_timesteps):
+                steps = range(0, num_timesteps, stride)
+                if len(steps) == int(counts[4:]):
+                    return set(steps)
+            raise ValueError(
+                f"timestep respacing {counts!r}: no integer stride takes exactly {counts[4:]} of {num_timesteps} steps"
+            )
+        counts = [int(part) if part.strip().isdecimal() else None for part in counts.split(",")]
+    is_list = isinstance(counts, (list, tuple))
+    if not is_list or not all(type(count) is int and count >= 0 for count in counts) or sum(counts) == 0:
+        raise ValueError(
+            f"timestep respacing {section_counts!r} is not understood; accepted: '' for all steps, a number of steps"
+            " such as '250', numbers per section such as '10,15,20' (or a list of them), 'ddimN' such as 'ddim25'"
+        )
 
     size, extra = divmod(num_timesteps, len(counts))
     kept, start = set(), 0
@@ -35,40 +53,9 @@ def space_timesteps(num_timesteps, section_counts):
             )
         # A running sum rounded half to even, as in the official code: a product would pick other steps.
         stride = (section - 1) / (count - 1) if count > 1 else 1
-        position = 0.0
-        for _ in range(count):
-            kept.add(start + round(position))
-            position += stride
+        kept.update(start + round(position) for position in accumulate([0.0, *[stride] * (count - 1)][:count]))
         start += section
     return kept
-
-
-def _refuse(section_counts):
-    raise ValueError(
-        f"timestep respacing {section_counts!r} is not understood; accepted: '' for all steps, a number of steps such"
-        " as '250', numbers per section such as '10,15,20' (or a list of them), 'ddimN' such as 'ddim25'"
-    )
-
-
-def _constant_stride(num_timesteps, name):
-    digits = name[len("ddim") :]
-    if not digits.isdecimal():
-        _refuse(name)
-    for stride in range(1, num_timesteps):
-        steps = range(0, num_timesteps, stride)
-        if len(steps) == int(digits):
-            return set(steps)
-    raise ValueError(f"timestep respacing {name!r}: no integer stride takes exactly {digits} of {num_timesteps} steps")
-
-
-def _section_counts(value):
-    counts = [value] if type(value) is int else value
-    if isinstance(counts, str):
-        counts = [int(part) if part.strip().isdecimal() else None for part in counts.split(",")]
-    is_list = isinstance(counts, (list, tuple))
-    if not is_list or not all(type(count) is int and count >= 0 for count in counts) or sum(counts) == 0:
-        _refuse(value)
-    return counts
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -94,12 +81,9 @@ class SpacedDiffusion(GaussianDiffusion):
         if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < self.original_num_steps:
             raise ValueError(f"use_timesteps must hold timesteps of 0 to {self.original_num_steps - 1}, at least one")
 
-        new_betas, last_alpha_cumprod = [], 1.0
-        for t in self.timestep_map:
-            new_betas.append(1 - original.alphas_cumprod[t] / last_alpha_cumprod)
-            last_alpha_cumprod = original.alphas_cumprod[t]
-        super().__init__(betas=new_betas, **kwargs)
-        self._is_whole = self.num_timesteps == self.original_num_steps
+        kept = original.alphas_cumprod[self.timestep_map]
+        super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
-    def _model_timesteps(self, t):
-        return t if self._is_whole else paddle.gather(self._table("timestep_map", t.place, "int64"), t)
+    def _call(self, function, x, t, model_kwargs):
+        original = paddle.gather(self._table("timestep_map", t.place, "int64"), t)
+        return super()._call(function, x, original, model_kwargs)

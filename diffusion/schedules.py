@@ -8,13 +8,7 @@ import numpy as np
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     """Returns betas whose cumulative product of (1 - beta) follows `alpha_bar(u)`, u in [0, 1].
 
-    Args:
-        num_diffusion_timesteps: number of betas.
-        alpha_bar: function of one number.
-        max_beta: upper bound, below 1, so that the last steps stay invertible.
-
-    Returns:
-        float64 array `(num_diffusion_timesteps,)`.
+    `max_beta`, below 1, bounds them, so that the last steps stay invertible. float64 `(num_diffusion_timesteps,)`.
     """
     level = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
     return np.array([min(1 - level[i + 1] / level[i], max_beta) for i in range(num_diffusion_timesteps)])

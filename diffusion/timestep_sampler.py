@@ -6,27 +6,23 @@ import paddle
 from .diffusion_utils import full_precision
 
 
-class ScheduleSampler:
-    """A distribution over timesteps. Weighting each loss by the weight drawn with it keeps the objective's mean.
-
-    Args:
-        diffusion: its `num_timesteps` is used.
-    """
+class UniformSampler:
+    """Draws every timestep of a `diffusion` alike; all weights are 1, and nothing is learned."""
 
     def __init__(self, diffusion):
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
         """Returns positive weights, proportional to each timestep's probability: `(num_timesteps,)` tensor."""
-        raise NotImplementedError
+        return paddle.ones([self.num_timesteps], dtype="float64")
 
     def sample(self, batch_size):
-        """Draws timesteps.
+        """Draws timesteps, and the weights of their losses that keep the objective's mean.
 
         Returns:
-            `(timesteps, weights)`: `(batch_size,)` int64 and float32; the weights are to be multiplied with the losses.
+            `(timesteps, weights)`: `(batch_size,)` int64 and float32.
         """
-        raise NotImplementedError
+        return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
 
     def update_with_losses(self, t, losses):
         """Tells the sampler the losses `(N,)` at timesteps `t` `(N,)`. In distributed training every rank calls it."""
@@ -39,21 +35,12 @@ class ScheduleSampler:
         """Takes over what `state_dict` returned."""
 
 
-class UniformSampler(ScheduleSampler):
-    """Draws every timestep alike; all weights are 1."""
-
-    def weights(self):
-        return paddle.ones([self.num_timesteps], dtype="float64")
-
-    def sample(self, batch_size):
-        return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
-
-
-class LossSecondMomentResampler(ScheduleSampler):
+class LossSecondMomentResampler:
     """Probabilities proportional to sqrt(E[loss^2]) over each timestep's last losses, Eq. 18 of Improved DDPM.
 
-    Uniform until every timestep has `history_per_term` losses. The state lives on the device and neither drawing nor
-    updating waits for it. On several ranks all hold the same state, made of everyone's losses.
+    Its methods are those of `UniformSampler`. It draws uniformly until every timestep has `history_per_term` losses.
+    The state lives on the device and neither drawing nor updating waits for it. On several ranks all hold the same
+    state, made of everyone's losses.
 
     Args:
         diffusion: its `num_timesteps` is used.
@@ -64,7 +51,7 @@ class LossSecondMomentResampler(ScheduleSampler):
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001, group=None, ranks_per_batch=1):
-        super().__init__(diffusion)
+        self.num_timesteps = diffusion.num_timesteps
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self._group = group
@@ -126,18 +113,13 @@ class LossSecondMomentResampler(ScheduleSampler):
         return {"loss_history": self._loss_history, "loss_counts": self._loss_counts}
 
     def set_state_dict(self, state):
-        new = {}
         for name, tensor in self.state_dict().items():
             if name not in state:
                 raise ValueError(f"the timestep sampler's state lacks {name!r}")
-            new[name] = paddle.to_tensor(np.asarray(state[name]), dtype=tensor.dtype)
-            shape, expected = list(new[name].shape), list(tensor.shape)
+            shape, expected = list(state[name].shape), list(tensor.shape)
             if shape != expected:
                 raise ValueError(f"the timestep sampler's {name} has shape {shape}, expected {expected}")
-        self._loss_history, self._loss_counts = new["loss_history"], new["loss_counts"]
-
-
-_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+            setattr(self, f"_{name}", paddle.to_tensor(np.asarray(state[name]), dtype=tensor.dtype))
 
 
 def create_named_schedule_sampler(name, diffusion, **options):
@@ -146,6 +128,6 @@ def create_named_schedule_sampler(name, diffusion, **options):
     Args:
         options: of `LossSecondMomentResampler`; the uniform one needs none.
     """
-    if name not in _SAMPLERS:
-        raise ValueError(f"unknown timestep sampler {name!r}; accepted: {', '.join(_SAMPLERS)}")
-    return UniformSampler(diffusion) if name == "uniform" else _SAMPLERS[name](diffusion, **options)
+    if name not in ("uniform", "loss-second-moment"):
+        raise ValueError(f"unknown timestep sampler {name!r}; accepted: uniform, loss-second-moment")
+    return UniformSampler(diffusion) if name == "uniform" else LossSecondMomentResampler(diffusion, **options)

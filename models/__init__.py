@@ -18,14 +18,13 @@ _EXPORTS = {
     "TimestepEmbedder": "models.embeddings",
     "get_2d_sincos_pos_embed": "models.embeddings",
 }
-_NETWORKS = ("DiT", "SiT", "LargeDiT", "LargeSiT")
 
 __all__ = ["MODELS", "build_model", *_EXPORTS]
 
 
 def __getattr__(name):
     if name == "MODELS":
-        value = {network: __getattr__(network) for network in _NETWORKS}
+        value = {network: __getattr__(network) for network in ("DiT", "SiT", "LargeDiT", "LargeSiT")}
     elif name in _EXPORTS:
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
     else:
@@ -44,13 +43,12 @@ def build_model(config, **overrides):
     Raises:
         ValueError: an unknown type or keyword, or a size that can't be.
     """
-    keywords = dict(config["model"] if "model" in config else config)
-    name = keywords.pop("type", "DiT")
     from models import MODELS
 
+    keywords = {**config.get("model", config), **overrides}
+    name = keywords.pop("type", "DiT")
     if name not in MODELS:
         raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
-    keywords.update(overrides)
     try:
         return MODELS[name](**keywords)
     except TypeError as error:

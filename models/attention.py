@@ -10,13 +10,9 @@ from .parallel import column_linear, row_linear
 def scaled_dot_product(q, k, v, *, fused):
     """Returns the attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
 
-    Args:
-        fused: call Paddle's `scaled_dot_product_attention`, which takes FlashAttention-2 (half precision on Ampere or
-            newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim
-            allow. Same numbers up to rounding.
-
-    Returns:
-        `(N, T, heads, head_dim)`.
+    `fused` calls Paddle's `scaled_dot_product_attention`, which takes FlashAttention-2 (half precision on Ampere or
+    newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim allow. Same
+    numbers up to rounding.
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v)

@@ -12,6 +12,9 @@ from . import ops
 from .guidance import combine_guidance
 from .parallel import LINEARS, initialize
 
+# Keywords that say how a network is computed, not what: they change neither parameters nor outputs.
+_COMPUTATION = ("fused_attention", "enable_recompute", "single_backward", "tensor_parallel_group")
+
 
 class LatentTransformer(ops.Layer):
     """Base of the networks: transformers on square latents in p x p patches, conditioned on a time and a class.
@@ -25,77 +28,46 @@ class LatentTransformer(ops.Layer):
     - hooks: `hooks.Hook`s that see the tokens between the blocks, one after the other;
     - the result is `(N, out_channels, H, W)`.
 
-    Args:
-        sample_size: latent height and width (32 for 256 px images with the SD autoencoder).
-        patch_size: latent pixels per token along a side; divides `sample_size`.
-        in_channels: latent channels.
-        num_layers: transformer blocks.
-        num_attention_heads, attention_head_dim: the hidden width is their product.
-        num_classes: classes; the null class of guidance is the label `num_classes`.
-        class_dropout_prob: share of labels replaced by the null class in training. 0 builds no null class: such a
-            model can't be guided.
-        learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021).
-        enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients.
-        single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to
-            all parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then
-            cost less; anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is
-            an error of Paddle's, or a crash.
-        own: the subclass's own keywords, for `settings`.
+    Keywords of every network's constructor:
 
-    Every network also takes `fused_attention` (use Paddle's fused attention where device and dtype allow; same numbers)
-    and `tensor_parallel_group` (the group of ranks to split it over, see `parallel`; None for a whole network).
+    - sample_size: latent height and width (32 for 256 px images with the SD autoencoder);
+    - patch_size: latent pixels per token along a side; divides `sample_size`;
+    - in_channels: latent channels; num_layers: transformer blocks;
+    - num_attention_heads, attention_head_dim: the hidden width is their product;
+    - num_classes: classes; the null class of guidance is the label `num_classes`;
+    - class_dropout_prob: share of labels replaced by the null class in training. 0 builds no null class: such a model
+      can't be guided;
+    - learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021);
+    - fused_attention: use Paddle's fused attention where device and dtype allow; same numbers;
+    - enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients;
+    - single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to all
+      parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then cost less;
+      anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is an error of
+      Paddle's, or a crash;
+    - tensor_parallel_group: the group of ranks to split it over, see `parallel`; None for a whole network.
+
+    Args:
+        keywords: `locals()` of the subclass's constructor.
 
     Attributes:
-        settings: the constructor keywords that decide parameters and outputs: `type(self)(**settings)` takes the same
-            weights.
+        settings: the keywords that decide parameters and outputs: `type(self)(**settings)` takes the same weights. Each
+            is an attribute, too.
 
     Raises:
         ValueError: a size that can't be: the message names it.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_size,
-        patch_size,
-        in_channels,
-        num_layers,
-        num_attention_heads,
-        attention_head_dim,
-        num_classes,
-        class_dropout_prob,
-        learn_sigma,
-        enable_recompute,
-        single_backward,
-        **own,
-    ):
+    def __init__(self, keywords):
         super().__init__()
-        if sample_size % patch_size != 0:
-            raise ValueError(f"sample_size {sample_size} is not divisible by patch_size {patch_size}")
-        self.settings = {
-            "sample_size": sample_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_layers": num_layers,
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-            "num_classes": num_classes,
-            "class_dropout_prob": class_dropout_prob,
-            "learn_sigma": learn_sigma,
-            **own,
-        }
-        self.sample_size = self.input_size = sample_size
-        self.patch_size = patch_size
-        self.grid_size = sample_size // patch_size
-        self.in_channels = in_channels
-        self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.hidden_size = num_attention_heads * attention_head_dim
-        self.num_heads = num_attention_heads
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
-        self.learn_sigma = learn_sigma
-        self.enable_recompute = enable_recompute
-        self.single_backward = single_backward
+        self.settings = {k: v for k, v in keywords.items() if k not in ("self", "__class__", *_COMPUTATION)}
+        for name, value in self.settings.items():
+            setattr(self, name, value)
+        if self.sample_size % self.patch_size != 0:
+            raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}")
+        self.grid_size = self.sample_size // self.patch_size
+        self.out_channels = self.in_channels * 2 if self.learn_sigma else self.in_channels
+        self.hidden_size = self.num_attention_heads * self.attention_head_dim
+        self.enable_recompute, self.single_backward = keywords["enable_recompute"], keywords["single_backward"]
 
     def finish(self):
         """Initialises the weights of a network whose layers are made, and tells the layers how to compute."""
@@ -112,19 +84,14 @@ class LatentTransformer(ops.Layer):
                     zeros(layer.bias)
 
     def _initialize_conditioning(self, blocks):
-        """Initialises the embeddings of label and timestep, and adaLN-Zero.
-
-        With adaLN-Zero every block starts as the identity, and the output as 0.
-        """
+        """Initialises the embeddings, and adaLN-Zero: every block starts as the identity, and the output as 0."""
         normal, zeros = nn.initializer.Normal(std=0.02), nn.initializer.Constant(0.0)
-        normal(self.y_embedder.embedding_table.weight)
-        normal(self.t_embedder.mlp[0].weight)
-        normal(self.t_embedder.mlp[2].weight)
-        for layer in [*(block.adaLN_modulation[1] for block in blocks), self.final_layer.adaLN_modulation[1]]:
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            normal(layer.weight)
+        modulated = [*blocks, self.final_layer]
+        for layer in [*(part.adaLN_modulation[1] for part in modulated), self.final_layer.linear]:
             zeros(layer.weight)
             zeros(layer.bias)
-        zeros(self.final_layer.linear.weight)
-        zeros(self.final_layer.linear.bias)
 
     def _run_blocks(self, blocks, x, conditions, hooks):
         """Returns the tokens after all blocks: x `(N, T, D)`, conditions: what a block takes beside them."""
@@ -160,8 +127,7 @@ class LatentTransformer(ops.Layer):
 
         Args:
             x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.
-            t: `(2N,)`.
-            y: `(2N,)`: the classes, then the null class `num_classes`, N times.
+            t, y: `(2N,)`; the labels are the classes, then the null class `num_classes`, N times.
             cfg_scale: guidance scale, 1 for none.
             cfg_channels: how many leading channels are guided: 3 as in the official code, or None for all
                 `in_channels` latent channels. The others (and the variance) keep the output of their own half.
@@ -175,10 +141,7 @@ class LatentTransformer(ops.Layer):
         if self.class_dropout_prob == 0:
             raise ValueError("this network has no null class (class_dropout_prob 0): it can't be guided")
         half = x[: x.shape[0] // 2]
-        out = self(paddle.concat([half, half], axis=0), t, y)
+        cond, uncond = self(paddle.concat([half, half]), t, y).split(2, axis=0)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
-        guided, rest = out[:, :channels], out[:, channels:]
-        cond, uncond = guided.split(2, axis=0)
-        half_guided = combine_guidance(cond, uncond, cfg_scale)
-        guided = paddle.concat([half_guided, half_guided], axis=0)
-        return paddle.concat([guided, rest], axis=1) if rest.shape[1] else guided
+        guided = combine_guidance(cond[:, :channels], uncond[:, :channels], cfg_scale)
+        return paddle.concat([paddle.concat([guided, own[:, channels:]], axis=1) for own in (cond, uncond)])

@@ -1,7 +1,7 @@
 """DiT: diffusion transformer with adaLN-Zero conditioning (Peebles and Xie, arXiv:2212.09748).
 
 Parameter names, shapes and initialisation are those of the official PyTorch code; Linear weights are stored `[in, out]`
-as Paddle does. Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width.
+as Paddle does. The letters of shapes: see `base`.
 """
 
 import paddle
@@ -80,7 +80,7 @@ class DiT(LatentTransformer):
     """Class-conditional diffusion transformer; arguments not named here: see `LatentTransformer`.
 
     Args:
-        num_attention_heads, attention_head_dim: the hidden width is their product, a multiple of 4.
+        num_attention_heads, attention_head_dim: their product is a multiple of 4.
         mlp_ratio: hidden width of the MLP over the hidden width.
     """
 
@@ -101,27 +101,14 @@ class DiT(LatentTransformer):
         single_backward=False,
         tensor_parallel_group=None,
     ):
-        super().__init__(
-            sample_size=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            mlp_ratio=mlp_ratio,
-            num_classes=num_classes,
-            class_dropout_prob=class_dropout_prob,
-            learn_sigma=learn_sigma,
-            enable_recompute=enable_recompute,
-            single_backward=single_backward,
-        )
+        super().__init__(locals())
         hidden_size, group = self.hidden_size, prepare_group(tensor_parallel_group)
-        self.x_embedder = PatchEmbed(sample_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, not trained, but part of the checkpoint, as in the official code.
         self.pos_embed = self.create_parameter(
-            [1, self.x_embedder.num_patches, hidden_size], default_initializer=nn.initializer.Constant(0.0)
+            [1, self.grid_size**2, hidden_size], default_initializer=nn.initializer.Constant(0.0)
         )
         self.pos_embed.stop_gradient = True
         keep_own_parameters_float32(self)  # because no optimizer keeps a float32 master of pos_embed
@@ -146,14 +133,7 @@ class DiT(LatentTransformer):
         self._initialize_conditioning(self.blocks)
 
     def forward(self, x, t, y, force_drop_ids=None, hooks=()):
-        """Predicts noise (and variance) of noisy latents.
-
-        Args:
-            t: timesteps `(N,)`, in units of the original process (0..999). The others: see `LatentTransformer`.
-
-        Returns:
-            `(N, out_channels, H, W)`.
-        """
+        """Predicts noise (and variance) at timesteps t `(N,)` of the whole process, 0..999; see `LatentTransformer`."""
         x = self.x_embedder(x.astype(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         x = x + self.pos_embed.astype(x.dtype)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)

@@ -1,7 +1,4 @@
-"""Patch, timestep and label embeddings, and the fixed sin-cos position table of DiT and SiT.
-
-Shapes: N batch, T tokens, D hidden width, C latent channels, H and W latent height and width, p patch size.
-"""
+"""Patch, timestep and label embeddings, and the fixed position table of DiT. The letters of shapes: see `base`."""
 
 import math
 
@@ -12,25 +9,10 @@ from paddle import nn
 from .parallel import linear
 
 
-def get_1d_sincos_pos_embed_from_grid(embed_dim, pos):
-    """Returns sine and cosine features of positions, float64 `(M, embed_dim)`, sines first (MAE, He et al. 2022).
-
-    Args:
-        embed_dim: width of the output, even.
-        pos: positions, any shape with M entries.
-    """
-    if embed_dim % 2 != 0:
-        raise ValueError(f"embed_dim of a sin-cos embedding must be even, got {embed_dim}")
-    half = embed_dim // 2
-    omega = 1.0 / 10000 ** (np.arange(half, dtype=np.float64) / half)
-    angles = np.outer(np.asarray(pos).reshape(-1), omega)  # (M, embed_dim / 2)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
 def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
-    """Returns the fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official function.
+    """Returns the fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official function (MAE's).
 
-    The first half of the width encodes the column, the second half the row.
+    Its columns are the sines and cosines of a token's column in the grid, then those of its row.
 
     Args:
         embed_dim: hidden width, a multiple of 4.
@@ -39,27 +21,17 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=
     """
     if embed_dim % 4 != 0:
         raise ValueError(f"the hidden width must be a multiple of 4 for the 2-D position table, got {embed_dim}")
-    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
-    table = np.concatenate(
-        [
-            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, columns),
-            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, rows),
-        ],
-        axis=1,
-    )
-    if cls_token and extra_tokens > 0:
-        table = np.concatenate([np.zeros([extra_tokens, embed_dim]), table], axis=0)
-    return table
+    frequencies = 1.0 / 10000 ** (np.arange(embed_dim // 4) / (embed_dim // 4))
+    rows, columns = (np.outer(axis, frequencies) for axis in np.indices([grid_size, grid_size]))
+    table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
+    return np.concatenate([np.zeros([extra_tokens if cls_token else 0, embed_dim]), table])
 
 
 class PatchEmbed(nn.Layer):
     """Latents `(N, C, H, W)` to patch tokens `(N, T, D)`, T = (H / p) * (W / p), by a convolution of stride p."""
 
-    def __init__(self, input_size, patch_size, in_channels, hidden_size):
+    def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
-        self.patch_size = patch_size
-        self.grid_size = input_size // patch_size
-        self.num_patches = self.grid_size**2
         self.proj = nn.Conv2D(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
@@ -73,9 +45,7 @@ class TimestepEmbedder(nn.Layer):
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            linear(frequency_embedding_size, hidden_size),
-            nn.Silu(),
-            linear(hidden_size, hidden_size),
+            linear(frequency_embedding_size, hidden_size), nn.Silu(), linear(hidden_size, hidden_size)
         )
         self.frequency_embedding_size = frequency_embedding_size
 

@@ -2,10 +2,8 @@
 
 Parameter names, shapes and initialisation are those of the official `DiT_Llama`; Linear weights are stored `[in, out]`
 as Paddle does. Against DiT: rotary positions (RoPE) of the flattened token index instead of a table, RMSNorm, SwiGLU,
-Linear layers without bias, grouped-query attention, and a conditioning width of at most 1024.
-
-Shapes: N batch, T tokens, D hidden width, E conditioning width, C latent channels, H and W latent height and width,
-p patch size.
+Linear layers without bias, grouped-query attention, and a conditioning width of at most 1024. The letters of shapes:
+see `base`.
 """
 
 import numpy as np
@@ -17,7 +15,7 @@ from .attention import scaled_dot_product
 from .base import LatentTransformer
 from .dit import FinalLayer, modulations
 from .embeddings import LabelEmbedder, TimestepEmbedder
-from .parallel import SharedInput, column_linear, layer_norm, linear, prepare_group, row_linear
+from .parallel import column_linear, layer_norm, linear, prepare_group, row_linear, share_input
 from .sit import DropsVariance
 from .sizes import MAX_CONDITION_SIZE, swiglu_width
 
@@ -59,9 +57,7 @@ class GroupedQueryAttention(ops.Layer):
     def __init__(self, num_heads, num_kv_heads, head_dim, *, qk_norm=False, fused=False, group=None):
         super().__init__()
         hidden_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        self.head_dim = head_dim
-        self.fused = fused
-        self.shared_input = SharedInput(group)
+        self.head_dim, self.fused, self.group = head_dim, fused, group
         self.wq = column_linear(hidden_size, hidden_size, bias=False, shared_input=True, group=group)
         self.wk = column_linear(hidden_size, kv_size, bias=False, shared_input=True, group=group)
         self.wv = column_linear(hidden_size, kv_size, bias=False, shared_input=True, group=group)
@@ -71,7 +67,7 @@ class GroupedQueryAttention(ops.Layer):
 
     def forward(self, x, cos, sin):
         batch, tokens, _ = x.shape
-        x = self.shared_input(x)
+        x = share_input(x, self.group)
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (z.reshape([batch, tokens, -1, self.head_dim]) for z in (q, k, v))  # (N, T, heads, head_dim)
         # The layer norms of AMP give float32: attention is to run in the type of the projections.
@@ -98,13 +94,13 @@ class FeedForward(nn.Layer):
     def __init__(self, hidden_size, multiple_of=256, ffn_dim_multiplier=None, group=None):
         super().__init__()
         width = swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier)
-        self.shared_input = SharedInput(group)
+        self.group = group
         self.w1 = column_linear(hidden_size, width, bias=False, shared_input=True, group=group)
         self.w2 = row_linear(width, hidden_size, bias=False, group=group)
         self.w3 = column_linear(hidden_size, width, bias=False, shared_input=True, group=group)
 
     def forward(self, x):
-        x = self.shared_input(x)
+        x = share_input(x, self.group)
         return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 
@@ -131,7 +127,7 @@ class LargeDiT(LatentTransformer):
     """Class-conditional diffusion transformer of LLaMA blocks; arguments not named here: see `LatentTransformer`.
 
     Args:
-        num_attention_heads, attention_head_dim: the hidden width is their product; the head width is even.
+        attention_head_dim: even.
         qk_norm: layer norm of queries and keys, which keeps training in half precision stable.
         num_kv_heads: heads of keys and values, a divisor of `num_attention_heads`; None for as many as those.
         multiple_of, ffn_dim_multiplier: inner width of the feed-forward layers, see `FeedForward`.
@@ -159,24 +155,7 @@ class LargeDiT(LatentTransformer):
         single_backward=False,
         tensor_parallel_group=None,
     ):
-        super().__init__(
-            sample_size=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            num_classes=num_classes,
-            class_dropout_prob=class_dropout_prob,
-            learn_sigma=learn_sigma,
-            qk_norm=qk_norm,
-            num_kv_heads=num_kv_heads,
-            multiple_of=multiple_of,
-            ffn_dim_multiplier=ffn_dim_multiplier,
-            norm_eps=norm_eps,
-            enable_recompute=enable_recompute,
-            single_backward=single_backward,
-        )
+        super().__init__(locals())
         kv_heads = num_attention_heads if num_kv_heads is None else num_kv_heads
         if num_attention_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_attention_heads {num_attention_heads}, got {num_kv_heads}")
@@ -224,14 +203,7 @@ class LargeDiT(LatentTransformer):
         return x.reshape([batch, side * side, channels * p * p])
 
     def forward(self, x, t, y, force_drop_ids=None, hooks=()):
-        """Predicts noise (and variance) of noisy latents.
-
-        Args:
-            t: timesteps `(N,)`, in units of the original process (0..999). The others: see `LatentTransformer`.
-
-        Returns:
-            `(N, out_channels, H, W)`.
-        """
+        """Predicts noise (and variance) at timesteps t `(N,)` of the whole process, 0..999; see `LatentTransformer`."""
         x = self.x_embedder(self.patchify(x).astype(self.x_embedder.weight.dtype))  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, E)
         x = self._run_blocks(self.layers, x, (c, *self.rotary), hooks)  # (N, T, D)

@@ -1,11 +1,9 @@
 """The operators between the matrix products, behind one door: here alone is chosen how they are computed.
 
 Networks call them through `self.ops` and read as their papers. There are two forms, equal up to rounding: Paddle's own
-operators, and those of `cpu_ops` in float32 on a CPU, where they are faster. The latter are for a graph that serves one
-backward pass; so where a graph is recorded they need the promise `single_backward` of whoever built the network. All
-other networks compute with Paddle's own, which give any gradient.
-
-Shapes: N batch, T tokens, D hidden width.
+operators, which give any gradient, and those of `cpu_ops` in float32 on a CPU, where they are faster. The latter are
+for a graph that serves one backward pass; so where a graph is recorded they need the promise `single_backward` of
+whoever built the network. Shapes: N batch, T tokens, D hidden width.
 """
 
 from dataclasses import dataclass
@@ -18,9 +16,7 @@ from . import cpu_ops
 
 
 def modulate(x, shift, scale):
-    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
-    if shift.ndim == 2:
-        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, 1, D)`."""
     return x * (1 + scale) + shift
 
 
@@ -30,10 +26,7 @@ def swiglu(gate, x):
 
 
 def rms_norm(x, weight, epsilon):
-    """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type.
-
-    It is computed in float32 whatever AMP says.
-    """
+    """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type; in float32 in any case."""
     with paddle.amp.auto_cast(enable=False):
         h = x.astype("float32")
         h = h * paddle.rsqrt(h.square().mean(-1, keepdim=True) + epsilon)
@@ -45,8 +38,7 @@ class Operators:
     """The operators of a network.
 
     Attributes:
-        single_backward: the promise that the graph of the network's outputs serves one first-order backward pass at
-            most, to all inputs and parameters that want a gradient.
+        single_backward: the promise of whoever built it, see `LatentTransformer`.
         keep_gelu: keep the GELU of an MLP for the backward pass instead of computing it again there; for blocks that
             are recomputed as a whole.
     """
@@ -80,12 +72,9 @@ class Operators:
         return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h
 
     def linear(self, x, weight, bias, *, gelu=False):
-        """Returns `x @ weight + bias`: x `(..., K)`, weight `(K, M)`, bias `(M,)` or None.
-
-        Args:
-            gelu: take the GELU (tanh approximation) of x first.
-        """
+        """Returns `x @ weight + bias`, of `gelu(x)` with `gelu`: x `(..., K)`, weight `(K, M)`, bias None or `(M,)`."""
         fast = bias is not None and self.fast(x, weight)
+        # `gelu` stays as it is: `paddle.jit.to_static` gets a flag that a branch changes wrong.
         if gelu and fast and not self.keep_gelu:
             return cpu_ops.linear(x, weight, bias, gelu=True)
         if gelu:
@@ -105,12 +94,7 @@ class Operators:
     def rotate(self, x, cos, sin):
         """Turns the pairs (0, 1), (2, 3), ... of the last axis by RoPE's angles, in float32 whatever AMP says.
 
-        Args:
-            x: `(N, T, heads, head_dim)`.
-            cos, sin: float32 `(T, 1, head_dim / 2)`.
-
-        Returns:
-            as x, of its type.
+        x: `(N, T, heads, head_dim)`, as is the result, of x's type; cos, sin: float32 `(T, 1, head_dim / 2)`.
         """
         if self.fast(x):
             return cpu_ops.rotate(x, cos, sin)

@@ -46,29 +46,24 @@ class Split:
     segments: int
     group: object
 
+    def _replaced(self, shape, *sizes):
+        return [*shape[: self.axis], *sizes, *shape[self.axis + 1 :]]
+
     def whole_shape(self, shape):
         """Returns the shape of the whole parameter, from that of a part."""
-        shape = list(shape)
-        shape[self.axis] *= self.group.nranks
-        return shape
-
-    def _blocks(self, shape):
-        before, after = shape[: self.axis], shape[self.axis + 1 :]
-        width = shape[self.axis] // (self.segments * self.group.nranks)
-        return before, [self.segments, self.group.nranks, width], after
+        return self._replaced(shape, shape[self.axis] * self.group.nranks)
 
     def part(self, whole):
         """Returns this rank's part of a whole array or tensor."""
-        before, blocks, after = self._blocks(list(whole.shape))
-        index = (*[slice(None)] * (len(before) + 1), self.group.rank)
-        return whole.reshape([*before, *blocks, *after])[index].reshape([*before, blocks[0] * blocks[2], *after])
+        blocks = whole.reshape(self._replaced(whole.shape, self.segments, self.group.nranks, -1))
+        own = blocks[(*[slice(None)] * (self.axis + 1), self.group.rank)]
+        return own.reshape(self._replaced(whole.shape, -1))
 
     def merge(self, parts):
         """Returns the whole array, from all ranks' parts, arrays in the group's order."""
-        shape = self.whole_shape(parts[0].shape)
-        before, (segments, _, width), after = self._blocks(shape)
-        parts = [part.reshape([*before, segments, width, *after]) for part in parts]
-        return np.stack(parts, axis=len(before) + 1).reshape(shape)
+        shape = parts[0].shape
+        blocks = [part.reshape(self._replaced(shape, self.segments, -1)) for part in parts]
+        return np.stack(blocks, axis=self.axis + 1).reshape(self._replaced(shape, -1))
 
 
 def _mark(parameter, axis, group, segments=1):
@@ -115,7 +110,7 @@ class Linear(ops.Layer, nn.Linear):
 
 
 class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
-    """fleet's layer split by column, for an input that comes from a `SharedInput`; the output is never gathered."""
+    """fleet's layer split by column, for an input that comes from `share_input`; the output is never gathered."""
 
     def forward(self, x):
         return self.linear(x, self.weight, self.bias)
@@ -143,7 +138,7 @@ def column_linear(in_features, out_features, bias=True, *, group, segments=1, ga
     Args:
         segments: see `Split`.
         gather: give every rank the whole output.
-        shared_input: the input comes from a `SharedInput`, which sums its gradient over the group for all its users.
+        shared_input: the input comes from `share_input`, which sums its gradient over the group for all its users.
     """
     if group is None:
         return linear(in_features, out_features, bias)
@@ -166,15 +161,9 @@ def row_linear(in_features, out_features, bias=True, *, group):
     return layer
 
 
-class SharedInput(nn.Layer):
-    """The identity; in the backward pass the gradient is summed over the group, once for all layers that share it."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.group = group
-
-    def forward(self, x):
-        return x if self.group is None else sum_gradient_over_group(x, self.group)
+def share_input(x, group):
+    """Returns x; in the backward pass the gradient is summed over the group, once for all layers that share it."""
+    return x if group is None else sum_gradient_over_group(x, group)
 
 
 def layer_norm(width, epsilon, *, group):

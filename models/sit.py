@@ -14,13 +14,9 @@ class DropsVariance:
     """
 
     def forward(self, x, t, y, force_drop_ids=None, hooks=()):
-        """Predicts velocity (or noise, or score) of interpolated latents.
+        """Predicts velocity (or noise, or score) `(N, C, H, W)` at times t `(N,)` in [0, 1]; see `LatentTransformer`.
 
-        Args:
-            t: times `(N,)` in [0, 1]; they go to the timestep embedding unscaled. The others: see `LatentTransformer`.
-
-        Returns:
-            `(N, C, H, W)`.
+        The times go to the timestep embedding unscaled.
         """
         out = super().forward(x, t, y, force_drop_ids, hooks)  # (N, out_channels, H, W)
         return out[:, : self.in_channels]

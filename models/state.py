@@ -24,9 +24,8 @@ def plain_names(state):
 
 def is_state(tree):
     """Returns whether this is `{name: array}`, of at least one."""
-    if not isinstance(tree, dict) or not tree:
-        return False
-    return all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in tree.items())
+    entries = tree.items() if isinstance(tree, dict) else ()
+    return bool(entries) and all(isinstance(name, str) and isinstance(value, np.ndarray) for name, value in entries)
 
 
 def official_to_paddle(state):
@@ -49,23 +48,18 @@ def turn_linear(name, value):
 
 
 def check_state(state, expected_shapes, *, source):
-    """Raises ValueError, one line, unless `state` has exactly the names and shapes of `expected_shapes`.
+    """Raises ValueError, one line, unless `state` {name: array} has the names and shapes of `expected_shapes`.
 
-    Args:
-        state: {name: array}.
-        expected_shapes: {name: shape}.
-        source: the file, for the message.
+    `source` is the file, for the message.
     """
-    expected = {name: tuple(shape) for name, shape in expected_shapes.items()}
-    wrong = [
-        f"{name} is {list(state[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
     kinds = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": wrong,
+        "missing": [name for name in expected_shapes if name not in state],
+        "unexpected": [name for name in state if name not in expected_shapes],
+        "of another shape": [
+            f"{name} is {list(state[name].shape)}, expected {list(shape)}"
+            for name, shape in expected_shapes.items()
+            if name in state and tuple(state[name].shape) != tuple(shape)
+        ],
     }
     problems = [f"{len(found)} {kind}: {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
@@ -75,9 +69,7 @@ def check_state(state, expected_shapes, *, source):
 def check_finite(state, *, source):
     """Raises ValueError, one line, unless every number of `state` is finite: NaN and infinity draw black images.
 
-    Args:
-        state: {name: array}.
-        source: the file, for the message.
+    Arguments as of `check_state`.
     """
     bad = {name: count for name, value in state.items() if (count := _count_not_finite(np.asarray(value)))}
     if not bad:

@@ -2,12 +2,9 @@
 
 `build_objective(config)` returns an object with
 
-- `draw(batch, rows=None) -> dict` of the random numbers of a training step, per sample,
-- `training_losses(model, batch, rows=None, drawn=None) -> dict` of `(N,)` tensors: `loss`, and its parts by name,
+- the methods of `base.Objective`,
 - `validation_losses(model, batch, place, noise) -> (N,)`, with nothing left to chance, and without regularizers,
-- `end_step()`, called once after each optimizer step,
-- `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before,
-- `state_dict()` / `set_state_dict(state)`, empty unless the objective learns something (a timestep sampler).
+- `sample(denoiser, noise, *, num_steps, ...) -> latents`, and `check_num_steps(num_steps)` to ask before.
 
 The loops know nothing else, so neither of them asks which model it trains.
 """

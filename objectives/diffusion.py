@@ -19,18 +19,15 @@ class DiffusionObjective(Objective):
     def __init__(self, settings, *, class_dropout_prob, learn_sigma, regularizers=(), ranks_per_batch=1):
         super().__init__(class_dropout_prob, regularizers)
         self._settings = {**settings, "learn_sigma": learn_sigma}
-        timestep_sampler = self._settings.pop("timestep_sampler")
+        name = self._settings.pop("timestep_sampler")
         self.diffusion = create_diffusion("", **self._settings)
-        self.timestep_sampler = create_named_schedule_sampler(
-            timestep_sampler, self.diffusion, ranks_per_batch=ranks_per_batch
-        )
+        self.timestep_sampler = create_named_schedule_sampler(name, self.diffusion, ranks_per_batch=ranks_per_batch)
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
 
     def draw_noise(self, x, rows):
         """Draws `t` and `weights` `(N,)`, then `noise` as x."""
-        t, weights = self.timestep_sampler.sample(rows.total)
-        t, weights = t[rows.start : rows.stop], weights[rows.start : rows.stop]
+        t, weights = (drawn[rows.start : rows.stop] for drawn in self.timestep_sampler.sample(rows.total))
         noise = draw_rows(lambda total: paddle.randn([total, *x.shape[1:]], dtype=x.dtype), rows)
         return {"t": t, "weights": weights, "noise": noise}
 

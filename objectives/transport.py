@@ -36,11 +36,9 @@ class TransportObjective(Objective):
         t = place * (t1 - t0) + t0
         return self.transport.training_losses(model, batch.x, {"y": batch.y}, x0=noise, t=t)["loss"]
 
-    def sample(self, denoiser, noise, *, num_steps=250, method=None, sampler="ode", **options):
+    def sample(self, denoiser, noise, **options):
         """Turns noise into latents, by the path and prediction that are trained; as `sample_transport`."""
-        return sample_transport(
-            self.transport, denoiser, noise, num_steps=num_steps, method=method, sampler=sampler, **options
-        )
+        return sample_transport(self.transport, denoiser, noise, **options)
 
     def check_num_steps(self, num_steps):
         """Raises `ValueError` if `sample` can't take this number of points, or these settings can't be sampled."""
@@ -60,7 +58,7 @@ def sample_transport(
         method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`; of the SDE `Euler`
             (default) or `Heun`.
         sampler: `ode` or `sde`.
-        progress: show a bar.
+        progress: show a bar, where there is no callback.
         callback: called as `callback(step, steps, latents)` after each step, from 1 on.
         options: of `transport.Sampler.sample_ode` or `sample_sde`.
 
@@ -70,23 +68,13 @@ def sample_transport(
     Raises:
         ValueError: a setting that is not accepted; the message names those that are.
     """
-    steps = num_steps if sampler == "sde" else num_steps - 1
 
     def watch(states):
-        if progress:
-            from tqdm.auto import tqdm
+        first, steps = (0, num_steps - 1) if sampler == "ode" else (1, num_steps)  # an ODE begins with the noise
+        for step, latents in enumerate(states, first):
+            if step > 0:
+                callback(step, steps, latents)
+            yield latents
 
-            states = tqdm(states, total=num_steps)
-        states = iter(states)
-        yield next(states)  # the noise
-        for step, state in enumerate(states, 1):
-            callback(step, steps, state[0] if sampler == "ode" else state)
-            yield state
-
-    make = Sampler(transport).make
     options.update(num_steps=num_steps, trajectory=False, progress=watch if callback else progress)
-    draw = make(sampler, method, **options)
-    latents = draw(noise, denoiser)[-1]
-    if callback is not None and sampler == "sde":
-        callback(steps, steps, latents)  # the last step, which ends the others
-    return latents
+    return Sampler(transport).make(sampler, method, **options)(noise, denoiser)[-1]

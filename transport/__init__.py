@@ -25,9 +25,6 @@ __all__ = [
 ]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
-_PATHS = {"Linear": PathType.LINEAR, "GVP": PathType.GVP, "VP": PathType.VP}
-_PREDICTIONS = {"velocity": ModelType.VELOCITY, "noise": ModelType.NOISE, "score": ModelType.SCORE}
-_WEIGHTS = {None: WeightType.NONE, "velocity": WeightType.VELOCITY, "likelihood": WeightType.LIKELIHOOD}
 
 
 def create_transport(
@@ -65,9 +62,9 @@ def create_transport(
         ValueError: a value that is not accepted; the message names those that are. (The official code takes any
             unknown prediction for velocity and any unknown weight for None.)
     """
-    check_choice("path_type", path_type, _PATHS)
-    check_choice("prediction", prediction, _PREDICTIONS)
-    check_choice("loss_weight", loss_weight, _WEIGHTS)
+    check_choice("path_type", path_type, [path.value for path in PathType])
+    check_choice("prediction", prediction, [kind.value for kind in ModelType])
+    check_choice("loss_weight", loss_weight, [weight.value for weight in WeightType])
     for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None:
             check_number(name, eps, "None or a number, at least 0 and below 0.5", lambda eps: 0 <= eps < 0.5)
@@ -78,19 +75,17 @@ def create_transport(
         raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
     if cosine_loss and prediction != "velocity":
         raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
-    if path_type == "VP":
-        defaults = (1e-5, 1e-3)
-    elif prediction != "velocity":
-        defaults = (1e-3, 1e-3)
+    if path_type != "VP" and prediction == "velocity":
+        train_eps = sample_eps = 0
     else:
-        defaults = (0, 0)
-        train_eps = sample_eps = None
+        train_eps = {"VP": 1e-5}.get(path_type, 1e-3) if train_eps is None else train_eps
+        sample_eps = 1e-3 if sample_eps is None else sample_eps
     return Transport(
-        model_type=_PREDICTIONS[prediction],
-        path_type=_PATHS[path_type],
-        loss_type=_WEIGHTS[loss_weight],
-        train_eps=defaults[0] if train_eps is None else train_eps,
-        sample_eps=defaults[1] if sample_eps is None else sample_eps,
+        model_type=ModelType(prediction),
+        path_type=PathType(path_type),
+        loss_type=WeightType(loss_weight),
+        train_eps=train_eps,
+        sample_eps=sample_eps,
         timestep_sampling=timestep_sampling,
         logit_mean=logit_mean,
         logit_std=logit_std,

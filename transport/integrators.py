@@ -5,6 +5,7 @@ numbers on the host: only the adaptive solver waits for the device, once a step,
 tuple of tensors; `drift(t, state)` returns such a tuple. An SDE's state is one tensor.
 """
 
+import functools
 import math
 from collections import namedtuple
 
@@ -26,19 +27,15 @@ FIXED_STEP = {
     ),
 }  # fmt: skip
 
-# Dormand and Prince 1980. The last stage stands at the end of the step: it is the first one of the next.
-_DOPRI5 = Tableau(
-    (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
-    (
-        (),
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+# Dormand and Prince 1980: c[i] and a[i] of the stages after the first. The step is x of the last stage, at its end: its
+# slope is the first one of the next step.
+_DOPRI5 = (
+    (1 / 5, (1 / 5,)),
+    (3 / 10, (3 / 40, 9 / 40)),
+    (4 / 5, (44 / 45, -56 / 15, 32 / 9)),
+    (8 / 9, (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729)),
+    (1, (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656)),
+    (1, (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
 )
 # Step minus a fourth-order step: Shampine's 1986, as in torchdiffeq; 2/3 of Dormand and Prince's own.
 _DOPRI5_ERROR = (
@@ -55,19 +52,15 @@ _SMALLEST_STEP = 1e-10
 
 
 @full_precision
-def _advance(state, slopes, weights):
-    """Returns `state + sum_i weights[i] slopes[i]`, tensor by tensor."""
+def _advance(state, slopes, weights, h):
+    """Returns `state + h sum_i weights[i] slopes[i]`, tensor by tensor."""
     out = []
     for i, x in enumerate(state):
         for slope, weight in zip(slopes, weights, strict=False):  # a tableau's row may end in stages not yet there
             if weight != 0:
-                x = x + slope[i] * weight
+                x = x + slope[i] * (weight * h)
         out.append(x)
     return tuple(out)
-
-
-def _scaled(weights, h):
-    return [weight * h for weight in weights]
 
 
 def fixed_step_ode(drift, state, grid, method):
@@ -78,8 +71,8 @@ def fixed_step_ode(drift, state, grid, method):
         h = t_next - t
         slopes = []
         for node, row in zip(c, a, strict=True):
-            slopes.append(drift(t + node * h, _advance(state, slopes, _scaled(row, h))))
-        state = _advance(state, slopes, _scaled(b, h))
+            slopes.append(drift(t + node * h, _advance(state, slopes, row, h)))
+        state = _advance(state, slopes, b, h)
         yield state
 
 
@@ -93,10 +86,7 @@ def _norm(tensors, scales):
 @full_precision
 def _scales(atol, rtol, *states):
     """Returns `atol + rtol max |x|` over the states, tensor by tensor."""
-    magnitudes = ([x.abs() for x in state] for state in states)
-    largest = next(magnitudes)
-    for other in magnitudes:
-        largest = [paddle.maximum(x, y) for x, y in zip(largest, other, strict=True)]
+    largest = (functools.reduce(paddle.maximum, [x.abs() for x in tensors]) for tensors in zip(*states, strict=True))
     return [x * rtol + atol for x in largest]
 
 
@@ -107,12 +97,10 @@ def _first_step(drift, t, state, slope, direction, atol, rtol):
     if not math.isfinite(speed):
         return 0.0  # which the caller refuses
     trial = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-    ahead = drift(t + direction * trial, _advance(state, [slope], [direction * trial]))
-    curvature = float(_norm(_advance(ahead, [slope], [-1.0]), scales)) / trial
-    if max(speed, curvature) <= 1e-15:
-        step = max(1e-6, trial * 1e-3)
-    else:
-        step = (0.01 / max(speed, curvature)) ** (1 / _ORDER)
+    ahead = drift(t + direction * trial, _advance(state, [slope], [direction], trial))
+    curvature = float(_norm(_advance(ahead, [slope], [-1.0], 1.0), scales)) / trial
+    steepest = max(speed, curvature)
+    step = (0.01 / steepest) ** (1 / _ORDER) if steepest > 1e-15 else max(1e-6, trial * 1e-3)
     return min(100 * trial, step)
 
 
@@ -137,12 +125,9 @@ def dopri5(drift, state, grid, atol, rtol):
     """Integrates by Dormand and Prince's adaptive method of order 5, with torchdiffeq's error norm and step control.
 
     The error of a step is the root mean square, over the whole batch, of error / (atol + rtol max(|x|, |x_next|)); of a
-    state of several tensors, the largest of theirs. A step is accepted if that is at most 1. Times of `grid` inside a
-    step are interpolated. Unlike torchdiffeq's, the last step ends at the end of the grid: no network is asked about
-    times beyond it.
-
-    Raises:
-        ValueError: no step is small enough: the network's output is not finite, or the tolerances too small.
+    state of several tensors, the largest of theirs. A step is accepted if that is at most 1; if none is small
+    enough, that is a `ValueError`. Times of `grid` inside a step are interpolated. Unlike torchdiffeq's, the last step
+    ends at the end of the grid: no network is asked about times beyond it.
     """
     t, end = grid[0], grid[-1]
     direction = 1.0 if end > t else -1.0
@@ -160,21 +145,20 @@ def dopri5(drift, state, grid, atol, rtol):
         t_next = end if last else t + direction * step
         h = t_next - t
         slopes, new = [slope], state
-        for node, row in zip(_DOPRI5.c[1:], _DOPRI5.a[1:], strict=True):
-            new = _advance(state, slopes, _scaled(row, h))
+        for node, row in _DOPRI5:
+            new = _advance(state, slopes, row, h)
             slopes.append(drift(t_next if node == 1 else t + node * h, new))
         zero = tuple(paddle.zeros_like(x) for x in state)
-        error = float(_norm(_advance(zero, slopes, _scaled(_DOPRI5_ERROR, h)), _scales(atol, rtol, state, new)))
+        error = float(_norm(_advance(zero, slopes, _DOPRI5_ERROR, h), _scales(atol, rtol, state, new)))
         if error <= 1:
             middle = None
             while rest and (last or direction * (rest[0] - t_next) <= 0):
-                s = (rest[0] - t) / h
-                if rest.pop(0) == t_next:
+                asked = rest.pop(0)
+                if asked == t_next:
                     yield new
-                    continue
-                if middle is None:
-                    middle = _advance(state, slopes, _scaled(_DOPRI5_MIDDLE, h))
-                yield _interpolate(state, new, middle, slopes[0], slopes[-1], h, s)
+                else:
+                    middle = middle or _advance(state, slopes, _DOPRI5_MIDDLE, h)
+                    yield _interpolate(state, new, middle, slopes[0], slopes[-1], h, (asked - t) / h)
             t, state, slope = t_next, new, slopes[-1]
         step = abs(h) * _step_factor(error)
 
@@ -205,7 +189,7 @@ def euler_maruyama(drift, diffusion, x, grid):
     yield x
     for t in grid[:-1]:
         noise = _draw_noise(x)
-        (mean,) = _advance((x,), [(drift(t, x),)], [dt])
+        (mean,) = _advance((x,), [(drift(t, x),)], [1], dt)
         x = _add_noise(mean, diffusion(t, x), noise, dt)
         yield x
 
@@ -213,17 +197,16 @@ def euler_maruyama(drift, diffusion, x, grid):
 def heun_sde(drift, diffusion, x, grid, correct_last=True):
     """Integrates by Heun's method with the noise added first (Karras et al. 2022); arguments as of `euler_maruyama`.
 
-    Args:
-        correct_last: whether the last step is corrected by the drift at the end of the grid, which may be infinite.
+    `correct_last`: whether the last step is corrected by the drift at the end of the grid, which may be infinite.
     """
     dt = grid[1] - grid[0]
     yield x
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        noise = _draw_noise(x)
-        x = _add_noise(x, diffusion(t, x), noise, dt)
-        slope = (drift(t, x),)
-        (ahead,) = _advance((x,), [slope], [dt])
+        x = _add_noise(x, diffusion(t, x), _draw_noise(x), dt)
+        slopes = [(drift(t, x),)]
+        (ahead,) = _advance((x,), slopes, [1], dt)
         if i < len(grid) - 2 or correct_last:
-            (ahead,) = _advance((x,), [slope, (drift(t_next, ahead),)], [0.5 * dt, 0.5 * dt])
+            slopes.append((drift(t_next, ahead),))
+            (ahead,) = _advance((x,), slopes, [0.5, 0.5], dt)
         x = ahead
         yield x

@@ -11,7 +11,7 @@ import math
 
 import paddle
 
-from .utils import at_least_float32, check_choice, expand_t_like_x, full_precision
+from .utils import check_choice, expand_t_like_x, full_precision
 
 # w_t of the reverse SDE, as SiT compares them. `increasing-decreasing` is misspelt in the official code, which so can't
 # reach it by its name: both spellings are accepted.
@@ -56,7 +56,6 @@ class ICPlan:
             `var = (alpha'_t / alpha_t) sigma_t^2 - sigma_t sigma'_t`, `(N, 1, ..., 1)`. Infinite at t = 0 on the
             Linear and GVP paths.
         """
-        x = at_least_float32(x)
         t = expand_t_like_x(t, x)
         return x * -self.compute_d_alpha_alpha_ratio_t(t), self.compute_drift_var(t)
 
@@ -74,7 +73,7 @@ class ICPlan:
         `constant` is a tensor too; the official code returns the bare number, on which its SDE solver crashes.
         """
         check_choice("diffusion form", form, DIFFUSION_FORMS)
-        return DIFFUSION_FORMS[form](self, expand_t_like_x(t, at_least_float32(x)), norm)
+        return DIFFUSION_FORMS[form](self, expand_t_like_x(t, x), norm)
 
     def _velocity_coefficients(self, t):
         alpha_t, d_alpha_t = self.compute_alpha_t(t)
@@ -83,7 +82,6 @@ class ICPlan:
     @full_precision
     def get_score_from_velocity(self, velocity, x, t):
         """Returns the score of the velocity `(N, ...)` at `x` `(N, ...)`. Infinite at t = 1."""
-        velocity, x = at_least_float32(velocity), at_least_float32(x)
         ratio, sigma_t, d_sigma_t = self._velocity_coefficients(expand_t_like_x(t, x))
         var = paddle.square(sigma_t) - ratio * d_sigma_t * sigma_t
         return (velocity * ratio - x) / var
@@ -91,7 +89,6 @@ class ICPlan:
     @full_precision
     def get_noise_from_velocity(self, velocity, x, t):
         """Returns the noise E[x0 | x_t] of the velocity `(N, ...)` at `x` `(N, ...)`."""
-        velocity, x = at_least_float32(velocity), at_least_float32(x)
         ratio, sigma_t, d_sigma_t = self._velocity_coefficients(expand_t_like_x(t, x))
         return (velocity * ratio - x) / (ratio * d_sigma_t - sigma_t)
 
@@ -99,12 +96,11 @@ class ICPlan:
     def get_velocity_from_score(self, score, x, t):
         """Returns the velocity of the score `(N, ...)` at `x` `(N, ...)`. Infinite at t = 0 on Linear and GVP."""
         mean, var = self.compute_drift(x, t)
-        return at_least_float32(score) * var - mean
+        return score * var - mean
 
     @full_precision
     def compute_mu_t(self, t, x0, x1):
         """Returns `alpha_t x1 + sigma_t x0`, of `x1`'s shape."""
-        x0, x1 = at_least_float32(x0), at_least_float32(x1)
         t = expand_t_like_x(t, x1)
         return x1 * self.compute_alpha_t(t)[0] + x0 * self.compute_sigma_t(t)[0]
 
@@ -115,7 +111,6 @@ class ICPlan:
     @full_precision
     def compute_ut(self, t, x0, x1, xt):
         """Returns the path's velocity `alpha'_t x1 + sigma'_t x0`, of `x1`'s shape. `xt` is not used."""
-        x0, x1 = at_least_float32(x0), at_least_float32(x1)
         t = expand_t_like_x(t, x1)
         return x1 * self.compute_alpha_t(t)[1] + x0 * self.compute_sigma_t(t)[1]
 

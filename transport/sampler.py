@@ -1,24 +1,25 @@
 """Sampling from a trained network: ODE, SDE and likelihood, with the official SiT's arguments.
 
-Time runs from noise (`t = 0`) to data (`t = 1`). Each method of `Sampler` checks its settings and returns a function
-`sample(x, model, **model_kwargs)`; see `transport` for what a model is.
+Each method of `Sampler` returns a function `sample(x, model, **model_kwargs)`; `transport` says what a model is.
 """
 
 import collections
 import math
 import numbers
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import paddle
 
 from . import integrators
 from .path import DIFFUSION_FORMS
-from .transport import ModelType, PathType, call_model
+from .transport import ModelType, PathType, Transport, call_model
 from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, sum_flat
 
 ODE_METHODS = (*integrators.FIXED_STEP, "dopri5")
 SDE_METHODS = ("Euler", "Heun")
-DEFAULT_METHODS = {"ode": "euler", "sde": "Euler"}
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
 # Where an SDE starts whose coefficient is infinite at t = 0: the official eps of the predictions that need one.
@@ -26,16 +27,21 @@ _SINGULAR_START = 1e-3
 
 
 class Sampler:
-    """Samples by a transport's ODE or SDE.
+    """Samples by the ODE or the SDE of a `transport`, made by `create_transport`.
 
-    Args:
-        transport: made by `create_transport`.
+    A method raises `ValueError` for a setting that is not accepted; the message names those that are.
     """
 
     def __init__(self, transport):
         self.transport = transport
-        self.drift = transport.get_drift()
-        self.score = transport.get_score()
+        self.drift, self.score = transport.get_drift(), transport.get_score()
+
+    def make(self, sampler, method=None, **options):
+        """Returns `sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest."""
+        makers = {"ode": (self.sample_ode, "euler"), "sde": (self.sample_sde, "Euler")}
+        check_choice("sampler", sampler, makers)
+        make, simplest = makers[sampler]
+        return make(sampling_method=simplest if method is None else method, **options)
 
     def sample_ode(
         self,
@@ -57,8 +63,7 @@ class Sampler:
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
             reverse: from data to noise.
             trajectory: return every point of the grid, else the last alone.
-            progress: show a bar; or a function that is given the iterator of states, the first among them, and returns
-                one of the same.
+            progress: show a bar; or a function from the iterator of the states to one of the same.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise (`reverse`: data) x `(N, ...)` to a tensor of states
@@ -66,11 +71,8 @@ class Sampler:
 
         A reverse ODE on the VP path starts at t = 1, where noise prediction divides by 0 and the official code returns
         NaN: that one starts at `1 - sample_eps` and goes to 0.
-
-        Raises:
-            ValueError: a setting that is not accepted; the message names those that are.
         """
-        solve = self._ode_solver(sampling_method, num_steps, atol, rtol, progress)
+        solve = _ode_solver(sampling_method, num_steps, atol, rtol)
         grid = self._ode_grid(num_steps, reverse)
 
         @paddle.no_grad()
@@ -80,16 +82,10 @@ class Sampler:
             def drift(t, state):
                 return (self.drift(state[0], _times(t, x), model, **model_kwargs),)
 
-            states = _collect(solve(drift, (x,), grid), trajectory)
-            return paddle.stack([state for (state,) in states])
+            states = (state for (state,) in solve(drift, (x,), grid))
+            return paddle.stack(_collect(states, num_steps, trajectory, progress))
 
         return sample
-
-    def make(self, sampler, method=None, **options):
-        """Returns `sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest."""
-        check_choice("sampler", sampler, DEFAULT_METHODS)
-        method = DEFAULT_METHODS[sampler] if method is None else method
-        return {"ode": self.sample_ode, "sde": self.sample_sde}[sampler](sampling_method=method, **options)
 
     def sample_sde(
         self,
@@ -115,7 +111,7 @@ class Sampler:
             num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
                 step, the last state stands there twice.
             trajectory: return every state, else the last alone.
-            progress: show a bar; or a function, as in `sample_ode`.
+            progress: as in `sample_ode`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
@@ -129,9 +125,6 @@ class Sampler:
         - Without a last step, velocity prediction goes to t = 1, where the score is infinite: on the Linear path, and
           with `constant`, `Heun` does not correct that last step (officially NaN). On the GVP path it is corrected as
           officially, by a score that only float32's cos(pi / 2) keeps finite. A last step of length 0 at t = 1 is none.
-
-        Raises:
-            ValueError: a setting that is not accepted; the message names those that are.
         """
         check_choice("sampling_method of an SDE", sampling_method, SDE_METHODS)
         check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
@@ -139,33 +132,10 @@ class Sampler:
         check_number("diffusion_norm", diffusion_norm, "a number, at least 0", lambda norm: 0 <= norm < math.inf)
         check_number("last_step_size", last_step_size, "a number, at least 0 and below 1", lambda size: 0 <= size < 1)
         _check_num_steps(num_steps)
-        transport, path = self.transport, self.transport.path_sampler
-        t0, t1 = self._sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
-        grid = _grid(t0, t1, num_steps)
-        if t1 == 1:
-            last_step = None
-        correct_last = t1 < 1 or (transport.path_type == PathType.GVP and diffusion_form != "constant")
-
-        @full_precision
-        def diffusion(t, x):
-            return path.compute_diffusion(x, _times(t, x), form=diffusion_form, norm=diffusion_norm)
-
-        @full_precision
-        def sde_drift(output, t, x):
-            times = _times(t, x)
-            score = transport.output_to_score(output, x, times)
-            return transport.output_to_velocity(output, x, times) + score * diffusion(t, x)
-
-        @full_precision
-        def finish(output, x):
-            if last_step == "Tweedie":
-                times = _times(t1, x)
-                expanded = expand_t_like_x(times, x)
-                alpha_t, sigma_t = path.compute_alpha_t(expanded)[0], path.compute_sigma_t(expanded)[0]
-                return (x + transport.output_to_score(output, x, times) * paddle.square(sigma_t)) / alpha_t
-            if last_step == "Mean":
-                return x + sde_drift(output, t1, x) * last_step_size
-            return x + transport.output_to_velocity(output, x, _times(t1, x)) * last_step_size
+        sde = _ReverseSDE(self.transport, diffusion_form, diffusion_norm)
+        t0, t1 = sde.interval(0.0 if last_step is None else last_step_size)
+        grid = np.linspace(t0, t1, num_steps).tolist()
+        correct_last = t1 < 1 or (self.transport.path_type == PathType.GVP and diffusion_form != "constant")
 
         @paddle.no_grad()
         def sample(x, model, **model_kwargs):
@@ -173,40 +143,20 @@ class Sampler:
                 return call_model(model, x, _times(t, x), model_kwargs)
 
             def drift(t, x):
-                return sde_drift(output(t, x), t, x)
+                return sde.drift(output(t, x), t, x)
 
-            x = at_least_float32(x)
-            if sampling_method == "Euler":
-                steps = integrators.euler_maruyama(drift, diffusion, x, grid)
-            else:
-                steps = integrators.heun_sde(drift, diffusion, x, grid, correct_last=correct_last)
-            steps = _with_progress(steps, num_steps, progress)
-            next(steps)  # the noise itself is not among the states
-            states = _collect(steps, trajectory)
-            x = states[-1]
-            states.append(x if last_step is None else finish(output(t1, x), x))
-            return states if trajectory else states[-1:]
+            def states(x):
+                if sampling_method == "Euler":
+                    steps = integrators.euler_maruyama(drift, sde.diffusion, x, grid)
+                else:
+                    steps = integrators.heun_sde(drift, sde.diffusion, x, grid, correct_last)
+                for x in islice(steps, 1, None):  # the noise itself is not among the states
+                    yield x
+                yield x if last_step is None or t1 == 1 else sde.end(last_step, output(t1, x), t1, x, last_step_size)
+
+            return _collect(states(at_least_float32(x)), num_steps, trajectory, progress)
 
         return sample
-
-    def _sde_interval(self, diffusion_form, last_step_size):
-        """Returns the times between which the SDE is integrated; raises `ValueError` if nothing is left of them."""
-        transport = self.transport
-        t0, t1 = transport.check_interval(
-            transport.train_eps,
-            transport.sample_eps,
-            diffusion_form=diffusion_form,
-            sde=True,
-            eval=True,
-            last_step_size=last_step_size,
-        )
-        if transport.path_type != PathType.VP and diffusion_form == "SBDM" and t0 == 0:
-            t0 = _SINGULAR_START
-        if transport.path_type != PathType.VP or t1 == 1:
-            self._check_eps()
-        if t0 >= t1:
-            raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
-        return t0, t1
 
     def sample_ode_likelihood(self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, progress=False):
         """Returns a function for the log-likelihood of data under the probability flow ODE (Song et al. 2021, 4.3).
@@ -225,16 +175,11 @@ class Sampler:
         Integrated in reversed time `s = 1 - t` over the interval of the forward ODE, as in the official code; on the VP
         path that starts at t = 1, where noise prediction divides by 0 (officially NaN): that one starts at
         `1 - sample_eps`.
-
-        Raises:
-            ValueError: a setting that is not accepted; the message names those that are.
         """
-        solve = self._ode_solver(sampling_method, num_steps, atol, rtol, progress)
-        forward = self._ode_grid(num_steps, reverse=False)
+        solve = _ode_solver(sampling_method, num_steps, atol, rtol)
+        grid = self._ode_grid(num_steps, reverse=False)
         if self.transport.model_type == ModelType.NOISE:
-            grid = [1 - t for t in reversed(forward)]  # the same interval mirrored
-        else:
-            grid = forward
+            grid = [1 - t for t in reversed(grid)]  # the same interval mirrored
 
         @paddle.no_grad()
         def sample(x, model, **model_kwargs):
@@ -249,25 +194,10 @@ class Sampler:
                     return _divergence(velocity, z, signs)
 
             start = (x, paddle.zeros([x.shape[0]], dtype=x.dtype))
-            latents, delta_logp = _collect(solve(drift, start, grid), trajectory=False)[-1]
+            latents, delta_logp = _collect(solve(drift, start, grid), num_steps, False, progress)[-1]
             return self.transport.prior_logp(latents) - delta_logp, latents
 
         return sample
-
-    def _ode_solver(self, method, num_steps, atol, rtol, progress):
-        check_choice("sampling_method of an ODE", method, ODE_METHODS)
-        _check_num_steps(num_steps)
-        for name, tolerance in (("atol", atol), ("rtol", rtol)):
-            check_number(name, tolerance, "a positive number", lambda value: 0 < value < math.inf)
-
-        def solve(drift, state, grid):
-            if method == "dopri5":
-                states = integrators.dopri5(drift, state, grid, atol, rtol)
-            else:
-                states = integrators.fixed_step_ode(drift, state, grid, method)
-            return _with_progress(states, len(grid), progress)
-
-        return solve
 
     def _ode_grid(self, num_steps, reverse):
         transport = self.transport
@@ -275,17 +205,75 @@ class Sampler:
         t0, t1 = transport.check_interval(*eps, eval=True, reverse=reverse)
         if reverse and transport.model_type == ModelType.NOISE:
             t1, t0 = transport.check_interval(*eps, eval=True)
-        self._check_eps()
-        return _grid(t0, t1, num_steps)
+        _check_eps(transport)
+        return np.linspace(t0, t1, num_steps).tolist()
 
-    def _check_eps(self):
-        transport = self.transport
-        regular = (ModelType.VELOCITY, ModelType.SCORE) if transport.path_type == PathType.VP else (ModelType.VELOCITY,)
-        if transport.model_type not in regular and transport.sample_eps == 0:
-            raise ValueError(
-                f"sample_eps=0: sampling with {transport.model_type.name.lower()} prediction divides by 0 at an end of"
-                " the interval; give a positive sample_eps"
-            )
+
+@dataclass
+class _ReverseSDE:
+    """The SDE `dx = (v + w score) dt + sqrt(2 w) dW` of a network's outputs at states `x` `(N, ...)` and a time `t`."""
+
+    transport: Transport
+    form: str
+    norm: float
+
+    def interval(self, last_step_size):
+        """Returns the times between which it is integrated; raises `ValueError` if nothing is left of them."""
+        transport, is_vp = self.transport, self.transport.path_type == PathType.VP
+        eps = transport.train_eps, transport.sample_eps
+        t0, t1 = transport.check_interval(
+            *eps, diffusion_form=self.form, sde=True, eval=True, last_step_size=last_step_size
+        )
+        if not is_vp and self.form == "SBDM" and t0 == 0:
+            t0 = _SINGULAR_START
+        if not is_vp or t1 == 1:
+            _check_eps(transport)
+        if t0 >= t1:
+            raise ValueError(f"last_step_size={last_step_size!r}: nothing is left of the interval from t={t0:g} to 1")
+        return t0, t1
+
+    @full_precision
+    def diffusion(self, t, x):
+        """Returns w, `(N, 1, ..., 1)`."""
+        return self.transport.path_sampler.compute_diffusion(x, _times(t, x), form=self.form, norm=self.norm)
+
+    @full_precision
+    def drift(self, output, t, x):
+        times = _times(t, x)
+        score = self.transport.output_to_score(output, x, times)
+        return self.transport.output_to_velocity(output, x, times) + score * self.diffusion(t, x)
+
+    @full_precision
+    def end(self, last_step, output, t, x, size):
+        """Returns the result: the state after a `last_step` without noise."""
+        if last_step == "Mean":
+            return x + self.drift(output, t, x) * size
+        times = _times(t, x)
+        if last_step == "Euler":
+            return x + self.transport.output_to_velocity(output, x, times) * size
+        path, expanded = self.transport.path_sampler, expand_t_like_x(times, x)
+        alpha_t, sigma_t = path.compute_alpha_t(expanded)[0], path.compute_sigma_t(expanded)[0]
+        return (x + self.transport.output_to_score(output, x, times) * paddle.square(sigma_t)) / alpha_t
+
+
+def _ode_solver(method, num_steps, atol, rtol):
+    """Returns `solve(drift, state, grid)`, a generator of states, for checked settings."""
+    check_choice("sampling_method of an ODE", method, ODE_METHODS)
+    _check_num_steps(num_steps)
+    for name, tolerance in (("atol", atol), ("rtol", rtol)):
+        check_number(name, tolerance, "a positive number", lambda value: 0 < value < math.inf)
+    if method == "dopri5":
+        return partial(integrators.dopri5, atol=atol, rtol=rtol)
+    return partial(integrators.fixed_step_ode, method=method)
+
+
+def _check_eps(transport):
+    regular = (ModelType.VELOCITY, ModelType.SCORE) if transport.path_type == PathType.VP else (ModelType.VELOCITY,)
+    if transport.model_type not in regular and transport.sample_eps == 0:
+        raise ValueError(
+            f"sample_eps=0: sampling with {transport.model_type.value} prediction divides by 0 at an end of the"
+            " interval; give a positive sample_eps"
+        )
 
 
 @full_precision
@@ -302,10 +290,6 @@ def _check_num_steps(num_steps):
         raise ValueError(f"num_steps={num_steps!r}: expected an integer, at least 2 (both ends count)")
 
 
-def _grid(t0, t1, num_steps):
-    return np.linspace(t0, t1, num_steps).tolist()
-
-
 def _times(t, x):
     """Returns the time t for each sample of x, `(N,)`: filled on the device, no copy from the host.
 
@@ -316,15 +300,12 @@ def _times(t, x):
     return times
 
 
-def _collect(states, trajectory):
-    return list(states) if trajectory else list(collections.deque(states, maxlen=1))
-
-
-def _with_progress(states, total, progress):
+def _collect(states, total, trajectory, progress):
+    """Lists all states, or the last alone."""
     if callable(progress):
-        return iter(progress(states))
-    if progress:
+        states = progress(states)
+    elif progress:
         from tqdm.auto import tqdm
 
         states = tqdm(states, total=total)
-    return iter(states)
+    return list(states) if trajectory else list(collections.deque(states, maxlen=1))

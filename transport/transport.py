@@ -22,25 +22,25 @@ from .utils import at_least_float32, expand_t_like_x, full_precision, mean_flat,
 class ModelType(enum.Enum):
     """Names what the network predicts."""
 
-    NOISE = enum.auto()  # E[x0 | x_t]
-    SCORE = enum.auto()  # the gradient of log p_t at x_t
-    VELOCITY = enum.auto()  # E[alpha' x1 + sigma' x0 | x_t]
+    VELOCITY = "velocity"  # E[alpha' x1 + sigma' x0 | x_t]
+    NOISE = "noise"  # E[x0 | x_t]
+    SCORE = "score"  # the gradient of log p_t at x_t
 
 
 class PathType(enum.Enum):
     """Names the path between noise and data, see `path`."""
 
-    LINEAR = enum.auto()
-    GVP = enum.auto()
-    VP = enum.auto()
+    LINEAR = "Linear"
+    GVP = "GVP"
+    VP = "VP"
 
 
 class WeightType(enum.Enum):
     """Names the weight of a noise or score loss as a function of t; velocity losses are never weighted."""
 
-    NONE = enum.auto()
-    VELOCITY = enum.auto()  # makes the loss that of the velocity
-    LIKELIHOOD = enum.auto()  # bounds the likelihood
+    NONE = None
+    VELOCITY = "velocity"  # makes the loss that of the velocity
+    LIKELIHOOD = "likelihood"  # bounds the likelihood
 
 
 PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
@@ -73,20 +73,11 @@ class Transport:
     @full_precision
     def prior_logp(self, z):
         """Returns the log density of N(0, I) in nats, `(N, ...)` -> `(N,)`."""
-        z = at_least_float32(z)
         size = math.prod(z.shape[1:])
         return sum_flat(paddle.square(z)) * -0.5 - 0.5 * size * math.log(2 * math.pi)
 
     def check_interval(
-        self,
-        train_eps,
-        sample_eps,
-        *,
-        diffusion_form="SBDM",
-        sde=False,
-        reverse=False,
-        eval=False,
-        last_step_size=0.0,
+        self, train_eps, sample_eps, *, diffusion_form="SBDM", sde=False, reverse=False, eval=False, last_step_size=0.0
     ):
         """Returns the times `(t0, t1)` between which a network is trained or integrated: the official table.
 
@@ -197,19 +188,11 @@ class Transport:
 
     def get_drift(self):
         """Returns the probability flow ODE's drift, `drift(x, t, model, **model_kwargs)` of `x`'s shape."""
-
-        def drift(x, t, model, **model_kwargs):
-            return self.output_to_velocity(call_model(model, x, t, model_kwargs), x, t)
-
-        return drift
+        return lambda x, t, model, **kwargs: self.output_to_velocity(call_model(model, x, t, kwargs), x, t)
 
     def get_score(self):
         """Returns the score, `score(x, t, model, **model_kwargs)` of `x`'s shape."""
-
-        def score(x, t, model, **model_kwargs):
-            return self.output_to_score(call_model(model, x, t, model_kwargs), x, t)
-
-        return score
+        return lambda x, t, model, **kwargs: self.output_to_score(call_model(model, x, t, kwargs), x, t)
 
 
 def call_model(model, x, t, model_kwargs=None):

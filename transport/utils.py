@@ -9,11 +9,18 @@ import paddle
 _shield = threading.local()
 
 
+def at_least_float32(x):
+    """Returns `x`, a tensor of half precision as float32: coefficients span more than half precision can hold."""
+    return x.astype("float32") if isinstance(x, paddle.Tensor) and x.dtype in (paddle.float16, paddle.bfloat16) else x
+
+
 def full_precision(function):
-    """Decorates a function whose own operations are not to be autocast. It must not call the network."""
+    """Decorates arithmetic: its tensors are given to it `at_least_float32`, and not autocast. It calls no network."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        args = map(at_least_float32, args)
+        kwargs = {name: at_least_float32(value) for name, value in kwargs.items()}
         if getattr(_shield, "up", False):  # called by another such function: a region costs as much as ten operations
             return function(*args, **kwargs)
         _shield.up = True
@@ -24,11 +31,6 @@ def full_precision(function):
             _shield.up = False
 
     return wrapper
-
-
-def at_least_float32(x):
-    """Returns `x`, as float32 if it is float16 or bfloat16: coefficients span more than half precision can hold."""
-    return x.astype("float32") if x.dtype in (paddle.float16, paddle.bfloat16) else x
 
 
 def mean_flat(x):

@@ -8,7 +8,7 @@ import numpy as np
 
 from features.image_source import MAX_LABEL
 from features.layout import Layout
-from features.packed import PackedStore, ShardWriter, cast, finish, finished_shards, shard_files, shard_name
+from features.packed import PackedStore, ShardWriter, finish, finished_shards, shard_files, shard_name
 from features.pairs import PairStore, natural_order
 from features.read_ahead import map_ahead
 from features.store import find_features, open_store, read_manifest
@@ -257,10 +257,10 @@ def _to_pairs(source, layout, work, dtype, rounded_to):
 def _write_pairs(source, made, dtype):
     """Writes all pairs, and the sha256 of every file."""
     store = source.store
-    writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, batch_size=source.chunk, dtype=dtype)
+    writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, dtype=dtype)
 
     def write(start, names, labels, rows):
-        digests = writer.write(start, [(names, labels, [cast(array, dtype, made.features) for array in rows])])
+        digests = writer.write(start, [(names, labels, rows)])
         files = writer.files(start, names, labels.tolist(), digests)
         return len(names), "".join(f"{digest.hex()}  {path}\n" for path, digest in files)
 

@@ -30,3 +30,9 @@ class Layout:
     def path(self, what):
         """Returns the path of another file or folder of the set."""
         return os.path.join(self.features_path, f"{self.name}_{what}")
+
+    def existing(self):
+        """Returns what is there of a finished set, and of packed shards that are being written."""
+        kinds = ("features", "flipped", "labels", "packed", "partial", "classes", "checksums", "manifest")
+        paths = [getattr(self, kind) for kind in kinds]
+        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]

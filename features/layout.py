@@ -19,6 +19,7 @@ class Layout:
         self.labels = self.path("labels")
         self.packed = self.path("packed")
         self.partial = self.path("packed.partial")
+        self.unpacking = self.path("unpacking")
         self.classes = self.path("classes.json")
         self.manifest = self.path("manifest.json")
         self.checksums = self.path("checksums.txt")
@@ -32,7 +33,7 @@ class Layout:
         return os.path.join(self.features_path, f"{self.name}_{what}")
 
     def existing(self):
-        """Returns what is there of a finished set, and of packed shards that are being written."""
-        kinds = ("features", "flipped", "labels", "packed", "partial", "classes", "checksums", "manifest")
+        """Returns what is there of a set, or of one that is being written."""
+        kinds = ("features", "flipped", "labels", "packed", "partial", "unpacking", "classes", "checksums", "manifest")
         paths = [getattr(self, kind) for kind in kinds]
         return [path for path in paths if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]

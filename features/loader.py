@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import operator
 import os
+import shutil
 import signal
 import threading
 
@@ -14,37 +15,25 @@ from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
 
 
-class _Batches:
-    """A batch sampler whose batches are one item each, a micro-batch: workers then read it in one call."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __iter__(self):
-        for batch in self.sampler.batches():
-            yield [batch]
-
-
-class _Guarded:
-    """A dataset of micro-batches, each `(arrays, an error's message or None)`.
+class _MicroBatches:
+    """A run's micro-batches as the items of a dataset, each `(arrays, an error's message or None)`.
 
     Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
     """
 
-    def __init__(self, dataset, length):
-        self.dataset, self.length = dataset, length
+    def __init__(self, dataset, sampler):
+        self.dataset, self.sampler = dataset, sampler
 
     def __len__(self):
-        return self.length
+        return len(self.sampler)
 
-    def __getitem__(self, batch):
+    def __getitem__(self, number):
+        step, micro_step = divmod(number, self.sampler.accumulation_steps)
+        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
         try:
-            return [*self.dataset.read(*batch)], None
+            return [*self.dataset.read(indices, positions)], None
         except Exception as error:  # even a bug must not hang the loop
-            message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
+            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
             return [np.zeros(1)], message  # a batch without an array would not come through
 
 
@@ -57,11 +46,7 @@ LOADER_DIED = (
 
 def free_shared_memory():
     """Returns the free bytes of `/dev/shm`; None where there is none."""
-    try:
-        state = os.statvfs("/dev/shm")
-    except (OSError, AttributeError):
-        return None
-    return state.f_bavail * state.f_frsize
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
 
 
 def _name_dead_loaders():
@@ -130,8 +115,7 @@ class FeatureLoader:
         from paddle.io import DataLoader
 
         loader = DataLoader(
-            _Guarded(self._dataset, len(self.sampler)),
-            batch_sampler=_Batches(self.sampler),
+            _MicroBatches(self._dataset, self.sampler),
             collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
@@ -147,45 +131,35 @@ class FeatureLoader:
             ) from None
         np.random.set_state(state)  # it has drawn a seed for the workers: a resumed run must not draw once more
         _name_dead_loaders()
-        while True:
-            try:
-                batch = next(batches, None)
-            except SystemError:
-                raise ValueError(LOADER_DIED) from None
-            if batch is None:
-                return
-            arrays, error = batch
-            if error is not None:
-                raise ValueError(error)
-            yield arrays
+        try:
+            for arrays, error in batches:
+                if error is not None:
+                    raise ValueError(error)
+                yield arrays
+        except SystemError:
+            raise ValueError(LOADER_DIED) from None
 
     def _by_thread(self):
         """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""
         batches, size = self.sampler.batches(), self.sampler.batch_size
-        row_bytes = 4 * int(np.prod(self._dataset.store.row_shape))
-        max_count = max(1, READ_BYTES // (row_bytes * size))
+        max_count = max(1, READ_BYTES // (4 * int(np.prod(self._dataset.store.row_shape)) * size))
 
-        def read(count):
-            part = list(itertools.islice(batches, count))
-            if not part:
-                return None
-            return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
+        def parts():
+            count = 1  # the first step waits for no more
+            while part := list(itertools.islice(batches, count)):
+                yield [np.concatenate(arrays) for arrays in zip(*part, strict=True)]
+                count = min(2 * count, max_count)
 
-        # The first step waits for one batch only.
-        counts = (min(1 << min(reads, 30), max_count) for reads in itertools.count())
-        for arrays in itertools.takewhile(lambda arrays: arrays is not None, map_ahead(read, counts, 1, 1)):
+        for arrays in map_ahead(lambda part: self._dataset.read(*part), parts(), 1, 1):
             for start in range(0, len(arrays[0]), size):
                 yield [array[start : start + size] for array in arrays]
 
     def __iter__(self):
-        batches = self._batches()
-        while True:
-            self._phase("reading data")
-            batch = next(batches, None)
-            if batch is None:
-                return
+        self._phase("reading data")
+        for batch in self._batches():
             self._phase("training")
             yield batch
+            self._phase("reading data")
 
     def _batches(self):
         if self._num_workers > 0 and self._dataset.store.reads_in_processes:

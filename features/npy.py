@@ -29,12 +29,6 @@ def load_npy(path, *, mapped=False):
         raise _unreadable(path, "npy", error) from None
 
 
-def header_bytes(data):
-    """Returns how many bytes stand in front of the array in `data`, a `.npy` file that `load_npy` has read."""
-    start = 10 if data[6:7] == b"\1" else 12  # magic, version and the length, of 2 or 4 bytes
-    return start + int.from_bytes(data[8:start], "little")
-
-
 def load_npz(path, names):
     """Returns `{name: array}` of a `.npz` file that `numpy.savez` wrote; names that it lacks are left out.
 

@@ -9,6 +9,7 @@
 The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
 """
 
+import contextlib
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ import time
 import numpy as np
 
 from features.layout import Layout
-from features.npy import header_bytes, load_npy, load_npz
+from features.npy import load_npy, load_npz
 from runtime.files import whole_file
 from runtime.progress import tqdm
 
@@ -47,10 +48,15 @@ class NpyReader:
 
     def __call__(self, path):
         """Returns the array of a file, perhaps read-only; raises as `load_npy`."""
-        try:
-            data = _read_regular(path)
-        except OSError:
-            return load_npy(path)  # says what is wrong
+        data = b""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                state = os.fstat(descriptor)
+                if stat.S_ISREG(state.st_mode) and state.st_size <= _MAX_BYTES:  # no pipe, which may never end
+                    data = os.read(descriptor, state.st_size)
+            finally:
+                os.close(descriptor)
         return self.parse(data, path)
 
     def parse(self, data, path):
@@ -59,23 +65,12 @@ class NpyReader:
         if known is not None and len(data) >= known[1] and data.startswith(known[0]):
             header, end, dtype, shape = known
             return np.frombuffer(data[:end], dtype, offset=len(header)).reshape(shape)
-        array = load_npy(path)
-        header = data[: header_bytes(data)]
-        if array.size and b"'fortran_order': False" in header:
-            self._known = header, len(header) + array.nbytes, array.dtype, array.shape
-        return array
-
-
-def _read_regular(path):
-    """Returns the bytes of a file; OSError for a pipe or device, which may never end, and for more than a sample."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_BYTES:
-            raise OSError("no regular file of a sample's size")
-        return os.read(descriptor, state.st_size)
-    finally:
-        os.close(descriptor)
+        if not data:
+            return load_npy(path)  # says what is wrong
+        array = load_npy(path, mapped=True)
+        if array.size and array.flags.c_contiguous:
+            self._known = data[: array.offset], array.offset + array.nbytes, array.dtype, array.shape
+        return np.array(array)
 
 
 def natural_order(names):
@@ -141,12 +136,14 @@ class PairStore:
         self._kinds = {"latents": layout.features, "labels": layout.labels}
         if self.has_flip:
             self._kinds["flipped"] = layout.flipped
-        self.index_path = layout.index
-        self.index_note = None
+        self.index_path, self.index_note = layout.index, None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
-        self._labels = self._signatures = None
+        self._signatures, self._labels = [_signature(folder) for folder in self._kinds.values()], None
         if not self._load_index():
-            self._scan()
+            self._names, lonely = match_pairs([*self._kinds.values()])
+            if lonely:
+                raise ValueError("{}: has no counterpart in {}".format(*lonely[0]))
+            self._save_index()
         first = without_batch_axis(self._read_feature(self.source(0)))
         self.row_shape, self.dtype = first.shape, first.dtype
         self.expected = f"the first sample is of shape {self.row_shape}"  # completes the error on another shape
@@ -154,36 +151,28 @@ class PairStore:
     def _load_index(self):
         """Takes the names from the index; returns False if it is not there, or not of these very folders."""
         try:
-            self._signatures = [_signature(folder) for folder in self._kinds.values()]
-            if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
+            index = load_npz(self.index_path, ["signature", "names", "labels"])
+            if index["signature"].tolist() != self._signatures or not len(index["names"]):
                 return False
-            index = load_npz(self.index_path, ["names", "labels"])
             self._names, self._labels = index["names"], index.get("labels")
         except (OSError, ValueError, KeyError):  # no index, or a broken one: the folders are read again
             return False
         self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
-        return len(self._names) > 0
-
-    def _scan(self):
-        self._signatures = [_signature(folder) for folder in self._kinds.values()]
-        self._names, lonely = match_pairs([*self._kinds.values()])
-        if lonely:
-            raise ValueError("{}: has no counterpart in {}".format(*lonely[0]))
-        if len(self._names) >= MIN_SAMPLES_FOR_INDEX:
-            self._save_index()
+        return True
 
     def _save_index(self):
+        """Keeps names, and labels if they are known, for the next start."""
+        if len(self) < MIN_SAMPLES_FOR_INDEX:
+            return
         newest = max(max(signature[:2]) for signature in self._signatures)
         if time.time_ns() - newest < _CLOCK_NS:
             self.index_note = f"no index {self.index_path}: the folders have just changed"
             return
-        arrays = {"signature": np.array(self._signatures), "names": self._names}
-        if self._labels is not None:
-            arrays["labels"] = self._labels
+        labels = {} if self._labels is None else {"labels": self._labels}
         try:
             # `shared`, because every rank may write it at once.
             with whole_file(self.index_path, shared=True) as partial, open(partial, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, signature=np.array(self._signatures), names=self._names, **labels)
         except OSError as error:
             self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
             return
@@ -191,11 +180,6 @@ class PairStore:
 
     def __len__(self):
         return len(self._names)
-
-    @property
-    def num_bytes(self):
-        """The bytes of all rows, mirrored ones included."""
-        return len(self) * int(np.prod(self.row_shape)) * self.dtype.itemsize * (1 + self.has_flip)
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
@@ -223,8 +207,7 @@ class PairStore:
         if self._labels is None:
             indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < MIN_SAMPLES_FOR_INDEX)
             self._labels = np.fromiter(map(self._label, indices), "int64", len(self))
-            if len(self) >= MIN_SAMPLES_FOR_INDEX:
-                self._save_index()
+            self._save_index()
         return self._labels
 
     def names(self):

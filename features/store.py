@@ -4,6 +4,7 @@ A feature folder holds a set NAME as pairs of small files (`features.pairs`, Pad
 large ones (`features.packed`), and perhaps NAME_manifest.json, which tools/extract_features.py writes.
 """
 
+import glob
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import shlex
 import numpy as np
 
 from features.layout import Layout
-from features.packed import PackedStore
+from features.packed import PackedStore, take_rows
 from features.pairs import PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
@@ -36,14 +37,13 @@ def find_features(feature_path, resolution):
             f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
             f"{_unpacking(feature_path)}"
         )
-    endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
     found = {}  # {name: kinds}
     for entry in os.scandir(feature_path):
-        for ending, kind in endings.items():
-            if entry.name.endswith(ending) and entry.is_dir():
-                found.setdefault(entry.name[: -len(ending)], []).append(kind)
+        match = re.fullmatch(r"(.*)_(packed|features|packed\.partial)", entry.name)
+        if match and entry.is_dir():
+            found.setdefault(match[1], []).append(match[2])
     preferred = f"imagenet{resolution or 256}"
-    whole = sorted(name for name, kinds in found.items() if kinds != ["partial"])
+    whole = sorted(name for name, kinds in found.items() if kinds != ["packed.partial"])
     if preferred in whole:
         whole = [preferred]
     if not whole and found:
@@ -69,17 +69,14 @@ def find_features(feature_path, resolution):
 def _unpacking(feature_path):
     """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
     path = os.fspath(feature_path).rstrip("/")
-    if os.path.isdir(path):
-        folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
-    else:
-        folder, files = os.path.dirname(path) or ".", [path, *(path + ending for ending in (".tar", ".tar.gz", ".tgz"))]
-    tars = [file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)]
-    if not tars:
-        return ""
-    return (
-        f"; unpack {os.path.basename(tars[0])} first: tar -xf {shlex.quote(tars[0])} -C {shlex.quote(folder)}, and "
-        "give the folder that then holds NAME_features/ and NAME_labels/"
-    )
+    files = [path, *glob.glob(glob.escape(path) + ("/*" if os.path.isdir(path) else ".t*"))]
+    for tar in sorted(file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)):
+        return (
+            f"; unpack {os.path.basename(tar)} first: tar -xf {shlex.quote(tar)} -C "
+            f"{shlex.quote(os.path.dirname(tar) or '.')}, and give the folder that then holds NAME_features/ and "
+            "NAME_labels/"
+        )
+    return ""
 
 
 def open_store(feature_path, kind, name):
@@ -119,7 +116,7 @@ class MemoryStore:
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
         self.dtype = store.memory_dtype
-        shape = (1 + self.has_flip, len(indices), *self.row_shape)
+        shape = ((1 + flip) * len(indices), *self.row_shape)  # mirrored twins behind all others
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory = available_memory()
         processes = local_processes()  # each of them holds the samples for itself
@@ -131,14 +128,14 @@ class MemoryStore:
             )
         self._rows = np.empty(shape, self.dtype)
         self.labels = np.empty(len(indices), "int64")
-        step = max(1, READ_BYTES // (self._rows[0, :1].nbytes or 1))
+        step = max(1, READ_BYTES // (self._rows[:1].nbytes or 1))
         with tqdm(total=len(indices), desc="to memory", unit="sample", disable=len(indices) < 10_000) as bar:
             for start in range(0, len(indices), step):
                 part = indices[start : start + step]
-                place = slice(start, start + len(part))
-                for twin in range(1 + self.has_flip):
-                    mirrored = np.full(len(part), bool(twin))
-                    self.labels[place] = store.read(part, self._rows[twin, place], mirrored)
+                for twin in range(1 + flip):
+                    place = slice(start + twin * len(indices), start + twin * len(indices) + len(part))
+                    labels = store.read(part, self._rows[place], np.full(len(part), bool(twin)))
+                self.labels[start : start + len(part)] = labels
                 bar.update(len(part))
 
     def __len__(self):
@@ -146,12 +143,7 @@ class MemoryStore:
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
-        if mirrored is not None and mirrored.any():
-            out[...] = self._rows[mirrored.astype("int64"), indices]
-        elif out.dtype == self.dtype:
-            np.take(self._rows[0], indices, axis=0, out=out, mode="clip")
-        else:
-            out[...] = self._rows[0, indices]
+        take_rows(self._rows, indices if mirrored is None else indices + len(self) * mirrored, out)
         return self.labels[indices]
 
     def source(self, index, kind="latents"):

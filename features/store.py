@@ -98,8 +98,8 @@ def read_manifest(feature_path, name):
 class MemoryStore:
     """Samples of another store, held in this process's memory.
 
-    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read` and
-    `source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
+    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `read` and `source`; `reads_in_processes` if
+    reading takes Python's lock for long; `memory_dtype` that holds all rows.
 
     Args:
         store: where they are.
@@ -129,13 +129,10 @@ class MemoryStore:
         self._rows = np.empty(shape, self.dtype)
         self.labels = np.empty(len(indices), "int64")
         step = max(1, READ_BYTES // (self._rows[:1].nbytes or 1))
-        with tqdm(total=len(indices), desc="to memory", unit="sample", disable=len(indices) < 10_000) as bar:
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                for twin in range(1 + flip):
-                    place = slice(start + twin * len(indices), start + twin * len(indices) + len(part))
-                    labels = store.read(part, self._rows[place], np.full(len(part), bool(twin)))
-                self.labels[start : start + len(part)] = labels
+        with tqdm(total=len(self._rows), desc="to memory", unit="latent", disable=len(indices) < 10_000) as bar:
+            for start in range(0, len(self._rows), step):
+                twin, part = np.divmod(np.arange(start, min(start + step, len(self._rows))), len(indices))
+                self.labels[part] = store.read(indices[part], self._rows[start : start + step], twin.astype(bool))
                 bar.update(len(part))
 
     def __len__(self):

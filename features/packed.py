@@ -34,7 +34,6 @@ MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the s
 
 
 def shard_name(number):
-    """Returns the folder's name of shard `number`."""
     return f"shard-{number:05d}"
 
 
@@ -51,7 +50,7 @@ def _shards(folder):
 
 
 def finished_shards(folder):
-    """Returns `{number: rows}` of the whole shards in a folder; empty if it is not there."""
+    """Returns `{number: rows}` of the whole shards in a folder."""
     return {number: len(_labels(shard)) for number, shard in _shards(folder).items()}
 
 
@@ -81,31 +80,29 @@ def cast(array, dtype, where):
     return narrow
 
 
-class ShardWriter:
-    """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
+class ShardWriter(contextlib.ExitStack):
+    """Writes shard `number`, as a context: whole and in its place when left normally, not there at all otherwise.
 
     Args:
         folder: the set's `Layout.partial`; made if need be.
-        number: of the shard. A whole shard of that number must not be there; a killed one's leftovers are replaced.
-        row_shape: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments.
-        dtype: "float32" or "float16".
-        flip: whether mirrored twins are stored.
+        row_shape, dtype: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments; "float32" or "float16".
+        flip: mirrored twins are stored.
     """
 
     def __init__(self, folder, number, *, row_shape, dtype="float32", flip=False):
+        super().__init__()
         self.path = os.path.join(folder, shard_name(number))
         self.row_shape, self.flip, self.dtype = tuple(row_shape), flip, np.dtype(dtype)
         self._files, self._names = {}, []
-        self._open = contextlib.ExitStack()
 
     def __enter__(self):
         if os.path.exists(self.path):
             raise ValueError(f"{self.path}: is there already; nothing was overwritten")
-        folder = self._open.enter_context(whole_folder(self.path))
+        folder = self.enter_context(whole_folder(self.path))
         for name in shard_files(self.flip):
-            self._files[name] = self._open.enter_context(open(os.path.join(folder, name), "wb"))
+            self._files[name] = self.enter_context(open(os.path.join(folder, name), "wb"))
         self._write_headers()
-        self._open.push(self._finish)
+        self.push(self._finish)
         return self
 
     def _write_headers(self):
@@ -116,12 +113,9 @@ class ShardWriter:
             self._files[name].write(npy_header((len(self._names), *shape), dtype))
 
     def append(self, latents, labels, names, flipped=None):
-        """Adds samples.
+        """Adds m samples: latents `(m, *row_shape)`, integer labels `(m,)`, m file names without `.npy`.
 
         Args:
-            latents: `(m, *row_shape)`; cast to the shard's dtype.
-            labels: `(m,)` integers.
-            names: m texts, the samples' file names without `.npy`.
             flipped: like `latents`, of the mirrored images; with `flip`, and only then.
 
         Raises:
@@ -146,17 +140,11 @@ class ShardWriter:
             np.save(self._files["names.npy"], np.array(self._names, dtype=bytes if self._names else "S1"))
             self._write_headers()
 
-    def __exit__(self, kind, error, trace):
-        return self._open.__exit__(kind, error, trace)
-
 
 class PackedStore:
-    """A packed set, read row by row in any order.
+    """The packed set in `folder`, read row by row in any order. Nothing is kept in memory but the labels.
 
-    Nothing is kept in memory but the labels. Threads and forked processes may share it.
-
-    Args:
-        folder: `NAME_packed`.
+    Threads and forked processes may share it.
 
     Raises:
         ValueError: one line naming the file: missing, truncated, or unlike the other shards.
@@ -185,15 +173,13 @@ class PackedStore:
         self.memory_dtype = self.dtype
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
-        self._ends = np.cumsum([len(rows) for rows in labels])
-        self._starts = self._ends - [len(rows) for rows in labels]
+        self._starts = np.cumsum([0, *map(len, labels[:-1])])
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         self._touched = 0
         # The system reads far more around each row than was asked for, which soon has a whole set in the file cache.
         # A set that does not fit there would be read many times over: then exactly the rows, all at once.
-        memory = available_memory()
         self.exact_reads = False
-        if memory is not None and self.num_bytes > MAX_CACHED_SHARE * memory:
+        if self.num_bytes > MAX_CACHED_SHARE * (available_memory() or np.inf):
             self.read_exactly()
 
     def _add(self, path, count):
@@ -215,20 +201,16 @@ class PackedStore:
 
     def read_exactly(self):
         """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
-        self.exact_reads = self._advise("MADV_RANDOM")
+        self.exact_reads = True
+        self._advise(mmap.MADV_RANDOM)
 
     def read(self, indices, out, mirrored=None):
-        """Puts rows into `out` and returns their labels.
+        """Puts rows `(n,)` int64 into `out`, float `(n, *row_shape)`, and returns their labels, `(n,)` int64.
 
         Args:
-            indices: `(n,)` int64.
-            out: `(n, *row_shape)`, float; rows are cast to its dtype.
             mirrored: `(n,)` bool: which rows to take from the mirrored twins; None: no row.
-
-        Returns:
-            `(n,)` int64.
         """
-        shards = np.searchsorted(self._ends, indices, side="right")
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows, files = indices - self._starts[shards], shards * (1 + self.has_flip)
         if mirrored is not None:
             files += mirrored
@@ -242,7 +224,7 @@ class PackedStore:
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
-            self._advise("MADV_DONTNEED")
+            self._advise(mmap.MADV_DONTNEED)
         return self.labels[indices].astype("int64")
 
     def _will_need(self, files, rows):
@@ -253,25 +235,22 @@ class PackedStore:
             self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, start - page + self._row_bytes)
 
     def _advise(self, advice):
-        """Gives the system an advice on all maps; returns whether it knows it."""
-        for array in self._maps if hasattr(mmap, advice) else ():
-            array._mmap.madvise(getattr(mmap, advice))
-        return hasattr(mmap, advice)
+        for array in self._maps:
+            array._mmap.madvise(advice)
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
-        parts = []
-        for shard, count in zip(self.shards, self._ends - self._starts, strict=True):
-            path = os.path.join(shard, "names.npy")
-            parts.append(load_npy(path))
-            if parts[-1].dtype.kind != "S" or parts[-1].shape != (count,):
-                holds = f"holds {_describe(parts[-1])}"
-                raise ValueError(f"{path}: {holds}, expected the names, bytes, of {counted(count, 'sample')}")
+        paths = [os.path.join(shard, "names.npy") for shard in self.shards]
+        parts = [load_npy(path) for path in paths]
+        for path, names, count in zip(paths, parts, np.diff(self._starts, append=len(self)), strict=True):
+            if names.dtype.kind != "S" or names.shape != (count,):
+                expected = f"expected the names, bytes, of {counted(count, 'sample')}"
+                raise ValueError(f"{path}: holds {_describe(names)}, {expected}")
         return np.concatenate(parts)
 
     def source(self, index, kind="latents"):
         """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.shards[shard]}/{kind}.npy row {index - self._starts[shard]}"
 
 

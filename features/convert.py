@@ -99,8 +99,6 @@ def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, s
 
 def _check_samples(store, kind):
     """Raises ValueError for samples that can't be written, or that pairs of their names would hold in another order."""
-    if not len(store):
-        raise ValueError(f"{store.path}: no sample in it")
     if store.dtype.kind != "f":
         raise ValueError(f"{store.source(0)}: holds {store.dtype}, expected float latents")
     for first in np.flatnonzero((store.labels < 0) | (store.labels > MAX_LABEL)).tolist():

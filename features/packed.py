@@ -173,6 +173,8 @@ class PackedStore:
         self.memory_dtype = self.dtype
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
+        if not self.labels.size:
+            raise ValueError(f"{folder}: no sample in it")
         self._starts = np.cumsum([0, *map(len, labels[:-1])])
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         self._touched = 0

@@ -182,7 +182,7 @@ def check_pairs(task):
     for place, name in enumerate(names):
         path = os.path.join(folders[1], name)
         try:
-            chunk.add_label(place, read_label(load(path)))
+            chunk.add_label(place, read_label(load(path), path))
         except (ValueError, OSError) as error:
             chunk.problem("labels", path, error)
         for out, folder in zip(rows, latent_folders, strict=True):

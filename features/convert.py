@@ -131,18 +131,15 @@ def _begin(layout, plan_file, plan, work):
         return
     for path in layout.existing():
         raise ValueError(f"{path}: is there already; nothing was overwritten, choose another --output")
-    there = os.path.abspath(layout.features_path)
-    while not os.path.isdir(there):
-        there = os.path.dirname(there)
+    os.makedirs(layout.features_path, exist_ok=True)
     row_bytes = int(np.prod(plan["row_shape"])) * np.dtype(plan["dtype"]).itemsize
-    files, free = 1 + plan["flip"], shutil.disk_usage(there).free
+    files, free = 1 + plan["flip"], shutil.disk_usage(layout.features_path).free
     # A small file takes whole blocks of 4 KiB.
     packed = plan["to"] == "packed"
     sample = row_bytes * files + 20 if packed else (-(-(row_bytes + 128) // 4096) * files + 1) * 4096
     if sample * plan["samples"] > free:
         needed = sample * plan["samples"] / 2**30
         raise ValueError(f"{layout.features_path}: needs {needed:.1f} GiB, {free / 2**30:.1f} GiB are free")
-    os.makedirs(layout.features_path, exist_ok=True)
     write_json(plan_file, plan)
 
 

@@ -25,6 +25,7 @@ from features.images import UnreadableImage, encodable
 from features.read_ahead import map_ahead
 from features.writers import WRITERS, write_checksums
 from runtime.files import write_json
+from runtime.process import say
 from runtime.progress import tqdm
 from runtime.run_lock import try_lock
 from runtime.untrusted import read_json
@@ -184,19 +185,18 @@ class Extraction:
     def _join(self, root):
         """Waits until rank 0 has begun; returns what `open` does."""
         layout, began = self.layout, time.monotonic()
-        while True:
-            # In this order: the manifest is there before the state goes.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.exists(layout.settings):
-                    self._take(ImageSource.load(layout.images, root), layout.settings)
-                    return True
-            if os.path.exists(layout.manifest):
-                return False
+        while not os.path.exists(layout.settings) and not os.path.exists(layout.manifest):
             if time.monotonic() - began > 60:
-                waiting = f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see"
-                print(waiting, file=sys.stderr)
+                say(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", sys.stderr)
                 began = math.inf  # said once
             time.sleep(0.1)
+        try:
+            self._take(ImageSource.load(layout.images, root), layout.settings)
+        except FileNotFoundError:  # the state goes when the manifest is there
+            if not os.path.exists(layout.manifest):
+                raise
+            return False
+        return True
 
     def _take(self, source, saved):
         """Sets images and settings; ValueError if those in `saved`, a manifest or an earlier start's, are others."""

@@ -137,7 +137,7 @@ class ShardWriter(contextlib.ExitStack):
 
     def _finish(self, kind, *_):
         if kind is None:
-            np.save(self._files["names.npy"], np.array(self._names, dtype=bytes if self._names else "S1"))
+            np.save(self._files["names.npy"], np.array(self._names, dtype=bytes))
             self._write_headers()
 
 

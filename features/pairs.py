@@ -33,10 +33,10 @@ def without_batch_axis(latent):
     return latent[0] if latent.ndim == 4 and latent.shape[0] == 1 else latent
 
 
-def read_label(array):
+def read_label(array, path):
     """Returns the one integer of a label's file; ValueError if it holds something else."""
     if array.size != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"expected one integer label, found {array.dtype} of shape {array.shape}")
+        raise ValueError(f"{path}: expected one integer label, found {array.dtype} of shape {array.shape}")
     return int(array.reshape(-1)[0])
 
 
@@ -84,7 +84,7 @@ def natural_order(names):
         parts = re.split(r"(\d+)", os.fsdecode(name))  # text, digits, text, ...
         return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
-    return np.array(sorted(names, key=key), dtype=bytes if names else "S1")
+    return np.array(sorted(names, key=key), dtype=bytes)
 
 
 def match_pairs(folders):
@@ -106,18 +106,8 @@ def match_pairs(folders):
     return natural_order(list(both)), lonely
 
 
-def _signature(folder):
-    """Returns numbers that change with the names in a folder."""
-    state = os.stat(folder)
-    return [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-
-
 class PairStore:
-    """The pairs of a set NAME, read file by file in any order.
-
-    Args:
-        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`.
-        name: of the set.
+    """The pairs of the set `name` in the folder `feature_path`, read file by file in any order.
 
     `index_note` says where the index lies, or why there is none (None: a set too small to need one).
 
@@ -138,7 +128,9 @@ class PairStore:
             self._kinds["flipped"] = layout.flipped
         self.index_path, self.index_note = layout.index, None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
-        self._signatures, self._labels = [_signature(folder) for folder in self._kinds.values()], None
+        # They change with the names in a folder.
+        self._signatures = [[s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, self._kinds.values())]
+        self._labels = None
         if not self._load_index():
             self._names, lonely = match_pairs([*self._kinds.values()])
             if lonely:
@@ -195,11 +187,7 @@ class PairStore:
 
     def _label(self, index):
         path = self.source(index, "labels")
-        label = self._read_label(path)
-        try:
-            return read_label(label)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return read_label(self._read_label(path), path)
 
     @property
     def labels(self):

@@ -26,15 +26,8 @@ SHARD_BYTES = 1 << 32
 def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4):
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
-    After a kill the same call goes on where it was.
-
-    Args:
-        output: folder for the result; None: FEATURE_PATH_packed or FEATURE_PATH_npy.
-        resolution: see `find_features`.
-        to: "packed" or "npy"; None: the other one than the source's.
-        dtype: of the stored latents, "float32" or "float16"; None: the source's.
-        shard_samples: samples a packed file; None: 4 GiB of them.
-        num_workers: threads that read ahead.
+    After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py, None for their
+    defaults.
 
     Returns:
         `(number of samples, their paths, largest rounding error)`; the error is None if nothing was rounded.
@@ -168,13 +161,10 @@ class _Rows:
 
 
 def _compare(source, target, rounded_to):
-    """Returns the largest rounding error of a whole set, whose names, labels and bits are compared with its source.
+    """Compares a whole set with its source, both `_Rows`; returns the largest rounding error.
 
-    Args:
-        source, target: `_Rows`. rounded_to: the dtype that the source's latents may have been rounded to.
-
-    Raises:
-        ValueError: the first sample that is not the same.
+    Names, labels and bits must be the same, of latents after a rounding to the dtype `rounded_to`; ValueError names
+    the first sample of which they are not.
     """
     old_store, new_store = source.store, target.store
     if len(old_store) != len(new_store) or old_store.has_flip != new_store.has_flip:

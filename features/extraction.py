@@ -285,14 +285,11 @@ class Extraction:
             return self._finish(writer, parts, journal.parts) if self.rank == 0 else None
 
     def _encode(self, batches, encoder, num_workers):
-        """Yields (indices, labels, arrays, unreadable) of batches of indices.
+        """Yields (indices, labels, [latents, mirrored latents], {index: error} of what can't be read) of each batch.
 
-        `unreadable` is {index: error} of the images that can't be read, `arrays` holds the latents of the others,
-        float32 (n, ...), and with --flip those of the mirrored ones. An unreadable image's pixels are zeros: a batch
-        has one shape whatever fails, so that the others come out the same to the bit.
-
-        Threads read ahead, not processes, because Pillow decodes and scales without Python's lock. The batches come
-        one behind: while the device computes on one, the caller writes the one before.
+        The others come out the same to the bit whatever fails, because a batch keeps its shape: an unreadable image's
+        pixels are zeros. Threads read ahead, not processes, because Pillow decodes and scales without Python's lock.
+        The batches come one behind: while the device computes on one, the caller writes the one before.
         """
         source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
         empty = np.zeros((size, size, 3), "uint8")
@@ -321,7 +318,7 @@ class Extraction:
             return indices, source.labels[indices].tolist(), arrays, errors
 
         count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)
-        with contextlib.closing(map_ahead(read, itertools.chain(*batches), num_workers, count)) as images:
+        with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as images:
             running = None
             for indices in [*batches, None]:
                 started = indices and start(indices)

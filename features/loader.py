@@ -55,9 +55,8 @@ def _name_dead_loaders():
     Paddle's handler of SIGCHLD raises a SystemError of many lines there.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return
-    if getattr(handler, "names_dead_loaders", False):  # Paddle sets its own only once
+    is_ours = hasattr(handler, "names_dead_loaders")  # Paddle sets its own only once
+    if is_ours or not callable(handler) or threading.current_thread() is not threading.main_thread():
         return
 
     def handle(signum, frame):
@@ -76,8 +75,7 @@ class FeatureLoader:
     """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
 
     Args:
-        dataset: a `FeatureDataset`.
-        sampler: a `MicroBatchSampler`.
+        dataset, sampler: a `FeatureDataset` and a `MicroBatchSampler`.
         num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
             so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
@@ -87,39 +85,32 @@ class FeatureLoader:
     """
 
     def __init__(self, dataset, sampler, *, num_workers, phase=None):
-        self.sampler = sampler
+        self.sampler, self._dataset, self._num_workers = sampler, dataset, num_workers
         self._phase = phase or (lambda name: None)
-        self._dataset = dataset
-        self._num_workers = num_workers
 
     def __len__(self):
         return len(self.sampler)
 
-    def _use_shared_memory(self):
-        """Returns whether the batches of all loader processes on this machine fit into the free shared memory."""
-        free = free_shared_memory()
-        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
-        batches = (2 * self._num_workers + 4) * local_processes()
-        batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
-        if free is None or batches * batch_bytes <= free:
-            return True
-        if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-            say(
-                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {batches * batch_bytes / 2**20:.1f} MiB were needed: "
-                "loader processes send batches through pipes, which takes longer; a larger /dev/shm (docker run "
-                "--shm-size) or tools/pack_features.py avoids it"
-            )
-        return False
-
     def _by_processes(self):
         from paddle.io import DataLoader
 
+        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
+        batches = (2 * self._num_workers + 4) * local_processes()
+        needed = batches * (self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096)
+        free = free_shared_memory()
+        fits = free is None or needed <= free
+        if not fits and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+            say(
+                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB were needed: loader "
+                "processes send batches through pipes, which takes longer; a larger /dev/shm (docker run --shm-size) "
+                "or tools/pack_features.py avoids it"
+            )
         loader = DataLoader(
             _MicroBatches(self._dataset, self.sampler),
             collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
-            use_shared_memory=self._use_shared_memory(),
+            use_shared_memory=fits,
         )
         state = np.random.get_state()
         try:
@@ -162,14 +153,14 @@ class FeatureLoader:
             self._phase("reading data")
 
     def _batches(self):
-        if self._num_workers > 0 and self._dataset.store.reads_in_processes:
+        if self._num_workers and self._dataset.store.reads_in_processes:
             yield from self._by_processes()
             return
         import paddle
 
-        batches = itertools.starmap(self._dataset.read, self.sampler.batches())
-        if self._num_workers > 0:
-            batches = self._by_thread()
+        batches = (
+            self._by_thread() if self._num_workers else itertools.starmap(self._dataset.read, self.sampler.batches())
+        )
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
         for batch in batches:

@@ -23,7 +23,7 @@ from features.autoencoder import LatentScaling, downsampling, weights_digest
 from features.image_source import ImageSource, open_source, source_root
 from features.images import UnreadableImage, encodable
 from features.read_ahead import map_ahead
-from features.writers import WRITERS, write_checksums
+from features.writers import WRITERS, part_size, write_checksums
 from runtime.files import write_json
 from runtime.process import say
 from runtime.progress import tqdm
@@ -41,6 +41,7 @@ DECISIVE = {
     "--batch_size": ("encoding", "batch_size"),
     "sha256 of the images' names and labels": ("source", "sha256"),
 }
+GOES_ON = "what is done is kept, the same command goes on from there"
 
 
 def make_settings(vae, vae_name, name, encoding, options):
@@ -233,17 +234,17 @@ class Extraction:
         Args:
             encoder: a `LatentEncoder`.
             num_workers: threads that read images.
-            skip: leave out unreadable images; else the first is an `UnreadableImage`.
+            skip: leave out unreadable images.
 
         Raises:
-            ValueError: not one image could be read, or an image's latent is not finite.
+            ValueError: an image that can't be read, or with `skip` not one that can, or a latent that is not finite.
         """
         settings, source = self.settings, self.source
-        channels, *size = settings["sample_shape"]
-        shape, batch_size = (channels * (1 + settings["moments"]), *size), settings["encoding"]["batch_size"]
+        (channels, *shape), batch_size = settings["sample_shape"], settings["encoding"]["batch_size"]
+        shape = (channels * (1 + settings["moments"]), *shape)
         writer = WRITERS[settings["format"]](self.layout, row_shape=shape, flip=settings["flip"])
-        part_size = writer.part_size(batch_size, len(source))
-        parts = [range(len(source))[first:][:part_size] for first in range(0, len(source), part_size)]
+        size = part_size(settings["format"], len(source), batch_size)
+        parts = [range(len(source))[first:][:size] for first in range(0, len(source), size)]
 
         def batches(part):
             return [parts[part][first:][:batch_size] for first in range(0, len(parts[part]), batch_size)]
@@ -264,7 +265,9 @@ class Extraction:
             def readable(part, unreadable):
                 for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
                     if errors and not skip:
-                        raise errors[min(errors)]
+                        raise ValueError(
+                            f"{errors[min(errors)]}; repair or remove it, or give --on_error skip: {GOES_ON}"
+                        )
                     unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
                     yield indices, labels, arrays
                     progress.update(len(indices) + len(errors))

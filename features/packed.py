@@ -42,16 +42,11 @@ def shard_files(flip):
     return ("latents.npy", *(["flipped.npy"] if flip else []), "labels.npy", "names.npy")
 
 
-def _shards(folder):
-    """Returns `{number: path}` of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
+def finished_shards(folder):
+    """Returns `{number: rows}` of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     numbers = sorted(int(name[6:]) for name in names if re.fullmatch(r"shard-\d{5,}", name))
-    return {number: os.path.join(folder, shard_name(number)) for number in numbers}
-
-
-def finished_shards(folder):
-    """Returns `{number: rows}` of the whole shards in a folder."""
-    return {number: len(_labels(shard)) for number, shard in _shards(folder).items()}
+    return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in numbers}
 
 
 def finish(feature_path, name):
@@ -154,7 +149,7 @@ class PackedStore:
 
     def __init__(self, folder):
         self.path = folder
-        self.shards = [*_shards(folder).values()]
+        self.shards = [os.path.join(folder, shard_name(number)) for number in finished_shards(folder)]
         if not self.shards:
             raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
         self.has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
@@ -170,7 +165,6 @@ class PackedStore:
                 self._add(os.path.join(shard, name), len(labels[-1]))
         self._rows = [np.asarray(array) for array in self._maps]  # plain views, for speed
         self.dtype, self.row_shape = self._rows[0].dtype, self._rows[0].shape[1:]
-        self.memory_dtype = self.dtype
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
         if not self.labels.size:

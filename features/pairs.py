@@ -116,7 +116,6 @@ class PairStore:
     """
 
     reads_in_processes = True
-    memory_dtype = np.dtype("float32")  # because the files may be of several
 
     def __init__(self, feature_path, name):
         layout = Layout(feature_path, name)

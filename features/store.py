@@ -32,13 +32,9 @@ def find_features(feature_path, resolution):
     Raises:
         ValueError: nothing fits, more than one set does, or the set is not finished.
     """
-    if not os.path.isdir(feature_path):
-        raise ValueError(
-            f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
-            f"{_unpacking(feature_path)}"
-        )
     found = {}  # {name: kinds}
-    for entry in os.scandir(feature_path):
+    is_folder = os.path.isdir(feature_path)
+    for entry in os.scandir(feature_path) if is_folder else ():
         match = re.fullmatch(r"(.*)_(packed|features|packed\.partial)", entry.name)
         if match and entry.is_dir():
             found.setdefault(match[1], []).append(match[2])
@@ -50,10 +46,9 @@ def find_features(feature_path, resolution):
         partial = Layout(feature_path, min(found)).partial
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")
     if not whole:
-        raise ValueError(
-            f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
-            f"folder in it{_unpacking(feature_path)}"
-        )
+        lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it"
+        lacks = lacks if is_folder else "no such folder; expected NAME_features/ and NAME_labels/ in it"
+        raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
         raise ValueError(
@@ -99,7 +94,7 @@ class MemoryStore:
     """Samples of another store, held in this process's memory.
 
     Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `read` and `source`; `reads_in_processes` if
-    reading takes Python's lock for long; `memory_dtype` that holds all rows.
+    reading takes Python's lock for long.
 
     Args:
         store: where they are.
@@ -115,12 +110,11 @@ class MemoryStore:
     def __init__(self, store, indices, *, flip):
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
-        self.dtype = store.memory_dtype
+        self.dtype = np.dtype("float32") if isinstance(store, PairStore) else store.dtype  # pairs may be of several
         shape = ((1 + flip) * len(indices), *self.row_shape)  # mirrored twins behind all others
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
-        memory = available_memory()
-        processes = local_processes()  # each of them holds the samples for itself
-        if memory is not None and self.num_bytes * processes > 0.9 * memory:
+        memory, processes = available_memory() or np.inf, local_processes()  # each holds the samples for itself
+        if self.num_bytes * processes > 0.9 * memory:
             raise ValueError(
                 f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
                 f"{processes} process(es), {memory / 2**30:.1f} GiB are free; leave them on the disk, which the system "

@@ -25,11 +25,6 @@ class PairWriter:
         self.dtype = dtype
         self._header, self._label_header = npy_header((1, *row_shape), dtype), npy_header((1,), "int64")
 
-    @staticmethod
-    def part_size(batch_size, num_images):
-        """Returns how many images of a set a part is, which are encoded `batch_size` at once."""
-        return batch_size
-
     def write(self, part, batches):
         """Writes batches `(names, labels, [latents, flipped])`; returns the sha256 sums of the latents' files."""
         for folder in self.folders:
@@ -65,11 +60,6 @@ class PackedWriter:
     def __init__(self, layout, *, row_shape, flip, dtype="float32"):
         self.layout, self.shard = layout, {"row_shape": row_shape, "flip": flip, "dtype": dtype}
 
-    @staticmethod
-    def part_size(batch_size, num_images):
-        wanted = min(max(num_images // 64, MIN_SHARD_SAMPLES), SHARD_SAMPLES)
-        return -(-wanted // batch_size) * batch_size  # whole batches
-
     def write(self, part, batches):
         """Writes a shard; a whole one of its number, which a kill kept out of a journal, is made again."""
         folder = os.path.join(self.layout.partial, shard_name(part))
@@ -85,6 +75,12 @@ class PackedWriter:
 
 
 WRITERS = {"npy": PairWriter, "packed": PackedWriter}
+
+
+def part_size(kind, num_images, batch_size):
+    """Returns how many images of a set are a part: a batch of pairs, or a shard of whole batches."""
+    wanted = min(max(num_images // 64, MIN_SHARD_SAMPLES), SHARD_SAMPLES) if kind == "packed" else batch_size
+    return -(-wanted // batch_size) * batch_size
 
 
 def write_checksums(layout, files):

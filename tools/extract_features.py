@@ -28,9 +28,9 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.flags import check_seed
 from config.schema import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
-from features.extraction import Extraction, make_settings
+from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import UnreadableImage, dim_note, unreadable_list
+from features.images import dim_note, unreadable_list
 from features.layout import Layout
 from runtime.process import compute_capability, configure_runtime, counted, resolve_device, run_cli
 
@@ -76,19 +76,16 @@ def extract(args) -> None:
     if not is_new:
         return
     encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
-    goes_on = "what is done is kept, the same command goes on from there"
     try:
         manifest = extraction.run(encoder, num_workers=args.num_workers, skip=args.on_error == "skip")
         if rank == 0:
             report(layout, manifest)
-    except UnreadableImage as error:
-        raise ValueError(f"{error}; repair or remove it, or give --on_error skip: {goes_on}") from None
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
         if rank == 0 or not os.path.exists(layout.manifest):
             raise
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; {goes_on}", error.filename or layout.features_path) from None
+        raise OSError(error.errno, f"{error.strerror}; {GOES_ON}", error.filename or layout.features_path) from None
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)

@@ -218,8 +218,8 @@ def _to_pairs(source, layout, dtype, rounded_to):
     writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, dtype=dtype)
 
     def write(start, stop):
-        names, labels, rows = source.read(start, stop)
-        return [*writer.files(start, names, labels, writer.write(start, [(names, labels, rows)]))]
+        batch = source.read(start, stop)
+        return [*writer.files(start, batch[0], writer.write(start, [batch]))]
 
     if not os.path.exists(compared):  # else: a kill while the folders moved
         os.makedirs(work, exist_ok=True)

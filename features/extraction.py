@@ -111,16 +111,17 @@ class Journal:
             for line in added.splitlines():
                 try:
                     part, unreadable, digests = json.loads(line)
+                    digests = b"".join(map(bytes.fromhex, digests))
                 except ValueError:  # a power cut may leave anything
                     continue
                 if part not in self.parts:
-                    self.parts[part] = unreadable, bytes.fromhex(digests)
+                    self.parts[part] = unreadable, digests
                     new.append(part)
         return new
 
     def add(self, part, unreadable, digests):
         """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
-        self._file.write(json.dumps([part, unreadable, b"".join(digests).hex()]).encode() + b"\n")
+        self._file.write(json.dumps([part, unreadable, [digest.hex() for digest in digests]]).encode() + b"\n")
         self._file.flush()
         self.parts[part] = unreadable, b"".join(digests)
 
@@ -352,7 +353,7 @@ class Extraction:
                 lost, digests = written[part]
                 indices = sorted(set(indices) - {index for index, _ in lost})
                 digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
-                yield from writer.files(part, indices, source.labels[indices].tolist(), digests)
+                yield from writer.files(part, indices, digests)
 
         write_json(layout.classes, {"id2label": dict(enumerate(map(encodable, source.classes)))})
         counts = source.class_counts()

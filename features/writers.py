@@ -21,37 +21,29 @@ class PairWriter:
     """
 
     def __init__(self, layout, *, row_shape, flip, dtype="float32"):
-        self.folders = [layout.features, *([layout.flipped] if flip else []), layout.labels]
-        self.dtype = dtype
-        self._header, self._label_header = npy_header((1, *row_shape), dtype), npy_header((1,), "int64")
+        self.folders, self.dtype = [layout.features, *([layout.flipped] if flip else []), layout.labels], dtype
+        self._headers = [npy_header((1, *row_shape), dtype)] * (1 + flip) + [npy_header((1,), "int64")]
 
     def write(self, part, batches):
-        """Writes batches `(names, labels, [latents, flipped])`; returns the sha256 sums of the latents' files."""
+        """Writes batches `(names, labels, [latents, flipped])`; returns the sha256 sums of the files, by sample."""
         for folder in self.folders:
             os.makedirs(folder, exist_ok=True)
         digests = []
         for names, labels, rows in batches:
-            rows = [cast(latents, self.dtype, self.folders[0]) for latents in rows]
-            for place, (name, label) in enumerate(zip(names, labels, strict=True)):
-                data = [self._header + latents[place].tobytes() for latents in rows]
-                digests += [hashlib.sha256(latent).digest() for latent in data]
-                for folder, content in zip(self.folders, [*data, self._label(label)], strict=True):
+            columns = [*(cast(latents, self.dtype, self.folders[0]) for latents in rows), np.asarray(labels, "int64")]
+            for place, name in enumerate(names):
+                for folder, header, column in zip(self.folders, self._headers, columns, strict=True):
+                    data = header + column[place].tobytes()
+                    digests.append(hashlib.sha256(data).digest())
                     path = os.path.join(folder, f"{name}.npy")
                     with named_errors(path), open(path, "wb") as file:
-                        file.write(content)
+                        file.write(data)
         return digests
 
-    def _label(self, label):
-        return self._label_header + np.int64(label).tobytes()
-
-    def files(self, part, names, labels, digests):
-        """Yields `(path under FEATURES_PATH, sha256)` of a part's files, by sample."""
-        of_label = {label: hashlib.sha256(self._label(label)).digest() for label in set(labels)}
-        digest = iter(digests)
-        for name, label in zip(names, labels, strict=True):
-            for folder in self.folders:
-                path = f"{os.path.basename(folder)}/{name}.npy"
-                yield path, of_label[label] if folder == self.folders[-1] else next(digest)
+    def files(self, part, names, digests):
+        """Returns the `(path under FEATURES_PATH, sha256)` of a part's files."""
+        paths = (f"{os.path.basename(folder)}/{name}.npy" for name in names for folder in self.folders)
+        return zip(paths, digests, strict=True)
 
 
 class PackedWriter:
@@ -69,9 +61,9 @@ class PackedWriter:
                 shard.append(rows[0], labels, [*map(str, names)], *rows[1:])
         return [sha256_of_file(os.path.join(folder, name)) for name in shard_files(self.shard["flip"])]
 
-    def files(self, part, names, labels, digests):
+    def files(self, part, names, digests):
         folder = f"{os.path.basename(self.layout.packed)}/{shard_name(part)}"
-        return [(f"{folder}/{name}", of) for name, of in zip(shard_files(self.shard["flip"]), digests, strict=True)]
+        return zip((f"{folder}/{name}" for name in shard_files(self.shard["flip"])), digests, strict=True)
 
 
 WRITERS = {"npy": PairWriter, "packed": PackedWriter}

@@ -111,8 +111,7 @@ def _check_samples(store, kind):
 def _begin(layout, plan_file, plan, work):
     """Writes the plan, or compares it with that of an unfinished conversion, on which this one then goes on.
 
-    Raises:
-        ValueError: the output holds the set already or another unfinished conversion, or the disk is too small.
+    ValueError if the output holds the set already or another unfinished conversion, or the disk is too small.
     """
     if os.path.exists(plan_file):
         for key, value in read_json(plan_file).items():

@@ -47,12 +47,8 @@ GOES_ON = "what is done is kept, the same command goes on from there"
 def make_settings(vae, vae_name, name, encoding, options):
     """Returns the manifest of the set `name`, as far as it does not depend on the images.
 
-    Args:
-        encoding: `device`, `dtype` and `batch_size` of the arithmetic.
-        options: `format`, `moments`, `flip`, `image_size` and `seed`, as the flags of tools/extract_features.py.
-
-    Raises:
-        ValueError: images of this size are not for this VAE.
+    `encoding` has `device`, `dtype` and `batch_size` of the arithmetic; `options` the flags `format`, `moments`,
+    `flip`, `image_size` and `seed`. ValueError for images of a size that is not for this VAE.
     """
     factor, size, channels = downsampling(vae), options["image_size"], vae.config.latent_channels
     if size % factor:
@@ -80,11 +76,8 @@ def make_settings(vae, vae_name, name, encoding, options):
 class Journal:
     """The list of the parts that are on the disk, which all ranks write, each into a file of its own.
 
-    Attributes:
-        parts: `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
-
-    Raises:
-        ValueError: a process of an earlier start still holds this rank's file.
+    `parts` is `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
+    ValueError if a process of an earlier start still holds this rank's file.
     """
 
     def __init__(self, folder, rank):
@@ -134,8 +127,7 @@ class Extraction:
     """One process's share of an extraction.
 
     Args:
-        layout: a `Layout`.
-        settings: see `make_settings`; `open` adds what the manifest says of the images.
+        layout, settings: a `Layout`; the settings of `make_settings`, to which `open` adds what concerns the images.
         rank, world: of the processes that share images and folder. Rank 0 begins and ends the extraction.
 
     `source` is the `ImageSource`, from `open` on.
@@ -147,13 +139,9 @@ class Extraction:
     # The beginning.
 
     def open(self, data_path, list_file):
-        """Begins, or goes on; returns False if all is done already.
+        """Begins, or goes on, with the images of `open_source`; returns False if all is done already.
 
-        Args:
-            data_path, list_file: the images, see `open_source`. The other ranks wait until rank 0 has listed them.
-
-        Raises:
-            ValueError: the folder holds another extraction.
+        The other ranks wait until rank 0 has listed the images. ValueError if the folder holds another extraction.
         """
         layout, root = self.layout, source_root(data_path, list_file)
         if self.rank > 0:
@@ -232,13 +220,8 @@ class Extraction:
     def run(self, encoder, *, num_workers, skip):
         """Encodes and writes this rank's parts; rank 0 then waits for the others' and returns the manifest.
 
-        Args:
-            encoder: a `LatentEncoder`.
-            num_workers: threads that read images.
-            skip: leave out unreadable images.
-
-        Raises:
-            ValueError: an image that can't be read, or with `skip` not one that can, or a latent that is not finite.
+        `num_workers` threads read the images. ValueError for an image that can't be read, which `skip` leaves out, if
+        not one can be read, and for a latent that is not finite.
         """
         settings, source = self.settings, self.source
         (channels, *shape), batch_size = settings["sample_shape"], settings["encoding"]["batch_size"]
@@ -333,12 +316,9 @@ class Extraction:
     # The end.
 
     def _finish(self, writer, parts, written):
-        """Writes checksums, class names and, last, the manifest, which it returns; removes the work state.
+        """Writes class names, checksums and, last, the manifest, which it returns; removes the work state.
 
         A kill in between does no harm: the next start does it again, with the same result.
-
-        Args:
-            parts: the indices of each part's images. written: the journal's `parts`.
         """
         layout, source = self.layout, self.source
         unreadable = sorted(entry for lost, _ in written.values() for entry in lost)

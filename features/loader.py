@@ -80,8 +80,7 @@ class FeatureLoader:
             so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
-    Raises, while iterating:
-        ValueError: what the dataset raised for a sample, or that a loader process died.
+    Iterating raises what the dataset raises for a sample, and ValueError when a loader process dies.
     """
 
     def __init__(self, dataset, sampler, *, num_workers, phase=None):

@@ -13,8 +13,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def load_npy(path, *, mapped=False):
     """Returns the array of a `.npy` file, or a read-only map of it.
 
-    Raises:
-        ValueError: one line that names the file: not there, no `.npy`, Python objects, or shorter than its header says.
+    ValueError names a file that is not there, no `.npy`, of Python objects, or shorter than its header says.
     """
     try:
         with open_regular(path) as file:
@@ -32,9 +31,7 @@ def load_npy(path, *, mapped=False):
 def load_npz(path, names):
     """Returns `{name: array}` of a `.npz` file that `numpy.savez` wrote; names that it lacks are left out.
 
-    Raises:
-        ValueError: one line that names the file, as `load_npy`; also for compressed arrays, which may be of any size.
-        FileNotFoundError: it is not there (yet).
+    Raises as `load_npy`, also for compressed arrays, which may be of any size; FileNotFoundError if it is not there.
     """
     with open_regular(path) as file:
         try:

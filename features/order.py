@@ -94,9 +94,8 @@ class MicroBatchSampler:
 def total_steps(num_samples, *, global_batch_size, max_steps, epochs, first_step=0, samples_seen=0):
     """Returns the last optimizer step of a run: `max_steps`, or where `epochs` epochs are over if it is -1.
 
-    Args:
-        first_step, samples_seen: steps that a resumed run has done, and the samples that they took. They may have been
-            of another global batch, of a set of another size.
+    A resumed run has done `first_step` steps, which took `samples_seen` samples: perhaps with another global batch, of
+    a set of another size.
     """
     if max_steps > 0:
         return max_steps

@@ -110,11 +110,7 @@ class ShardWriter(contextlib.ExitStack):
     def append(self, latents, labels, names, flipped=None):
         """Adds m samples: latents `(m, *row_shape)`, integer labels `(m,)`, m file names without `.npy`.
 
-        Args:
-            flipped: like `latents`, of the mirrored images; with `flip`, and only then.
-
-        Raises:
-            ValueError: another shape or number, or values beyond float16.
+        With `flip`, and only then, `flipped` are the mirrored latents. ValueError for values beyond float16.
         """
         if (flipped is not None) != self.flip:
             raise ValueError(f"{self.path}: mirrored latents {'expected' if self.flip else 'not expected'}")
@@ -139,10 +135,7 @@ class ShardWriter(contextlib.ExitStack):
 class PackedStore:
     """The packed set in `folder`, read row by row in any order. Nothing is kept in memory but the labels.
 
-    Threads and forked processes may share it.
-
-    Raises:
-        ValueError: one line naming the file: missing, truncated, or unlike the other shards.
+    Threads and forked processes may share it. ValueError names a file that is missing, truncated, or unlike the others.
     """
 
     reads_in_processes = False
@@ -203,8 +196,7 @@ class PackedStore:
     def read(self, indices, out, mirrored=None):
         """Puts rows `(n,)` int64 into `out`, float `(n, *row_shape)`, and returns their labels, `(n,)` int64.
 
-        Args:
-            mirrored: `(n,)` bool: which rows to take from the mirrored twins; None: no row.
+        `mirrored`, `(n,)` bool, says which rows to take from the mirrored twins; None: no row.
         """
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows, files = indices - self._starts[shards], shards * (1 + self.has_flip)

@@ -109,10 +109,8 @@ def match_pairs(folders):
 class PairStore:
     """The pairs of the set `name` in the folder `feature_path`, read file by file in any order.
 
-    `index_note` says where the index lies, or why there is none (None: a set too small to need one).
-
-    Raises:
-        ValueError: one line naming the folder or file: no labels folder, no pair, a file without its counterpart.
+    `index_note` says where the index lies, or why there is none (None: a set too small to need one). ValueError names
+    a folder without pairs, or a file without its counterpart.
     """
 
     reads_in_processes = True

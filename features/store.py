@@ -1,7 +1,6 @@
 """Where the samples of a feature set lie: finding a set in a folder, opening it, and holding it in memory.
 
-A feature folder holds a set NAME as pairs of small files (`features.pairs`, PaddleMIX's layout) or packed into a few
-large ones (`features.packed`), and perhaps NAME_manifest.json, which tools/extract_features.py writes.
+A set is stored as pairs of small files (`features.pairs`), or packed into a few large ones (`features.packed`).
 """
 
 import glob
@@ -27,10 +26,7 @@ def find_features(feature_path, resolution):
     """Returns `(kind, name)` of the set in a feature folder, kind "packed" or "pairs".
 
     The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
-    forms is read packed.
-
-    Raises:
-        ValueError: nothing fits, more than one set does, or the set is not finished.
+    forms is read packed. ValueError if nothing fits, more than one set does, or the set is not finished.
     """
     found = {}  # {name: kinds}
     is_folder = os.path.isdir(feature_path)
@@ -91,18 +87,10 @@ def read_manifest(feature_path, name):
 
 
 class MemoryStore:
-    """Samples of another store, held in this process's memory.
+    """The samples `indices`, `(n,)`, of another store, held in this process's memory, with `flip` mirrored ones too.
 
     Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `read` and `source`; `reads_in_processes` if
-    reading takes Python's lock for long.
-
-    Args:
-        store: where they are.
-        indices: `(n,)` which of them.
-        flip: with their mirrored twins.
-
-    Raises:
-        ValueError: they don't fit into the free memory, or what the store raises.
+    reading takes Python's lock for long. ValueError if the samples don't fit into the free memory.
     """
 
     reads_in_processes = False

@@ -14,10 +14,9 @@ MIN_SHARD_SAMPLES = 256
 
 
 class PairWriter:
-    """Writes PaddleMIX's layout: a latent `(1, rows...)` and a label `(1,)` a sample, `.npy` files of the same name.
+    """Writes PaddleMIX's layout: a latent `(1, *row_shape)` and a label `(1,)` a sample, `.npy` files of one name.
 
-    Args:
-        layout: a `Layout`. row_shape, dtype: of a stored latent. flip: mirrored twins are stored.
+    With `flip` mirrored twins are stored beside them.
     """
 
     def __init__(self, layout, *, row_shape, flip, dtype="float32"):

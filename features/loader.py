@@ -153,8 +153,7 @@ class FeatureLoader:
 
     def _batches(self):
         if self._num_workers and self._dataset.store.reads_in_processes:
-            yield from self._by_processes()
-            return
+            return self._by_processes()
         import paddle
 
         batches = (
@@ -162,5 +161,4 @@ class FeatureLoader:
         )
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
-        for batch in batches:
-            yield [convert(array) for array in batch]
+        return ([convert(array) for array in batch] for batch in batches)

@@ -69,10 +69,9 @@ def extract(args) -> None:
     extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
     is_new = extraction.open(args.data_path, args.list)
     if rank == 0:
-        for sentence in filter(None, [precision.note, *extraction.source.notes]):
+        complete = None if is_new else f"{layout.manifest}: complete since an earlier start, nothing to do"
+        for sentence in filter(None, [precision.note, *extraction.source.notes, complete]):
             print(sentence, flush=True)
-        if not is_new:
-            print(f"{layout.manifest}: complete since an earlier start, nothing to do")
     if not is_new:
         return
     encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)

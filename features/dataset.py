@@ -54,10 +54,8 @@ class FeatureDataset:
     function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
     change nothing. `store` reads the rows; `notes` are sentences for the user.
 
-    Raises:
-        ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of
-            another shape, a label outside the classes, no mirrored latents to flip with. Of pairs, names and the first
-            pair are checked at once, the others when read; of a packed set everything but the rows' values at once.
+    ValueError names the file that is missing, unreadable, of another shape or labelled outside the classes. Of pairs,
+    names and the first pair are checked at once, the others when read; of a packed set all but the rows' values.
     """
 
     def __init__(

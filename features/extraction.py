@@ -278,39 +278,34 @@ class Extraction:
         The batches come one behind: while the device computes on one, the caller writes the one before.
         """
         source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
-        empty = np.zeros((size, size, 3), "uint8")
+        empty, errors = np.zeros((size, size, 3), "uint8"), {}
 
         def read(index):
             try:
                 return source.pixels(index, size)
             except UnreadableImage as error:
-                return error
+                errors[index] = error
+                return empty
 
         def start(indices):
-            read_images = dict(zip(indices, images, strict=False))
-            errors = {index: image for index, image in read_images.items() if isinstance(image, UnreadableImage)}
-            pixels = np.stack([empty if index in errors else image for index, image in read_images.items()])
-            return indices, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)], errors
+            pixels = np.stack([*itertools.islice(images, len(indices))])
+            return indices, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
 
-        def fetch(indices, tensors, errors):
-            good = [place for place, index in enumerate(indices) if index not in errors]
-            arrays = [tensor.numpy()[good] for tensor in tensors]
-            indices = [indices[place] for place in good]
-            for index, *latents in zip(indices, *arrays, strict=True):
+        def fetch(indices, tensors):
+            lost = {index: errors.pop(index) for index in indices if index in errors}
+            kept = [index for index in indices if index not in lost]
+            arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
+            for index, *latents in zip(kept, *arrays, strict=True):
                 if not np.isfinite(latents).all():
                     raise ValueError(
                         f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype"
                     )
-            return indices, source.labels[indices].tolist(), arrays, errors
+            return kept, source.labels[kept].tolist(), arrays, lost
 
         count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)
         with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as images:
-            running = None
-            for indices in [*batches, None]:
-                started = indices and start(indices)
-                if running:
-                    yield fetch(*running)
-                running = started
+            for started, _ in itertools.pairwise(itertools.chain(map(start, batches), [None])):
+                yield fetch(*started)
 
     # The end.
 

@@ -120,9 +120,8 @@ class PairStore:
         self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
         if not os.path.isdir(layout.labels):
             raise ValueError(f"{self.path}: its labels folder {layout.labels} is missing")
-        self._kinds = {"latents": layout.features, "labels": layout.labels}
-        if self.has_flip:
-            self._kinds["flipped"] = layout.flipped
+        flipped = {"flipped": layout.flipped} if self.has_flip else {}
+        self._kinds = {"latents": layout.features, "labels": layout.labels, **flipped}
         self.index_path, self.index_note = layout.index, None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
         # They change with the names in a folder.

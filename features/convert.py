@@ -30,7 +30,7 @@ def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, s
     defaults.
 
     Returns:
-        `(number of samples, their paths, largest rounding error)`; the error is None if nothing was rounded.
+        `(number of samples, their paths, largest rounding error)`, 0 also where an earlier start has compared them.
 
     Raises:
         ValueError: one line: the source can't be converted, or something is in the way.
@@ -87,7 +87,7 @@ def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, s
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
     places = (layout.packed,) if kind == "packed" else (layout.features, layout.labels)
-    return len(store), (*places, layout.manifest), error if store.dtype != "float16" else None
+    return len(store), (*places, layout.manifest), error
 
 
 def _check_samples(store, kind):
@@ -189,8 +189,8 @@ def _compare(source, target, rounded_to):
 
 
 def _to_packed(source, layout, dtype, rounded_to, shard_samples):
-    """Puts compared shards and their checksums in place; returns the rounding error, or None."""
-    store, error = source.store, None
+    """Puts compared shards and their checksums in place; returns the rounding error."""
+    store, error = source.store, 0.0
     if not os.path.exists(layout.packed):  # else: a kill after the comparison
         done, work = finished_shards(layout.partial), layout.partial
         with tqdm(total=len(store), desc="packing", unit="sample") as bar:
@@ -211,8 +211,8 @@ def _to_packed(source, layout, dtype, rounded_to, shard_samples):
 
 
 def _to_pairs(source, layout, dtype, rounded_to):
-    """Puts compared pairs and their checksums in place; returns the rounding error, or None."""
-    store, work, error = source.store, layout.unpacking, None
+    """Puts compared pairs and their checksums in place; returns the rounding error."""
+    store, work, error = source.store, layout.unpacking, 0.0
     made, compared = Layout(work, layout.name), os.path.join(work, "compared")
     writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, dtype=dtype)
 

@@ -191,7 +191,8 @@ class PackedStore:
     def read_exactly(self):
         """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
         self.exact_reads = True
-        self._advise(mmap.MADV_RANDOM)
+        for array in self._maps:
+            array._mmap.madvise(mmap.MADV_RANDOM)
 
     def read(self, indices, out, mirrored=None):
         """Puts rows `(n,)` int64 into `out`, float `(n, *row_shape)`, and returns their labels, `(n,)` int64.
@@ -202,29 +203,24 @@ class PackedStore:
         rows, files = indices - self._starts[shards], shards * (1 + self.has_flip)
         if mirrored is not None:
             files += mirrored
-        if self.exact_reads:
-            self._will_need(files, rows)
-        if (files == files[0]).all():
+        in_one_file = (files == files[0]).all()
+        places = [] if in_one_file and not self.exact_reads else [*zip(files.tolist(), rows.tolist(), strict=True)]
+        # All are asked for at once: a disk, above all a network one, is fast with many requests.
+        for file, row in places if self.exact_reads else ():
+            start = self._maps[file].offset + row * self._row_bytes
+            page = start - start % mmap.PAGESIZE
+            self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, start - page + self._row_bytes)
+        if in_one_file:
             take_rows(self._rows[files[0]], rows, out)
         else:
-            for place, (file, row) in enumerate(zip(files.tolist(), rows.tolist(), strict=True)):
+            for place, (file, row) in enumerate(places):
                 out[place] = self._rows[file][row]
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
-            self._advise(mmap.MADV_DONTNEED)
+            for array in self._maps:
+                array._mmap.madvise(mmap.MADV_DONTNEED)
         return self.labels[indices].astype("int64")
-
-    def _will_need(self, files, rows):
-        """Starts the reading of all rows at once: a disk, above all a network one, is fast with many requests."""
-        for file, row in zip(files.tolist(), rows.tolist(), strict=True):
-            start = self._maps[file].offset + row * self._row_bytes
-            page = start - start % mmap.PAGESIZE
-            self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, start - page + self._row_bytes)
-
-    def _advise(self, advice):
-        for array in self._maps:
-            array._mmap.madvise(advice)
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""

@@ -27,13 +27,10 @@ def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, s
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
     After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py, None for their
-    defaults.
+    defaults. ValueError if the source can't be converted, or something is in the way.
 
     Returns:
         `(number of samples, their paths, largest rounding error)`, 0 also where an earlier start has compared them.
-
-    Raises:
-        ValueError: one line: the source can't be converted, or something is in the way.
     """
     source_kind, name = find_features(feature_path, resolution)
     kind = to or ("npy" if source_kind == "packed" else "packed")

@@ -133,9 +133,8 @@ class FeatureDataset:
     def read(self, indices, positions=None):
         """Returns `(latents float32 (n, C, h, w), labels int64 (n,))` of the samples `(n,)`, each in 0..len-1.
 
-        Args:
-            positions: `(n,)`, where they stand in the sample stream. None: nothing is mirrored, and posterior samples
-                take the noise of their place in the set.
+        `positions`, `(n,)`, are where they stand in the sample stream. None: nothing is mirrored, and posterior samples
+        take the noise of their place in the set.
         """
         stored = np.asarray(indices, dtype="int64")
         if self._indices is not None:

@@ -53,10 +53,7 @@ class MicroBatchSampler:
         return start, start + self.batch_size, self.global_batch_size
 
     def resume(self, step, samples_seen, last_step=None):
-        """Goes on after `step` optimizer steps that took the first `samples_seen` samples of the stream.
-
-        The run ends after `last_step`; None: where it ended before.
-        """
+        """Goes on after `step` steps, which took the first `samples_seen` samples, to `last_step` if it is given."""
         self.first_step, self.first_sample = step, samples_seen
         self.last_step = self.last_step if last_step is None else last_step
 

@@ -138,15 +138,15 @@ class PairStore:
 
     def _load_index(self):
         """Takes the names from the index; returns False if it is not there, or not of these very folders."""
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no index, or a broken one
             index = load_npz(self.index_path, ["signature", "names", "labels"])
-            if index["signature"].tolist() != self._signatures or not len(index["names"]):
-                return False
-            self._names, self._labels = index["names"], index.get("labels")
-        except (OSError, ValueError, KeyError):  # no index, or a broken one: the folders are read again
-            return False
-        self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
-        return True
+            if index["signature"].tolist() == self._signatures and len(index["names"]):
+                self._names, self._labels = index["names"], index.get("labels")
+                self.index_note = (
+                    f"names of the samples from {self.index_path}; it is made anew when the folders change"
+                )
+                return True
+        return False
 
     def _save_index(self):
         """Keeps names, and labels if they are known, for the next start."""

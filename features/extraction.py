@@ -24,7 +24,7 @@ from features.autoencoder import LatentScaling, downsampling, weights_digest
 from features.image_source import ImageSource, open_source, source_root
 from features.images import UnreadableImage, encodable
 from features.read_ahead import map_ahead
-from features.writers import WRITERS, part_size, write_checksums
+from features.writers import WRITERS, batches_a_part, write_checksums
 from runtime.files import write_json
 from runtime.process import say
 from runtime.progress import tqdm
@@ -226,12 +226,10 @@ class Extraction:
         (channels, *shape), batch_size = settings["sample_shape"], settings["encoding"]["batch_size"]
         shape = (channels * (1 + settings["moments"]), *shape)
         writer = WRITERS[settings["format"]](self.layout, row_shape=shape, flip=settings["flip"])
-        size = part_size(settings["format"], len(source), batch_size)
-        parts = [range(len(source))[first:][:size] for first in range(0, len(source), size)]
-
-        def batches(part):
-            return [parts[part][first:][:batch_size] for first in range(0, len(parts[part]), batch_size)]
-
+        batches = [range(len(source))[first:][:batch_size] for first in range(0, len(source), batch_size)]
+        size = batches_a_part(settings["format"], len(source), batch_size)
+        parts = [batches[first : first + size] for first in range(0, len(batches), size)]
+        counts = [sum(map(len, part)) for part in parts]
         with contextlib.closing(Journal(self.layout.state, self.rank)) as journal:
             journal.update()
             left_out = [index for entries, _ in journal.parts.values() for index, _ in entries]
@@ -241,12 +239,12 @@ class Extraction:
                     "it out; give that again, or choose another --features_path or --name to start anew"
                 )
             mine = [part for part in range(self.rank, len(parts), self.world) if part not in journal.parts]
-            encoded = self._encode([batch for part in mine for batch in batches(part)], encoder, num_workers)
-            done = sum(len(parts[part]) for part in journal.parts)
+            encoded = self._encode([batch for part in mine for batch in parts[part]], encoder, num_workers)
+            done = sum(counts[part] for part in journal.parts)
             progress = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=self.rank != 0)
 
             def readable(part, unreadable):
-                for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
+                for indices, labels, arrays, errors in itertools.islice(encoded, len(parts[part])):
                     if errors and not skip:
                         raise ValueError(
                             f"{errors[min(errors)]}; repair or remove it, or give --on_error skip: {GOES_ON}"
@@ -256,7 +254,7 @@ class Extraction:
                     progress.update(len(indices) + len(errors))
 
             def count_others():
-                progress.update(sum(len(parts[part]) for part in journal.update()))
+                progress.update(sum(counts[part] for part in journal.update()))
 
             with contextlib.closing(encoded), progress:
                 for part in mine:
@@ -323,9 +321,9 @@ class Extraction:
             packed.finish(layout.features_path, layout.name)
 
         def files():
-            for part, indices in enumerate(parts):
+            for part, batches in enumerate(parts):
                 lost, digests = written[part]
-                indices = sorted(set(indices) - {index for index, _ in lost})
+                indices = sorted(set().union(*batches) - {index for index, _ in lost})
                 digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
                 yield from writer.files(part, indices, digests)
 

@@ -10,6 +10,7 @@ The index is made anew when a folder has changed since (its times and inode), an
 """
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -95,15 +96,12 @@ def match_pairs(folders):
     found = [{name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")} for folder in folders]
     if not found[0]:
         raise ValueError(f"{folders[0]}: no .npy file in it")
-    both = set.intersection(*found)
     lonely = [
         (os.path.join(folder, os.fsdecode(name)), other)
-        for folder, names in zip(folders, found, strict=True)
-        for name in natural_order(list(names - both)).tolist()
-        for other, theirs in zip(folders, found, strict=True)
-        if name not in theirs
+        for (folder, names), (other, theirs) in itertools.permutations(zip(folders, found, strict=True), 2)
+        for name in natural_order(list(names - theirs)).tolist()
     ]
-    return natural_order(list(both)), lonely
+    return natural_order(list(set.intersection(*found))), lonely
 
 
 class PairStore:

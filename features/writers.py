@@ -68,10 +68,10 @@ class PackedWriter:
 WRITERS = {"npy": PairWriter, "packed": PackedWriter}
 
 
-def part_size(kind, num_images, batch_size):
-    """Returns how many images of a set are a part: a batch of pairs, or a shard of whole batches."""
+def batches_a_part(kind, num_images, batch_size):
+    """Returns how many batches of a set's images are a part: one of pairs, or those of a shard."""
     wanted = min(max(num_images // 64, MIN_SHARD_SAMPLES), SHARD_SAMPLES) if kind == "packed" else batch_size
-    return -(-wanted // batch_size) * batch_size
+    return -(-wanted // batch_size)
 
 
 def write_checksums(layout, files):

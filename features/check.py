@@ -164,7 +164,7 @@ def read_rows(store, indices, facts, hashing=False):
                     folder, name = os.path.split(path)
                     files[f"{os.path.basename(folder)}/{name}"] = hashlib.sha256(data).digest()
                 array = reader.parse(data, path)
-                array = read_label(array) if kind == "labels" else without_batch_axis(array)
+                array = read_label(array, path) if kind == "labels" else without_batch_axis(array)
                 if kind != "labels" and (array.shape != shape or array.dtype.name != dtype):
                     holds = f"holds {array.dtype} of shape {array.shape}"
                     raise ValueError(f"{holds}, expected {dtype} of shape {shape}")

@@ -42,9 +42,7 @@ class FeatureDataset:
     """Latents and their labels, from pairs of files or packed: by what the folder holds, in the same order.
 
     Args:
-        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`, or `NAME_packed/`.
-        resolution: image size in pixels, picks the set `imagenet{resolution}`; another that is the
-            only one is taken with a note, with None without.
+        resolution: image size in pixels, picks a set as `find_features` does; None takes any without a note.
         sample_shape: `(C, h, w)` that the model takes.
         num_classes: labels must be in 0..num_classes-1.
         flip: take the stored mirrored latent with probability 1/2.
@@ -54,31 +52,22 @@ class FeatureDataset:
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
     function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
-    change nothing. Without a position nothing is mirrored, and posterior samples take the noise of their place in the
-    set.
+    change nothing. `store` reads the rows; `notes` are sentences for the user.
 
-    `store` reads the rows; `notes` are sentences for the user.
-
-    Raises:
-        ValueError: one line naming the folder or file: missing, empty, a feature without a label, unreadable, of
-            another shape, a label outside the classes, no mirrored latents to flip with. Of pairs, names and the first
-            pair are checked at once, the others when read; of a packed set everything but the rows' values at once.
+    ValueError names the file that is missing, unreadable, of another shape or labelled outside the classes. Of pairs,
+    names and the first pair are checked at once, the others when read; of a packed set all but the rows' values.
     """
 
     def __init__(
         self, feature_path, *, resolution=None, sample_shape, num_classes, flip=False, posterior="sample", seed=0
     ):
-        if posterior not in ("sample", "mean"):
-            raise ValueError(f"posterior must be sample or mean, got {posterior!r}")
         kind, name = find_features(feature_path, resolution)
         self.store = open_store(feature_path, kind, name)
-        self.sample_shape = tuple(sample_shape)
-        self.num_classes = num_classes
+        self.features_dir = self.store.path
+        self.sample_shape, self.num_classes = tuple(sample_shape), num_classes
         self.flip, self.posterior, self.seed = flip, posterior, seed
         self.notes = []
         self._indices = self._classes = self._stored = None
-        if not len(self.store):
-            raise ValueError(f"{self.features_dir}: no sample in it")
         self._check_shape(read_manifest(feature_path, name).get("moments"))
         if resolution and name != f"imagenet{resolution}":
             self.notes.append(
@@ -108,10 +97,9 @@ class FeatureDataset:
             moments = bool((row[:, channels:] > 0).all())
         self.moments = bool(moments)
         expected = (2 * channels if self.moments else channels, *size)
-        takes = "the config's model takes float latents of shape "
-        takes += f"{self.sample_shape} (in_channels, sample_size, sample_size)"
-        if self.moments:
-            takes += f" and therefore moments of shape {expected}"
+        moments = f" and therefore moments of shape {expected}" if self.moments else ""
+        takes = f"the config's model takes float latents of shape {self.sample_shape} (in_channels, sample_size, "
+        takes += f"sample_size){moments}"
         if shape != expected or self.store.dtype.kind != "f":
             raise ValueError(f"{self.store.source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
         self.store.expected = takes
@@ -125,14 +113,9 @@ class FeatureDataset:
                 f"num_classes: 0..{self.num_classes - 1}"
             )
         if self._classes is not None and not np.isin(labels, self._classes).all():
-            again = getattr(self.store, "index_path", None)  # a file that is rewritten leaves its folder as it was
-            again = f"delete {again} and start again" if again else "start again"
-            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; {again}")
-
-    @property
-    def features_dir(self):
-        """The folder that the samples are read from."""
-        return self.store.path
+            # A file that is rewritten leaves its folder as it was.
+            delete = f"delete {self.store.index_path} and " if hasattr(self.store, "index_path") else ""
+            raise ValueError(f"{self.features_dir}: labels have changed since they were listed; {delete}start again")
 
     def source(self, index):
         """Returns where the latent of a sample stands, for messages."""
@@ -148,14 +131,10 @@ class FeatureDataset:
         return latents[0], labels[0]
 
     def read(self, indices, positions=None):
-        """Reads samples.
+        """Returns `(latents float32 (n, C, h, w), labels int64 (n,))` of the samples `(n,)`, each in 0..len-1.
 
-        Args:
-            indices: `(n,)`, in 0..len-1.
-            positions: `(n,)`, where they stand in the sample stream; None for items as they are.
-
-        Returns:
-            `(latents float32 (n, C, h, w), labels int64 (n,))`.
+        `positions`, `(n,)`, are where they stand in the sample stream. None: nothing is mirrored, and posterior samples
+        take the noise of their place in the set.
         """
         stored = np.asarray(indices, dtype="int64")
         if self._indices is not None:
@@ -188,18 +167,14 @@ class FeatureDataset:
         return part
 
     def subset(self, classes):
-        """Returns the samples of some classes; labels stay what they are. Every label of pairs is read once.
-
-        Raises:
-            ValueError: a class that is none of the config's, or of which there is no sample.
-        """
+        """Returns the samples of some classes; labels stay what they are. ValueError for a class without samples."""
         classes = sorted(set(classes))
         labels = self.store.labels if self._indices is None else self.store.labels[self._indices]
-        counts = np.bincount(labels[(labels >= 0) & (labels < self.num_classes)], minlength=self.num_classes)
+        known = set(np.unique(labels).tolist())
         for label in classes:
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"label {label} is outside the config's num_classes: 0..{self.num_classes - 1}")
-            if not counts[label]:
+            if label not in known:
                 raise ValueError(f"{self.features_dir}: no sample of class {label}")
         if not classes:
             raise ValueError("a label subset needs at least one class")
@@ -211,11 +186,8 @@ class FeatureDataset:
         """Returns `(the rest, held_out samples)`, drawn by index from the seed: the same on all ranks and in all runs.
 
         The seed is not the run's: another run's training samples must not become this one's held-out ones. More
-        held-out samples are those of before and others. A label subset holds out its own samples: those that the whole
-        set would hold out first.
-
-        Raises:
-            ValueError: nothing would be left to train on.
+        held-out samples are those of before and others. A label subset holds out those of its own samples that the
+        whole set would hold out first. ValueError if nothing would be left to train on.
         """
         if not 0 <= held_out < len(self):
             raise ValueError(

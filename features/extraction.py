@@ -7,7 +7,6 @@ The ranks share nothing but this folder: no process group, whose waiting has tim
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -18,314 +17,38 @@ import time
 
 import numpy as np
 
+from config.schema import SCALING_KEYS
+from features import packed
 from features.autoencoder import LatentScaling, downsampling, weights_digest
 from features.image_source import ImageSource, open_source, source_root
 from features.images import UnreadableImage, encodable
 from features.read_ahead import map_ahead
-from runtime.files import whole_file, write_json
+from features.writers import WRITERS, batches_a_part, write_checksums
+from runtime.files import write_json
+from runtime.process import say
 from runtime.progress import tqdm
 from runtime.run_lock import try_lock
 from runtime.untrusted import read_json
 
-# Settings that decide what is written, by their place in the manifest: what a message calls them.
+# Settings that decide what is written: what a message calls them, and their place in the manifest.
 DECISIVE = {
-    ("format",): "--format",
-    ("image_size",): "--image_size",
-    ("seed",): "--seed",
-    ("moments",): "--moments",
-    ("flip",): "--flip",
-    ("vae", "weights_sha256"): "sha256 of the VAE's weights",
-    ("sample_shape",): "shape of the VAE's latents",
-    ("scaling_factor",): "scaling_factor of the VAE",
-    ("shift_factor",): "shift_factor of the VAE",
-    ("latents_mean",): "latents_mean of the VAE",
-    ("latents_std",): "latents_std of the VAE",
-    ("encoding", "device"): "--device",
-    ("encoding", "dtype"): "--dtype in effect",
-    ("encoding", "batch_size"): "--batch_size",
-    ("source", "sha256"): "sha256 of the images' names and labels",
+    **{f"--{key}": (key,) for key in ("format", "image_size", "seed", "moments", "flip")},
+    "sha256 of the VAE's weights": ("vae", "weights_sha256"),
+    "shape of the VAE's latents": ("sample_shape",),
+    **{f"{key} of the VAE": (key,) for key in SCALING_KEYS},
+    "--device": ("encoding", "device"),
+    "--dtype in effect": ("encoding", "dtype"),
+    "--batch_size": ("encoding", "batch_size"),
+    "sha256 of the images' names and labels": ("source", "sha256"),
 }
-
-
-def remove_state(layout):
-    """Ends the work state, at once for a rank that comes late."""
-    done = layout.state + ".done"
-    shutil.rmtree(done, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(layout.state, done)
-    shutil.rmtree(done, ignore_errors=True)
-
-
-def check_unused(layout):
-    """Raises ValueError if something that this extraction would write is there already."""
-    paths = (layout.features, layout.flipped, layout.labels, layout.packed, layout.partial)
-    for path in (*paths, layout.classes, layout.checksums):
-        if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
-            raise ValueError(f"{path} belongs to another extraction; choose another --features_path or --name")
-
-
-def check_settings(path, settings):
-    """Raises ValueError unless the settings in `path`, a manifest or an unfinished extraction's, are the same."""
-    saved = read_json(path)
-    for place, what in DECISIVE.items():
-        old, new = saved, settings
-        for key in place:
-            old, new = old.get(key) if isinstance(old, dict) else None, new[key]
-        if old != new:
-            raise ValueError(
-                f"{path}: belongs to another extraction: {what} was {json.dumps(old)}, now it is {json.dumps(new)}; "
-                "repeat its command to go on with it, or choose another --features_path or --name"
-            )
-
-
-def open_extraction(layout, data_path, list_file, settings, rank):
-    """Begins an extraction, or goes on with one.
-
-    Args:
-        layout: a `Layout`.
-        data_path, list_file: the images, see `open_source`.
-        settings: the manifest as far as it does not depend on the images, see `make_settings`.
-        rank: the others wait until rank 0 has listed the images.
-
-    Returns:
-        (`ImageSource`, settings); settings is None if all is done already.
-
-    Raises:
-        ValueError: the folder holds another extraction.
-    """
-    root = source_root(data_path, list_file)
-    if rank > 0:
-        return _join(layout, root, settings)
-    saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
-    if saved is None:
-        check_unused(layout)
-    source = ImageSource.load(layout.images, root) if saved == layout.settings else None
-    if source is None or source.kind != "tar":  # whose headers take long to read
-        source = open_source(data_path, list_file, source.classes if source else _finished_classes(layout))
-    settings = _with_source(settings, source)
-    if saved is not None:
-        check_settings(saved, settings)
-    if saved == layout.manifest:
-        folder = layout.packed if read_json(layout.manifest)["format"] == "packed" else layout.features
-        if not os.path.isdir(folder):
-            raise ValueError(f"{layout.manifest}: speaks of {folder}, which is not there; delete it to start anew")
-        remove_state(layout)
-        return source, None
-    if saved is None:
-        os.makedirs(layout.state, exist_ok=True)
-        source.save(layout.images)
-        write_json(layout.settings, settings)
-    return source, read_json(layout.settings)
-
-
-def _finished_classes(layout):
-    """Reads the classes of a complete extraction in the order of their labels; None if there are none to be read."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
-        names = read_json(layout.classes)["id2label"]
-        return [str(names[str(label)]) for label in range(len(names))]
-    return None
-
-
-def _with_source(settings, source):
-    """Returns the settings with what a manifest says of the images."""
-    return {
-        **settings,
-        "num_images": len(source),
-        "num_classes": len(source.classes),
-        "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
-    }
-
-
-def _join(layout, root, settings):
-    """Waits until rank 0 has begun; returns what `open_extraction` does, (None, None) if all is done."""
-    began = time.monotonic()
-    while True:
-        # In this order: the manifest is there before the state goes.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.exists(layout.settings):
-                source = ImageSource.load(layout.images, root)
-                settings = _with_source(settings, source)
-                check_settings(layout.settings, settings)
-                return source, settings
-        if os.path.exists(layout.manifest):
-            return None, None
-        if time.monotonic() - began > 60:
-            print(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", file=sys.stderr)
-            began = math.inf  # said once
-        time.sleep(0.1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Journals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """The list of the parts that are on the disk, which all ranks write.
-
-    Attributes:
-        parts: `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
-    """
-
-    def __init__(self, folder, rank):
-        self.folder, self.rank = folder, rank
-        self.parts = {}
-        self._read = {}  # bytes read of each journal
-        self._file = None
-
-    def update(self):
-        """Reads what was added since; returns the new parts."""
-        new = []
-        for name in sorted(os.listdir(self.folder)):
-            if not name.startswith("rank-"):
-                continue
-            with open(os.path.join(self.folder, name), "rb") as file:
-                file.seek(self._read.get(name, 0))
-                lines, newline, _ = file.read().rpartition(b"\n")
-                self._read[name] = self._read.get(name, 0) + len(lines) + len(newline)
-            for line in lines.splitlines():
-                try:
-                    part, unreadable, digests = json.loads(line)
-                except ValueError:  # a power cut may leave anything
-                    continue
-                if part not in self.parts:
-                    self.parts[part] = unreadable, bytes.fromhex(digests)
-                    new.append(part)
-        return new
-
-    def open(self):
-        """Makes this rank's journal ready for `add`; ValueError if a process of an earlier start still holds it."""
-        path = os.path.join(self.folder, f"rank-{self.rank:04d}.jsonl")
-        self._file = open(path, "a+b")
-        if not try_lock(self._file):
-            raise ValueError(f"{self.folder}: another process is at work on this extraction; wait or end it")
-        # A line that a kill cut short would spoil the next one.
-        self._file.seek(0)
-        whole = self._file.read().rpartition(b"\n")
-        self._file.truncate(len(whole[0]) + len(whole[1]))
-
-    def close(self):
-        """Lets go of this rank's journal."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
-                self._file.close()
-
-    def add(self, part, unreadable, digests):
-        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
-        self._file.write(json.dumps([part, unreadable, b"".join(digests).hex()]).encode() + b"\n")
-        self._file.flush()
-        self.parts[part] = unreadable, b"".join(digests)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The end
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def finish(layout, settings, source, writer, journal):
-    """Writes checksums, class names and, last, the manifest, which it returns; removes the work state. Rank 0 only.
-
-    A kill in between does no harm: the next start does it again, with the same result.
-
-    Raises:
-        ValueError: not one image could be read.
-    """
-    unreadable = sorted(entry for lost, _ in journal.parts.values() for entry in lost)
-    if len(unreadable) == len(source):
-        raise ValueError(f"{source.root}: not one of its {len(source)} images can be read: {unreadable[0][1]}")
-    writer.finish()
-
-    digest = hashlib.sha256()
-    with whole_file(layout.checksums) as partial, open(partial, "wb") as file:
-        for part in sorted(journal.parts):
-            lost, digests = journal.parts[part]
-            lost = {index for index, _ in lost}
-            first = part * writer.part_size
-            indices = [i for i in range(first, min(first + writer.part_size, len(source))) if i not in lost]
-            labels = source.labels[indices].tolist()
-            digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
-            for name, of_file in writer.files(part, indices, labels, digests):
-                line = f"{of_file.hex()}  {name}\n".encode()
-                digest.update(line)
-                file.write(line)
-    classes = {"id2label": {str(i): encodable(label) for i, label in enumerate(source.classes)}}
-    write_json(layout.classes, classes)
-    counts = source.class_counts()
-    np.subtract.at(counts, source.labels[[index for index, _ in unreadable]], 1)
-    manifest = {
-        **settings,
-        "num_samples": len(source) - len(unreadable),
-        "class_counts": counts.tolist(),
-        "unreadable": [
-            {"index": index, "image": encodable(source.name(index)), "reason": reason} for index, reason in unreadable
-        ],
-        "checksums": {"file": os.path.basename(layout.checksums), "sha256": digest.hexdigest()},
-    }
-    write_json(layout.manifest, manifest)
-    remove_state(layout)
-    return manifest
-
-
-def read_batches(source, batches, *, image_size, batch_size, num_workers):
-    """Yields (indices, pixels uint8 [N, S, S, 3], {index: error} of what can't be read) of each batch.
-
-    Threads read ahead, not processes, because Pillow decodes and scales without Python's lock. An unreadable image's
-    pixels are zeros: a batch has one shape whatever fails, so that the others come out the same to the bit.
-    """
-
-    def read(index):
-        try:
-            return source.pixels(index, image_size)
-        except UnreadableImage as error:
-            return error
-
-    empty = np.zeros((image_size, image_size, 3), "uint8")
-    count = max(2 * batch_size, 4 * num_workers)
-    with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as read_images:
-        for indices in batches:
-            images = dict(zip(indices, read_images, strict=False))
-            unreadable = {index: image for index, image in images.items() if isinstance(image, UnreadableImage)}
-            yield indices, np.stack([empty if i in unreadable else image for i, image in images.items()]), unreadable
-
-
-def encode_batches(source, read, encoders):
-    """Yields (indices, labels, arrays, unreadable) of each batch that was read, without the unreadable images.
-
-    One batch behind: while the device computes on one, the caller writes the one before.
-
-    Args:
-        read: batches of `read_batches`.
-        encoders: functions of pixels and indices; `arrays` holds a float32 [N, ...] of each.
-    """
-
-    def fetch(indices, tensors, unreadable):
-        good = [place for place, index in enumerate(indices) if index not in unreadable]
-        arrays = [tensor.numpy()[good] for tensor in tensors]
-        indices = [indices[place] for place in good]
-        for index, *latents in zip(indices, *arrays, strict=True):
-            if not all(np.isfinite(latent).all() for latent in latents):
-                raise ValueError(f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype")
-        return indices, source.labels[indices].tolist(), arrays, unreadable
-
-    running = None
-    for indices, pixels, unreadable in itertools.chain(read, [(None, None, None)]):
-        started = indices and (indices, [encode(pixels, indices) for encode in encoders], unreadable)
-        if running:
-            yield fetch(*running)
-        running = started
+GOES_ON = "what is done is kept, the same command goes on from there"
 
 
 def make_settings(vae, vae_name, name, encoding, options):
-    """Returns the manifest of a set, as far as it does not depend on the images.
+    """Returns the manifest of the set `name`, as far as it does not depend on the images.
 
-    Args:
-        vae, vae_name: the autoencoder, and the folder or hub name that it has.
-        name: of the set.
-        encoding: `device`, `dtype` and `batch_size` of the arithmetic.
-        options: `format`, `moments`, `flip`, `image_size` and `seed`, as the flags of tools/extract_features.py.
-
-    Raises:
-        ValueError: images of this size are not for this VAE.
+    `encoding` has `device`, `dtype` and `batch_size` of the arithmetic; `options` the flags `format`, `moments`,
+    `flip`, `image_size` and `seed`. ValueError for images of a size that is not for this VAE.
     """
     factor, size, channels = downsampling(vae), options["image_size"], vae.config.latent_channels
     if size % factor:
@@ -350,55 +73,272 @@ def make_settings(vae, vae_name, name, encoding, options):
     }
 
 
-def write_parts(source, writer, journal, encode, *, batch_size, rank, world, skip):
-    """Encodes and writes this rank's parts; rank 0 then waits for the others'.
+class Journal:
+    """The list of the parts that are on the disk, which all ranks write, each into a file of its own.
 
-    Args:
-        encode: a list of batches of indices to what `encode_batches` yields.
-        skip: leave out unreadable images; else the first is an `UnreadableImage`.
+    `parts` is `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
+    ValueError if a process of an earlier start still holds this rank's file.
     """
 
-    def images(part):
-        return range(len(source))[part * writer.part_size : (part + 1) * writer.part_size]
+    def __init__(self, folder, rank):
+        self.folder, self.parts = folder, {}
+        self._read = {}  # bytes read of each file
+        self._file = open(os.path.join(folder, f"rank-{rank:04d}.jsonl"), "a+b")
+        if not try_lock(self._file):
+            raise ValueError(f"{folder}: another process is at work on this extraction; wait or end it")
+        # A line that a kill cut short would spoil the next one.
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
-    def batches(part):
-        return [images(part)[first:][:batch_size] for first in range(0, len(images(part)), batch_size)]
+    def update(self):
+        """Reads what was added since; returns the new parts."""
+        new = []
+        for name in sorted(name for name in os.listdir(self.folder) if name.startswith("rank-")):
+            with open(os.path.join(self.folder, name), "rb") as file:
+                file.seek(self._read.get(name, 0))
+                added = file.read()
+            added = added[: added.rfind(b"\n") + 1]
+            self._read[name] = self._read.get(name, 0) + len(added)
+            for line in added.splitlines():
+                try:
+                    part, unreadable, digests = json.loads(line)
+                    digests = b"".join(map(bytes.fromhex, digests))
+                except ValueError:  # a power cut may leave anything
+                    continue
+                if part not in self.parts:
+                    self.parts[part] = unreadable, digests
+                    new.append(part)
+        return new
 
-    journal.update()
-    left_out = [index for entries, _ in journal.parts.values() for index, _ in entries]
-    if left_out and not skip:
-        raise ValueError(
-            f"{source.name(min(left_out))}: could not be read, and an earlier start with --on_error skip left it out; "
-            "give that again, or choose another --features_path or --name to start anew"
-        )
-    parts = range(-(-len(source) // writer.part_size))
-    mine = [part for part in parts if part % world == rank and part not in journal.parts]
-    if mine:
-        journal.open()
-    encoded = encode([batch for part in mine for batch in batches(part)])
-    done = sum(len(images(part)) for part in journal.parts)
-    with (
-        contextlib.closing(encoded),
-        tqdm(total=len(source), initial=done, desc="features", unit="image", disable=rank != 0) as progress,
-    ):
+    def add(self, part, unreadable, digests):
+        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
+        self._file.write(json.dumps([part, unreadable, [digest.hex() for digest in digests]]).encode() + b"\n")
+        self._file.flush()
+        self.parts[part] = unreadable, b"".join(digests)
 
-        def readable(part, unreadable):
-            for indices, labels, arrays, errors in itertools.islice(encoded, len(batches(part))):
-                if errors and not skip:
-                    raise errors[min(errors)]
-                unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
-                yield indices, labels, arrays
-                progress.update(len(indices) + len(errors))
+    def close(self):
+        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
+            self._file.close()
 
-        def count_others():
-            progress.update(sum(len(images(part)) for part in journal.update()))
 
-        for part in mine:
-            unreadable = []
-            digests = writer.write(part, readable(part, unreadable))
-            journal.add(part, unreadable, digests)
-            if rank == 0 and world > 1:
-                count_others()
-        while rank == 0 and len(journal.parts) < len(parts):
-            time.sleep(0.2)
-            count_others()
+class Extraction:
+    """One process's share of an extraction.
+
+    Args:
+        layout, settings: a `Layout`; the settings of `make_settings`, to which `open` adds what concerns the images.
+        rank, world: of the processes that share images and folder. Rank 0 begins and ends the extraction.
+
+    `source` is the `ImageSource`, from `open` on.
+    """
+
+    def __init__(self, layout, settings, rank, world):
+        self.layout, self.settings, self.rank, self.world = layout, settings, rank, world
+
+    # The beginning.
+
+    def open(self, data_path, list_file):
+        """Begins, or goes on, with the images of `open_source`; returns False if all is done already.
+
+        The other ranks wait until rank 0 has listed the images. ValueError if the folder holds another extraction.
+        """
+        layout, root = self.layout, source_root(data_path, list_file)
+        if self.rank > 0:
+            return self._join(root)
+        saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
+        if saved is None:
+            for path in layout.existing():
+                raise ValueError(f"{path} belongs to another extraction; choose another --features_path or --name")
+        source = ImageSource.load(layout.images, root) if saved == layout.settings else None
+        if source is None or source.kind != "tar":  # whose headers take long to read
+            source = open_source(data_path, list_file, source.classes if source else self._finished_classes())
+        self._take(source, saved)
+        if saved == layout.manifest:
+            folder = layout.packed if self.settings["format"] == "packed" else layout.features
+            if not os.path.isdir(folder):
+                raise ValueError(f"{saved}: speaks of {folder}, which is not there; delete it to start anew")
+            self._remove_state()
+            return False
+        if saved is None:
+            os.makedirs(layout.state, exist_ok=True)
+            source.save(layout.images)
+            write_json(layout.settings, self.settings)
+        self.settings = read_json(layout.settings)  # the folders' names are those of the first start
+        return True
+
+    def _finished_classes(self):
+        """Returns the classes of a complete extraction in the order of their labels; None where they can't be read."""
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+            return [*map(str, read_json(self.layout.classes)["id2label"].values())]
+
+    def _join(self, root):
+        """Waits until rank 0 has begun; returns what `open` does."""
+        layout, began = self.layout, time.monotonic()
+        while not os.path.exists(layout.settings) and not os.path.exists(layout.manifest):
+            if time.monotonic() - began > 60:
+                say(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", sys.stderr)
+                began = math.inf  # said once
+            time.sleep(0.1)
+        try:
+            self._take(ImageSource.load(layout.images, root), layout.settings)
+        except FileNotFoundError:  # the state goes when the manifest is there
+            if not os.path.exists(layout.manifest):
+                raise
+            return False
+        return True
+
+    def _take(self, source, saved):
+        """Sets images and settings; ValueError if those in `saved`, a manifest or an earlier start's, are others."""
+        self.source = source
+        self.settings |= {
+            "num_images": len(source),
+            "num_classes": len(source.classes),
+            "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
+        }
+        earlier = read_json(saved) if saved else self.settings
+        for what, place in DECISIVE.items():
+            old, new = earlier, self.settings
+            for key in place:
+                old, new = old.get(key) if isinstance(old, dict) else None, new[key]
+            if old != new:
+                raise ValueError(
+                    f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
+                    f"{json.dumps(new)}; repeat its command to go on, or choose another --features_path or --name"
+                )
+
+    def _remove_state(self):
+        """Ends the work state, at once for a rank that comes late."""
+        done = self.layout.state + ".done"
+        shutil.rmtree(done, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.layout.state, done)
+        shutil.rmtree(done, ignore_errors=True)
+
+    # The work.
+
+    def run(self, encoder, *, num_workers, skip):
+        """Encodes and writes this rank's parts; rank 0 then waits for the others' and returns the manifest.
+
+        `num_workers` threads read the images. ValueError for an image that can't be read, which `skip` leaves out, if
+        not one can be read, and for a latent that is not finite.
+        """
+        settings, source = self.settings, self.source
+        (channels, *shape), batch_size = settings["sample_shape"], settings["encoding"]["batch_size"]
+        shape = (channels * (1 + settings["moments"]), *shape)
+        writer = WRITERS[settings["format"]](self.layout, row_shape=shape, flip=settings["flip"])
+        batches = [range(len(source))[first:][:batch_size] for first in range(0, len(source), batch_size)]
+        size = batches_a_part(settings["format"], len(source), batch_size)
+        parts = [batches[first : first + size] for first in range(0, len(batches), size)]
+        counts = [sum(map(len, part)) for part in parts]
+        with contextlib.closing(Journal(self.layout.state, self.rank)) as journal:
+            journal.update()
+            left_out = [index for entries, _ in journal.parts.values() for index, _ in entries]
+            if left_out and not skip:
+                raise ValueError(
+                    f"{source.name(min(left_out))}: could not be read, and an earlier start with --on_error skip left "
+                    "it out; give that again, or choose another --features_path or --name to start anew"
+                )
+            mine = [part for part in range(self.rank, len(parts), self.world) if part not in journal.parts]
+            encoded = self._encode([batch for part in mine for batch in parts[part]], encoder, num_workers)
+            done = sum(counts[part] for part in journal.parts)
+            progress = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=self.rank != 0)
+
+            def readable(part, unreadable):
+                for indices, labels, arrays, errors in itertools.islice(encoded, len(parts[part])):
+                    if errors and not skip:
+                        raise ValueError(
+                            f"{errors[min(errors)]}; repair or remove it, or give --on_error skip: {GOES_ON}"
+                        )
+                    unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
+                    yield indices, labels, arrays
+                    progress.update(len(indices) + len(errors))
+
+            def count_others():
+                progress.update(sum(counts[part] for part in journal.update()))
+
+            with contextlib.closing(encoded), progress:
+                for part in mine:
+                    unreadable = []
+                    digests = writer.write(part, readable(part, unreadable))
+                    journal.add(part, unreadable, digests)
+                    if self.rank == 0:
+                        count_others()
+                while self.rank == 0 and len(journal.parts) < len(parts):
+                    time.sleep(0.2)
+                    count_others()
+            return self._finish(writer, parts, journal.parts) if self.rank == 0 else None
+
+    def _encode(self, batches, encoder, num_workers):
+        """Yields (indices, labels, [latents, mirrored latents], {index: error} of what can't be read) of each batch.
+
+        The others come out the same to the bit whatever fails, because a batch keeps its shape: an unreadable image's
+        pixels are zeros. Threads read ahead, not processes, because Pillow decodes and scales without Python's lock.
+        The batches come one behind: while the device computes on one, the caller writes the one before.
+        """
+        source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
+        empty, errors = np.zeros((size, size, 3), "uint8"), {}
+
+        def read(index):
+            try:
+                return source.pixels(index, size)
+            except UnreadableImage as error:
+                errors[index] = error
+                return empty
+
+        def start(indices):
+            pixels = np.stack([*itertools.islice(images, len(indices))])
+            return indices, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
+
+        def fetch(indices, tensors):
+            lost = {index: errors.pop(index) for index in indices if index in errors}
+            kept = [index for index in indices if index not in lost]
+            arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
+            for index, *latents in zip(kept, *arrays, strict=True):
+                if not np.isfinite(latents).all():
+                    raise ValueError(
+                        f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype"
+                    )
+            return kept, source.labels[kept].tolist(), arrays, lost
+
+        count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)
+        with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as images:
+            for started, _ in itertools.pairwise(itertools.chain(map(start, batches), [None])):
+                yield fetch(*started)
+
+    # The end.
+
+    def _finish(self, writer, parts, written):
+        """Writes class names, checksums and, last, the manifest, which it returns; removes the work state.
+
+        A kill in between does no harm: the next start does it again, with the same result.
+        """
+        layout, source = self.layout, self.source
+        unreadable = sorted(entry for lost, _ in written.values() for entry in lost)
+        lost = [index for index, _ in unreadable]
+        if len(lost) == len(source):
+            raise ValueError(f"{source.root}: not one of its {len(source)} images can be read: {unreadable[0][1]}")
+        if os.path.exists(layout.partial):
+            packed.finish(layout.features_path, layout.name)
+
+        def files():
+            for part, batches in enumerate(parts):
+                lost, digests = written[part]
+                indices = sorted(set().union(*batches) - {index for index, _ in lost})
+                digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
+                yield from writer.files(part, indices, digests)
+
+        write_json(layout.classes, {"id2label": dict(enumerate(map(encodable, source.classes)))})
+        counts = source.class_counts()
+        np.subtract.at(counts, source.labels[lost], 1)
+        manifest = {
+            **self.settings,
+            "num_samples": len(source) - len(lost),
+            "class_counts": counts.tolist(),
+            "unreadable": [
+                {"index": index, "image": encodable(source.name(index)), "reason": reason}
+                for index, reason in unreadable
+            ],
+            "checksums": write_checksums(layout, files()),
+        }
+        write_json(layout.manifest, manifest)
+        self._remove_state()
+        return manifest

@@ -7,26 +7,27 @@ class Layout:
     """The paths of the set NAME under FEATURES_PATH.
 
     Attributes:
-        features, flipped, labels: folders of pairs. packed, partial: folder of shards, and where they are written.
+        features, flipped, labels: folders of pairs. unpacking: where shards are made into pairs.
+        packed, partial: folder of shards, and where they are written.
         classes, manifest, checksums, index: files beside them.
         state: folder of an extraction that is not finished, with its settings and the list of its images.
     """
 
     def __init__(self, features_path, name):
         self.features_path, self.name = features_path, name
-        self.features = self.path("features")
-        self.flipped = self.path("features_flip")
-        self.labels = self.path("labels")
-        self.packed = self.path("packed")
-        self.partial = self.path("packed.partial")
-        self.classes = self.path("classes.json")
-        self.manifest = self.path("manifest.json")
-        self.checksums = self.path("checksums.txt")
-        self.index = self.path("index.npz")
+        self.features, self.flipped, self.labels = map(self.path, ("features", "features_flip", "labels"))
+        self.packed, self.partial, self.unpacking = map(self.path, ("packed", "packed.partial", "unpacking"))
+        self.classes, self.manifest = self.path("classes.json"), self.path("manifest.json")
+        self.checksums, self.index = self.path("checksums.txt"), self.path("index.npz")
         self.state = self.path("extraction")
-        self.settings = os.path.join(self.state, "settings.json")
-        self.images = os.path.join(self.state, "images.npz")
+        self.settings, self.images = os.path.join(self.state, "settings.json"), os.path.join(self.state, "images.npz")
 
     def path(self, what):
         """Returns the path of another file or folder of the set."""
         return os.path.join(self.features_path, f"{self.name}_{what}")
+
+    def existing(self):
+        """Returns what is there of a set, or of one that is being written."""
+        kinds = ("features", "flipped", "labels", "packed", "partial", "unpacking", "classes", "checksums", "manifest")
+        paths = [getattr(self, kind) for kind in kinds]
+        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)]

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import operator
 import os
+import shutil
 import signal
 import threading
 
@@ -14,37 +15,25 @@ from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
 
 
-class _Batches:
-    """A batch sampler whose batches are one item each, a micro-batch: workers then read it in one call."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __iter__(self):
-        for batch in self.sampler.batches():
-            yield [batch]
-
-
-class _Guarded:
-    """A dataset of micro-batches, each `(arrays, an error's message or None)`.
+class _MicroBatches:
+    """A run's micro-batches as the items of a dataset, each `(arrays, an error's message or None)`.
 
     Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
     """
 
-    def __init__(self, dataset, length):
-        self.dataset, self.length = dataset, length
+    def __init__(self, dataset, sampler):
+        self.dataset, self.sampler = dataset, sampler
 
     def __len__(self):
-        return self.length
+        return len(self.sampler)
 
-    def __getitem__(self, batch):
+    def __getitem__(self, number):
+        step, micro_step = divmod(number, self.sampler.accumulation_steps)
+        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
         try:
-            return [*self.dataset.read(*batch)], None
+            return [*self.dataset.read(indices, positions)], None
         except Exception as error:  # even a bug must not hang the loop
-            message = str(error) if isinstance(error, ValueError) else f"samples {batch[0].tolist()}: {error!r}"
+            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
             return [np.zeros(1)], message  # a batch without an array would not come through
 
 
@@ -57,11 +46,7 @@ LOADER_DIED = (
 
 def free_shared_memory():
     """Returns the free bytes of `/dev/shm`; None where there is none."""
-    try:
-        state = os.statvfs("/dev/shm")
-    except (OSError, AttributeError):
-        return None
-    return state.f_bavail * state.f_frsize
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
 
 
 def _name_dead_loaders():
@@ -70,9 +55,8 @@ def _name_dead_loaders():
     Paddle's handler of SIGCHLD raises a SystemError of many lines there.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return
-    if getattr(handler, "names_dead_loaders", False):  # Paddle sets its own only once
+    is_ours = hasattr(handler, "names_dead_loaders")  # Paddle sets its own only once
+    if is_ours or not callable(handler) or threading.current_thread() is not threading.main_thread():
         return
 
     def handle(signum, frame):
@@ -91,51 +75,41 @@ class FeatureLoader:
     """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
 
     Args:
-        dataset: a `FeatureDataset`.
-        sampler: a `MicroBatchSampler`.
+        dataset, sampler: a `FeatureDataset` and a `MicroBatchSampler`.
         num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
             so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
-    Raises, while iterating:
-        ValueError: what the dataset raised for a sample, or that a loader process died.
+    Iterating raises what the dataset raises for a sample, and ValueError when a loader process dies.
     """
 
     def __init__(self, dataset, sampler, *, num_workers, phase=None):
-        self.sampler = sampler
+        self.sampler, self._dataset, self._num_workers = sampler, dataset, num_workers
         self._phase = phase or (lambda name: None)
-        self._dataset = dataset
-        self._num_workers = num_workers
 
     def __len__(self):
         return len(self.sampler)
 
-    def _use_shared_memory(self):
-        """Returns whether the batches of all loader processes on this machine fit into the free shared memory."""
-        free = free_shared_memory()
-        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
-        batches = (2 * self._num_workers + 4) * local_processes()
-        batch_bytes = self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096
-        if free is None or batches * batch_bytes <= free:
-            return True
-        if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-            say(
-                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {batches * batch_bytes / 2**20:.1f} MiB were needed: "
-                "loader processes send batches through pipes, which takes longer; a larger /dev/shm (docker run "
-                "--shm-size) or tools/pack_features.py avoids it"
-            )
-        return False
-
     def _by_processes(self):
         from paddle.io import DataLoader
 
+        # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
+        batches = (2 * self._num_workers + 4) * local_processes()
+        needed = batches * (self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096)
+        free = free_shared_memory()
+        fits = free is None or needed <= free
+        if not fits and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+            say(
+                f"note: /dev/shm has {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB were needed: loader "
+                "processes send batches through pipes, which takes longer; a larger /dev/shm (docker run --shm-size) "
+                "or tools/pack_features.py avoids it"
+            )
         loader = DataLoader(
-            _Guarded(self._dataset, len(self.sampler)),
-            batch_sampler=_Batches(self.sampler),
+            _MicroBatches(self._dataset, self.sampler),
             collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
-            use_shared_memory=self._use_shared_memory(),
+            use_shared_memory=fits,
         )
         state = np.random.get_state()
         try:
@@ -147,56 +121,44 @@ class FeatureLoader:
             ) from None
         np.random.set_state(state)  # it has drawn a seed for the workers: a resumed run must not draw once more
         _name_dead_loaders()
-        while True:
-            try:
-                batch = next(batches, None)
-            except SystemError:
-                raise ValueError(LOADER_DIED) from None
-            if batch is None:
-                return
-            arrays, error = batch
-            if error is not None:
-                raise ValueError(error)
-            yield arrays
+        try:
+            for arrays, error in batches:
+                if error is not None:
+                    raise ValueError(error)
+                yield arrays
+        except SystemError:
+            raise ValueError(LOADER_DIED) from None
 
     def _by_thread(self):
         """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""
         batches, size = self.sampler.batches(), self.sampler.batch_size
-        row_bytes = 4 * int(np.prod(self._dataset.store.row_shape))
-        max_count = max(1, READ_BYTES // (row_bytes * size))
+        max_count = max(1, READ_BYTES // (4 * int(np.prod(self._dataset.store.row_shape)) * size))
 
-        def read(count):
-            part = list(itertools.islice(batches, count))
-            if not part:
-                return None
-            return self._dataset.read(*(np.concatenate(arrays) for arrays in zip(*part, strict=True)))
+        def parts():
+            count = 1  # the first step waits for no more
+            while part := list(itertools.islice(batches, count)):
+                yield [np.concatenate(arrays) for arrays in zip(*part, strict=True)]
+                count = min(2 * count, max_count)
 
-        # The first step waits for one batch only.
-        counts = (min(1 << min(reads, 30), max_count) for reads in itertools.count())
-        for arrays in itertools.takewhile(lambda arrays: arrays is not None, map_ahead(read, counts, 1, 1)):
+        for arrays in map_ahead(lambda part: self._dataset.read(*part), parts(), 1, 1):
             for start in range(0, len(arrays[0]), size):
                 yield [array[start : start + size] for array in arrays]
 
     def __iter__(self):
-        batches = self._batches()
-        while True:
-            self._phase("reading data")
-            batch = next(batches, None)
-            if batch is None:
-                return
+        self._phase("reading data")
+        for batch in self._batches():
             self._phase("training")
             yield batch
+            self._phase("reading data")
 
     def _batches(self):
-        if self._num_workers > 0 and self._dataset.store.reads_in_processes:
-            yield from self._by_processes()
-            return
+        if self._num_workers and self._dataset.store.reads_in_processes:
+            return self._by_processes()
         import paddle
 
-        batches = itertools.starmap(self._dataset.read, self.sampler.batches())
-        if self._num_workers > 0:
-            batches = self._by_thread()
+        batches = (
+            self._by_thread() if self._num_workers else itertools.starmap(self._dataset.read, self.sampler.batches())
+        )
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
-        for batch in batches:
-            yield [convert(array) for array in batch]
+        return ([convert(array) for array in batch] for batch in batches)

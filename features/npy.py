@@ -13,8 +13,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 def load_npy(path, *, mapped=False):
     """Returns the array of a `.npy` file, or a read-only map of it.
 
-    Raises:
-        ValueError: one line that names the file: not there, no `.npy`, Python objects, or shorter than its header says.
+    ValueError names a file that is not there, no `.npy`, of Python objects, or shorter than its header says.
     """
     try:
         with open_regular(path) as file:
@@ -29,18 +28,10 @@ def load_npy(path, *, mapped=False):
         raise _unreadable(path, "npy", error) from None
 
 
-def header_bytes(data):
-    """Returns how many bytes stand in front of the array in `data`, a `.npy` file that `load_npy` has read."""
-    start = 10 if data[6:7] == b"\1" else 12  # magic, version and the length, of 2 or 4 bytes
-    return start + int.from_bytes(data[8:start], "little")
-
-
 def load_npz(path, names):
     """Returns `{name: array}` of a `.npz` file that `numpy.savez` wrote; names that it lacks are left out.
 
-    Raises:
-        ValueError: one line that names the file, as `load_npy`; also for compressed arrays, which may be of any size.
-        FileNotFoundError: it is not there (yet).
+    Raises as `load_npy`, also for compressed arrays, which may be of any size; FileNotFoundError if it is not there.
     """
     with open_regular(path) as file:
         try:
@@ -57,8 +48,6 @@ def _read_member(archive, name, size):
     data = archive.read(member)
     file = io.BytesIO(data)
     shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
-    if any(n < 0 for n in shape):
-        raise ValueError(f"{name} is of the shape {shape}")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 

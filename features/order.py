@@ -6,17 +6,13 @@ import numpy as np
 class SampleStream:
     """The endless order of training samples: one seeded permutation of the dataset after another.
 
-    Position k of the stream is sample `permutation(seed, k // n)[k % n]`: each sample once per epoch, another order
-    every epoch, the same for the same seed, whatever the number of ranks. The optimizer step s takes positions
-    `[s * G, (s + 1) * G)`, G the global batch, so that a batch may hold the end of one epoch and the start of the next,
-    and the data position of a checkpoint is one number.
+    Position k is sample `permutation(seed, k // n)[k % n]`: each sample once per epoch, another order every epoch, the
+    same whatever the number of ranks. Optimizer step s takes positions `[s * G, (s + 1) * G)`, G the global batch, so
+    that a batch may hold the end of one epoch and the start of the next.
     """
 
     def __init__(self, num_samples, seed):
-        if num_samples < 1:
-            raise ValueError("the dataset is empty")
-        self.num_samples = num_samples
-        self.seed = seed
+        self.num_samples, self.seed = num_samples, seed
         self._epoch, self._order = -1, None
 
     def take(self, start, stop):
@@ -46,12 +42,10 @@ class MicroBatchSampler:
                 f"{accumulation_steps} gradient accumulation steps"
             )
         self.stream = SampleStream(num_samples, seed)
-        self.global_batch_size = global_batch_size
-        self.accumulation_steps = accumulation_steps
+        self.global_batch_size, self.accumulation_steps = global_batch_size, accumulation_steps
         self.batch_size = global_batch_size // (world_size * accumulation_steps)
         self.rank, self.world_size = rank, world_size
-        self.first_step, self.last_step = 0, last_step
-        self.first_sample = 0
+        self.first_step, self.last_step, self.first_sample = 0, last_step, 0
 
     def rows(self, micro_step):
         """Returns `(start, stop, total)`: the rows of the global batch in micro-batch `micro_step` of this rank."""
@@ -59,11 +53,7 @@ class MicroBatchSampler:
         return start, start + self.batch_size, self.global_batch_size
 
     def resume(self, step, samples_seen, last_step=None):
-        """Goes on after `step` optimizer steps that took the first `samples_seen` samples of the stream.
-
-        Args:
-            last_step: where the run ends now; None: where it ended before.
-        """
+        """Goes on after `step` steps, which took the first `samples_seen` samples, to `last_step` if it is given."""
         self.first_step, self.first_sample = step, samples_seen
         self.last_step = self.last_step if last_step is None else last_step
 
@@ -83,9 +73,9 @@ class MicroBatchSampler:
 
         The indices say what to read; from the positions in the stream, all is drawn that is new at every visit.
         """
-        start, stop, _ = self.rows(micro_step)
-        position = self.samples_seen(step - 1)
-        return self.stream.take(position + start, position + stop), np.arange(position + start, position + stop)
+        first = self.samples_seen(step - 1) + self.rows(micro_step)[0]
+        last = first + self.batch_size
+        return self.stream.take(first, last), np.arange(first, last)
 
     def batches(self):
         """Yields `batch` of all micro-batches that are still to come when training starts."""
@@ -101,9 +91,8 @@ class MicroBatchSampler:
 def total_steps(num_samples, *, global_batch_size, max_steps, epochs, first_step=0, samples_seen=0):
     """Returns the last optimizer step of a run: `max_steps`, or where `epochs` epochs are over if it is -1.
 
-    Args:
-        first_step, samples_seen: steps that a resumed run has done, and the samples that they took. They may have been
-            of another global batch, of a set of another size.
+    A resumed run has done `first_step` steps, which took `samples_seen` samples: perhaps with another global batch, of
+    a set of another size.
     """
     if max_steps > 0:
         return max_steps

@@ -16,6 +16,7 @@ import io
 import mmap
 import os
 import re
+import resource
 
 import numpy as np
 
@@ -33,7 +34,6 @@ MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the s
 
 
 def shard_name(number):
-    """Returns the folder's name of shard `number`."""
     return f"shard-{number:05d}"
 
 
@@ -42,28 +42,16 @@ def shard_files(flip):
     return ("latents.npy", *(["flipped.npy"] if flip else []), "labels.npy", "names.npy")
 
 
-def _shard_numbers(folder):
-    """Returns the numbers of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
-    if not os.path.isdir(folder):
-        return []
-    found = (re.fullmatch(r"shard-(\d{5,})", name) for name in os.listdir(folder))
-    return sorted(int(match[1]) for match in found if match)
-
-
 def finished_shards(folder):
-    """Returns `{number: rows}` of the whole shards in a folder; empty if it is not there."""
-    return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in _shard_numbers(folder)}
+    """Returns `{number: rows}` of the whole shards in a folder, ascending; leftovers of a kill are not counted."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    numbers = sorted(int(name[6:]) for name in names if re.fullmatch(r"shard-\d{5,}", name))
+    return {number: len(_labels(os.path.join(folder, shard_name(number)))) for number in numbers}
 
 
 def finish(feature_path, name):
-    """Puts the packed set in its place, all shards written.
-
-    Raises:
-        ValueError: something is there already.
-    """
+    """Puts the packed set in its place, all shards written."""
     layout = Layout(feature_path, name)
-    if os.path.exists(layout.packed):
-        raise ValueError(f"{layout.packed}: is there already; nothing was overwritten")
     os.rename(layout.partial, layout.packed)
 
 
@@ -87,52 +75,42 @@ def cast(array, dtype, where):
     return narrow
 
 
-class ShardWriter:
-    """Writes one shard, as a context: complete and in its place when left normally, not there at all otherwise.
+class ShardWriter(contextlib.ExitStack):
+    """Writes shard `number`, as a context: whole and in its place when left normally, not there at all otherwise.
 
     Args:
         folder: the set's `Layout.partial`; made if need be.
-        number: of the shard. A whole shard of that number must not be there; a killed one's leftovers are replaced.
-        row_shape: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments.
-        dtype: "float32" or "float16".
-        flip: whether mirrored twins are stored.
+        row_shape, dtype: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments; "float32" or "float16".
+        flip: mirrored twins are stored.
     """
 
     def __init__(self, folder, number, *, row_shape, dtype="float32", flip=False):
-        if np.dtype(dtype).name not in ("float32", "float16"):
-            raise ValueError(f"packed latents are stored as float32 or float16, not as {np.dtype(dtype).name}")
+        super().__init__()
         self.path = os.path.join(folder, shard_name(number))
         self.row_shape, self.flip, self.dtype = tuple(row_shape), flip, np.dtype(dtype)
         self._files, self._names = {}, []
-        self._open = contextlib.ExitStack()
 
     def __enter__(self):
         if os.path.exists(self.path):
             raise ValueError(f"{self.path}: is there already; nothing was overwritten")
-        folder = self._open.enter_context(whole_folder(self.path))
+        folder = self.enter_context(whole_folder(self.path))
         for name in shard_files(self.flip):
-            self._files[name] = self._open.enter_context(open(os.path.join(folder, name), "wb"))
-            if name != "names.npy":
-                self._files[name].write(self._header(name))
-        self._open.push(self._finish)
+            self._files[name] = self.enter_context(open(os.path.join(folder, name), "wb"))
+        self._write_headers()
+        self.push(self._finish)
         return self
 
-    def _header(self, name):
-        """Returns the bytes in front of a file's rows, of which there are so many as samples by now."""
-        shape, dtype = ((), "int64") if name == "labels.npy" else (self.row_shape, self.dtype)
-        return npy_header((len(self._names), *shape), dtype)
+    def _write_headers(self):
+        """Writes what stands in front of the rows, of which there are so many as samples by now."""
+        for name in shard_files(self.flip)[:-1]:
+            shape, dtype = ((), "int64") if name == "labels.npy" else (self.row_shape, self.dtype)
+            self._files[name].seek(0)
+            self._files[name].write(npy_header((len(self._names), *shape), dtype))
 
     def append(self, latents, labels, names, flipped=None):
-        """Adds samples.
+        """Adds m samples: latents `(m, *row_shape)`, integer labels `(m,)`, m file names without `.npy`.
 
-        Args:
-            latents: `(m, *row_shape)`; cast to the shard's dtype.
-            labels: `(m,)` integers.
-            names: m texts, the samples' file names without `.npy`.
-            flipped: like `latents`, of the mirrored images; with `flip`, and only then.
-
-        Raises:
-            ValueError: another shape or number, or values beyond float16.
+        With `flip`, and only then, `flipped` are the mirrored latents. ValueError for values beyond float16.
         """
         if (flipped is not None) != self.flip:
             raise ValueError(f"{self.path}: mirrored latents {'expected' if self.flip else 'not expected'}")
@@ -150,64 +128,53 @@ class ShardWriter:
 
     def _finish(self, kind, *_):
         if kind is None:
-            np.save(self._files.pop("names.npy"), np.array(self._names, dtype=bytes if self._names else "S1"))
-            for name, file in self._files.items():
-                file.seek(0)
-                file.write(self._header(name))
-
-    def __exit__(self, kind, error, trace):
-        return self._open.__exit__(kind, error, trace)
+            np.save(self._files["names.npy"], np.array(self._names, dtype=bytes))
+            self._write_headers()
 
 
 class PackedStore:
-    """A packed set, read row by row in any order.
+    """The packed set in `folder`, read row by row in any order. Nothing is kept in memory but the labels.
 
-    Nothing is kept in memory but the labels. Threads and forked processes may share it.
-
-    Args:
-        folder: `NAME_packed`.
-
-    Raises:
-        ValueError: one line naming the file: missing, truncated, or unlike the other shards.
+    Threads and forked processes may share it. ValueError names a file that is missing, truncated, or unlike the others.
     """
 
     reads_in_processes = False
 
     def __init__(self, folder):
         self.path = folder
-        self.shards = [os.path.join(folder, shard_name(number)) for number in _shard_numbers(folder)]
+        self.shards = [os.path.join(folder, shard_name(number)) for number in finished_shards(folder)]
         if not self.shards:
             raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
         self.has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
         _allow_open_files(3 * len(self.shards))
-        # Per kind of row and shard: a plain view for speed; per file: its map, and where in it the rows begin.
-        self._rows, self._maps, self._offsets = [[], []], [], []
-        labels = []
+        labels, self._maps = [], []  # the latents of each shard, and behind them their mirrored twins
         for shard in self.shards:
             labels.append(_labels(shard))
             if os.path.exists(os.path.join(shard, "flipped.npy")) != self.has_flip:
                 raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
             if not labels[-1].size or -(2**31) <= labels[-1].min() <= labels[-1].max() < 2**31:
                 labels[-1] = labels[-1].astype("int32")  # a wrong label stays what it is
-            for rows, name in zip(self._rows, shard_files(self.has_flip)[:-2], strict=False):
-                self._add(rows, os.path.join(shard, name), len(labels[-1]))
-        self.dtype, self.row_shape = self._rows[0][0].dtype, self._rows[0][0].shape[1:]
-        self.memory_dtype = self.dtype
+            for name in shard_files(self.has_flip)[:-2]:
+                self._add(os.path.join(shard, name), len(labels[-1]))
+        self._rows = [np.asarray(array) for array in self._maps]  # plain views, for speed
+        self.dtype, self.row_shape = self._rows[0].dtype, self._rows[0].shape[1:]
+        self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
-        self._ends = np.cumsum([len(rows) for rows in labels])
-        self._starts = self._ends - [len(rows) for rows in labels]
+        if not self.labels.size:
+            raise ValueError(f"{folder}: no sample in it")
+        self._starts = np.cumsum([0, *map(len, labels[:-1])])
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         self._touched = 0
         # The system reads far more around each row than was asked for, which soon has a whole set in the file cache.
         # A set that does not fit there would be read many times over: then exactly the rows, all at once.
-        memory = available_memory()
         self.exact_reads = False
-        if memory is not None and self.num_bytes > MAX_CACHED_SHARE * memory:
+        if self.num_bytes > MAX_CACHED_SHARE * (available_memory() or np.inf):
             self.read_exactly()
 
-    def _add(self, rows, path, count):
+    def _add(self, path, count):
+        """Maps a file of `count` rows."""
         array = load_npy(path, mapped=True)
-        first = self._rows[0][0] if self._rows[0] else array
+        first = self._maps[0] if self._maps else array
         if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
             raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
         if not array.flags.c_contiguous:
@@ -216,83 +183,58 @@ class PackedStore:
             raise ValueError(f"{path}: holds {_describe(array)}, the first shard {_describe(first)}")
         if len(array) != count:
             raise ValueError(f"{path}: holds {counted(len(array), 'row')}, its labels.npy {count}")
-        rows.append(np.asarray(array))
-        self._maps.append(array._mmap)
-        self._offsets.append(array.offset)
+        self._maps.append(array)
 
     def __len__(self):
         return len(self.labels)
 
-    @property
-    def num_bytes(self):
-        """The bytes of all rows, mirrored ones included."""
-        return len(self) * self._row_bytes * (1 + self.has_flip)
-
     def read_exactly(self):
         """From now on asks the disk for the rows alone, many at a time, and for nothing around them."""
-        self.exact_reads = self._advise("MADV_RANDOM")
+        self.exact_reads = True
+        for array in self._maps:
+            array._mmap.madvise(mmap.MADV_RANDOM)
 
     def read(self, indices, out, mirrored=None):
-        """Puts rows into `out` and returns their labels.
+        """Puts rows `(n,)` int64 into `out`, float `(n, *row_shape)`, and returns their labels, `(n,)` int64.
 
-        Args:
-            indices: `(n,)` int64.
-            out: `(n, *row_shape)`, float; rows are cast to its dtype.
-            mirrored: `(n,)` bool: which rows to take from the mirrored twins; None: no row.
-
-        Returns:
-            `(n,)` int64.
+        `mirrored`, `(n,)` bool, says which rows to take from the mirrored twins; None: no row.
         """
-        shards = np.searchsorted(self._ends, indices, side="right")
-        rows = indices - self._starts[shards]
-        twins = np.zeros(len(rows), "int64") if mirrored is None else mirrored.astype("int64")
-        if self.exact_reads:
-            self._will_need(shards, rows, twins)
-        if not twins.any() and (shards == shards[0]).all():
-            source = self._rows[0][shards[0]]
-            if out.dtype == source.dtype and out.flags.c_contiguous:
-                np.take(source, rows, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
-            else:
-                out[...] = source[rows]
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows, files = indices - self._starts[shards], shards * (1 + self.has_flip)
+        if mirrored is not None:
+            files += mirrored
+        in_one_file = (files == files[0]).all()
+        places = [] if in_one_file and not self.exact_reads else [*zip(files.tolist(), rows.tolist(), strict=True)]
+        # All are asked for at once: a disk, above all a network one, is fast with many requests.
+        for file, row in places if self.exact_reads else ():
+            start = self._maps[file].offset + row * self._row_bytes
+            page = start - start % mmap.PAGESIZE
+            self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, start - page + self._row_bytes)
+        if in_one_file:
+            take_rows(self._rows[files[0]], rows, out)
         else:
-            places = zip(twins.tolist(), shards.tolist(), rows.tolist(), strict=True)
-            for place, (twin, shard, row) in enumerate(places):
-                out[place] = self._rows[twin][shard][row]
+            for place, (file, row) in enumerate(places):
+                out[place] = self._rows[file][row]
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:
             self._touched = 0
-            self._advise("MADV_DONTNEED")
+            for array in self._maps:
+                array._mmap.madvise(mmap.MADV_DONTNEED)
         return self.labels[indices].astype("int64")
-
-    def _will_need(self, shards, rows, twins):
-        """Starts the reading of all rows at once: a disk, above all a network one, is fast with many requests."""
-        files = shards * (1 + self.has_flip) + twins
-        starts = np.array(self._offsets)[files] + rows * self._row_bytes
-        pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = starts - pages + self._row_bytes
-        for file, page, length in zip(files.tolist(), pages.tolist(), lengths.tolist(), strict=True):
-            self._maps[file].madvise(mmap.MADV_WILLNEED, page, length)
-
-    def _advise(self, advice):
-        """Gives the system an advice on all maps; returns whether it knows it."""
-        for mapped in self._maps if hasattr(mmap, advice) else ():
-            mapped.madvise(getattr(mmap, advice))
-        return hasattr(mmap, advice)
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
-        parts = []
-        for shard, count in zip(self.shards, self._ends - self._starts, strict=True):
-            path = os.path.join(shard, "names.npy")
-            parts.append(load_npy(path))
-            if parts[-1].dtype.kind != "S" or parts[-1].shape != (count,):
-                holds = f"holds {_describe(parts[-1])}"
-                raise ValueError(f"{path}: {holds}, expected the names, bytes, of {counted(count, 'sample')}")
+        paths = [os.path.join(shard, "names.npy") for shard in self.shards]
+        parts = [load_npy(path) for path in paths]
+        for path, names, count in zip(paths, parts, np.diff(self._starts, append=len(self)), strict=True):
+            if names.dtype.kind != "S" or names.shape != (count,):
+                expected = f"expected the names, bytes, of {counted(count, 'sample')}"
+                raise ValueError(f"{path}: holds {_describe(names)}, {expected}")
         return np.concatenate(parts)
 
     def source(self, index, kind="latents"):
         """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.shards[shard]}/{kind}.npy row {index - self._starts[shard]}"
 
 
@@ -308,12 +250,18 @@ def _describe(array):
     return f"{array.dtype} of shape {array.shape}"
 
 
+def take_rows(rows, indices, out):
+    """Puts `rows[indices]` into `out`, where it can without a copy between."""
+    if out.dtype == rows.dtype and out.flags.c_contiguous:
+        np.take(rows, indices, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
+    else:
+        out[...] = rows[indices]
+
+
 def _allow_open_files(count):
     """Raises this process's limit if so many more files need it, because a memory map holds its file open."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
+    with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and soft < count + 256:
-            wanted = count + 256 if hard == resource.RLIM_INFINITY else min(hard, count + 256)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        wanted = count + 256
+        if 0 <= soft < wanted:  # below 0: without a limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(hard, wanted), hard))

@@ -9,6 +9,8 @@
 The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
 """
 
+import contextlib
+import itertools
 import os
 import re
 import stat
@@ -17,7 +19,7 @@ import time
 import numpy as np
 
 from features.layout import Layout
-from features.npy import header_bytes, load_npy, load_npz
+from features.npy import load_npy, load_npz
 from runtime.files import whole_file
 from runtime.progress import tqdm
 
@@ -32,10 +34,10 @@ def without_batch_axis(latent):
     return latent[0] if latent.ndim == 4 and latent.shape[0] == 1 else latent
 
 
-def read_label(array):
+def read_label(array, path):
     """Returns the one integer of a label's file; ValueError if it holds something else."""
     if array.size != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"expected one integer label, found {array.dtype} of shape {array.shape}")
+        raise ValueError(f"{path}: expected one integer label, found {array.dtype} of shape {array.shape}")
     return int(array.reshape(-1)[0])
 
 
@@ -47,10 +49,15 @@ class NpyReader:
 
     def __call__(self, path):
         """Returns the array of a file, perhaps read-only; raises as `load_npy`."""
-        try:
-            data = _read_regular(path)
-        except OSError:
-            return load_npy(path)  # says what is wrong
+        data = b""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                state = os.fstat(descriptor)
+                if stat.S_ISREG(state.st_mode) and state.st_size <= _MAX_BYTES:  # no pipe, which may never end
+                    data = os.read(descriptor, state.st_size)
+            finally:
+                os.close(descriptor)
         return self.parse(data, path)
 
     def parse(self, data, path):
@@ -59,23 +66,12 @@ class NpyReader:
         if known is not None and len(data) >= known[1] and data.startswith(known[0]):
             header, end, dtype, shape = known
             return np.frombuffer(data[:end], dtype, offset=len(header)).reshape(shape)
-        array = load_npy(path)
-        header = data[: header_bytes(data)]
-        if array.size and b"'fortran_order': False" in header:
-            self._known = header, len(header) + array.nbytes, array.dtype, array.shape
-        return array
-
-
-def _read_regular(path):
-    """Returns the bytes of a file; OSError for a pipe or device, which may never end, and for more than a sample."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_BYTES:
-            raise OSError("no regular file of a sample's size")
-        return os.read(descriptor, state.st_size)
-    finally:
-        os.close(descriptor)
+        if not data:
+            return load_npy(path)  # says what is wrong
+        array = load_npy(path, mapped=True)
+        if array.size and array.flags.c_contiguous:
+            self._known = data[: array.offset], array.offset + array.nbytes, array.dtype, array.shape
+        return np.array(array)
 
 
 def natural_order(names):
@@ -89,7 +85,7 @@ def natural_order(names):
         parts = re.split(r"(\d+)", os.fsdecode(name))  # text, digits, text, ...
         return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
-    return np.array(sorted(names, key=key), dtype=bytes if names else "S1")
+    return np.array(sorted(names, key=key), dtype=bytes)
 
 
 def match_pairs(folders):
@@ -100,90 +96,69 @@ def match_pairs(folders):
     found = [{name for name in os.listdir(os.fsencode(folder)) if name.endswith(b".npy")} for folder in folders]
     if not found[0]:
         raise ValueError(f"{folders[0]}: no .npy file in it")
-    both = set.intersection(*found)
     lonely = [
         (os.path.join(folder, os.fsdecode(name)), other)
-        for folder, names in zip(folders, found, strict=True)
-        for name in natural_order(list(names - both)).tolist()
-        for other, theirs in zip(folders, found, strict=True)
-        if name not in theirs
+        for (folder, names), (other, theirs) in itertools.permutations(zip(folders, found, strict=True), 2)
+        for name in natural_order(list(names - theirs)).tolist()
     ]
-    return natural_order(list(both)), lonely
-
-
-def _signature(folder):
-    """Returns numbers that change with the names in a folder."""
-    state = os.stat(folder)
-    return [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    return natural_order(list(set.intersection(*found))), lonely
 
 
 class PairStore:
-    """The pairs of a set NAME, read file by file in any order.
+    """The pairs of the set `name` in the folder `feature_path`, read file by file in any order.
 
-    Args:
-        feature_path: the folder that holds `NAME_features/` and `NAME_labels/`.
-        name: of the set.
-
-    `index_note` says where the index lies, or why there is none (None: a set too small to need one).
-
-    Raises:
-        ValueError: one line naming the folder or file: no labels folder, no pair, a file without its counterpart.
+    `index_note` says where the index lies, or why there is none (None: a set too small to need one). ValueError names
+    a folder without pairs, or a file without its counterpart.
     """
 
     reads_in_processes = True
-    memory_dtype = np.dtype("float32")  # because the files may be of several
 
     def __init__(self, feature_path, name):
         layout = Layout(feature_path, name)
         self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
         if not os.path.isdir(layout.labels):
             raise ValueError(f"{self.path}: its labels folder {layout.labels} is missing")
-        self._kinds = {"latents": layout.features, "labels": layout.labels}
-        if self.has_flip:
-            self._kinds["flipped"] = layout.flipped
-        self.index_path = layout.index
-        self.index_note = None
+        flipped = {"flipped": layout.flipped} if self.has_flip else {}
+        self._kinds = {"latents": layout.features, "labels": layout.labels, **flipped}
+        self.index_path, self.index_note = layout.index, None
         self._read_feature, self._read_label = NpyReader(), NpyReader()
-        self._labels = self._signatures = None
+        # They change with the names in a folder.
+        self._signatures = [[s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, self._kinds.values())]
+        self._labels = None
         if not self._load_index():
-            self._scan()
+            self._names, lonely = match_pairs([*self._kinds.values()])
+            if lonely:
+                raise ValueError("{}: has no counterpart in {}".format(*lonely[0]))
+            self._save_index()
         first = without_batch_axis(self._read_feature(self.source(0)))
         self.row_shape, self.dtype = first.shape, first.dtype
         self.expected = f"the first sample is of shape {self.row_shape}"  # completes the error on another shape
 
     def _load_index(self):
         """Takes the names from the index; returns False if it is not there, or not of these very folders."""
-        try:
-            self._signatures = [_signature(folder) for folder in self._kinds.values()]
-            if load_npz(self.index_path, ["signature"])["signature"].tolist() != self._signatures:
-                return False
-            index = load_npz(self.index_path, ["names", "labels"])
-            self._names, self._labels = index["names"], index.get("labels")
-        except (OSError, ValueError, KeyError):  # no index, or a broken one: the folders are read again
-            return False
-        self.index_note = f"names of the samples from {self.index_path}; it is made anew when the folders change"
-        return len(self._names) > 0
-
-    def _scan(self):
-        self._signatures = [_signature(folder) for folder in self._kinds.values()]
-        self._names, lonely = match_pairs([*self._kinds.values()])
-        if lonely:
-            raise ValueError("{}: has no counterpart in {}".format(*lonely[0]))
-        if len(self._names) >= MIN_SAMPLES_FOR_INDEX:
-            self._save_index()
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no index, or a broken one
+            index = load_npz(self.index_path, ["signature", "names", "labels"])
+            if index["signature"].tolist() == self._signatures and len(index["names"]):
+                self._names, self._labels = index["names"], index.get("labels")
+                self.index_note = (
+                    f"names of the samples from {self.index_path}; it is made anew when the folders change"
+                )
+                return True
+        return False
 
     def _save_index(self):
+        """Keeps names, and labels if they are known, for the next start."""
+        if len(self) < MIN_SAMPLES_FOR_INDEX:
+            return
         newest = max(max(signature[:2]) for signature in self._signatures)
         if time.time_ns() - newest < _CLOCK_NS:
             self.index_note = f"no index {self.index_path}: the folders have just changed"
             return
-        arrays = {"signature": np.array(self._signatures), "names": self._names}
-        if self._labels is not None:
-            arrays["labels"] = self._labels
+        labels = {} if self._labels is None else {"labels": self._labels}
         try:
             # `shared`, because every rank may write it at once.
             with whole_file(self.index_path, shared=True) as partial, open(partial, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, signature=np.array(self._signatures), names=self._names, **labels)
         except OSError as error:
             self.index_note = f"no index {self.index_path} ({error.strerror}): the folders are listed at every start"
             return
@@ -191,11 +166,6 @@ class PairStore:
 
     def __len__(self):
         return len(self._names)
-
-    @property
-    def num_bytes(self):
-        """The bytes of all rows, mirrored ones included."""
-        return len(self) * int(np.prod(self.row_shape)) * self.dtype.itemsize * (1 + self.has_flip)
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
@@ -211,11 +181,7 @@ class PairStore:
 
     def _label(self, index):
         path = self.source(index, "labels")
-        label = self._read_label(path)
-        try:
-            return read_label(label)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return read_label(self._read_label(path), path)
 
     @property
     def labels(self):
@@ -223,8 +189,7 @@ class PairStore:
         if self._labels is None:
             indices = tqdm(range(len(self)), desc="labels", unit="file", disable=len(self) < MIN_SAMPLES_FOR_INDEX)
             self._labels = np.fromiter(map(self._label, indices), "int64", len(self))
-            if len(self) >= MIN_SAMPLES_FOR_INDEX:
-                self._save_index()
+            self._save_index()
         return self._labels
 
     def names(self):

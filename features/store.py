@@ -1,9 +1,9 @@
 """Where the samples of a feature set lie: finding a set in a folder, opening it, and holding it in memory.
 
-A feature folder holds a set NAME as pairs of small files (`features.pairs`, PaddleMIX's layout) or packed into a few
-large ones (`features.packed`), and perhaps NAME_manifest.json, which tools/extract_features.py writes.
+A set is stored as pairs of small files (`features.pairs`), or packed into a few large ones (`features.packed`).
 """
 
+import glob
 import os
 import re
 import shlex
@@ -11,7 +11,7 @@ import shlex
 import numpy as np
 
 from features.layout import Layout
-from features.packed import PackedStore
+from features.packed import PackedStore, take_rows
 from features.pairs import PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
@@ -26,34 +26,25 @@ def find_features(feature_path, resolution):
     """Returns `(kind, name)` of the set in a feature folder, kind "packed" or "pairs".
 
     The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
-    forms is read packed.
-
-    Raises:
-        ValueError: nothing fits, more than one set does, or the set is not finished.
+    forms is read packed. ValueError if nothing fits, more than one set does, or the set is not finished.
     """
-    if not os.path.isdir(feature_path):
-        raise ValueError(
-            f"feature_path {feature_path}: no such folder; expected NAME_features/ and NAME_labels/ in it"
-            f"{_unpacking(feature_path)}"
-        )
-    endings = {"_packed": "packed", "_features": "pairs", "_packed.partial": "partial"}
     found = {}  # {name: kinds}
-    for entry in os.scandir(feature_path):
-        for ending, kind in endings.items():
-            if entry.name.endswith(ending) and entry.is_dir():
-                found.setdefault(entry.name[: -len(ending)], []).append(kind)
+    is_folder = os.path.isdir(feature_path)
+    for entry in os.scandir(feature_path) if is_folder else ():
+        match = re.fullmatch(r"(.*)_(packed|features|packed\.partial)", entry.name)
+        if match and entry.is_dir():
+            found.setdefault(match[1], []).append(match[2])
     preferred = f"imagenet{resolution or 256}"
-    whole = sorted(name for name, kinds in found.items() if kinds != ["partial"])
+    whole = sorted(name for name, kinds in found.items() if kinds != ["packed.partial"])
     if preferred in whole:
         whole = [preferred]
     if not whole and found:
         partial = Layout(feature_path, min(found)).partial
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")
     if not whole:
-        raise ValueError(
-            f"feature_path {feature_path}: no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ "
-            f"folder in it{_unpacking(feature_path)}"
-        )
+        lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it"
+        lacks = lacks if is_folder else "no such folder; expected NAME_features/ and NAME_labels/ in it"
+        raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
         raise ValueError(
@@ -69,17 +60,14 @@ def find_features(feature_path, resolution):
 def _unpacking(feature_path):
     """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
     path = os.fspath(feature_path).rstrip("/")
-    if os.path.isdir(path):
-        folder, files = path, sorted(os.path.join(path, name) for name in os.listdir(path))
-    else:
-        folder, files = os.path.dirname(path) or ".", [path, *(path + ending for ending in (".tar", ".tar.gz", ".tgz"))]
-    tars = [file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)]
-    if not tars:
-        return ""
-    return (
-        f"; unpack {os.path.basename(tars[0])} first: tar -xf {shlex.quote(tars[0])} -C {shlex.quote(folder)}, and "
-        "give the folder that then holds NAME_features/ and NAME_labels/"
-    )
+    files = [path, *glob.glob(glob.escape(path) + ("/*" if os.path.isdir(path) else ".t*"))]
+    for tar in sorted(file for file in files if re.search(r"\.(tar(\.\w+)?|tgz)$", file) and os.path.isfile(file)):
+        return (
+            f"; unpack {os.path.basename(tar)} first: tar -xf {shlex.quote(tar)} -C "
+            f"{shlex.quote(os.path.dirname(tar) or '.')}, and give the folder that then holds NAME_features/ and "
+            "NAME_labels/"
+        )
+    return ""
 
 
 def open_store(feature_path, kind, name):
@@ -99,18 +87,10 @@ def read_manifest(feature_path, name):
 
 
 class MemoryStore:
-    """Samples of another store, held in this process's memory.
+    """The samples `indices`, `(n,)`, of another store, held in this process's memory, with `flip` mirrored ones too.
 
-    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `num_bytes`, `read` and
-    `source`; `reads_in_processes` if reading takes Python's lock for long; `memory_dtype` that holds all rows.
-
-    Args:
-        store: where they are.
-        indices: `(n,)` which of them.
-        flip: with their mirrored twins.
-
-    Raises:
-        ValueError: they don't fit into the free memory, or what the store raises.
+    Every store has `path`, `dtype`, `row_shape`, `has_flip`, `labels`, `read` and `source`; `reads_in_processes` if
+    reading takes Python's lock for long. ValueError if the samples don't fit into the free memory.
     """
 
     reads_in_processes = False
@@ -118,12 +98,11 @@ class MemoryStore:
     def __init__(self, store, indices, *, flip):
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
-        self.dtype = store.memory_dtype
-        shape = (1 + self.has_flip, len(indices), *self.row_shape)
+        self.dtype = np.dtype("float32") if isinstance(store, PairStore) else store.dtype  # pairs may be of several
+        shape = ((1 + flip) * len(indices), *self.row_shape)  # mirrored twins behind all others
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
-        memory = available_memory()
-        processes = local_processes()  # each of them holds the samples for itself
-        if memory is not None and self.num_bytes * processes > 0.9 * memory:
+        memory, processes = available_memory() or np.inf, local_processes()  # each holds the samples for itself
+        if self.num_bytes * processes > 0.9 * memory:
             raise ValueError(
                 f"{self.path}: {len(indices):,} samples take {self.num_bytes / 2**30:.1f} GiB of memory in each of "
                 f"{processes} process(es), {memory / 2**30:.1f} GiB are free; leave them on the disk, which the system "
@@ -131,14 +110,11 @@ class MemoryStore:
             )
         self._rows = np.empty(shape, self.dtype)
         self.labels = np.empty(len(indices), "int64")
-        step = max(1, READ_BYTES // (self._rows[0, :1].nbytes or 1))
-        with tqdm(total=len(indices), desc="to memory", unit="sample", disable=len(indices) < 10_000) as bar:
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                place = slice(start, start + len(part))
-                for twin in range(1 + self.has_flip):
-                    mirrored = np.full(len(part), bool(twin))
-                    self.labels[place] = store.read(part, self._rows[twin, place], mirrored)
+        step = max(1, READ_BYTES // (self._rows[:1].nbytes or 1))
+        with tqdm(total=len(self._rows), desc="to memory", unit="latent", disable=len(indices) < 10_000) as bar:
+            for start in range(0, len(self._rows), step):
+                twin, part = np.divmod(np.arange(start, min(start + step, len(self._rows))), len(indices))
+                self.labels[part] = store.read(indices[part], self._rows[start : start + step], twin.astype(bool))
                 bar.update(len(part))
 
     def __len__(self):
@@ -146,12 +122,7 @@ class MemoryStore:
 
     def read(self, indices, out, mirrored=None):
         """Puts rows into `out` and returns their labels; see `PackedStore.read`."""
-        if mirrored is not None and mirrored.any():
-            out[...] = self._rows[mirrored.astype("int64"), indices]
-        elif out.dtype == self.dtype:
-            np.take(self._rows[0], indices, axis=0, out=out, mode="clip")
-        else:
-            out[...] = self._rows[0, indices]
+        take_rows(self._rows, indices if mirrored is None else indices + len(self) * mirrored, out)
         return self.labels[indices]
 
     def source(self, index, kind="latents"):

@@ -20,8 +20,6 @@ kind of device). An extraction is complete when its manifest is there.
 """
 
 import argparse
-import contextlib
-import functools
 import os
 import warnings
 
@@ -30,19 +28,10 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.flags import check_seed
 from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
-from features.extraction import (
-    Journal,
-    encode_batches,
-    finish,
-    make_settings,
-    open_extraction,
-    read_batches,
-    write_parts,
-)
+from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import UnreadableImage, dim_note, unreadable_list
+from features.images import dim_note, unreadable_list
 from features.layout import Layout
-from features.writers import WRITERS
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
 configure_runtime()  # before Paddle is imported
@@ -66,8 +55,6 @@ def extract(args) -> None:
 
     # Pillow warns of odd EXIF blocks and palettes, which change nothing here.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-
-    # Device, and this process's share of the images.
     device = resolve_device(args.device)
     paddle.set_device(device)
     if device != "cpu":
@@ -77,54 +64,30 @@ def extract(args) -> None:
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
-    settings = make_settings(vae, args.vae, name, encoding, options)
 
-    # Begin, or go on.
     layout = Layout(args.features_path, name)
-    source, settings = open_extraction(layout, args.data_path, args.list, settings, rank)
+    extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
+    is_new = extraction.open(args.data_path, args.list)
     if rank == 0:
-        for sentence in filter(None, [precision.note, *source.notes]):
+        complete = None if is_new else f"{layout.manifest}: complete since an earlier start, nothing to do"
+        for sentence in filter(None, [precision.note, *extraction.source.notes, complete]):
             print(sentence, flush=True)
-        if settings is None:
-            print(f"{layout.manifest}: complete since an earlier start, nothing to do")
-    if settings is None:
+    if not is_new:
         return
-
-    # Read, encode, write.
-    writer = WRITERS[args.format](
-        layout,
-        row_shape=(settings["sample_shape"][0] * (1 + args.moments), *settings["sample_shape"][1:]),
-        flip=args.flip,
-        batch_size=args.batch_size,
-        num_images=len(source),
-    )
     encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
-    encoders = [encoder, *([functools.partial(encoder, mirrored=True)] if args.flip else [])]
-
-    def encode(batches):
-        sizes = {key: getattr(args, key) for key in ("image_size", "batch_size", "num_workers")}
-        return encode_batches(source, read_batches(source, batches, **sizes), encoders)
-
-    goes_on = "what is done is kept, the same command goes on from there"
     try:
-        with contextlib.closing(Journal(layout.state, rank)) as journal:
-            skip = args.on_error == "skip"
-            write_parts(
-                *(source, writer, journal, encode), batch_size=args.batch_size, rank=rank, world=world, skip=skip
-            )
-            if rank == 0:
-                report(layout, finish(layout, settings, source, writer, journal))
-    except UnreadableImage as error:
-        raise ValueError(f"{error}; repair or remove it, or give --on_error skip: {goes_on}") from None
+        manifest = extraction.run(encoder, num_workers=args.num_workers, skip=args.on_error == "skip")
+        if rank == 0:
+            report(layout, manifest)
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
         if rank == 0 or not os.path.exists(layout.manifest):
             raise
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; {goes_on}", error.filename or layout.features_path) from None
+        raise OSError(error.errno, f"{error.strerror}; {GOES_ON}", error.filename or layout.features_path) from None
     finally:
-        if source.dim:
-            print(dim_note(source.dim), flush=True)
+        if extraction.source.dim:
+            print(dim_note(extraction.source.dim), flush=True)
 
 
 def report(layout, manifest):

@@ -65,7 +65,10 @@ def create_diffusion(
             raise ValueError(f"{name}={value!r}: expected True or False")
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
 
-    loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     if learn_sigma:
         model_var_type = ModelVarType.LEARNED_RANGE
     else:
@@ -77,5 +80,5 @@ def create_diffusion(
         betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=model_var_type,
-        loss_type=LossType.RESCALED_KL if use_kl else loss_type,
+        loss_type=loss_type,
     )

@@ -30,10 +30,16 @@ def mean_flat(tensor):
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
-    """Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats; `mean1` is a tensor."""
-    mean2, logvar2 = (
-        v if isinstance(v, paddle.Tensor) else paddle.full([1] * mean1.ndim, v, dtype=mean1.dtype)
-        for v in (mean2, logvar2)
+    """Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
+
+    The arguments are tensors or numbers that broadcast together; at least one is a tensor.
+    """
+    arguments = (mean1, logvar1, mean2, logvar2)
+    tensor = next((v for v in arguments if isinstance(v, paddle.Tensor)), None)
+    if tensor is None:
+        raise ValueError("normal_kl needs at least one tensor among its arguments, got numbers only")
+    mean1, logvar1, mean2, logvar2 = (
+        v if isinstance(v, paddle.Tensor) else paddle.full([1] * tensor.ndim, v, dtype=tensor.dtype) for v in arguments
     )
     distance = paddle.square(mean1 - mean2) * paddle.exp(-logvar2)
     return 0.5 * (logvar2 - 1.0 - logvar1 + paddle.exp(-(logvar2 - logvar1)) + distance)

@@ -62,6 +62,7 @@ class LatentTransformer(ops.Layer):
         self.settings = {k: v for k, v in keywords.items() if k not in ("self", "__class__", *_COMPUTATION)}
         for name, value in self.settings.items():
             setattr(self, name, value)
+        self.input_size, self.num_heads = self.sample_size, self.num_attention_heads  # the official names
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}")
         self.grid_size = self.sample_size // self.patch_size

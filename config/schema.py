@@ -325,19 +325,6 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
     return own or config
 
 
-def weights_features(path, config):
-    """Returns the `features` section of weights: that of the checkpoint they lie in, if it has one, else the config's.
-
-    Args:
-        path: a training checkpoint folder, a file of weights in one, or any other.
-        config: what describes the network.
-    """
-    own = own_config(path)
-    if own is not None and any(value is not None for value in own["features"].values()):
-        return own["features"]
-    return config["features"]
-
-
 def override(config, given, where="command line"):
     """Returns the config with values of a command line put over its sections.
 

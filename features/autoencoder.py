@@ -148,12 +148,6 @@ class LatentScaling:
         """Is True where networks see `z * scaling_factor`, without shift or statistics."""
         return not self.shift_factor and self.latents_mean is None
 
-    def differences(self, other):
-        """Lists, in words, the values of `other` that are not those of this one."""
-        here, there = self.as_dict(), other.as_dict()
-        changed = [key for key in SCALING_KEYS if (here[key] or None) != (there[key] or None)]
-        return [f"{key} {str(there[key])[:40]}, not {str(here[key])[:40]}" for key in changed]
-
     def _offset(self):
         return (self.shift_factor or 0.0) if self.latents_mean is None else self.latents_mean
 
@@ -304,18 +298,39 @@ def match_vae(vae, name, features, flag):
             raise ValueError(
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
-    sha, theirs = weights_digest(vae), features["weights_sha256"]
-    changes = []
+    ours = {"name": name, "weights_sha256": weights_digest(vae), **LatentScaling.of(vae.config).as_dict()}
+    scaling = {}
     if features["scaling_factor"] is not None:
         scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
-        changes = LatentScaling.of(vae.config).differences(scaling)
-        if sha == theirs and changes:
-            vae.register_to_config(**scaling.as_dict())
-            return f"VAE {name}: the features were made with {', '.join(changes)}, and are decoded so"
-    if theirs not in (None, sha):
-        changes.insert(0, f"weights of sha256 {shortened(theirs, 12)}, not {sha[:12]}...")
-    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
-    return f"VAE {name}: {there}: {', '.join(changes)}" if changes else None
+        scaling = scaling.as_dict()
+    differences = vae_differences({**features, **scaling}, ours)
+    if not differences:
+        return None
+    note = f"VAE {name}: the features were made with "
+    note += ", ".join(f"{what} {theirs}, not {own}" for what, theirs, own in differences)
+    if features["weights_sha256"] == ours["weights_sha256"]:
+        vae.register_to_config(**scaling)
+        note += ", and are decoded so"
+    return note
+
+
+def vae_differences(theirs, ours):
+    """Compares two `vae` entries of `features` sections in what changes images, as far as both of them tell it.
+
+    Returns:
+        `[(what, their value, our value)]` of what differs, in words.
+    """
+    both = theirs or {}, ours or {}
+    found = []
+    digests = [vae.get("weights_sha256") for vae in both]
+    if None not in digests and digests[0] != digests[1]:
+        names = (f"{shortened(vae['name'])} (weights of sha256 {shortened(vae['weights_sha256'], 12)})" for vae in both)
+        found.append(("autoencoder", *names))
+    if all(vae.get("scaling_factor") is not None for vae in both):
+        values = {key: [vae[key] for vae in both] for key in SCALING_KEYS}
+        changed = {key: pair for key, pair in values.items() if (pair[0] or None) != (pair[1] or None)}  # no shift: 0
+        found += [(key, *(shortened(value, 40) for value in pair)) for key, pair in changed.items()]
+    return found
 
 
 class LatentEncoder:

@@ -153,7 +153,6 @@ class Session:
         self.objective = build_objective(config, ranks_per_batch=degrees.tensor)
         if pretrained and checkpoint is None:
             self.notes.append(load_pretrained(pretrained, self.model, config=config))
-            self.notes.append(setup.pretrained_note(pretrained, config))
         self.averages = setup.build_averages(training, self.model, on_host=degrees.sharding > 1)
         if checkpoint is not None:
             restore_model(checkpoint, self.model, self.averages)

@@ -8,7 +8,8 @@ from collections import namedtuple
 import numpy as np
 import paddle
 
-from config.schema import SCALING_KEYS, manifest_features, weights_features
+from config.schema import manifest_features
+from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
@@ -154,22 +155,11 @@ def read_class_names(path, num_classes):
 
 def features_changes(theirs, ours):
     """Returns, in words, how two `features` sections differ in what matters to a network; empty if they don't."""
-    changes = []
-    there, here = theirs["vae"] or {}, ours["vae"] or {}
-    if None not in (there.get("weights_sha256"), here.get("weights_sha256")):
-        if there["weights_sha256"] != here["weights_sha256"]:
-            names = [f"{shortened(vae['name'])} ({shortened(vae['weights_sha256'], 8)})" for vae in (here, there)]
-            changes.append(f"autoencoder {names[0]} here, {names[1]} there")
-    if None not in (there.get("scaling_factor"), here.get("scaling_factor")):
-        for name in SCALING_KEYS:
-            if (there[name] or None) != (here[name] or None):  # no shift is one of 0
-                changes.append(f"{name} {shortened(here[name], 40)} here, {shortened(there[name], 40)} there")
-    names = ours["class_names"] or {}
-    for label, there in (theirs["class_names"] or {}).items():
-        if names.get(label, there) != there:
-            changes.append(f"class {label} is {shortened(names[label])} here, {shortened(there)} there")
-            break
-    return "; ".join(changes)
+    changes = vae_differences(theirs["vae"], ours["vae"])
+    names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
+    renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]
+    changes += [(f"class {label} is", shortened(classes[label]), shortened(names[label])) for label in renamed[:1]]
+    return "; ".join(f"{what} {here} here, {there} there" for what, there, here in changes)
 
 
 def resume_sampler(sampler, training, progress):
@@ -187,24 +177,17 @@ def describe_data_changes(checkpoint, config, dataset):
     """Returns a sentence to print if a resumed run had other data, else None."""
     if checkpoint is None:
         return None
-    changes, ours, theirs = [], config, checkpoint.config or config
+    changes, theirs = [], checkpoint.config or config
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
         changes.append(f"{counted(len(dataset), 'sample')} here, {before:,} when the checkpoint was saved")
     keys = ("flip", "posterior", "classes", "validation_samples")
-    changed = [key for key in keys if theirs["data"][key] != ours["data"][key]]
-    changes += [f"{key} {ours['data'][key]} here, {theirs['data'][key]} there" for key in changed]
-    changes += filter(None, [features_changes(theirs["features"], ours["features"])])
+    changed = [key for key in keys if theirs["data"][key] != config["data"][key]]
+    changes += [f"{key} {config['data'][key]} here, {theirs['data'][key]} there" for key in changed]
+    changes += filter(None, [features_changes(theirs["features"], config["features"])])
     if not changes:
         return None
     note = "; ".join(changes) + ": other data, or in another order, from here"
     if {"classes", "validation_samples"} & {*changed}:
         note += "; held-out samples may have been trained on before"
     return note
-
-
-def pretrained_note(path, config):
-    """Returns a sentence if the weights that a run starts from were trained on another autoencoder's latents."""
-    features = {**weights_features(path, config), "class_names": None}
-    changes = features_changes(features, config["features"])
-    return f"{path} was trained on other latents: {changes}" if changes else None

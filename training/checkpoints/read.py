@@ -13,6 +13,7 @@ from training.checkpoints import find
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
 from training.checkpoints.state import load_weights_into
 from training.parallel.collective import run_on_rank_0
+from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights
 
@@ -168,7 +169,7 @@ _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multi
 
 
 def _check_start(path, config, has_position_table):
-    """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
+    """Returns clauses on objective and latents of the checkpoint `path`, if they are not the run's; else an empty text.
 
     Args:
         has_position_table: whether the run's network has one, which fits images of one size.
@@ -183,5 +184,10 @@ def _check_start(path, config, has_position_table):
     sizes = () if has_position_table else ("sample_size",)
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
-    listed = sampling_differences(own["objective"], config["objective"])
-    return f"; they were trained for another objective: {listed}" if listed else ""
+    notes = {
+        "they were trained for another objective": sampling_differences(own["objective"], config["objective"]),
+        f"{path} was trained on other latents": features_changes(
+            {**own["features"], "class_names": None}, config["features"]
+        ),
+    }
+    return "".join(f"; {what}: {listed}" for what, listed in notes.items() if listed)

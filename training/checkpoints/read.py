@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 
 from config.schema import differences, own_config, resolve_config, sampling_differences
-from models.state import check_finite, is_state, official_to_paddle, plain_names, without_rounding
+from models.state import check_finite, is_state, official_to_paddle, plain_names, turn_linear, without_rounding
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
@@ -33,9 +33,9 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
     if os.path.isfile(path):
         return _load_official(path)
     folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
-    if folder is None and optional:
-        return None
     if folder is None:
+        if optional:
+            return None
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
             "folder of such, or an official .pt file"
@@ -71,20 +71,20 @@ def _load_official(path):
     """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
     held = raw if isinstance(raw, dict) else {}
-    weights = {name: readable(held, name, path) for name in ("model", "ema") if name in held}
-    if not {"model", "opt"} <= set(held):
+    found = {name: readable(held, name, path) for name in ("model", "ema", "opt") if name in held}
+    optimizer = found.pop("opt", None)
+    if optimizer is None or "model" not in found:
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
             "weights alone use --pretrained_model_path"
         )
-    for name, state in weights.items():
+    for name, state in found.items():
         if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")
-        weights[name] = plain_names(state)
-        check_finite(weights[name], source=f"{path}: {name}")
-    optimizer = readable(raw, "opt", path)
+        found[name] = official_to_paddle(plain_names(state))
+        check_finite(found[name], source=f"{path}: {name}")
     try:
-        moments, step = _official_moments([*weights["model"]], optimizer)
+        moments, step = _official_moments([*found["model"]], optimizer)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = shortened(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
@@ -94,14 +94,8 @@ def _load_official(path):
     batch = args.get("global_batch_size") if isinstance(args, dict) else None
     if type(batch) is int and batch > 0:
         progress["global_batch_size"] = batch
-    return Checkpoint(
-        source=path,
-        config=None,
-        model=official_to_paddle(weights["model"]),
-        averages={"": official_to_paddle(weights["ema"])} if "ema" in weights else {},
-        read_optimizer=lambda: moments,
-        progress=progress,
-    )
+    averages = {"": found["ema"]} if "ema" in found else {}
+    return Checkpoint(path, None, found["model"], averages, read_optimizer=lambda: moments, progress=progress)
 
 
 def _official_moments(names, optimizer):
@@ -114,8 +108,8 @@ def _official_moments(names, optimizer):
         if not is_state({key: entry[key] for key in ("exp_avg", "exp_avg_sq")}):
             raise ValueError("a moment that is no tensor")
         moments[name] = {
-            "moment1": official_to_paddle({name: entry["exp_avg"]})[name],
-            "moment2": official_to_paddle({name: entry["exp_avg_sq"]})[name],
+            "moment1": turn_linear(name, entry["exp_avg"]),
+            "moment2": turn_linear(name, entry["exp_avg_sq"]),
             # Paddle keeps beta^(n + 1) after n steps.
             "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
             "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
@@ -135,8 +129,8 @@ def _number(value, below):
 def load_pretrained(path, model, *, config=None, as_stored=False):
     """Starts a network from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
 
-    A label table for another number of classes is left as it was initialised; everything else must fit. So is a
-    position table that differs from the network's by the rounding of a half precision.
+    A label table for another number of classes is left as it was initialised, and so is a position table that differs
+    from the network's by the rounding of a half precision; everything else must fit.
 
     Args:
         config: the run's; a checkpoint's own must describe the same network. None: not compared.
@@ -169,14 +163,7 @@ _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multi
 
 
 def _check_start(path, config, has_position_table):
-    """Returns clauses on objective and latents of the checkpoint `path`, if they are not the run's; else an empty text.
-
-    Args:
-        has_position_table: whether the run's network has one, which fits images of one size.
-
-    Raises:
-        ValueError: its network is another one.
-    """
+    """Returns clauses on objective and latents of a checkpoint, if they are not the run's; refuses another network."""
     own = own_config(path)
     if own is None:
         return ""
@@ -184,10 +171,9 @@ def _check_start(path, config, has_position_table):
     sizes = () if has_position_table else ("sample_size",)
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
+    latents = {**own["features"], "class_names": None}
     notes = {
         "they were trained for another objective": sampling_differences(own["objective"], config["objective"]),
-        f"{path} was trained on other latents": features_changes(
-            {**own["features"], "class_names": None}, config["features"]
-        ),
+        f"{path} was trained on other latents": features_changes(latents, config["features"]),
     }
     return "".join(f"; {what}: {listed}" for what, listed in notes.items() if listed)

@@ -44,8 +44,8 @@ def checkpoint_files(session):
         **session.progress(),
         "ema_updates": 0,
         **{state.updates_key(average): average.num_updates for average in session.averages},
-        "lr_scheduler": state.schedule_state(session.lr_scheduler),
-        "scaler": state.scaler_state(session.scaler),
+        "lr_scheduler": state.plain_state(session.lr_scheduler),
+        "scaler": state.plain_state(session.scaler),
         "random": state.random_state(),
     }
     yield CONFIG, session.config

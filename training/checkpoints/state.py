@@ -1,8 +1,4 @@
-"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them.
-
-The functions that take a `session` read its network, averages, optimizer, learning-rate schedule, loss scaler and
-objective; see `training.session.Session`.
-"""
+"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them."""
 
 import random
 
@@ -63,14 +59,9 @@ def whole_optimizer_state(model, optimizer):
     return arrays
 
 
-def schedule_state(lr_scheduler):
-    """Returns the numbers of a learning-rate schedule's state."""
-    return {k: value for k, value in lr_scheduler.state_dict().items() if isinstance(value, (int, float, str, bool))}
-
-
-def scaler_state(scaler):
-    """Returns a loss scaler's state as JSON values; empty without one."""
-    state = scaler.state_dict() if scaler is not None else {}
+def plain_state(part):
+    """Returns the numbers of a learning-rate schedule's or a loss scaler's state as JSON values; empty without one."""
+    state = part.state_dict() if part is not None else {}
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
 
 
@@ -108,9 +99,10 @@ def load_weights_into(model, state, source):
 
 
 def restore_training(checkpoint, session):
-    """Gives a session's optimizer, learning-rate schedule, loss scaler, objective and generators a checkpoint's state.
+    """Gives all but network and averages a checkpoint's state, once the optimizer has its wrappers.
 
-    Call it after the model has its weights and the optimizer its wrappers.
+    Args:
+        session: as for `training.checkpoints.saver.checkpoint_files`.
     """
     model, optimizer = session.model, session.optimizer
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.

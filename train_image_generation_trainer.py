@@ -25,7 +25,7 @@ def train(args, config, stopping):
     from training import setup
     from training.checkpoints.experiment import open_output_dir
     from training.parallel.degrees import resolve_degrees
-    from training.session import Outputs, Previews, Session
+    from training.session import Outputs, Session
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import training_arguments
 
@@ -64,7 +64,6 @@ def train(args, config, stopping):
         degrees=degrees,
         stopping=stopping,
         outputs=Outputs.from_flags(args, checkpoints="checkpoint-{step}"),
-        previews=Previews.from_flags(args),
     )
     if session.first_step < session.last_step:
         LatentDiffusionTrainer(session, training_args).train()

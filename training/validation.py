@@ -1,7 +1,5 @@
 """The loss of held-out samples at fixed timesteps and noise: a curve without the jumps of random draws."""
 
-import time
-
 import numpy as np
 import paddle
 import paddle.distributed as dist
@@ -65,16 +63,10 @@ class Validation:
         return np.random.default_rng([self.SEED, index]).standard_normal(shape, "float32")
 
     def run(self, session):
-        """Writes the losses after the session's step into its log: of its weights, and of the first of its averages.
-
-        The model is in training mode again after it.
-        """
-        start, model = time.perf_counter(), session.model
-        model.eval()
+        """Logs the losses after the session's step: of its weights, and of the first of its averages."""
+        model = session.model
         values = {"loss": self.loss(model, session.precision)}
         for average in session.averages[:1]:
             with ema_weights(model, average, LocalShard(model, session.optimizer)):
                 values["ema_loss"] = self.loss(model, session.precision)
-        model.train()
         session.log.report_validation(session.step, values)
-        session.log.pause(time.perf_counter() - start)

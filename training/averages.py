@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import paddle
 
+from models.state import check_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -78,41 +79,36 @@ class EMA:
 
     @paddle.no_grad()
     def set_state_dict(self, state):
-        """Takes averages by parameter name (tensors or arrays).
-
-        Raises:
-            ValueError: a name is missing, or has another shape.
-        """
+        """Takes averages by parameter name (tensors or arrays); ValueError if names or shapes are others."""
+        check_state(state, {name: shadow.shape for name, shadow in self.shadow.items()}, source="the EMA's state")
         for name, shadow in self.shadow.items():
-            if name not in state:
-                raise ValueError(f"the EMA state has no {name!r}")
-            value = paddle.to_tensor(np.asarray(state[name]), place=shadow.place).astype("float32")
-            if list(value.shape) != list(shadow.shape):
-                raise ValueError(f"the EMA state's {name!r} has shape {list(value.shape)}, not {list(shadow.shape)}")
-            paddle.assign(value, output=shadow)
-
-
-@paddle.no_grad()
-def _copy(value, target):
-    paddle.assign(value.astype(target.dtype), output=target)
+            value = paddle.to_tensor(np.asarray(state[name]), place=shadow.place)
+            paddle.assign(value.astype("float32"), output=shadow)
 
 
 @contextlib.contextmanager
 def ema_weights(model, ema, shard=None):
     """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
-    targets = {name: local_tensor(parameter) for name, parameter in model.named_parameters()}
-    own = {name: target.detach().clone() for name, target in targets.items()}
+    own = {name: local_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
     was_training = model.training
     shard = shard or LocalShard(model)
     averages = ema.state_dict()
+
+    @paddle.no_grad()
+    def fill(value_of):
+        for name, parameter in model.named_parameters():
+            target = local_tensor(parameter)
+            paddle.assign(value_of(name).astype(target.dtype), output=target)
+
+    def whole(name):  # one by one: no rank holds all averages at once
+        value = averages.get(name)
+        return value if shard.weights_are_sharded else shard.unshard(name, value)
+
     try:
-        for name, target in targets.items():  # one by one: no rank holds all averages at once
-            value = averages.get(name)
-            _copy(value if shard.weights_are_sharded else shard.unshard(name, value), target)
+        fill(whole)
         model.eval()
         yield model
     finally:
-        for name, parameter in model.named_parameters():
-            _copy(own[name], local_tensor(parameter))
+        fill(own.get)
         if was_training:
             model.train()

@@ -57,7 +57,7 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
         multi_precision: keep float32 master weights of half-precision parameters.
         watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
     """
-    gradient_norm = GradientNorm(training["max_grad_norm"], watch)
+    gradient_norm = GradientNorm(training["max_grad_norm"], LocalShard(model), watch)
     optimizer = paddle_private.make_adamw(
         gradient_norm.apply_rate,
         learning_rate=lr_scheduler,
@@ -78,18 +78,16 @@ class GradientNorm:
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
+        shard: the rank's `LocalShard`; another one takes its place once the optimizer has its wrappers.
         watch: see `build_optimizer`.
 
     Attributes:
         square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
-        shard: the rank's `LocalShard`, once the optimizer has its wrappers; None if it holds everything.
     """
 
-    def __init__(self, max_norm, watch=None):
-        self.max_norm = max_norm
-        self.watch = watch
+    def __init__(self, max_norm, shard, watch):
+        self.max_norm, self.shard, self.watch = max_norm, shard, watch
         self.square = None
-        self.shard = None
 
     def take(self):
         """Returns the norm of the last step as a number, or None; waits for the device."""
@@ -119,19 +117,19 @@ class GradientNorm:
     def _squared_norm(self, gradients):
         sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
         for parameter, gradient in gradients:
-            split, weight = self.shard.norm_weight(parameter.name) if self.shard is not None else (False, 1.0)
+            split, weight = self.shard.norm_weight(parameter.name)
             square = paddle_private.squared_norm(gradient.astype("float32"))
             sums[split].append(square if weight == 1.0 else square * weight)
         split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
-        if self.shard is not None and self.shard.tensor_group is not None:
+        if self.shard.tensor_group is not None:
             paddle.distributed.all_reduce(split, group=self.shard.tensor_group)
         total = split + common
-        if self.shard is not None and self.shard.group is not None:
+        if self.shard.group is not None:
             paddle.distributed.all_reduce(total, group=self.shard.group)
         return total
 
 
-_ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
 def optimizer_state(optimizer, model, shard=None):
@@ -151,7 +149,7 @@ def optimizer_state(optimizer, model, shard=None):
         for name, parameter in model.named_parameters()
         if not parameter.stop_gradient and shard.owns(name)
     }
-    accumulators = paddle_private.adamw_accumulators(inner, list(parameters.values()), _ACCUMULATORS)
+    accumulators = paddle_private.adamw_accumulators(inner, list(parameters.values()), ACCUMULATORS)
     masters = paddle_private.master_weights(inner)
     state = dict(zip(parameters, accumulators, strict=True))
     for name, parameter in parameters.items():
@@ -175,15 +173,15 @@ def set_optimizer_state(optimizer, model, state, shard=None, weights=None):
     shapes = shard.whole_shapes()
     for name, accumulators in optimizer_state(optimizer, model, shard).items():
         for key, tensor in accumulators.items():
-            entry = state.get(name, {})
-            if key == "master_weight" and key not in entry and weights is not None:
-                entry = {key: weights[name]}
-            if key not in entry:
+            value = state.get(name, {}).get(key)
+            if value is None and key == "master_weight" and weights is not None:
+                value = weights[name]
+            if value is None:
                 raise ValueError(f"the optimizer state has no {key} of {name}")
-            value = np.asarray(entry[key])
-            shape = list(tensor.shape) if key.endswith("pow_acc") else shapes[name]
+            is_number, value = key.endswith("pow_acc"), np.asarray(value)
+            shape = [1] if is_number else shapes[name]
             if value.size != np.prod(shape):
                 raise ValueError(f"the optimizer state's {key} of {name} has shape {list(value.shape)}, not {shape}")
             value = value.reshape(shape)
-            value = value if key.endswith("pow_acc") else shard.part(name, value)
+            value = value if is_number else shard.part(name, value)
             paddle.assign(paddle.to_tensor(value).astype("float32"), output=tensor)

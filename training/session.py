@@ -169,10 +169,9 @@ class Session:
         self.optimizer, self.scaler = optimizer, scaler
         shard = LocalShard(self.model, optimizer)
         self.gradient_norm = inner_optimizer(optimizer).gradient_norm
-        self.gradient_norm.shard = shard if shard.group or shard.tensor_group else None
-        if shard.group is not None:
-            for average in self.averages:
-                average.shard(shard)
+        self.gradient_norm.shard = shard
+        for average in self.averages:
+            average.shard(shard)
         if self.checkpoint is None:
             optimizer_state(optimizer, self.model, shard)
         else:

@@ -9,7 +9,7 @@ from models.parallel import rank_part
 from models.state import check_state
 from runtime.paddle_private import is_scaler_on, master_weights
 from training.checkpoints.find import STATE
-from training.optimizer import optimizer_state, set_optimizer_state
+from training.optimizer import ACCUMULATORS, optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -51,7 +51,7 @@ def whole_optimizer_state(model, optimizer):
     names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
     arrays = {name: {} for name in names}
     masters = ["master_weight"] if master_weights(optimizer) else []
-    for key in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *masters):
+    for key in (*ACCUMULATORS, *masters):
         tensors = {name: state[key] for name, state in held.items() if key in state}
         gather = shard.gather_scalars if key.endswith("pow_acc") else shard.gather
         for name, array in gather(tensors, names).items():

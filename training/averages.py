@@ -87,12 +87,11 @@ class EMA:
 
 
 @contextlib.contextmanager
-def ema_weights(model, ema, shard=None):
+def ema_weights(model, ema, optimizer=None):
     """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
     own = {name: local_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
     was_training = model.training
-    shard = shard or LocalShard(model)
-    averages = ema.state_dict()
+    shard, averages = LocalShard(model, optimizer), ema.state_dict()
 
     @paddle.no_grad()
     def fill(value_of):

@@ -1,16 +1,7 @@
 """AdamW, learning-rate schedules, and optimizer state by parameter name.
 
-An update, between the backward pass of a step and the next step, goes through these stations:
-
-1. `NumberWatch.begin_update(step, learning_rate, scaler)` tells the watch which step comes.
-2. `scaler.step(optimizer)` takes the loss scale out of the gradients and, unless they overflowed, calls the optimizer;
-   fleet's and the sharding wrappers hand it the gradients of this rank's parts.
-3. `GradientNorm.clip` measures their norm over all ranks. By it and by the loss the watch judges the step
-   (`NumberWatch.judge`): the gradients of a bad one become 0. Then it clips.
-4. `GradientNorm.apply_rate`: the learning rate of a bad step becomes 0 too, so that weight decay changes nothing.
-5. AdamW's kernels. The moments of a bad step decay as if its gradients had been 0.
-6. `NumberWatch.end_update(objective)` closes the step's books.
-
+Between the backward pass and the next step, `training.supervision.number_watch` judges the update. Fleet's and the
+sharding wrappers hand the optimizer the gradients of this rank's parts; `GradientNorm` measures them over all ranks.
 Nothing of it waits for the device.
 """
 
@@ -55,11 +46,11 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
 
     Args:
         multi_precision: keep float32 master weights of half-precision parameters.
-        watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
+        watch: the `NumberWatch` that judges each step, or None.
     """
     gradient_norm = GradientNorm(training["max_grad_norm"], LocalShard(model), watch)
     optimizer = paddle_private.make_adamw(
-        gradient_norm.apply_rate,
+        watch.applied_rate if watch is not None else lambda rate: rate,
         learning_rate=lr_scheduler,
         parameters=[parameter for parameter in model.parameters() if not parameter.stop_gradient],
         beta1=training["adam_beta1"],
@@ -93,10 +84,6 @@ class GradientNorm:
         """Returns the norm of the last step as a number, or None; waits for the device."""
         square, self.square = self.square, None
         return None if square is None else float(square) ** 0.5
-
-    def apply_rate(self, rate):
-        """Returns the learning rate to apply: 0 in a bad step."""
-        return rate if self.watch is None else self.watch.applied_rate(rate)
 
     @paddle.no_grad()
     def clip(self, params_grads):
@@ -132,7 +119,7 @@ class GradientNorm:
 ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
-def optimizer_state(optimizer, model, shard=None):
+def optimizer_state(optimizer, model):
     """Returns AdamW's state by the model's parameter names: `{name: {accumulator: tensor}}`, of this rank's parts.
 
     Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before; the
@@ -141,8 +128,7 @@ def optimizer_state(optimizer, model, shard=None):
     State that is not there yet is made, at 0. Call it before training: Paddle makes it at the first step, in memory
     where activations were before, and the process then grows by as much.
     """
-    shard = shard or LocalShard(model)
-    inner = paddle_private.inner_optimizer(optimizer)
+    shard, inner = LocalShard(model, optimizer), paddle_private.inner_optimizer(optimizer)
     # Sharding stage 3 makes a parameter of every slice, but only at a step.
     parameters = {
         name: paddle_private.slice_parameter(local_tensor(parameter), optimizer_key(parameter))
@@ -159,19 +145,18 @@ def optimizer_state(optimizer, model, shard=None):
 
 
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, shard=None, weights=None):
+def set_optimizer_state(optimizer, model, state, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
     Args:
-        shard: the rank's `LocalShard`; None if it holds everything.
         weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
 
     Raises:
         ValueError: a parameter or accumulator is missing or has another shape.
     """
-    shard = shard or LocalShard(model)
+    shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()
-    for name, accumulators in optimizer_state(optimizer, model, shard).items():
+    for name, accumulators in optimizer_state(optimizer, model).items():
         for key, tensor in accumulators.items():
             value = state.get(name, {}).get(key)
             if value is None and key == "master_weight" and weights is not None:

@@ -74,10 +74,10 @@ class Preview:
         Rank 0 draws, with those that hold parts of its network.
         """
         model, averages, log = session.model, session.averages, session.log
-        shard = LocalShard(model, session.optimizer)
+        is_collective = LocalShard(model, session.optimizer).forward_is_collective
         latents = None
-        with ema_weights(model, averages[0], shard) if averages else contextlib.nullcontext():
-            if session.rank == 0 or shard.forward_is_collective:
+        with ema_weights(model, averages[0], session.optimizer) if averages else contextlib.nullcontext():
+            if session.rank == 0 or is_collective:
                 latents = self.sample(model)
         if session.rank > 0:
             return

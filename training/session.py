@@ -121,7 +121,8 @@ class Session:
         self.dataset, held_out, self.sampler = data
         self.rank, self.world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
         if checkpoint is not None:
-            setup.resume_sampler(self.sampler, training, checkpoint.progress)
+            progress = checkpoint.progress
+            setup.resume_sampler(self.sampler, training, progress["global_step"], progress["samples_seen"])
         self.first_step = self.step = self.sampler.first_step
         self.last_step = self.sampler.last_step
         self.notes = [self.precision.note, *degrees.notes]
@@ -142,10 +143,7 @@ class Session:
         self.numbers.dump = lambda bad: dump_step(bad, self)
         self.validation = self.preview = self.log = self.saver = None
         if held_out is not None:
-            every = config["data"]["validation_steps"]
-            self.validation = Validation(
-                self.objective, held_out, self.sampler, every=every, ranks_per_batch=degrees.tensor
-            )
+            self.validation = Validation(self.objective, held_out, self.sampler)
         if outputs.preview_every > 0:
             sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
             self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
@@ -173,7 +171,7 @@ class Session:
         for average in self.averages:
             average.shard(shard)
         if self.checkpoint is None:
-            optimizer_state(optimizer, self.model, shard)
+            optimizer_state(optimizer, self.model)
         else:
             restore_training(self.checkpoint, self)
             self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
@@ -235,7 +233,7 @@ class Session:
         self.numbers.add(loss.detach(), parts)
 
     def begin_update(self, step):
-        """Tells the watch that the optimizer's step `step` comes; the stations are listed in `training.optimizer`."""
+        """Tells the watch that the optimizer's step `step` comes; see `training.supervision.number_watch`."""
         self.stopping.phase("updating the weights")
         self.learning_rate = self.optimizer.get_lr()
         self.numbers.begin_update(step, self.learning_rate, self.scaler)
@@ -261,14 +259,15 @@ class Session:
                 grad_norm=self.gradient_norm.take(),
                 epoch=self.sampler.epoch(step),
             )
-        if self.validation is not None and self.validation.due(step, self.last_step):
+        is_last = step == self.last_step
+        if self.validation is not None and (is_last or step % self.config["data"]["validation_steps"] == 0):
             with self._pause("validating"):
                 self.validation.run(self)
         if self.preview is not None and step % self.outputs.preview_every == 0:
             with self._pause("drawing previews"):
                 self.preview.run(self)
-        stopped = self._may_stop and step < self.last_step and self.stopping.due(step)
-        if step % self.outputs.save_every == 0 or step == self.last_step or stopped:
+        stopped = self._may_stop and not is_last and self.stopping.due(step)
+        if is_last or stopped or step % self.outputs.save_every == 0:
             self.save()
         return stopped
 

@@ -76,8 +76,9 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
         rank=rank,
         world_size=world_size,
         seed=training["seed"],
-        last_step=_last_step(training, len(dataset)),
+        last_step=0,
     )
+    resume_sampler(sampler, training)
     return Data(dataset, held_out, sampler)
 
 
@@ -162,15 +163,11 @@ def features_changes(theirs, ours):
     return "; ".join(f"{what} {here} here, {there} there" for what, there, here in changes)
 
 
-def resume_sampler(sampler, training, progress):
-    """Puts a sampler where a checkpoint's run stopped; the epochs that are left are counted from there."""
-    step, seen = progress["global_step"], progress["samples_seen"]
-    sampler.resume(step, seen, _last_step(training, sampler.stream.num_samples, first_step=step, samples_seen=seen))
-
-
-def _last_step(training, num_samples, **done):
+def resume_sampler(sampler, training, step=0, samples_seen=0):
+    """Lets a sampler go on after this step and these samples; the epochs that are left are counted from there."""
     settings = {key: training[key] for key in ("global_batch_size", "max_steps", "epochs")}
-    return total_steps(num_samples, **settings, **done)
+    last_step = total_steps(sampler.stream.num_samples, first_step=step, samples_seen=samples_seen, **settings)
+    sampler.resume(step, samples_seen, last_step)
 
 
 def describe_data_changes(checkpoint, config, dataset):

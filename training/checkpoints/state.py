@@ -47,7 +47,7 @@ def whole_weights(model, optimizer):
 def whole_optimizer_state(model, optimizer):
     """Gathers `{name: {accumulator: float32 array}}` of AdamW's state on rank 0."""
     shard = LocalShard(model, optimizer)
-    held = optimizer_state(optimizer, model, shard)
+    held = optimizer_state(optimizer, model)
     names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
     arrays = {name: {} for name in names}
     masters = ["master_weight"] if master_weights(optimizer) else []
@@ -108,7 +108,7 @@ def restore_training(checkpoint, session):
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
     half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())
     weights, checkpoint.model = (checkpoint.model if half else None), {}
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, LocalShard(model, optimizer), weights=weights)
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, weights)
     progress = checkpoint.progress
     session.lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler = progress.get("scaler") or {}

@@ -29,9 +29,7 @@ class EMA:
     def __init__(self, model, decay=0.9999, *, warmup=False, name="", on_host=False):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decay must be from 0 to 1, got {decay}")
-        self.decay = decay
-        self.warmup = warmup
-        self.name = name
+        self.decay, self.warmup, self.name = decay, warmup, name
         self.num_updates = 0
         with paddle.no_grad():
             self.shadow = {}
@@ -48,6 +46,10 @@ class EMA:
             if shard.owns(name)
         }
 
+    def key(self, what):
+        """Returns the name of what a checkpoint holds of these averages, "ema_state" or "ema_updates"."""
+        return f"{what}_{self.name}" if self.name else what
+
     def current_decay(self):
         """Returns the decay of the next update."""
         if self.warmup:
@@ -56,21 +58,16 @@ class EMA:
 
     @paddle.no_grad()
     def update(self, model, master_weights=None):
-        """Moves the averages one step towards the model. Enqueues device work only: nothing waits for the host.
+        """Moves the averages one step towards the model, without waiting for the device.
 
         Args:
-            model: the layer given to the constructor.
             master_weights: float32 copies by `training.parallel.shares.optimizer_key`, used where they exist.
         """
-        decay = self.current_decay()
-        master_weights = master_weights or {}
+        decay, masters = self.current_decay(), master_weights or {}
         for name, parameter in model.named_parameters():
-            shadow = self.shadow.get(name)
-            if shadow is not None:
-                value = master_weights.get(optimizer_key(parameter), local_tensor(parameter))
-                if value.dtype != shadow.dtype:
-                    value = value.astype("float32")
-                shadow.scale_(decay).add_(value * (1.0 - decay))
+            if name in self.shadow:
+                value = masters.get(optimizer_key(parameter), local_tensor(parameter))
+                self.shadow[name].scale_(decay).add_(value.astype("float32") * (1.0 - decay))
         self.num_updates += 1
 
     def state_dict(self):

@@ -73,7 +73,7 @@ class GradientNorm:
         watch: see `build_optimizer`.
 
     Attributes:
-        square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
+        square: the squared norm before clipping, a float32 tensor `(1,)` on the device; None once it was taken.
     """
 
     def __init__(self, max_norm, shard, watch):
@@ -88,9 +88,6 @@ class GradientNorm:
     @paddle.no_grad()
     def clip(self, params_grads):
         """Measures, judges and clips the gradients `[(parameter, gradient), ...]` of this rank's parts, in place."""
-        self.square = None
-        if self.max_norm <= 0 and self.watch is None:
-            return params_grads
         gradients = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
         self.square = square = self._squared_norm(gradients)
         if self.watch is not None:

@@ -17,7 +17,7 @@ from weights.source import is_training_checkpoint
 
 CONFIG, MODEL = "config.json", "model_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
-_AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
+AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 
 
@@ -28,7 +28,7 @@ class Checkpoint:
     source: str
     config: dict | None
     model: dict
-    averages: dict[str, dict]  # by the averages' names; the usual ones have none
+    averages: dict[str, dict]  # by their names, see `EMA`
     read_optimizer: Callable[[], dict]  # the largest part is read when it is wanted
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
@@ -36,17 +36,6 @@ class Checkpoint:
     @property
     def optimizer(self):
         return self.read_optimizer()
-
-
-def averages_file(name):
-    """Returns the file of the averages `name` in a checkpoint; the usual ones have an empty name."""
-    return f"ema_state_{name}.pdparams" if name else "ema_state.pdparams"
-
-
-def list_averages(folder):
-    """Returns the names of the averages in a checkpoint folder."""
-    matches = map(_AVERAGES.match, sorted(os.listdir(folder)))
-    return [match.group(1) or "" for match in matches if match]
 
 
 def is_checkpoint(folder):

@@ -46,6 +46,7 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
 
+    averages = map(find.AVERAGES.match, sorted(os.listdir(folder)))
     optimizer, objective = inside(folder, OPTIMIZER), inside(folder, OBJECTIVE)
     if not os.path.isfile(optimizer):
         raise ValueError(f"{optimizer}: no such file")
@@ -53,7 +54,7 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
         source=folder,
         config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=load_weights(inside(folder, MODEL)),
-        averages={name: load_weights(inside(folder, find.averages_file(name))) for name in find.list_averages(folder)},
+        averages={found[1] or "": load_weights(inside(folder, found[0])) for found in averages if found},
         read_optimizer=functools.partial(_read_optimizer, optimizer),
         objective=load_weights(objective) if os.path.isfile(objective) else {},
         progress=progress,

@@ -12,12 +12,13 @@ The random numbers of a step are a function of (seed, step), so that resuming ne
 """
 
 import collections
+import math
 import os
 import threading
 
-import numpy as np
 import paddle
 
+from models.parallel import whole_shape
 from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
 from runtime.paddle_private import master_weights
@@ -30,20 +31,15 @@ from weights.files import save_pdparams
 
 
 def checkpoint_files(session):
-    """Yields the files of a checkpoint, one after the other: `(name, JSON value or arrays by name)`.
+    """Yields the files of a session's checkpoint, `(name, JSON value or arrays by name)`; a collective.
 
-    A collective: on other ranks than 0 the arrays are missing. They are copies: training may go on while they are
-    written.
-
-    Args:
-        session: a `training.session.Session`, or whatever has its `config`, `model`, `averages`, `optimizer`,
-            `lr_scheduler`, `scaler`, `objective` and `progress()`.
+    The arrays, missing on other ranks than 0, are copies: training may go on while they are written.
     """
     model, optimizer = session.model, session.optimizer
     progress = {
         **session.progress(),
         "ema_updates": 0,
-        **{state.updates_key(average): average.num_updates for average in session.averages},
+        **{average.key("ema_updates"): average.num_updates for average in session.averages},
         "lr_scheduler": state.plain_state(session.lr_scheduler),
         "scaler": state.plain_state(session.scaler),
         "random": state.random_state(),
@@ -51,17 +47,14 @@ def checkpoint_files(session):
     yield CONFIG, session.config
     yield MODEL, state.whole_weights(model, optimizer)
     for average in session.averages:
-        yield find.averages_file(average.name), LocalShard(model, optimizer).gather(average.state_dict())
+        yield f"{average.key('ema_state')}.pdparams", LocalShard(model, optimizer).gather(average.state_dict())
     yield OPTIMIZER, state.whole_optimizer_state(model, optimizer)
     yield OBJECTIVE, {key: value.numpy() for key, value in session.objective.state_dict().items()}
     yield STATE, progress
 
 
 def write_checkpoint(folder, files):
-    """Writes a checkpoint, whole or not at all, on rank 0; the others only take part in gathering its files.
-
-    Args:
-        files: an iterator, as `checkpoint_files` returns.
+    """Writes the files of an iterator as a folder, whole or not at all, on rank 0; the others only help to gather them.
 
     Raises:
         OSError: the file system refused; on rank 0, when all files were gathered. What had the folder's name stays.
@@ -103,10 +96,8 @@ class CheckpointSaver:
     """
 
     def __init__(self, session, *, say=say, save_total_limit=None, background=True):
-        self.session = session
-        self.say = say
-        self.save_total_limit = save_total_limit
-        self.background = background
+        self.session, self.say = session, say
+        self.save_total_limit, self.background = save_total_limit, background
         self._thread = self._failure = None
 
     def save(self, folder):
@@ -124,7 +115,7 @@ class CheckpointSaver:
             self._thread.start()
 
     def finish(self):
-        """Waits for the save under way; a collective. `OSError` on every rank: the last save of all failed."""
+        """Waits for the save under way; a collective. Raises its error, on every rank, if the last save failed."""
         self.wait()
 
         def last():
@@ -143,8 +134,7 @@ class CheckpointSaver:
         if self.background and paddle.distributed.get_rank() == 0:
             session = self.session
             copies = 3 + len(session.averages) + bool(master_weights(session.optimizer))
-            shapes = LocalShard(session.model).whole_shapes().values()
-            size = copies * 4 * sum(int(np.prod(shape)) for shape in shapes)
+            size = copies * 4 * sum(math.prod(whole_shape(parameter)) for parameter in session.model.parameters())
             memory = available_memory()
             if memory is not None and size > 0.5 * memory:
                 self.background = False
@@ -170,10 +160,7 @@ class CheckpointSaver:
 
 
 def rotate_checkpoints(folder, save_total_limit, say=say):
-    """Deletes what is older than the newest `save_total_limit` whole checkpoints in `folder` (None: nothing).
-
-    Damaged ones don't count: as long as there are fewer whole ones, nothing is deleted. Rank 0 only.
-    """
+    """Deletes, on rank 0, what is older than the newest `save_total_limit` whole checkpoints (None: nothing)."""
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
             found = find.list_checkpoints(folder)

@@ -78,13 +78,8 @@ def restore_model(checkpoint, model, averages=()):
         check_state(state, LocalShard(model).whole_shapes(), source=checkpoint.source)
         average.set_state_dict({name: rank_part(value, state[name]) for name, value in model.named_parameters()})
         updates = checkpoint.progress.get("global_step", 0)
-        average.num_updates = checkpoint.progress.get(updates_key(average), updates)
+        average.num_updates = checkpoint.progress.get(average.key("ema_updates"), updates)
     checkpoint.averages = {}
-
-
-def updates_key(average):
-    """Returns the key of a checkpoint's state under which the number of an average's updates is kept."""
-    return f"ema_updates_{average.name}" if average.name else "ema_updates"
 
 
 def load_weights_into(model, state, source):

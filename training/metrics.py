@@ -26,40 +26,34 @@ def peak_memory_gib():
 
 
 class _Rows:
-    """A file of JSON lines, without those of steps that a resumed run is about to do again.
+    """A file of JSON lines, `earlier` ones without those of steps that a resumed run is about to do again.
 
     A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
     Without a row there is no file.
-
-    Attributes:
-        earlier: the rows that were there.
     """
 
     def __init__(self, path, first_step):
         self.path, self._file, self._pending, self._refused = path, None, b"", False
         self.earlier = []
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 # A kill or a power cut damages lines.
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     row = json.loads(line)
                     if line.endswith("\n") and isinstance(row["step"], int) and row["step"] <= first_step:
                         self.earlier.append(row)
+            if not self.earlier:
+                os.remove(path)
         if self.earlier:
             with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.earlier)
-        else:
-            os.remove(path)
 
     def append(self, values):
         """Writes a row. Returns a line to print the first time that the file system refuses, else None."""
         self._pending += (json.dumps(values) + "\n").encode()
         before, self._refused = self._refused, False
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)
+            self._file = self._file or open(self.path, "ab", buffering=0)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:

@@ -28,9 +28,8 @@ Data = namedtuple("Data", "dataset held_out sampler")
 
 def setup_precision(training, device):
     """Returns the `Precision` of a run, see `resolve_precision`."""
-    return resolve_precision(
-        training["amp_dtype"], training["amp_level"], device=device, compute_capability=compute_capability(device)
-    )
+    capability = compute_capability(device)
+    return resolve_precision(training["amp_dtype"], training["amp_level"], device=device, compute_capability=capability)
 
 
 def build_network(config, tensor_group=None, *, single_backward=False):
@@ -172,8 +171,6 @@ def resume_sampler(sampler, training, step=0, samples_seen=0):
 
 def describe_data_changes(checkpoint, config, dataset):
     """Returns a sentence to print if a resumed run had other data, else None."""
-    if checkpoint is None:
-        return None
     changes, theirs = [], checkpoint.config or config
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
@@ -182,9 +179,6 @@ def describe_data_changes(checkpoint, config, dataset):
     changed = [key for key in keys if theirs["data"][key] != config["data"][key]]
     changes += [f"{key} {config['data'][key]} here, {theirs['data'][key]} there" for key in changed]
     changes += filter(None, [features_changes(theirs["features"], config["features"])])
-    if not changes:
-        return None
-    note = "; ".join(changes) + ": other data, or in another order, from here"
-    if {"classes", "validation_samples"} & {*changed}:
-        note += "; held-out samples may have been trained on before"
-    return note
+    held_out = {"classes", "validation_samples"} & {*changed}
+    trained_on = "; held-out samples may have been trained on before" if held_out else ""
+    return f"{'; '.join(changes)}: other data, or in another order, from here{trained_on}" if changes else None

@@ -1,5 +1,6 @@
 """The folder of a run: a new experiment, one to resume, or an earlier run to move aside."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -42,21 +43,16 @@ def open_experiment(resume, results_dir, config_file, config, lock):
 
     def folder():
         for _, experiment in list_experiments(results_dir, name) if checkpoint is not None else []:
-            found = find_checkpoints(experiment)
             # What `auto` passed over is damaged, and may be done again in its place.
-            mine = found if resume == "auto" else found[:1]
+            mine = find_checkpoints(experiment)[: None if resume == "auto" else 1]
             if any(os.path.samefile(path, checkpoint.source) for path in mine):
                 lock.take(experiment)
                 clear_leftovers(os.path.dirname(checkpoint.source))
                 return experiment
-        index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
-        while True:
+        for index in itertools.count(max((index for index, _ in list_experiments(results_dir)), default=-1) + 1):
             path = os.path.join(results_dir, f"{index:03d}-{name}")
-            try:
+            with contextlib.suppress(FileExistsError):  # of a run that was started in the same moment
                 os.makedirs(path)
-            except FileExistsError:  # of a run that was started in the same moment
-                index += 1
-            else:
                 lock.take(path)
                 return path
 
@@ -64,11 +60,11 @@ def open_experiment(resume, results_dir, config_file, config, lock):
 
 
 def open_output_dir(output_dir, config, *, resume, overwrite, lock):
-    """Returns the checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
+    """Returns the checkpoint that a run in the Trainer's `output_dir` starts from, or None.
 
-    Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
-    With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
-    of the run it replaces or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
+    Without `resume` that is the newest one in `output_dir`, if it is this config's. With `overwrite`, and without
+    `resume`, the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces or later
+    ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
     Args:
         lock: a `RunLock`, which takes the folder on rank 0.
@@ -90,15 +86,14 @@ def open_output_dir(output_dir, config, *, resume, overwrite, lock):
                 f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
             ) from None
     run_on_rank_0(lambda: lock.take(output_dir))
-    run_on_rank_0(lambda: move_earlier_run_aside(output_dir, checkpoint, overwrite))
+    run_on_rank_0(lambda: _move_earlier_run_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 
 _RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
 
 
-def move_earlier_run_aside(output_dir, checkpoint, overwrite):
-    """Moves the files of an earlier run that this one would meet to `output_dir/previous-DATE`."""
+def _move_earlier_run_aside(output_dir, checkpoint, overwrite):
     existing = list_checkpoints(output_dir)
     if existing:
         clear_leftovers(output_dir)
@@ -124,11 +119,7 @@ def move_earlier_run_aside(output_dir, checkpoint, overwrite):
 
 
 def open_checkpoint(path, config, experiment_name=None, *, optional=False):
-    """Reads a checkpoint for a run with this config, as `load_checkpoint` does.
-
-    Raises:
-        ValueError: one line: what `load_checkpoint` raises, or it holds another model or objective.
-    """
+    """Reads a checkpoint as `load_checkpoint` does; ValueError also if it holds another model or objective."""
     checkpoint = load_checkpoint(path, experiment_name, optional=optional)
     if checkpoint is None:
         return None
@@ -136,8 +127,8 @@ def open_checkpoint(path, config, experiment_name=None, *, optional=False):
         if listed := differences(checkpoint.config[section], config[section]):
             raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
     progress = checkpoint.progress
-    if "samples_seen" not in progress:
-        batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
+    if "samples_seen" not in progress:  # of an official one
+        batch = progress.get("global_batch_size", config["training"]["global_batch_size"])
         progress["samples_seen"] = progress["global_step"] * batch
     if config["training"]["use_ema"] and not checkpoint.averages and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")

@@ -45,7 +45,6 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
     progress = read_json(state, infinity=True)
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
-
     averages = map(find.AVERAGES.match, sorted(os.listdir(folder)))
     optimizer, objective = inside(folder, OPTIMIZER), inside(folder, OBJECTIVE)
     if not os.path.isfile(optimizer):

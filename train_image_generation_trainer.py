@@ -45,13 +45,7 @@ def train(args, config, stopping):
     # Process group; then the output folder: it may hold a run to resume, one to move aside, or nothing.
     training_args = training_arguments(args, settings, precision, degrees, batch_size=data.sampler.batch_size)
     lock = RunLock()  # of the run's folder, until this function is left
-    checkpoint = open_output_dir(
-        args.output_dir,
-        config,
-        resume=args.resume,
-        overwrite=bool(args.overwrite_output_dir),
-        lock=lock,
-    )
+    checkpoint = open_output_dir(args.output_dir, config, lock, resume=args.resume, overwrite=args.overwrite_output_dir)
 
     # Network, objective, averages; log, previews, checkpoints.
     session = Session(

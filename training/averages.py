@@ -32,19 +32,14 @@ class EMA:
         self.decay, self.warmup, self.name = decay, warmup, name
         self.num_updates = 0
         with paddle.no_grad():
-            self.shadow = {}
-            for key, parameter in model.named_parameters():
-                copy = parameter.astype("float32").clone().detach()
-                self.shadow[key] = copy.cpu() if on_host else copy
+            copies = ((key, value.astype("float32").clone().detach()) for key, value in model.named_parameters())
+            self.shadow = {key: copy.cpu() if on_host else copy for key, copy in copies}
 
     @paddle.no_grad()
     def shard(self, shard):
         """Keeps the averages of this rank's `LocalShard` only; call it when the optimizer has its wrappers."""
-        self.shadow = {
-            name: shard.shard(name, value).to(device=paddle.get_device())
-            for name, value in self.shadow.items()
-            if shard.owns(name)
-        }
+        own = {name: shard.shard(name, value) for name, value in self.shadow.items() if shard.owns(name)}
+        self.shadow = {name: value.to(device=paddle.get_device()) for name, value in own.items()}
 
     def key(self, what):
         """Returns the name of what a checkpoint holds of these averages, "ema_state" or "ema_updates"."""

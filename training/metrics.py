@@ -82,13 +82,10 @@ class TrainingLog:
     def __init__(
         self, folder, *, visualdl_dir, log_every, first_step, last_step, global_batch_size, show_bar=True, rank=0
     ):
-        self.log_every = max(1, log_every)
-        self.global_batch_size = global_batch_size
-        self.last_step = last_step
-        self.visualdl_dir = visualdl_dir
+        self.log_every, self.global_batch_size = max(1, log_every), global_batch_size
+        self.visualdl_dir, self.last_step = visualdl_dir, last_step
         self.first_step = self._step = self._reported = first_step
-        self._start = time.perf_counter()
-        self._paused = 0.0
+        self._start, self._paused = time.perf_counter(), 0.0
         self._writer = self._bar = None
         if rank == 0:
             from visualdl import LogWriter

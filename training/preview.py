@@ -39,34 +39,22 @@ class Preview:
             raise ValueError(f"--cfg_scale {cfg_scale}: expected a finite number, 1 for no guidance")
         self.decoder = None
         if paddle.distributed.get_rank() == 0:
-            vae, notes = open_vae(
-                vae,
-                config["features"]["vae"],
-                default=DEFAULT_VAE,
-                flag="--vae_name_or_path",
-                channels=model["in_channels"],
-            )
+            wanted = {"default": DEFAULT_VAE, "flag": "--vae_name_or_path", "channels": model["in_channels"]}
+            vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
             for note in notes:
                 say(f"note: {note}")
             self.decoder = LatentDecoder(vae)
-        self.objective = objective
-        self.num_inference_steps = num_inference_steps
-        self.cfg_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0
-        self.sizes = latent_sizes(model)
+        self.objective, self.sizes = objective, latent_sizes(model)
+        guidance_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0
+        self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         shape = [self.NUM_IMAGES, model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(0).standard_normal(shape).astype("float32")
         self.labels = np.linspace(0, model["num_classes"] - 1, self.NUM_IMAGES).round().astype("int64")
 
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
-        return Generator(model, self.objective, **self.sizes).sample(
-            self.labels,
-            seed=None,
-            noise=paddle.to_tensor(self.noise),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.cfg_scale,
-            output="latents",
-        )
+        generator, noise = Generator(model, self.objective, **self.sizes), paddle.to_tensor(self.noise)
+        return generator.sample(self.labels, seed=None, noise=noise, output="latents", **self.settings)
 
     def run(self, session):
         """Samples the first of the session's averages, or the network without any, into its `images/` and its log.

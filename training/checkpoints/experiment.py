@@ -59,7 +59,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     return checkpoint, run_on_rank_0(folder)
 
 
-def open_output_dir(output_dir, config, *, resume, overwrite, lock):
+def open_output_dir(output_dir, config, lock, *, resume, overwrite):
     """Returns the checkpoint that a run in the Trainer's `output_dir` starts from, or None.
 
     Without `resume` that is the newest one in `output_dir`, if it is this config's. With `overwrite`, and without

@@ -23,7 +23,7 @@ _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 
 @dataclass
 class Checkpoint:
-    """The contents of a checkpoint: arrays by name, and `progress` with `global_step` and `samples_seen`."""
+    """The contents of a checkpoint: arrays by name, and `progress`, see `Session.progress`."""
 
     source: str
     config: dict | None
@@ -55,12 +55,8 @@ def list_checkpoints(folder):
     if not os.path.isdir(folder):
         return []
     restore_replaced(folder)
-    found = []
-    for entry in os.scandir(folder):
-        match = _CHECKPOINT_NAME.match(entry.name)
-        if match and _holds(entry.path, MODEL, OPTIMIZER, STATE):
-            found.append((int(match.group(1)), entry.path))
-    return [path for _, path in sorted(found)]
+    paths = [entry.path for entry in os.scandir(folder) if _CHECKPOINT_NAME.match(entry.name)]
+    return sorted((path for path in paths if _holds(path, MODEL, OPTIMIZER, STATE)), key=step_of)
 
 
 def find_checkpoints(folder, experiment_name=None):
@@ -73,10 +69,10 @@ def find_checkpoints(folder, experiment_name=None):
     """
     if is_checkpoint(folder):
         return [folder]
-    experiments = [path for _, path in reversed(list_experiments(folder, experiment_name))]
-    direct = list_checkpoints(folder) or list_checkpoints(os.path.join(folder, "checkpoints"))
-    found = [direct] if direct else [list_checkpoints(os.path.join(path, "checkpoints")) for path in experiments]
-    return [path for paths in found for path in reversed(paths)]
+    found = list_checkpoints(folder) or list_checkpoints(os.path.join(folder, "checkpoints"))
+    for _, experiment in list_experiments(folder, experiment_name) if not found else []:
+        found += list_checkpoints(os.path.join(experiment, "checkpoints"))
+    return found[::-1]
 
 
 def damage(folder, *, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=False):
@@ -86,11 +82,10 @@ def damage(folder, *, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=Fals
         required: names of files that its manifest must list.
         checksums: read every file to its end, not only its size.
     """
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    if not _holds(folder, MANIFEST):
         return f"it has no {MANIFEST}"
     try:
-        files = read_json(path)["files"]
+        files = read_json(os.path.join(folder, MANIFEST))["files"]
         sizes = {name: int(entry["size"]) for name, entry in files.items()}
         digests = {name: str(entry["sha256"]) for name, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -68,15 +68,11 @@ class _Rows:
 
 
 class TrainingLog:
-    """Collects the losses of the steps and reports them every `log_every` steps; rank 0 writes.
+    """Reports a run every `log_every` optimizer steps, and shows a bar on a terminal; rank 0 writes.
 
     Args:
         folder: gets `metrics.jsonl` and `validation.jsonl`, one object a report.
         visualdl_dir: gets the VisualDL log, tags `train/...` and `validation/...`.
-        log_every: optimizer steps between reports.
-        first_step, last_step: where the run starts and ends.
-        global_batch_size: samples an optimizer step.
-        show_bar: a tqdm bar beside the lines, on a terminal.
     """
 
     def __init__(

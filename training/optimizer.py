@@ -65,31 +65,28 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
 
 
 class GradientNorm:
-    """Clips gradients by the global norm over all ranks' parts (Pascanu et al. 2013), and tells the norm.
+    """Clips gradients by the global norm over all ranks' parts (Pascanu et al. 2013), and tells the norm before it.
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
         shard: the rank's `LocalShard`; another one takes its place once the optimizer has its wrappers.
         watch: see `build_optimizer`.
-
-    Attributes:
-        square: the squared norm before clipping, a float32 tensor `(1,)` on the device; None once it was taken.
     """
 
     def __init__(self, max_norm, shard, watch):
         self.max_norm, self.shard, self.watch = max_norm, shard, watch
-        self.square = None
+        self._square = None  # of the norm, float32 (1,), on the device
 
     def take(self):
         """Returns the norm of the last step as a number, or None; waits for the device."""
-        square, self.square = self.square, None
+        square, self._square = self._square, None
         return None if square is None else float(square) ** 0.5
 
     @paddle.no_grad()
     def clip(self, params_grads):
         """Measures, judges and clips the gradients `[(parameter, gradient), ...]` of this rank's parts, in place."""
         gradients = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        self.square = square = self._squared_norm(gradients)
+        self._square = square = self._squared_norm(gradients)
         if self.watch is not None:
             square = self.watch.judge(square, [gradient for _, gradient in gradients])
         if self.max_norm > 0:
@@ -119,8 +116,7 @@ ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 def optimizer_state(optimizer, model):
     """Returns AdamW's state by the model's parameter names: `{name: {accumulator: tensor}}`, of this rank's parts.
 
-    Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before; the
-    model's names don't, so that this state can be loaded by another loop, process or number of ranks.
+    Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before.
 
     State that is not there yet is made, at 0. Call it before training: Paddle makes it at the first step, in memory
     where activations were before, and the process then grows by as much.

@@ -83,12 +83,12 @@ class Session:
 
     Args:
         config: the resolved config.
-        data: from `training.setup.open_data`; the config's `features` section is that of its set.
+        data: from `training.setup.open_data`, which fills in the config's `features` section.
         folder: of the run.
         checkpoint: what to resume, from `training.checkpoints.experiment`; None to begin.
         pretrained: weights to begin from, a path for `load_pretrained`, or None.
         precision: from `training.setup.setup_precision`; None for float32.
-        degrees: how the ranks divide the work; None: they don't.
+        degrees: from `training.parallel.degrees`; None for ranks that differ in their data alone.
         stopping: a `Stopping`, entered; None: nothing stops the run, and a notebook keeps its signals.
         outputs: an `Outputs`.
 
@@ -177,9 +177,10 @@ class Session:
             self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
 
     def start(self):
-        """Describes the run, opens its log, and lets signals and the clock stop it from here on; returns the session.
+        """Describes the run, opens its log, lets signals and the clock stop it, and begins training mode: label dropout.
 
-        The network is in training mode then: label dropout is on.
+        Returns:
+            The session.
         """
         if self.rank == 0:
             self._describe()
@@ -223,11 +224,7 @@ class Session:
     # A step, in the order of these calls. Only reports, validation, previews and saves wait for the device.
 
     def add_losses(self, loss, losses):
-        """Keeps a micro-batch's mean loss `()` for watch and report, and each regularizer's part of it.
-
-        Args:
-            losses: what the objective returned, tensors `(N,)` by name.
-        """
+        """Keeps a micro-batch's mean loss `()` for watch and report, and of `losses` (N,) each regularizer's part."""
         names = [regularizer.name for regularizer in self.objective.regularizers]
         parts = {name: losses[name].mean().detach() for name in names}
         self.numbers.add(loss.detach(), parts)
@@ -244,10 +241,9 @@ class Session:
         self.objective.end_step()
 
     def after_step(self, step):
-        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint, stop.
+        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint.
 
-        Returns:
-            True if the run has been asked to stop: it is saved, and must leave its loop.
+        Returns True if the run has been asked to stop: it is saved, and must leave its loop.
         """
         self.step = step
         for average in self.averages:
@@ -305,8 +301,7 @@ class Session:
     def close(self, how_to_go_on):
         """Waits for the last checkpoint, ends the log and says where everything is; ends a stopped run's process.
 
-        Args:
-            how_to_go_on: with a stopped run, a clause for the user.
+        A user of a stopped run reads the clause `how_to_go_on`.
         """
         place = os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
         if self.log is not None:

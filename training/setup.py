@@ -62,9 +62,7 @@ def build_averages(training, model, *, on_host=False):
 def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
     """Opens the `Data` of a run: a seeded endless stream, of which every rank takes its rows of each global batch.
 
-    Args:
-        resolution: picks one of several sets in the folder.
-        rank, world_size: of the ranks that get different data.
+    Of several sets in the folder, `resolution` picks one. Rank and world size are those of ranks with different data.
     """
     training = config["training"]
     dataset, held_out = build_dataset(config, feature_path, resolution)
@@ -132,11 +130,7 @@ def describe_features(feature_path, resolution, num_classes):
 
 
 def read_class_names(path, num_classes):
-    """Reads `({label: name} or None, note or None)` from a set's NAME_classes.json, for labels below `num_classes`.
-
-    Raises:
-        ValueError: one line: not such a file.
-    """
+    """Reads `({label: name} or None, note or None)` from a set's NAME_classes.json, for labels below `num_classes`."""
     if not os.path.exists(path):
         return None, None
     too_many = f"{path}: its class names take more than {MAX_NAMES_BYTES >> 20} MiB and stay there"

@@ -15,7 +15,6 @@ class Validation:
     of ranks; the places are spread evenly over the samples. No label is dropped.
 
     Args:
-        objective: from `objectives.build_objective`.
         dataset: the held-out part of a `FeatureDataset`.
         sampler: this rank's `MicroBatchSampler`, which knows its place among the data-parallel ranks.
     """

@@ -21,7 +21,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     """Returns the checkpoint to resume (or None) and the hand-written loop's folder `results_dir/NNN-CONFIG`.
 
     A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
-    gets a new one, so that nothing is overwritten. All ranks get the same answer.
+    gets a new one, so that nothing is overwritten.
 
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.

@@ -78,9 +78,7 @@ def find_checkpoints(folder, experiment_name=None):
 def damage(folder, *, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=False):
     """Returns, in words, what is wrong with a folder that `runtime.files.FolderWriter` wrote; None for a whole one.
 
-    Args:
-        required: names of files that its manifest must list.
-        checksums: read every file to its end, not only its size.
+    Its manifest must list the `required` files. With `checksums` every file is read to its end.
     """
     if not _holds(folder, MANIFEST):
         return f"it has no {MANIFEST}"

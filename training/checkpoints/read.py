@@ -157,8 +157,7 @@ def load_pretrained(path, model, *, config=None, as_stored=False):
     return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
 
 
-# Keys whose values may differ from those of the checkpoint that a run starts from, because the label table is made anew
-# and the shapes of the weights tell of the others.
+# Keys that may differ at the start, because the label table is made anew and the weights' shapes tell of the others.
 _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
 
 

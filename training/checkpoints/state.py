@@ -67,11 +67,7 @@ def plain_state(part):
 
 @paddle.no_grad()
 def restore_model(checkpoint, model, averages=()):
-    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights.
-
-    Raises:
-        ValueError: weights of another architecture.
-    """
+    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights."""
     load_weights_into(model, checkpoint.model, checkpoint.source)
     for average in averages:
         state = checkpoint.averages.get(average.name) or checkpoint.model
@@ -83,22 +79,14 @@ def restore_model(checkpoint, model, averages=()):
 
 
 def load_weights_into(model, state, source):
-    """Gives a model this rank's parts of whole weights by name.
-
-    Raises:
-        ValueError: weights of another architecture; `source` says whose.
-    """
+    """Gives a model this rank's parts of whole weights by name; ValueError, which names `source`, if they don't fit."""
     check_state(state, LocalShard(model).whole_shapes(), source=source)
     for name, parameter in model.named_parameters():
         parameter.set_value(paddle.to_tensor(rank_part(parameter, state[name])).astype(parameter.dtype))
 
 
 def restore_training(checkpoint, session):
-    """Gives all but network and averages a checkpoint's state, once the optimizer has its wrappers.
-
-    Args:
-        session: as for `training.checkpoints.saver.checkpoint_files`.
-    """
+    """Gives all but network and averages of a session a checkpoint's state, once the optimizer has its wrappers."""
     model, optimizer = session.model, session.optimizer
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
     half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())

@@ -1,6 +1,5 @@
 """Reads what a checkpoint folder or an official training checkpoint holds, and checks it against the run."""
 
-import functools
 import os
 
 import numpy as np
@@ -54,7 +53,7 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
         config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=load_weights(inside(folder, MODEL)),
         averages={found[1] or "": load_weights(inside(folder, found[0])) for found in averages if found},
-        read_optimizer=functools.partial(_read_optimizer, optimizer),
+        read_optimizer=lambda: _read_optimizer(optimizer),
         objective=load_weights(objective) if os.path.isfile(objective) else {},
         progress=progress,
     )
@@ -126,7 +125,7 @@ def _number(value, below):
 
 
 @paddle.no_grad()
-def load_pretrained(path, model, *, config=None, as_stored=False):
+def load_pretrained(path, model, *, config=None):
     """Starts a network from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
 
     A label table for another number of classes is left as it was initialised, and so is a position table that differs
@@ -134,7 +133,6 @@ def load_pretrained(path, model, *, config=None, as_stored=False):
 
     Args:
         config: the run's; a checkpoint's own must describe the same network. None: not compared.
-        as_stored: take all numbers as they are, also those that are not finite.
 
     Returns:
         A sentence to print.
@@ -145,10 +143,9 @@ def load_pretrained(path, model, *, config=None, as_stored=False):
     note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
     state, source = read_weights(path)
     parameters = dict(model.named_parameters())
-    if not as_stored:
-        check_finite(state, source=source)
-        if "pos_embed" in state and "pos_embed" in parameters:
-            state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
+    check_finite(state, source=source)
+    if "pos_embed" in state and "pos_embed" in parameters:
+        state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
     table = "y_embedder.embedding_table.weight"
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:

@@ -47,9 +47,7 @@ class EMA:
 
     def current_decay(self):
         """Returns the decay of the next update."""
-        if self.warmup:
-            return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        return self.decay
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
 
     @paddle.no_grad()
     def update(self, model, master_weights=None):

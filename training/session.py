@@ -141,9 +141,8 @@ class Session:
         # What watches and shows the training.
         self.numbers = NumberWatch(training, stopping)
         self.numbers.dump = lambda bad: dump_step(bad, self)
-        self.validation = self.preview = self.log = self.saver = None
-        if held_out is not None:
-            self.validation = Validation(self.objective, held_out, self.sampler)
+        self.preview = self.log = self.saver = None
+        self.validation = Validation(self.objective, held_out, self.sampler) if held_out is not None else None
         if outputs.preview_every > 0:
             sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
             self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
@@ -177,10 +176,9 @@ class Session:
             self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
 
     def start(self):
-        """Describes the run, opens its log, lets signals and the clock stop it, and begins training mode: label dropout.
+        """Describes the run, opens its log, lets signals and the clock stop it from here on; returns the session.
 
-        Returns:
-            The session.
+        The network is in training mode then: label dropout is on.
         """
         if self.rank == 0:
             self._describe()

@@ -35,19 +35,16 @@ class Validation:
         # All ranks make the same number of passes: a network in parts computes only with all of them.
         stride = self.batch_size * self.world_size
         for first in range(self.rank * self.batch_size, -(-count // stride) * stride, stride):
-            indices = np.arange(first, min(first + self.batch_size, count))
-            mine = len(indices) > 0
-            if not mine:
-                indices = np.zeros(1, "int64")
+            mine = np.arange(first, min(first + self.batch_size, count))
+            indices = mine if len(mine) else np.zeros(1, "int64")
             x, y = self.dataset.read(indices)
             rngs = [np.random.default_rng([self.SEED, index]) for index in indices]
             noise = np.stack([rng.standard_normal(x.shape[1:], "float32") for rng in rngs])
             x, y, place, noise = (paddle.to_tensor(array) for array in (x, y, self._places[indices], noise))
             with precision.autocast():
                 losses = self.objective.validation_losses(model, Batch(x, y), place, noise)
-            if mine:
-                total = losses.astype("float32").sum()
-                totals = totals + paddle.stack([total, paddle.full_like(total, len(losses))])
+            total = losses[: len(mine)].astype("float32").sum()
+            totals = totals + paddle.stack([total, paddle.full_like(total, len(mine))])
         if dist.get_world_size() > 1:
             dist.all_reduce(totals)
         loss, samples = totals.tolist()

@@ -94,9 +94,8 @@ _RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "ima
 
 
 def _move_earlier_run_aside(output_dir, checkpoint, overwrite):
+    clear_leftovers(output_dir)
     existing = list_checkpoints(output_dir)
-    if existing:
-        clear_leftovers(output_dir)
     if checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing):
         step = checkpoint.progress["global_step"]
         moved = [path for path in existing if step_of(path) > step]

@@ -117,12 +117,7 @@ class CheckpointSaver:
     def finish(self):
         """Waits for the save under way; a collective. Raises its error, on every rank, if the last save failed."""
         self.wait()
-
-        def last():
-            if self._failure is not None:
-                raise self._failure
-
-        run_on_rank_0(last)
+        run_on_rank_0(lambda: self._failure)
 
     def wait(self):
         """Waits for the save under way, on rank 0; nothing is under way on the others."""

@@ -35,26 +35,20 @@ def whole_weights(model, optimizer):
     if not masters and not shard.weights_are_sharded:
         # Stages 1 and 2 replicate float32 weights: any rank's copy will do. Master weights have to be gathered.
         shard = LocalShard(model)
-    return shard.gather(
-        {
-            name: masters.get(optimizer_key(parameter), local_tensor(parameter))
-            for name, parameter in model.named_parameters()
-            if shard.owns(name)
-        }
-    )
+    held = {name: masters.get(optimizer_key(value), local_tensor(value)) for name, value in model.named_parameters()}
+    return shard.gather(held)
 
 
 def whole_optimizer_state(model, optimizer):
     """Gathers `{name: {accumulator: float32 array}}` of AdamW's state on rank 0."""
     shard = LocalShard(model, optimizer)
     held = optimizer_state(optimizer, model)
-    names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
-    arrays = {name: {} for name in names}
+    arrays = {name: {} for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     masters = ["master_weight"] if master_weights(optimizer) else []
     for key in (*ACCUMULATORS, *masters):
         tensors = {name: state[key] for name, state in held.items() if key in state}
         gather = shard.gather_scalars if key.endswith("pow_acc") else shard.gather
-        for name, array in gather(tensors, names).items():
+        for name, array in gather(tensors, list(arrays)).items():
             arrays[name][key] = array
     return arrays
 

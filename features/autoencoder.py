@@ -299,37 +299,29 @@ def match_vae(vae, name, features, flag):
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
     ours = {"name": name, "weights_sha256": weights_digest(vae), **LatentScaling.of(vae.config).as_dict()}
-    scaling = {}
-    if features["scaling_factor"] is not None:
-        scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
-        scaling = scaling.as_dict()
-    differences = vae_differences({**features, **scaling}, ours)
-    if not differences:
+    changes = [f"{what} {theirs}, not {own}" for what, theirs, own in vae_differences(features, ours)]
+    if not changes:
         return None
-    note = f"VAE {name}: the features were made with "
-    note += ", ".join(f"{what} {theirs}, not {own}" for what, theirs, own in differences)
-    if features["weights_sha256"] == ours["weights_sha256"]:
-        vae.register_to_config(**scaling)
-        note += ", and are decoded so"
-    return note
+    is_same = features["weights_sha256"] == ours["weights_sha256"]
+    if is_same:
+        vae.register_to_config(**{key: features[key] for key in SCALING_KEYS})
+        LatentScaling.of(vae.config, channels=vae.config.latent_channels, source="the features' autoencoder")
+    return f"VAE {name}: the features were made with {', '.join(changes)}{', and are decoded so' if is_same else ''}"
 
 
 def vae_differences(theirs, ours):
-    """Compares two `vae` entries of `features` sections in what changes images, as far as both of them tell it.
+    """Lists, as `(what, their value, our value)` in words, how two `vae` entries of `features` sections differ.
 
-    Returns:
-        `[(what, their value, our value)]` of what differs, in words.
+    Weights and scaling are compared, as far as both entries tell them.
     """
-    both = theirs or {}, ours or {}
+    both = [vae for vae in (theirs, ours) if vae]
     found = []
-    digests = [vae.get("weights_sha256") for vae in both]
-    if None not in digests and digests[0] != digests[1]:
+    if len({vae["weights_sha256"] for vae in both} - {None}) == 2:
         names = (f"{shortened(vae['name'])} (weights of sha256 {shortened(vae['weights_sha256'], 12)})" for vae in both)
         found.append(("autoencoder", *names))
-    if all(vae.get("scaling_factor") is not None for vae in both):
-        values = {key: [vae[key] for vae in both] for key in SCALING_KEYS}
-        changed = {key: pair for key, pair in values.items() if (pair[0] or None) != (pair[1] or None)}  # no shift: 0
-        found += [(key, *(shortened(value, 40) for value in pair)) for key, pair in changed.items()]
+    if [vae["scaling_factor"] is not None for vae in both] == [True, True]:
+        changed = [key for key in SCALING_KEYS if (theirs[key] or None) != (ours[key] or None)]  # no shift is one of 0
+        found += [(key, shortened(theirs[key], 40), shortened(ours[key], 40)) for key in changed]
     return found
 
 

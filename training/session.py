@@ -129,7 +129,7 @@ class Session:
 
         # Network, objective, averages: before AMP O2 casts the weights.
         group = tensor_parallel_group() if degrees.tensor > 1 else None
-        self.model = setup.build_network(config, group, single_backward=True)
+        self.model = setup.build_network(config, group)
         self.objective = build_objective(config, ranks_per_batch=degrees.tensor)
         if pretrained and checkpoint is None:
             self.notes.append(load_pretrained(pretrained, self.model, config=config))
@@ -223,8 +223,7 @@ class Session:
 
     def add_losses(self, loss, losses):
         """Keeps a micro-batch's mean loss `()` for watch and report, and of `losses` (N,) each regularizer's part."""
-        names = [regularizer.name for regularizer in self.objective.regularizers]
-        parts = {name: losses[name].mean().detach() for name in names}
+        parts = {part.name: losses[part.name].mean().detach() for part in self.objective.regularizers}
         self.numbers.add(loss.detach(), parts)
 
     def begin_update(self, step):

@@ -21,7 +21,6 @@ from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 
-
 # The samples of a run, those held out of it (or None), and the order in which this rank takes them.
 Data = namedtuple("Data", "dataset held_out sampler")
 
@@ -32,12 +31,10 @@ def setup_precision(training, device):
     return resolve_precision(training["amp_dtype"], training["amp_level"], device=device, compute_capability=capability)
 
 
-def build_network(config, tensor_group=None, *, single_backward=False):
+def build_network(config, tensor_group=None):
     """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
 
-    Args:
-        tensor_group: the tensor-parallel group of ranks that hold a part each; None: whole.
-        single_backward: the promise of a training step, see `models.DiT`.
+    The ranks of a tensor-parallel group hold a part each.
     """
     training = config["training"]
     random.seed(training["seed"])
@@ -47,16 +44,15 @@ def build_network(config, tensor_group=None, *, single_backward=False):
         config["model"],
         fused_attention=training["fused_attention"],
         enable_recompute=training["recompute"],
-        single_backward=single_backward,
+        single_backward=True,
         tensor_parallel_group=tensor_group,
     )
 
 
 def build_averages(training, model, *, on_host=False):
     """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
-    if not training["use_ema"]:
-        return []
-    return [EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)]
+    options = {"decay": training["ema_decay"], "warmup": training["ema_warmup"], "on_host": on_host}
+    return [EMA(model, **options)] if training["use_ema"] else []
 
 
 def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):

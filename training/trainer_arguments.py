@@ -13,11 +13,7 @@ from training.parallel.cpu import use_plain_collectives
 def training_arguments(args, training, precision, degrees, *, batch_size):
     """Returns PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
-    Args:
-        args: flags of the Trainer's command line.
-        training: the config's section.
-        precision, degrees: as resolved; PaddleNLP is not asked for what the device can't do.
-        batch_size: samples of a micro-batch on one device.
+    Precision and degrees are resolved: PaddleNLP is not asked for what the device can't do.
 
     Raises:
         ValueError: a value that TrainingArguments does not take.
@@ -29,7 +25,6 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
     # Everything that PaddleNLP is told. Reports, checkpoints, optimizer and schedule are the session's.
     values = {
         "output_dir": args.output_dir,
-        "do_train": True,
         "device": args.device if args.device != "auto" else device.split(":")[0],
         "seed": training["seed"],
         "per_device_train_batch_size": batch_size,
@@ -48,8 +43,6 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
         "disable_tqdm": True,
         "report_to": "none",
         "save_strategy": "no",
-        "skip_profile_timer": True,
-        "skip_memory_metrics": True,
         **{name: getattr(args, name) for name in PASSED_ON if getattr(args, name) is not None},
     }
     try:

@@ -66,7 +66,7 @@ def replay(folder, config, batch, state):
         `(losses, gradients, layer)`: the samples' losses `(N,)`; gradient norms by parameter, in the network's order;
         and a sentence on the first layer whose output is not finite, or None.
     """
-    model = setup.build_network(config, single_backward=True)
+    model = setup.build_network(config)
     weights = os.path.join(folder, WEIGHTS)
     load_weights_into(model, load_weights(weights), weights)
     precision = setup.setup_precision(config["training"], paddle.get_device())

@@ -17,7 +17,6 @@ class EMA:
 
     Args:
         model: the layer to follow, not wrapped in `DataParallel`.
-        decay: 0.9999 as in the papers.
         warmup: use `min(decay, (1 + n) / (10 + n))` at update n, so that a short run forgets its start.
         name: tells the averages of a run apart in its checkpoints; the usual one has none.
         on_host: keep them on the host until `shard`: a GPU that is to hold a part need not hold all of them before.

@@ -20,8 +20,6 @@ class Preview:
     """Draws the same noise and classes at every call, by the objective that is trained, and decodes them.
 
     Args:
-        objective: from `objectives.build_objective`.
-        config: the resolved config.
         vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
         num_inference_steps: steps of the sampler.
         cfg_scale: guidance scale; 1 where the model has no null class.

@@ -82,7 +82,6 @@ class Session:
     `end_update` around the optimizer's step; `after_step`; at the end `close`.
 
     Args:
-        config: the resolved config.
         data: from `training.setup.open_data`, which fills in the config's `features` section.
         folder: of the run.
         checkpoint: what to resume, from `training.checkpoints.experiment`; None to begin.
@@ -90,7 +89,6 @@ class Session:
         precision: from `training.setup.setup_precision`; None for float32.
         degrees: from `training.parallel.degrees`; None for ranks that differ in their data alone.
         stopping: a `Stopping`, entered; None: nothing stops the run, and a notebook keeps its signals.
-        outputs: an `Outputs`.
 
     Attributes:
         model: the network, not wrapped.
@@ -296,10 +294,7 @@ class Session:
         }
 
     def close(self, how_to_go_on):
-        """Waits for the last checkpoint, ends the log and says where everything is; ends a stopped run's process.
-
-        A user of a stopped run reads the clause `how_to_go_on`.
-        """
+        """Waits for the last checkpoint, ends the log and says where all is; a stopped run ends with `how_to_go_on`."""
         place = os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
         if self.log is not None:
             self.saver.finish()

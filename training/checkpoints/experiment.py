@@ -29,7 +29,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
         lock: a `RunLock`, which takes the experiment folder on rank 0.
 
     Raises:
-        ValueError: what `load_checkpoint` raises; another run is at work in the experiment that would go on.
+        ValueError: what `open_checkpoint` raises; another run is at work in the experiment that would go on.
     """
     name = experiment_name(config_file)
     try:
@@ -66,11 +66,8 @@ def open_output_dir(output_dir, config, lock, *, resume, overwrite):
     `resume`, the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces or later
     ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
-    Args:
-        lock: a `RunLock`, which takes the folder on rank 0.
-
     Raises:
-        ValueError: the folder holds another run, or one is at work in it.
+        ValueError: the folder holds another run, or one is at work in it: `lock`, a `RunLock`, can't take it.
     """
     # A folder that is not there is made, and locked, when it is clear that there is something to run in it.
     run_on_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
@@ -82,14 +79,13 @@ def open_output_dir(output_dir, config, lock, *, resume, overwrite):
         try:
             checkpoint = open_checkpoint(output_dir, config, optional=True)
         except ValueError as error:
-            raise ValueError(
-                f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
-            ) from None
+            raise ValueError(f"{error}; {_WAYS_OUT}") from None
     run_on_rank_0(lambda: lock.take(output_dir))
     run_on_rank_0(lambda: _move_earlier_run_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 
+_WAYS_OUT = "choose another output folder, or put that run aside: --overwrite_output_dir"
 _RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
 
 
@@ -100,10 +96,7 @@ def _move_earlier_run_aside(output_dir, checkpoint, overwrite):
         step = checkpoint.progress["global_step"]
         moved = [path for path in existing if step_of(path) > step]
     elif existing and not overwrite:
-        raise ValueError(
-            f"output_dir {output_dir}: holds checkpoints of another run; choose another folder, or put them aside: "
-            "--overwrite_output_dir"
-        )
+        raise ValueError(f"output_dir {output_dir}: holds checkpoints of another run; {_WAYS_OUT}")
     else:
         moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
     moved = [path for path in moved if os.path.exists(path)]

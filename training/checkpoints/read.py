@@ -22,11 +22,8 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
 
     Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
 
-    Args:
-        optional: return None, instead of an error, where there is no checkpoint at all.
-
     Raises:
-        ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
+        ValueError: one line: a damaged or unreadable file, or no checkpoint at all; if `optional`, that is None.
     """
     path = str(path)
     if os.path.isfile(path):
@@ -131,11 +128,8 @@ def load_pretrained(path, model, *, config=None):
     A label table for another number of classes is left as it was initialised, and so is a position table that differs
     from the network's by the rounding of a half precision; everything else must fit.
 
-    Args:
-        config: the run's; a checkpoint's own must describe the same network. None: not compared.
-
     Returns:
-        A sentence to print.
+        A sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is given.
 
     Raises:
         ValueError: unreadable, not finite, or weights of another architecture.

@@ -165,7 +165,7 @@ class Session:
         shard = LocalShard(self.model, optimizer)
         self.gradient_norm = inner_optimizer(optimizer).gradient_norm
         self.gradient_norm.shard = shard
-        for average in self.averages:
+        for average in self.averages if shard.group is not None else ():
             average.shard(shard)
         if self.checkpoint is None:
             optimizer_state(optimizer, self.model)

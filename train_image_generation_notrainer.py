@@ -26,7 +26,7 @@ def train(args, config, stopping):
     from runtime.run_lock import RunLock
     from training import setup
     from training.checkpoints.experiment import open_experiment
-    from training.session import Outputs, Previews, build_session
+    from training.session import Outputs, build_session
 
     # Device, process group, precision.
     settings = config["training"]
@@ -51,7 +51,6 @@ def train(args, config, stopping):
         precision=precision,
         stopping=stopping,
         outputs=Outputs.from_flags(args),
-        previews=Previews.from_flags(args),
     )
     model, objective, sampler = session.model, session.objective, session.sampler
     optimizer, lr_scheduler, scaler = session.optimizer, session.lr_scheduler, session.scaler

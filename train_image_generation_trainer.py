@@ -25,7 +25,7 @@ def train(args, config, stopping):
     from training import setup
     from training.checkpoints.experiment import open_output_dir
     from training.parallel.degrees import resolve_degrees
-    from training.session import Outputs, Previews, Session
+    from training.session import Outputs, Session
     from training.trainer import LatentDiffusionTrainer
     from training.trainer_arguments import training_arguments
 
@@ -45,13 +45,7 @@ def train(args, config, stopping):
     # Process group; then the output folder: it may hold a run to resume, one to move aside, or nothing.
     training_args = training_arguments(args, settings, precision, degrees, batch_size=data.sampler.batch_size)
     lock = RunLock()  # of the run's folder, until this function is left
-    checkpoint = open_output_dir(
-        args.output_dir,
-        config,
-        resume=args.resume,
-        overwrite=bool(args.overwrite_output_dir),
-        lock=lock,
-    )
+    checkpoint = open_output_dir(args.output_dir, config, lock, resume=args.resume, overwrite=args.overwrite_output_dir)
 
     # Network, objective, averages; log, previews, checkpoints.
     session = Session(
@@ -64,7 +58,6 @@ def train(args, config, stopping):
         degrees=degrees,
         stopping=stopping,
         outputs=Outputs.from_flags(args, checkpoints="checkpoint-{step}"),
-        previews=Previews.from_flags(args),
     )
     if session.first_step < session.last_step:
         LatentDiffusionTrainer(session, training_args).train()

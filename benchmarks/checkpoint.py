@@ -57,7 +57,7 @@ class Training:
         settings, shape = self.config["training"], self.config["model"]
         paddle.set_device("cpu")
         setup.setup_precision(settings, "cpu")
-        self.model = setup.build_network(self.config, single_backward=True)
+        self.model = setup.build_network(self.config)
         self.objective = build_objective(self.config)
         self.averages, self.watch = setup.build_averages(settings, self.model), NumberWatch(settings)
         self.lr_scheduler = build_lr_scheduler(settings, 1 << 20)

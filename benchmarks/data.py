@@ -255,7 +255,7 @@ def waiting(folder, num_workers, args):
     paddle.set_device(resolve_device(args.device))
     config = load_config(args.config_file)
     config["training"]["recompute"] = False
-    model, objective = setup.build_network(config, single_backward=True), build_objective(config)
+    model, objective = setup.build_network(config), build_objective(config)
     averages = setup.build_averages(config["training"], model)
     optimizer = build_optimizer(model, config["training"], build_lr_scheduler(config["training"], args.steps))
     data = open_set(folder)

@@ -90,7 +90,7 @@ def _paddle_step(case):
 
     config = _config(case)
     settings = config["training"]
-    model, objective = setup.build_network(config, single_backward=True), build_objective(config)
+    model, objective = setup.build_network(config), build_objective(config)
     model.train()
     (ema,), watch = setup.build_averages(settings, model), NumberWatch(settings)
     schedule = build_lr_scheduler(settings, 1000)
@@ -155,7 +155,7 @@ def _reference_step(case):
     cpu_ops.faster = lambda: False
     attention.Attention.forward, dit.DiTBlock.forward = attend, block
     config = _config(case)
-    model, objective = setup.build_network(config, single_backward=True), build_objective(config)
+    model, objective = setup.build_network(config), build_objective(config)
     model.train()
     averages = {name: parameter.clone().detach() for name, parameter in model.named_parameters()}
     trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]

@@ -244,13 +244,6 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
     return own or config
 
 
-def weights_features(path, config):
-    """Returns the `features` section of the checkpoint that weights lie in, if it has one, else the config's."""
-    own = own_config(path)
-    known = own is not None and any(value is not None for value in own["features"].values())
-    return (own if known else config)["features"]
-
-
 def ineffective_settings(objective):
     """Says which given settings the official transport, and ours with it, ignores; None if there are none."""
     if objective["type"] != "transport" or objective["prediction"] != "velocity":

@@ -125,12 +125,6 @@ class LatentScaling:
         """Is True where networks see `z * scaling_factor`, without shift or statistics."""
         return not self.shift_factor and self.latents_mean is None
 
-    def differences(self, other):
-        """Lists, in words, the values of `other` that are not those of this one."""
-        here, there = self.as_dict(), other.as_dict()
-        changed = [key for key in SCALING_KEYS if (here[key] or None) != (there[key] or None)]
-        return [f"{key} {str(there[key])[:40]}, not {str(here[key])[:40]}" for key in changed]
-
     @property
     def offset_and_std(self):
         """Two numbers, or lists of one a channel: what is taken off `z`, and what it is divided by then."""
@@ -266,18 +260,32 @@ def match_vae(vae, name, features, flag):
             raise ValueError(
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
-    sha, theirs = weights_digest(vae), features["weights_sha256"]
-    changes = []
-    if features["scaling_factor"] is not None:
-        scaling = LatentScaling.of(features, channels=vae.config.latent_channels, source="the features' autoencoder")
-        changes = LatentScaling.of(vae.config).differences(scaling)
-        if sha == theirs and changes:
-            vae.register_to_config(**scaling.as_dict())
-            return f"VAE {name}: the features were made with {', '.join(changes)}, and are decoded so"
-    if theirs not in (None, sha):
-        changes.insert(0, f"weights of sha256 {shortened(theirs, 12)}, not {sha[:12]}...")
-    there = f"the features were made with {shortened(features['name'] or 'another one', 300)}"
-    return f"VAE {name}: {there}: {', '.join(changes)}" if changes else None
+    ours = {"name": name, "weights_sha256": weights_digest(vae), **LatentScaling.of(vae.config).as_dict()}
+    changes = [f"{what} {theirs}, not {own}" for what, theirs, own in vae_differences(features, ours)]
+    if not changes:
+        return None
+    is_same = features["weights_sha256"] == ours["weights_sha256"]
+    if is_same:
+        vae.register_to_config(**{key: features[key] for key in SCALING_KEYS})
+        LatentScaling.of(vae.config, channels=vae.config.latent_channels, source="the features' autoencoder")
+    return f"VAE {name}: the features were made with {', '.join(changes)}{', and are decoded so' if is_same else ''}"
+
+
+def vae_differences(theirs, ours):
+    """Lists, as `(what, their value, our value)` in words, how two `vae` entries of `features` sections differ.
+
+    Weights and scaling are compared, as far as both entries tell them.
+    """
+    both = [vae for vae in (theirs, ours) if vae]
+    found = []
+    if len({vae["weights_sha256"] for vae in both} - {None}) == 2:
+        hashes = (f"(weights of sha256 {shortened(vae['weights_sha256'], 12)})" for vae in both)
+        names = (f"{shortened(vae['name'] or 'another one')} {sha}" for vae, sha in zip(both, hashes, strict=True))
+        found.append(("autoencoder", *names))
+    if [vae["scaling_factor"] is not None for vae in both] == [True, True]:
+        changed = [key for key in SCALING_KEYS if (theirs[key] or None) != (ours[key] or None)]  # no shift is one of 0
+        found += [(key, shortened(theirs[key], 40), shortened(ours[key], 40)) for key in changed]
+    return found
 
 
 class LatentEncoder:

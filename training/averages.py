@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import paddle
 
+from models.state import check_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -16,7 +17,6 @@ class EMA:
 
     Args:
         model: the layer to follow, not wrapped in `DataParallel`.
-        decay: 0.9999 as in the papers.
         warmup: use `min(decay, (1 + n) / (10 + n))` at update n, so that a short run forgets its start.
         name: tells the averages of a run apart in its checkpoints; the usual one has none.
         on_host: keep them on the host until `shard`: a GPU that is to hold a part need not hold all of them before.
@@ -28,15 +28,11 @@ class EMA:
     def __init__(self, model, decay=0.9999, *, warmup=False, name="", on_host=False):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_decay must be from 0 to 1, got {decay}")
-        self.decay = decay
-        self.warmup = warmup
-        self.name = name
+        self.decay, self.warmup, self.name = decay, warmup, name
         self.num_updates = 0
         with paddle.no_grad():
-            self.shadow = {}
-            for key, parameter in model.named_parameters():
-                copy = parameter.astype("float32").clone().detach()
-                self.shadow[key] = copy.cpu() if on_host else copy
+            copies = ((key, value.astype("float32").clone().detach()) for key, value in model.named_parameters())
+            self.shadow = {key: copy.cpu() if on_host else copy for key, copy in copies}
 
     @paddle.no_grad()
     def shard(self, shard):
@@ -47,29 +43,26 @@ class EMA:
             if shard.owns(name)
         }
 
+    def key(self, what):
+        """Returns the name of what a checkpoint holds of these averages, "ema_state" or "ema_updates"."""
+        return f"{what}_{self.name}" if self.name else what
+
     def current_decay(self):
         """Returns the decay of the next update."""
-        if self.warmup:
-            return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        return self.decay
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
 
     @paddle.no_grad()
     def update(self, model, master_weights=None):
-        """Moves the averages one step towards the model. Enqueues device work only: nothing waits for the host.
+        """Moves the averages one step towards the model, without waiting for the device.
 
         Args:
-            model: the layer given to the constructor.
             master_weights: float32 copies by `training.parallel.shares.optimizer_key`, used where they exist.
         """
-        decay = self.current_decay()
-        master_weights = master_weights or {}
+        decay, masters = self.current_decay(), master_weights or {}
         for name, parameter in model.named_parameters():
-            shadow = self.shadow.get(name)
-            if shadow is not None:
-                value = master_weights.get(optimizer_key(parameter), local_tensor(parameter))
-                if value.dtype != shadow.dtype:
-                    value = value.astype("float32")
-                shadow.scale_(decay).add_(value * (1.0 - decay))
+            if name in self.shadow:
+                value = masters.get(optimizer_key(parameter), local_tensor(parameter))
+                self.shadow[name].scale_(decay).add_(value.astype("float32") * (1.0 - decay))
         self.num_updates += 1
 
     def state_dict(self):
@@ -78,41 +71,35 @@ class EMA:
 
     @paddle.no_grad()
     def set_state_dict(self, state):
-        """Takes averages by parameter name (tensors or arrays).
-
-        Raises:
-            ValueError: a name is missing, or has another shape.
-        """
+        """Takes averages by parameter name (tensors or arrays); ValueError if names or shapes are others."""
+        check_state(state, {name: shadow.shape for name, shadow in self.shadow.items()}, source="the EMA's state")
         for name, shadow in self.shadow.items():
-            if name not in state:
-                raise ValueError(f"the EMA state has no {name!r}")
-            value = paddle.to_tensor(np.asarray(state[name]), place=shadow.place).astype("float32")
-            if list(value.shape) != list(shadow.shape):
-                raise ValueError(f"the EMA state's {name!r} has shape {list(value.shape)}, not {list(shadow.shape)}")
-            paddle.assign(value, output=shadow)
-
-
-@paddle.no_grad()
-def _copy(value, target):
-    paddle.assign(value.astype(target.dtype), output=target)
+            value = paddle.to_tensor(np.asarray(state[name]), place=shadow.place)
+            paddle.assign(value.astype("float32"), output=shadow)
 
 
 @contextlib.contextmanager
-def ema_weights(model, ema, shard=None):
+def ema_weights(model, ema, optimizer=None):
     """Lends a model its averages: evaluation mode inside, its own weights and mode after. Collective if sharded."""
-    targets = {name: local_tensor(parameter) for name, parameter in model.named_parameters()}
-    own = {name: target.detach().clone() for name, target in targets.items()}
+    own = {name: local_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
     was_training = model.training
-    shard = shard or LocalShard(model)
-    averages = ema.state_dict()
+    shard, averages = LocalShard(model, optimizer), ema.state_dict()
+
+    @paddle.no_grad()
+    def fill(value_of):
+        for name, parameter in model.named_parameters():
+            target = local_tensor(parameter)
+            paddle.assign(value_of(name).astype(target.dtype), output=target)
+
+    def whole(name):  # one by one: no rank holds all averages at once
+        value = averages.get(name)
+        return value if shard.weights_are_sharded else shard.unshard(name, value)
+
     try:
-        for name, target in targets.items():  # one by one: no rank holds all averages at once
-            value = averages.get(name)
-            _copy(value if shard.weights_are_sharded else shard.unshard(name, value), target)
+        fill(whole)
         model.eval()
         yield model
     finally:
-        for name, parameter in model.named_parameters():
-            _copy(own[name], local_tensor(parameter))
+        fill(own.get)
         if was_training:
             model.train()

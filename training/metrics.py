@@ -12,10 +12,9 @@ import time
 import numpy as np
 import paddle
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
 from runtime.files import whole_file
-from runtime.process import is_terminal
+from runtime.process import is_terminal, say
 
 
 def peak_memory_gib():
@@ -27,40 +26,34 @@ def peak_memory_gib():
 
 
 class _Rows:
-    """A file of JSON lines, without those of steps that a resumed run is about to do again.
+    """A file of JSON lines, `earlier` ones without those of steps that a resumed run is about to do again.
 
     A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
     Without a row there is no file.
-
-    Attributes:
-        earlier: the rows that were there.
     """
 
     def __init__(self, path, first_step):
         self.path, self._file, self._pending, self._refused = path, None, b"", False
         self.earlier = []
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 # A kill or a power cut damages lines.
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     row = json.loads(line)
                     if line.endswith("\n") and isinstance(row["step"], int) and row["step"] <= first_step:
                         self.earlier.append(row)
+            if not self.earlier:
+                os.remove(path)
         if self.earlier:
             with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.earlier)
-        else:
-            os.remove(path)
 
     def append(self, values):
         """Writes a row. Returns a line to print the first time that the file system refuses, else None."""
         self._pending += (json.dumps(values) + "\n").encode()
         before, self._refused = self._refused, False
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)
+            self._file = self._file or open(self.path, "ab", buffering=0)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
@@ -74,56 +67,32 @@ class _Rows:
             self._file.close()
 
 
-class _Stream(ObjectWrapper):
-    """stdout or stderr of a bar. One that takes nothing (a full disk, a reader that is gone) ends no run.
-
-    tqdm can't be let to meet the error itself: it would keep its lock for ever.
-    """
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self._wrapped.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self._wrapped.flush()
-
-    def __eq__(self, other):
-        return self._wrapped == getattr(other, "_wrapped", other)
-
-
 class TrainingLog:
-    """Collects the losses of the steps and reports them every `log_every` steps; rank 0 writes.
+    """Reports a run every `log_every` optimizer steps, and shows a bar on a terminal; rank 0 writes.
 
     Args:
         folder: gets `metrics.jsonl` and `validation.jsonl`, one object a report.
         visualdl_dir: gets the VisualDL log, tags `train/...` and `validation/...`.
-        log_every: optimizer steps between reports.
-        first_step, last_step: where the run starts and ends.
-        global_batch_size: samples an optimizer step.
-        show_bar: a tqdm bar beside the lines, on a terminal.
     """
 
     def __init__(
         self, folder, *, visualdl_dir, log_every, first_step, last_step, global_batch_size, show_bar=True, rank=0
     ):
-        self.log_every = max(1, log_every)
-        self.global_batch_size = global_batch_size
-        self.last_step = last_step
-        self.visualdl_dir = visualdl_dir
+        self.log_every, self.global_batch_size = max(1, log_every), global_batch_size
+        self.visualdl_dir, self.last_step = visualdl_dir, last_step
         self.first_step = self._step = self._reported = first_step
-        self._start = time.perf_counter()
-        self._paused = 0.0
+        self._start, self._paused = time.perf_counter(), 0.0
         self._writer = self._bar = None
         if rank == 0:
             from visualdl import LogWriter
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            self._file = _Rows(os.path.join(folder, "metrics.jsonl"), first_step)
-            self._validations = _Rows(os.path.join(folder, "validation.jsonl"), first_step)
-            for tag, rows in (("train", self._file), ("validation", self._validations)):
-                for values in rows.earlier:  # VisualDL shows the newest file of a folder only
+            names = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
+            self._rows = {tag: _Rows(os.path.join(folder, name), first_step) for tag, name in names.items()}
+            # VisualDL shows the newest file of a folder only.
+            for tag, rows in self._rows.items():
+                for values in rows.earlier:
                     self._add_scalars(tag, values)
             self._add_earlier_images(os.path.join(folder, "images"))
             self._bar = tqdm(
@@ -134,7 +103,6 @@ class TrainingLog:
                 dynamic_ncols=True,
                 mininterval=0.5,
                 disable=not (show_bar and is_terminal(sys.stderr)),
-                file=_Stream(sys.stderr),
             )
 
     def step_done(self, step):
@@ -173,8 +141,7 @@ class TrainingLog:
         self._reported, self._start, self._paused = self._step, time.perf_counter(), 0.0
         if self._writer is None:
             return
-        self._add_scalars("train", values)
-        self._append(self._file, values)
+        self._log("train", values)
         for name, places in (("loss", 4), ("grad_norm", 3)):
             values[name] = "n/a" if values[name] is None else f"{values[name]:.{places}f}"
         skipped = f", Skipped Steps: {values['skipped_steps']} (first {first_skipped})" if first_skipped else ""
@@ -185,8 +152,9 @@ class TrainingLog:
             + skipped
         )
 
-    def _append(self, rows, values):
-        if warning := rows.append(values):
+    def _log(self, tag, values):
+        self._add_scalars(tag, values)
+        if warning := self._rows[tag].append(values):
             self.print(warning)
 
     def _add_scalars(self, tag, values):
@@ -198,46 +166,39 @@ class TrainingLog:
         """Writes the losses of held-out samples, `{"loss": ..., "ema_loss": ...}`, on rank 0."""
         if self._writer is not None:
             values = {"step": step, **values}
-            self._add_scalars("validation", values)
-            self._append(self._validations, values)
+            self._log("validation", values)
             losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "step")
             self.print(f"(step={step:07d}) Validation: {losses}")
 
     def print(self, text):
         """Prints a line above the bar, on rank 0."""
         if self._bar is not None:
-            stdout = _Stream(sys.stdout)
-            self._bar.write(text, file=stdout)
-            stdout.flush()
+            with self._bar.external_write_mode():
+                say(text)
 
     def add_image(self, tag, image, step):
         """Puts an image `(H, W, 3)` uint8 into the VisualDL log, on rank 0."""
         if self._writer is not None:
             self._writer.add_image(tag, image, step, dataformats="HWC")
 
-    def _add_earlier_images(self, folder, count=9):
-        """Puts previews of before a resume into the VisualDL log.
-
-        Those of later steps than the resumed one are of a branch that was left.
-
-        Args:
-            count: at most so many, evenly spread: VisualDL shows 10 images of a tag.
-        """
+    def _add_earlier_images(self, folder):
+        """Puts previews of before a resume into the VisualDL log, which shows 10 images of a tag: at most 9 of them."""
         from PIL import Image
 
-        paths = glob.glob(f"{glob.escape(folder)}/*.png")
-        names = {path: os.path.splitext(os.path.basename(path))[0] for path in paths}
-        earlier = sorted(
-            (int(name), path) for path, name in names.items() if name.isdecimal() and int(name) <= self.first_step
-        )
-        for place in np.linspace(0, len(earlier) - 1, min(count, len(earlier))).round().astype(int):
-            number, path = earlier[place]
-            with contextlib.suppress(OSError), Image.open(path) as image:  # one that a kill has cut
-                self.add_image("samples/ema", np.asarray(image.convert("RGB")), number)
+        paths = {}  # by step; those of later ones are of a branch that was left
+        for path in glob.glob(f"{glob.escape(folder)}/*.png"):
+            name, _ = os.path.splitext(os.path.basename(path))
+            if name.isdecimal() and int(name) <= self.first_step:
+                paths[int(name)] = path
+        steps = sorted(paths)
+        for place in np.linspace(0, len(steps) - 1, min(9, len(steps))).round().astype(int):
+            step = steps[place]
+            with contextlib.suppress(OSError), Image.open(paths[step]) as image:  # one that a kill has cut
+                self.add_image("samples/ema", np.asarray(image.convert("RGB")), step)
 
     def close(self):
         if self._bar is not None:
             self._bar.close()
-            self._file.close()
-            self._validations.close()
+            for rows in self._rows.values():
+                rows.close()
             self._writer.close()

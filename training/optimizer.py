@@ -7,7 +7,7 @@ An update, between the backward pass of a step and the next step, goes through t
    fleet's and the sharding wrappers hand it the gradients of this rank's parts.
 3. `GradientNorm.clip` measures their norm over all ranks. By it and by the loss the watch judges the step
    (`NumberWatch.judge`): the gradients of a bad one become 0. Then it clips.
-4. `GradientNorm.apply_rate`: the learning rate of a bad step becomes 0 too, so that weight decay changes nothing.
+4. `NumberWatch.applied_rate`: the learning rate of a bad step becomes 0 too, so that weight decay changes nothing.
 5. AdamW's kernels. The moments of a bad step decay as if its gradients had been 0.
 6. `NumberWatch.end_update(objective)` closes the step's books.
 
@@ -55,11 +55,11 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
 
     Args:
         multi_precision: keep float32 master weights of half-precision parameters.
-        watch: the `training.supervision.number_watch.NumberWatch` that judges each step, or None.
+        watch: the `NumberWatch` that judges each step, or None.
     """
-    gradient_norm = GradientNorm(training["max_grad_norm"], watch)
+    gradient_norm = GradientNorm(training["max_grad_norm"], LocalShard(model), watch)
     optimizer = paddle_private.make_adamw(
-        gradient_norm.apply_rate,
+        watch.applied_rate if watch is not None else lambda rate: rate,
         learning_rate=lr_scheduler,
         parameters=[parameter for parameter in model.parameters() if not parameter.stop_gradient],
         beta1=training["adam_beta1"],
@@ -74,40 +74,28 @@ def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, wat
 
 
 class GradientNorm:
-    """Clips gradients by the global norm over all ranks' parts (Pascanu et al. 2013), and tells the norm.
+    """Clips gradients by the global norm over all ranks' parts (Pascanu et al. 2013), and tells the norm before it.
 
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
+        shard: the rank's `LocalShard`; another one takes its place once the optimizer has its wrappers.
         watch: see `build_optimizer`.
-
-    Attributes:
-        square: the squared norm before clipping, a float32 tensor `(1,)` on the device, or None if not measured.
-        shard: the rank's `LocalShard`, once the optimizer has its wrappers; None if it holds everything.
     """
 
-    def __init__(self, max_norm, watch=None):
-        self.max_norm = max_norm
-        self.watch = watch
-        self.square = None
-        self.shard = None
+    def __init__(self, max_norm, shard, watch):
+        self.max_norm, self.shard, self.watch = max_norm, shard, watch
+        self._square = None  # of the norm, float32 (1,), on the device
 
     def take(self):
         """Returns the norm of the last step as a number, or None; waits for the device."""
-        square, self.square = self.square, None
+        square, self._square = self._square, None
         return None if square is None else float(square) ** 0.5
-
-    def apply_rate(self, rate):
-        """Returns the learning rate to apply: 0 in a bad step."""
-        return rate if self.watch is None else self.watch.applied_rate(rate)
 
     @paddle.no_grad()
     def clip(self, params_grads):
         """Measures, judges and clips the gradients `[(parameter, gradient), ...]` of this rank's parts, in place."""
-        self.square = None
-        if self.max_norm <= 0 and self.watch is None:
-            return params_grads
         gradients = [(parameter, gradient) for parameter, gradient in params_grads if gradient is not None]
-        self.square = square = self._squared_norm(gradients)
+        self._square = square = self._squared_norm(gradients)
         if self.watch is not None:
             square = self.watch.judge(square, [gradient for _, gradient in gradients])
         if self.max_norm > 0:
@@ -119,39 +107,37 @@ class GradientNorm:
     def _squared_norm(self, gradients):
         sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
         for parameter, gradient in gradients:
-            split, weight = self.shard.norm_weight(parameter.name) if self.shard is not None else (False, 1.0)
+            split, weight = self.shard.norm_weight(parameter.name)
             square = paddle_private.squared_norm(gradient.astype("float32"))
             sums[split].append(square if weight == 1.0 else square * weight)
         split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
-        if self.shard is not None and self.shard.tensor_group is not None:
+        if self.shard.tensor_group is not None:
             paddle.distributed.all_reduce(split, group=self.shard.tensor_group)
         total = split + common
-        if self.shard is not None and self.shard.group is not None:
+        if self.shard.group is not None:
             paddle.distributed.all_reduce(total, group=self.shard.group)
         return total
 
 
-_ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
-def optimizer_state(optimizer, model, shard=None):
+def optimizer_state(optimizer, model):
     """Returns AdamW's state by the model's parameter names: `{name: {accumulator: tensor}}`, of this rank's parts.
 
-    Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before; the
-    model's names don't, so that this state can be loaded by another loop, process or number of ranks.
+    Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before.
 
     State that is not there yet is made, at 0. Call it before training: Paddle makes it at the first step, in memory
     where activations were before, and the process then grows by as much.
     """
-    shard = shard or LocalShard(model)
-    inner = paddle_private.inner_optimizer(optimizer)
+    shard, inner = LocalShard(model, optimizer), paddle_private.inner_optimizer(optimizer)
     # Sharding stage 3 makes a parameter of every slice, but only at a step.
     parameters = {
         name: paddle_private.slice_parameter(local_tensor(parameter), optimizer_key(parameter))
         for name, parameter in model.named_parameters()
         if not parameter.stop_gradient and shard.owns(name)
     }
-    accumulators = paddle_private.adamw_accumulators(inner, list(parameters.values()), _ACCUMULATORS)
+    accumulators = paddle_private.adamw_accumulators(inner, list(parameters.values()), ACCUMULATORS)
     masters = paddle_private.master_weights(inner)
     state = dict(zip(parameters, accumulators, strict=True))
     for name, parameter in parameters.items():
@@ -161,29 +147,28 @@ def optimizer_state(optimizer, model, shard=None):
 
 
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, shard=None, weights=None):
+def set_optimizer_state(optimizer, model, state, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
     Args:
-        shard: the rank's `LocalShard`; None if it holds everything.
         weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
 
     Raises:
         ValueError: a parameter or accumulator is missing or has another shape.
     """
-    shard = shard or LocalShard(model)
+    shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()
-    for name, accumulators in optimizer_state(optimizer, model, shard).items():
+    for name, accumulators in optimizer_state(optimizer, model).items():
         for key, tensor in accumulators.items():
-            entry = state.get(name, {})
-            if key == "master_weight" and key not in entry and weights is not None:
-                entry = {key: weights[name]}
-            if key not in entry:
+            value = state.get(name, {}).get(key)
+            if value is None and key == "master_weight" and weights is not None:
+                value = weights[name]
+            if value is None:
                 raise ValueError(f"the optimizer state has no {key} of {name}")
-            value = np.asarray(entry[key])
-            shape = list(tensor.shape) if key.endswith("pow_acc") else shapes[name]
+            is_number, value = key.endswith("pow_acc"), np.asarray(value)
+            shape = [1] if is_number else shapes[name]
             if value.size != np.prod(shape):
                 raise ValueError(f"the optimizer state's {key} of {name} has shape {list(value.shape)}, not {shape}")
             value = value.reshape(shape)
-            value = value if key.endswith("pow_acc") else shard.part(name, value)
+            value = value if is_number else shard.part(name, value)
             paddle.assign(paddle.to_tensor(value).astype("float32"), output=tensor)

@@ -9,6 +9,7 @@ In a notebook a run is
 and a step is what the loop of `train_image_generation_notrainer.py` does.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from training.metrics import TrainingLog
 from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_state
 from training.parallel.degrees import Degrees
 from training.parallel.shares import LocalShard
-from training.preview import Preview, log_preview
+from training.preview import Preview
 from training.supervision.number_watch import NumberWatch
 from training.supervision.step_dump import dump_step
 from training.supervision.stopping import Stopping
@@ -41,22 +42,24 @@ from training.validation import Validation
 
 @dataclass
 class Outputs:
-    """What a run reports and saves, and how often in steps.
+    """What a run reports, saves and draws, and how often in steps; see `TrainingLog`, `CheckpointSaver`, `Preview`."""
 
-    `checkpoints` names the folder of a step's checkpoint, in the run's; see `TrainingLog` and `CheckpointSaver`.
-    """
-
-    checkpoints: str = "checkpoints/{step:07d}"
+    checkpoints: str = "checkpoints/{step:07d}"  # the folder of a step, in the run's
     save_every: int = 5000
     save_total_limit: int | None = None
     async_save: bool = True
     log_every: int = 50
     visualdl_dir: str | None = None  # None: tb_log in the run's folder
     show_bar: bool = True
+    preview_every: int = -1  # 0 or less: never
+    vae: str | None = None
+    num_inference_steps: int = 25
+    cfg_scale: float = 4.0
 
     @classmethod
     def from_flags(cls, args, **options):
         """Returns those of a command line, of either loop; `options` come on top."""
+        vae = getattr(args, "vae", None)
         return cls(
             save_every=args.save_steps,
             save_total_limit=args.save_total_limit,
@@ -64,35 +67,12 @@ class Outputs:
             log_every=args.logging_steps,
             visualdl_dir=args.logging_dir,
             show_bar=not args.disable_tqdm,
+            preview_every=args.image_logging_steps,
+            vae=f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else vae or args.vae_name_or_path,
+            num_inference_steps=args.num_inference_steps,
+            cfg_scale=args.cfg_scale,
             **options,
         )
-
-
-@dataclass
-class Previews:
-    """How often in steps a run samples preview images (0 or less: never), and how; see `Preview`."""
-
-    every: int = -1
-    vae: str | None = None
-    num_inference_steps: int = 25
-    cfg_scale: float = 4.0
-
-    @classmethod
-    def from_flags(cls, args):
-        """Returns those of a command line, of either loop."""
-        vae = getattr(args, "vae", None)
-        vae = f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else vae or args.vae_name_or_path
-        return cls(args.image_logging_steps, vae, args.num_inference_steps, args.cfg_scale)
-
-
-class _NeverStopping(Stopping):
-    """Stands in for a `Stopping` in a notebook, which keeps its signals."""
-
-    def start(self, first_step, **ranks):
-        pass
-
-    def due(self, step):
-        return False
 
 
 class Session:
@@ -102,15 +82,13 @@ class Session:
     `end_update` around the optimizer's step; `after_step`; at the end `close`.
 
     Args:
-        config: the resolved config.
-        data: from `training.setup.open_data`; the config's `features` section is that of its set.
+        data: from `training.setup.open_data`, which fills in the config's `features` section.
         folder: of the run.
         checkpoint: what to resume, from `training.checkpoints.experiment`; None to begin.
         pretrained: weights to begin from, a path for `load_pretrained`, or None.
         precision: from `training.setup.setup_precision`; None for float32.
-        degrees: how the ranks divide the work.
-        stopping: a `Stopping`, entered; None: nothing stops the run.
-        outputs, previews: see there.
+        degrees: from `training.parallel.degrees`; None for ranks that differ in their data alone.
+        stopping: a `Stopping`, entered; None: nothing stops the run, and a notebook keeps its signals.
 
     Attributes:
         model: the network, not wrapped.
@@ -132,45 +110,40 @@ class Session:
         degrees=None,
         stopping=None,
         outputs=None,
-        previews=None,
     ):
         training, degrees = config["training"], degrees or Degrees()
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.precision = precision or Precision()
-        self.stopping = stopping or _NeverStopping()
-        self.outputs, self.previews = outputs or Outputs(), previews or Previews()
+        self.stopping, self._may_stop = stopping or Stopping(), stopping is not None
+        self.outputs = outputs = outputs or Outputs()
         self.dataset, held_out, self.sampler = data
         self.rank, self.world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
         if checkpoint is not None:
-            setup.resume_sampler(self.sampler, training, checkpoint.progress)
+            progress = checkpoint.progress
+            setup.resume_sampler(self.sampler, training, progress["global_step"], progress["samples_seen"])
         self.first_step = self.step = self.sampler.first_step
         self.last_step = self.sampler.last_step
         self.notes = [self.precision.note, *degrees.notes]
 
         # Network, objective, averages: before AMP O2 casts the weights.
         group = tensor_parallel_group() if degrees.tensor > 1 else None
-        self.model = setup.build_network(config, group, single_backward=True)
+        self.model = setup.build_network(config, group)
         self.objective = build_objective(config, ranks_per_batch=degrees.tensor)
         if pretrained and checkpoint is None:
             self.notes.append(load_pretrained(pretrained, self.model, config=config))
-            self.notes.append(setup.pretrained_note(pretrained, config))
         self.averages = setup.build_averages(training, self.model, on_host=degrees.sharding > 1)
         if checkpoint is not None:
             restore_model(checkpoint, self.model, self.averages)
-        self.notes.append(setup.describe_data_changes(checkpoint, config, self.dataset))
+            self.notes.append(setup.describe_data_changes(checkpoint, config, self.dataset))
 
         # What watches and shows the training.
         self.numbers = NumberWatch(training, stopping)
-        self.numbers.dump = self.dump_step
-        self.validation = self.preview = self.log = self.saver = None
-        if held_out is not None:
-            every = config["data"]["validation_steps"]
-            self.validation = Validation(
-                self.objective, held_out, self.sampler, every=every, ranks_per_batch=degrees.tensor
-            )
-        if self.previews.every > 0:
-            how = {key: value for key, value in vars(self.previews).items() if key != "every"}
-            self.preview = Preview(self.objective, config, **how)
+        self.numbers.dump = lambda bad: dump_step(bad, self)
+        self.preview = self.log = self.saver = None
+        self.validation = Validation(self.objective, held_out, self.sampler) if held_out is not None else None
+        if outputs.preview_every > 0:
+            sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
+            self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
 
     # Before the first step.
 
@@ -191,18 +164,17 @@ class Session:
         self.optimizer, self.scaler = optimizer, scaler
         shard = LocalShard(self.model, optimizer)
         self.gradient_norm = inner_optimizer(optimizer).gradient_norm
-        self.gradient_norm.shard = shard if shard.group or shard.tensor_group else None
-        if shard.group is not None:
-            for average in self.averages:
-                average.shard(shard)
+        self.gradient_norm.shard = shard
+        for average in self.averages if shard.group is not None else ():
+            average.shard(shard)
         if self.checkpoint is None:
-            optimizer_state(optimizer, self.model, shard)
+            optimizer_state(optimizer, self.model)
         else:
             restore_training(self.checkpoint, self)
             self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
 
     def start(self):
-        """Describes the run, opens its log, and lets signals and the clock stop it from here on; returns the session.
+        """Describes the run, opens its log, lets signals and the clock stop it from here on; returns the session.
 
         The network is in training mode then: label dropout is on.
         """
@@ -222,7 +194,8 @@ class Session:
         self.saver = CheckpointSaver(
             self, say=self.log.print, save_total_limit=outputs.save_total_limit, background=outputs.async_save
         )
-        self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
+        if self._may_stop:
+            self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
         self.model.train()
         return self
 
@@ -247,17 +220,12 @@ class Session:
     # A step, in the order of these calls. Only reports, validation, previews and saves wait for the device.
 
     def add_losses(self, loss, losses):
-        """Keeps a micro-batch's mean loss `()` for watch and report, and each regularizer's part of it.
-
-        Args:
-            losses: what the objective returned, tensors `(N,)` by name.
-        """
-        names = [regularizer.name for regularizer in self.objective.regularizers]
-        parts = {name: losses[name].mean().detach() for name in names}
+        """Keeps a micro-batch's mean loss `()` for watch and report, and of `losses` (N,) each regularizer's part."""
+        parts = {part.name: losses[part.name].mean().detach() for part in self.objective.regularizers}
         self.numbers.add(loss.detach(), parts)
 
     def begin_update(self, step):
-        """Tells the watch that the optimizer's step `step` comes; the stations are listed in `training.optimizer`."""
+        """Tells the watch that the optimizer's step `step` comes; see `training.supervision.number_watch`."""
         self.stopping.phase("updating the weights")
         self.learning_rate = self.optimizer.get_lr()
         self.numbers.begin_update(step, self.learning_rate, self.scaler)
@@ -268,10 +236,9 @@ class Session:
         self.objective.end_step()
 
     def after_step(self, step):
-        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint, stop.
+        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint.
 
-        Returns:
-            True if the run has been asked to stop: it is saved, and must leave its loop.
+        Returns True if the run has been asked to stop: it is saved, and must leave its loop.
         """
         self.step = step
         for average in self.averages:
@@ -283,23 +250,33 @@ class Session:
                 grad_norm=self.gradient_norm.take(),
                 epoch=self.sampler.epoch(step),
             )
-        if self.validation is not None and self.validation.due(step, self.last_step):
-            self.stopping.phase("validating")
-            self.validation.run(self)
-        if self.preview is not None and step % self.previews.every == 0:
-            self.stopping.phase("drawing previews")
-            log_preview(self.preview, self)
-        stopped = step < self.last_step and self.stopping.due(step)
-        if step % self.outputs.save_every == 0 or step == self.last_step or stopped:
+        is_last = step == self.last_step
+        if self.validation is not None and (is_last or step % self.config["data"]["validation_steps"] == 0):
+            with self._pause("validating"):
+                self.validation.run(self)
+        if self.preview is not None and step % self.outputs.preview_every == 0:
+            with self._pause("drawing previews"):
+                self.preview.run(self)
+        stopped = self._may_stop and not is_last and self.stopping.due(step)
+        if is_last or stopped or step % self.outputs.save_every == 0:
             self.save()
         return stopped
 
     def save(self):
         """Saves a checkpoint of the step that is done; a collective."""
-        self.stopping.phase("saving")
         self.numbers.check()
-        start = time.perf_counter()
-        self.saver.save(os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+        with self._pause("saving"):
+            self.saver.save(os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+
+    @contextlib.contextmanager
+    def _pause(self, phase):
+        """Leaves what the block does with the network, in evaluation mode there, out of the reported speeds."""
+        start, was_training = time.perf_counter(), self.model.training
+        self.stopping.phase(phase)
+        self.model.eval()
+        yield
+        if was_training:
+            self.model.train()
         self.log.pause(time.perf_counter() - start)
 
     def progress(self):
@@ -316,16 +293,8 @@ class Session:
             "watch": self.numbers.state_dict(),
         }
 
-    def dump_step(self, bad):
-        """Writes the dump of a bad step, see `training.supervision.step_dump`."""
-        return dump_step(bad, self)
-
     def close(self, how_to_go_on):
-        """Waits for the last checkpoint, ends the log and says where everything is; ends a stopped run's process.
-
-        Args:
-            how_to_go_on: with a stopped run, a clause for the user.
-        """
+        """Waits for the last checkpoint, ends the log and says where all is; a stopped run ends with `how_to_go_on`."""
         place = os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
         if self.log is not None:
             self.saver.finish()

@@ -8,7 +8,8 @@ from collections import namedtuple
 import numpy as np
 import paddle
 
-from config.schema import SCALING_KEYS, manifest_features, weights_features
+from config.schema import manifest_features
+from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_manifest
@@ -20,7 +21,6 @@ from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 
-
 # The samples of a run, those held out of it (or None), and the order in which this rank takes them.
 Data = namedtuple("Data", "dataset held_out sampler")
 
@@ -30,12 +30,10 @@ def setup_precision(training, device):
     return resolve_precision(training["amp_dtype"], training["amp_level"], device=device)
 
 
-def build_network(config, tensor_group=None, *, single_backward=False):
+def build_network(config, tensor_group=None):
     """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
 
-    Args:
-        tensor_group: the tensor-parallel group of ranks that hold a part each; None: whole.
-        single_backward: the promise of a training step, see `models.DiT`.
+    The ranks of a tensor-parallel group hold a part each.
     """
     training = config["training"]
     random.seed(training["seed"])
@@ -45,24 +43,21 @@ def build_network(config, tensor_group=None, *, single_backward=False):
         config["model"],
         fused_attention=training["fused_attention"],
         enable_recompute=training["recompute"],
-        single_backward=single_backward,
+        single_backward=True,
         tensor_parallel_group=tensor_group,
     )
 
 
 def build_averages(training, model, *, on_host=False):
     """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
-    if not training["use_ema"]:
-        return []
-    return [EMA(model, training["ema_decay"], warmup=training["ema_warmup"], on_host=on_host)]
+    options = {"decay": training["ema_decay"], "warmup": training["ema_warmup"], "on_host": on_host}
+    return [EMA(model, **options)] if training["use_ema"] else []
 
 
 def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
     """Opens the `Data` of a run: a seeded endless stream, of which every rank takes its rows of each global batch.
 
-    Args:
-        resolution: picks one of several sets in the folder.
-        rank, world_size: of the ranks that get different data.
+    Of several sets in the folder, `resolution` picks one. Rank and world size are those of ranks with different data.
     """
     training = config["training"]
     dataset, held_out = build_dataset(config, feature_path, resolution)
@@ -73,8 +68,9 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
         rank=rank,
         world_size=world_size,
         seed=training["seed"],
-        last_step=_last_step(training, len(dataset)),
+        last_step=0,
     )
+    resume_sampler(sampler, training)
     return Data(dataset, held_out, sampler)
 
 
@@ -129,11 +125,7 @@ def describe_features(feature_path, resolution, num_classes):
 
 
 def read_class_names(path, num_classes):
-    """Reads `({label: name} or None, note or None)` from a set's NAME_classes.json, for labels below `num_classes`.
-
-    Raises:
-        ValueError: one line: not such a file.
-    """
+    """Reads `({label: name} or None, note or None)` from a set's NAME_classes.json, for labels below `num_classes`."""
     if not os.path.exists(path):
         return None, None
     too_many = f"{path}: its class names take more than {MAX_NAMES_BYTES >> 20} MiB and stay there"
@@ -152,57 +144,30 @@ def read_class_names(path, num_classes):
 
 def features_changes(theirs, ours):
     """Returns, in words, how two `features` sections differ in what matters to a network; empty if they don't."""
-    changes = []
-    there, here = theirs["vae"] or {}, ours["vae"] or {}
-    if None not in (there.get("weights_sha256"), here.get("weights_sha256")):
-        if there["weights_sha256"] != here["weights_sha256"]:
-            names = [f"{shortened(vae['name'])} ({shortened(vae['weights_sha256'], 8)})" for vae in (here, there)]
-            changes.append(f"autoencoder {names[0]} here, {names[1]} there")
-    if None not in (there.get("scaling_factor"), here.get("scaling_factor")):
-        for name in SCALING_KEYS:
-            if (there[name] or None) != (here[name] or None):  # no shift is one of 0
-                changes.append(f"{name} {shortened(here[name], 40)} here, {shortened(there[name], 40)} there")
-    names = ours["class_names"] or {}
-    for label, there in (theirs["class_names"] or {}).items():
-        if names.get(label, there) != there:
-            changes.append(f"class {label} is {shortened(names[label])} here, {shortened(there)} there")
-            break
-    return "; ".join(changes)
+    changes = vae_differences(theirs["vae"], ours["vae"])
+    names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
+    renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]
+    changes += [(f"class {label} is", shortened(classes[label]), shortened(names[label])) for label in renamed[:1]]
+    return "; ".join(f"{what} {here} here, {there} there" for what, there, here in changes)
 
 
-def resume_sampler(sampler, training, progress):
-    """Puts a sampler where a checkpoint's run stopped; the epochs that are left are counted from there."""
-    step, seen = progress["global_step"], progress["samples_seen"]
-    sampler.resume(step, seen, _last_step(training, sampler.stream.num_samples, first_step=step, samples_seen=seen))
-
-
-def _last_step(training, num_samples, **done):
+def resume_sampler(sampler, training, step=0, samples_seen=0):
+    """Lets a sampler go on after this step and these samples; the epochs that are left are counted from there."""
     settings = {key: training[key] for key in ("global_batch_size", "max_steps", "epochs")}
-    return total_steps(num_samples, **settings, **done)
+    last_step = total_steps(sampler.stream.num_samples, first_step=step, samples_seen=samples_seen, **settings)
+    sampler.resume(step, samples_seen, last_step)
 
 
 def describe_data_changes(checkpoint, config, dataset):
     """Returns a sentence to print if a resumed run had other data, else None."""
-    if checkpoint is None:
-        return None
-    changes, ours, theirs = [], config, checkpoint.config or config
+    changes, theirs = [], checkpoint.config or config
     before = checkpoint.progress.get("num_samples")
     if before not in (None, len(dataset)):
         changes.append(f"{counted(len(dataset), 'sample')} here, {before:,} when the checkpoint was saved")
     keys = ("flip", "posterior", "classes", "validation_samples")
-    changed = [key for key in keys if theirs["data"][key] != ours["data"][key]]
-    changes += [f"{key} {ours['data'][key]} here, {theirs['data'][key]} there" for key in changed]
-    changes += filter(None, [features_changes(theirs["features"], ours["features"])])
-    if not changes:
-        return None
-    note = "; ".join(changes) + ": other data, or in another order, from here"
-    if {"classes", "validation_samples"} & {*changed}:
-        note += "; held-out samples may have been trained on before"
-    return note
-
-
-def pretrained_note(path, config):
-    """Returns a sentence if the weights that a run starts from were trained on another autoencoder's latents."""
-    features = {**weights_features(path, config), "class_names": None}
-    changes = features_changes(features, config["features"])
-    return f"{path} was trained on other latents: {changes}" if changes else None
+    changed = [key for key in keys if theirs["data"][key] != config["data"][key]]
+    changes += [f"{key} {config['data'][key]} here, {theirs['data'][key]} there" for key in changed]
+    changes += filter(None, [features_changes(theirs["features"], config["features"])])
+    held_out = {"classes", "validation_samples"} & {*changed}
+    trained_on = "; held-out samples may have been trained on before" if held_out else ""
+    return f"{'; '.join(changes)}: other data, or in another order, from here{trained_on}" if changes else None

@@ -1,6 +1,6 @@
 """`LatentDiffusionTrainer`: the PaddleNLP Trainer around a `Session`."""
 
-from paddlenlp.trainer import Trainer, TrainerCallback
+from paddlenlp.trainer import PrinterCallback, Trainer, TrainerCallback
 
 from features.loader import FeatureLoader
 from objectives import Batch, Rows
@@ -23,25 +23,18 @@ class _StepCallback(TrainerCallback):
 
 
 class LatentDiffusionTrainer(Trainer):
-    """Trains the bare network of a session on `(latents, labels)` batches.
+    """Trains the network of a `Session` that is not started, by arguments of `training.trainer_arguments`.
 
-    What PaddleNLP does: the loop, AMP, data parallel and sharding wrappers, gradient accumulation, callbacks.
-    What the session does, so that either loop resumes the other: loss and its random numbers, order of the data,
-    optimizer, LR schedule, averages, log and checkpoints.
-
-    Args:
-        session: a `training.session.Session`, not started.
-        args: from `training.trainer_arguments`.
+    PaddleNLP has the loop, AMP, the data parallel and sharding wrappers, gradient accumulation, callbacks. So that
+    either loop resumes the other, the session has the loss and its random numbers, the order of the data, optimizer, LR
+    schedule, averages, log and checkpoints.
     """
 
     def __init__(self, session, args):
         self.session = session
         args.max_steps = session.last_step
         super().__init__(model=session.model, args=args, train_dataset=session.dataset)
-        # PaddleNLP's own printers and bars give way to TrainingLog, which both loops share.
-        for callback in list(self.callback_handler.callbacks):
-            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-                self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)  # TrainingLog speaks, in both loops
         self.add_callback(_StepCallback(session))
         self._micro_step = 0
 
@@ -51,9 +44,8 @@ class LatentDiffusionTrainer(Trainer):
         return FeatureLoader(session.dataset, session.sampler, num_workers=workers, phase=session.stopping.phase)
 
     def create_optimizer_and_scheduler(self, num_training_steps):
-        if self.optimizer is None:
-            self.optimizer = self.session.build_optimizer()
-            self.lr_scheduler = self.session.lr_scheduler
+        self.optimizer = self.session.build_optimizer()
+        self.lr_scheduler = self.session.lr_scheduler
 
     def _wrap_model(self, model, training=True):
         """Returns the model in PaddleNLP's wrappers: every sharding stage, also beside tensor parallelism."""
@@ -71,24 +63,19 @@ class LatentDiffusionTrainer(Trainer):
         self.state.global_step = self.session.first_step
 
     def training_step(self, model, inputs, step_control=0):
-        """Does forward and backward of one micro-batch; returns its detached loss."""
+        """Does forward and backward of a micro-batch, latents `(n, C, h, w)` and labels `(n,)`; returns its loss."""
         model.train()
         session, accumulation_steps = self.session, self.args.gradient_accumulation_steps
         rows = Rows(*session.sampler.rows(self._micro_step % accumulation_steps))
         self._micro_step += 1
         seed_step(session.config["training"]["seed"], self.state.global_step + 1)
         with self.autocast_smart_context_manager():
-            loss, losses = self.compute_loss(model, inputs, return_outputs=True, rows=rows)
+            losses = session.objective.training_losses(model, Batch(*inputs), rows)
+            loss = losses["loss"].mean()
         scaled = loss / accumulation_steps
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
         session.add_losses(loss, losses)
         return loss.detach()
-
-    def compute_loss(self, model, inputs, return_outputs=False, rows=None):
-        """Returns the mean loss of a micro-batch `(latents (n, C, h, w), labels (n,))`, with its parts if asked to."""
-        losses = self.session.objective.training_losses(model, Batch(*inputs), rows)
-        loss = losses["loss"].mean()
-        return (loss, losses) if return_outputs else loss
 
     def _check_loss_valid(self, loss):
         """Does nothing, because PaddleNLP reads the loss back here, a host sync in every step."""
@@ -98,8 +85,7 @@ class LatentDiffusionTrainer(Trainer):
         if step == self.session.step:  # PaddleNLP asks once more when an epoch ends
             return
         self.state.epoch = self.session.sampler.epoch(step)
-        if self.session.after_step(step):
-            self.control.should_training_stop = True
+        self.control.should_training_stop |= self.session.after_step(step)
         self.control.should_log = self.control.should_save = False
 
     def log(self, logs, **kwargs):

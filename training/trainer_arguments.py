@@ -3,7 +3,7 @@
 import logging
 
 import paddle
-from paddlenlp.trainer import PdArgumentParser, TrainingArguments
+from paddlenlp.trainer import TrainingArguments
 from paddlenlp.utils.log import logger
 
 from config.options import PASSED_ON
@@ -13,10 +13,7 @@ from training.parallel.cpu import use_plain_collectives
 def training_arguments(args, training, precision, degrees, *, batch_size):
     """Returns PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
-    Args:
-        args: flags of the Trainer's command line.
-        precision, degrees: as resolved; PaddleNLP is not asked for what the device can't do.
-        batch_size: samples of a micro-batch on one device.
+    Precision and degrees are resolved: PaddleNLP is not asked for what the device can't do.
 
     Raises:
         ValueError: a value that TrainingArguments does not take.
@@ -28,7 +25,6 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
     # Everything that PaddleNLP is told. Reports, checkpoints, optimizer and schedule are the session's.
     values = {
         "output_dir": args.output_dir,
-        "do_train": True,
         "device": args.device if args.device != "auto" else device.split(":")[0],
         "seed": training["seed"],
         "per_device_train_batch_size": batch_size,
@@ -47,21 +43,15 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
         "disable_tqdm": True,
         "report_to": "none",
         "save_strategy": "no",
-        "skip_profile_timer": True,
-        "skip_memory_metrics": True,
         **{name: getattr(args, name) for name in PASSED_ON if getattr(args, name) is not None},
     }
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    parser = PdArgumentParser(TrainingArguments, allow_abbrev=False)
     try:
-        (parsed,) = parser.parse_args_into_dataclasses(words)
+        made = TrainingArguments(**values)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"command line: {error}") from None
-    if parsed.amp_master_grad and parsed.fp16 and not parsed.use_hybrid_parallel:
+    if made.amp_master_grad and made.fp16 and not made.use_hybrid_parallel:
         # The loss scaler of a plain optimizer does not find the master gradients: they would never be unscaled.
         raise ValueError("command line: --amp_master_grad with --fp16 needs sharding or tensor parallelism; use --bf16")
-    if parsed.amp_master_grad and degrees.stage in ("stage2", "stage3") and parsed.data_parallel_degree > 1:
+    if made.amp_master_grad and degrees.stage in ("stage2", "stage3") and made.data_parallel_degree > 1:
         raise ValueError("command line: --amp_master_grad can't be combined with stage2 or stage3 and data parallel")
-    return parsed
+    return made

@@ -1,14 +1,11 @@
 """The loss of held-out samples at fixed timesteps and noise: a curve without the jumps of random draws."""
 
-import time
-
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from objectives import Batch
 from training.averages import ema_weights
-from training.parallel.shares import LocalShard
 
 
 class Validation:
@@ -18,63 +15,46 @@ class Validation:
     of ranks; the places are spread evenly over the samples. No label is dropped.
 
     Args:
-        objective: from `objectives.build_objective`.
         dataset: the held-out part of a `FeatureDataset`.
         sampler: this rank's `MicroBatchSampler`, which knows its place among the data-parallel ranks.
-        every: optimizer steps between two calls.
-        ranks_per_batch: ranks that have the same batch (tensor parallelism).
     """
 
     SEED = 20250
 
-    def __init__(self, objective, dataset, sampler, *, every, ranks_per_batch=1):
-        self.objective, self.dataset, self.every = objective, dataset, every
+    def __init__(self, objective, dataset, sampler):
+        self.objective, self.dataset = objective, dataset
         self.batch_size = min(sampler.batch_size, len(dataset))  # of a forward pass on one device
-        self.rank, self.world_size, self.ranks_per_batch = sampler.rank, sampler.world_size, ranks_per_batch
+        self.rank, self.world_size = sampler.rank, sampler.world_size
         order = np.random.default_rng([self.SEED, len(dataset)]).permutation(len(dataset))
         self._places = ((order + 0.5) / len(dataset)).astype("float32")  # in (0, 1)
-
-    def due(self, step, last_step):
-        """Returns whether to run after optimizer step `step`."""
-        return step % self.every == 0 or step == last_step
 
     @paddle.no_grad()
     def loss(self, model, precision):
         """Returns the mean loss of the held-out samples, by a model in evaluation mode. A collective; waits for it."""
-        total = paddle.zeros([])
-        count = len(self.dataset)
+        totals, count = paddle.zeros([2]), len(self.dataset)  # of losses and of samples, over the ranks
         # All ranks make the same number of passes: a network in parts computes only with all of them.
         stride = self.batch_size * self.world_size
         for first in range(self.rank * self.batch_size, -(-count // stride) * stride, stride):
-            indices = np.arange(first, min(first + self.batch_size, count))
-            mine = len(indices) > 0
-            if not mine:
-                indices = np.zeros(1, "int64")
+            mine = np.arange(first, min(first + self.batch_size, count))
+            indices = mine if len(mine) else np.zeros(1, "int64")
             x, y = self.dataset.read(indices)
-            noise = np.stack([self._noise(index, x.shape[1:]) for index in indices])
+            rngs = [np.random.default_rng([self.SEED, index]) for index in indices]
+            noise = np.stack([rng.standard_normal(x.shape[1:], "float32") for rng in rngs])
             x, y, place, noise = (paddle.to_tensor(array) for array in (x, y, self._places[indices], noise))
             with precision.autocast():
                 losses = self.objective.validation_losses(model, Batch(x, y), place, noise)
-            if mine:
-                total = total + losses.astype("float32").sum()
+            total = losses[: len(mine)].astype("float32").sum()
+            totals = totals + paddle.stack([total, paddle.full_like(total, len(mine))])
         if dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        return float(total) / (count * self.ranks_per_batch)
-
-    def _noise(self, index, shape):
-        return np.random.default_rng([self.SEED, index]).standard_normal(shape, "float32")
+            dist.all_reduce(totals)
+        loss, samples = totals.tolist()
+        return loss / samples
 
     def run(self, session):
-        """Writes the losses after the session's step into its log: of its weights, and of the first of its averages.
-
-        The model is in training mode again after it.
-        """
-        start, model = time.perf_counter(), session.model
-        model.eval()
+        """Logs the losses after the session's step: of its weights, and of the first of its averages."""
+        model = session.model
         values = {"loss": self.loss(model, session.precision)}
         for average in session.averages[:1]:
-            with ema_weights(model, average, LocalShard(model, session.optimizer)):
+            with ema_weights(model, average, session.optimizer):
                 values["ema_loss"] = self.loss(model, session.precision)
-        model.train()
         session.log.report_validation(session.step, values)
-        session.log.pause(time.perf_counter() - start)

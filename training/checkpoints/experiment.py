@@ -1,5 +1,6 @@
 """The folder of a run: a new experiment, one to resume, or an earlier run to move aside."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -20,7 +21,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
     """Returns the checkpoint to resume (or None) and the hand-written loop's folder `results_dir/NNN-CONFIG`.
 
     A run that goes on from the newest checkpoint of an experiment in `results_dir` goes on in its folder; any other
-    gets a new one, so that nothing is overwritten. All ranks get the same answer.
+    gets a new one, so that nothing is overwritten.
 
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
@@ -28,7 +29,7 @@ def open_experiment(resume, results_dir, config_file, config, lock):
         lock: a `RunLock`, which takes the experiment folder on rank 0.
 
     Raises:
-        ValueError: what `load_checkpoint` raises; another run is at work in the experiment that would go on.
+        ValueError: what `open_checkpoint` raises; another run is at work in the experiment that would go on.
     """
     name = experiment_name(config_file)
     try:
@@ -42,39 +43,31 @@ def open_experiment(resume, results_dir, config_file, config, lock):
 
     def folder():
         for _, experiment in list_experiments(results_dir, name) if checkpoint is not None else []:
-            found = find_checkpoints(experiment)
             # What `auto` passed over is damaged, and may be done again in its place.
-            mine = found if resume == "auto" else found[:1]
+            mine = find_checkpoints(experiment)[: None if resume == "auto" else 1]
             if any(os.path.samefile(path, checkpoint.source) for path in mine):
                 lock.take(experiment)
                 clear_leftovers(os.path.dirname(checkpoint.source))
                 return experiment
-        index = max((index for index, _ in list_experiments(results_dir)), default=-1) + 1
-        while True:
+        for index in itertools.count(max((index for index, _ in list_experiments(results_dir)), default=-1) + 1):
             path = os.path.join(results_dir, f"{index:03d}-{name}")
-            try:
+            with contextlib.suppress(FileExistsError):  # of a run that was started in the same moment
                 os.makedirs(path)
-            except FileExistsError:  # of a run that was started in the same moment
-                index += 1
-            else:
                 lock.take(path)
                 return path
 
     return checkpoint, run_on_rank_0(folder)
 
 
-def open_output_dir(output_dir, config, *, resume, overwrite, lock):
-    """Returns the checkpoint that a run in `output_dir` (the Trainer's) starts from, or None. Nothing is deleted.
+def open_output_dir(output_dir, config, lock, *, resume, overwrite):
+    """Returns the checkpoint that a run in the Trainer's `output_dir` starts from, or None.
 
-    Without `resume` the newest checkpoint in `output_dir` is resumed, if it is this config's; another run's is refused.
-    With `overwrite`, and without `resume`, the run starts anew. Checkpoints that the run would meet on its way, those
-    of the run it replaces or later ones than the resumed, are first moved to `output_dir/previous-DATE`.
-
-    Args:
-        lock: a `RunLock`, which takes the folder on rank 0.
+    Without `resume` that is the newest one in `output_dir`, if it is this config's. With `overwrite`, and without
+    `resume`, the run starts anew. Checkpoints that the run would meet on its way, those of the run it replaces or later
+    ones than the resumed, are first moved to `output_dir/previous-DATE`.
 
     Raises:
-        ValueError: the folder holds another run, or one is at work in it.
+        ValueError: the folder holds another run, or one is at work in it: `lock`, a `RunLock`, can't take it.
     """
     # A folder that is not there is made, and locked, when it is clear that there is something to run in it.
     run_on_rank_0(lambda: os.path.isdir(output_dir) and lock.take(output_dir))
@@ -86,30 +79,24 @@ def open_output_dir(output_dir, config, *, resume, overwrite, lock):
         try:
             checkpoint = open_checkpoint(output_dir, config, optional=True)
         except ValueError as error:
-            raise ValueError(
-                f"{error}; choose another output folder, or put that run aside: --overwrite_output_dir"
-            ) from None
+            raise ValueError(f"{error}; {_WAYS_OUT}") from None
     run_on_rank_0(lambda: lock.take(output_dir))
-    run_on_rank_0(lambda: move_earlier_run_aside(output_dir, checkpoint, overwrite))
+    run_on_rank_0(lambda: _move_earlier_run_aside(output_dir, checkpoint, overwrite))
     return checkpoint
 
 
+_WAYS_OUT = "choose another output folder, or put that run aside: --overwrite_output_dir"
 _RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
 
 
-def move_earlier_run_aside(output_dir, checkpoint, overwrite):
-    """Moves the files of an earlier run that this one would meet to `output_dir/previous-DATE`."""
+def _move_earlier_run_aside(output_dir, checkpoint, overwrite):
+    clear_leftovers(output_dir)
     existing = list_checkpoints(output_dir)
-    if existing:
-        clear_leftovers(output_dir)
     if checkpoint is not None and any(os.path.samefile(path, checkpoint.source) for path in existing):
         step = checkpoint.progress["global_step"]
         moved = [path for path in existing if step_of(path) > step]
     elif existing and not overwrite:
-        raise ValueError(
-            f"output_dir {output_dir}: holds checkpoints of another run; choose another folder, or put them aside: "
-            "--overwrite_output_dir"
-        )
+        raise ValueError(f"output_dir {output_dir}: holds checkpoints of another run; {_WAYS_OUT}")
     else:
         moved = [*existing, *(os.path.join(output_dir, name) for name in _RUN_FILES)]
     moved = [path for path in moved if os.path.exists(path)]
@@ -124,11 +111,7 @@ def move_earlier_run_aside(output_dir, checkpoint, overwrite):
 
 
 def open_checkpoint(path, config, experiment_name=None, *, optional=False):
-    """Reads a checkpoint for a run with this config, as `load_checkpoint` does.
-
-    Raises:
-        ValueError: one line: what `load_checkpoint` raises, or it holds another model or objective.
-    """
+    """Reads a checkpoint as `load_checkpoint` does; ValueError also if it holds another model or objective."""
     checkpoint = load_checkpoint(path, experiment_name, optional=optional)
     if checkpoint is None:
         return None
@@ -136,8 +119,8 @@ def open_checkpoint(path, config, experiment_name=None, *, optional=False):
         if listed := differences(checkpoint.config[section], config[section]):
             raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
     progress = checkpoint.progress
-    if "samples_seen" not in progress:
-        batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
+    if "samples_seen" not in progress:  # of an official one
+        batch = progress.get("global_batch_size", config["training"]["global_batch_size"])
         progress["samples_seen"] = progress["global_step"] * batch
     if config["training"]["use_ema"] and not checkpoint.averages and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")

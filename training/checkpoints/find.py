@@ -17,18 +17,18 @@ from weights.source import is_training_checkpoint
 
 CONFIG, MODEL = "config.json", "model_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
-_AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
+AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 
 
 @dataclass
 class Checkpoint:
-    """The contents of a checkpoint: arrays by name, and `progress` with `global_step` and `samples_seen`."""
+    """The contents of a checkpoint: arrays by name, and `progress`, see `Session.progress`."""
 
     source: str
     config: dict | None
     model: dict
-    averages: dict[str, dict]  # by the averages' names; the usual ones have none
+    averages: dict[str, dict]  # by their names, see `EMA`
     read_optimizer: Callable[[], dict]  # the largest part is read when it is wanted
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
@@ -36,17 +36,6 @@ class Checkpoint:
     @property
     def optimizer(self):
         return self.read_optimizer()
-
-
-def averages_file(name):
-    """Returns the file of the averages `name` in a checkpoint; the usual ones have an empty name."""
-    return f"ema_state_{name}.pdparams" if name else "ema_state.pdparams"
-
-
-def list_averages(folder):
-    """Returns the names of the averages in a checkpoint folder."""
-    matches = map(_AVERAGES.match, sorted(os.listdir(folder)))
-    return [match.group(1) or "" for match in matches if match]
 
 
 def is_checkpoint(folder):
@@ -66,96 +55,81 @@ def list_checkpoints(folder):
     if not os.path.isdir(folder):
         return []
     restore_replaced(folder)
-    found = []
-    for entry in os.scandir(folder):
-        match = _CHECKPOINT_NAME.match(entry.name)
-        if match and _holds(entry.path, MODEL, OPTIMIZER, STATE):
-            found.append((int(match.group(1)), entry.path))
-    return [path for _, path in sorted(found)]
+    paths = [entry.path for entry in os.scandir(folder) if _CHECKPOINT_NAME.match(entry.name)]
+    return sorted((path for path in paths if _holds(path, MODEL, OPTIMIZER, STATE)), key=step_of)
 
 
 def find_checkpoints(folder, experiment_name=None):
-    """Lists the checkpoints of a run's folder, newest first; damaged ones too.
+    """Lists the checkpoints of a folder, newest first; damaged ones too.
 
     Args:
         folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
-            `checkpoints/`; or a results folder of experiments `NNN-NAME`, those of the newest experiment first.
+            `checkpoints/`; or a results folder of experiments `NNN-NAME`.
         experiment_name: consider experiments of this NAME only.
     """
     if is_checkpoint(folder):
         return [folder]
-    experiments = [path for _, path in reversed(list_experiments(folder, experiment_name))]
-    direct = list_checkpoints(folder) or list_checkpoints(os.path.join(folder, "checkpoints"))
-    found = [direct] if direct else [list_checkpoints(os.path.join(path, "checkpoints")) for path in experiments]
-    return [path for paths in found for path in reversed(paths)]
+    found = list_checkpoints(folder) or list_checkpoints(os.path.join(folder, "checkpoints"))
+    for _, experiment in list_experiments(folder, experiment_name) if not found else []:
+        found += list_checkpoints(os.path.join(experiment, "checkpoints"))
+    return found[::-1]
 
 
 def damage(folder, *, required=(CONFIG, MODEL, OPTIMIZER, STATE), checksums=False):
     """Returns, in words, what is wrong with a folder that `runtime.files.FolderWriter` wrote; None for a whole one.
 
-    Args:
-        required: names of files that its manifest must list.
-        checksums: read every file to its end, not only its size.
+    Its manifest must list the `required` files. With `checksums` every file is read to its end.
     """
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    if not _holds(folder, MANIFEST):
         return f"it has no {MANIFEST}"
     try:
-        files = read_json(path)["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        files = read_json(os.path.join(folder, MANIFEST))["files"]
+        sizes = {name: int(entry["size"]) for name, entry in files.items()}
+        digests = {name: str(entry["sha256"]) for name, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        expected = {}
-    if not {*required} <= {*expected} or not expected or any(os.path.basename(name) != name for name in expected):
+        sizes = {}
+    if not {*required} <= {*sizes} or not sizes or any(os.path.basename(name) != name for name in sizes):
         return f"its {MANIFEST} is damaged"
-    for name, (size, _) in expected.items():
+    for name, size in sizes.items():
         file = os.path.join(folder, name)
         if not os.path.isfile(file):
             return f"{name} is missing"
         if os.path.getsize(file) != size:
             return f"{name} has {os.path.getsize(file):,} bytes, {size:,} were written"
-    return _wrong_checksum(folder, expected) if checksums else None
+    return _wrong_checksum(folder, digests, sum(sizes.values())) if checksums else None
 
 
-def _wrong_checksum(folder, expected):
-    stop, total = threading.Event(), sum(size for size, _ in expected.values())
-    title = f"checking {os.path.basename(os.path.normpath(folder))}"
+def _wrong_checksum(folder, digests, total):
+    stop = threading.Event()
 
-    def sha256(name):
+    def check(name):
         digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 24))
-        with open(os.path.join(folder, name), "rb", buffering=0) as file:
-            while not stop.is_set() and (count := file.readinto(buffer)):
-                digest.update(buffer[:count])
-                bar.update(count)
-        return digest.hexdigest()
+        try:
+            with open(os.path.join(folder, name), "rb", buffering=0) as file:
+                while not stop.is_set() and (count := file.readinto(buffer)):
+                    digest.update(buffer[:count])
+                    bar.update(count)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        right = digest.hexdigest() == digests[name]
+        return None if right else f"{name} is damaged: its checksum is not that of what was written"
 
+    title = f"checking {os.path.basename(os.path.normpath(folder))}"
     with (
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, leave=False) as bar,
         ThreadPoolExecutor(4) as pool,  # SHA-256 is slower than a disk; a checkpoint has three large files
     ):
         try:
-            digests = {name: pool.submit(sha256, name) for name in expected}
-            for name, (_, digest) in expected.items():
-                try:
-                    if digests[name].result() != digest:
-                        return f"{name} is damaged: its checksum is not that of what was written"
-                except OSError as error:
-                    return f"{name} cannot be read: {error.strerror}"
+            return next(filter(None, pool.map(check, digests)), None)
         finally:
             stop.set()  # neither Ctrl-C nor what is damaged waits for the files that are still being read
-    return None
 
 
 def pick_checkpoint(folder, experiment_name=None):
-    """Picks the newest whole checkpoint, with every checksum right; prints why a newer one is passed over.
+    """Returns the newest of `find_checkpoints` whose checksums are right, None if there are no checkpoints at all.
 
-    A checkpoint without a manifest is taken only if `folder` is that checkpoint itself: what can't be checked is not
-    chosen, and the user who knows it whole can name it.
-
-    Args:
-        folder: as for `find_checkpoints`.
-
-    Returns:
-        Its path; None if there is no checkpoint at all.
+    One without a manifest is taken only if `folder` is that checkpoint itself: what can't be checked is not chosen, and
+    the user who knows it whole can name it. It is printed why a newer one is passed over.
 
     Raises:
         ValueError: one line: there are checkpoints, but no whole one. A new run in their place is the user's choice.
@@ -168,17 +142,16 @@ def pick_checkpoint(folder, experiment_name=None):
                 f"{folder}: {wrong}; resume another one (or delete its {MANIFEST}, if you changed the files yourself)"
             )
         return folder
-    passed = []  # (path, what is wrong)
+    passed = []
     for path in find_checkpoints(folder, experiment_name):
         wrong = damage(path, checksums=True)
         if wrong is None:
             return path
         say(f"note: checkpoint {path} is passed over: {wrong}")
-        passed.append((path, wrong))
+        passed.append(f"{path}: {wrong}")
     if passed:
-        path, wrong = passed[0]
         raise ValueError(
-            f"{folder}: none of its {len(passed)} checkpoint(s) is known to be whole; the newest is {path}: {wrong}; "
+            f"{folder}: none of its {len(passed)} checkpoint(s) is known to be whole; the newest is {passed[0]}; "
             f"one without a {MANIFEST} can be resumed by its own path"
         )
     return None

@@ -1,18 +1,18 @@
 """Reads what a checkpoint folder or an official training checkpoint holds, and checks it against the run."""
 
-import functools
 import os
 
 import numpy as np
 import paddle
 
 from config.schema import differences, own_config, resolve_config, sampling_differences
-from models.state import check_finite, is_state, official_to_paddle, plain_names, without_rounding
+from models.state import check_finite, is_state, official_to_paddle, plain_names, turn_linear, without_rounding
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
 from training.checkpoints.state import load_weights_into
 from training.parallel.collective import run_on_rank_0
+from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights
 
@@ -22,19 +22,16 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
 
     Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
 
-    Args:
-        optional: return None, instead of an error, where there is no checkpoint at all.
-
     Raises:
-        ValueError: one line: nothing there, not a checkpoint, a damaged or unreadable file.
+        ValueError: one line: a damaged or unreadable file, or no checkpoint at all; if `optional`, that is None.
     """
     path = str(path)
     if os.path.isfile(path):
         return _load_official(path)
     folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
-    if folder is None and optional:
-        return None
     if folder is None:
+        if optional:
+            return None
         raise ValueError(
             f"{path}: no training checkpoint there; expected a folder with {CONFIG}, {MODEL} and {STATE}, a run's "
             "folder of such, or an official .pt file"
@@ -44,7 +41,7 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
     progress = read_json(state, infinity=True)
     if not isinstance(progress, dict) or not isinstance(progress.get("global_step"), int):
         raise ValueError(f"{state}: not the state of a training run: it has no global_step")
-
+    averages = map(find.AVERAGES.match, sorted(os.listdir(folder)))
     optimizer, objective = inside(folder, OPTIMIZER), inside(folder, OBJECTIVE)
     if not os.path.isfile(optimizer):
         raise ValueError(f"{optimizer}: no such file")
@@ -52,8 +49,8 @@ def load_checkpoint(path, experiment_name=None, *, optional=False):
         source=folder,
         config=resolve_config(read_json(inside(folder, CONFIG)), source=os.path.join(folder, CONFIG)),
         model=load_weights(inside(folder, MODEL)),
-        averages={name: load_weights(inside(folder, find.averages_file(name))) for name in find.list_averages(folder)},
-        read_optimizer=functools.partial(_read_optimizer, optimizer),
+        averages={found[1] or "": load_weights(inside(folder, found[0])) for found in averages if found},
+        read_optimizer=lambda: _read_optimizer(optimizer),
         objective=load_weights(objective) if os.path.isfile(objective) else {},
         progress=progress,
     )
@@ -70,20 +67,20 @@ def _load_official(path):
     """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
     held = raw if isinstance(raw, dict) else {}
-    weights = {name: readable(held, name, path) for name in ("model", "ema") if name in held}
-    if not {"model", "opt"} <= set(held):
+    found = {name: readable(held, name, path) for name in ("model", "ema", "opt") if name in held}
+    optimizer = found.pop("opt", None)
+    if optimizer is None or "model" not in found:
         raise ValueError(
             f"{path}: not a training checkpoint: the official layout has 'model', 'ema' and 'opt'; to start from "
             "weights alone use --pretrained_model_path"
         )
-    for name, state in weights.items():
+    for name, state in found.items():
         if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")
-        weights[name] = plain_names(state)
-        check_finite(weights[name], source=f"{path}: {name}")
-    optimizer = readable(raw, "opt", path)
+        found[name] = official_to_paddle(plain_names(state))
+        check_finite(found[name], source=f"{path}: {name}")
     try:
-        moments, step = _official_moments([*weights["model"]], optimizer)
+        moments, step = _official_moments([*found["model"]], optimizer)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = shortened(repr(error), 200)
         raise ValueError(f"{path}: its 'opt' is not the state of torch.optim.AdamW ({said})") from None
@@ -93,14 +90,8 @@ def _load_official(path):
     batch = args.get("global_batch_size") if isinstance(args, dict) else None
     if type(batch) is int and batch > 0:
         progress["global_batch_size"] = batch
-    return Checkpoint(
-        source=path,
-        config=None,
-        model=official_to_paddle(weights["model"]),
-        averages={"": official_to_paddle(weights["ema"])} if "ema" in weights else {},
-        read_optimizer=lambda: moments,
-        progress=progress,
-    )
+    averages = {"": found["ema"]} if "ema" in found else {}
+    return Checkpoint(path, None, found["model"], averages, read_optimizer=lambda: moments, progress=progress)
 
 
 def _official_moments(names, optimizer):
@@ -113,8 +104,8 @@ def _official_moments(names, optimizer):
         if not is_state({key: entry[key] for key in ("exp_avg", "exp_avg_sq")}):
             raise ValueError("a moment that is no tensor")
         moments[name] = {
-            "moment1": official_to_paddle({name: entry["exp_avg"]})[name],
-            "moment2": official_to_paddle({name: entry["exp_avg_sq"]})[name],
+            "moment1": turn_linear(name, entry["exp_avg"]),
+            "moment2": turn_linear(name, entry["exp_avg_sq"]),
             # Paddle keeps beta^(n + 1) after n steps.
             "beta1_pow_acc": np.float32([beta1 ** (step + 1)]),
             "beta2_pow_acc": np.float32([beta2 ** (step + 1)]),
@@ -131,18 +122,14 @@ def _number(value, below):
 
 
 @paddle.no_grad()
-def load_pretrained(path, model, *, config=None, as_stored=False):
+def load_pretrained(path, model, *, config=None):
     """Starts a network from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
 
-    A label table for another number of classes is left as it was initialised; everything else must fit. So is a
-    position table that differs from the network's by the rounding of a half precision.
-
-    Args:
-        config: the run's; a checkpoint's own must describe the same network. None: not compared.
-        as_stored: take all numbers as they are, also those that are not finite.
+    A label table for another number of classes is left as it was initialised, and so is a position table that differs
+    from the network's by the rounding of a half precision; everything else must fit.
 
     Returns:
-        A sentence to print.
+        A sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is given.
 
     Raises:
         ValueError: unreadable, not finite, or weights of another architecture.
@@ -150,10 +137,9 @@ def load_pretrained(path, model, *, config=None, as_stored=False):
     note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
     state, source = read_weights(path)
     parameters = dict(model.named_parameters())
-    if not as_stored:
-        check_finite(state, source=source)
-        if "pos_embed" in state and "pos_embed" in parameters:
-            state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
+    check_finite(state, source=source)
+    if "pos_embed" in state and "pos_embed" in parameters:
+        state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
     table = "y_embedder.embedding_table.weight"
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:
@@ -162,20 +148,12 @@ def load_pretrained(path, model, *, config=None, as_stored=False):
     return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
 
 
-# Keys whose values may differ from those of the checkpoint that a run starts from, because the label table is made anew
-# and the shapes of the weights tell of the others.
+# Keys that may differ at the start, because the label table is made anew and the weights' shapes tell of the others.
 _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
 
 
 def _check_start(path, config, has_position_table):
-    """Returns a clause on the objective of the checkpoint `path`, if it is not the run's; else an empty text.
-
-    Args:
-        has_position_table: whether the run's network has one, which fits images of one size.
-
-    Raises:
-        ValueError: its network is another one.
-    """
+    """Returns clauses on objective and latents of a checkpoint, if they are not the run's; refuses another network."""
     own = own_config(path)
     if own is None:
         return ""
@@ -183,5 +161,9 @@ def _check_start(path, config, has_position_table):
     sizes = () if has_position_table else ("sample_size",)
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
-    listed = sampling_differences(own["objective"], config["objective"])
-    return f"; they were trained for another objective: {listed}" if listed else ""
+    latents = {**own["features"], "class_names": None}
+    notes = {
+        "they were trained for another objective": sampling_differences(own["objective"], config["objective"]),
+        f"{path} was trained on other latents": features_changes(latents, config["features"]),
+    }
+    return "".join(f"; {what}: {listed}" for what, listed in notes.items() if listed)

@@ -11,12 +11,14 @@
 The random numbers of a step are a function of (seed, step), so that resuming needs no generator state of Paddle's.
 """
 
+import collections
+import math
 import os
 import threading
 
-import numpy as np
 import paddle
 
+from models.parallel import whole_shape
 from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
 from runtime.paddle_private import master_weights
@@ -29,96 +31,77 @@ from weights.files import save_pdparams
 
 
 def checkpoint_files(session):
-    """Yields the files of a checkpoint, one after the other: `(name, JSON value or arrays by name)`.
+    """Yields the files of a session's checkpoint, `(name, JSON value or arrays by name)`; a collective.
 
-    A collective: every rank goes through all of them; on other ranks than 0 the arrays are missing. The arrays are
-    copies: training may go on while they are written.
-
-    Args:
-        session: a `training.session.Session`, or whatever has its `config`, `model`, `averages`, `optimizer`,
-            `lr_scheduler`, `scaler`, `objective` and `progress()`.
+    The arrays, missing on other ranks than 0, are copies: training may go on while they are written.
     """
     model, optimizer = session.model, session.optimizer
     progress = {
         **session.progress(),
         "ema_updates": 0,
-        **{state.updates_key(average): average.num_updates for average in session.averages},
-        "lr_scheduler": state.schedule_state(session.lr_scheduler),
-        "scaler": state.scaler_state(session.scaler),
+        **{average.key("ema_updates"): average.num_updates for average in session.averages},
+        "lr_scheduler": state.plain_state(session.lr_scheduler),
+        "scaler": state.plain_state(session.scaler),
         "random": state.random_state(),
     }
     yield CONFIG, session.config
     yield MODEL, state.whole_weights(model, optimizer)
     for average in session.averages:
-        yield find.averages_file(average.name), LocalShard(model, optimizer).gather(average.state_dict())
+        yield f"{average.key('ema_state')}.pdparams", LocalShard(model, optimizer).gather(average.state_dict())
     yield OPTIMIZER, state.whole_optimizer_state(model, optimizer)
     yield OBJECTIVE, {key: value.numpy() for key, value in session.objective.state_dict().items()}
     yield STATE, progress
 
 
 def write_checkpoint(folder, files):
-    """Writes a checkpoint of `checkpoint_files`, on rank 0; the others only take part in gathering them.
-
-    It is written beside, flushed and renamed when complete: a folder of this name is a whole checkpoint or is not
-    there. An existing one of the same step is replaced, and stays if that fails.
+    """Writes the files of an iterator as a folder, whole or not at all, on rank 0; the others only help to gather them.
 
     Raises:
-        OSError: the file system refused; on rank 0, when all files were gathered.
+        OSError: the file system refused; on rank 0, when all files were gathered. What had the folder's name stays.
     """
-    if paddle.distributed.get_rank() > 0:
-        for _ in files:
-            pass
-        return
-    writer = None
     try:
-        writer = FolderWriter(folder)
+        if paddle.distributed.get_rank() == 0:
+            _write_files(FolderWriter(folder), files)
+    finally:
+        collections.deque(files, maxlen=0)  # the other ranks gather all of them, whatever rank 0 has met
+
+
+def _write_files(writer, files):
+    try:
         for name, value in files:
-            try:
-                if value:
-                    _write_file(writer, name, value)
-            finally:
-                del value  # at 7B parameters the host has each part once, not all together
+            if name.endswith(".json"):
+                writer.write_json(name, value, indent=None if name == STATE else 2)
+            elif value:
+                with writer.open(name) as file:
+                    save_pdparams(value, file)
+            del value  # at 7B parameters the host has each part once, not all together
         writer.finish()
     except OSError:
-        for _ in files:  # because the other ranks still gather them
-            del _
-        if writer is not None:
-            writer.discard()
+        writer.discard()
         raise
 
 
-def _write_file(writer, name, value):
-    if name.endswith(".json"):
-        writer.write_json(name, value, indent=None if name == STATE else 2)
-    else:
-        with writer.open(name) as file:
-            save_pdparams(value, file)
-
-
 class CheckpointSaver:
-    """Saves the checkpoints of a run beside its training, and deletes old ones.
+    """Saves the checkpoints of a run beside its training, one at a time, and deletes old ones.
 
-    Training waits for the copy out of the device alone; a thread of rank 0 writes, checksums and flushes. One save is
-    under way at a time: the next one waits for it. A file system that refuses is reported, training goes on, and the
-    next save tries again.
+    Training waits for the copy out of the device alone; a thread of rank 0 writes, checksums and flushes. A file system
+    that refuses is reported, and the next save tries again.
 
     Args:
         session: what is saved, see `checkpoint_files`.
-        say: prints a line; it is called from the thread too.
+        say: prints a line, on rank 0; it is called from the thread too.
         save_total_limit: whole checkpoints to keep, None: all.
-        background: False: training waits until the checkpoint is on the disk. So it does where the copies, which are
-            kept until they are written, would take more than half of the memory that is free.
+        background: False: training waits until the checkpoint is on the disk. So it does where the copies would take
+            more than half of the memory that is free.
     """
 
     def __init__(self, session, *, say=say, save_total_limit=None, background=True):
-        self.session = session
-        self.say = say
-        self.save_total_limit = save_total_limit
-        self.background = background
+        self.session, self.say = session, say
+        self.save_total_limit, self.background = save_total_limit, background
         self._thread = self._failure = None
 
     def save(self, folder):
-        """Saves the session as `folder`, then deletes what `save_total_limit` says. A collective."""
+        """Saves the session as `folder`; a collective."""
         self.wait()
         files = checkpoint_files(self.session)
         if not self._in_background():
@@ -126,18 +109,15 @@ class CheckpointSaver:
             return
         gathered = list(files)
         if paddle.distributed.get_rank() == 0:
-            self._thread = threading.Thread(target=self._write, args=(folder, drain(gathered)), name=SAVING_THREAD)
+            # What was written is taken out of the list, so that its memory is free.
+            files = (gathered.pop(0) for _ in range(len(gathered)))
+            self._thread = threading.Thread(target=self._write, args=(folder, files), name=SAVING_THREAD)
             self._thread.start()
 
     def finish(self):
-        """Waits for the save under way; a collective. `OSError` on every rank: the last save of all failed."""
+        """Waits for the save under way; a collective. Raises its error, on every rank, if the last save failed."""
         self.wait()
-
-        def last():
-            if self._failure is not None:
-                raise self._failure
-
-        run_on_rank_0(last)
+        run_on_rank_0(lambda: self._failure)
 
     def wait(self):
         """Waits for the save under way, on rank 0; nothing is under way on the others."""
@@ -149,8 +129,7 @@ class CheckpointSaver:
         if self.background and paddle.distributed.get_rank() == 0:
             session = self.session
             copies = 3 + len(session.averages) + bool(master_weights(session.optimizer))
-            shapes = LocalShard(session.model).whole_shapes().values()
-            size = copies * 4 * sum(int(np.prod(shape)) for shape in shapes)
+            size = copies * 4 * sum(math.prod(whole_shape(parameter)) for parameter in session.model.parameters())
             memory = available_memory()
             if memory is not None and size > 0.5 * memory:
                 self.background = False
@@ -167,26 +146,16 @@ class CheckpointSaver:
             self._failure = error  # of the thread, it would be lost
             if not is_refusal(error):
                 raise
-            if paddle.distributed.get_rank() == 0:
-                then = "training goes on, and the next save tries again"
-                self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
+            then = "training goes on, and the next save tries again"
+            self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
         else:
             self._failure = None
             rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say)
             self.say(f"saved {folder}")
 
 
-def drain(items):
-    """Yields the items of a list and takes them out of it: the memory of each is free when it has been used."""
-    while items:
-        yield items.pop(0)
-
-
 def rotate_checkpoints(folder, save_total_limit, say=say):
-    """Deletes what is older than the newest `save_total_limit` whole checkpoints in `folder` (None: nothing).
-
-    Damaged ones don't count: as long as there are fewer whole ones, nothing is deleted. Rank 0 only.
-    """
+    """Deletes, on rank 0, what is older than the newest `save_total_limit` whole checkpoints (None: nothing)."""
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
             found = find.list_checkpoints(folder)

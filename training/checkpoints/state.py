@@ -1,8 +1,4 @@
-"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them.
-
-The functions that take a `session` read its network, averages, optimizer, learning-rate schedule, loss scaler and
-objective; see `training.session.Session`.
-"""
+"""The state of a run as plain data: gathered from network, averages and optimizer, and given back to them."""
 
 import random
 
@@ -13,7 +9,7 @@ from models.parallel import rank_part
 from models.state import check_state
 from runtime.paddle_private import master_weights
 from training.checkpoints.find import STATE
-from training.optimizer import optimizer_state, set_optimizer_state
+from training.optimizer import ACCUMULATORS, optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -39,84 +35,57 @@ def whole_weights(model, optimizer):
     if not masters and not shard.weights_are_sharded:
         # Stages 1 and 2 replicate float32 weights: any rank's copy will do. Master weights have to be gathered.
         shard = LocalShard(model)
-    return shard.gather(
-        {
-            name: masters.get(optimizer_key(parameter), local_tensor(parameter))
-            for name, parameter in model.named_parameters()
-            if shard.owns(name)
-        }
-    )
+    held = {name: masters.get(optimizer_key(value), local_tensor(value)) for name, value in model.named_parameters()}
+    return shard.gather(held)
 
 
 def whole_optimizer_state(model, optimizer):
     """Gathers `{name: {accumulator: float32 array}}` of AdamW's state on rank 0."""
     shard = LocalShard(model, optimizer)
-    held = optimizer_state(optimizer, model, shard)
-    names = [name for name, parameter in model.named_parameters() if not parameter.stop_gradient]
-    arrays = {name: {} for name in names}
+    held = optimizer_state(optimizer, model)
+    arrays = {name: {} for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     masters = ["master_weight"] if master_weights(optimizer) else []
-    for key in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc", *masters):
+    for key in (*ACCUMULATORS, *masters):
         tensors = {name: state[key] for name, state in held.items() if key in state}
         gather = shard.gather_scalars if key.endswith("pow_acc") else shard.gather
-        for name, array in gather(tensors, names).items():
+        for name, array in gather(tensors, list(arrays)).items():
             arrays[name][key] = array
     return arrays
 
 
-def schedule_state(lr_scheduler):
-    """Returns the numbers of a learning-rate schedule's state."""
-    return {k: value for k, value in lr_scheduler.state_dict().items() if isinstance(value, (int, float, str, bool))}
-
-
-def scaler_state(scaler):
-    """Returns a loss scaler's state as JSON values; empty without one."""
-    state = scaler.state_dict() if scaler is not None else {}
+def plain_state(part):
+    """Returns the numbers of a learning-rate schedule's or a loss scaler's state as JSON values; empty without one."""
+    state = part.state_dict() if part is not None else {}
     return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in state.items()}
 
 
 @paddle.no_grad()
 def restore_model(checkpoint, model, averages=()):
-    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights.
-
-    Raises:
-        ValueError: weights of another architecture.
-    """
+    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights."""
     load_weights_into(model, checkpoint.model, checkpoint.source)
     for average in averages:
         state = checkpoint.averages.get(average.name) or checkpoint.model
         check_state(state, LocalShard(model).whole_shapes(), source=checkpoint.source)
         average.set_state_dict({name: rank_part(value, state[name]) for name, value in model.named_parameters()})
         updates = checkpoint.progress.get("global_step", 0)
-        average.num_updates = checkpoint.progress.get(updates_key(average), updates)
+        average.num_updates = checkpoint.progress.get(average.key("ema_updates"), updates)
     checkpoint.averages = {}
 
 
-def updates_key(average):
-    """Returns the key of a checkpoint's state under which the number of an average's updates is kept."""
-    return f"ema_updates_{average.name}" if average.name else "ema_updates"
-
-
 def load_weights_into(model, state, source):
-    """Gives a model this rank's parts of whole weights by name.
-
-    Raises:
-        ValueError: weights of another architecture; `source` says whose.
-    """
+    """Gives a model this rank's parts of whole weights by name; ValueError, which names `source`, if they don't fit."""
     check_state(state, LocalShard(model).whole_shapes(), source=source)
     for name, parameter in model.named_parameters():
         parameter.set_value(paddle.to_tensor(rank_part(parameter, state[name])).astype(parameter.dtype))
 
 
 def restore_training(checkpoint, session):
-    """Gives a session's optimizer, learning-rate schedule, loss scaler, objective and generators a checkpoint's state.
-
-    Call it after the model has its weights and the optimizer its wrappers.
-    """
+    """Gives all but network and averages of a session a checkpoint's state, once the optimizer has its wrappers."""
     model, optimizer = session.model, session.optimizer
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
     half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())
     weights, checkpoint.model = (checkpoint.model if half else None), {}
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, LocalShard(model, optimizer), weights=weights)
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, weights)
     progress = checkpoint.progress
     session.lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler = progress.get("scaler") or {}

@@ -19,7 +19,7 @@ def run_on_every_rank(function):
 
 
 def run_on_rank_0(decide):
-    """Returns what `decide()` returns on rank 0, on every rank; an exception of it is raised on every rank.
+    """Returns on every rank what `decide()` returns on rank 0; an exception that it raises or returns is raised on all.
 
     Nodes that don't share a disk must not decide differently.
     """

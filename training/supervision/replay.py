@@ -12,9 +12,9 @@ from runtime.progress import tqdm
 from runtime.untrusted import inside
 from training import setup
 from training.checkpoints.find import damage
-from training.checkpoints.read import load_pretrained
+from training.checkpoints.state import load_weights_into
 from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
-from weights.files import safe_load
+from weights.files import load_weights, safe_load
 
 # What the dump of another version, or of somebody else, must hold.
 _ARRAYS = {*"x y t noise loss rank micro_step".split()}
@@ -57,8 +57,9 @@ def replay(folder, config, batch, state):
         `(losses, gradients, layer)`: the samples' losses `(N,)`; gradient norms by parameter, in the network's order;
         and a sentence on the first layer whose output is not finite, or None.
     """
-    model = setup.build_network(config, single_backward=True)
-    load_pretrained(os.path.join(folder, WEIGHTS), model, as_stored=True)
+    model = setup.build_network(config)
+    weights = os.path.join(folder, WEIGHTS)
+    load_weights_into(model, load_weights(weights), weights)
     precision = setup.setup_precision(config["training"], paddle.get_device())
     if precision.note:
         print(f"note: {precision.note}")

@@ -75,7 +75,7 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
     kind = settings.get("_class_name") if isinstance(settings, dict) else None
     if class_names is not None and kind not in class_names:
-        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
+        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(map(repr, class_names))}")
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}

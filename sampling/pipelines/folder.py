@@ -6,8 +6,9 @@ import shutil
 
 from features.autoencoder import LatentScaling
 from runtime.files import whole_folder, write_json
-from runtime.untrusted import check_sizes, read_json, shortened
+from runtime.untrusted import read_json, shortened
 from weights.files import save_pdparams, save_safetensors
+from weights.pretrained import read_settings
 
 # Names of ppdiffusers, the second with safe_serialization.
 WEIGHTS, SAFE_WEIGHTS = "model_state.pdparams", "diffusion_paddle_model.safetensors"
@@ -32,26 +33,37 @@ def read_json_object(path):
     return value
 
 
-def read_component(path, class_name, function):
-    """Reads the constructor keywords of a component from its JSON file.
+def component_class(index, name):
+    """Returns the class that a model_index.json names for a component, None where it names none."""
+    given = index.get(name)
+    return given[1] if isinstance(given, list) and len(given) == 2 else None
+
+
+def read_index(path, components, pipeline=None):
+    """Reads a model_index.json that names a class of `{component: names of classes}` for each; nothing is imported.
 
     Args:
-        path: the file.
-        class_name: what its `_class_name` must be.
-        function: takes the keywords; others are refused.
+        pipeline: the class of pipeline that it must name, None for any.
 
     Raises:
-        ValueError: one line that names the file: not there, another class, or an unknown keyword.
+        ValueError: one line that names the file: not there, broken, or another class.
     """
-    settings = read_json_object(path)
-    if settings.get("_class_name") != class_name:
-        raise ValueError(f"{path}: holds a '{shortened(settings.get('_class_name'))}', expected {class_name!r}")
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    index = read_json_object(path)
+    if pipeline not in (None, index.get("_class_name")):
+        raise ValueError(f"{path}: holds a {shortened(repr(index.get('_class_name')))}, expected {pipeline!r}")
+    for name, known in components.items():
+        if component_class(index, name) not in known:
+            raise ValueError(f"{path}: {name} is {shortened(repr(index.get(name)))}, expected a {' or '.join(known)}")
+    return index
+
+
+def read_component(path, class_name, function):
+    """Returns the settings of a component, keywords of `function`; `ValueError` as `read_settings`, or for others."""
+    settings, _ = read_settings(*os.path.split(path), class_names=(class_name,))
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown setting '{shortened(unknown[0])}'; known: {', '.join(known)}")
-    check_sizes(settings, path)
     return settings
 
 

@@ -4,7 +4,6 @@ Nothing here imports Paddle before `draw` does: what a user gets wrong is said a
 """
 
 import argparse
-import contextlib
 import io
 import math
 import os
@@ -15,14 +14,12 @@ from PIL import Image
 
 from config.flags import check_seed
 from config.options import DEFAULT_VAE
+from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime, resolve_device
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.labels import DEFAULT_CLASS, find_classes
 from sampling.model_path import check_guidance, check_no_file, describe_model
-
-MAX_NAME = 240  # bytes of a file's name; file systems take 255
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -63,7 +60,8 @@ def check_flags(args, min_steps=1):
         raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
     check_scale(args.guidance_scale)
     if args.output is not None:
-        check_output(args.output, args.overwrite)
+        check_output(args.output, args.overwrite, "--output ")
+        check_ending("output", args.output)
         return
     if args.overwrite:
         note_unused(["overwrite"], "without --output, whose default is a free name")
@@ -160,25 +158,6 @@ def show_steps(description="sampling"):
     return callback
 
 
-def check_output(path, overwrite):
-    """Raises `ValueError` unless an image can be written there: folder, name, ending, nothing in the way."""
-    folder, name = os.path.split(os.path.realpath(path))
-    shown = f"--output {shortened(path, 500)}"
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise ValueError(f"{shown}: is a folder; expected a file such as {os.path.join(path, 'image.png')}")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{shown}: there is no such folder")
-    if len(os.fsencode(name)) > MAX_NAME:
-        raise ValueError(f"{shown}: the name has more than {MAX_NAME} bytes")
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"{shown}: exists already; give another name, or --overwrite")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{shown}: is no regular file")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{shown}: the folder can't be written to")
-    check_ending("output", path)
-
-
 def check_ending(flag, path):
     """Raises `ValueError` for an ending that no format of colour images has."""
     try:
@@ -204,28 +183,20 @@ def default_output(kind, names):
 
 
 def save_image(image, path, overwrite):
-    """Writes an image beside `path` and renames it; returns its path, with a number where something is there already.
+    """Writes an image; returns its path, with a number where something is there already.
 
     Raises:
         ValueError: one line: the file system refuses. Nothing is left then.
     """
-    target = os.path.realpath(path)
-    partial = os.path.join(os.path.dirname(target), f".image-{os.getpid()}.partial")
+    (stem, ending), number = os.path.splitext(path), 1
+    while os.path.exists(path) and not overwrite:
+        number += 1
+        path = f"{stem}-{number}{ending}"
     try:
-        with open(partial, "wb") as file:
+        with whole_file(path, shared=True) as partial, open(partial, "wb") as file:
             image.save(file, format=_image_format(path))
-        stem, ending = os.path.splitext(path)
-        number = 1
-        while os.path.lexists(target) and not overwrite:
-            number += 1
-            path = f"{stem}-{number}{ending}"
-            target = os.path.abspath(path)
-        os.replace(partial, target)
     except OSError as error:
         raise ValueError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
     return path
 
 

@@ -18,8 +18,9 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.schema import DEFAULT_VAE
+from runtime.files import MAX_NAME
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import MAX_NAME, note_weights_flags
+from sampling.demo import note_weights_flags
 from sampling.model_path import check_no_file, describe_model
 from sampling.pipelines.folder import check_free, is_exported
 from sampling.step_counts import describe_fit

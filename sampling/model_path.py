@@ -8,7 +8,7 @@ from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
 from sampling.pipelines.pretrained import is_id2label
-from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
+from sampling.step_counts import check_num_steps, check_scheduler
 from weights.source import checkpoint_hint, is_training_checkpoint
 
 # The class of pipeline that model_index.json names: what its networks have in common.
@@ -60,10 +60,8 @@ class Model:
             raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
         if self.kind != "checkpoint":
             return check_scheduler(self.scheduler, method, num_steps)
-        total, is_ddim = self.config["objective"]["diffusion_steps"], method in (None, "ddim")
-        if is_ddim and backend == "eager":
-            return check_ddim_stride(num_steps, total)
-        return check_num_steps(num_steps, total, leading=is_ddim)
+        spacing = {"eager": "stride", "inference": "leading"}[backend] if method in (None, "ddim") else None
+        return check_num_steps(num_steps, self.config["objective"]["diffusion_steps"], spacing)
 
     def check_backend(self, backend):
         """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""

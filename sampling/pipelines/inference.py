@@ -9,7 +9,6 @@ one. The JSON files and the sizes of the others are checked so that a broken fol
 one safe.
 """
 
-import contextlib
 import os
 import warnings
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import paddle
 from paddle import nn
 from paddle.static import InputSpec
 
+from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT
@@ -71,12 +71,8 @@ class Decoder(nn.Layer):
 
 def own_large_dit(transformer):
     """Returns a pipeline's Large-DiT as this project's own network, which can be traced: it has no complex numbers."""
-    settings = transformer.config
-    same = (
-        "sample_size patch_size in_channels num_layers num_attention_heads attention_head_dim multiple_of "
-        "ffn_dim_multiplier norm_eps learn_sigma qk_norm num_classes class_dropout_prob"
-    ).split()
-    network = LargeDiT(num_kv_heads=settings.n_kv_heads, **{name: settings[name] for name in same})
+    settings = {**transformer.config, "num_kv_heads": transformer.config.n_kv_heads}
+    network = LargeDiT(**{name: settings[name] for name in LARGE_DIT_KEYS})
     network.set_state_dict(transformer.state_dict())
     network.eval()
     return network
@@ -125,7 +121,7 @@ def export_inference(generator, output_dir):
 
 
 def _save(layer, inputs, path):
-    """A layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
+    """Saves a layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
     layer.eval()
     for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if they are buffers
         layer.register_buffer(f"rotary_{index}", table, persistable=False)
@@ -162,49 +158,43 @@ def check_dtype(device, dtype):
         raise ValueError("dtype bfloat16: this CPU does not have it (avx512_bf16 or AMX); use float32")
 
 
-class Predictor:
-    """A program and its weights, called with tensors.
+def load_program(program, device, dtype):
+    """Returns a program and the weights beside it as a function of tensors, in float32, that returns one.
 
     Args:
-        program, weights: files. part: "transformer" or "vae". device: as `paddle.set_device` takes it.
-        dtype: that it computes in, as far as Paddle can; inputs and outputs are float32.
+        program: its file, in a folder named as one of `PARTS`. device: as `paddle.set_device` takes it.
+        dtype: that it computes in, as far as Paddle can.
     """
+    from paddle import inference
 
-    def __init__(self, program, weights, part, device, dtype):
-        from paddle import inference
+    folder = os.path.dirname(program)
+    config = inference.Config(program, os.path.join(folder, WEIGHTS))
+    config.disable_glog_info()
+    if device == "cpu":
+        config.disable_gpu()
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
+        config.enable_mkldnn()
+        config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
+        if os.path.basename(folder) == "vae":  # Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
+            config.delete_pass("onednn_placement_pass")
+        if dtype == "bfloat16":
+            config.enable_mkldnn_bfloat16()
+    else:
+        precision = inference.PrecisionType
+        types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
+        config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
 
-        config = inference.Config(program, weights)
-        config.disable_glog_info()
-        if device == "cpu":
-            config.disable_gpu()
-            threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-            config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
-            config.enable_mkldnn()
-            config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
-            if part == "vae":  # the convolutions alone: Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
-                config.delete_pass("onednn_placement_pass")
-            if dtype == "bfloat16":
-                config.enable_mkldnn_bfloat16()
-        else:
-            precision = inference.PrecisionType
-            types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
-            config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
-        self._program = program
-        with self._one_line("cannot load it"):
-            self._predictor = inference.create_predictor(config)
-
-    @contextlib.contextmanager
-    def _one_line(self, what):
+    def one_line(what, function, *inputs):
         try:
-            yield
+            return function(*inputs)
         except Exception as error:  # Paddle's own types, of several lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
+            raise ValueError(f"{program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
 
-    def __call__(self, *inputs):
-        with self._one_line(f"cannot run it with the sizes of {MANIFEST}"):
-            (output,) = self._predictor.run([x.contiguous() for x in inputs])
-        return output
+    predictor = one_line("cannot load it", inference.create_predictor, config)
+    problem = f"cannot run it with the sizes of {MANIFEST}"
+    return lambda *inputs: one_line(problem, predictor.run, [x.contiguous() for x in inputs])[0]
 
 
 def load_inference(folder, *, device="cpu", dtype="float32"):
@@ -221,12 +211,9 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     manifest = _read_manifest(folder)
     scheduler = load_scheduler(manifest["scheduler"], folder)
 
-    def predictor(part, dtype):
-        program = next(name for name in PROGRAMS if f"{part}/{name}" in manifest["bytes"])
-        files = [os.path.join(folder, part, name) for name in (program, WEIGHTS)]
-        return Predictor(*files, part, device, dtype)
-
-    network, vae = predictor("transformer", dtype), predictor("vae", "float32")
+    programs = {part: next(name for name in _programs(part) if name in manifest["bytes"]) for part in PARTS}
+    network = load_program(os.path.join(folder, programs["transformer"]), device, dtype)
+    vae = load_program(os.path.join(folder, programs["vae"]), device, "float32")
     scaling = {key: manifest.get(key) for key in SCALING_KEYS}
     return Generator(
         lambda x, t, y: network(x, t.astype("float32"), y),
@@ -253,6 +240,10 @@ def check_programs(folder):
         check_finite(state, source=os.path.join(folder, part, WEIGHTS))
 
 
+def _programs(part):
+    return [f"{part}/{name}" for name in PROGRAMS]
+
+
 def _read_manifest(folder):
     path = inside(folder, MANIFEST)
     manifest = read_json_object(path)
@@ -260,26 +251,24 @@ def _read_manifest(folder):
         raise ValueError(f"{path}: format {shortened(manifest.get('format'))}, expected {FORMAT}; export it anew")
 
     def size(value):
-        return type(value) is int and 0 < value <= MAX_SIZE
+        return POSITIVE_INT.accepts(value) and value <= MAX_SIZE
 
-    sizes = manifest.get("bytes")
     checks = {
-        "in_channels": (size, "a positive integer"),
-        "sample_size": (size, "a positive integer"),
-        "num_classes": (size, "a positive integer"),
+        **dict.fromkeys(("in_channels", "sample_size", "num_classes"), (size, POSITIVE_INT.expected)),
         "null_class": (lambda value: value is None or size(value), "a class id or null"),
-        "scaling_factor": (lambda value: type(value) in (int, float) and value > 0, "a positive number"),
+        "scaling_factor": (ABOVE_0.accepts, "a positive number"),
         "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
-        "bytes": (lambda value: isinstance(value, dict) and all(type(n) is int for n in value.values()), "sizes"),
+        "bytes": (lambda value: isinstance(value, dict) and all(map(INT.accepts, value.values())), "sizes"),
         "id2label": (is_id2label, '{"0": "name", ...}'),
         "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
     }
-    for key, (good, expected) in checks.items():
-        if not good(manifest.get(key)):
+    for key, (accepts, expected) in checks.items():
+        if not accepts(manifest.get(key)):
             raise ValueError(f"{path}: {key} is {shortened(manifest.get(key), 40)}, expected {expected}")
     LatentScaling.of(manifest, channels=manifest["in_channels"], source=path)
+    sizes = manifest["bytes"]
     for part in PARTS:
-        if not any(f"{part}/{name}" in sizes for name in PROGRAMS) or f"{part}/{WEIGHTS}" not in sizes:
+        if sizes.keys().isdisjoint(_programs(part)) or f"{part}/{WEIGHTS}" not in sizes:
             raise ValueError(f"{path}: bytes: names no program and weights of {part}")
     for name, expected in sizes.items():
         file = inside(folder, name)

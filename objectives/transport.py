@@ -70,7 +70,6 @@ def sample_transport(
     Raises:
         ValueError: a setting that is not accepted; the message names those that are.
     """
-    steps = num_steps if sampler == "sde" else num_steps - 1
 
     def watch(states):
         if progress:
@@ -86,6 +85,7 @@ def sample_transport(
     make = Sampler(transport).make
     options.update(num_steps=num_steps, trajectory=False, progress=watch if callback else progress)
     draw = make(sampler, method, **options)
+    steps = num_steps if sampler == "sde" else num_steps - 1
     latents = draw(noise, denoiser)[-1]
     if callback is not None and sampler == "sde":
         callback(steps, steps, latents)  # the last step, which ends the others

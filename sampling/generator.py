@@ -13,17 +13,16 @@ from numbers import Integral
 import paddle
 
 from config.options import DEFAULT_VAE, SIT_VAE
-from config.schema import MODEL_TYPES
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
-from models import build_model, get_2d_sincos_pos_embed
-from models.state import check_finite, check_state, expected_shapes, without_rounding
-from objectives import build_objective
+from models import build_model
+from models.state import check_finite, check_state, expected_shapes
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_guidance, describe_model
 from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
+from transport import Sampler
 from weights.source import read_weights
 
 
@@ -167,7 +166,7 @@ def check_settings(model, num_inference_steps, **options):
 
         objective = model.config["objective"] if model.config else None
         make = TransportScheduler.from_objective if objective else TransportScheduler.from_folder
-        make(objective or model.path).check(num_steps=num_inference_steps, **options)
+        Sampler(make(objective or model.path).transport).make(num_steps=num_inference_steps, **options)
 
 
 def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
@@ -220,32 +219,23 @@ def load_exportable(model, *, vae=None, key=None):
 
 
 def from_weights(config, state, vae, *, dtype=None, source="weights", **fields):
-    """Returns the `Generator` of a resolved config and weights.
+    """Returns the `Generator` of a DiT's or Large-DiT's resolved config and weights `{name: array}`, Paddle layout.
 
     Args:
-        state: `{name: array}`, Paddle layout. source: for messages.
-        dtype: that the network computes in, sampled by this project's own samplers; None for the layer of a diffusion
-            in float32, sampled by a scheduler of ppdiffusers.
-        fields: more of the `Generator`'s.
+        dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
+            sampled by a scheduler of ppdiffusers.
+        source: of the weights, for messages. fields: more of the `Generator`'s.
 
     Raises:
         ValueError: one line: weights that don't fit or are not finite, or a VAE of other latent channels.
     """
-    is_dit = MODEL_TYPES[config["model"]["type"]].pipeline == "DiTPipeline"
-    if dtype is None:
-        sampler = PipelineSampler(make_scheduler(config["objective"]))
-    else:
-        sampler = CheckpointSampler(config) if is_dit else build_objective(config)
+    sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
     network = load_network(config["model"], state, source)
-    if not is_dit:
-        mend_positions(network)
-        vae.to(dtype=dtype)
     if dtype is not None:
         network.to(dtype=dtype)
         network = in_float32(network)
-    sizes, channels = latent_sizes(config["model"]), None if is_dit else "auto"
-    return Generator(network, sampler, vae=vae, guided_channels=channels, **sizes, **fields)
+    return Generator(network, sampler, vae=vae, guided_channels=None, **latent_sizes(config["model"]), **fields)
 
 
 def latent_sizes(model):
@@ -272,13 +262,6 @@ def load_network(model, state, source):
     return network
 
 
-def mend_positions(network):
-    """Replaces a position table that is the exact one in half precision by the exact one."""
-    if getattr(network, "pos_embed", None) is not None:
-        table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
-        network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
-
-
 def in_float32(network):
     """Returns a function like the network whose output is float32, in which guidance and samplers compute."""
     return lambda x, t, y: network(x, t, y).astype("float32")
@@ -294,8 +277,14 @@ def _load_weights(model, dtype, vae, key):
         flag="--vae",
         channels=model.config["model"]["in_channels"],
     )
-    fields = {"labels": model.labels, "notes": model.notes + notes}
-    return from_weights(model.config, state, vae, dtype=dtype, source=source, **fields)
+    if model.pipeline == "DiTPipeline":
+        generator = from_weights(model.config, state, vae, dtype=dtype, source=source, labels=model.labels)
+    else:
+        from sampling.sit_pipeline import SiTPipeline
+
+        generator = SiTPipeline.from_weights(model.config, state, vae, source=source).to(dtype=dtype).generator
+    generator.notes = model.notes + notes
+    return generator
 
 
 def _load_pipeline(model, dtype):

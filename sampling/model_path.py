@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
+from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class
 from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_num_steps, check_scheduler
 from weights.source import checkpoint_hint, is_training_checkpoint
@@ -139,7 +139,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
 def _describe_folder(path, pipeline, labels):
     """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
-    if pipeline != "SiTPipeline" and is_exported(path):
+    if pipeline != "SiTPipeline" and os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
@@ -149,8 +149,7 @@ def _describe_folder(path, pipeline, labels):
         if pipeline == "SiTPipeline":
             network = _json_object(path, "transformer/config.json")
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
-        parts = (index.get(name) for name in ("scheduler", "transformer"))
-        scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
+        scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
     own = index.get("id2label") or {}
     if is_id2label(own):

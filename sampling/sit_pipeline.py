@@ -6,6 +6,7 @@ pipe = SiTPipeline.from_pretrained("SiT_XL_2_256")
 images = pipe(pipe.get_label_ids(["golden retriever"]), sampler="sde", num_inference_steps=250).images
 """
 
+import inspect
 import math
 import operator
 import os
@@ -21,11 +22,12 @@ from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
 
 from config.schema import MODEL_TYPES
-from models import MODELS
+from models import MODELS, SiT, get_2d_sincos_pos_embed
+from models.state import without_rounding
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
-from sampling.generator import Generator, in_float32, latent_sizes, load_network, mend_positions
+from sampling.generator import Generator, in_float32, latent_sizes, load_network
 from sampling.pipelines.folder import (
     check_id2label,
     check_vae,
@@ -34,7 +36,7 @@ from sampling.pipelines.folder import (
     read_index,
     write_pipeline,
 )
-from transport import Sampler, create_transport
+from transport import create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
 
@@ -59,8 +61,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
         """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
         if objective["type"] != "transport":
             raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
-        names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-        return cls(**{name: objective[name] for name in names})
+        return cls(**{name: objective[name] for name in inspect.signature(cls).parameters})
 
     @classmethod
     def from_folder(cls, folder):
@@ -71,10 +72,6 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
             return cls(**keywords)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-
-    def check(self, sampler, method, **options):
-        """Raises `ValueError` for settings that `transport.Sampler.make` does not take."""
-        Sampler(self.transport).make(sampler, method, **options)
 
     def sample(self, denoiser, noise, **options):
         """Turns noise into latents; as `objectives.transport.sample_transport`."""
@@ -129,7 +126,9 @@ class SiTPipeline(DiffusionPipeline):
         _check_class("transformer", f"{source}: the config describes", config["model"]["type"])
         scheduler = TransportScheduler.from_objective(config["objective"])
         network = load_network(config["model"], state, source)
-        mend_positions(network)
+        if isinstance(network, SiT):  # a position table that is the exact one in half precision becomes the exact one
+            table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
+            network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
         return cls(network, vae, scheduler, id2label)
 
     # -- The folder ---------------------------------------------------------------------------------------------------
@@ -275,7 +274,6 @@ class SiTPipeline(DiffusionPipeline):
         if sampler == "sde":
             options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
             options.update(last_step=last_step, last_step_size=last_step_size)
-        self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
         hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
         draw = self.generator
         images = draw.sample(

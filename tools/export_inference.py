@@ -13,16 +13,14 @@ have one size. Whoever runs it runs a program of yours: as with any code, take s
 """
 
 import argparse
-import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.schema import DEFAULT_VAE
-from runtime.files import MAX_NAME
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import note_weights_flags
 from sampling.model_path import check_no_file, describe_model
-from sampling.pipelines.folder import check_free, is_exported
+from sampling.pipelines.folder import check_free
 from sampling.step_counts import describe_fit
 
 
@@ -36,12 +34,10 @@ def main(argv=None):
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_no_file(args.model_path)
-    if is_exported(args.model_path):
-        raise ValueError(f"--model_path {args.model_path}: is exported already")
-    if len(os.fsencode(os.path.basename(os.path.abspath(args.output)))) > MAX_NAME:
-        raise ValueError(f"--output {args.output}: the name has more than {MAX_NAME} bytes")
     check_free(args.output)
     model = describe_model(args.model_path, id2label=args.id2label)
+    if model.kind == "exported":
+        raise ValueError(f"--model_path {args.model_path}: is exported already")
     model.check_backend("inference")
     note_weights_flags(args, model)
 

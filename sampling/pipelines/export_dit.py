@@ -36,7 +36,7 @@ def transformer_config(model):
             f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
             "be exported; sample such a model from its checkpoint"
         )
-    scale = _position_scale(model)
+    scale = model["sample_size"] // 64
     if scale > 1 and model["sample_size"] > model["patch_size"]:  # one token alone stands at 0
         raise ValueError(
             f"sample_size {model['sample_size']}: from 128 on Transformer2DModel divides the positions by "
@@ -65,26 +65,23 @@ def shared_settings(model):
     return {**{name: model[name] for name in same}, "out_channels": out_channels}
 
 
-def _position_scale(model):
-    """Returns Transformer2DModel's `interpolation_scale`."""
-    return max(model["sample_size"] // 64, 1)
-
-
 def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
-    """Returns DiT's weights under `Transformer2DModel`'s names.
+    """Returns DiT's weights `{name: float32 array}`, Paddle layout, under `Transformer2DModel`'s names.
 
     Args:
-        model: the `model` section. state: `{name: float32 array}` that fits it, Paddle layout.
         timestep_embedding: what `fit_timestep_embedding` returned, or None to keep DiT's own MLP.
-        source: for messages.
-
-    Returns:
-        `{name: float32 array}`.
     """
+    from models import get_2d_sincos_pos_embed
     from sampling.pipelines.timestep_fit import own_timestep_mlp
 
-    _check_pos_embed(model, state["pos_embed"], source)
-
+    pos_embed = state["pos_embed"][0]
+    table = get_2d_sincos_pos_embed(pos_embed.shape[-1], model["sample_size"] // model["patch_size"])  # (T, D)
+    if not is_rounded(pos_embed, table):
+        raise ValueError(
+            f"{source}: pos_embed differs by up to {np.abs(table - pos_embed).max():.2g} from the sin-cos table that "
+            "Transformer2DModel computes and can't be given; such a model can't be a DiTPipeline, sample it from its "
+            "checkpoint"
+        )
     mlp = timestep_embedding or own_timestep_mlp(state)
     embedding = {
         f"timestep_embedder.linear_{layer}.{kind}": mlp[f"{2 * layer - 2}.{kind}"]
@@ -131,21 +128,6 @@ def class_table(model, table):
     rows = np.tile(null, (NULL_CLASS + 1, 1))  # (1001, D)
     rows[: model["num_classes"]] = table[: model["num_classes"]]
     return rows
-
-
-def _check_pos_embed(model, pos_embed, source):
-    from ppdiffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    grid_size = model["sample_size"] // model["patch_size"]
-    stock = get_2d_sincos_pos_embed(
-        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=_position_scale(model)
-    )  # (T, D)
-    if not is_rounded(pos_embed[0], stock):
-        difference = np.abs(stock - pos_embed[0]).max()
-        raise ValueError(
-            f"{source}: pos_embed differs by up to {difference:.2g} from the sin-cos table that Transformer2DModel "
-            "computes itself and can't be given; such a model can't be a DiTPipeline, sample it from its checkpoint"
-        )
 
 
 def guidance_notes(model):

@@ -96,11 +96,6 @@ def check_output(output_dir, overwrite=False):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
 
 
-def is_exported(path):
-    """Returns whether `path` is a folder that `sampling.pipelines.inference.export_inference` wrote."""
-    return os.path.isfile(os.path.join(path, INFERENCE_MANIFEST))
-
-
 def check_free(output_dir):
     """Raises ValueError unless `output_dir` is free for a new folder: nothing there, or an empty folder."""
     if os.path.isfile(output_dir) or (os.path.isdir(output_dir) and os.listdir(output_dir)):

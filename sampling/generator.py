@@ -100,8 +100,8 @@ class Generator:
 
         Args:
             classes: as of `find_classes`.
-            seed: of the noise: an integer, or as ppdiffusers' `generator`, a list of one for each image only for what
-                draws nothing else; None draws by Paddle's generators as they are.
+            seed: of the noise: an integer, or a generator as ppdiffusers has them (a list of one for each image for
+                what draws nothing else); None draws by Paddle's generators as they are.
             noise: `(N, C, H, W)`, standard normal; None to draw it.
             num_inference_steps: of the sampler: network evaluations of a diffusion, grid points of a transport.
             guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class.
@@ -116,8 +116,7 @@ class Generator:
             uint8 numpy `(N, H, W, 3)`, or a tensor `(N, C, h, w)`.
 
         Raises:
-            ValueError: one line: a class or a setting that is not accepted. Images of numbers that are not finite, as a
-                `features.autoencoder.NotFiniteError`.
+            ValueError: one line: what is not accepted. A `features.autoencoder.NotFiniteError`: images that can't be.
         """
         from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
@@ -209,12 +208,7 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
 
 
 def load_exportable(model, *, vae=None, key=None):
-    """Loads the `Generator` of a DiT or a Large-DiT whose network is a layer in float32, and can be traced.
-
-    Args:
-        model: its `Model`, of a training checkpoint, a DiTPipeline folder or a name on the hub.
-        vae, key: as of `load_generator`.
-    """
+    """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
     return _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
 
 
@@ -225,9 +219,6 @@ def from_weights(config, state, vae, *, dtype=None, source="weights", **fields):
         dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
             sampled by a scheduler of ppdiffusers.
         source: of the weights, for messages. fields: more of the `Generator`'s.
-
-    Raises:
-        ValueError: one line: weights that don't fit or are not finite, or a VAE of other latent channels.
     """
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
@@ -247,8 +238,7 @@ def latent_sizes(model):
 def load_network(model, state, source):
     """Returns the network of a `model` section with weights `{name: array}`, Paddle layout, in evaluation mode.
 
-    Raises:
-        ValueError: one line: settings that no network has, weights that don't fit them, or that are not finite.
+    `ValueError` names `source`: settings that no network has, weights that don't fit them, or that are not finite.
     """
     try:
         shapes = expected_shapes(model)  # before memory is taken for the network
@@ -288,11 +278,7 @@ def _load_weights(model, dtype, vae, key):
 
 
 def _load_pipeline(model, dtype):
-    """Returns the `Generator` of a DiTPipeline; with all channels guided and a scale above 1 it draws its images.
-
-    Args:
-        dtype: that the network computes in; None for a layer in float32 that can be traced.
-    """
+    """Returns the `Generator` of a DiTPipeline, which draws its images; without a dtype a layer that can be traced."""
     from sampling.pipelines.inference import StockTransformer, own_large_dit
     from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
 

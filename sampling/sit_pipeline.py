@@ -23,7 +23,7 @@ from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
 
 from config.schema import MODEL_TYPES
 from models import MODELS, SiT, get_2d_sincos_pos_embed
-from models.state import without_rounding
+from models.state import listed, without_rounding
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
@@ -44,12 +44,9 @@ OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
 
 
 class TransportScheduler(SchedulerMixin, ConfigMixin):
-    """Holds the transport that a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
+    """Holds `transport`, what a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
 
     Args: those of `transport.create_transport`, which also checks them.
-
-    Attributes:
-        transport: what `create_transport` made.
     """
 
     @register_to_config
@@ -96,9 +93,7 @@ class SiTPipeline(DiffusionPipeline):
         scheduler: a `TransportScheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
 
-    Raises:
-        ValueError: a component of another class, a VAE of other latent channels, or labels that are not those of the
-            network's classes.
+    What does not fit together is a `ValueError`: a component of another class, latent channels, labels.
     """
 
     def __init__(self, transformer, vae, scheduler, id2label=None):
@@ -118,10 +113,9 @@ class SiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_weights(cls, config, state, vae, id2label=None, *, source="weights"):
-        """Makes the pipeline of a resolved config and `{name: array}` in the Paddle layout.
+        """Makes the pipeline of a SiT's resolved config and `{name: array}` in the Paddle layout.
 
-        Raises:
-            ValueError: a config that is no SiT's, or weights that don't fit it or are not finite; names `source`.
+        `ValueError` names `source`: another network's config, or weights that don't fit it or are not finite.
         """
         _check_class("transformer", f"{source}: the config describes", config["model"]["type"])
         scheduler = TransportScheduler.from_objective(config["objective"])
@@ -137,18 +131,12 @@ class SiTPipeline(DiffusionPipeline):
         """Writes model_index.json, scheduler/, transformer/ (float32) and vae/: the tree of a DiTPipeline folder.
 
         Args:
-            save_directory: free, or with `overwrite` a pipeline folder and nothing else.
+            save_directory: free, or with `overwrite` a pipeline folder and nothing else; else a `ValueError`.
             safe_serialization: weights as `.safetensors`, not `.pdparams`.
             to_diffusers: as in ppdiffusers; only False, the layout of the weights is Paddle's.
-
-        Raises:
-            ValueError: one line: something is in the way, or another format.
         """
         if to_diffusers:
-            raise ValueError(
-                f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only; expected False"
-            )
-
+            raise ValueError(f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only")
         network = self.transformer
         write_pipeline(
             os.fspath(save_directory),
@@ -167,11 +155,8 @@ class SiTPipeline(DiffusionPipeline):
         """Loads the pipeline of a local folder. Nothing in it is executed, and no name in it is imported.
 
         Args:
-            folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote.
+            folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote; else a `ValueError`, one line.
             paddle_dtype: of network and VAE; None for the files'.
-
-        Raises:
-            ValueError: one line: no such folder, another pipeline, an unknown class, or weights that don't fit.
         """
         folder = os.fspath(folder)
         index = read_index(inside(folder, "model_index.json"), NAMES, pipeline=cls.__name__)
@@ -214,8 +199,7 @@ class SiTPipeline(DiffusionPipeline):
         names = list(label) if isinstance(label, Iterable) and not isinstance(label, str) else [label]
         for name in names:
             if not isinstance(name, str) or name not in self.labels:
-                known = ", ".join(list(self.labels)[:10]) + (", ..." if len(self.labels) > 10 else "")
-                raise ValueError(f"no class has the label {name!r}; known: {known}")
+                raise ValueError(f"no class has the label {name!r}; known: {listed(list(self.labels), 10)}")
         return [self.labels[name] for name in names]
 
     @paddle.no_grad()
@@ -257,13 +241,11 @@ class SiTPipeline(DiffusionPipeline):
                 `(N, C, h, w)` that the VAE would decode times its scaling factor.
             return_dict: an `ImagePipelineOutput` with the attribute `images`, else the tuple `(images,)`.
             diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see `transport.Sampler.sample_sde`;
-                the form's default is that of the official sample.py.
-            atol, rtol: tolerances of dopri5.
+                the form's default is that of the official sample.py. atol, rtol: tolerances of dopri5.
 
         Raises:
             ValueError: a value that is not accepted; the message names those that are. Also, as a
-                `features.autoencoder.NotFiniteError`, images of numbers that are not finite; `output_type="latent"`
-                returns them.
+                `features.autoencoder.NotFiniteError`, decoded images of numbers that are not finite.
         """
         y = self._class_ids(class_labels)
         self._check_guidance(guidance_scale, guidance_interval, guidance_channels)

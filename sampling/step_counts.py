@@ -51,11 +51,10 @@ def check_num_steps(num_steps, total, spacing=None):
 
 
 def check_scheduler(settings, method, num_steps):
-    """Raises `ValueError` for a method or a number of steps that a pipeline of these scheduler settings lacks.
+    """Raises `ValueError` for a method ("ddim", "dpm" or None) or a number of steps that a pipeline lacks.
 
     Args:
         settings: of its scheduler_config.json, with the scheduler's class in `_class_name`; {} for unknown.
-        method: "ddim", "dpm", or None for the default.
     """
     kind = settings.get("_class_name")
     if kind == FLOW_SCHEDULER:
@@ -66,12 +65,6 @@ def check_scheduler(settings, method, num_steps):
     if kind is not None and type(total) is int:
         spacing = settings.get("timestep_spacing", "leading" if kind == "DDIMScheduler" else None)
         check_num_steps(num_steps, total, spacing if method in (None, "ddim") and spacing == "leading" else None)
-
-
-def visited_timesteps(scheduler, num_steps):
-    """Lists the timesteps that a ppdiffusers scheduler visits."""
-    scheduler.set_timesteps(num_steps)
-    return scheduler.timesteps.numpy().tolist()
 
 
 def is_timestep_fit(value):

@@ -42,11 +42,7 @@ def component_class(index, name):
 def read_index(path, components, pipeline=None):
     """Reads a model_index.json that names a class of `{component: names of classes}` for each; nothing is imported.
 
-    Args:
-        pipeline: the class of pipeline that it must name, None for any.
-
-    Raises:
-        ValueError: one line that names the file: not there, broken, or another class.
+    `ValueError` names the file: not there, broken, another class of a component, or another `pipeline` if one is given.
     """
     index = read_json_object(path)
     if pipeline not in (None, index.get("_class_name")):
@@ -69,20 +65,23 @@ def read_component(path, class_name, function):
 
 def check_id2label(id2label, num_classes):
     """Returns `{"0": label, ...}` in order, numbers for None; ValueError unless every class has a label."""
+    classes = [str(i) for i in range(num_classes)]
     if id2label is None:
-        return {str(i): str(i) for i in range(num_classes)}
+        return dict(zip(classes, classes, strict=True))
     given = {str(key): value for key, value in id2label.items()}
-    missing = [str(i) for i in range(num_classes) if str(i) not in given]
-    extra = [key for key in given if key not in {str(i) for i in range(num_classes)}]
-    odd = [key for key, value in given.items() if not isinstance(value, str) or not value.strip()]
-    for names, what in ((missing, "no label for class"), (extra, "a label for class"), (odd, "no text for class")):
-        if names:
-            raise ValueError(f"id2label: {what} {', '.join(names[:5])}; expected one for each of 0..{num_classes - 1}")
-    return {str(i): given[str(i)] for i in range(num_classes)}
+    problems = {
+        "no label for class": [key for key in classes if key not in given],
+        "a label for class": [*(given.keys() - {*classes})],
+        "no text for class": [key for key, label in given.items() if not isinstance(label, str) or not label.strip()],
+    }
+    for what, keys in problems.items():
+        if keys:
+            raise ValueError(f"id2label: {what} {', '.join(keys[:5])}; expected one for each of 0..{num_classes - 1}")
+    return {key: given[key] for key in classes}
 
 
 def check_output(output_dir, overwrite=False):
-    """Raise ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
+    """Raises ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
     if os.path.isfile(output_dir):
         raise ValueError(f"{output_dir}: is a file; expected a folder to write the pipeline to")
     if not os.path.isdir(output_dir) or not os.listdir(output_dir):
@@ -117,20 +116,15 @@ def write_pipeline(
     """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`: the folder is complete or not there.
 
     Args:
-        pipeline: name of the pipeline's class.
-        transformer: `(package, class name, constructor keywords)`.
+        pipeline: name of its class. transformer: `(package, class name, constructor keywords)`.
         weights: `{name: array}` of the transformer, Paddle layout.
         scheduler: `(package, object)`. vae: the object. Both are written by their own `save_pretrained`.
-        labels: what `check_id2label` returned.
-        code: a file to put beside the weights, with the transformer's class.
-
-    Raises:
-        ValueError: something is in the way, see `check_output`.
+        labels: of `check_id2label`. overwrite: see `check_output`, which says what is in the way.
+        code: a file with the transformer's class, to put beside the weights.
     """
     from ppdiffusers.version import VERSION
 
-    package, class_name, settings = transformer
-    scheduler_package, scheduler = scheduler
+    (package, class_name, settings), (scheduler_package, scheduler) = transformer, scheduler
     index = {
         "_class_name": pipeline,
         "_ppdiffusers_version": VERSION,
@@ -140,20 +134,16 @@ def write_pipeline(
         "vae": ["ppdiffusers", "AutoencoderKL"],
     }
     settings = {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings}
+    save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
+    options = {"safe_serialization": safe_serialization, "to_diffusers": False, "max_shard_size": "100GB"}  # one file
     check_output(output_dir, overwrite)
     with whole_folder(output_dir) as folder:
-        transformer_folder = os.path.join(folder, "transformer")
-        os.makedirs(transformer_folder)
-        write_json(os.path.join(transformer_folder, "config.json"), settings)
-        save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
-        save(weights, os.path.join(transformer_folder, name))
+        own = os.path.join(folder, "transformer")
+        os.makedirs(own)
+        write_json(os.path.join(own, "config.json"), settings)
+        save(weights, os.path.join(own, name))
         if code is not None:
-            shutil.copy(code, transformer_folder)
-        vae.save_pretrained(
-            os.path.join(folder, "vae"),
-            safe_serialization=safe_serialization,
-            to_diffusers=False,
-            max_shard_size="100GB",  # one file
-        )
+            shutil.copy(code, own)
+        vae.save_pretrained(os.path.join(folder, "vae"), **options)
         scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         write_json(os.path.join(folder, "model_index.json"), index)

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from models.embeddings import TimestepEmbedder
-from sampling.step_counts import visited_timesteps
+from sampling.schedulers import visited_timesteps
 
 NUM_FREQUENCIES = 256
 _TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")

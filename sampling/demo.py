@@ -5,7 +5,6 @@ Nothing here imports Paddle before `draw` does: what a user gets wrong is said a
 
 import argparse
 import io
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -20,10 +19,6 @@ from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.labels import DEFAULT_CLASS, find_classes
 from sampling.model_path import check_guidance, check_no_file, describe_model
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
@@ -58,7 +53,6 @@ def check_flags(args, min_steps=1):
     check_seed("seed", args.seed)
     if args.num_inference_steps < min_steps:
         raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
-    check_scale(args.guidance_scale)
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -67,12 +61,6 @@ def check_flags(args, min_steps=1):
         note_unused(["overwrite"], "without --output, whose default is a free name")
     if not os.access(os.curdir, os.W_OK):
         raise ValueError("the working directory can't be written to; give a file by --output")
-
-
-def check_scale(scale):
-    """Raises `ValueError` for a --guidance_scale that is no finite number; None, a flag not given, passes."""
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
 
 
 def check_model(args, model):
@@ -100,22 +88,11 @@ def note_unused(names, why):
         print(f"note: {flags} {'has' if len(names) == 1 else 'have'} no effect {why}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a model to a PNG
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def draw(kind, args, model, *, guidance_interval=None, **options):
-    """Samples and saves, as the flags say, and says where the image is.
+    """Samples a `Model` and saves, as the flags of `add_flags` say, and says where the image is.
 
     Args:
-        kind: of the file names, such as DiT.
-        args: with the flags of `add_flags`, checked.
-        model: a `sampling.model_path.Model`.
-        guidance_interval, options: of `sampling.generator.Generator.sample`.
-
-    Raises:
-        ValueError: one line: what can't be loaded, sampled or written.
+        kind: of the file names, such as DiT. guidance_interval, options: of `Generator.sample`.
     """
     configure_runtime()
     from sampling.generator import check_settings, load_generator
@@ -183,11 +160,7 @@ def default_output(kind, names):
 
 
 def save_image(image, path, overwrite):
-    """Writes an image; returns its path, with a number where something is there already.
-
-    Raises:
-        ValueError: one line: the file system refuses. Nothing is left then.
-    """
+    """Writes an image; returns its path, with a number where something is there already."""
     (stem, ending), number = os.path.splitext(path), 1
     while os.path.exists(path) and not overwrite:
         number += 1
@@ -200,24 +173,14 @@ def save_image(image, path, overwrite):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DiT and Large-DiT
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DiTDemo:
-    """What differs between the demos of DiTs of several sizes: their defaults.
+    """What differs between the demos of DiTs of several sizes: their defaults."""
 
-    Attributes:
-        kind: of the PNG's name. local_folder, public_name: what is sampled without --model_path, the first if it is
-            there. seed: of the noise. gpu_dtype: on a GPU. description: of --help.
-    """
-
-    description: str
-    kind: str = "DiT"
-    local_folder: str = "./DiT_XL_2_256"
-    public_name: str = "facebook/DiT-XL-2-256"
+    description: str  # of --help
+    kind: str = "DiT"  # of the PNG's name
+    local_folder: str = "./DiT_XL_2_256"  # sampled without --model_path, if it is there
+    public_name: str = "facebook/DiT-XL-2-256"  # else
     seed: int = 0
     gpu_dtype: str = "float32"
 

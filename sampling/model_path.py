@@ -1,5 +1,6 @@
 """What a path to a model is, as far as its JSON files say. Paddle is not imported: mistakes are said at once."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -83,6 +84,8 @@ class Model:
 
 def check_guidance(scale, has_null_class, path):
     """Returns a guidance scale, for None 4 or 1 where there is no null class; `ValueError` for another one there."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
     if scale is None:
         return 4.0 if has_null_class else 1.0
     if scale != 1 and not has_null_class:

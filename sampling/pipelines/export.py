@@ -35,13 +35,11 @@ def export_pipeline(
     """Writes a DiT, a Large-DiT or a SiT and a VAE as a stock `DiTPipeline` folder, which is complete or not there.
 
     Args:
-        config: resolved config; its `model` and `objective` sections are used.
-        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
+        config: resolved. state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
-        source: where the weights come from, for messages.
-        options: of the exporter's `convert`.
+        source: where the weights come from, for messages. options: of the exporter's `convert`.
 
     Returns:
         list of sentences that the user should read: what the exported pipeline does differently.

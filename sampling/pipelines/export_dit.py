@@ -82,6 +82,12 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
             "Transformer2DModel computes and can't be given; such a model can't be a DiTPipeline, sample it from its "
             "checkpoint"
         )
+    missing = 4 * pos_embed.shape[-1] - state["blocks.0.mlp.fc1.bias"].size
+    paddings = {"fc1.weight": [(0, 0), (0, missing)], "fc1.bias": [(0, missing)], "fc2.weight": [(0, missing), (0, 0)]}
+    state = dict(state)
+    for i in range(model["num_layers"] if missing else 0):  # gelu(0) = 0: hidden units of zeros change nothing
+        for name, padding in paddings.items():
+            state[f"blocks.{i}.mlp.{name}"] = np.pad(state[f"blocks.{i}.mlp.{name}"], padding)
     mlp = timestep_embedding or own_timestep_mlp(state)
     embedding = {
         f"timestep_embedder.linear_{layer}.{kind}": mlp[f"{2 * layer - 2}.{kind}"]
@@ -107,18 +113,6 @@ def transformer_state(model, state, *, timestep_embedding=None, source="weights"
             result.update({f"{to}.attn1.to_{q}.{kind}": part for q, part in zip("qkv", parts, strict=True)})
     for to, name in linear.items():
         result[f"{to}.weight"], result[f"{to}.bias"] = state[f"{name}.weight"], state[f"{name}.bias"]
-    # gelu(0) = 0: hidden units of zeros change nothing.
-    hidden_size, width = state["blocks.0.mlp.fc1.weight"].shape
-    if missing := 4 * hidden_size - width:
-        paddings = {
-            "ff.net.0.proj.weight": [(0, 0), (0, missing)],
-            "ff.net.0.proj.bias": [(0, missing)],
-            "ff.net.2.weight": [(0, missing), (0, 0)],
-        }
-        for i in range(model["num_layers"]):
-            for name, padding in paddings.items():
-                to = f"transformer_blocks.{i}.{name}"
-                result[to] = np.pad(result[to], padding)
     return result
 
 
@@ -148,8 +142,6 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
     from sampling.pipelines.timestep_fit import fit_timestep_embedding
     from sampling.schedulers import make_scheduler, pipeline_scheduler
 
-    if timestep_embedding not in ("fit", "keep"):
-        raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
     model = config["model"]
     the_scheduler, other = make_scheduler(config["objective"], scheduler), OTHER[scheduler]
     mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, other))

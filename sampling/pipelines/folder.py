@@ -71,7 +71,7 @@ def check_id2label(id2label, num_classes):
     given = {str(key): value for key, value in id2label.items()}
     problems = {
         "no label for class": [key for key in classes if key not in given],
-        "a label for class": [*(given.keys() - {*classes})],
+        "a label for class": [key for key in given if key not in classes],
         "no text for class": [key for key, label in given.items() if not isinstance(label, str) or not label.strip()],
     }
     for what, keys in problems.items():

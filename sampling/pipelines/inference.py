@@ -31,8 +31,7 @@ from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
 from weights.pretrained import without_null_rows
 
-MANIFEST = INFERENCE_MANIFEST
-FORMAT = 1
+MANIFEST, FORMAT = INFERENCE_MANIFEST, 1
 NETWORK_KEYS = ("in_channels", "sample_size", "num_classes", "null_class")
 PARTS = ("transformer", "vae")
 # A program's file: of Paddle 3, and of Paddle 2.
@@ -84,15 +83,7 @@ def own_large_dit(transformer):
 
 
 def export_inference(generator, output_dir):
-    """Writes a folder for `load_inference`: complete, or not there.
-
-    Args:
-        generator: of `sampling.generator.load_exportable`.
-        output_dir: not there yet, or empty.
-
-    Raises:
-        ValueError: one line: something is in the way.
-    """
+    """Writes a `Generator` of `load_exportable` as a new folder for `load_inference`: complete, or not there."""
     check_free(output_dir)
     scheduler = generator.objective.scheduler
     latents = ("x", [generator.in_channels, generator.sample_size, generator.sample_size], "float32")
@@ -159,12 +150,7 @@ def check_dtype(device, dtype):
 
 
 def load_program(program, device, dtype):
-    """Returns a program and the weights beside it as a function of tensors, in float32, that returns one.
-
-    Args:
-        program: its file, in a folder named as one of `PARTS`. device: as `paddle.set_device` takes it.
-        dtype: that it computes in, as far as Paddle can.
-    """
+    """Returns the program in a file, of a folder named as one of `PARTS`, as a function of float32 tensors."""
     from paddle import inference
 
     folder = os.path.dirname(program)
@@ -203,9 +189,6 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     Args:
         device: "cpu", "gpu" or "gpu:N".
         dtype: of the network: float32, bfloat16 (on a CPU: one that has it), float16 (GPU). The VAE is in float32.
-
-    Raises:
-        ValueError: one line: files that are missing, cut off or of other settings; a dtype that the device lacks.
     """
     check_dtype(device, dtype)
     manifest = _read_manifest(folder)
@@ -228,11 +211,11 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         labels={int(key): label for key, label in manifest["id2label"].items()},
         guided_channels=None,
         path=folder,
-        check_weights=lambda: check_programs(folder),
+        check_weights=lambda: _check_weights(folder),
     )
 
 
-def check_programs(folder):
+def _check_weights(folder):
     """Raises ValueError, naming file and tensor, if there are weights in a folder of programs that are not finite."""
     for part in PARTS:
         tensors = paddle.jit.load(os.path.join(folder, part, "model")).state_dict().values()

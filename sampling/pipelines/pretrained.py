@@ -46,20 +46,16 @@ def load_scheduler(kind, name_or_path):
 
 
 def load_dit_pipeline(name_or_path, dtype=None):
-    """Loads a folder of a DiTPipeline, or a name on the hub.
+    """Loads a folder of a DiTPipeline, or a name on the hub: network and VAE in `dtype`, or float32.
 
     The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
     `sampling.pipelines.export_large_dit`).
-
-    Args:
-        dtype: of network and VAE; None for float32.
 
     Returns:
         a `ppdiffusers.DiTPipeline`; its `id2label` is `{id: label}`, perhaps empty.
 
     Raises:
-        ValueError: one line: a component that is none of the classes above, what `load_model` refuses, or a download
-            that failed, and what to do without a network.
+        ValueError: one line: what the folder lacks, or a download that failed, and what to do without a network.
     """
     from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
 

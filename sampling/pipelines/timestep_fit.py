@@ -23,12 +23,8 @@ def fit_timestep_embedding(state, scheduler, other=None):
     """Fits a timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
 
     A hidden width D of 1000 or more gives every timestep to float32 rounding. A smaller one can't: there the timesteps
-    that the scheduler visits in 25, 50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the
-    others are approximated.
-
-    Args:
-        state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
-        other: another scheduler that the folder may be sampled with; its timesteps come after all of the first.
+    that the scheduler visits in 25, 50, 20, 10, 100, ... steps come first, then those of `other`, another scheduler
+    that the folder may be sampled with, as many as D unknowns carry, and the rest is approximated.
 
     Returns:
         `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
@@ -66,14 +62,12 @@ def fit_time_embedding(state, times, visited, others):
     384, whatever number of steps the scheduler is asked for.
 
     Args:
-        state: SiT's weights, Paddle layout.
         times: `times(timesteps)`: float64 times in [0, 1] of the scheduler's timesteps, elementwise.
-        visited: timesteps `(M,)` that fill the range where the embedding matters.
-        others: timesteps that it need only not be far off at.
+        visited, others: timesteps that fill the range where the embedding matters, and those where it need only not be
+            far off.
 
     Returns:
-        `(mlp, max_error)`: mlp as of `fit_timestep_embedding`; the largest error over `visited`, in units of the
-        embedding's largest entry.
+        `(mlp, max_error)`: as above, the error over `visited`.
     """
     timesteps = np.concatenate([visited, others]).astype("float32")
     weight = np.repeat([1.0, 1e-3], [len(visited), len(others)])
@@ -91,10 +85,8 @@ def _fit(state, stock_t, own_t, weight, *, scale, rcond):
     """Returns an MLP that embeds the stock transformer's features of `stock_t` as the network embeds `own_t`, `(M,)`.
 
     Its first layer is random, of standard deviation `scale`, and its second the least squares weighted by `weight`.
-
-    Returns:
-        `(mlp, error, kept_error)`: the largest error at each time `(M,)`, in units of the embedding's largest entry,
-        and the same of the network's own MLP.
+    Also returned: the largest error at each time `(M,)`, in units of the embedding's largest entry, and the same of the
+    network's own MLP.
     """
     from ppdiffusers.models.embeddings import get_timestep_embedding
 

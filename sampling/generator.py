@@ -28,37 +28,21 @@ from weights.source import read_weights
 
 @dataclass
 class Generator:
-    """Draws images of classes, or the latents that a VAE decodes to them.
+    """Draws images of classes, or the latents that a VAE decodes to them."""
 
-    Attributes:
-        network: called as `network(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, labels `(N,)`, int64; returns
-            `(N, C or 2C, H, W)`.
-        objective: turns noise into latents by `sample(denoiser, noise, *, num_steps, ...)`: of
-            `objectives.build_objective`, of `sampling.schedulers`, or a `TransportScheduler`.
-        in_channels, sample_size: of the latents. num_classes: of the network.
-        null_class: the label without a class; None if the network has none.
-        vae: an `AutoencoderKL`, or what a `LatentDecoder` needs of one; None: latents only.
-        labels: `{id: label}`, perhaps empty.
-        guided_channels: how many leading latent channels are guided unless `sample` is told: an integer, None for all,
-            or "auto" for `sampling.guidance.default_channels`.
-        dtype: of the noise.
-        path: of the model, for messages. notes: sentences that a user should read.
-        check_weights: called where images are not finite; raises `ValueError` if the weights are to blame.
-    """
-
-    network: object
-    objective: object
-    in_channels: int
-    sample_size: int
+    network: object  # called as `network(x, t, y)`: latents, times and int64 labels `(N,)`, to `(N, C or 2C, H, W)`
+    objective: object  # turns noise into latents by `sample(denoiser, noise, *, num_steps, callback, ...)`
+    in_channels: int  # of the latents
+    sample_size: int  # of the latents
     num_classes: int
-    null_class: int | None
-    vae: object = None
-    labels: dict = field(default_factory=dict)
-    guided_channels: object = "auto"
-    dtype: object = "float32"
-    path: str = "the network"
-    notes: list = field(default_factory=list)
-    check_weights: object = None
+    null_class: int | None  # the label without a class; None if the network has none
+    vae: object = None  # an `AutoencoderKL`, or what a `LatentDecoder` needs of one; None: latents only
+    labels: dict = field(default_factory=dict)  # `{id: label}`
+    guided_channels: object = "auto"  # leading latent channels that are guided: an integer, None for all, or "auto"
+    dtype: object = "float32"  # of the noise
+    path: str = "the network"  # of the model, for messages
+    notes: list = field(default_factory=list)  # sentences that a user should read
+    check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
     def kind(self):

@@ -19,31 +19,20 @@ PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
 
 @dataclass
 class Model:
-    """Says what a model path is.
+    """Says what a model path is."""
 
-    Attributes:
-        kind: "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or
-            "hub": a name, of which nothing is known before it is downloaded.
-        path: of it.
-        pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
-        config: resolved, of a checkpoint or a file.
-        labels: `{id: label}`, the user's where there are any; perhaps empty.
-        num_classes: None if it is not known.
-        has_null_class: whether it can be guided; None if that is not known.
-        scheduler: a pipeline's scheduler_config.json with its class in `_class_name`, or {}.
-        notes: sentences for the user.
-    """
-
+    # "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or "hub":
+    # a name, of which nothing is known before it is downloaded.
     kind: str
     path: str
-    pipeline: str
-    type: str | None = None
-    config: dict | None = None
-    labels: dict = field(default_factory=dict)
-    num_classes: int | None = None
-    has_null_class: bool | None = None
-    scheduler: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
+    pipeline: str  # of `PIPELINES`, what samples it
+    type: str | None = None  # the class of its network; None if it is not known
+    config: dict | None = None  # resolved, of a checkpoint or a file
+    labels: dict = field(default_factory=dict)  # `{id: label}`, the user's where there are any; perhaps empty
+    num_classes: int | None = None  # None if it is not known
+    has_null_class: bool | None = None  # it can be guided; None if that is not known
+    scheduler: dict = field(default_factory=dict)  # a pipeline's settings with its class in `_class_name`, or {}
+    notes: list = field(default_factory=list)  # sentences for the user
 
     @property
     def holds_all(self):

@@ -100,7 +100,7 @@ class Generator:
             uint8 numpy `(N, H, W, 3)`, or a tensor `(N, C, h, w)`.
 
         Raises:
-            ValueError: one line: what is not accepted. A `features.autoencoder.NotFiniteError`: images that can't be.
+            ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
         """
         from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 

@@ -100,7 +100,7 @@ class SiTPipeline(DiffusionPipeline):
         super().__init__()
         components = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
         for name, component in components.items():
-            _check_class(name, f"{name}: is", type(component).__name__)
+            _check_class(name, f"{name}: is", type(component))
         if id2label is not None and not isinstance(id2label, dict):
             raise ValueError(f"id2label: is a {type(id2label).__name__}, expected {{class id: label}}")
         check_vae(vae, transformer.in_channels)
@@ -117,7 +117,7 @@ class SiTPipeline(DiffusionPipeline):
 
         `ValueError` names `source`: another network's config, or weights that don't fit it or are not finite.
         """
-        _check_class("transformer", f"{source}: the config describes", config["model"]["type"])
+        _check_class("transformer", f"{source}: the config describes", MODELS[config["model"]["type"]])
         scheduler = TransportScheduler.from_objective(config["objective"])
         network = load_network(config["model"], state, source)
         if isinstance(network, SiT):  # a position table that is the exact one in half precision becomes the exact one
@@ -318,6 +318,6 @@ def _one_or_each(generator, count, sampler):
     return generators[0] if len(generators) == 1 else generators
 
 
-def _check_class(component, what, name):
-    if name not in NAMES[component]:
-        raise ValueError(f"{what} a {name}, expected a {' or '.join(NAMES[component])}")
+def _check_class(component, what, kind):
+    if not issubclass(kind, COMPONENTS[component]):
+        raise ValueError(f"{what} a {kind.__name__}, expected a {' or '.join(NAMES[component])}")

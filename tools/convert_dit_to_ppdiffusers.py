@@ -7,8 +7,8 @@
 config.json, else by --config_file, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels,
 learned variance). What is given beside a checkpoint must agree with its config.
 
-The folder holds model_index.json (with id2label), scheduler/, transformer/ and vae/. What the stock pipeline does
-differently from this project is printed at the end. A Large-DiT's transformer/ also holds the code of its class.
+What the stock pipeline does differently from this project is printed at the end. A Large-DiT's transformer/ also holds
+the code of its class.
 """
 
 import _root  # noqa: F401 (the project's root, on sys.path)

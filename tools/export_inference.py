@@ -5,11 +5,9 @@
     python infer_demo_dit.py --model_path DiT_inference --backend inference --classes 207
 
 --model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, or a training checkpoint folder,
-whose averages are taken.
-
-The folder holds the network and the VAE's decoder as programs, the scheduler, the labels and inference.json. It serves
-any batch size, CPU and GPU; weights are float32, half precision is chosen by infer_demo_dit.py --dtype. Its latents
-have one size. Whoever runs it runs a program of yours: as with any code, take such folders only from people you trust.
+whose averages are taken. The folder serves latents of one size, any batch size, CPU and GPU; weights are float32, half
+precision is chosen by infer_demo_dit.py --dtype. Whoever runs it runs a program of yours: as with any code, take such
+folders only from people you trust.
 """
 
 import argparse
@@ -47,11 +45,9 @@ def main(argv=None):
 
     print(f"reading {args.model_path}", flush=True)
     generator = load_exportable(model, vae=args.vae, key=args.key)
-    for note in generator.describe():
-        print(f"note: {note}")
     fit = generator.objective.timestep_fit
-    if fit is not None:
-        print(f"note: {describe_fit(fit)}")
+    for note in generator.describe() + ([] if fit is None else [describe_fit(fit)]):
+        print(f"note: {note}")
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(generator, args.output)
     print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")

@@ -1,13 +1,11 @@
 """Export of a Large-DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
 
 Settings and weights are those of ppdiffusers' own Large-DiT transformer, `DiTLLaMA2DModel`, whose parameters have the
-official names. That class does not give the official network's numbers: its block norms subtract the mean, as RMS norms
-don't; it can't be built with Paddle 3, and in float32 it needs a CUDA build of Paddle. So the folder brings along a
-subclass of it that mends this, a copy of `sampling/pipelines/large_dit_transformer.py`, and model_index.json names that
-one: DiTPipeline then gives the numbers of this project's Large-DiT anywhere, without this project.
+official names. That class does not give the official network's numbers, see README.md. So the folder brings along a
+subclass that mends it, a copy of `sampling/pipelines/large_dit_transformer.py`, and model_index.json names that one.
 
-The rest is as for a DiT (`sampling.pipelines.export_dit`): the label table is laid out for the null class 1000, all
-latent channels are guided, a learned variance is cut off. Timesteps need no fit: the frequencies are the official ones.
+The rest is as for a DiT (`sampling.pipelines.export_dit`). Timesteps need no fit: their frequencies are the official
+ones.
 """
 
 import os
@@ -15,7 +13,6 @@ import os
 from sampling.pipelines.export_dit import class_table, guidance_notes, shared_settings
 from sampling.pipelines.folder import CODE
 from sampling.pipelines.pretrained import NULL_CLASS
-from sampling.step_counts import check_diffusion
 
 MAX_TOKENS = 4096  # of DiTLLaMA2DModel's table of rotary positions
 
@@ -23,7 +20,6 @@ MAX_TOKENS = 4096  # of DiTLLaMA2DModel's table of rotary positions
 def check(config):
     """Returns the keywords of the `DiTLLaMA2DModel`; see `sampling.pipelines.export.exporter`."""
     model = config["model"]
-    check_diffusion(config["objective"])
     settings = shared_settings(model)
     tokens = (model["sample_size"] // model["patch_size"]) ** 2
     if tokens > MAX_TOKENS:

@@ -39,11 +39,6 @@ PROGRAMS = ("model.json", "model.pdmodel")
 WEIGHTS = "model.pdiparams"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks that can be traced
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class StockTransformer(nn.Layer):
     """A `ppdiffusers.Transformer2DModel` with tensors as the only arguments and result."""
 
@@ -75,11 +70,6 @@ def own_large_dit(transformer):
     network.set_state_dict(transformer.state_dict())
     network.eval()
     return network
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def export_inference(generator, output_dir):
@@ -124,11 +114,6 @@ def _save(layer, inputs, path):
             paddle.jit.save(paddle.jit.to_static(layer, input_spec=specs, full_graph=True), path)
     finally:
         layer.forward = kept
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def cpu_has_bfloat16():

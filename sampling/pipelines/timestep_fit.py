@@ -43,8 +43,8 @@ def fit_timestep_embedding(state, scheduler, other=None):
         more[steps] = True
         if more.sum() <= 0.95 * (state["t_embedder.mlp.2.bias"].size + 1):
             first = more
-    t = paddle.arange(num_timesteps)
-    mlp, error, kept_error = _fit(state, t, t, np.where(first, 1.0, 1e-5), scale=0.1, rcond=1e-12)
+    t = np.arange(num_timesteps)
+    mlp, error, kept_error = fit_embedding(state, t, t, np.where(first, 1.0, 1e-5), scale=0.1, rcond=1e-12)
     report = {
         "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
         "other_exact_steps": sorted(n for n, steps in others.items() if error[steps].max() < 1e-4),
@@ -55,33 +55,12 @@ def fit_timestep_embedding(state, scheduler, other=None):
     return mlp, report
 
 
-def fit_time_embedding(state, times, visited, others):
-    """Fits a timestep MLP on the stock transformer's features that gives SiT's embedding of a time.
-
-    SiT's embedding is smooth on [0, 1]: a few dozen basis functions give all of it, to 1e-5 at width 64 and 1e-6 at
-    384, whatever number of steps the scheduler is asked for.
-
-    Args:
-        times: `times(timesteps)`: float64 times in [0, 1] of the scheduler's timesteps, elementwise.
-        visited, others: timesteps that fill the range where the embedding matters, and those where it need only not be
-            far off.
-
-    Returns:
-        `(mlp, max_error)`: as above, the error over `visited`.
-    """
-    timesteps = np.concatenate([visited, others]).astype("float32")
-    weight = np.repeat([1.0, 1e-3], [len(visited), len(others)])
-    t = paddle.to_tensor(times(timesteps).astype("float32"))
-    mlp, error, _ = _fit(state, paddle.to_tensor(timesteps), t, weight, scale=2.0, rcond=1e-10)
-    return mlp, float(error[: len(visited)].max())
-
-
 def own_timestep_mlp(state):
-    """Returns the network's own timestep MLP by the names that the fits return."""
+    """Returns the network's own timestep MLP by the names that a fit returns."""
     return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
 
 
-def _fit(state, stock_t, own_t, weight, *, scale, rcond):
+def fit_embedding(state, stock_t, own_t, weight, *, scale, rcond):
     """Returns an MLP that embeds the stock transformer's features of `stock_t` as the network embeds `own_t`, `(M,)`.
 
     Its first layer is random, of standard deviation `scale`, and its second the least squares weighted by `weight`.
@@ -90,7 +69,7 @@ def _fit(state, stock_t, own_t, weight, *, scale, rcond):
     """
     from ppdiffusers.models.embeddings import get_timestep_embedding
 
-    own = own_timestep_mlp(state)
+    own, stock_t, own_t = own_timestep_mlp(state), paddle.to_tensor(stock_t), paddle.to_tensor(own_t)
     target = _timestep_mlp(TimestepEmbedder.timestep_embedding(own_t, NUM_FREQUENCIES).numpy(), own)  # (M, D)
     stock = get_timestep_embedding(stock_t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
     random, hidden_size = np.random.RandomState(0), target.shape[1]

@@ -23,6 +23,7 @@ from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.state import check_finite
 from runtime.files import whole_folder, write_json
+from runtime.machine import read_processor
 from runtime.untrusted import MAX_SIZE, inside, shortened
 from sampling.generator import Generator
 from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object
@@ -118,12 +119,7 @@ def _save(layer, inputs, path):
 
 def cpu_has_bfloat16():
     """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
 
 
 def check_dtype(device, dtype):

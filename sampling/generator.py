@@ -111,8 +111,7 @@ class Generator:
             channels = default_channels(self.in_channels)
         tracker = get_rng_state_tracker()
         random = tracker.manual_seed(seed) if isinstance(seed, Integral) else seed
-        # An SDE's steps go on where the noise ended.
-        steps_random = random if self.kind == "transport" and isinstance(random, str) else None
+        steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
         null_class = 0 if self.null_class is None else self.null_class
         guidance = {"channels": channels, "null_class": null_class, "interval": guidance_interval}

@@ -121,8 +121,8 @@ def check_holds_no(path, pipeline, **flags):
     """Raises `ValueError` for a flag that is given on a pipeline folder, which has all that such flags choose."""
     for name in (name for name, value in flags.items() if value is not None):
         raise ValueError(
-            f"--{name} is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which holds "
-            "all it needs"
+            f"--{name} is for a training checkpoint or a file of weights; {path} is a {pipeline or 'pipeline'} folder, "
+            "which holds all it needs"
         )
 
 

@@ -27,11 +27,10 @@ def named_config(kind, model_name, image_size):
     return {**config, "model": {**config["model"], "sample_size": image_size // 8}}
 
 
-def find_config(kind, args):
+def find_config(args):
     """Returns the resolved config of the network: the checkpoint's own, --config_file's, or --model_name's.
 
-    Raises:
-        ValueError: one line: what is given describes another network than the checkpoint's own config.
+    What describes another network than the checkpoint's own config is a `ValueError`.
     """
     config = weights_config(args.model_weights, args.config_file)
     beside = os.path.join(args.model_weights, "config.json")
@@ -39,10 +38,10 @@ def find_config(kind, args):
         config = load_config(beside)
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
-        return named_config(kind, args.model_name or f"{kind}_XL_2", size)
+        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size)
     given = {}
     if args.model_name is not None:
-        named = named_config(kind, args.model_name, IMAGE_SIZE)["model"]
+        named = named_config(args.kind, args.model_name, IMAGE_SIZE)["model"]
         keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         given[f"--model_name {args.model_name}"] = {key: named[key] for key in keys}
     if args.image_size is not None:
@@ -55,11 +54,7 @@ def find_config(kind, args):
 
 
 def downsampling(vae, features):
-    """Returns how many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8.
-
-    Args:
-        vae: of --vae_model, or None: then the `vae` entry of a `features` section says it, if there is one.
-    """
+    """Returns the pixels along a latent's side: by --vae_model, if that is a folder, or the features' VAE; else 8."""
     if vae is None:
         return (features or {}).get("downsampling") or 8
     path = os.path.join(vae, "config.json")
@@ -105,19 +100,15 @@ def convert(args, check, export, loader):
     """Reads, checks and writes a pipeline folder, as the flags say.
 
     Args:
-        args: of `make_parser`.
         check: `check(config)` raises ValueError for a config that can't be exported.
         export: writes the folder and returns sentences for the user; called as `export_pipeline`.
         loader: the class that loads the folder.
-
-    Raises:
-        ValueError: whatever can't be done, in one line.
     """
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
     if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
-    config = find_config(args.kind, args)
+    config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
     choose_vae(*chosen, args.default_vae, "--vae_model")

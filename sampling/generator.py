@@ -195,13 +195,13 @@ def load_exportable(model, *, vae=None, key=None):
     return _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
 
 
-def from_weights(config, state, vae, *, dtype=None, source="weights", **fields):
+def from_weights(config, state, vae, *, dtype=None, source="weights"):
     """Returns the `Generator` of a DiT's or Large-DiT's resolved config and weights `{name: array}`, Paddle layout.
 
     Args:
         dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
             sampled by a scheduler of ppdiffusers.
-        source: of the weights, for messages. fields: more of the `Generator`'s.
+        source: of the weights, for messages.
     """
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
@@ -209,7 +209,7 @@ def from_weights(config, state, vae, *, dtype=None, source="weights", **fields):
     if dtype is not None:
         network.to(dtype=dtype)
         network = in_float32(network)
-    return Generator(network, sampler, vae=vae, guided_channels=None, **latent_sizes(config["model"]), **fields)
+    return Generator(network, sampler, vae=vae, guided_channels=None, **latent_sizes(config["model"]))
 
 
 def latent_sizes(model):
@@ -251,12 +251,12 @@ def _load_weights(model, dtype, vae, key):
         channels=model.config["model"]["in_channels"],
     )
     if model.pipeline == "DiTPipeline":
-        generator = from_weights(model.config, state, vae, dtype=dtype, source=source, labels=model.labels)
+        generator = from_weights(model.config, state, vae, dtype=dtype, source=source)
     else:
         from sampling.sit_pipeline import SiTPipeline
 
         generator = SiTPipeline.from_weights(model.config, state, vae, source=source).to(dtype=dtype).generator
-    generator.notes = model.notes + notes
+    generator.labels, generator.notes = model.labels, model.notes + notes
     return generator
 
 

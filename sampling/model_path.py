@@ -184,17 +184,9 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
     labels, note = weights_labels(id2label, config)
-    return Model(
-        kind,
-        path,
-        network.pipeline,
-        model["type"],
-        config=config,
-        labels=labels,
-        num_classes=model["num_classes"],
-        has_null_class=model["class_dropout_prob"] > 0,
-        notes=[note] if note else [],
-    )
+    known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
+    notes = [note] if note else []
+    return Model(kind, path, network.pipeline, model["type"], config=config, labels=labels, notes=notes, **known)
 
 
 def _json_object(folder, name):

@@ -8,8 +8,8 @@
 --model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction). What is given beside
 a checkpoint must agree with its config.
 
-SiTPipeline samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone and samples Euler steps
-of the ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
+SiTPipeline needs this project and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone
+and samples Euler steps of the ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
 """
 
 import _root  # noqa: F401 (the project's root, on sys.path)

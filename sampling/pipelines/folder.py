@@ -13,12 +13,9 @@ from weights.pretrained import read_settings
 # Names of ppdiffusers, the second with safe_serialization.
 WEIGHTS, SAFE_WEIGHTS = "model_state.pdparams", "diffusion_paddle_model.safetensors"
 TREE = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    f"transformer/{WEIGHTS}",
-    "vae/config.json",
-    f"vae/{WEIGHTS}",
+    *("model_index.json", "scheduler/scheduler_config.json"),
+    *("transformer/config.json", f"transformer/{WEIGHTS}"),
+    *("vae/config.json", f"vae/{WEIGHTS}"),
 )
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
@@ -71,7 +68,7 @@ def check_id2label(id2label, num_classes):
     given = {str(key): value for key, value in id2label.items()}
     problems = {
         "no label for class": [key for key in classes if key not in given],
-        "a label for class": [key for key in given if key not in classes],
+        "a label for class": sorted(given.keys() - {*classes}),
         "no text for class": [key for key, label in given.items() if not isinstance(label, str) or not label.strip()],
     }
     for what, keys in problems.items():

@@ -103,10 +103,7 @@ def read_timestep_fit(name_or_path):
 
 
 def has_null_class(transformer):
-    """Returns whether a DiTPipeline's transformer can be guided.
-
-    The exporter fills the row of a null class that is not there with NaN.
-    """
+    """Returns whether a DiTPipeline's transformer has a null class: the exporter writes NaN where there is none."""
     large = hasattr(transformer, "y_embedder")
     embedder = transformer.y_embedder if large else transformer.transformer_blocks[0].norm1.emb.class_embedder
     return bool(embedder.embedding_table.weight[-1].isfinite().all())

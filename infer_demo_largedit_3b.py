@@ -3,9 +3,7 @@
     python infer_demo_largedit_3b.py                          # the public Large-DiT-3B: a golden retriever
     python infer_demo_largedit_3b.py --model_path LargeDiT_pipeline --classes 207 "Siberian husky"
 
---model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
-checkpoint folder, whose averages are sampled. Without it: ./LargeDiT_3B_2_256 if that folder is there,
-else the public Alpha-VLLM/Large-DiT-3B-256.
+Without --model_path: ./LargeDiT_3B_2_256 if that folder is there, else the public Alpha-VLLM/Large-DiT-3B-256.
 """
 
 from runtime.process import run_cli

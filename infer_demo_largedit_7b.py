@@ -3,9 +3,7 @@
     python infer_demo_largedit_7b.py                          # the public Large-DiT-7B: a golden retriever
     python infer_demo_largedit_7b.py --model_path LargeDiT_pipeline --classes 207 "Siberian husky"
 
---model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, or a training
-checkpoint folder, whose averages are sampled. Without it: ./LargeDiT_7B_2_256 if that folder is there,
-else the public Alpha-VLLM/Large-DiT-7B-256.
+Without --model_path: ./LargeDiT_7B_2_256 if that folder is there, else the public Alpha-VLLM/Large-DiT-7B-256.
 """
 
 from runtime.process import run_cli
@@ -15,7 +13,6 @@ DEMO = DiTDemo(
     kind="LargeDiT_7B",
     local_folder="./LargeDiT_7B_2_256",
     public_name="Alpha-VLLM/Large-DiT-7B-256",
-    seed=0,
     gpu_dtype="bfloat16",
     description=__doc__,
 )

@@ -18,7 +18,7 @@ import os
 from config.options import SIT_VAE
 from runtime.process import run_cli
 from sampling.demo import add_flags, check_flags, check_model, draw, note_unused
-from sampling.model_path import describe_model
+from sampling.model_path import check_holds_no, describe_model
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
 PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "SiT_XL_patch2.json")
@@ -79,12 +79,7 @@ def main(argv=None):
         path, "SiTPipeline", id2label=args.id2label, config=args.config_file, default_config=PUBLIC_CONFIG
     )
     if model.kind == "pipeline":
-        for name in ("vae", "key"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"--{name} is for a training checkpoint or a file of weights; {path} is a SiTPipeline folder, "
-                    "which holds all it needs"
-                )
+        check_holds_no(path, model.pipeline, vae=args.vae, key=args.key)
     check_model(args, model)
     options = {**SDE_DEFAULTS, **given} if args.sampler == "sde" else {}
     if args.last_step == "None":

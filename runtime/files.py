@@ -12,6 +12,9 @@ import os
 import re
 import shutil
 
+from runtime.untrusted import shortened
+
+MAX_NAME = 240  # bytes of a file's name; file systems take 255
 MANIFEST = "manifest.json"  # of a folder that FolderWriter wrote: {"files": {name: {"size": bytes, "sha256": hex}}}
 # A series of numbered folders, as checkpoints are: one process writes them, one at a time.
 _LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+(?:-\d+)?)\.(partial|replaced)$")
@@ -48,6 +51,21 @@ def whole_file(path, *, shared=False):
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def check_output(path, overwrite=False, flag=""):
+    """Raises `ValueError` unless a file can be written there; its message begins with `flag` and `path`."""
+    shown, (folder, name) = flag + shortened(path, 500), os.path.split(os.path.realpath(path))
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise ValueError(f"{shown}: is a folder; expected the name of a file")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{shown}: there is no such folder as {shortened(folder, 500)}")
+    if len(os.fsencode(name)) > MAX_NAME:
+        raise ValueError(f"{shown}: the name has more than {MAX_NAME} bytes")
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"{shown}: exists already; give another name, or --overwrite")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{shown}: the folder can't be written to")
 
 
 def write_json(path, value, indent=2):

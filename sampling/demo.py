@@ -4,9 +4,7 @@ Nothing here imports Paddle before `draw` does: what a user gets wrong is said a
 """
 
 import argparse
-import contextlib
 import io
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -15,18 +13,12 @@ from PIL import Image
 
 from config.flags import check_seed
 from config.options import DEFAULT_VAE
+from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime, resolve_device
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.labels import DEFAULT_CLASS, find_classes
 from sampling.model_path import check_guidance, check_no_file, describe_model
-
-MAX_NAME = 240  # bytes of a file's name; file systems take 255
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
@@ -61,20 +53,14 @@ def check_flags(args, min_steps=1):
     check_seed("seed", args.seed)
     if args.num_inference_steps < min_steps:
         raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
-    check_scale(args.guidance_scale)
     if args.output is not None:
-        check_output(args.output, args.overwrite)
+        check_output(args.output, args.overwrite, "--output ")
+        check_ending("output", args.output)
         return
     if args.overwrite:
         note_unused(["overwrite"], "without --output, whose default is a free name")
     if not os.access(os.curdir, os.W_OK):
         raise ValueError("the working directory can't be written to; give a file by --output")
-
-
-def check_scale(scale):
-    """Raises `ValueError` for a --guidance_scale that is no finite number; None, a flag not given, passes."""
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
 
 
 def check_model(args, model):
@@ -102,22 +88,11 @@ def note_unused(names, why):
         print(f"note: {flags} {'has' if len(names) == 1 else 'have'} no effect {why}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a model to a PNG
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def draw(kind, args, model, *, guidance_interval=None, **options):
-    """Samples and saves, as the flags say, and says where the image is.
+    """Samples a `Model` and saves, as the flags of `add_flags` say, and says where the image is.
 
     Args:
-        kind: of the file names, such as DiT.
-        args: with the flags of `add_flags`, checked.
-        model: a `sampling.model_path.Model`.
-        guidance_interval, options: of `sampling.generator.Generator.sample`.
-
-    Raises:
-        ValueError: one line: what can't be loaded, sampled or written.
+        kind: of the file names, such as DiT. guidance_interval, options: of `Generator.sample`.
     """
     configure_runtime()
     from sampling.generator import check_settings, load_generator
@@ -160,25 +135,6 @@ def show_steps(description="sampling"):
     return callback
 
 
-def check_output(path, overwrite):
-    """Raises `ValueError` unless an image can be written there: folder, name, ending, nothing in the way."""
-    folder, name = os.path.split(os.path.realpath(path))
-    shown = f"--output {shortened(path, 500)}"
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise ValueError(f"{shown}: is a folder; expected a file such as {os.path.join(path, 'image.png')}")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{shown}: there is no such folder")
-    if len(os.fsencode(name)) > MAX_NAME:
-        raise ValueError(f"{shown}: the name has more than {MAX_NAME} bytes")
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"{shown}: exists already; give another name, or --overwrite")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{shown}: is no regular file")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{shown}: the folder can't be written to")
-    check_ending("output", path)
-
-
 def check_ending(flag, path):
     """Raises `ValueError` for an ending that no format of colour images has."""
     try:
@@ -204,49 +160,27 @@ def default_output(kind, names):
 
 
 def save_image(image, path, overwrite):
-    """Writes an image beside `path` and renames it; returns its path, with a number where something is there already.
-
-    Raises:
-        ValueError: one line: the file system refuses. Nothing is left then.
-    """
-    target = os.path.realpath(path)
-    partial = os.path.join(os.path.dirname(target), f".image-{os.getpid()}.partial")
+    """Writes an image; returns its path, with a number where something is there already."""
+    (stem, ending), number = os.path.splitext(path), 1
+    while os.path.exists(path) and not overwrite:
+        number += 1
+        path = f"{stem}-{number}{ending}"
     try:
-        with open(partial, "wb") as file:
+        with whole_file(path, shared=True) as partial, open(partial, "wb") as file:
             image.save(file, format=_image_format(path))
-        stem, ending = os.path.splitext(path)
-        number = 1
-        while os.path.lexists(target) and not overwrite:
-            number += 1
-            path = f"{stem}-{number}{ending}"
-            target = os.path.abspath(path)
-        os.replace(partial, target)
     except OSError as error:
         raise ValueError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DiT and Large-DiT
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DiTDemo:
-    """What differs between the demos of DiTs of several sizes: their defaults.
+    """What differs between the demos of DiTs of several sizes: their defaults."""
 
-    Attributes:
-        kind: of the PNG's name. local_folder, public_name: what is sampled without --model_path, the first if it is
-            there. seed: of the noise. gpu_dtype: on a GPU. description: of --help.
-    """
-
-    description: str
-    kind: str = "DiT"
-    local_folder: str = "./DiT_XL_2_256"
-    public_name: str = "facebook/DiT-XL-2-256"
+    description: str  # of --help
+    kind: str = "DiT"  # of the PNG's name
+    local_folder: str = "./DiT_XL_2_256"  # sampled without --model_path, if it is there
+    public_name: str = "facebook/DiT-XL-2-256"  # else
     seed: int = 0
     gpu_dtype: str = "float32"
 

@@ -8,58 +8,41 @@ The noise of image i is a function of the seed and of i's place among the classe
 
 import tempfile
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import paddle
 
 from config.options import DEFAULT_VAE, SIT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
-from models import build_model, get_2d_sincos_pos_embed
-from models.state import check_finite, check_state, expected_shapes, without_rounding
-from objectives import build_objective
+from models import build_model
+from models.state import check_finite, check_state, expected_shapes
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_guidance, describe_model
 from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
+from transport import Sampler
 from weights.source import read_weights
-
-DEFAULT_VAES = {"DiTPipeline": DEFAULT_VAE, "SiTPipeline": SIT_VAE}
 
 
 @dataclass
 class Generator:
-    """Draws images of classes, or the latents that a VAE decodes to them.
+    """Draws images of classes, or the latents that a VAE decodes to them."""
 
-    Attributes:
-        network: called as `network(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, labels `(N,)`, int64; returns
-            `(N, C or 2C, H, W)`.
-        objective: turns noise into latents by `sample(denoiser, noise, *, num_steps, ...)`: of
-            `objectives.build_objective`, of `sampling.schedulers`, or a `TransportScheduler`.
-        in_channels, sample_size: of the latents. num_classes: of the network.
-        null_class: the label without a class; None if the network has none.
-        vae: an `AutoencoderKL`, or what a `LatentDecoder` needs of one; None: latents only.
-        labels: `{id: label}`, perhaps empty.
-        guided_channels: how many leading latent channels are guided unless `sample` is told: an integer, None for all,
-            or "auto" for `sampling.guidance.default_channels`.
-        dtype: of the noise.
-        path: of the model, for messages. notes: sentences that a user should read.
-        check_weights: called where images are not finite; raises `ValueError` if the weights are to blame.
-    """
-
-    network: object
-    objective: object
-    in_channels: int
-    sample_size: int
+    network: object  # called as `network(x, t, y)`: latents, times and int64 labels `(N,)`, to `(N, C or 2C, H, W)`
+    objective: object  # turns noise into latents by `sample(denoiser, noise, *, num_steps, callback, ...)`
+    in_channels: int  # of the latents
+    sample_size: int  # of the latents
     num_classes: int
-    null_class: int | None
-    vae: object = None
-    labels: dict = field(default_factory=dict)
-    guided_channels: object = "auto"
-    dtype: object = "float32"
-    path: str = "the network"
-    notes: list = field(default_factory=list)
-    check_weights: object = None
+    null_class: int | None  # the label without a class; None if the network has none
+    vae: object = None  # an `AutoencoderKL`, or what a `LatentDecoder` needs of one; None: latents only
+    labels: dict = field(default_factory=dict)  # `{id: label}`
+    guided_channels: object = "auto"  # leading latent channels that are guided: an integer, None for all, or "auto"
+    dtype: object = "float32"  # of the noise
+    path: str = "the network"  # of the model, for messages
+    notes: list = field(default_factory=list)  # sentences that a user should read
+    check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
     def kind(self):
@@ -101,7 +84,8 @@ class Generator:
 
         Args:
             classes: as of `find_classes`.
-            seed: of the noise. None leaves Paddle's generators as they are, and `noise` is needed.
+            seed: of the noise: an integer, or a generator as ppdiffusers has them (a list of one for each image for
+                what draws nothing else); None draws by Paddle's generators as they are.
             noise: `(N, C, H, W)`, standard normal; None to draw it.
             num_inference_steps: of the sampler: network evaluations of a diffusion, grid points of a transport.
             guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class.
@@ -116,8 +100,7 @@ class Generator:
             uint8 numpy `(N, H, W, 3)`, or a tensor `(N, C, h, w)`.
 
         Raises:
-            ValueError: one line: a class or a setting that is not accepted. Images of numbers that are not finite, as a
-                `features.autoencoder.NotFiniteError`.
+            ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
         """
         from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
@@ -127,27 +110,23 @@ class Generator:
         if channels == "auto":
             channels = default_channels(self.in_channels)
         tracker = get_rng_state_tracker()
-        random = None if seed is None else tracker.manual_seed(seed)
+        random = tracker.manual_seed(seed) if isinstance(seed, Integral) else seed
+        steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
+        null_class = 0 if self.null_class is None else self.null_class
+        guidance = {"channels": channels, "null_class": null_class, "interval": guidance_interval}
         latents = []
         for start in range(0, len(ids), batch_size or len(ids)):
             part = slice(start, start + (batch_size or len(ids)))
             y = paddle.to_tensor(ids[part], dtype="int64")
-            null_class = 0 if self.null_class is None else self.null_class
-            denoiser = guided(
-                self.network, y, scale, channels=channels, null_class=null_class, interval=guidance_interval
-            )
-            if noise is None:
-                shape = (len(ids[part]), self.in_channels, self.sample_size, self.sample_size)
-                x = randn_tensor(shape, generator=random, dtype=self.dtype)
-            else:
-                x = noise[part]
-            if self.kind == "diffusion" and seed is not None and start == 0:
+            denoiser = guided(self.network, y, scale, **guidance)
+            shape = (len(ids[part]), self.in_channels, self.sample_size, self.sample_size)
+            x = randn_tensor(shape, generator=random, dtype=self.dtype) if noise is None else noise[part]
+            if self.kind == "diffusion" and isinstance(seed, Integral) and start == 0:
                 paddle.seed(seed)  # what DDPM's steps draw does not depend on the number of images
-            # An SDE's steps go on where the noise ended.
-            with tracker.rng_state(random if self.kind == "transport" else None):
+            with tracker.rng_state(steps_random):
                 latents.append(self.objective.sample(denoiser, x, **settings))
-        if random is not None:
+        if isinstance(seed, Integral):
             tracker.remove(random)
         latents = paddle.concat(latents)
         return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
@@ -163,17 +142,13 @@ class Generator:
 
 
 def check_settings(model, num_inference_steps, **options):
-    """Raises `ValueError`, before weights are read, for settings that a transport's sampler does not take.
-
-    Args:
-        model: a `Model`. num_inference_steps, options: of `Generator.sample`.
-    """
+    """Raises `ValueError`, before weights are read, for settings that a transport's sampler does not take."""
     if model.pipeline == "SiTPipeline":
         from sampling.sit_pipeline import TransportScheduler
 
         objective = model.config["objective"] if model.config else None
         make = TransportScheduler.from_objective if objective else TransportScheduler.from_folder
-        make(objective or model.path).check(num_steps=num_inference_steps, **options)
+        Sampler(make(objective or model.path).transport).make(num_steps=num_inference_steps, **options)
 
 
 def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
@@ -200,48 +175,41 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
         paddle.set_device(resolve_device(device))
     device, dtype = paddle.get_device(), dtype or "float32"
     if backend == "inference":
-        return _load_programs(model, device, dtype, vae, key)
-    if device == "cpu" and dtype != "float32":
+        generator = _load_programs(model, device, dtype, vae, key)
+    elif device == "cpu" and dtype != "float32":
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
-    if not model.holds_all:
-        return _load_weights(model, dtype, vae, key)
-    if model.pipeline == "DiTPipeline":
-        return _load_pipeline(model, dtype)
-    from sampling.sit_pipeline import SiTPipeline
+    elif not model.holds_all:
+        generator = _load_weights(model, dtype, vae, key)
+    elif model.pipeline == "DiTPipeline":
+        generator = _load_pipeline(model, dtype)
+    else:
+        from sampling.sit_pipeline import SiTPipeline
 
-    generator = SiTPipeline.from_pretrained(model.path, dtype).generator
-    generator.path, generator.labels = model.path, model.labels
+        generator = SiTPipeline.from_pretrained(model.path, dtype).generator
+    generator.path, generator.labels = model.path, model.labels or generator.labels
     return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
-    """Loads the `Generator` of a DiT or a Large-DiT whose network is a layer in float32, and can be traced.
+    """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
+    return _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
+
+
+def from_weights(config, state, vae, *, dtype=None, source="weights"):
+    """Returns the `Generator` of a DiT's or Large-DiT's resolved config and weights `{name: array}`, Paddle layout.
 
     Args:
-        model: the `Model` of a DiTPipeline folder, of its name on the hub, or of a training checkpoint.
-        vae, key: as of `load_generator`.
+        dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
+            sampled by a scheduler of ppdiffusers.
+        source: of the weights, for messages.
     """
-    if model.kind != "checkpoint":
-        return _load_pipeline(model, "float32", exportable=True)
-    state, source = read_weights(model.path, key=key)
-    vae, notes = _open_vae(model, vae)
-    return from_weights(model.config, state, vae, labels=model.labels, notes=model.notes + notes, source=source)
-
-
-def from_weights(config, state, vae, *, labels=None, notes=(), source="weights"):
-    """Returns the `Generator` of a diffusion's resolved config and weights, sampled by a scheduler of ppdiffusers.
-
-    Args:
-        state: `{name: array}`, Paddle layout. source: for messages.
-
-    Raises:
-        ValueError: one line: no diffusion, weights that don't fit or are not finite, a VAE of other latent channels.
-    """
-    sampler = PipelineSampler(make_scheduler(config["objective"]))
+    sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
     network = load_network(config["model"], state, source)
-    sizes = latent_sizes(config["model"])
-    return Generator(network, sampler, vae=vae, labels=labels or {}, guided_channels=None, notes=list(notes), **sizes)
+    if dtype is not None:
+        network.to(dtype=dtype)
+        network = in_float32(network)
+    return Generator(network, sampler, vae=vae, guided_channels=None, **latent_sizes(config["model"]))
 
 
 def latent_sizes(model):
@@ -251,13 +219,9 @@ def latent_sizes(model):
 
 
 def load_network(model, state, source):
-    """Returns the network of a `model` section with these weights, in evaluation mode.
+    """Returns the network of a `model` section with weights `{name: array}`, Paddle layout, in evaluation mode.
 
-    Args:
-        state: `{name: array}`, Paddle layout. source: for messages.
-
-    Raises:
-        ValueError: one line: settings that no network has, weights that don't fit them, or that are not finite.
+    `ValueError` names `source`: settings that no network has, weights that don't fit them, or that are not finite.
     """
     try:
         shapes = expected_shapes(model)  # before memory is taken for the network
@@ -271,64 +235,39 @@ def load_network(model, state, source):
     return network
 
 
-def mend_positions(network):
-    """Replaces a position table that is the exact one in half precision by the exact one."""
-    if getattr(network, "pos_embed", None) is not None:
-        table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
-        network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
-
-
 def in_float32(network):
     """Returns a function like the network whose output is float32, in which guidance and samplers compute."""
     return lambda x, t, y: network(x, t, y).astype("float32")
 
 
-def _open_vae(model, vae):
-    """Returns the autoencoder for a checkpoint's latents (that asked for, else the features' own), and notes on it."""
-    return open_vae(
+def _load_weights(model, dtype, vae, key):
+    """Returns the `Generator` of a training checkpoint or a file of weights; dtype as of `from_weights`."""
+    state, source = read_weights(model.path, key=key)
+    vae, notes = open_vae(
         vae,
         model.config["features"]["vae"],
-        default=DEFAULT_VAES[model.pipeline],
+        default=DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE,
         flag="--vae",
         channels=model.config["model"]["in_channels"],
     )
+    if model.pipeline == "DiTPipeline":
+        generator = from_weights(model.config, state, vae, dtype=dtype, source=source)
+    else:
+        from sampling.sit_pipeline import SiTPipeline
+
+        generator = SiTPipeline.from_weights(model.config, state, vae, source=source).to(dtype=dtype).generator
+    generator.labels, generator.notes = model.labels, model.notes + notes
+    return generator
 
 
-def _load_weights(model, dtype, vae, key):
-    """Returns the `Generator` of a training checkpoint or a file of weights, by this project's own samplers."""
-    config, is_dit = model.config, model.pipeline == "DiTPipeline"
-    state, source = read_weights(model.path, key=key)
-    vae, notes = _open_vae(model, vae)
-    network = load_network(config["model"], state, source)
-    if not is_dit:
-        mend_positions(network)
-        vae.to(dtype=dtype)
-    network.to(dtype=dtype)
-    return Generator(
-        in_float32(network),
-        CheckpointSampler(config) if is_dit else build_objective(config),
-        vae=vae,
-        labels=model.labels,
-        guided_channels=None if is_dit else "auto",
-        path=model.path,
-        notes=model.notes + notes,
-        **latent_sizes(config["model"]),
-    )
-
-
-def _load_pipeline(model, dtype, exportable=False):
-    """Returns the `Generator` of a DiTPipeline; with all channels guided and a scale above 1 it draws its images.
-
-    Args:
-        exportable: its network is a layer that can be traced.
-    """
+def _load_pipeline(model, dtype):
+    """Returns the `Generator` of a DiTPipeline, which draws its images; without a dtype a layer that can be traced."""
     from sampling.pipelines.inference import StockTransformer, own_large_dit
     from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
 
-    pipe = load_dit_pipeline(model.path, dtype)
-    labels = model.labels or pipe.id2label
-    transformer = pipe.transformer
-    large = exportable and hasattr(transformer, "y_embedder")
+    pipe = load_dit_pipeline(model.path, dtype or "float32")
+    transformer, labels = pipe.transformer, model.labels or pipe.id2label
+    large = dtype is None and hasattr(transformer, "y_embedder")
     return Generator(
         own_large_dit(transformer) if large else StockTransformer(transformer),
         PipelineSampler(pipe.scheduler, read_timestep_fit(model.path)),
@@ -340,7 +279,6 @@ def _load_pipeline(model, dtype, exportable=False):
         labels=labels,
         guided_channels=None,
         dtype=transformer.dtype,
-        path=model.path,
         notes=model.notes,
     )
 
@@ -351,13 +289,11 @@ def _load_programs(model, device, dtype, vae, key):
 
     check_dtype(device, dtype)
     if model.kind == "exported":
-        generator = load_inference(model.path, device=device, dtype=dtype)
-    else:
-        print(f"exporting {model.path} for this run (tools/export_inference.py keeps it)", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            source = load_exportable(model, vae=vae, key=key)
-            export_inference(source, folder)
-            generator = load_inference(folder, device=device, dtype=dtype)
-        generator.check_weights, generator.notes = None, source.notes
-    generator.path, generator.labels = model.path, model.labels or generator.labels
+        return load_inference(model.path, device=device, dtype=dtype)
+    print(f"exporting {model.path} for this run (tools/export_inference.py keeps it)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        source = load_exportable(model, vae=vae, key=key)
+        export_inference(source, folder)
+        generator = load_inference(folder, device=device, dtype=dtype)
+    generator.check_weights, generator.notes = None, source.notes
     return generator

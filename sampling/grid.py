@@ -9,7 +9,6 @@ def make_grid(images, columns):
 
     Args:
         images: uint8 `(N, H, W, 3)`, or a list of PIL images of one size.
-        columns: images in a row.
 
     Returns:
         PIL.Image of `columns * W` by `ceil(N / columns) * H` pixels.

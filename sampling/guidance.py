@@ -12,11 +12,7 @@ from models.guidance import combine_guidance
 
 
 def default_channels(in_channels):
-    """Returns how many leading latent channels are guided by default, as the argument `channels` of `guided`.
-
-    Of four channels three are guided, as in the official code. Of any other number all are, because three of sixteen
-    would hardly guide anything.
-    """
+    """Returns `channels` of `guided`: 3 of 4 as in the official code, else all; 3 of 16 would hardly guide anything."""
     return 3 if in_channels == 4 else None
 
 
@@ -24,7 +20,7 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
     """Returns a `denoiser(x, t)` that asks a network with and without the class, in one batch of 2N.
 
     Args:
-        model: called as `model(x, t, y)`, `(N, C, H, W) -> (N, C or 2C, H, W)`.
+        model: called as `model(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, to `(N, C or 2C, H, W)`.
         y: labels `(N,)`, int64.
         cfg_scale: guidance scale; 1 for none, which calls the network once with the labels alone.
         channels: how many leading latent channels are guided: 3 as in the official code, None for all. The others,
@@ -32,9 +28,6 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
         null_class: the label that stands for "no class", `num_classes`.
         interval: `(lowest, highest)` timesteps, both included, between which guidance is on; None for all
             (Kynkaanniemi et al., arXiv:2404.07724).
-
-    Returns:
-        `denoiser(x, t)` with x `(N, C, H, W)`, t `(N,)`.
     """
     null = paddle.full_like(y, null_class)
     labels = paddle.concat([y, null])  # (2N,)

@@ -3,18 +3,14 @@
 import os
 import re
 
-from runtime.untrusted import read_json, shortened
+from models.state import listed
+from runtime.untrusted import read_json
 
 DEFAULT_CLASS = "golden retriever"
 IMAGENET_IDS = ("n01440764", "n15075141")  # the first and the last of its 1000 classes
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMAGENET_LABELS = os.path.join(ROOT, "tools", "ImageNet_id2label.json")
 MAX_LISTED = 10  # names in a message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where names come from
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_labels(path):
@@ -55,17 +51,11 @@ def find_labels(path, config):
     return {**missing, **labels}, note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which class is meant
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_class(text, labels, num_classes):
-    """Returns the id of the class that a user means.
+    """Returns the id of the class that a user means, of `{id: label}`, which may be empty.
 
     Args:
         text: a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
-        labels: `{id: label}`, possibly empty.
 
     Raises:
         ValueError: one line: no such class, or several, which are listed.
@@ -85,15 +75,11 @@ def find_class(text, labels, num_classes):
     if not found and lower:
         found = search(lambda label: lower in label.lower())
     if not found:
-        names = sorted(labels.values())
-        known = ", ".join(shortened(label) for label in names[:MAX_LISTED])
-        known += ", ..." if len(names) > MAX_LISTED else ""
-        expected = f"an id 0..{num_classes - 1}" + (f" or a name such as {known}" if known else "")
-        raise ValueError(f"--classes {text}: no such class; expected {expected}")
+        known = f" or a name such as {listed(sorted(labels.values()), MAX_LISTED)}" if labels else ""
+        raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}{known}")
     if len(found) > 1:
-        listed = ", ".join(f"{i} ({shortened(labels[i])})" for i in found[:MAX_LISTED])
-        listed += ", ..." if len(found) > MAX_LISTED else ""
-        raise ValueError(f"--classes {text}: could be any of {len(found)} classes; give an id: {listed}")
+        meant = listed([f"{i} ({labels[i]})" for i in found], MAX_LISTED)
+        raise ValueError(f"--classes {text}: could be any of {len(found)} classes; give an id: {meant}")
     if found[0] >= num_classes:
         raise ValueError(f"--classes {text}: is class {found[0]} of the labels; the classes are 0..{num_classes - 1}")
     return found[0]
@@ -110,19 +96,14 @@ def _names(label):
 
 
 def find_classes(wanted, labels, num_classes):
-    """Returns the ids of classes.
+    """Returns the ids of classes: of ids or what `find_class` takes, which also says what it raises.
 
-    Args:
-        wanted: ids, or what `find_class` takes; None for the golden retriever, or the first ten where there is none.
-
-    Raises:
-        ValueError: one line: no such class, or several.
+    None stands for the golden retriever, or the first ten classes where there is none.
     """
-    if wanted is not None and len(wanted):
-        return [
-            find_class(one, labels, num_classes) if isinstance(one, str) else _check_id(one, num_classes)
-            for one in wanted
-        ]
-    if any(DEFAULT_CLASS in _names(label) for label in labels.values()):
-        return [find_class(DEFAULT_CLASS, labels, num_classes)]
-    return list(range(min(num_classes, 10)))
+    if wanted is None or not len(wanted):
+        if not any(DEFAULT_CLASS in _names(label) for label in labels.values()):
+            return list(range(min(num_classes, 10)))
+        wanted = [DEFAULT_CLASS]
+    return [
+        find_class(one, labels, num_classes) if isinstance(one, str) else _check_id(one, num_classes) for one in wanted
+    ]

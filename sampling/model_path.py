@@ -1,14 +1,16 @@
 """What a path to a model is, as far as its JSON files say. Paddle is not imported: mistakes are said at once."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
+from config.options import POSITIVE_INT
 from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, is_exported
+from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class
 from sampling.pipelines.pretrained import is_id2label
-from sampling.step_counts import check_ddim_stride, check_num_steps, check_scheduler
+from sampling.step_counts import check_num_steps, check_scheduler
 from weights.source import checkpoint_hint, is_training_checkpoint
 
 # The class of pipeline that model_index.json names: what its networks have in common.
@@ -17,31 +19,20 @@ PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
 
 @dataclass
 class Model:
-    """A model describes what a model path is, as far as its JSON files say.
+    """Says what a model path is."""
 
-    Attributes:
-        kind: "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or
-            "hub": a name, of which nothing is known before it is downloaded.
-        path: of it.
-        pipeline: of `PIPELINES`, what samples it. type: the class of its network; None if it is not known.
-        config: resolved, of a checkpoint or a file.
-        labels: `{id: label}`, the user's where there are any; perhaps empty.
-        num_classes: None if it is not known.
-        has_null_class: whether it can be guided; None if that is not known.
-        scheduler: a pipeline's scheduler_config.json with its class in `_class_name`, or {}.
-        notes: sentences for the user.
-    """
-
+    # "checkpoint" of a training loop, "pipeline" folder, "exported" for Paddle Inference, "file" of weights, or "hub":
+    # a name, of which nothing is known before it is downloaded.
     kind: str
     path: str
-    pipeline: str
-    type: str | None = None
-    config: dict | None = None
-    labels: dict = field(default_factory=dict)
-    num_classes: int | None = None
-    has_null_class: bool | None = None
-    scheduler: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
+    pipeline: str  # of `PIPELINES`, what samples it
+    type: str | None = None  # the class of its network; None if it is not known
+    config: dict | None = None  # resolved, of a checkpoint or a file
+    labels: dict = field(default_factory=dict)  # `{id: label}`, the user's where there are any; perhaps empty
+    num_classes: int | None = None  # None if it is not known
+    has_null_class: bool | None = None  # it can be guided; None if that is not known
+    scheduler: dict = field(default_factory=dict)  # a pipeline's settings with its class in `_class_name`, or {}
+    notes: list = field(default_factory=list)  # sentences for the user
 
     @property
     def holds_all(self):
@@ -49,21 +40,15 @@ class Model:
         return self.kind in ("pipeline", "exported", "hub")
 
     def check_diffusion(self, method, num_steps, backend="eager"):
-        """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model can't be sampled by.
-
-        Args:
-            num_steps: network evaluations. backend: "eager" or "inference".
-        """
+        """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model does not take."""
         if method == "ddpm" and backend == "inference":
             raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
         if method == "ddpm" and self.kind != "checkpoint":
             raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
         if self.kind != "checkpoint":
             return check_scheduler(self.scheduler, method, num_steps)
-        total, is_ddim = self.config["objective"]["diffusion_steps"], method in (None, "ddim")
-        if is_ddim and backend == "eager":
-            return check_ddim_stride(num_steps, total)
-        return check_num_steps(num_steps, total, leading=is_ddim)
+        spacing = {"eager": "stride", "inference": "leading"}[backend] if method in (None, "ddim") else None
+        return check_num_steps(num_steps, self.config["objective"]["diffusion_steps"], spacing)
 
     def check_backend(self, backend):
         """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""
@@ -87,15 +72,13 @@ class Model:
 
 
 def check_guidance(scale, has_null_class, path):
-    """Returns the guidance scale asked for, or for None the default: 4, or 1 where there is nothing to guide with.
-
-    Raises:
-        ValueError: one line: the network has no null class.
-    """
+    """Returns a guidance scale, for None 4 or 1 where there is no null class; `ValueError` for another one there."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
     if scale is None:
         return 4.0 if has_null_class else 1.0
     if scale != 1 and not has_null_class:
-        raise ValueError(f"{path}: trained without a null class, can't be guided; use --guidance_scale 1")
+        raise ValueError(f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)")
     return scale
 
 
@@ -122,11 +105,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
                 raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
             found, source = load_config(default_config), default_config
         return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label)
-    if config is not None:
-        raise ValueError(
-            f"--config_file is for a training checkpoint or a file of weights; {path} is a {pipeline} folder, which "
-            "holds all it needs"
-        )
+    check_holds_no(path, pipeline, config_file=config)
     labels = {} if id2label is None else read_labels(id2label)
     if os.path.isdir(path):
         return _describe_folder(path, pipeline, labels)
@@ -138,21 +117,29 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     return Model("hub", path, "DiTPipeline", labels=labels)
 
 
+def check_holds_no(path, pipeline, **flags):
+    """Raises `ValueError` for a flag that is given on a pipeline folder, which has all that such flags choose."""
+    for name in (name for name, value in flags.items() if value is not None):
+        raise ValueError(
+            f"--{name} is for a training checkpoint or a file of weights; {path} is a {pipeline or 'pipeline'} folder, "
+            "which holds all it needs"
+        )
+
+
 def _describe_folder(path, pipeline, labels):
     """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
-    if pipeline != "SiTPipeline" and is_exported(path):
+    if pipeline != "SiTPipeline" and os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
-        index, kind = _read_index(path, pipeline), "pipeline"
-        pipeline = index["_class_name"]
+        index, kind = _json_object(path, "model_index.json"), "pipeline"
+        pipeline = _pipeline_class(path, index, (pipeline,) if pipeline else tuple(PIPELINES))
         if pipeline == "SiTPipeline":
             network = _json_object(path, "transformer/config.json")
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
-        parts = (index.get(name) for name in ("scheduler", "transformer"))
-        scheduler, network_type = (part[1] if isinstance(part, list) and len(part) == 2 else None for part in parts)
+        scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
     own = index.get("id2label") or {}
     if is_id2label(own):
@@ -166,10 +153,25 @@ def _describe_folder(path, pipeline, labels):
         pipeline,
         network_type,
         labels=labels,
-        num_classes=num_classes if type(num_classes) is int and num_classes > 0 else None,
+        num_classes=num_classes if POSITIVE_INT.accepts(num_classes) else None,
         has_null_class=has_null_class,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
+
+
+def _pipeline_class(path, index, expected):
+    """Returns the class that a folder's model_index.json names, which must be one of `expected`."""
+    kind = index.get("_class_name")
+    if kind in expected:
+        return kind
+    classes = " or ".join(expected)
+    if not os.path.isfile(os.path.join(path, "model_index.json")):
+        raise ValueError(
+            f"{path}: neither a {classes} folder (model_index.json) nor a training checkpoint (config.json and "
+            f"model_state.pdparams){checkpoint_hint(path)}"
+        )
+    known = PIPELINES.get(kind) if isinstance(kind, str) else None
+    raise ValueError(f"{path}: is a {shortened(kind)}; {f'use {known.demo}' if known else f'expected a {classes}'}")
 
 
 def _describe_weights(kind, path, config, what, pipeline, id2label):
@@ -182,41 +184,15 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
     labels, note = weights_labels(id2label, config)
-    return Model(
-        kind,
-        path,
-        network.pipeline,
-        model["type"],
-        config=config,
-        labels=labels,
-        num_classes=model["num_classes"],
-        has_null_class=model["class_dropout_prob"] > 0,
-        notes=[note] if note else [],
-    )
+    known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
+    notes = [note] if note else []
+    return Model(kind, path, network.pipeline, model["type"], config=config, labels=labels, notes=notes, **known)
 
 
 def _json_object(folder, name):
     path = inside(folder, name)
     content = read_json(path, infinity=True) if os.path.isfile(path) else {}
     return content if isinstance(content, dict) else {}
-
-
-def _read_index(path, pipeline):
-    """Reads the model_index.json of a folder that must hold a pipeline of `PIPELINES`, that one if it is not None."""
-    expected = (pipeline,) if pipeline else tuple(PIPELINES)
-    index = os.path.join(path, "model_index.json")
-    if not os.path.isfile(index):
-        raise ValueError(
-            f"{path}: neither a {' or '.join(expected)} folder (model_index.json) nor a training checkpoint "
-            f"(config.json and model_state.pdparams){checkpoint_hint(path)}"
-        )
-    content = _json_object(path, "model_index.json")
-    kind = content.get("_class_name")
-    if kind not in expected:
-        known = PIPELINES.get(kind) if isinstance(kind, str) else None
-        hint = f"use {known.demo}" if known else f"expected a {' or '.join(expected)}"
-        raise ValueError(f"{path}: is a {shortened(kind)}; {hint}")
-    return content
 
 
 def check_no_file(path):

@@ -6,24 +6,14 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import (
-    FLOW_SCHEDULER,
-    SCHEDULERS,
-    check_diffusion,
-    check_scheduler,
-    describe_fit,
-    visited_timesteps,
-)
+from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_diffusion, check_scheduler, describe_fit
 
 
 def make_scheduler(objective, name="ddim"):
-    """Returns the ppdiffusers scheduler for the diffusion that an `objective` section describes.
+    """Returns the ppdiffusers scheduler for an `objective` section; `ValueError` for another name, or no diffusion.
 
     "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
     number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
-
-    Raises:
-        ValueError: unknown name, or an objective that is no diffusion.
     """
     from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -62,9 +52,15 @@ def pipeline_scheduler(scheduler, name):
 
 
 def _dpm_settings(noise_schedule):
-    if noise_schedule == "squaredcos_cap_v2":  # its last steps are noise alone: the solver needs them cut
-        return {"timestep_spacing": "trailing", "lambda_min_clipped": -5.1}
-    return {"timestep_spacing": "trailing"}
+    # The last steps of squaredcos_cap_v2 are noise alone: the solver needs them cut.
+    cut = {"lambda_min_clipped": -5.1} if noise_schedule == "squaredcos_cap_v2" else {}
+    return {"timestep_spacing": "trailing", **cut}
+
+
+def visited_timesteps(scheduler, num_steps):
+    """Lists the timesteps that a ppdiffusers scheduler visits."""
+    scheduler.set_timesteps(num_steps)
+    return scheduler.timesteps.numpy().tolist()
 
 
 @paddle.no_grad()
@@ -97,14 +93,7 @@ class PipelineSampler:
         self.scheduler, self.timestep_fit = scheduler, timestep_fit
 
     def sample(self, denoiser, noise, *, num_steps, method=None, callback=None):
-        """Turns noise into latents; as `run_scheduler`.
-
-        Args:
-            method: "ddim" (default) or "dpm"; None for a SiT.
-
-        Raises:
-            ValueError: one line: a method, or a number of steps, that the scheduler does not take.
-        """
+        """Turns noise into latents, by "ddim" (default) or "dpm", None for a SiT; raises as `check_scheduler`."""
         scheduler = self.scheduler
         if type(scheduler).__name__ != FLOW_SCHEDULER:
             scheduler = pipeline_scheduler(scheduler, method or "ddim")
@@ -116,26 +105,20 @@ class PipelineSampler:
         """Returns a sentence if the timestep embedding is not exact in that many steps, else None."""
         if self.timestep_fit is None:
             return None
-        schedulers = {name: pipeline_scheduler(self.scheduler, name) for name in self.timestep_fit}
-        exact = {
-            t
-            for name, counts in self.timestep_fit.items()
-            for count in counts
-            for t in visited_timesteps(schedulers[name], count)
-        }
+
+        def visited(name, count):
+            return visited_timesteps(pipeline_scheduler(self.scheduler, name), count)
+
+        exact = {t for name, counts in self.timestep_fit.items() for count in counts for t in visited(name, count)}
         method = method or "ddim"
-        if exact.issuperset(visited_timesteps(schedulers[method], num_steps)):
+        if exact.issuperset(visited(method, num_steps)):
             return None
         steps = f"in {num_steps} steps ({method})"
         return f"{describe_fit(self.timestep_fit)}; {steps} its images differ from the checkpoint's"
 
 
 class CheckpointSampler(DiffusionObjective):
-    """Samples by the diffusion of a training checkpoint, as `PipelineSampler` does for the folder exported from it.
-
-    Args:
-        config: resolved.
-    """
+    """Samples by the diffusion of a checkpoint's resolved config, as `PipelineSampler` does for the exported folder."""
 
     def __init__(self, config):
         self._section = config["objective"]
@@ -146,6 +129,5 @@ class CheckpointSampler(DiffusionObjective):
         """Turns noise into latents; as `DiffusionObjective.sample`, of which DDIM is the default, and by "dpm" too."""
         if method == "dpm":
             return run_scheduler(make_scheduler(self._section, "dpm"), denoiser, noise, num_steps, **options)
-        spacing = {"ddpm": "even"}.get(method, "leading")
-        options.update(method=method or "ddim", spacing=spacing)
+        options.update(method=method or "ddim", spacing="even" if method == "ddpm" else "leading")
         return super().sample(denoiser, noise, num_steps=num_steps, **options)

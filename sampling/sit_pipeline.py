@@ -1,13 +1,12 @@
 """`SiTPipeline`: class labels to images with a SiT or a Large-SiT, as `ppdiffusers.DiTPipeline` is for a DiT.
 
-Time runs from noise (`t = 0`) to data (`t = 1`).
+from sampling import SiTPipeline
 
-    from sampling import SiTPipeline
-
-    pipe = SiTPipeline.from_pretrained("SiT_XL_2_256")
-    images = pipe(pipe.get_label_ids(["golden retriever"]), sampler="sde", num_inference_steps=250).images
+pipe = SiTPipeline.from_pretrained("SiT_XL_2_256")
+images = pipe(pipe.get_label_ids(["golden retriever"]), sampler="sde", num_inference_steps=250).images
 """
 
+import inspect
 import math
 import operator
 import os
@@ -20,31 +19,34 @@ import paddle
 from PIL import Image
 from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from ppdiffusers.configuration_utils import register_to_config
-from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
+from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
 
 from config.schema import MODEL_TYPES
-from models import MODELS
+from models import MODELS, SiT, get_2d_sincos_pos_embed
+from models.state import listed, without_rounding
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
-from sampling.generator import Generator, in_float32, load_network, mend_positions
-from sampling.pipelines.folder import check_id2label, check_vae, read_component, read_json_object, write_pipeline
-from transport import Sampler, create_transport
+from sampling.generator import Generator, in_float32, latent_sizes, load_network
+from sampling.pipelines.folder import (
+    check_id2label,
+    check_vae,
+    component_class,
+    read_component,
+    read_index,
+    write_pipeline,
+)
+from transport import create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "latent")
-# Settings of a network that are not part of a folder: how it is computed, not what.
-COMPUTE_SETTINGS = ("fused_attention", "enable_recompute", "single_backward")
 
 
 class TransportScheduler(SchedulerMixin, ConfigMixin):
-    """Holds the transport that a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
+    """Holds `transport`, what a SiT was trained on; its settings are the pipeline's scheduler/scheduler_config.json.
 
     Args: those of `transport.create_transport`, which also checks them.
-
-    Attributes:
-        transport: what `create_transport` made.
     """
 
     @register_to_config
@@ -56,8 +58,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
         """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
         if objective["type"] != "transport":
             raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
-        names = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
-        return cls(**{name: objective[name] for name in names})
+        return cls(**{name: objective[name] for name in inspect.signature(cls).parameters})
 
     @classmethod
     def from_folder(cls, folder):
@@ -68,10 +69,6 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
             return cls(**keywords)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-
-    def check(self, sampler, method, **options):
-        """Raises `ValueError` for settings that `transport.Sampler.make` does not take."""
-        Sampler(self.transport).make(sampler, method, **options)
 
     def sample(self, denoiser, noise, **options):
         """Turns noise into latents; as `objectives.transport.sample_transport`."""
@@ -84,10 +81,7 @@ COMPONENTS = {
     "transformer": tuple(MODELS[name] for name, kind in MODEL_TYPES.items() if kind.pipeline == "SiTPipeline"),
     "vae": (AutoencoderKL,),
 }
-
-
-def _names(classes):
-    return " or ".join(one.__name__ for one in classes)
+NAMES = {name: [one.__name__ for one in known] for name, known in COMPONENTS.items()}
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -99,42 +93,36 @@ class SiTPipeline(DiffusionPipeline):
         scheduler: a `TransportScheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
 
-    Raises:
-        ValueError: a component of another class, a VAE of other latent channels, or labels that are not those of the
-            network's classes.
+    What does not fit together is a `ValueError`: a component of another class, latent channels, labels.
     """
 
     def __init__(self, transformer, vae, scheduler, id2label=None):
         super().__init__()
-        for name, component in (("scheduler", scheduler), ("transformer", transformer), ("vae", vae)):
-            if not isinstance(component, COMPONENTS[name]):
-                raise ValueError(f"{name}: is a {type(component).__name__}, expected a {_names(COMPONENTS[name])}")
+        components = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+        for name, component in components.items():
+            _check_class(name, f"{name}: is", type(component))
         if id2label is not None and not isinstance(id2label, dict):
             raise ValueError(f"id2label: is a {type(id2label).__name__}, expected {{class id: label}}")
         check_vae(vae, transformer.in_channels)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(**components)
         self.id2label = check_id2label(id2label, transformer.num_classes)
-        self.labels = {}  # one-name label: class id, sorted, as in DiTPipeline
-        for index, label in self.id2label.items():
-            self.labels.update({name.strip(): int(index) for name in label.split(",")})
-        self.labels = dict(sorted(self.labels.items()))
+        ids = {name.strip(): int(i) for i, label in self.id2label.items() for name in label.split(",")}
+        self.labels = dict(sorted(ids.items()))  # one-name label: class id, as in DiTPipeline
         transformer.eval()
         vae.eval()
 
     @classmethod
     def from_weights(cls, config, state, vae, id2label=None, *, source="weights"):
-        """Makes the pipeline of a resolved config and `{name: array}` in the Paddle layout.
+        """Makes the pipeline of a SiT's resolved config and `{name: array}` in the Paddle layout.
 
-        Raises:
-            ValueError: a config that is no SiT's, or weights that don't fit it or are not finite; names `source`.
+        `ValueError` names `source`: another network's config, or weights that don't fit it or are not finite.
         """
-        settings = config["model"]
-        if MODELS[settings["type"]] not in COMPONENTS["transformer"]:
-            expected = _names(COMPONENTS["transformer"])
-            raise ValueError(f"{source}: the config describes a {settings['type']}, expected a {expected}")
+        _check_class("transformer", f"{source}: the config describes", MODELS[config["model"]["type"]])
         scheduler = TransportScheduler.from_objective(config["objective"])
-        network = load_network(settings, state, source)
-        mend_positions(network)
+        network = load_network(config["model"], state, source)
+        if isinstance(network, SiT):  # a position table that is the exact one in half precision becomes the exact one
+            table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
+            network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
         return cls(network, vae, scheduler, id2label)
 
     # -- The folder ---------------------------------------------------------------------------------------------------
@@ -143,24 +131,17 @@ class SiTPipeline(DiffusionPipeline):
         """Writes model_index.json, scheduler/, transformer/ (float32) and vae/: the tree of a DiTPipeline folder.
 
         Args:
-            save_directory: free, or with `overwrite` a pipeline folder and nothing else.
+            save_directory: free, or with `overwrite` a pipeline folder and nothing else; else a `ValueError`.
             safe_serialization: weights as `.safetensors`, not `.pdparams`.
             to_diffusers: as in ppdiffusers; only False, the layout of the weights is Paddle's.
-
-        Raises:
-            ValueError: one line: something is in the way, or another format.
         """
         if to_diffusers:
-            raise ValueError(
-                f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only; expected False"
-            )
-
+            raise ValueError(f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only")
         network = self.transformer
-        settings = {key: value for key, value in network.settings.items() if key not in COMPUTE_SETTINGS}
         write_pipeline(
             os.fspath(save_directory),
             pipeline=type(self).__name__,
-            transformer=("models", type(network).__name__, settings),
+            transformer=("models", type(network).__name__, network.settings),
             weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
             scheduler=("sampling.sit_pipeline", self.scheduler),
             vae=self.vae,
@@ -174,33 +155,18 @@ class SiTPipeline(DiffusionPipeline):
         """Loads the pipeline of a local folder. Nothing in it is executed, and no name in it is imported.
 
         Args:
-            folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote.
+            folder: what `save_pretrained` or tools/convert_sit_to_ppdiffusers.py wrote; else a `ValueError`, one line.
             paddle_dtype: of network and VAE; None for the files'.
-
-        Raises:
-            ValueError: one line: no such folder, another pipeline, an unknown class, or weights that don't fit.
         """
         folder = os.fspath(folder)
-        index_path = inside(folder, "model_index.json")
-        index = read_json_object(index_path)
-        if index.get("_class_name") != cls.__name__:
-            raise ValueError(f"{index_path}: holds a {index.get('_class_name')!r}, expected {cls.__name__!r}")
-        for name, expected in COMPONENTS.items():
-            given = index.get(name)
-            known = [one.__name__ for one in expected]
-            if not isinstance(given, list) or len(given) != 2 or given[1] not in known:
-                raise ValueError(f"{index_path}: {name} is {given!r}, expected a {_names(expected)}")
-
-        kind = index["transformer"][1]
+        index = read_index(inside(folder, "model_index.json"), NAMES, pipeline=cls.__name__)
+        kind = component_class(index, "transformer")
         settings = read_component(inside(folder, "transformer/config.json"), kind, MODELS[kind])
         (weights, *others), layout = find_weights(folder, "transformer")
         if others or layout != "paddle":
-            raise ValueError(
-                f"{weights}: expected one file of weights in Paddle's layout, as save_pretrained writes it"
-            )
+            raise ValueError(f"{weights}: expected one file in Paddle's layout, as save_pretrained writes it")
         transformer = load_network({"type": kind, **settings}, load_weights(weights), weights)
-        scheduler = TransportScheduler.from_folder(folder)
-        vae = load_model(AutoencoderKL, folder, "vae")
+        scheduler, vae = TransportScheduler.from_folder(folder), load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
 
@@ -223,10 +189,7 @@ class SiTPipeline(DiffusionPipeline):
         return Generator(
             in_float32(network),
             self.scheduler,
-            in_channels=network.in_channels,
-            sample_size=network.sample_size,
-            num_classes=network.num_classes,
-            null_class=network.num_classes if network.class_dropout_prob > 0 else None,
+            **latent_sizes(network.settings),
             vae=self.vae,
             labels={int(index): label for index, label in self.id2label.items()},
         )
@@ -236,8 +199,7 @@ class SiTPipeline(DiffusionPipeline):
         names = list(label) if isinstance(label, Iterable) and not isinstance(label, str) else [label]
         for name in names:
             if not isinstance(name, str) or name not in self.labels:
-                known = ", ".join(list(self.labels)[:10]) + (", ..." if len(self.labels) > 10 else "")
-                raise ValueError(f"no class has the label {name!r}; known: {known}")
+                raise ValueError(f"no class has the label {name!r}; known: {listed(list(self.labels), 10)}")
         return [self.labels[name] for name in names]
 
     @paddle.no_grad()
@@ -261,17 +223,14 @@ class SiTPipeline(DiffusionPipeline):
         atol=1e-6,
         rtol=1e-3,
     ):
-        """Draws one image for each class id.
+        """Draws one image for each class id. Time runs from noise (`t = 0`) to data (`t = 1`).
 
         Args:
             class_labels: class ids, a list or one.
-            guidance_scale: of classifier-free guidance; 1 for none.
-            guidance_interval: `(lowest, highest)` times in [0, 1] between which guidance is on; None for all.
+            guidance_scale, guidance_interval: as of `sampling.generator.Generator.sample`.
             guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
                 DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all.
-            sampler: "ode" or "sde".
-            method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4` or `dopri5`, which chooses its
-                steps itself by `atol` and `rtol`; of the SDE `Euler` (default) or `Heun`.
+            sampler, method: "ode" or "sde", and its method, as of `objectives.transport.sample_transport`.
             num_inference_steps: points of the time grid, both ends included: the official `num_steps`. An ODE method
                 makes one step less, each of as many network evaluations as the method has stages; the SDE makes its
                 last step besides.
@@ -282,49 +241,46 @@ class SiTPipeline(DiffusionPipeline):
                 `(N, C, h, w)` that the VAE would decode times its scaling factor.
             return_dict: an `ImagePipelineOutput` with the attribute `images`, else the tuple `(images,)`.
             diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see `transport.Sampler.sample_sde`;
-                the form's default is that of the official sample.py.
-            atol, rtol: tolerances of dopri5.
+                the form's default is that of the official sample.py. atol, rtol: tolerances of dopri5.
 
         Raises:
             ValueError: a value that is not accepted; the message names those that are. Also, as a
-                `features.autoencoder.NotFiniteError`, images of numbers that are not finite; `output_type="latent"`
-                returns them.
+                `features.autoencoder.NotFiniteError`, decoded images of numbers that are not finite.
         """
-        y = self._check_labels(class_labels)
+        y = self._class_ids(class_labels)
         self._check_guidance(guidance_scale, guidance_interval, guidance_channels)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-        generator = self._check_generator(generator, len(y), sampler)
+        generator = _one_or_each(generator, len(y), sampler)
         options = {"atol": atol, "rtol": rtol}
         if sampler == "sde":
             options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
             options.update(last_step=last_step, last_step_size=last_step_size)
-        self.scheduler.check(sampler, method, num_steps=num_inference_steps, **options)
         hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        size = self.transformer.sample_size
-        noise = randn_tensor((len(y), self.transformer.in_channels, size, size), generator=generator, dtype="float32")
-        with get_rng_state_tracker().rng_state(generator if sampler == "sde" else None):
-            latents = self.generator.sample(
-                y,
-                seed=None,
-                noise=noise,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_channels=guidance_channels,
-                guidance_interval=guidance_interval,
-                output="latents",
-                progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
-                sampler=sampler,
-                method=method,
-                **options,
-            )
-        images = latents if output_type == "latent" else self.generator.decode(latents)
+        draw = self.generator
+        images = draw.sample(
+            y,
+            seed=generator,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
+            output="latents",
+            progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
+            sampler=sampler,
+            method=method,
+            **options,
+        )
+        if output_type != "latent":
+            images = draw.decode(images)
         if output_type == "pil":
             images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_labels(self, class_labels):
+    def _class_ids(self, class_labels):
         labels, count = np.asarray(class_labels, dtype=object).reshape(-1), self.transformer.num_classes
+        if not len(labels):
+            raise ValueError("class_labels: expected at least one class id")
         for label in labels:
             if not hasattr(label, "__index__"):
                 raise ValueError(
@@ -332,15 +288,12 @@ class SiTPipeline(DiffusionPipeline):
                 )
             if not 0 <= operator.index(label) < count:
                 raise ValueError(f"class_labels: there is no class {label}; the classes are 0..{count - 1}")
-        if not len(labels):
-            raise ValueError("class_labels: expected at least one class id")
         return [operator.index(label) for label in labels]
 
-    def _check_guidance(self, scale, interval, channels):
+    @staticmethod
+    def _check_guidance(scale, interval, channels):
         if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
-        if scale != 1 and self.transformer.class_dropout_prob == 0:
-            raise ValueError("this network was trained without a null class, can't be guided; use guidance_scale=1")
         if channels not in (None, "auto") and (type(channels) is not int or channels < 1):
             raise ValueError(
                 f"guidance_channels {channels!r}: expected 3, another positive integer, None for all, or 'auto'"
@@ -350,14 +303,21 @@ class SiTPipeline(DiffusionPipeline):
             if not (is_pair and all(isinstance(t, Real) for t in interval) and 0 <= interval[0] <= interval[1] <= 1):
                 raise ValueError(f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, 1]")
 
-    def _check_generator(self, generator, count, sampler):
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        if len(generators) not in (1, count):
-            raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
-        if len(generators) > 1 and sampler == "sde":
-            raise ValueError("a list of generators is for the ODE; the SDE takes one")
-        for one in generators:
-            # ppdiffusers knows a seeded generator by a name.
-            if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
-                raise ValueError(f"generator {one!r}: expected what paddle.Generator().manual_seed(seed) returns")
-        return generators[0] if len(generators) == 1 else generators
+
+def _one_or_each(generator, count, sampler):
+    """Returns a generator, or a list of one for each of `count` images, checked."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    if len(generators) not in (1, count):
+        raise ValueError(f"{len(generators)} generators for {count} images; give one, or one for each")
+    if len(generators) > 1 and sampler == "sde":
+        raise ValueError("a list of generators is for the ODE; the SDE takes one")
+    for one in generators:
+        # ppdiffusers knows a seeded generator by a name.
+        if one is not None and not (isinstance(one, str) and one in get_rng_state_tracker().states_):
+            raise ValueError(f"generator {one!r}: expected what paddle.Generator().manual_seed(seed) returns")
+    return generators[0] if len(generators) == 1 else generators
+
+
+def _check_class(component, what, kind):
+    if not issubclass(kind, COMPONENTS[component]):
+        raise ValueError(f"{what} a {kind.__name__}, expected a {' or '.join(NAMES[component])}")

@@ -20,32 +20,41 @@ def check_diffusion(objective):
         )
 
 
-def check_num_steps(num_steps, total, *, leading=False):
+def check_num_steps(num_steps, total, spacing=None):
     """Raises `ValueError`, with the nearest numbers that do, for a number of steps that can't sample the diffusion.
 
     Args:
         num_steps: network evaluations.
         total: timesteps of the diffusion.
-        leading: the steps have the whole length `total // num_steps` and start from 0 ("leading" spacing, DDIM's).
-            Where that is rounded down far, they would begin in the middle of the diffusion.
+        spacing: "leading" for steps of the whole length `total // num_steps` that start from 0, DDIM's in ppdiffusers.
+            Where that is rounded down far, they would begin in the middle of the diffusion. "stride" for what
+            `create_diffusion("ddimN")` takes; None for any steps.
     """
+
+    def takes(n):
+        if spacing == "leading":
+            return n * (total // n) >= MIN_COVER * total
+        stride = -(-total // n)
+        return spacing is None or (stride < max(2, total) and len(range(0, total, stride)) == n)
+
     if not 1 <= num_steps <= total:
         raise ValueError(f"--num_inference_steps {num_steps}: expected 1 to {total}, the timesteps of the diffusion")
-    if leading and not _covers(num_steps, total):
-        below = next(n for n in range(num_steps, 0, -1) if _covers(n, total))
-        above = next(n for n in range(num_steps, total + 1) if _covers(n, total))
-        raise ValueError(
-            f"--num_inference_steps {num_steps}: DDIM would start at timestep {(num_steps - 1) * (total // num_steps)} "
-            f"of {total}, in the middle of the diffusion; use {below} or {above}"
-        )
+    if not takes(num_steps):
+        below = next((n for n in range(num_steps, 0, -1) if takes(n)), None)
+        above = next(n for n in range(num_steps, total + 1) if takes(n))
+        reason = f"no integer stride takes exactly {num_steps} of {total} timesteps, as DDIM needs it"
+        if spacing == "leading":
+            start = (num_steps - 1) * (total // num_steps)
+            reason = f"DDIM would start at timestep {start} of {total}, in the middle of the diffusion"
+        near = above if below is None else f"{below} or {above}"
+        raise ValueError(f"--num_inference_steps {num_steps}: {reason}; use {near}")
 
 
 def check_scheduler(settings, method, num_steps):
-    """Raises `ValueError` for a method or a number of steps that a pipeline of these scheduler settings lacks.
+    """Raises `ValueError` for a method ("ddim", "dpm" or None) or a number of steps that a pipeline lacks.
 
     Args:
         settings: of its scheduler_config.json, with the scheduler's class in `_class_name`; {} for unknown.
-        method: "ddim", "dpm", or None for the default.
     """
     kind = settings.get("_class_name")
     if kind == FLOW_SCHEDULER:
@@ -55,30 +64,7 @@ def check_scheduler(settings, method, num_steps):
     total = settings.get("num_train_timesteps", 1000)
     if kind is not None and type(total) is int:
         spacing = settings.get("timestep_spacing", "leading" if kind == "DDIMScheduler" else None)
-        check_num_steps(num_steps, total, leading=method in (None, "ddim") and spacing == "leading")
-
-
-def check_ddim_stride(num_steps, total):
-    """Raises `ValueError` for a number of steps that `create_diffusion("ddimN")` does not take."""
-    check_num_steps(num_steps, total)
-    counts = {len(range(0, total, stride)) for stride in range(1, max(2, total))}
-    if num_steps not in counts:
-        below = max((n for n in counts if n < num_steps), default=None)
-        above = min(n for n in counts if n > num_steps)
-        raise ValueError(
-            f"--num_inference_steps {num_steps}: no integer stride takes exactly {num_steps} of {total} timesteps, as "
-            f"DDIM needs it; use {above if below is None else f'{below} or {above}'}"
-        )
-
-
-def _covers(num_steps, total):
-    return num_steps * (total // num_steps) >= MIN_COVER * total
-
-
-def visited_timesteps(scheduler, num_steps):
-    """Lists the timesteps that a ppdiffusers scheduler visits."""
-    scheduler.set_timesteps(num_steps)
-    return scheduler.timesteps.numpy().tolist()
+        check_num_steps(num_steps, total, spacing if method in (None, "ddim") and spacing == "leading" else None)
 
 
 def is_timestep_fit(value):

@@ -7,28 +7,20 @@
 config.json, else by --config_file, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels,
 learned variance). What is given beside a checkpoint must agree with its config.
 
-The folder holds model_index.json (with id2label), scheduler/, transformer/ and vae/. What the stock pipeline does
-differently from this project is printed at the end. A Large-DiT's transformer/ also holds the code of its class.
+What the stock pipeline does differently from this project is printed at the end. A Large-DiT's transformer/ also holds
+the code of its class.
 """
-
-import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from runtime.process import run_cli
-from sampling.pipelines.converter import add_flags, convert
+from sampling.pipelines.converter import convert, make_parser
+from sampling.pipelines.export import export_pipeline, exporter
 from sampling.step_counts import SCHEDULERS, check_diffusion
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(
-        parser,
-        "DiT",
-        model_weights="DiT-XL-2-256x256.pdparams",
-        checkpoint_path="DiT_XL_2_256/",
-        vae_model="stabilityai/sd-vae-ft-mse",
-    )
+    parser = make_parser("DiT", __doc__)
     parser.add_argument("--scheduler", default="ddim", help="ddim or dpm (DPM-Solver++) [ddim]")
     parser.add_argument(
         "--timestep_embedding",
@@ -48,8 +40,6 @@ def main(argv=None):
         raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
-        from sampling.pipelines.export import exporter
-
         kind = config["model"]["type"]
         check_diffusion(config["objective"])
         exporter(config).check(config)
@@ -57,15 +47,11 @@ def main(argv=None):
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")
 
     def export(config, *parts, **options):
-        from sampling.pipelines.export import export_pipeline
-
         option = "stock_transformer" if config["model"]["type"] == "LargeDiT" else "timestep_embedding"
-        options[option] = getattr(args, option)
-        return export_pipeline(config, *parts, scheduler=args.scheduler, **options)
+        options.update({"scheduler": args.scheduler, option: getattr(args, option)})
+        return export_pipeline(config, *parts, **options)
 
-    source = convert("DiT", args, check, export)
-    if source is not None:
-        print(f"{source} -> {args.checkpoint_path} (ppdiffusers.DiTPipeline.from_pretrained)")
+    convert(args, check, export, "ppdiffusers.DiTPipeline")
 
 
 if __name__ == "__main__":

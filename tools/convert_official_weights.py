@@ -15,8 +15,6 @@ what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
 """
 
 import argparse
-import functools
-import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
@@ -30,8 +28,6 @@ def convert(args):
     from config.schema import weights_config
 
     check_output(args.output, args.overwrite, torch=args.reverse)
-    if not os.path.exists(args.weights):
-        raise ValueError(f"{args.weights}: there is no such file")
     model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
 
     configure_runtime()
@@ -45,13 +41,14 @@ def convert(args):
     state, source = read_weights(args.weights, key=args.key, layout=layout)
     check_finite(state, source=source)
     check_state(state, expected_shapes(model), source=source)
-    if args.reverse:
-        save = functools.partial(save_safetensors, layout="torch") if is_safetensors(args.output) else save_torch
-        with whole_file(args.output) as path:
-            save(paddle_to_official(state), path)
-    else:
-        with whole_file(args.output) as path:
-            save_paddle(state, path, safe=is_safetensors(args.output))
+    safe = is_safetensors(args.output)
+    with whole_file(args.output) as path:
+        if not args.reverse:
+            save_paddle(state, path, safe=safe)
+        elif safe:
+            save_safetensors(paddle_to_official(state), path, layout="torch")
+        else:
+            save_torch(paddle_to_official(state), path)
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
     if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
         print(

@@ -8,30 +8,20 @@
 --model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction). What is given beside
 a checkpoint must agree with its config.
 
-Both folders hold model_index.json (with id2label), scheduler/, transformer/ and vae/. SiTPipeline needs this project
-and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone and samples Euler steps of the
-ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
+SiTPipeline needs this project and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone
+and samples Euler steps of the ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.
 """
-
-import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.options import SIT_VAE
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
-from sampling.pipelines.converter import add_flags, convert
+from sampling.pipelines.converter import convert, make_parser
+from sampling.pipelines.export import export_pipeline, exporter
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(
-        parser,
-        "SiT",
-        model_weights="SiT-XL-2-256x256.pdparams",
-        checkpoint_path="SiT_XL_2_256/",
-        vae_model=SIT_VAE,
-    )
+    parser = make_parser("SiT", __doc__)
     parser.add_argument("--stock", action="store_true", help="write a DiTPipeline folder for stock ppdiffusers")
     args = parser.parse_args(argv)
 
@@ -46,24 +36,17 @@ def main(argv=None):
                 f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"
             )
         if args.stock:
-            from sampling.pipelines import export_sit
-
-            export_sit.check(config)
+            exporter(config).check(config)
 
     def export(config, state, vae, folder, *, id2label, source, **options):
         if args.stock:
-            from sampling.pipelines.export import export_pipeline
-
             return export_pipeline(config, state, vae, folder, id2label=id2label, source=source, **options)
         from sampling import SiTPipeline
 
         SiTPipeline.from_weights(config, state, vae, id2label, source=source).save_pretrained(folder, **options)
         return []
 
-    source = convert("SiT", args, check, export)
-    if source is not None:
-        loader = "ppdiffusers.DiTPipeline" if args.stock else "sampling.SiTPipeline"
-        print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")
+    convert(args, check, export, "ppdiffusers.DiTPipeline" if args.stock else "sampling.SiTPipeline")
 
 
 if __name__ == "__main__":

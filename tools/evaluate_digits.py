@@ -18,9 +18,9 @@ from features.autoencoder import downsampling
 from features.images import find_images
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import check_ending, check_scale, show_steps
+from sampling.demo import check_ending, show_steps
 from sampling.grid import make_grid
-from sampling.model_path import describe_model
+from sampling.model_path import check_guidance, describe_model
 from sampling.step_counts import check_scheduler
 
 BATCH_SIZE = 100  # images drawn at once
@@ -57,7 +57,7 @@ def main(argv=None):
     parser.add_argument("--min_accuracy", type=float, help="exit with 1 if the share of samples is below this")
     args = parser.parse_args(argv)
     check_seed("seed", args.seed)
-    check_scale(args.guidance_scale)
+    check_guidance(args.guidance_scale, True, args.pipeline)
     if args.grid:
         check_ending("grid", args.grid)
     digits = {part: find_images(os.path.join(args.digits, part)) for part in ("train", "heldout")}

@@ -5,23 +5,20 @@
     python infer_demo_dit.py --model_path DiT_inference --backend inference --classes 207
 
 --model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, or a training checkpoint folder,
-whose averages are taken.
-
-The folder holds the network and the VAE's decoder as programs, the scheduler, the labels and inference.json. It serves
-any batch size, CPU and GPU; weights are float32, half precision is chosen by infer_demo_dit.py --dtype. Its latents
-have one size. Whoever runs it runs a program of yours: as with any code, take such folders only from people you trust.
+whose averages are taken. The folder serves latents of one size, any batch size, CPU and GPU; weights are float32, half
+precision is chosen by infer_demo_dit.py --dtype. Whoever runs it runs a program of yours: as with any code, take such
+folders only from people you trust.
 """
 
 import argparse
-import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import MAX_NAME, note_weights_flags
+from sampling.demo import note_weights_flags
 from sampling.model_path import check_no_file, describe_model
-from sampling.pipelines.folder import check_free, is_exported
+from sampling.pipelines.folder import check_free
 from sampling.step_counts import describe_fit
 
 
@@ -35,12 +32,10 @@ def main(argv=None):
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_no_file(args.model_path)
-    if is_exported(args.model_path):
-        raise ValueError(f"--model_path {args.model_path}: is exported already")
-    if len(os.fsencode(os.path.basename(os.path.abspath(args.output)))) > MAX_NAME:
-        raise ValueError(f"--output {args.output}: the name has more than {MAX_NAME} bytes")
     check_free(args.output)
     model = describe_model(args.model_path, id2label=args.id2label)
+    if model.kind == "exported":
+        raise ValueError(f"--model_path {args.model_path}: is exported already")
     model.check_backend("inference")
     note_weights_flags(args, model)
 
@@ -50,11 +45,9 @@ def main(argv=None):
 
     print(f"reading {args.model_path}", flush=True)
     generator = load_exportable(model, vae=args.vae, key=args.key)
-    for note in generator.describe():
-        print(f"note: {note}")
     fit = generator.objective.timestep_fit
-    if fit is not None:
-        print(f"note: {describe_fit(fit)}")
+    for note in generator.describe() + ([] if fit is None else [describe_fit(fit)]):
+        print(f"note: {note}")
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(generator, args.output)
     print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")

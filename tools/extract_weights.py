@@ -28,8 +28,6 @@ def extract(args):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing")
     check_output(args.checkpoint_path, args.overwrite)
-    if not os.path.exists(args.model_file):
-        raise ValueError(f"--model_file {args.model_file}: there is no such file or folder")
 
     configure_runtime()
     from models.state import check_finite
@@ -54,8 +52,10 @@ def extract(args):
 
 def pick(state, save_ema, source):
     """Returns the network's weights, or their averages, of a PaddleMIX state dict; a plain one is the network's."""
-    network = {name[len(NETWORK) :]: value for name, value in state.items() if name.startswith(NETWORK)}
-    averages = {name[len(AVERAGES) :]: value for name, value in state.items() if name.startswith(AVERAGES)}
+    network, averages = (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for prefix in (NETWORK, AVERAGES)
+    )
     if not save_ema:
         if not network and averages:
             raise ValueError(f"{source}: no name begins with {NETWORK}")
@@ -66,8 +66,8 @@ def pick(state, save_ema, source):
     # LitEma registers its buffers under the parameters' names without dots; what is not trained it does not hold.
     found = {}
     for name, value in network.items():
-        key = name.replace(".", "") if name.replace(".", "") in averages else name
-        found[name] = averages.get(key, value if name == "pos_embed" else None)
+        kept = averages.get(name, value if name == "pos_embed" else None)
+        found[name] = averages.get(name.replace(".", ""), kept)
     missing = [name for name, value in found.items() if value is None]
     if missing or not found:
         raise ValueError(f"{source}: no averages of {', '.join(missing[:3]) or 'any weight'}")

@@ -1,6 +1,6 @@
 """Weight files that a command writes: which names they may have, and casting to their dtype."""
 
-import os
+from runtime import files
 
 
 def check_output(path, overwrite=False, torch=False):
@@ -15,13 +15,7 @@ def check_output(path, overwrite=False, torch=False):
         expected = ".pt or .safetensors" if torch else ".pdparams or .safetensors"
         what = "PyTorch's" if torch else "Paddle's"
         raise ValueError(f"{path}: expected a name that ends in {expected}, as the file will be in {what} layout")
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder; expected the name of a file")
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"{path}: exists already; give another name, or --overwrite")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{path}: there is no folder {folder}")
+    files.check_output(path, overwrite)
 
 
 def is_safetensors(path):

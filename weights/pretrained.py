@@ -61,7 +61,7 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object")
     if class_names is not None and (kind := settings.get("_class_name")) not in class_names:
-        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(class_names)}")
+        raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(map(repr, class_names))}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
     check_sizes(settings, path)
     return settings, path

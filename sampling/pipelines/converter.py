@@ -1,8 +1,9 @@
 """What the converters to pipeline folders share: the network's config, flags, and the order of things."""
 
+import argparse
 import os
 
-from config.options import str2bool
+from config.options import DEFAULT_VAE, SIT_VAE, str2bool
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.process import configure_runtime
@@ -25,11 +26,10 @@ def named_config(kind, model_name, image_size):
     return {**config, "model": {**config["model"], "sample_size": image_size // 8}}
 
 
-def find_config(kind, args):
+def find_config(args):
     """Returns the resolved config of the network: the checkpoint's own, --config_file's, or --model_name's.
 
-    Raises:
-        ValueError: one line: what is given describes another network than the checkpoint's own config.
+    What describes another network than the checkpoint's own config is a `ValueError`.
     """
     config = weights_config(args.model_weights, args.config_file)
     beside = os.path.join(args.model_weights, "config.json")
@@ -37,32 +37,23 @@ def find_config(kind, args):
         config = load_config(beside)
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
-        return named_config(kind, args.model_name or f"{kind}_XL_2", size)
-    _check_named(kind, args, config)
+        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size)
+    given = {}
+    if args.model_name is not None:
+        named = named_config(args.kind, args.model_name, IMAGE_SIZE)["model"]
+        keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
+        given[f"--model_name {args.model_name}"] = {key: named[key] for key in keys}
+    if args.image_size is not None:
+        size = args.image_size / downsampling(args.vae_model, config["features"]["vae"])
+        given[f"--image_size {args.image_size}"] = {"sample_size": int(size) if size % 1 == 0 else size}
+    for flag, named in given.items():
+        if listed := differences({key: config["model"][key] for key in named}, named):
+            raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
     return config
 
 
-def _check_named(kind, args, config):
-    """Raises ValueError if --model_name or --image_size are given and are not what the config says."""
-    model, given = config["model"], []
-    if args.model_name is not None:
-        named = named_config(kind, args.model_name, IMAGE_SIZE)["model"]
-        keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
-        given.append((f"--model_name {args.model_name}", {key: named[key] for key in keys}))
-    if args.image_size is not None:
-        size = args.image_size / downsampling(args.vae_model, config["features"]["vae"])
-        given.append((f"--image_size {args.image_size}", {"sample_size": int(size) if size % 1 == 0 else size}))
-    for flag, named in given:
-        if listed := differences({key: model[key] for key in named}, named):
-            raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
-
-
 def downsampling(vae, features):
-    """Returns how many pixels along a side a latent stands for: by the config.json of a VAE's folder, else 8.
-
-    Args:
-        vae: of --vae_model, or None: then the `vae` entry of a `features` section says it, if there is one.
-    """
+    """Returns the pixels along a latent's side: by --vae_model, if that is a folder, or the features' VAE; else 8."""
     if vae is None:
         return (features or {}).get("downsampling") or 8
     path = os.path.join(vae, "config.json")
@@ -71,17 +62,20 @@ def downsampling(vae, features):
     return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
 
 
-def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
-    """Adds the flags of both converters; kind is DiT or SiT, the others are defaults."""
+def make_parser(kind, description):
+    """Returns a parser with the flags of both converters; kind is DiT or SiT."""
+    weights, output = f"{kind}-XL-2-256x256.pdparams", f"{kind}_XL_2_256/"
+    vae = {"DiT": DEFAULT_VAE, "SiT": SIT_VAE}[kind]
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_size", type=int, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
     parser.add_argument("--model_name", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
-    parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae_model}]")
-    parser.set_defaults(default_vae=vae_model)
-    parser.add_argument("--model_weights", default=model_weights, help=f"[{model_weights}]")
+    parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae}]")
+    parser.set_defaults(kind=kind, default_vae=vae)
+    parser.add_argument("--model_weights", default=weights, help=f"[{weights}]")
     parser.add_argument(
         "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
     )
-    parser.add_argument("--checkpoint_path", default=checkpoint_path, help=f"folder to write [{checkpoint_path}]")
+    parser.add_argument("--checkpoint_path", default=output, help=f"folder to write [{output}]")
     parser.add_argument("--config_file", help="JSON of the network, instead of --model_name [the checkpoint's own]")
     parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument(
@@ -98,28 +92,22 @@ def add_flags(parser, kind, *, model_weights, checkpoint_path, vae_model):
         "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
+    return parser
 
 
-def convert(kind, args, check, export):
+def convert(args, check, export, loader):
     """Reads, checks and writes a pipeline folder, as the flags say.
 
     Args:
-        kind: DiT or SiT.
         check: `check(config)` raises ValueError for a config that can't be exported.
-        export: writes the folder and returns sentences for the user; called as `sampling.pipelines.export
-            .export_pipeline`.
-
-    Returns:
-        the file that the weights came from, or None if nothing was written (--save False).
-
-    Raises:
-        ValueError: whatever can't be done, in one line.
+        export: writes the folder and returns sentences for the user; called as `export_pipeline`.
+        loader: the class that loads the folder.
     """
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
     if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
-    config = find_config(kind, args)
+    config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
     choose_vae(*chosen, args.default_vae, "--vae_model")
@@ -139,19 +127,11 @@ def convert(kind, args, check, export):
     if not args.save:
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
-        return None
+        return
     vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
-    notes = export(
-        config,
-        state,
-        vae,
-        args.checkpoint_path,
-        id2label=labels,
-        overwrite=args.overwrite,
-        safe_serialization=args.safe_serialization,
-        source=source,
-    )
-    for text in [note, *vae_notes, *notes]:
-        if text:
-            print(f"note: {text}")
-    return source
+    options = {"id2label": labels, "source": source}
+    options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
+    notes = export(config, state, vae, args.checkpoint_path, **options)
+    for text in filter(None, [note, *vae_notes, *notes]):
+        print(f"note: {text}")
+    print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")

@@ -9,7 +9,12 @@ from sampling.pipelines.folder import check_id2label, check_output, check_vae, w
 
 
 def exporter(config):
-    """Returns the module that exports a config's network, by `check(config)` and `convert(config, state, source)`."""
+    """Returns the module that exports a config's network.
+
+    Its `check(config)` raises ValueError where there is no export, and returns the stock transformer's keywords. Its
+    `convert(config, state, source, ...)` returns the network and its scheduler as keywords of `write_pipeline`, and
+    sentences that a user should read: what the exported pipeline does differently.
+    """
     if config["model"]["type"] == "LargeDiT":
         return export_large_dit
     return export_sit if config["objective"]["type"] == "transport" else export_dit
@@ -30,13 +35,11 @@ def export_pipeline(
     """Writes a DiT, a Large-DiT or a SiT and a VAE as a stock `DiTPipeline` folder, which is complete or not there.
 
     Args:
-        config: resolved config; its `model` and `objective` sections are used.
-        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
+        config: resolved. state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
-        source: where the weights come from, for messages.
-        options: of the `convert` of `exporter(config)`.
+        source: where the weights come from, for messages. options: of the exporter's `convert`.
 
     Returns:
         list of sentences that the user should read: what the exported pipeline does differently.
@@ -51,17 +54,7 @@ def export_pipeline(
     check_vae(vae, model["in_channels"])
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)
-    stock = network.convert(config, state, source, **options)
-    write_pipeline(
-        output_dir,
-        pipeline="DiTPipeline",
-        transformer=(*stock.transformer, stock.settings),
-        weights=stock.weights,
-        scheduler=("ppdiffusers", stock.scheduler),
-        vae=fold_scaling(vae),
-        labels=labels,
-        overwrite=overwrite,
-        safe_serialization=safe_serialization,
-        code=stock.code,
-    )
-    return stock.notes
+    stock, notes = network.convert(config, state, source, **options)
+    files = {"overwrite": overwrite, "safe_serialization": safe_serialization}
+    write_pipeline(output_dir, pipeline="DiTPipeline", vae=fold_scaling(vae), labels=labels, **stock, **files)
+    return notes

@@ -1,49 +1,27 @@
 """Export of a DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
 
-Where the stock classes differ from DiT, and what is done about it:
+What the stock classes do differently, and what the export does about it, stands in README.md. Beside that:
 
-* Classes. The pipeline's null class is the literal 1000. The table is laid out in 1001 rows, the null class in the last
-  one; fewer than 1000 classes fit, more do not. Without a null class (class_dropout_prob 0) the last rows are NaN:
-  sample with `guidance_scale=1`; guidance, which such a network can't do, then shows at once.
-* Timesteps. `Transformer2DModel` spaces the 128 frequencies of its sinusoidal features by 127, the official DiT by 128:
-  with the weights as they are the timestep embedding is another one, and the network's output with it. The embedding
-  is a small MLP of a scalar, so it is fitted anew, see `fit_timestep_embedding`.
-* Positions. The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one, by more than
-  the rounding of a half precision, are refused. From a `sample_size` of 128 on it divides the positions by
-  `sample_size // 64`, which makes every table another one: refused too.
-* MLP. Its width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
-* Guidance. The pipeline guides all latent channels, the official `forward_with_cfg` the first three.
-* Latents. The pipeline decodes `latents / scaling_factor`: an autoencoder's shift or statistics are folded into its
-  convolutions, see `features.autoencoder.fold_scaling`.
+* Without a null class (class_dropout_prob 0) the rows of the label table from there on are NaN: sample with
+  `guidance_scale=1`; guidance, which such a network can't do, then shows at once.
+* The transformer computes its sin-cos table itself; weights whose `pos_embed` is another one, by more than the rounding
+  of a half precision, are refused.
+* The MLP's width is fixed at 4 times the hidden width; a narrower one is padded with zeros, a wider one refused.
 * A learned variance is ignored by both schedulers: the pipeline cuts it off.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
 from models.state import is_rounded
 from sampling.pipelines.pretrained import NULL_CLASS
-from sampling.step_counts import FIT_KEY, check_diffusion
+from sampling.step_counts import FIT_KEY
 
 STOCK_CLASS = ("ppdiffusers", "Transformer2DModel")
 OTHER = {"ddim": "dpm", "dpm": "ddim"}
 
 
-class StockModel(NamedTuple):
-    """A network and its scheduler as a stock DiTPipeline takes them."""
-
-    transformer: tuple  # (package, class name)
-    settings: dict  # the constructor's keywords
-    weights: dict  # {name: float32 array} under its names
-    scheduler: object  # of ppdiffusers
-    notes: list  # sentences that a user should read: what the exported pipeline does differently
-    code: str | None = None  # a file with the transformer's class, which the folder brings along
-
-
 def check(config):
-    """Returns the keywords of the `Transformer2DModel` for a resolved config; ValueError where there is no export."""
-    check_diffusion(config["objective"])
+    """Returns the keywords of the `Transformer2DModel`; see `sampling.pipelines.export.exporter`."""
     return transformer_config(config["model"])
 
 
@@ -52,26 +30,19 @@ def transformer_config(model):
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if model["type"] not in ("DiT", "SiT"):
         raise ValueError(f"a model of type {model['type']!r} can't be exported; sample it from its checkpoint")
-    check_num_classes(model)
     if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
         raise ValueError(
             f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "
             "be exported; sample such a model from its checkpoint"
         )
-    scale = _position_scale(model)
+    scale = model["sample_size"] // 64
     if scale > 1 and model["sample_size"] > model["patch_size"]:  # one token alone stands at 0
         raise ValueError(
             f"sample_size {model['sample_size']}: from 128 on Transformer2DModel divides the positions by "
             f"sample_size // 64, here {scale}; such a model can't be a DiTPipeline, sample it from its checkpoint"
         )
     return {
-        "sample_size": model["sample_size"],
-        "patch_size": model["patch_size"],
-        "in_channels": model["in_channels"],
-        "out_channels": model["in_channels"] * (2 if model["learn_sigma"] else 1),
-        "num_layers": model["num_layers"],
-        "num_attention_heads": model["num_attention_heads"],
-        "attention_head_dim": model["attention_head_dim"],
+        **shared_settings(model),
         "num_embeds_ada_norm": NULL_CLASS,
         "norm_type": "ada_norm_zero",
         "norm_elementwise_affine": False,
@@ -81,75 +52,66 @@ def transformer_config(model):
     }
 
 
-def _position_scale(model):
-    """Returns Transformer2DModel's `interpolation_scale`."""
-    return max(model["sample_size"] // 64, 1)
-
-
-def check_num_classes(model):
-    """Raises ValueError for more classes than a stock DiTPipeline can guide."""
+def shared_settings(model):
+    """Returns the keywords of both stock transformers; ValueError for more classes than DiTPipeline can guide."""
     if model["num_classes"] > NULL_CLASS:
         raise ValueError(
             f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "
             f"{NULL_CLASS} classes can be exported; sample such a model from its checkpoint"
         )
+    same = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
+    out_channels = model["in_channels"] * (2 if model["learn_sigma"] else 1)
+    return {**{name: model[name] for name in same}, "out_channels": out_channels}
 
 
 def transformer_state(model, state, *, timestep_embedding=None, source="weights"):
-    """Returns DiT's weights under `Transformer2DModel`'s names.
+    """Returns DiT's weights `{name: float32 array}`, Paddle layout, under `Transformer2DModel`'s names.
 
     Args:
-        model: the `model` section. state: `{name: float32 array}` that fits it, Paddle layout.
         timestep_embedding: what `fit_timestep_embedding` returned, or None to keep DiT's own MLP.
-        source: for messages.
-
-    Returns:
-        `{name: float32 array}`.
     """
+    from models import get_2d_sincos_pos_embed
     from sampling.pipelines.timestep_fit import own_timestep_mlp
 
-    _check_pos_embed(model, state["pos_embed"], source)
-
+    pos_embed = state["pos_embed"][0]
+    table = get_2d_sincos_pos_embed(pos_embed.shape[-1], model["sample_size"] // model["patch_size"])  # (T, D)
+    if not is_rounded(pos_embed, table):
+        raise ValueError(
+            f"{source}: pos_embed differs by up to {np.abs(table - pos_embed).max():.2g} from the sin-cos table that "
+            "Transformer2DModel computes and can't be given; such a model can't be a DiTPipeline, sample it from its "
+            "checkpoint"
+        )
+    missing = 4 * pos_embed.shape[-1] - state["blocks.0.mlp.fc1.bias"].size
+    paddings = {"fc1.weight": [(0, 0), (0, missing)], "fc1.bias": [(0, missing)], "fc2.weight": [(0, missing), (0, 0)]}
+    state = dict(state)
+    for i in range(model["num_layers"] if missing else 0):  # gelu(0) = 0: hidden units of zeros change nothing
+        for name, padding in paddings.items():
+            state[f"blocks.{i}.mlp.{name}"] = np.pad(state[f"blocks.{i}.mlp.{name}"], padding)
     mlp = timestep_embedding or own_timestep_mlp(state)
     embedding = {
-        "timestep_embedder.linear_1.weight": mlp["0.weight"],
-        "timestep_embedder.linear_1.bias": mlp["0.bias"],
-        "timestep_embedder.linear_2.weight": mlp["2.weight"],
-        "timestep_embedder.linear_2.bias": mlp["2.bias"],
-        "class_embedder.embedding_table.weight": class_table(model, state["y_embedder.embedding_table.weight"]),
+        f"timestep_embedder.linear_{layer}.{kind}": mlp[f"{2 * layer - 2}.{kind}"]
+        for layer in (1, 2)
+        for kind in ("weight", "bias")
+    }
+    embedding["class_embedder.embedding_table.weight"] = class_table(model, state["y_embedder.embedding_table.weight"])
+    linear = {
+        "pos_embed.proj": "x_embedder.proj",
+        "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
     }
     result = {}
-
-    def linear(to, name):
-        result[f"{to}.weight"], result[f"{to}.bias"] = state[f"{name}.weight"], state[f"{name}.bias"]
-
-    linear("pos_embed.proj", "x_embedder.proj")
     for i in range(model["num_layers"]):
         to, block = f"transformer_blocks.{i}", f"blocks.{i}"
+        linear[f"{to}.norm1.linear"] = f"{block}.adaLN_modulation.1"
+        linear[f"{to}.attn1.to_out.0"] = f"{block}.attn.proj"
+        linear[f"{to}.ff.net.0.proj"] = f"{block}.mlp.fc1"
+        linear[f"{to}.ff.net.2"] = f"{block}.mlp.fc2"
         result.update({f"{to}.norm1.emb.{name}": value for name, value in embedding.items()})
-        linear(f"{to}.norm1.linear", f"{block}.adaLN_modulation.1")
-        for part, weight, bias in zip(
-            "qkv",
-            np.split(state[f"{block}.attn.qkv.weight"], 3, axis=1),  # [D, 3D] -> 3 x [D, D]
-            np.split(state[f"{block}.attn.qkv.bias"], 3),
-            strict=True,
-        ):
-            result[f"{to}.attn1.to_{part}.weight"], result[f"{to}.attn1.to_{part}.bias"] = weight, bias
-        linear(f"{to}.attn1.to_out.0", f"{block}.attn.proj")
-        linear(f"{to}.ff.net.0.proj", f"{block}.mlp.fc1")
-        linear(f"{to}.ff.net.2", f"{block}.mlp.fc2")
-        # gelu(0) = 0: hidden units of zeros change nothing.
-        hidden_size, width = state[f"{block}.mlp.fc1.weight"].shape
-        missing = 4 * hidden_size - width
-        for name, padding in (
-            ("ff.net.0.proj.weight", [(0, 0), (0, missing)]),
-            ("ff.net.0.proj.bias", [(0, missing)]),
-            ("ff.net.2.weight", [(0, missing), (0, 0)]),
-        ):
-            if missing:
-                result[f"{to}.{name}"] = np.pad(result[f"{to}.{name}"], padding)
-    linear("proj_out_1", "final_layer.adaLN_modulation.1")
-    linear("proj_out_2", "final_layer.linear")
+        for kind in ("weight", "bias"):
+            parts = np.split(state[f"{block}.attn.qkv.{kind}"], 3, axis=-1)  # [D, 3D] -> 3 x [D, D]
+            result.update({f"{to}.attn1.to_{q}.{kind}": part for q, part in zip("qkv", parts, strict=True)})
+    for to, name in linear.items():
+        result[f"{to}.weight"], result[f"{to}.bias"] = state[f"{name}.weight"], state[f"{name}.bias"]
     return result
 
 
@@ -161,21 +123,6 @@ def class_table(model, table):
     return rows
 
 
-def _check_pos_embed(model, pos_embed, source):
-    from ppdiffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    grid_size = model["sample_size"] // model["patch_size"]
-    stock = get_2d_sincos_pos_embed(
-        pos_embed.shape[-1], grid_size, base_size=grid_size, interpolation_scale=_position_scale(model)
-    )  # (T, D)
-    if not is_rounded(pos_embed[0], stock):
-        difference = np.abs(stock - pos_embed[0]).max()
-        raise ValueError(
-            f"{source}: pos_embed differs by up to {difference:.2g} from the sin-cos table that Transformer2DModel "
-            "computes itself and can't be given; such a model can't be a DiTPipeline, sample it from its checkpoint"
-        )
-
-
 def guidance_notes(model):
     """Lists sentences on the guidance of a stock DiTPipeline."""
     notes = ["DiTPipeline guides all latent channels; the official forward_with_cfg guides the first three."]
@@ -185,7 +132,7 @@ def guidance_notes(model):
 
 
 def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"):
-    """Returns a DiT as a `StockModel`.
+    """Returns a DiT for a stock DiTPipeline; see `sampling.pipelines.export.exporter`.
 
     Args:
         scheduler: "ddim" or "dpm", see `make_scheduler`.
@@ -194,8 +141,6 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
     from sampling.pipelines.timestep_fit import fit_timestep_embedding
     from sampling.schedulers import make_scheduler, pipeline_scheduler
 
-    if timestep_embedding not in ("fit", "keep"):
-        raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
     model = config["model"]
     the_scheduler, other = make_scheduler(config["objective"], scheduler), OTHER[scheduler]
     mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, other))
@@ -206,7 +151,8 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
         settings[FIT_KEY] = {scheduler: report["exact_steps"], other: report["other_exact_steps"]}
     weights = transformer_state(model, state, timestep_embedding=mlp, source=source)
     notes = [*guidance_notes(model), _fit_note(scheduler, timestep_embedding, report)]
-    return StockModel(STOCK_CLASS, settings, weights, the_scheduler, notes)
+    transformer = (*STOCK_CLASS, settings)
+    return {"transformer": transformer, "weights": weights, "scheduler": ("ppdiffusers", the_scheduler)}, notes
 
 
 def _fit_note(scheduler, timestep_embedding, report):

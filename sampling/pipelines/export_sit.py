@@ -22,20 +22,14 @@ velocity prediction on any path; for noise and score predictions a step is no `x
 
 import numpy as np
 
-from sampling.pipelines.export_dit import (
-    STOCK_CLASS,
-    StockModel,
-    guidance_notes,
-    transformer_config,
-    transformer_state,
-)
+from sampling.pipelines.export_dit import STOCK_CLASS, guidance_notes, transformer_config, transformer_state
 
 SIGMA_SCALE = 2.0**-12  # 1 + SIGMA_SCALE**2 rounds to 1 in float32
 SMALLEST = 2.0**-20  # what is left of the time at the last grid point
 
 
 def check(config):
-    """Returns the keywords of the `Transformer2DModel` for a resolved config; ValueError where there is no export."""
+    """Returns the keywords of the `Transformer2DModel`; see `sampling.pipelines.export.exporter`."""
     prediction = config["objective"]["prediction"]
     if prediction != "velocity":
         raise ValueError(
@@ -45,59 +39,36 @@ def check(config):
     return transformer_config(config["model"])
 
 
-def make_flow_scheduler(objective):
-    """Returns the scheduler of a stock SiT folder, and the map from its timesteps to times.
-
-    Args:
-        objective: an `objective` section of type transport.
-
-    Returns:
-        `(scheduler, times)`: `times(timesteps)` is float64.
-    """
+def convert(config, state, source):
+    """Returns a SiT for a stock DiTPipeline; see `sampling.pipelines.export.exporter`."""
     from ppdiffusers import EDMEulerScheduler
 
+    from sampling.pipelines.timestep_fit import fit_embedding
     from sampling.sit_pipeline import TransportScheduler
 
-    transport = TransportScheduler.from_objective(objective).transport
+    transport = TransportScheduler.from_objective(config["objective"]).transport
     t0, t1 = transport.check_interval(transport.train_eps, transport.sample_eps, eval=True)
-    scheduler = EDMEulerScheduler(
-        sigma_max=SIGMA_SCALE * (t1 - t0),
-        sigma_min=SIGMA_SCALE * SMALLEST,
-        sigma_data=1.0,
-        rho=1.0,
-        prediction_type="epsilon",
-    )
+    largest, smallest = SIGMA_SCALE * (t1 - t0), SIGMA_SCALE * SMALLEST
+    settings = {"sigma_max": largest, "sigma_min": smallest, "sigma_data": 1.0, "rho": 1.0}
+    scheduler = EDMEulerScheduler(**settings, prediction_type="epsilon")
 
-    def times(timesteps):
-        return t1 - np.exp(4 * np.asarray(timesteps, "float64")) / SIGMA_SCALE
+    # What up to 1000 steps visit, densely, and the last step, which hardly moves and need only not be far off. SiT's
+    # embedding is smooth on [0, 1]: a few dozen basis functions give all of it, to 1e-5 at width 64, 1e-6 at 384.
+    visited = np.concatenate([np.linspace(1e-3, 1, 800), np.geomspace(1e-3, 1, 400)]) * largest
+    last = np.geomspace(smallest, 1e-3 * largest, 100)
+    timesteps = (0.25 * np.log(np.concatenate([visited, last]))).astype("float32")
+    times = (t1 - np.exp(4 * timesteps.astype("float64")) / SIGMA_SCALE).astype("float32")
+    weight = np.repeat([1.0, 1e-3], [len(visited), len(last)])
+    mlp, errors, _ = fit_embedding(state, timesteps, times, weight, scale=2.0, rcond=1e-10)
 
-    return scheduler, times
-
-
-def convert(config, state, source):
-    """Returns a SiT as a `StockModel`."""
-    from sampling.pipelines.timestep_fit import fit_time_embedding
-
-    scheduler, times = make_flow_scheduler(config["objective"])
-    mlp, report = fit_time_embedding(state, times, *_timesteps(scheduler))
     weights = transformer_state(config["model"], state, timestep_embedding=mlp, source=source)
     for name in ("proj_out_2.weight", "proj_out_2.bias"):
         weights[name] = weights[name] / np.float32(SIGMA_SCALE)  # a power of two: exact
     notes = [
         "The folder samples Euler steps of the ODE with its own scheduler, in float32; no other scheduler fits it.",
         *guidance_notes(config["model"]),
-        f"The timestep embedding was fitted to the scheduler's timesteps: right to {report['max_error']:.1g} of its "
-        "largest entry, for any number of steps up to 1000.",
+        f"The timestep embedding was fitted to the scheduler's timesteps: right to {errors[: len(visited)].max():.1g} "
+        "of its largest entry, for any number of steps up to 1000.",
     ]
-    return StockModel(STOCK_CLASS, check(config), weights, scheduler, notes)
-
-
-def _timesteps(scheduler):
-    """Returns the timesteps that up to 1000 steps visit, densely, and those of the last one, which hardly moves."""
-
-    def timesteps(sigmas):
-        return 0.25 * np.log(sigmas)
-
-    largest, smallest = scheduler.config.sigma_max, scheduler.config.sigma_min
-    visited = np.concatenate([np.linspace(1e-3, 1, 800), np.geomspace(1e-3, 1, 400)])
-    return timesteps(visited * largest), timesteps(np.geomspace(smallest, 1e-3 * largest, 100))
+    transformer = (*STOCK_CLASS, check(config))
+    return {"transformer": transformer, "weights": weights, "scheduler": ("ppdiffusers", scheduler)}, notes

@@ -6,18 +6,16 @@ import shutil
 
 from features.autoencoder import LatentScaling
 from runtime.files import whole_folder, write_json
-from runtime.untrusted import check_sizes, read_json, shortened
+from runtime.untrusted import read_json, shortened
 from weights.files import save_pdparams, save_safetensors
+from weights.pretrained import read_settings
 
 # Names of ppdiffusers, the second with safe_serialization.
 WEIGHTS, SAFE_WEIGHTS = "model_state.pdparams", "diffusion_paddle_model.safetensors"
 TREE = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    f"transformer/{WEIGHTS}",
-    "vae/config.json",
-    f"vae/{WEIGHTS}",
+    *("model_index.json", "scheduler/scheduler_config.json"),
+    *("transformer/config.json", f"transformer/{WEIGHTS}"),
+    *("vae/config.json", f"vae/{WEIGHTS}"),
 )
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
@@ -32,45 +30,55 @@ def read_json_object(path):
     return value
 
 
-def read_component(path, class_name, function):
-    """Reads the constructor keywords of a component from its JSON file.
+def component_class(index, name):
+    """Returns the class that a model_index.json names for a component, None where it names none."""
+    given = index.get(name)
+    return given[1] if isinstance(given, list) and len(given) == 2 else None
 
-    Args:
-        path: the file.
-        class_name: what its `_class_name` must be.
-        function: takes the keywords; others are refused.
 
-    Raises:
-        ValueError: one line that names the file: not there, another class, or an unknown keyword.
+def read_index(path, components, pipeline=None):
+    """Reads a model_index.json that names a class of `{component: names of classes}` for each; nothing is imported.
+
+    `ValueError` names the file: not there, broken, another class of a component, or another `pipeline` if one is given.
     """
-    settings = read_json_object(path)
-    if settings.get("_class_name") != class_name:
-        raise ValueError(f"{path}: holds a '{shortened(settings.get('_class_name'))}', expected {class_name!r}")
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    index = read_json_object(path)
+    if pipeline not in (None, index.get("_class_name")):
+        raise ValueError(f"{path}: holds a {shortened(repr(index.get('_class_name')))}, expected {pipeline!r}")
+    for name, known in components.items():
+        if component_class(index, name) not in known:
+            raise ValueError(f"{path}: {name} is {shortened(repr(index.get(name)))}, expected a {' or '.join(known)}")
+    return index
+
+
+def read_component(path, class_name, function):
+    """Returns the settings of a component, keywords of `function`; `ValueError` as `read_settings`, or for others."""
+    settings, _ = read_settings(*os.path.split(path), class_names=(class_name,))
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown setting '{shortened(unknown[0])}'; known: {', '.join(known)}")
-    check_sizes(settings, path)
     return settings
 
 
 def check_id2label(id2label, num_classes):
     """Returns `{"0": label, ...}` in order, numbers for None; ValueError unless every class has a label."""
+    classes = [str(i) for i in range(num_classes)]
     if id2label is None:
-        return {str(i): str(i) for i in range(num_classes)}
+        return dict(zip(classes, classes, strict=True))
     given = {str(key): value for key, value in id2label.items()}
-    missing = [str(i) for i in range(num_classes) if str(i) not in given]
-    extra = [key for key in given if key not in {str(i) for i in range(num_classes)}]
-    odd = [key for key, value in given.items() if not isinstance(value, str) or not value.strip()]
-    for names, what in ((missing, "no label for class"), (extra, "a label for class"), (odd, "no text for class")):
-        if names:
-            raise ValueError(f"id2label: {what} {', '.join(names[:5])}; expected one for each of 0..{num_classes - 1}")
-    return {str(i): given[str(i)] for i in range(num_classes)}
+    problems = {
+        "no label for class": [key for key in classes if key not in given],
+        "a label for class": sorted(given.keys() - {*classes}),
+        "no text for class": [key for key, label in given.items() if not isinstance(label, str) or not label.strip()],
+    }
+    for what, keys in problems.items():
+        if keys:
+            raise ValueError(f"id2label: {what} {', '.join(keys[:5])}; expected one for each of 0..{num_classes - 1}")
+    return {key: given[key] for key in classes}
 
 
 def check_output(output_dir, overwrite=False):
-    """Raise ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
+    """Raises ValueError unless `output_dir` is free, or a pipeline and nothing else and `overwrite` is set."""
     if os.path.isfile(output_dir):
         raise ValueError(f"{output_dir}: is a file; expected a folder to write the pipeline to")
     if not os.path.isdir(output_dir) or not os.listdir(output_dir):
@@ -82,11 +90,6 @@ def check_output(output_dir, overwrite=False):
             path = os.path.relpath(os.path.join(root, name), output_dir)
             if path not in (*TREE, *SAFE_TREE, CODE):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
-
-
-def is_exported(path):
-    """Returns whether `path` is a folder that `sampling.pipelines.inference.export_inference` wrote."""
-    return os.path.isfile(os.path.join(path, INFERENCE_MANIFEST))
 
 
 def check_free(output_dir):
@@ -110,20 +113,15 @@ def write_pipeline(
     """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`: the folder is complete or not there.
 
     Args:
-        pipeline: name of the pipeline's class.
-        transformer: `(package, class name, constructor keywords)`.
+        pipeline: name of its class. transformer: `(package, class name, constructor keywords)`.
         weights: `{name: array}` of the transformer, Paddle layout.
         scheduler: `(package, object)`. vae: the object. Both are written by their own `save_pretrained`.
-        labels: what `check_id2label` returned.
-        code: a file to put beside the weights, with the transformer's class.
-
-    Raises:
-        ValueError: something is in the way, see `check_output`.
+        labels: of `check_id2label`. overwrite: see `check_output`, which says what is in the way.
+        code: a file with the transformer's class, to put beside the weights.
     """
     from ppdiffusers.version import VERSION
 
-    package, class_name, settings = transformer
-    scheduler_package, scheduler = scheduler
+    (package, class_name, settings), (scheduler_package, scheduler) = transformer, scheduler
     index = {
         "_class_name": pipeline,
         "_ppdiffusers_version": VERSION,
@@ -133,20 +131,16 @@ def write_pipeline(
         "vae": ["ppdiffusers", "AutoencoderKL"],
     }
     settings = {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings}
+    save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
+    options = {"safe_serialization": safe_serialization, "to_diffusers": False, "max_shard_size": "100GB"}  # one file
     check_output(output_dir, overwrite)
     with whole_folder(output_dir) as folder:
-        transformer_folder = os.path.join(folder, "transformer")
-        os.makedirs(transformer_folder)
-        write_json(os.path.join(transformer_folder, "config.json"), settings)
-        save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
-        save(weights, os.path.join(transformer_folder, name))
+        own = os.path.join(folder, "transformer")
+        os.makedirs(own)
+        write_json(os.path.join(own, "config.json"), settings)
+        save(weights, os.path.join(own, name))
         if code is not None:
-            shutil.copy(code, transformer_folder)
-        vae.save_pretrained(
-            os.path.join(folder, "vae"),
-            safe_serialization=safe_serialization,
-            to_diffusers=False,
-            max_shard_size="100GB",  # one file
-        )
+            shutil.copy(code, own)
+        vae.save_pretrained(os.path.join(folder, "vae"), **options)
         scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         write_json(os.path.join(folder, "model_index.json"), index)

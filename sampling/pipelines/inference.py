@@ -9,7 +9,6 @@ one. The JSON files and the sizes of the others are checked so that a broken fol
 one safe.
 """
 
-import contextlib
 import os
 import warnings
 from types import SimpleNamespace
@@ -18,11 +17,13 @@ import paddle
 from paddle import nn
 from paddle.static import InputSpec
 
+from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.state import check_finite
 from runtime.files import whole_folder, write_json
+from runtime.machine import read_processor
 from runtime.untrusted import MAX_SIZE, inside, shortened
 from sampling.generator import Generator
 from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object
@@ -31,18 +32,12 @@ from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
 from weights.pretrained import without_null_rows
 
-MANIFEST = INFERENCE_MANIFEST
-FORMAT = 1
+MANIFEST, FORMAT = INFERENCE_MANIFEST, 1
 NETWORK_KEYS = ("in_channels", "sample_size", "num_classes", "null_class")
 PARTS = ("transformer", "vae")
 # A program's file: of Paddle 3, and of Paddle 2.
 PROGRAMS = ("model.json", "model.pdmodel")
 WEIGHTS = "model.pdiparams"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks that can be traced
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class StockTransformer(nn.Layer):
@@ -71,32 +66,15 @@ class Decoder(nn.Layer):
 
 def own_large_dit(transformer):
     """Returns a pipeline's Large-DiT as this project's own network, which can be traced: it has no complex numbers."""
-    settings = transformer.config
-    same = (
-        "sample_size patch_size in_channels num_layers num_attention_heads attention_head_dim multiple_of "
-        "ffn_dim_multiplier norm_eps learn_sigma qk_norm num_classes class_dropout_prob"
-    ).split()
-    network = LargeDiT(num_kv_heads=settings.n_kv_heads, **{name: settings[name] for name in same})
+    settings = {**transformer.config, "num_kv_heads": transformer.config.n_kv_heads}
+    network = LargeDiT(**{name: settings[name] for name in LARGE_DIT_KEYS})
     network.set_state_dict(transformer.state_dict())
     network.eval()
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def export_inference(generator, output_dir):
-    """Writes a folder for `load_inference`: complete, or not there.
-
-    Args:
-        generator: of `sampling.generator.load_exportable`.
-        output_dir: not there yet, or empty.
-
-    Raises:
-        ValueError: one line: something is in the way.
-    """
+    """Writes a `Generator` of `load_exportable` as a new folder for `load_inference`: complete, or not there."""
     check_free(output_dir)
     scheduler = generator.objective.scheduler
     latents = ("x", [generator.in_channels, generator.sample_size, generator.sample_size], "float32")
@@ -125,7 +103,7 @@ def export_inference(generator, output_dir):
 
 
 def _save(layer, inputs, path):
-    """A layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
+    """Saves a layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
     layer.eval()
     for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if they are buffers
         layer.register_buffer(f"rotary_{index}", table, persistable=False)
@@ -139,19 +117,9 @@ def _save(layer, inputs, path):
         layer.forward = kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def cpu_has_bfloat16():
     """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
 
 
 def check_dtype(device, dtype):
@@ -162,49 +130,38 @@ def check_dtype(device, dtype):
         raise ValueError("dtype bfloat16: this CPU does not have it (avx512_bf16 or AMX); use float32")
 
 
-class Predictor:
-    """A program and its weights, called with tensors.
+def load_program(program, device, dtype):
+    """Returns the program in a file, of a folder named as one of `PARTS`, as a function of float32 tensors."""
+    from paddle import inference
 
-    Args:
-        program, weights: files. part: "transformer" or "vae". device: as `paddle.set_device` takes it.
-        dtype: that it computes in, as far as Paddle can; inputs and outputs are float32.
-    """
+    folder = os.path.dirname(program)
+    config = inference.Config(program, os.path.join(folder, WEIGHTS))
+    config.disable_glog_info()
+    if device == "cpu":
+        config.disable_gpu()
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
+        config.enable_mkldnn()
+        config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
+        if os.path.basename(folder) == "vae":  # Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
+            config.delete_pass("onednn_placement_pass")
+        if dtype == "bfloat16":
+            config.enable_mkldnn_bfloat16()
+    else:
+        precision = inference.PrecisionType
+        types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
+        config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
 
-    def __init__(self, program, weights, part, device, dtype):
-        from paddle import inference
-
-        config = inference.Config(program, weights)
-        config.disable_glog_info()
-        if device == "cpu":
-            config.disable_gpu()
-            threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-            config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
-            config.enable_mkldnn()
-            config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
-            if part == "vae":  # the convolutions alone: Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
-                config.delete_pass("onednn_placement_pass")
-            if dtype == "bfloat16":
-                config.enable_mkldnn_bfloat16()
-        else:
-            precision = inference.PrecisionType
-            types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
-            config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
-        self._program = program
-        with self._one_line("cannot load it"):
-            self._predictor = inference.create_predictor(config)
-
-    @contextlib.contextmanager
-    def _one_line(self, what):
+    def one_line(what, function, *inputs):
         try:
-            yield
+            return function(*inputs)
         except Exception as error:  # Paddle's own types, of several lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ValueError(f"{self._program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
+            raise ValueError(f"{program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
 
-    def __call__(self, *inputs):
-        with self._one_line(f"cannot run it with the sizes of {MANIFEST}"):
-            (output,) = self._predictor.run([x.contiguous() for x in inputs])
-        return output
+    predictor = one_line("cannot load it", inference.create_predictor, config)
+    problem = f"cannot run it with the sizes of {MANIFEST}"
+    return lambda *inputs: one_line(problem, predictor.run, [x.contiguous() for x in inputs])[0]
 
 
 def load_inference(folder, *, device="cpu", dtype="float32"):
@@ -213,20 +170,14 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     Args:
         device: "cpu", "gpu" or "gpu:N".
         dtype: of the network: float32, bfloat16 (on a CPU: one that has it), float16 (GPU). The VAE is in float32.
-
-    Raises:
-        ValueError: one line: files that are missing, cut off or of other settings; a dtype that the device lacks.
     """
     check_dtype(device, dtype)
     manifest = _read_manifest(folder)
     scheduler = load_scheduler(manifest["scheduler"], folder)
 
-    def predictor(part, dtype):
-        program = next(name for name in PROGRAMS if f"{part}/{name}" in manifest["bytes"])
-        files = [os.path.join(folder, part, name) for name in (program, WEIGHTS)]
-        return Predictor(*files, part, device, dtype)
-
-    network, vae = predictor("transformer", dtype), predictor("vae", "float32")
+    programs = {part: next(name for name in _programs(part) if name in manifest["bytes"]) for part in PARTS}
+    network = load_program(os.path.join(folder, programs["transformer"]), device, dtype)
+    vae = load_program(os.path.join(folder, programs["vae"]), device, "float32")
     scaling = {key: manifest.get(key) for key in SCALING_KEYS}
     return Generator(
         lambda x, t, y: network(x, t.astype("float32"), y),
@@ -241,16 +192,20 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         labels={int(key): label for key, label in manifest["id2label"].items()},
         guided_channels=None,
         path=folder,
-        check_weights=lambda: check_programs(folder),
+        check_weights=lambda: _check_weights(folder),
     )
 
 
-def check_programs(folder):
+def _check_weights(folder):
     """Raises ValueError, naming file and tensor, if there are weights in a folder of programs that are not finite."""
     for part in PARTS:
         tensors = paddle.jit.load(os.path.join(folder, part, "model")).state_dict().values()
         state = {tensor.name: without_null_rows(tensor.numpy()) for tensor in tensors}
         check_finite(state, source=os.path.join(folder, part, WEIGHTS))
+
+
+def _programs(part):
+    return [f"{part}/{name}" for name in PROGRAMS]
 
 
 def _read_manifest(folder):
@@ -260,26 +215,24 @@ def _read_manifest(folder):
         raise ValueError(f"{path}: format {shortened(manifest.get('format'))}, expected {FORMAT}; export it anew")
 
     def size(value):
-        return type(value) is int and 0 < value <= MAX_SIZE
+        return POSITIVE_INT.accepts(value) and value <= MAX_SIZE
 
-    sizes = manifest.get("bytes")
     checks = {
-        "in_channels": (size, "a positive integer"),
-        "sample_size": (size, "a positive integer"),
-        "num_classes": (size, "a positive integer"),
+        **dict.fromkeys(("in_channels", "sample_size", "num_classes"), (size, POSITIVE_INT.expected)),
         "null_class": (lambda value: value is None or size(value), "a class id or null"),
-        "scaling_factor": (lambda value: type(value) in (int, float) and value > 0, "a positive number"),
+        "scaling_factor": (ABOVE_0.accepts, "a positive number"),
         "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
-        "bytes": (lambda value: isinstance(value, dict) and all(type(n) is int for n in value.values()), "sizes"),
+        "bytes": (lambda value: isinstance(value, dict) and all(map(INT.accepts, value.values())), "sizes"),
         "id2label": (is_id2label, '{"0": "name", ...}'),
         "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
     }
-    for key, (good, expected) in checks.items():
-        if not good(manifest.get(key)):
+    for key, (accepts, expected) in checks.items():
+        if not accepts(manifest.get(key)):
             raise ValueError(f"{path}: {key} is {shortened(manifest.get(key), 40)}, expected {expected}")
     LatentScaling.of(manifest, channels=manifest["in_channels"], source=path)
+    sizes = manifest["bytes"]
     for part in PARTS:
-        if not any(f"{part}/{name}" in sizes for name in PROGRAMS) or f"{part}/{WEIGHTS}" not in sizes:
+        if sizes.keys().isdisjoint(_programs(part)) or f"{part}/{WEIGHTS}" not in sizes:
             raise ValueError(f"{path}: bytes: names no program and weights of {part}")
     for name, expected in sizes.items():
         file = inside(folder, name)

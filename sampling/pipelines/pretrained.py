@@ -1,15 +1,15 @@
 """Pipelines and autoencoders from folders and from the hub. Nothing that they hold is run, no name in them imported.
 
-ppdiffusers' own `from_pretrained` unpickles `.pdparams` and `.bin` files freely, imports the packages that
-model_index.json names, and runs `.py` files that lie in the folder. Here it only downloads files and makes the classes
-of the tables below; weights go through `weights.files`. A folder's own code is never run, not even that which
-`sampling.pipelines.export_large_dit` puts there: this project has it already.
+Only the classes of the tables below are made, whatever ppdiffusers' own `from_pretrained` would run for a folder (see
+`weights.pretrained`). Its code is not run either, not even that which `sampling.pipelines.export_large_dit` puts there:
+this project has it already.
 """
 
 import os
 
-from runtime.untrusted import read_json, shortened
-from sampling.pipelines.folder import read_json_object
+from config.options import CLASS_NAMES
+from runtime.untrusted import read_json
+from sampling.pipelines.folder import component_class, read_index
 from sampling.step_counts import FIT_KEY, is_timestep_fit
 from weights.pretrained import find_file, load_model, read_settings, refused_settings
 
@@ -18,7 +18,6 @@ NULL_CLASS = 1000  # of the stock DiTPipeline
 # settings and weights; of a Large-DiT.
 DIT_TRANSFORMERS = ("Transformer2DModel", "DiTTransformer2DModel")
 LARGE_DIT_TRANSFORMERS = ("DiTLLaMA2DModel", "LargeDiTTransformer")
-TRANSFORMERS = (*DIT_TRANSFORMERS, *LARGE_DIT_TRANSFORMERS)
 SCHEDULERS = (
     *("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
@@ -26,44 +25,59 @@ SCHEDULERS = (
     *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
     *("KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
 )
+# Classes that a folder may name for each component; nothing is imported by a name that stands in a file.
+COMPONENTS = {
+    "transformer": (*DIT_TRANSFORMERS, *LARGE_DIT_TRANSFORMERS),
+    "scheduler": SCHEDULERS,
+    "vae": ("AutoencoderKL",),
+}
+is_id2label = CLASS_NAMES.accepts  # whether a value of a JSON file is {"0": label, ...}
 
 
-def load_scheduler(kind, name_or_path, subfolder="scheduler"):
-    """Reads scheduler_config.json and returns the ppdiffusers scheduler of that class name."""
+def load_scheduler(kind, name_or_path):
+    """Reads scheduler/scheduler_config.json and returns the ppdiffusers scheduler of that class name."""
     import ppdiffusers
 
-    settings, path = read_settings(name_or_path, "scheduler_config.json", subfolder)
+    settings, path = read_settings(name_or_path, "scheduler_config.json", "scheduler")
     try:
         return getattr(ppdiffusers, kind).from_config(settings)
-    except Exception as error:  # as above
+    except Exception as error:  # whatever odd settings make a constructor say
         raise refused_settings(path, kind, error) from None
 
 
-def is_id2label(value):
-    """Returns whether a value of a JSON file is `{"0": label, ...}`."""
-    return isinstance(value, dict) and all(
-        key.isascii() and key.isdigit() and len(key) < 7 and isinstance(label, str) for key, label in value.items()
-    )
-
-
 def load_dit_pipeline(name_or_path, dtype=None):
-    """Loads a folder of a DiTPipeline, or a name on the hub.
+    """Loads a folder of a DiTPipeline, or a name on the hub: network and VAE in `dtype`, or float32.
 
     The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
     `sampling.pipelines.export_large_dit`).
-
-    Args:
-        dtype: of network and VAE; None for float32.
 
     Returns:
         a `ppdiffusers.DiTPipeline`; its `id2label` is `{id: label}`, perhaps empty.
 
     Raises:
-        ValueError: one line: a component that is none of the classes above, what `load_model` refuses, or a download
-            that failed, and what to do without a network.
+        ValueError: one line: what the folder lacks, or a download that failed, and what to do without a network.
     """
+    from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
+
+    from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
+
     try:
-        return _load_dit_pipeline(name_or_path, dtype)
+        path = find_file(name_or_path, "model_index.json")
+        index = read_index(path, COMPONENTS)
+        labels = index.get("id2label") or {}
+        if not is_id2label(labels):
+            raise ValueError(f'{path}: id2label: expected {{"0": "name", ...}}')
+        kinds, network = DIT_TRANSFORMERS, Transformer2DModel
+        if component_class(index, "transformer") in LARGE_DIT_TRANSFORMERS:
+            kinds, network = LARGE_DIT_TRANSFORMERS, LargeDiTTransformer
+        transformer = load_model(network, name_or_path, "transformer", class_names=kinds, dtype=dtype)
+        vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
+        # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says.
+        vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
+        scheduler = load_scheduler(component_class(index, "scheduler"), name_or_path)
+        pipe = DiTPipeline(transformer, vae, scheduler, labels or None)
+        pipe.id2label = {int(key): label for key, label in labels.items()}
+        return pipe
     except Exception as error:  # the hub clients raise a dozen unrelated types
         local = os.path.isdir(name_or_path)
         if local and isinstance(error, ValueError):
@@ -78,38 +92,6 @@ def load_dit_pipeline(name_or_path, dtype=None):
         ) from None
 
 
-def _load_dit_pipeline(name_or_path, dtype):
-    from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
-
-    from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
-
-    index_path = find_file(name_or_path, "model_index.json")
-    index, kinds = read_json_object(index_path), {}
-    for name, known in (("transformer", TRANSFORMERS), ("scheduler", SCHEDULERS), ("vae", ("AutoencoderKL",))):
-        given = index.get(name)
-        kinds[name] = given[1] if isinstance(given, list) and len(given) == 2 else None
-        if kinds[name] not in known:
-            raise ValueError(f"{index_path}: {name} is {shortened(given)}, expected a {' or '.join(known)}")
-    labels = index.get("id2label") or {}
-    if not is_id2label(labels):
-        raise ValueError(f'{index_path}: id2label: expected {{"0": "name", ...}}')
-
-    large = kinds["transformer"] in LARGE_DIT_TRANSFORMERS
-    transformer = load_model(
-        LargeDiTTransformer if large else Transformer2DModel,
-        name_or_path,
-        "transformer",
-        class_names=LARGE_DIT_TRANSFORMERS if large else DIT_TRANSFORMERS,
-        dtype=dtype,
-    )
-    vae = load_model(AutoencoderKL, name_or_path, "vae", dtype=dtype)
-    # A DiTPipeline decodes latents / scaling_factor, whatever else a VAE's config says: what the folder was made for.
-    vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
-    pipe = DiTPipeline(transformer, vae, load_scheduler(kinds["scheduler"], name_or_path), labels or None)
-    pipe.id2label = {int(key): label for key, label in labels.items()}
-    return pipe
-
-
 def read_timestep_fit(name_or_path):
     """Reads in which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts`."""
     path = find_file(name_or_path, "config.json", "transformer")
@@ -121,10 +103,7 @@ def read_timestep_fit(name_or_path):
 
 
 def has_null_class(transformer):
-    """Returns whether a DiTPipeline's transformer can be guided.
-
-    The exporter fills the row of a null class that is not there with NaN.
-    """
+    """Returns whether a DiTPipeline's transformer has a null class: the exporter writes NaN where there is none."""
     large = hasattr(transformer, "y_embedder")
     embedder = transformer.y_embedder if large else transformer.transformer_blocks[0].norm1.emb.class_embedder
     return bool(embedder.embedding_table.weight[-1].isfinite().all())

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from models.embeddings import TimestepEmbedder
-from sampling.step_counts import visited_timesteps
+from sampling.schedulers import visited_timesteps
 
 NUM_FREQUENCIES = 256
 _TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -23,12 +23,8 @@ def fit_timestep_embedding(state, scheduler, other=None):
     """Fits a timestep MLP on the stock transformer's features that gives DiT's own timestep embedding.
 
     A hidden width D of 1000 or more gives every timestep to float32 rounding. A smaller one can't: there the timesteps
-    that the scheduler visits in 25, 50, 20, 10, 100, ... steps come first, as many of them as D unknowns carry, and the
-    others are approximated.
-
-    Args:
-        state: DiT's weights, Paddle layout. scheduler: from `make_scheduler`; decides which timesteps are visited.
-        other: another scheduler that the folder may be sampled with; its timesteps come after all of the first.
+    that the scheduler visits in 25, 50, 20, 10, 100, ... steps come first, then those of `other`, another scheduler
+    that the folder may be sampled with, as many as D unknowns carry, and the rest is approximated.
 
     Returns:
         `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `exact_steps`, the numbers of
@@ -37,91 +33,57 @@ def fit_timestep_embedding(state, scheduler, other=None):
         `kept_error`, the largest error at any timestep, in that unit, with these weights and with DiT's own kept.
     """
     num_timesteps = scheduler.config.num_train_timesteps
-    t = paddle.arange(num_timesteps)
-    stock = _stock_features(t)  # (1000, 256)
-    own = own_timestep_mlp(state)
-    target = _timestep_mlp(_own_features(t), own)  # (1000, D)
-    hidden_size = target.shape[1]
-
-    # Which timesteps must be right.
     counts = [n for n in _STEPS_FIRST if n <= num_timesteps]
-    visited = {n: visited_timesteps(scheduler, n) for n in counts}
-    others = {n: visited_timesteps(other, n) for n in counts} if other is not None else {}
+    visited, others = (
+        {n: visited_timesteps(one, n) for n in counts} if one is not None else {} for one in (scheduler, other)
+    )
     first = np.zeros(num_timesteps, bool)
     for steps in [*visited.values(), *others.values()]:
         more = first.copy()
         more[steps] = True
-        if more.sum() <= 0.95 * (hidden_size + 1):
+        if more.sum() <= 0.95 * (state["t_embedder.mlp.2.bias"].size + 1):
             first = more
-    weight = np.where(first, 1.0, 1e-5)[:, None]  # (1000, 1)
-
-    mlp = _solve(stock, target, weight, scale=0.1, rcond=1e-12)
-    unit = np.abs(target).max()
-    error = np.abs(_timestep_mlp(stock, mlp) - target).max(axis=1) / unit  # (1000,)
+    t = np.arange(num_timesteps)
+    mlp, error, kept_error = fit_embedding(state, t, t, np.where(first, 1.0, 1e-5), scale=0.1, rcond=1e-12)
     report = {
         "exact_steps": sorted(n for n, steps in visited.items() if error[steps].max() < 1e-4),
         "other_exact_steps": sorted(n for n, steps in others.items() if error[steps].max() < 1e-4),
         "all_timesteps": bool(error.max() < 1e-4),
         "max_error": float(error.max()),
-        "kept_error": float(np.abs(_timestep_mlp(stock, own) - target).max() / unit),
+        "kept_error": float(kept_error.max()),
     }
     return mlp, report
 
 
-def fit_time_embedding(state, times, visited, others):
-    """Fits a timestep MLP on the stock transformer's features that gives SiT's embedding of a time.
-
-    SiT's embedding is smooth on [0, 1]: a few dozen basis functions give all of it, to 1e-5 at width 64 and 1e-6 at
-    384, whatever number of steps the scheduler is asked for.
-
-    Args:
-        state: SiT's weights, Paddle layout.
-        times: `times(timesteps)`: float64 times in [0, 1] of the scheduler's timesteps, elementwise.
-        visited: timesteps `(M,)` that fill the range where the embedding matters.
-        others: timesteps that it need only not be far off at.
-
-    Returns:
-        `(mlp, report)`: mlp `{"0.weight", "0.bias", "2.weight", "2.bias"}`; report: `max_error` over `visited`, in
-        units of the embedding's largest entry.
-    """
-    timesteps = np.concatenate([visited, others]).astype("float32")
-    weight = np.repeat([1.0, 1e-3], [len(visited), len(others)])[:, None]  # (M, 1)
-    stock = _stock_features(paddle.to_tensor(timesteps))
-    t = paddle.to_tensor(times(timesteps).astype("float32"))
-    target = _timestep_mlp(_own_features(t), own_timestep_mlp(state))
-    mlp = _solve(stock, target, weight, scale=2.0, rcond=1e-10)
-    error = np.abs(_timestep_mlp(stock, mlp) - target)[: len(visited)].max()
-    return mlp, {"max_error": float(error / np.abs(target).max())}
-
-
 def own_timestep_mlp(state):
-    """Returns the network's own timestep MLP by the names that the fits return."""
+    """Returns the network's own timestep MLP by the names that a fit returns."""
     return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
 
 
-def _own_features(t):
-    return TimestepEmbedder.timestep_embedding(t, NUM_FREQUENCIES).numpy()
+def fit_embedding(state, stock_t, own_t, weight, *, scale, rcond):
+    """Returns an MLP that embeds the stock transformer's features of `stock_t` as the network embeds `own_t`, `(M,)`.
 
-
-def _stock_features(t):
+    Its first layer is random, of standard deviation `scale`, and its second the least squares weighted by `weight`.
+    Also returned: the largest error at each time `(M,)`, in units of the embedding's largest entry, and the same of the
+    network's own MLP.
+    """
     from ppdiffusers.models.embeddings import get_timestep_embedding
 
-    return get_timestep_embedding(t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
-
-
-def _solve(features, target, weight, *, scale, rcond):
-    """Returns the MLP whose first layer is random, of standard deviation `scale`, and whose second is least squares."""
-    hidden_size = target.shape[1]
-    random = np.random.RandomState(0)
+    own, stock_t, own_t = own_timestep_mlp(state), paddle.to_tensor(stock_t), paddle.to_tensor(own_t)
+    target = _timestep_mlp(TimestepEmbedder.timestep_embedding(own_t, NUM_FREQUENCIES).numpy(), own)  # (M, D)
+    stock = get_timestep_embedding(stock_t, NUM_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1).numpy()
+    random, hidden_size = np.random.RandomState(0), target.shape[1]
     mlp = {
         "0.weight": random.normal(0, scale, [NUM_FREQUENCIES, hidden_size]).astype("float32"),
         "0.bias": random.normal(0, 1, [hidden_size]).astype("float32"),
     }
-    basis = _silu(features @ mlp["0.weight"] + mlp["0.bias"])
+    basis = _silu(stock @ mlp["0.weight"] + mlp["0.bias"])
     basis = np.concatenate([basis, np.ones([len(basis), 1])], axis=1)  # (M, D + 1)
+    weight = weight[:, None]
     solution = np.linalg.lstsq(basis * weight, target * weight, rcond=rcond)[0].astype("float32")
     mlp["2.weight"], mlp["2.bias"] = solution[:-1], solution[-1]
-    return mlp
+    errors = (np.abs(_timestep_mlp(stock, one) - target).max(axis=1) / np.abs(target).max() for one in (mlp, own))
+    return mlp, *errors
 
 
 def _silu(x):

@@ -78,7 +78,9 @@ def check_guidance(scale, has_null_class, path):
     if scale is None:
         return 4.0 if has_null_class else 1.0
     if scale != 1 and not has_null_class:
-        raise ValueError(f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)")
+        raise ValueError(
+            f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"
+        )
     return scale
 
 

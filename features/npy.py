@@ -48,6 +48,8 @@ def _read_member(archive, name, size):
     data = archive.read(member)
     file = io.BytesIO(data)
     shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+    if any(n < 0 for n in shape):
+        raise ValueError(f"{name} is of the shape {shape}")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 

@@ -21,6 +21,7 @@ import pytest
 import requests
 from PIL import Image
 from support.mutations import READERS, fuzz_all
+from support.pipelines import make_config, make_model, make_vae, state_of
 from support.runs import TINY_MODELS, write_config
 
 import infer_demo_sit
@@ -28,12 +29,14 @@ from features.autoencoder import load_vae
 from features.image_source import ImageSource
 from features.images import UnreadableImage, find_images, load_pixels
 from features.npy import load_npy, load_npz
+from features.packed import PackedStore
 from models.state import check_state
 from runtime.untrusted import inside, parse_json, read_json, shortened
 from sampling import SiTPipeline
 from sampling.generator import load_generator
+from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.folder import read_component
-from sampling.pipelines.pretrained import SCHEDULERS
+from sampling.pipelines.pretrained import SCHEDULERS, load_dit_pipeline
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, extract_weights
 from training.checkpoints.read import load_checkpoint, load_pretrained
 from weights.files import load_weights, safe_load, save_pdparams, save_torch
@@ -298,6 +301,42 @@ class TestSizes:
                 safe_load(path)
             one_line(error)
 
+    def test_npy(self, tmp_path):
+        path = tmp_path / "x.npy"
+        for description, message in (
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }", "not a readable .npy file"),
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }", "not a readable .npy file"),
+            ("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "Python objects"),
+            ("{'descr': '<f4', 'fortran_order': False, 'shape': " + "(" * 5000, "not a readable .npy file"),
+            ("__import__('os').mkdir('x')", "not a readable .npy file"),
+        ):
+            head = description.encode() + b"\n"
+            path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(64))
+            for mapped in (False, True):
+                with pytest.raises(ValueError, match=message) as error:
+                    load_npy(path, mapped=mapped)
+                one_line(error)
+            with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+                archive.write(path, "names.npy")
+            with pytest.raises(ValueError, match="not a readable .npz file"):
+                load_npz(tmp_path / "x.npz", ["names"])
+
+    def test_packed_shards_that_lie(self, tmp_path):
+        READERS["packed"][0](tmp_path)
+        for name, array, message in (
+            ("labels.npy", np.arange(5), "holds 6 rows, its labels.npy 5"),
+            ("labels.npy", np.array([b"x"] * 6), "expected integers"),
+            ("latents.npy", np.zeros((6, 4), "i4"), "expected float32 or float16"),
+            ("names.npy", np.array([b"../x"]), "expected the names, bytes, of 6 samples"),
+        ):
+            path = tmp_path / "shard-00000" / name
+            good = path.read_bytes()
+            np.save(path, array)
+            with pytest.raises(ValueError, match=message) as error:
+                PackedStore(str(tmp_path)).names()
+            one_line(error)
+            path.write_bytes(good)
+
     def test_npz_is_as_large_as_its_file(self, tmp_path):
         path = tmp_path / "x.npz"
         np.savez(path, names=np.arange(5))
@@ -393,6 +432,37 @@ class TestWaysIn:
         (pipeline / "model_index.json").write_text(json.dumps(index))
         assert SiTPipeline.from_pretrained(str(pipeline)).transformer is not None
         assert not (tmp_path / "was_run").exists() and "evil" not in sys.modules
+
+
+def test_settings_of_a_pipeline_folder_are_checked_before_they_are_used(tmp_path):
+    export_pipeline(make_config(), state_of(make_model(make_config())), make_vae(), tmp_path / "dit")
+    for part, values, message in (
+        ("model_index.json", {"transformer": ["evil", "Evil"]}, "model_index.json: transformer is"),
+        ("model_index.json", {"scheduler": ["ppdiffusers", "utils"]}, "model_index.json: scheduler is"),
+        (
+            "model_index.json",
+            {"transformer": ["ppdiffusers", ["Transformer2DModel"]]},
+            "model_index.json: transformer is",
+        ),
+        ("model_index.json", {"id2label": {"x": "y"}}, "model_index.json: id2label"),
+        ("transformer/config.json", {"_class_name": "evil.Evil"}, "holds a 'evil.Evil', expected 'Transformer2D"),
+        ("transformer/config.json", {"num_layers": 10**9}, "num_layers is 1000000000, which is more"),
+        ("transformer/config.json", {"sample_size": 10**6}, "make 250,000,000,000 tokens of width"),
+        ("transformer/config.json", {"num_layers": 3}, "do not fit the config: .* missing"),
+        ("vae/config.json", {"block_out_channels": [10**5]}, "do not fit the config"),
+        ("vae/config.json", {"down_block_types": ["evil"]}, "refuses these settings"),
+        ("vae/config.json", {"down_block_types": ["DownEncoderBlock2D"] * 33}, "33 values, which is more than any"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "which is more than"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "evil"}, "refuses these settings"),
+    ):
+        path = tmp_path / "dit" / part
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **values}))
+        with pytest.raises(ValueError, match=message) as error:
+            load_dit_pipeline(str(tmp_path / "dit"))
+        one_line(error)
+        path.write_text(before)
+    assert load_dit_pipeline(str(tmp_path / "dit")).transformer.config.num_layers == 2
 
 
 LONG = "evil\n\x1b[2J" + "x" * 100_000

@@ -18,7 +18,7 @@ from features.image_source import MAX_LABEL
 from features.layout import Layout
 from features.npy import load_npy
 from features.packed import PackedStore
-from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
+from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
 from features.store import read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
@@ -55,15 +55,11 @@ class Report:
         self.problems.append({"kind": kind, "text": f"{path}: {text}"})
 
 
-class Pairs:
-    """The pairs of files whose counterparts are there, as a store; `lonely` are the other files, of `match_pairs`."""
+class Pairs(PairStore):
+    """The pairs of files whose counterparts are there; `lonely` are the other files, of `match_pairs`."""
 
-    def __init__(self, layout):
-        self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
-        self._folders = {"latents": layout.features, "labels": layout.labels}
-        if self.has_flip:
-            self._folders["flipped"] = layout.flipped
-        self._names, self.lonely = match_pairs([*self._folders.values()])
+    def _open(self):
+        self._names, self.lonely = match_pairs([*self._kinds.values()])
         self.row_shape = self.dtype = None
         for index in range(min(1000, len(self))):
             with contextlib.suppress(ValueError):
@@ -71,12 +67,6 @@ class Pairs:
                 if latent.dtype.kind == "f" and latent.ndim == 3 and latent.size:
                     self.row_shape, self.dtype = latent.shape, latent.dtype
                     break
-
-    def __len__(self):
-        return len(self._names)
-
-    def source(self, index, kind="latents"):
-        return os.path.join(self._folders[kind], os.fsdecode(self._names[index]))
 
 
 def check_set(
@@ -96,7 +86,7 @@ def check_set(
     facts = {"feature_path": feature_path, "name": name, "format": kind}
     report = Report(read_manifest(feature_path, name), layout, facts)
     try:
-        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(layout)
+        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(feature_path, name)
         for path, other in getattr(store, "lonely", ()):
             report.add("pairs", path, f"has no counterpart in {other}")
         if not len(store) or store.row_shape is None:

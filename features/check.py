@@ -69,18 +69,11 @@ class Pairs(PairStore):
                     break
 
 
-def check_set(
-    feature_path, kind, name, *, model=None, num_workers=1, compare_checksums=True, allow_duplicates=False
-) -> Report:
-    """Checks every sample of a set, in parallel.
+def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, allow_duplicates) -> Report:
+    """Checks every sample of a set, in parallel; a broken manifest, or a process that dies, is a `ValueError`.
 
-    Args:
-        feature_path, kind, name: the set, as `features.store.find_features` gives them.
-        model: the `model` section of a config, for shape and classes; None: what the manifest says.
-        compare_checksums: compare every file with its checksum, if the manifest names a file of them.
-        allow_duplicates: equal latents of one class are no problem.
-
-    A broken manifest, or a worker process that dies, is a `ValueError`.
+    `kind` and `name` are what `find_features` returns, the last three flags of tools/check_features.py. `model` is that
+    section of a config, for shape and classes; None: what the manifest says.
     """
     layout = Layout(feature_path, name)
     facts = {"feature_path": feature_path, "name": name, "format": kind}
@@ -97,7 +90,7 @@ def check_set(
         report.problems.append({"kind": "format", "text": one_line(error)})
         return report
     _expect(report, model)
-    wanted = _read_checksums(report) if compare_checksums else None
+    wanted = None if no_checksums else _read_checksums(report)
 
     size = len(store)
     row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)

@@ -23,11 +23,11 @@ CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
 
 
-def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4):
+def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, num_workers):
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
-    After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py, None for their
-    defaults. ValueError if the source can't be converted, or something is in the way.
+    After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py. ValueError if
+    the source can't be converted, or something is in the way.
 
     Returns:
         `(number of samples, their paths, largest rounding error)`, 0 also where an earlier start has compared them.

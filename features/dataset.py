@@ -46,8 +46,7 @@ class FeatureDataset:
         sample_shape: `(C, h, w)` that the model takes.
         num_classes: labels must be in 0..num_classes-1.
         flip: take the stored mirrored latent with probability 1/2.
-        posterior: for a set that holds moments: "sample" draws `mean + std * noise` anew at every visit, as a loop with
-            the autoencoder in it does; "mean" takes the mean.
+        posterior: of a set with moments: "sample" draws `mean + std * noise` anew at every visit, "mean" is the mean.
         seed: of flips and posterior samples.
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
@@ -185,9 +184,8 @@ class FeatureDataset:
     def split(self, held_out, *, seed=0):
         """Returns `(the rest, held_out samples)`, drawn by index from the seed: the same on all ranks and in all runs.
 
-        The seed is not the run's: another run's training samples must not become this one's held-out ones. More
-        held-out samples are those of before and others. A label subset holds out those of its own samples that the
-        whole set would hold out first. ValueError if nothing would be left to train on.
+        The seed is not the run's: another run's training samples must not become this one's held-out ones. A label
+        subset holds out what the whole set would first. ValueError if nothing would be left to train on.
         """
         if not 0 <= held_out < len(self):
             raise ValueError(

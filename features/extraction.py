@@ -122,13 +122,9 @@ class Journal:
 
 
 class Extraction:
-    """One process's share of an extraction.
+    """The share of process `rank` of `world` in an extraction, which rank 0 begins and ends.
 
-    Args:
-        layout, settings: a `Layout`; the settings of `make_settings`, to which `open` adds what concerns the images.
-        rank, world: of the processes that share images and folder. Rank 0 begins and ends the extraction.
-
-    `source` is the `ImageSource`, from `open` on.
+    To the settings of `make_settings`, `open` adds what concerns the images; from then on `source` is an `ImageSource`.
     """
 
     def __init__(self, layout, settings, rank, world):

@@ -110,8 +110,7 @@ def open_source(data_path=None, list_file=None, earlier=None):
     Args:
         data_path: a folder with one subfolder per class; a tar file; or a folder of one tar file per class. A tar file
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
-        list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
-            relative to `data_path` (default: the list's folder), or names of a tar file's images.
+        list_file: text with a line `path,label` an image. Paths are relative to `source_root`, or names in a tar file.
         earlier: see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
@@ -165,10 +164,8 @@ def _stem(path):
 def scan_archives(archives):
     """Finds the images in tar files by reading the headers alone; ValueError for no tar file, or a damaged one.
 
-    Returns:
-        (found, inner, lost): found is a list of (name, archive, offset, size), in no order; the name of an image in a
-        tar file within a tar file is `class/name`. inner is the set of those classes. lost are the names of links and
-        of what is no plain file.
+    Returns (found, inner, lost): [(name, archive, offset, size), ...] in no order, where one in a tar file within a tar
+    file is called `class/name`; the set of those classes; the names of links and of what is no plain file.
     """
     found, inner, lost, (_, endings) = [], set(), [], image_formats()
     total = sum(os.path.getsize(path) for path in archives)

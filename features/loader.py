@@ -50,10 +50,7 @@ def free_shared_memory():
 
 
 def _name_dead_loaders():
-    """Makes the death of a loader process one line, wherever this process is then.
-
-    Paddle's handler of SIGCHLD raises a SystemError of many lines there.
-    """
+    """Makes the SystemError of many lines that Paddle's handler of SIGCHLD raises for a dead loader one line."""
     handler = signal.getsignal(signal.SIGCHLD)
     is_ours = hasattr(handler, "names_dead_loaders")  # Paddle sets its own only once
     if is_ours or not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -76,8 +73,8 @@ class FeatureLoader:
 
     Args:
         dataset, sampler: a `FeatureDataset` and a `MicroBatchSampler`.
-        num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
-            so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
+        num_workers: 0 reads in the calling thread, between steps. More read ahead: pairs of files by so many processes,
+            a packed set by one thread, which is as fast as the memory is. The samples are the same.
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
     Iterating raises what the dataset raises for a sample, and ValueError when a loader process dies.

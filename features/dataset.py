@@ -62,25 +62,22 @@ class FeatureDataset:
     ):
         kind, name = find_features(feature_path, resolution)
         self.store = open_store(feature_path, kind, name)
-        self.features_dir = self.store.path
+        path = self.features_dir = self.store.path
         self.sample_shape, self.num_classes = tuple(sample_shape), num_classes
         self.flip, self.posterior, self.seed = flip, posterior, seed
         self.notes = []
         self._indices = self._classes = self._stored = None
         self._check_shape(read_manifest(feature_path, name).get("moments"))
         if resolution and name != f"imagenet{resolution}":
-            self.notes.append(
-                f"image size {resolution}: no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
-            )
+            other = f"no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
+            self.notes.append(f"image size {resolution}: {other}")
         if flip and not self.store.has_flip:
-            raise ValueError(
-                f"{self.features_dir}: flips were asked for, but no mirrored latents are there; extract with --flip"
-            )
+            raise ValueError(f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip")
         if kind == "packed":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
             pairs = Layout(feature_path, name).features
             if os.path.isdir(pairs):
-                self.notes.append(f"{self.features_dir} is read, not {pairs} beside it")
+                self.notes.append(f"{path} is read, not {pairs} beside it")
         elif self.store.index_note:
             self.notes.append(self.store.index_note)
         self[0]

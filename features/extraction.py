@@ -290,9 +290,7 @@ class Extraction:
             arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
             for index, *latents in zip(kept, *arrays, strict=True):
                 if not np.isfinite(latents).all():
-                    raise ValueError(
-                        f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype"
-                    )
+                    raise ValueError(f"{source.name(index)}: its latent is not finite, the VAE overflows in --dtype")
             return kept, source.labels[kept].tolist(), arrays, lost
 
         count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)

@@ -12,6 +12,11 @@ import numpy as np
 from runtime.process import counted
 
 MAX_LISTED = 20  # unreadable images named at the end of a command
+ON_ERROR = {  # the flag --on_error of commands that read images
+    "choices": ("stop", "skip"),
+    "default": "stop",
+    "help": "at an image that can't be read: stop there (default), or skip it and list it at the end",
+}
 
 
 @functools.cache
@@ -49,11 +54,9 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
     """
 
     def compare(order, other, how, who):
-        for label, name in enumerate(order):
-            if name != other[label]:
-                of_other = f"{who} gives it label {other.index(name)}"
-                notes.append(f"labels follow {how}: folder {name} is label {label}; {of_other}")
-                break
+        for name in [name for name, theirs in zip(order, other, strict=True) if name != theirs][:1]:
+            of_other = f"{who} gives it label {other.index(name)}"
+            notes.append(f"labels follow {how}: folder {name} is label {order.index(name)}; {of_other}")
 
     text = sorted(names)
     if not all(re.fullmatch("[0-9]+", name) for name in text):
@@ -68,22 +71,18 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
         return text
     order = sorted(text, key=int)
     if earlier is not None and sorted(earlier) == text:
-        compare(
-            earlier, order, "the names of the class folders as text, as when this set was begun", "a new extraction"
-        )
+        as_text = "the names of the class folders as text, as when this set was begun"
+        compare(earlier, order, as_text, "a new extraction")
         return earlier
     for one, other in itertools.pairwise(order):
         if int(one) == int(other):
             raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
-    torchvision = "torchvision's ImageFolder, which sorts names as text,"
-    compare(order, text, "the numbers of the class folders", torchvision)
-    for label, name in enumerate(order):
-        if int(name) != label:
-            notes.append(
-                f"the class folders' numbers are not 0..{len(order) - 1}: labels are their places in the order of the "
-                f"numbers, folder {name} is label {label}"
-            )
-            break
+    compare(order, text, "the numbers of the class folders", "torchvision's ImageFolder, which sorts names as text,")
+    if other := [label for label, name in enumerate(order) if int(name) != label]:
+        notes.append(
+            f"the class folders' numbers are not 0..{len(order) - 1}: labels are their places in the order of the "
+            f"numbers, folder {order[other[0]]} is label {other[0]}"
+        )
     return order
 
 

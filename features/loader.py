@@ -153,9 +153,8 @@ class FeatureLoader:
             return self._by_processes()
         import paddle
 
-        batches = (
-            self._by_thread() if self._num_workers else itertools.starmap(self._dataset.read, self.sampler.batches())
-        )
+        one_by_one = itertools.starmap(self._dataset.read, self.sampler.batches())
+        batches = self._by_thread() if self._num_workers else one_by_one
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
         return ([convert(array) for array in batch] for batch in batches)

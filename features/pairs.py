@@ -144,9 +144,7 @@ class PairStore:
             index = load_npz(self.index_path, ["signature", "names", "labels"])
             if index["signature"].tolist() == self._signatures and len(index["names"]):
                 self._names, self._labels = index["names"], index.get("labels")
-                self.index_note = (
-                    f"names of the samples from {self.index_path}; it is made anew when the folders change"
-                )
+                self.index_note = f"names of the samples from {self.index_path}, made anew when the folders change"
                 return True
         return False
 

@@ -47,9 +47,7 @@ def find_features(feature_path, resolution):
         raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
-        raise ValueError(
-            f"feature_path {feature_path}: no {preferred}_features/ and several others ({names}); leave one"
-        )
+        raise ValueError(f"{feature_path}: no {preferred}_features/ and several others ({names}); leave one")
     (name,) = whole
     unfinished = Layout(feature_path, name).state
     if os.path.isdir(unfinished):

@@ -30,7 +30,7 @@ from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import dim_note, unreadable_list
+from features.images import ON_ERROR, dim_note, unreadable_list
 from features.layout import Layout
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
@@ -127,12 +127,7 @@ def main(argv: list | None = None) -> None:
         help="store the posterior's mean and std, 2C channels, so that training draws a fresh sample at each visit, "
         "instead of one sample",
     )
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
-    )
+    parser.add_argument("--on_error", **ON_ERROR)
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once (default 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="threads that read images (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the posterior samples (default 0)")

@@ -271,21 +271,21 @@ class Extraction:
         The batches come one behind: while the device computes on one, the caller writes the one before.
         """
         source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
-        empty, errors = np.zeros((size, size, 3), "uint8"), {}
+        empty = np.zeros((size, size, 3), "uint8")
 
         def read(index):
             try:
-                return source.pixels(index, size)
+                return source.pixels(index, size), None
             except UnreadableImage as error:
-                errors[index] = error
-                return empty
+                return empty, error
 
         def start(indices):
-            pixels = np.stack([*itertools.islice(images, len(indices))])
-            return indices, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
+            pixels, errors = zip(*itertools.islice(images, len(indices)), strict=True)
+            lost = {index: error for index, error in zip(indices, errors, strict=True) if error}
+            pixels = np.stack(pixels)
+            return indices, lost, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
 
-        def fetch(indices, tensors):
-            lost = {index: errors.pop(index) for index in indices if index in errors}
+        def fetch(indices, lost, tensors):
             kept = [index for index in indices if index not in lost]
             arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
             for index, *latents in zip(kept, *arrays, strict=True):

@@ -8,6 +8,7 @@ import posixpath
 import re
 import tarfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -157,10 +158,6 @@ def find_archives(data_path):
     return archives, []
 
 
-def _stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
-
-
 def scan_archives(archives):
     """Finds the images in tar files by reading the headers alone; ValueError for no tar file, or a damaged one.
 
@@ -193,8 +190,8 @@ def _members(file, shown, inner, lost, start=0, folder=""):
             if not member.isreg() or member.issparse():
                 lost.append(member.name)
             elif name.lower().endswith(".tar") and not folder:
-                inner.add(_stem(name))
-                yield from _members(file, f"{shown}: {name}", inner, lost, member.offset_data, f"{_stem(name)}/")
+                inner.add(Path(name).stem)
+                yield from _members(file, f"{shown}: {name}", inner, lost, member.offset_data, f"{Path(name).stem}/")
             else:
                 yield folder + name, member.offset_data, member.size
     except tarfile.TarError as error:
@@ -216,8 +213,8 @@ def _class_tars(data_path, archives, notes, earlier):
     if inner and not folders() <= inner:
         raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
     if not inner and archives != [data_path]:
-        inner = {_stem(path) for path in archives}
-        found = [(f"{_stem(archives[span[0]])}/{name}", *span) for name, *span in found]
+        stems = [Path(path).stem for path in archives]
+        inner, found = {*stems}, [(f"{stems[span[0]]}/{name}", *span) for name, *span in found]
     # A tar file of one folder with the class folders in it.
     while len(folders()) == 1 and all(name.count("/") > 1 for name, *_ in found):
         found = [(name.split("/", 1)[1], *span) for name, *span in found]

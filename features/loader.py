@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import operator
 import os
 import shutil
 import signal
@@ -13,29 +12,6 @@ import numpy as np
 from features.read_ahead import map_ahead
 from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
-
-
-class _MicroBatches:
-    """A run's micro-batches as the items of a dataset, each `(arrays, an error's message or None)`.
-
-    Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
-    """
-
-    def __init__(self, dataset, sampler):
-        self.dataset, self.sampler = dataset, sampler
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __getitem__(self, number):
-        step, micro_step = divmod(number, self.sampler.accumulation_steps)
-        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
-        try:
-            return [*self.dataset.read(indices, positions)], None
-        except Exception as error:  # even a bug must not hang the loop
-            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
-            return [np.zeros(1)], message  # a batch without an array would not come through
-
 
 LOADER_DIED = (
     "a loader process died. Was the memory full, or /dev/shm, through which batches come? Give --num_workers 0 "
@@ -87,6 +63,16 @@ class FeatureLoader:
     def __len__(self):
         return len(self.sampler)
 
+    def _read_in_process(self, numbers):
+        """Returns a micro-batch's arrays and an error's message or None: Paddle's DataLoader hangs at one raised."""
+        step, micro_step = divmod(numbers[0], self.sampler.accumulation_steps)
+        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
+        try:
+            return [*self._dataset.read(indices, positions)], None
+        except Exception as error:  # even a bug must not hang the loop
+            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
+            return [np.zeros(1)], message  # a batch without an array would not come through
+
     def _by_processes(self):
         from paddle.io import DataLoader
 
@@ -102,8 +88,8 @@ class FeatureLoader:
                 "or tools/pack_features.py avoids it"
             )
         loader = DataLoader(
-            _MicroBatches(self._dataset, self.sampler),
-            collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
+            range(len(self)),  # the numbers of the micro-batches, which workers read, as arrays
+            collate_fn=self._read_in_process,
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
             use_shared_memory=fits,

@@ -270,11 +270,9 @@ def match_vae(vae, name, features, flag):
 
 
 class LatentEncoder:
-    """Encodes pixels to what is stored of their latents.
+    """Encodes pixels to what is stored of their latents: posterior samples, drawn from `seed`, or their `moments`.
 
-    Args:
-        vae: an `AutoencoderKL`. precision: a `runtime.precision.Precision`.
-        seed: of the posterior samples. moments: keep mean and standard deviation instead of a sample of them.
+    `vae` is an `AutoencoderKL`, `precision` a `runtime.precision.Precision`.
     """
 
     def __init__(self, vae, precision, *, seed, moments):

@@ -34,12 +34,9 @@ _shared = []  # what a worker process was started with: the store, a report's fa
 
 @dataclass
 class Report:
-    """The result of `check_set`.
+    """The result of `check_set`: `facts`, JSON values, `notes`, sentences, and `problems`, {"kind", "text"} each.
 
-    Attributes:
-        facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
-        store: what was opened, a `PackedStore` or `Pairs`. samples: `(N,)` of `SAMPLE`, or `(0,)`.
-        notes: sentences. problems: [{"kind": ..., "text": one line}, ...].
+    `store` is a `PackedStore` or `Pairs`, `samples` `(N,)` of `SAMPLE`: `(0,)`, with few facts, if there were none.
     """
 
     manifest: dict
@@ -127,10 +124,9 @@ def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, all
 def read_rows(store, indices, facts, hashing=False):
     """Reads samples, and of pairs those that can be read.
 
-    Returns:
-        `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels, None
-        for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of pairs
-        that are to be hashed `{path under the feature folder: sha256}`.
+    Returns `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels,
+    None for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of
+    pairs that are to be hashed `{path under the feature folder: sha256}`.
     """
     labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
     shape, dtype, reader = facts["row_shape"], facts["dtype"], NpyReader()
@@ -164,10 +160,9 @@ def read_rows(store, indices, facts, hashing=False):
 def check_span(span):
     """Looks into a range of samples, in a worker process.
 
-    Returns:
-        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
-        moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their
-        originals; the last two as of `read_rows`.
+    Returns `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
+    moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their originals; the
+    last two as of `read_rows`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees

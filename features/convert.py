@@ -27,10 +27,8 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
     After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py. ValueError if
-    the source can't be converted, or something is in the way.
-
-    Returns:
-        `(number of samples, their paths, largest rounding error)`, 0 also where an earlier start has compared them.
+    the source can't be converted, or something is in the way. Returns `(number of samples, their paths, largest
+    rounding error)`, 0 also where an earlier start has compared them.
     """
     source_kind, name = find_features(feature_path, resolution)
     kind = to or ("npy" if source_kind == "packed" else "packed")

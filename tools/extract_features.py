@@ -78,7 +78,12 @@ def extract(args) -> None:
     try:
         manifest = extraction.run(encoder, num_workers=args.num_workers, skip=args.on_error == "skip")
         if rank == 0:
-            report(layout, manifest)
+            if lost := manifest["unreadable"]:
+                print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
+            places = [layout.packed] if args.format == "packed" else [layout.features, layout.labels]
+            classes = counted(manifest["num_classes"], "class", "classes")
+            print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
+            print(*places, layout.classes, layout.manifest, sep=", ")
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
         if rank == 0 or not os.path.exists(layout.manifest):
@@ -88,18 +93,6 @@ def extract(args) -> None:
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
-
-
-def report(layout, manifest):
-    """Says what was written, and what was not."""
-    lost = manifest["unreadable"]
-    if lost:
-        print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
-    places = [layout.packed] if manifest["format"] == "packed" else [layout.features, layout.labels]
-    print(
-        f"{counted(manifest['num_samples'], 'image')} of {counted(manifest['num_classes'], 'class', 'classes')}: "
-        f"{', '.join([*places, layout.classes, layout.manifest])}"
-    )
 
 
 def main(argv: list | None = None) -> None:

@@ -217,14 +217,9 @@ def _expect(report, model):
     if report.facts["format"] == "packed" and row_shape != store.row_shape:
         report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
         row_shape = store.row_shape
-    report.facts.update(
-        samples=len(store),
-        row_shape=row_shape,
-        dtype=manifest.get("dtype", store.dtype.name),
-        moments=bool(moments),
-        flip=store.has_flip,
-        num_classes=num_classes,
-    )
+    dtype = manifest.get("dtype", store.dtype.name)
+    report.facts.update(samples=len(store), row_shape=row_shape, dtype=dtype, moments=bool(moments))
+    report.facts.update(flip=store.has_flip, num_classes=num_classes)
 
 
 def _check_counts(report):
@@ -256,10 +251,8 @@ def _check_statistics(report, sums):
     mean, square = sums[0] / count, (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
     channel_std = np.sqrt(np.maximum(square - mean**2, 0))
     std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
-    report.facts["latents"] = {
-        **{"mean": float(mean.mean()), "std": std},
-        **{"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()},
-    }
+    channels = {"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()}
+    report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **channels}
     if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
     text = f"the latents' standard deviation is {std:.4g}, expected about 1"

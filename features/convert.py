@@ -46,15 +46,8 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
 
     layout, manifest = Layout(output, name), read_manifest(feature_path, name)
     work = layout.unpacking if kind == "npy" else layout.partial
-    plan = {
-        "source": os.path.abspath(store.path),
-        "samples": len(store),
-        "row_shape": list(store.row_shape),
-        "flip": store.has_flip,
-        "to": kind,
-        "dtype": dtype,
-        "shard_samples": shard_samples,
-    }
+    plan = {"source": os.path.abspath(store.path), "samples": len(store), "row_shape": list(store.row_shape)}
+    plan |= {"flip": store.has_flip, "to": kind, "dtype": dtype, "shard_samples": shard_samples}
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 

@@ -36,8 +36,7 @@ def find_features(feature_path, resolution):
             found.setdefault(match[1], []).append(match[2])
     preferred = f"imagenet{resolution or 256}"
     whole = sorted(name for name, kinds in found.items() if kinds != ["packed.partial"])
-    if preferred in whole:
-        whole = [preferred]
+    whole = [preferred] if preferred in whole else whole
     if not whole and found:
         partial = Layout(feature_path, min(found)).partial
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")

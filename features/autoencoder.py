@@ -19,10 +19,9 @@ class NotFiniteError(ValueError):
 
 
 def load_vae(name_or_path):
-    """Loads the `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of that name on the hub.
+    """Loads the `AutoencoderKL` in a folder (config.json, model_state.pdparams) or of a hub name, in eval mode.
 
-    It is in eval mode. Nothing that the folder holds is executed. No VAE there, one whose scale of latents can't be, or
-    a download that failed is a `ValueError` of one line.
+    Nothing in the folder is executed. No VAE there, one with an impossible scale, or no download is a `ValueError`.
     """
     from ppdiffusers import AutoencoderKL
 
@@ -54,8 +53,7 @@ class LatentDecoder:
     def decode(self, latents):
         """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
 
-        Raises:
-            NotFiniteError: NaN or infinity in latents or images; says in how many images, and which.
+        NotFiniteError says in how many images, and in which, there is NaN or infinity.
         """
         import paddle
 
@@ -209,13 +207,8 @@ def downsampling(vae):
 def choose_vae(given, features, default, flag):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
-    Args:
-        given: the value of the flag, or None.
-        features: the `vae` entry of a config's `features` section, or None: what the latents were made with.
-        default: for latents that nothing is known of.
-
-    Raises:
-        ValueError: one line: the features' own is a folder that is not there.
+    `given` is the value of `flag`, or None; `features` the `vae` entry of a config's `features` section, or None.
+    ValueError if the features' own is a folder that is not there.
     """
     own = features["name"] if features else None
     if given is not None or own is None:
@@ -232,15 +225,11 @@ def choose_vae(given, features, default, flag):
 
 
 def open_vae(given, features, *, default, flag, channels=None):
-    """Loads the autoencoder for a model's latents, with the arguments of `choose_vae`.
+    """Loads the autoencoder for a model's latents, with the arguments of `choose_vae`; returns `(vae, notes)`.
 
-    Weights that are the features' own decode latents as those were scaled, whatever the config beside them says.
-
-    Returns:
-        `(vae, notes)`: sentences for the user, among them how it differs from the one that made the features.
-
-    Raises:
-        ValueError: one line: it can't be loaded, or its latents are not of the features' shape, or of `channels`.
+    Weights that are the features' own decode latents as those were scaled, whatever the config beside them says; a note
+    tells how others differ. ValueError if it can't be loaded, or its latents are not of the features' shape, or of
+    `channels`.
     """
     name, note = choose_vae(given, features, default, flag)
     vae = load_vae(name)
@@ -289,11 +278,9 @@ def vae_differences(theirs, ours):
 
 
 class LatentEncoder:
-    """Encodes pixels to what is stored of their latents.
+    """Encodes pixels to what is stored of their latents: posterior samples, drawn from `seed`, or their `moments`.
 
-    Args:
-        vae: an `AutoencoderKL`. precision: a `runtime.precision.Precision`.
-        seed: of the posterior samples. moments: keep mean and standard deviation instead of a sample of them.
+    `vae` is an `AutoencoderKL`, `precision` a `runtime.precision.Precision`.
     """
 
     def __init__(self, vae, precision, *, seed, moments):

@@ -18,7 +18,7 @@ from features.image_source import MAX_LABEL
 from features.layout import Layout
 from features.npy import load_npy
 from features.packed import PackedStore
-from features.pairs import NpyReader, match_pairs, read_label, without_batch_axis
+from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
 from features.store import read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
@@ -34,12 +34,9 @@ _shared = []  # what a worker process was started with: the store, a report's fa
 
 @dataclass
 class Report:
-    """The result of `check_set`.
+    """The result of `check_set`: `facts`, JSON values, `notes`, sentences, and `problems`, {"kind", "text"} each.
 
-    Attributes:
-        facts: JSON values that were found out; `samples` is among them if there was a sample to look into.
-        store: what was opened, a `PackedStore` or `Pairs`. samples: `(N,)` of `SAMPLE`, or `(0,)`.
-        notes: sentences. problems: [{"kind": ..., "text": one line}, ...].
+    `store` is a `PackedStore` or `Pairs`, `samples` `(N,)` of `SAMPLE`: `(0,)`, with few facts, if there were none.
     """
 
     manifest: dict
@@ -55,15 +52,11 @@ class Report:
         self.problems.append({"kind": kind, "text": f"{path}: {text}"})
 
 
-class Pairs:
-    """The pairs of files whose counterparts are there, as a store; `lonely` are the other files, of `match_pairs`."""
+class Pairs(PairStore):
+    """The pairs of files whose counterparts are there; `lonely` are the other files, of `match_pairs`."""
 
-    def __init__(self, layout):
-        self.path, self.has_flip = layout.features, os.path.isdir(layout.flipped)
-        self._folders = {"latents": layout.features, "labels": layout.labels}
-        if self.has_flip:
-            self._folders["flipped"] = layout.flipped
-        self._names, self.lonely = match_pairs([*self._folders.values()])
+    def _open(self):
+        self._names, self.lonely = match_pairs([*self._kinds.values()])
         self.row_shape = self.dtype = None
         for index in range(min(1000, len(self))):
             with contextlib.suppress(ValueError):
@@ -72,31 +65,18 @@ class Pairs:
                     self.row_shape, self.dtype = latent.shape, latent.dtype
                     break
 
-    def __len__(self):
-        return len(self._names)
 
-    def source(self, index, kind="latents"):
-        return os.path.join(self._folders[kind], os.fsdecode(self._names[index]))
+def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, allow_duplicates) -> Report:
+    """Checks every sample of a set, in parallel; a broken manifest, or a process that dies, is a `ValueError`.
 
-
-def check_set(
-    feature_path, kind, name, *, model=None, num_workers=1, compare_checksums=True, allow_duplicates=False
-) -> Report:
-    """Checks every sample of a set, in parallel.
-
-    Args:
-        feature_path, kind, name: the set, as `features.store.find_features` gives them.
-        model: the `model` section of a config, for shape and classes; None: what the manifest says.
-        compare_checksums: compare every file with its checksum, if the manifest names a file of them.
-        allow_duplicates: equal latents of one class are no problem.
-
-    A broken manifest, or a worker process that dies, is a `ValueError`.
+    `kind` and `name` are what `find_features` returns, the last three flags of tools/check_features.py. `model` is that
+    section of a config, for shape and classes; None: what the manifest says.
     """
     layout = Layout(feature_path, name)
     facts = {"feature_path": feature_path, "name": name, "format": kind}
     report = Report(read_manifest(feature_path, name), layout, facts)
     try:
-        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(layout)
+        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(feature_path, name)
         for path, other in getattr(store, "lonely", ()):
             report.add("pairs", path, f"has no counterpart in {other}")
         if not len(store) or store.row_shape is None:
@@ -107,7 +87,7 @@ def check_set(
         report.problems.append({"kind": "format", "text": one_line(error)})
         return report
     _expect(report, model)
-    wanted = _read_checksums(report) if compare_checksums else None
+    wanted = None if no_checksums else _read_checksums(report)
 
     size = len(store)
     row_bytes = 4 * math.prod(facts["row_shape"]) * (1 + store.has_flip)
@@ -128,8 +108,9 @@ def check_set(
                 bar.update(len(samples))
             if wanted and kind == "packed":
                 bar.set_description("checksums")
-                paths = [os.path.join(feature_path, name) for name in wanted]
-                files = dict(zip(wanted, pool.map(_hash_file, paths), strict=True))
+                paths = {name: os.path.join(feature_path, name) for name in wanted}
+                paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
+                files = dict(zip(paths, pool.map(sha256_of_file, paths.values()), strict=True))
     except BrokenProcessPool:
         raise ValueError("a process of the check died; was the memory full? Give a smaller --num_workers") from None
     report.samples = np.concatenate(parts)
@@ -143,10 +124,9 @@ def check_set(
 def read_rows(store, indices, facts, hashing=False):
     """Reads samples, and of pairs those that can be read.
 
-    Returns:
-        `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels, None
-        for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of pairs
-        that are to be hashed `{path under the feature folder: sha256}`.
+    Returns `(rows, labels, whole, problems, files)`: [latents, mirrored latents if there are any], float32; labels,
+    None for one that can't be read; `(n,)` bool, samples whose latents could be; problems as of a `Report`; and of
+    pairs that are to be hashed `{path under the feature folder: sha256}`.
     """
     labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
     shape, dtype, reader = facts["row_shape"], facts["dtype"], NpyReader()
@@ -180,10 +160,9 @@ def read_rows(store, indices, facts, hashing=False):
 def check_span(span):
     """Looks into a range of samples, in a worker process.
 
-    Returns:
-        `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
-        moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their
-        originals; the last two as of `read_rows`.
+    Returns `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
+    moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their originals; the
+    last two as of `read_rows`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
@@ -222,11 +201,6 @@ def check_span(span):
     return samples, sums, problems, files
 
 
-def _hash_file(path):
-    with contextlib.suppress(OSError):
-        return sha256_of_file(path)
-
-
 def _expect(report, model):
     """Notes shape and classes of every sample: what the config says, else the manifest, else the first sample."""
     manifest, store = report.manifest, report.store
@@ -243,14 +217,9 @@ def _expect(report, model):
     if report.facts["format"] == "packed" and row_shape != store.row_shape:
         report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
         row_shape = store.row_shape
-    report.facts.update(
-        samples=len(store),
-        row_shape=row_shape,
-        dtype=manifest.get("dtype", store.dtype.name),
-        moments=bool(moments),
-        flip=store.has_flip,
-        num_classes=num_classes,
-    )
+    dtype = manifest.get("dtype", store.dtype.name)
+    report.facts.update(samples=len(store), row_shape=row_shape, dtype=dtype, moments=bool(moments))
+    report.facts.update(flip=store.has_flip, num_classes=num_classes)
 
 
 def _check_counts(report):
@@ -282,10 +251,8 @@ def _check_statistics(report, sums):
     mean, square = sums[0] / count, (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
     channel_std = np.sqrt(np.maximum(square - mean**2, 0))
     std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
-    report.facts["latents"] = {
-        **{"mean": float(mean.mean()), "std": std},
-        **{"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()},
-    }
+    channels = {"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()}
+    report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **channels}
     if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
     text = f"the latents' standard deviation is {std:.4g}, expected about 1"
@@ -344,7 +311,7 @@ def _compare_checksums(report, wanted, files):
     report.facts["files_with_checksum"] = None if wanted is None else len(wanted)
     for name in {**(wanted or {}), **files}:
         path = os.path.join(report.layout.features_path, name)
-        if files.get(name) is None:
+        if name not in files:
             report.add("checksums", path, "has a checksum, but is not there")
         elif name not in wanted:
             report.add("checksums", path, "has no checksum")

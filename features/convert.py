@@ -23,14 +23,12 @@ CHUNK_BYTES = 1 << 24  # read and compared at a time
 SHARD_BYTES = 1 << 32
 
 
-def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, shard_samples=None, num_workers=4):
+def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, num_workers):
     """Writes a set in the other format, reads it back and compares every bit, and only then gives it its name.
 
-    After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py, None for their
-    defaults. ValueError if the source can't be converted, or something is in the way.
-
-    Returns:
-        `(number of samples, their paths, largest rounding error)`, 0 also where an earlier start has compared them.
+    After a kill the same call goes on where it was. Arguments are the flags of tools/pack_features.py. ValueError if
+    the source can't be converted, or something is in the way. Returns `(number of samples, their paths, largest
+    rounding error)`, 0 also where an earlier start has compared them.
     """
     source_kind, name = find_features(feature_path, resolution)
     kind = to or ("npy" if source_kind == "packed" else "packed")
@@ -48,15 +46,8 @@ def convert_set(feature_path, output, *, resolution=None, to=None, dtype=None, s
 
     layout, manifest = Layout(output, name), read_manifest(feature_path, name)
     work = layout.unpacking if kind == "npy" else layout.partial
-    plan = {
-        "source": os.path.abspath(store.path),
-        "samples": len(store),
-        "row_shape": list(store.row_shape),
-        "flip": store.has_flip,
-        "to": kind,
-        "dtype": dtype,
-        "shard_samples": shard_samples,
-    }
+    plan = {"source": os.path.abspath(store.path), "samples": len(store), "row_shape": list(store.row_shape)}
+    plan |= {"flip": store.has_flip, "to": kind, "dtype": dtype, "shard_samples": shard_samples}
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 
@@ -138,22 +129,21 @@ class _Rows:
     def __init__(self, store, num_workers):
         self.store, self.names, self.num_workers = store, store.names(), num_workers
 
-    def read(self, start, stop):
-        """Returns `(names, labels, [latents, mirrored latents])` of the samples `[start, stop)`."""
-        rows = [np.empty((stop - start, *self.store.row_shape), "float32") for _ in range(1 + self.store.has_flip)]
+    def read(self, span):
+        """Returns `(names, labels, [latents, mirrored latents])` of the samples in a `range`."""
+        rows = [np.empty((len(span), *self.store.row_shape), "float32") for _ in range(1 + self.store.has_flip)]
         for twin, out in enumerate(rows):
-            labels = self.store.read(np.arange(start, stop), out, np.full(stop - start, bool(twin)))
-        return [os.fsdecode(name) for name in self.names[start:stop]], labels.tolist(), rows
+            labels = self.store.read(np.array(span), out, np.full(len(span), bool(twin)))
+        return [os.fsdecode(name) for name in self.names[span.start : span.stop]], labels.tolist(), rows
 
-    def map(self, function, bar, start=0, stop=None):
-        """Yields `function(first, last)` of each chunk in order, computed by the threads, and moves a progress bar."""
-        stop = len(self.store) if stop is None else stop
+    def map(self, function, samples, bar):
+        """Yields `function(span)` of each chunk of a `range`, computed by the threads, and moves a progress bar."""
         size = max(1, CHUNK_BYTES // (4 * int(np.prod(self.store.row_shape)) * (1 + self.store.has_flip)))
-        spans = [(first, min(first + size, stop)) for first in range(start, stop, size)]
-        results = map_ahead(lambda span: function(*span), spans, self.num_workers, 2 * self.num_workers)
-        for (first, last), result in zip(spans, results, strict=True):
+        spans = [samples[first:][:size] for first in range(0, len(samples), size)]
+        results = map_ahead(function, spans, self.num_workers, 2 * self.num_workers)
+        for span, result in zip(spans, results, strict=True):
             yield result
-            bar.update(last - first)
+            bar.update(len(span))
 
 
 def _compare(source, target, rounded_to):
@@ -166,8 +156,8 @@ def _compare(source, target, rounded_to):
     if len(old_store) != len(new_store) or old_store.has_flip != new_store.has_flip:
         raise ValueError(f"{new_store.path}: holds {counted(len(new_store), 'sample')}, the source {len(old_store)}")
 
-    def check(start, stop):
-        (*old_keys, rows), (*new_keys, new_rows) = source.read(start, stop), target.read(start, stop)
+    def check(span):
+        (*old_keys, rows), (*new_keys, new_rows) = source.read(span), target.read(span)
         bad = np.any([np.array(old) != new for old, new in zip(old_keys, new_keys, strict=True)], axis=0)
         worst = 0.0
         for old, new in zip(rows, new_rows, strict=True):
@@ -176,13 +166,13 @@ def _compare(source, target, rounded_to):
             if rounded_to == "float16":
                 worst = max(worst, float(np.abs(old - new).max(initial=0)))
         if bad.any():
-            index = start + int(np.argmax(bad))
+            index = span[np.argmax(bad)]
             hint = "; were its dtypes mixed? then give --dtype" if new_store.dtype == "float16" else ""
             raise ValueError(f"{new_store.source(index)}: is not the same as {old_store.source(index)}{hint}")
         return worst
 
     with tqdm(total=len(old_store), desc="comparing", unit="sample") as bar:
-        return max(source.map(check, bar))
+        return max(source.map(check, range(len(old_store)), bar))
 
 
 def _to_packed(source, layout, dtype, rounded_to, shard_samples):
@@ -190,14 +180,13 @@ def _to_packed(source, layout, dtype, rounded_to, shard_samples):
     store, error = source.store, 0.0
     if not os.path.exists(layout.packed):  # else: a kill after the comparison
         done, work = finished_shards(layout.partial), layout.partial
-        with tqdm(total=len(store), desc="packing", unit="sample") as bar:
+        with tqdm(total=len(store), initial=sum(done.values()), desc="packing", unit="sample") as bar:
             for number, start in enumerate(range(0, len(store), shard_samples)):
-                stop = min(start + shard_samples, len(store))
                 if number in done:
-                    bar.update(stop - start)
                     continue
                 with ShardWriter(work, number, row_shape=store.row_shape, dtype=dtype, flip=store.has_flip) as shard:
-                    for names, labels, rows in source.map(source.read, bar, start, stop):
+                    samples = range(len(store))[start:][:shard_samples]
+                    for names, labels, rows in source.map(source.read, samples, bar):
                         shard.append(rows[0], labels, names, *rows[1:])
         error = _compare(source, _Rows(PackedStore(work), source.num_workers), rounded_to)
         finish(layout.features_path, layout.name)
@@ -213,14 +202,14 @@ def _to_pairs(source, layout, dtype, rounded_to):
     made, compared = Layout(work, layout.name), os.path.join(work, "compared")
     writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, dtype=dtype)
 
-    def write(start, stop):
-        batch = source.read(start, stop)
-        return [*writer.files(start, batch[0], writer.write(start, [batch]))]
+    def write(span):
+        batch = source.read(span)
+        return [*writer.files(span, batch[0], writer.write(span, [batch]))]
 
     if not os.path.exists(compared):  # else: a kill while the folders moved
         os.makedirs(work, exist_ok=True)
         with tqdm(total=len(store), desc="unpacking", unit="sample") as bar:
-            write_checksums(made, itertools.chain.from_iterable(source.map(write, bar)))
+            write_checksums(made, itertools.chain.from_iterable(source.map(write, range(len(store)), bar)))
         error = _compare(source, _Rows(PairStore(work, layout.name), source.num_workers), rounded_to)
         open(compared, "wb").close()
     # The features last, because a set is found by them.

@@ -46,8 +46,7 @@ class FeatureDataset:
         sample_shape: `(C, h, w)` that the model takes.
         num_classes: labels must be in 0..num_classes-1.
         flip: take the stored mirrored latent with probability 1/2.
-        posterior: for a set that holds moments: "sample" draws `mean + std * noise` anew at every visit, as a loop with
-            the autoencoder in it does; "mean" takes the mean.
+        posterior: of a set with moments: "sample" draws `mean + std * noise` anew at every visit, "mean" is the mean.
         seed: of flips and posterior samples.
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
@@ -63,25 +62,22 @@ class FeatureDataset:
     ):
         kind, name = find_features(feature_path, resolution)
         self.store = open_store(feature_path, kind, name)
-        self.features_dir = self.store.path
+        path = self.features_dir = self.store.path
         self.sample_shape, self.num_classes = tuple(sample_shape), num_classes
         self.flip, self.posterior, self.seed = flip, posterior, seed
         self.notes = []
         self._indices = self._classes = self._stored = None
         self._check_shape(read_manifest(feature_path, name).get("moments"))
         if resolution and name != f"imagenet{resolution}":
-            self.notes.append(
-                f"image size {resolution}: no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
-            )
+            other = f"no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
+            self.notes.append(f"image size {resolution}: {other}")
         if flip and not self.store.has_flip:
-            raise ValueError(
-                f"{self.features_dir}: flips were asked for, but no mirrored latents are there; extract with --flip"
-            )
+            raise ValueError(f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip")
         if kind == "packed":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
             pairs = Layout(feature_path, name).features
             if os.path.isdir(pairs):
-                self.notes.append(f"{self.features_dir} is read, not {pairs} beside it")
+                self.notes.append(f"{path} is read, not {pairs} beside it")
         elif self.store.index_note:
             self.notes.append(self.store.index_note)
         self[0]
@@ -185,9 +181,8 @@ class FeatureDataset:
     def split(self, held_out, *, seed=0):
         """Returns `(the rest, held_out samples)`, drawn by index from the seed: the same on all ranks and in all runs.
 
-        The seed is not the run's: another run's training samples must not become this one's held-out ones. More
-        held-out samples are those of before and others. A label subset holds out those of its own samples that the
-        whole set would hold out first. ValueError if nothing would be left to train on.
+        The seed is not the run's: another run's training samples must not become this one's held-out ones. A label
+        subset holds out what the whole set would first. ValueError if nothing would be left to train on.
         """
         if not 0 <= held_out < len(self):
             raise ValueError(

@@ -122,13 +122,9 @@ class Journal:
 
 
 class Extraction:
-    """One process's share of an extraction.
+    """The share of process `rank` of `world` in an extraction, which rank 0 begins and ends.
 
-    Args:
-        layout, settings: a `Layout`; the settings of `make_settings`, to which `open` adds what concerns the images.
-        rank, world: of the processes that share images and folder. Rank 0 begins and ends the extraction.
-
-    `source` is the `ImageSource`, from `open` on.
+    To the settings of `make_settings`, `open` adds what concerns the images; from then on `source` is an `ImageSource`.
     """
 
     def __init__(self, layout, settings, rank, world):
@@ -275,28 +271,26 @@ class Extraction:
         The batches come one behind: while the device computes on one, the caller writes the one before.
         """
         source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
-        empty, errors = np.zeros((size, size, 3), "uint8"), {}
+        empty = np.zeros((size, size, 3), "uint8")
 
         def read(index):
             try:
-                return source.pixels(index, size)
+                return source.pixels(index, size), None
             except UnreadableImage as error:
-                errors[index] = error
-                return empty
+                return empty, error
 
         def start(indices):
-            pixels = np.stack([*itertools.islice(images, len(indices))])
-            return indices, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
+            pixels, errors = zip(*itertools.islice(images, len(indices)), strict=True)
+            lost = {index: error for index, error in zip(indices, errors, strict=True) if error}
+            pixels = np.stack(pixels)
+            return indices, lost, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
 
-        def fetch(indices, tensors):
-            lost = {index: errors.pop(index) for index in indices if index in errors}
+        def fetch(indices, lost, tensors):
             kept = [index for index in indices if index not in lost]
             arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
             for index, *latents in zip(kept, *arrays, strict=True):
                 if not np.isfinite(latents).all():
-                    raise ValueError(
-                        f"{source.name(index)}: its latent is not finite: the VAE overflows in this --dtype"
-                    )
+                    raise ValueError(f"{source.name(index)}: its latent is not finite, the VAE overflows in --dtype")
             return kept, source.labels[kept].tolist(), arrays, lost
 
         count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)

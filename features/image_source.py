@@ -8,6 +8,7 @@ import posixpath
 import re
 import tarfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -110,8 +111,7 @@ def open_source(data_path=None, list_file=None, earlier=None):
     Args:
         data_path: a folder with one subfolder per class; a tar file; or a folder of one tar file per class. A tar file
             holds one tar file per class (ImageNet's ILSVRC2012_img_train.tar) or one folder per class.
-        list_file: text with a line `path,label` an image, in the order of the labels' numbers or names. Paths are
-            relative to `data_path` (default: the list's folder), or names of a tar file's images.
+        list_file: text with a line `path,label` an image. Paths are relative to `source_root`, or names in a tar file.
         earlier: see `order_classes`.
 
     The order is that of the list, else by label, then by name, whatever the order in a tar file: the same as in the
@@ -158,17 +158,11 @@ def find_archives(data_path):
     return archives, []
 
 
-def _stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
-
-
 def scan_archives(archives):
     """Finds the images in tar files by reading the headers alone; ValueError for no tar file, or a damaged one.
 
-    Returns:
-        (found, inner, lost): found is a list of (name, archive, offset, size), in no order; the name of an image in a
-        tar file within a tar file is `class/name`. inner is the set of those classes. lost are the names of links and
-        of what is no plain file.
+    Returns (found, inner, lost): [(name, archive, offset, size), ...] in no order, where one in a tar file within a tar
+    file is called `class/name`; the set of those classes; the names of links and of what is no plain file.
     """
     found, inner, lost, (_, endings) = [], set(), [], image_formats()
     total = sum(os.path.getsize(path) for path in archives)
@@ -196,8 +190,8 @@ def _members(file, shown, inner, lost, start=0, folder=""):
             if not member.isreg() or member.issparse():
                 lost.append(member.name)
             elif name.lower().endswith(".tar") and not folder:
-                inner.add(_stem(name))
-                yield from _members(file, f"{shown}: {name}", inner, lost, member.offset_data, f"{_stem(name)}/")
+                inner.add(Path(name).stem)
+                yield from _members(file, f"{shown}: {name}", inner, lost, member.offset_data, f"{Path(name).stem}/")
             else:
                 yield folder + name, member.offset_data, member.size
     except tarfile.TarError as error:
@@ -219,8 +213,8 @@ def _class_tars(data_path, archives, notes, earlier):
     if inner and not folders() <= inner:
         raise ValueError(f"{data_path}: tar files of classes and other images side by side; give the first alone")
     if not inner and archives != [data_path]:
-        inner = {_stem(path) for path in archives}
-        found = [(f"{_stem(archives[span[0]])}/{name}", *span) for name, *span in found]
+        stems = [Path(path).stem for path in archives]
+        inner, found = {*stems}, [(f"{stems[span[0]]}/{name}", *span) for name, *span in found]
     # A tar file of one folder with the class folders in it.
     while len(folders()) == 1 and all(name.count("/") > 1 for name, *_ in found):
         found = [(name.split("/", 1)[1], *span) for name, *span in found]

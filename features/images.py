@@ -12,6 +12,11 @@ import numpy as np
 from runtime.process import counted
 
 MAX_LISTED = 20  # unreadable images named at the end of a command
+ON_ERROR = {  # the flag --on_error of commands that read images
+    "choices": ("stop", "skip"),
+    "default": "stop",
+    "help": "at an image that can't be read: stop there (default), or skip it and list it at the end",
+}
 
 
 @functools.cache
@@ -44,20 +49,14 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
     """Returns the class names in the order of their labels; ValueError if two names are the same number.
 
     Names that are all whole numbers, written in the digits 0 to 9, are sorted as numbers: 0..N-1 are their own labels.
-    Other names are sorted as text.
-
-    Args:
-        notes: gets a sentence where a number is not its label, or not the label that an order as text would give it;
-            and where text puts a name with a higher number first, as class10 before class2.
-        earlier: the order of a set that was begun before; it is kept for the same names.
+    Other names are sorted as text. For the same names the order of a set that was begun `earlier` is kept. `notes` gets
+    a sentence where a label may surprise: it is not the number, text gave another, class10 is before class2.
     """
 
     def compare(order, other, how, who):
-        for label, name in enumerate(order):
-            if name != other[label]:
-                of_other = f"{who} gives it label {other.index(name)}"
-                notes.append(f"labels follow {how}: folder {name} is label {label}; {of_other}")
-                break
+        for name in [name for name, theirs in zip(order, other, strict=True) if name != theirs][:1]:
+            of_other = f"{who} gives it label {other.index(name)}"
+            notes.append(f"labels follow {how}: folder {name} is label {order.index(name)}; {of_other}")
 
     text = sorted(names)
     if not all(re.fullmatch("[0-9]+", name) for name in text):
@@ -72,31 +71,25 @@ def order_classes(names, notes: list, root: str, earlier: list | None = None) ->
         return text
     order = sorted(text, key=int)
     if earlier is not None and sorted(earlier) == text:
-        compare(
-            earlier, order, "the names of the class folders as text, as when this set was begun", "a new extraction"
-        )
+        as_text = "the names of the class folders as text, as when this set was begun"
+        compare(earlier, order, as_text, "a new extraction")
         return earlier
     for one, other in itertools.pairwise(order):
         if int(one) == int(other):
             raise ValueError(f"{root}: the class folders {one} and {other} are the same number; rename one of them")
-    torchvision = "torchvision's ImageFolder, which sorts names as text,"
-    compare(order, text, "the numbers of the class folders", torchvision)
-    for label, name in enumerate(order):
-        if int(name) != label:
-            notes.append(
-                f"the class folders' numbers are not 0..{len(order) - 1}: labels are their places in the order of the "
-                f"numbers, folder {name} is label {label}"
-            )
-            break
+    compare(order, text, "the numbers of the class folders", "torchvision's ImageFolder, which sorts names as text,")
+    if other := [label for label, name in enumerate(order) if int(name) != label]:
+        notes.append(
+            f"the class folders' numbers are not 0..{len(order) - 1}: labels are their places in the order of the "
+            f"numbers, folder {order[other[0]]} is label {other[0]}"
+        )
     return order
 
 
 def walk_files(folder, lost, above=()):
     """Yields the paths of the files below a folder that are not hidden, following links.
 
-    Args:
-        lost: gets the paths of links that lead nowhere or back, and of what is neither file nor folder.
-        above: real paths of the folders that lead here: a link to one of them would never end.
+    `lost` gets the paths of links that lead nowhere, or back to one of the real paths `above`, and of other things.
     """
     here = os.path.realpath(folder)
     if here in above:
@@ -116,15 +109,9 @@ def walk_files(folder, lost, above=()):
 def find_images(root: str, notes: list | None = None, earlier: list | None = None) -> tuple[list, list]:
     """Returns (samples, classes) of an image folder: [(path, label), ...] by label, then path, and the folder names.
 
-    Subfolders of `root` are the classes, labelled 0, 1, ... in the order of `order_classes`; images may lie at any
-    depth below them, in any format that Pillow reads. Links are followed. Hidden files and folders are skipped.
-
-    Args:
-        notes: gets sentences for the user: on the order of the labels, and on what was left out.
-        earlier: see `order_classes`.
-
-    Raises:
-        ValueError: `root` is not a folder, has no subfolder, or there is no image in it.
+    Subfolders of `root` are the classes, see `order_classes`; images may lie at any depth below them, in any format
+    that Pillow reads. Links are followed, hidden files and folders skipped. `notes` gets sentences for the user, also
+    on what was left out. ValueError if `root` is not a folder, or there is no image in it.
     """
     if not os.path.isdir(root):
         raise ValueError(f"{root}: no such folder; expected an image folder with one subfolder per class")
@@ -182,10 +169,8 @@ def center_crop(image, size: int):
 
     Halves with a box filter while the shorter side is at least 2 * size, then one bicubic step to the exact size:
     large photographs keep no aliasing. Returns a PIL image of size x size, the pixels of the official
-    `center_crop_arr` (guided-diffusion's image_datasets.py, DiT's train.py).
-
-    Raises:
-        ValueError: an image so narrow that scaling it to `size` takes more pixels than Pillow lets an image have.
+    `center_crop_arr` (guided-diffusion's image_datasets.py, DiT's train.py). ValueError for an image so narrow that
+    scaling it takes more pixels than Pillow lets an image have.
     """
     from PIL import Image
 
@@ -201,10 +186,7 @@ def center_crop(image, size: int):
 
 
 def unreadable_list(lost: list, everything: str = "") -> str:
-    """Returns lines for the end of a command that left out images: `(name, reason)` of each that can't be read.
-
-    `everything` is the file, if there is one, that names all of them.
-    """
+    """Returns lines on images left out, `(name, reason)` of each; `everything`, if any, is a file that names them."""
     lines = [f"{counted(len(lost), 'image')} could not be read and {'is' if len(lost) == 1 else 'are'} left out:"]
     lines += [f"  {encodable(name)}: {reason}" for name, reason in lost[:MAX_LISTED]]
     if len(lost) > MAX_LISTED:
@@ -222,14 +204,10 @@ def dim_note(dim: list) -> str:
 
 
 def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | None = None):
-    """Reads one image as uint8 [size, size, 3], centre-cropped.
+    """Reads one image, of a file or of `data`, the bytes of one, as uint8 [size, size, 3], centre-cropped.
 
-    Args:
-        path: the file, or where `data`, its bytes, comes from.
-        dim: gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16.
-
-    Raises:
-        UnreadableImage: Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    `dim` gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16. UnreadableImage if
+    Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     from PIL import Image, UnidentifiedImageError
 

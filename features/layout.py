@@ -6,11 +6,8 @@ import os
 class Layout:
     """The paths of the set NAME under FEATURES_PATH.
 
-    Attributes:
-        features, flipped, labels: folders of pairs. unpacking: where shards are made into pairs.
-        packed, partial: folder of shards, and where they are written.
-        classes, manifest, checksums, index: files beside them.
-        state: folder of an extraction that is not finished, with its settings and the list of its images.
+    Shards are written in `partial`, and made into pairs in `unpacking`. `state` is the folder of an extraction that is
+    not finished, with its settings and the list of its images.
     """
 
     def __init__(self, features_path, name):

@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import operator
 import os
 import shutil
 import signal
@@ -13,29 +12,6 @@ import numpy as np
 from features.read_ahead import map_ahead
 from features.store import READ_BYTES
 from runtime.process import local_processes, say, start_worker
-
-
-class _MicroBatches:
-    """A run's micro-batches as the items of a dataset, each `(arrays, an error's message or None)`.
-
-    Paddle's DataLoader hangs when a dataset raises, so errors are returned as values.
-    """
-
-    def __init__(self, dataset, sampler):
-        self.dataset, self.sampler = dataset, sampler
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def __getitem__(self, number):
-        step, micro_step = divmod(number, self.sampler.accumulation_steps)
-        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
-        try:
-            return [*self.dataset.read(indices, positions)], None
-        except Exception as error:  # even a bug must not hang the loop
-            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
-            return [np.zeros(1)], message  # a batch without an array would not come through
-
 
 LOADER_DIED = (
     "a loader process died. Was the memory full, or /dev/shm, through which batches come? Give --num_workers 0 "
@@ -50,10 +26,7 @@ def free_shared_memory():
 
 
 def _name_dead_loaders():
-    """Makes the death of a loader process one line, wherever this process is then.
-
-    Paddle's handler of SIGCHLD raises a SystemError of many lines there.
-    """
+    """Makes the SystemError of many lines that Paddle's handler of SIGCHLD raises for a dead loader one line."""
     handler = signal.getsignal(signal.SIGCHLD)
     is_ours = hasattr(handler, "names_dead_loaders")  # Paddle sets its own only once
     if is_ours or not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -76,8 +49,8 @@ class FeatureLoader:
 
     Args:
         dataset, sampler: a `FeatureDataset` and a `MicroBatchSampler`.
-        num_workers: 0 reads in the calling thread, between steps. More read ahead while a step runs: pairs of files by
-            so many processes; a packed set by one thread, which is as fast as the memory is. The samples are the same.
+        num_workers: 0 reads in the calling thread, between steps. More read ahead: pairs of files by so many processes,
+            a packed set by one thread, which is as fast as the memory is. The samples are the same.
         phase: called with "reading data" and "training" in turn, see `Stopping.phase`; or None.
 
     Iterating raises what the dataset raises for a sample, and ValueError when a loader process dies.
@@ -89,6 +62,16 @@ class FeatureLoader:
 
     def __len__(self):
         return len(self.sampler)
+
+    def _read_in_process(self, numbers):
+        """Returns a micro-batch's arrays and an error's message or None: Paddle's DataLoader hangs at one raised."""
+        step, micro_step = divmod(numbers[0], self.sampler.accumulation_steps)
+        indices, positions = self.sampler.batch(self.sampler.first_step + step + 1, micro_step)
+        try:
+            return [*self._dataset.read(indices, positions)], None
+        except Exception as error:  # even a bug must not hang the loop
+            message = str(error) if isinstance(error, ValueError) else f"samples {indices.tolist()}: {error!r}"
+            return [np.zeros(1)], message  # a batch without an array would not come through
 
     def _by_processes(self):
         from paddle.io import DataLoader
@@ -105,8 +88,8 @@ class FeatureLoader:
                 "or tools/pack_features.py avoids it"
             )
         loader = DataLoader(
-            _MicroBatches(self._dataset, self.sampler),
-            collate_fn=operator.itemgetter(0),  # arrays: workers must not make tensors
+            range(len(self)),  # the numbers of the micro-batches, which workers read, as arrays
+            collate_fn=self._read_in_process,
             num_workers=self._num_workers,
             worker_init_fn=start_worker,
             use_shared_memory=fits,
@@ -156,9 +139,8 @@ class FeatureLoader:
             return self._by_processes()
         import paddle
 
-        batches = (
-            self._by_thread() if self._num_workers else itertools.starmap(self._dataset.read, self.sampler.batches())
-        )
+        one_by_one = itertools.starmap(self._dataset.read, self.sampler.batches())
+        batches = self._by_thread() if self._num_workers else one_by_one
         # On a CPU the tensors are the arrays, without another copy.
         convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
         return ([convert(array) for array in batch] for batch in batches)

@@ -78,10 +78,8 @@ def cast(array, dtype, where):
 class ShardWriter(contextlib.ExitStack):
     """Writes shard `number`, as a context: whole and in its place when left normally, not there at all otherwise.
 
-    Args:
-        folder: the set's `Layout.partial`; made if need be.
-        row_shape, dtype: of a stored row, `(C, h, w)`, or `(2C, h, w)` with moments; "float32" or "float16".
-        flip: mirrored twins are stored.
+    `folder` is the set's `Layout.partial`, `row_shape` the stored `(C, h, w)`, or `(2C, h, w)` with moments, `dtype`
+    "float32" or "float16"; with `flip` mirrored twins are stored.
     """
 
     def __init__(self, folder, number, *, row_shape, dtype="float32", flip=False):

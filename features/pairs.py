@@ -125,6 +125,10 @@ class PairStore:
         # They change with the names in a folder.
         self._signatures = [[s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, self._kinds.values())]
         self._labels = None
+        self._open()
+
+    def _open(self):
+        """Finds the names, and shape and dtype of a row."""
         if not self._load_index():
             self._names, lonely = match_pairs([*self._kinds.values()])
             if lonely:
@@ -140,9 +144,7 @@ class PairStore:
             index = load_npz(self.index_path, ["signature", "names", "labels"])
             if index["signature"].tolist() == self._signatures and len(index["names"]):
                 self._names, self._labels = index["names"], index.get("labels")
-                self.index_note = (
-                    f"names of the samples from {self.index_path}; it is made anew when the folders change"
-                )
+                self.index_note = f"names of the samples from {self.index_path}, made anew when the folders change"
                 return True
         return False
 

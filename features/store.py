@@ -36,8 +36,7 @@ def find_features(feature_path, resolution):
             found.setdefault(match[1], []).append(match[2])
     preferred = f"imagenet{resolution or 256}"
     whole = sorted(name for name, kinds in found.items() if kinds != ["packed.partial"])
-    if preferred in whole:
-        whole = [preferred]
+    whole = [preferred] if preferred in whole else whole
     if not whole and found:
         partial = Layout(feature_path, min(found)).partial
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")
@@ -47,9 +46,7 @@ def find_features(feature_path, resolution):
         raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
-        raise ValueError(
-            f"feature_path {feature_path}: no {preferred}_features/ and several others ({names}); leave one"
-        )
+        raise ValueError(f"{feature_path}: no {preferred}_features/ and several others ({names}); leave one")
     (name,) = whole
     unfinished = Layout(feature_path, name).state
     if os.path.isdir(unfinished):

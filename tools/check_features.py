@@ -102,9 +102,7 @@ def output_files(path, folder, name, overwrite):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--feature_path", required=True, help="folder that holds NAME_features/ or NAME_packed/")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="picks the set imagenet{N}, if there are several [256]"
-    )
+    parser.add_argument("--resolution", type=int, default=256, help="picks one of several sets, imagenet{N} [256]")
     parser.add_argument("--config_file", help="config of the model to train: shape and classes [the manifest's]")
     parser.add_argument("--vae", help="AutoencoderKL folder or hub name, to decode some samples")
     parser.add_argument("--num_images", type=int, default=32, metavar="N", help="samples in the picture [32]")
@@ -121,13 +119,8 @@ def main(argv=None):
     kind, name = find_features(args.feature_path, args.resolution)
     model = load_config(args.config_file)["model"] if args.config_file else None
     output, picture = output_files(args.output, args.feature_path, name, args.overwrite)
-    report = check_set(
-        *(args.feature_path, kind, name),
-        model=model,
-        num_workers=args.num_workers,
-        compare_checksums=not args.no_checksums,
-        allow_duplicates=args.allow_duplicates,
-    )
+    options = {key: getattr(args, key) for key in ("num_workers", "no_checksums", "allow_duplicates")}
+    report = check_set(args.feature_path, kind, name, model=model, **options)
     write_json(output, {**report.facts, "notes": report.notes, "problems": report.problems})
     print_report(report)
     print(f"report: {output}", flush=True)

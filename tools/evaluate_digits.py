@@ -33,13 +33,9 @@ def check(args, model):
     if model.pipeline == "SiTPipeline":
         return
     if args.sampler is not None:
-        raise ValueError(
-            f"--sampler {args.sampler} is for a SiTPipeline; {args.pipeline} is a DiTPipeline, sampled with DDIM"
-        )
-    if args.guidance_scale < 1:
-        raise ValueError(
-            f"--guidance_scale {args.guidance_scale}: a DiTPipeline guides by scales above 1 only; expected 1 or more"
-        )
+        raise ValueError(f"--sampler {args.sampler} is for a SiTPipeline; {args.pipeline} is a DiTPipeline, for DDIM")
+    if (scale := args.guidance_scale) < 1:
+        raise ValueError(f"--guidance_scale {scale}: a DiTPipeline guides by scales above 1 only; expected 1 or more")
     check_scheduler(model.scheduler, None, args.num_inference_steps)
 
 

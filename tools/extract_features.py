@@ -30,7 +30,7 @@ from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import dim_note, unreadable_list
+from features.images import ON_ERROR, dim_note, unreadable_list
 from features.layout import Layout
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
@@ -78,7 +78,12 @@ def extract(args) -> None:
     try:
         manifest = extraction.run(encoder, num_workers=args.num_workers, skip=args.on_error == "skip")
         if rank == 0:
-            report(layout, manifest)
+            if lost := manifest["unreadable"]:
+                print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
+            places = [layout.packed] if args.format == "packed" else [layout.features, layout.labels]
+            classes = counted(manifest["num_classes"], "class", "classes")
+            print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
+            print(*places, layout.classes, layout.manifest, sep=", ")
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
         if rank == 0 or not os.path.exists(layout.manifest):
@@ -88,18 +93,6 @@ def extract(args) -> None:
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
-
-
-def report(layout, manifest):
-    """Says what was written, and what was not."""
-    lost = manifest["unreadable"]
-    if lost:
-        print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
-    places = [layout.packed] if manifest["format"] == "packed" else [layout.features, layout.labels]
-    print(
-        f"{counted(manifest['num_samples'], 'image')} of {counted(manifest['num_classes'], 'class', 'classes')}: "
-        f"{', '.join([*places, layout.classes, layout.manifest])}"
-    )
 
 
 def main(argv: list | None = None) -> None:
@@ -127,12 +120,7 @@ def main(argv: list | None = None) -> None:
         help="store the posterior's mean and std, 2C channels, so that training draws a fresh sample at each visit, "
         "instead of one sample",
     )
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
-    )
+    parser.add_argument("--on_error", **ON_ERROR)
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once (default 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="threads that read images (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the posterior samples (default 0)")

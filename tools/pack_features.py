@@ -11,6 +11,7 @@ import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.flags import check_positive
 from features.convert import convert_set
 from runtime.process import counted, run_cli
 
@@ -18,31 +19,17 @@ from runtime.process import counted, run_cli
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--feature_path", required=True, help="folder that holds NAME_features/ or NAME_packed/")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="picks the set imagenet{N}, if there are several [256]"
-    )
+    parser.add_argument("--resolution", type=int, default=256, help="picks one of several sets, imagenet{N} [256]")
     parser.add_argument("--to", choices=("packed", "npy"), help="[the other one than the source's]")
     parser.add_argument("--output", help="folder for the result [FEATURE_PATH_packed or FEATURE_PATH_npy]")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the stored latents [the source's]")
     parser.add_argument(
-        "--shard_samples",
-        type=int,
-        metavar="N",
-        help="samples a packed file, lost if it is killed in it [4 GiB of them]",
+        "--shard_samples", type=int, metavar="N", help="samples a packed file, lost if killed in it [4 GiB of them]"
     )
     parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="threads that read ahead [4]")
     args = parser.parse_args(argv)
-    for key in ("num_workers", "shard_samples"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise ValueError(f"--{key} {getattr(args, key)}: expected 1 or more")
-    num_samples, paths, rounding_error = convert_set(
-        *(args.feature_path, args.output),
-        resolution=args.resolution,
-        to=args.to,
-        dtype=args.dtype,
-        shard_samples=args.shard_samples,
-        num_workers=args.num_workers,
-    )
+    check_positive(args, "num_workers", "shard_samples")
+    num_samples, paths, rounding_error = convert_set(**vars(args))
     print(f"{counted(num_samples, 'sample')}, compared bit for bit: {', '.join(paths)}")
     if rounding_error:
         print(f"note: stored as float16, the largest rounding error is {rounding_error:.2g}")

@@ -22,7 +22,7 @@ from config.flags import check_flag
 from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option
 from config.schema import check_section
 from features.autoencoder import LatentScaling
-from features.images import UnreadableImage, dim_note, find_images, load_image, unreadable_list
+from features.images import ON_ERROR, UnreadableImage, dim_note, find_images, load_image, unreadable_list
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, run_cli
 from runtime.progress import tqdm
@@ -127,12 +127,7 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--heldout", help="image folder by class on which to measure the reconstruction")
     parser.add_argument("--config_file", required=True, help="JSON with sections vae and training")
     parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an image that can't be read: stop there (default), or skip it and list it at the end",
-    )
+    parser.add_argument("--on_error", **ON_ERROR)
     for name, option in TRAINING.items():
         parser.add_argument(f"--{name}", type=option.check.parse, help=option.help or None)
     args = parser.parse_args(argv)

@@ -128,9 +128,3 @@ def check_flag(name, option, value):
     """Raises `ValueError` for a value of the flag `--name` that its option does not accept; None was not given."""
     if value is not None and not option.check.accepts(value):
         raise ValueError(f"command line: --{name} must be {option.check.expected}, got {value!r}")
-
-
-def check_stopping(max_hours, hang_timeout):
-    """Raises `ValueError` for what `training.supervision.stopping.Stopping` can't take."""
-    check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
-    check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)

@@ -2,14 +2,12 @@
 
 The verdict is made on the device, by the norm of the gradients and the mean loss over all ranks, at the stations that
 `training.optimizer` lists. A bad step's gradients become zero and its learning rate 0, so that weights and master
-weights stay bit for bit what they were and the moments decay. The host hears of it at the next report or save, where
-it waits for the device anyway.
+weights stay bit for bit what they were and the moments decay. The host hears of it where it waits for the device.
 
-- With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step
-  (`training.supervision.step_dump`), made with the weights that it met.
-- With "skip" the run goes on and counts, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
+- With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step.
+- With "skip" the run goes on, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
 - With `loss_spike_factor` F above 0 a loss of more than F times the running mean before it is bad too.
-- With float16 the optimizer does nothing if the gradients overflow the loss scaler's scale. That is no bad step, unless
+- With float16, gradients that overflow the loss scaler's scale are no bad step, as the optimizer leaves it out, unless
   the loss itself is not finite or the scale has gone down to 1.
 """
 
@@ -23,10 +21,8 @@ from runtime.paddle_private import found_overflow, loss_scale, zero_if
 from runtime.process import EXIT_BAD_STEP, one_line
 from training.supervision.stopping import AGREE_EVERY
 
-# A run that skips bad steps ends after so many in a row.
-MAX_CONSECUTIVE_BAD_STEPS = 100
-# The running mean of the loss is over about so many steps, and of use after the first few.
-SPIKE_WINDOW, SPIKE_WARMUP = 100, 20
+MAX_CONSECUTIVE_BAD_STEPS = 100  # a run that skips bad steps ends after so many in a row
+SPIKE_WINDOW, SPIKE_WARMUP = 100, 20  # the loss's running mean is over about so many steps, and of use after the first
 
 # The step that ended a run. `kind` is "nonfinite" or "spike"; `loss` is the mean over all ranks; `objective` is the
 # objective's state with which the step's random numbers were drawn.
@@ -159,10 +155,8 @@ class NumberWatch:
     def take(self):
         """Returns the numbers since it was last called, for a report; waits and raises as `check` does. A collective.
 
-        Returns:
-            dict: `loss`, the mean over the steps that were not skipped and all ranks, None if there are none;
-            `parts`, the same of what `add` got by name; `skipped_steps`, how many were; `first_skipped`, the first of
-            them, or None.
+        They are `loss`, the mean over the steps that were not skipped and all ranks, None if there are none; `parts`,
+        the same of what `add` got by name; `skipped_steps`, how many were; `first_skipped`, the first of them, or None.
         """
         means = self._sums / paddle.clip(self._sums[:1], min=1.0)
         numbers = (self._bad[:1], self._stop_asked, self._skipped, self._first_skipped, means)
@@ -203,7 +197,7 @@ class NumberWatch:
         )
 
     def state_dict(self):
-        """Returns JSON values with which a resumed run judges as an unbroken one: the running mean of a spike guard."""
+        """Returns the running mean of a spike guard as JSON values, so that a resumed run judges as an unbroken one."""
         return {"loss_mean": float(self._mean), "loss_steps": float(self._mean_steps)} if self.spike_factor > 0 else {}
 
     def set_state_dict(self, state):

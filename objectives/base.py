@@ -26,9 +26,7 @@ def draw_rows(sampler, rows):
 class Objective:
     """Base of the objectives. A subclass has `draw_noise(x, rows)`, `losses(model, x, drawn, model_kwargs)` and more.
 
-    Args:
-        class_dropout_prob: the network's; 0 where it has no null class.
-        regularizers: see `regularizers.Regularizer`.
+    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
     """
 
     def __init__(self, class_dropout_prob, regularizers=()):
@@ -36,11 +34,10 @@ class Objective:
         self.regularizers = regularizers
 
     def draw(self, batch, rows=None):
-        """Returns the random numbers for `training_losses`, per sample.
+        """Returns the random numbers for `training_losses`, per sample, by name.
 
-        Returns:
-            dict of `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
-            `force_drop_ids` `(N,)`, if labels are dropped.
+        They are `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
+        `force_drop_ids` `(N,)`, if labels are dropped.
         """
         rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
         drawn = self.draw_noise(batch.x, rows)

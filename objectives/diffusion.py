@@ -41,16 +41,13 @@ class DiffusionObjective(Objective):
         return losses
 
     def validation_losses(self, model, batch, place, noise):
-        """Returns the losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
+        """Returns the losses `(N,)` at given timesteps and noise; nothing is drawn, and nothing learns from them.
 
         Args:
             model: in evaluation mode, called as `model(x_t, t, y=...)`.
             batch: a `Batch`.
             place: `(N,)` in [0, 1): where in the process, 0 its first timestep.
             noise: `(N, C, H, W)`, standard normal.
-
-        Returns:
-            `(N,)`.
         """
         t = (place * self.diffusion.num_timesteps).astype("int64")
         return self.diffusion.training_losses(model, batch.x, t, {"y": batch.y}, noise=noise)["loss"]
@@ -75,7 +72,7 @@ class DiffusionObjective(Objective):
         progress=False,
         callback=None,
     ):
-        """Turns noise into latents, by the schedule that is trained.
+        """Turns noise into latents `(N, C, H, W)`, by the schedule that is trained.
 
         Args:
             denoiser: `denoiser(x, t) -> (N, C or 2C, H, W)`, guidance included.
@@ -88,9 +85,6 @@ class DiffusionObjective(Objective):
             clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
             progress: show a bar.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
-
-        Returns:
-            latents `(N, C, H, W)`.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")

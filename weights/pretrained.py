@@ -154,7 +154,7 @@ def refused_settings(path, class_name, error):
 
 
 def without_null_rows(value):
-    """Returns a matrix without the rows of NaN at its end, which an export has for a null class that is not there."""
+    """Returns an array, a matrix without rows of NaN at its end: the exporter's, where there is no null class."""
     rows = len(value) if value.ndim == 2 else 0
     while rows and np.isnan(value[rows - 1]).all():
         rows -= 1

@@ -29,8 +29,7 @@ class Degrees:
 def resolve_degrees(args, model, world_size):
     """Returns the `Degrees` of `world_size` processes, by the Trainer's flags and the config's section `model`.
 
-    Raises:
-        ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
+    Raises ValueError for one that is not supported, does not divide the processes, or can't split the model.
     """
     for name in ("pipeline", "sep"):
         degree = getattr(args, f"{name}_parallel_degree")

@@ -60,17 +60,7 @@ class DiffusionObjective(Objective):
             self.timestep_sampler.update_with_losses(t, losses)
 
     def sample(
-        self,
-        denoiser,
-        noise,
-        *,
-        num_steps=250,
-        method="ddpm",
-        spacing="even",
-        eta=0.0,
-        clip_denoised=False,
-        progress=False,
-        callback=None,
+        self, denoiser, noise, *, num_steps=250, method="ddpm", spacing="even", eta=0.0, callback=None, **options
     ):
         """Turns noise into latents `(N, C, H, W)`, by the schedule that is trained.
 
@@ -82,16 +72,15 @@ class DiffusionObjective(Objective):
             spacing: of the timesteps: `even`, or `leading`, an integer stride from 0 as in the official "ddimN", which
                 not every number of steps has.
             eta: DDIM's noise, 0 for none.
-            clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
-            progress: show a bar.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+            options: `progress`, show a bar; `clip_denoised`, clip the predicted x_start to [-1, 1]: latents exceed it.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
         self.check_num_steps(num_steps)
         respacing = {"even": "", "leading": "ddim"}[spacing] + str(num_steps)
         spaced = create_diffusion(respacing, **self._settings)
-        options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
+        options = {"noise": noise, "clip_denoised": False, **options}
         if method == "ddim":
             steps = spaced.ddim_sample_loop_progressive(denoiser, noise.shape, eta=eta, **options)
         else:

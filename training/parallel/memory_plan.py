@@ -201,7 +201,11 @@ def states(sizes, setting):
         share = fullest_share(tuple(trained), setting.sharding, degree)
         owned = sum(share)
         if setting.sharding == "stage2":
-            gradients = stage2_gradients(share, degree)
+            # Its own parameters', and a buffer for each rank's small ones. Paddle makes new buffers for the others at
+            # every forward pass, before it frees the earlier ones.
+            buffer = min(owned, GRADIENT_BUFFER)
+            filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
+            gradients = owned - filled + (2 * degree - 1) * buffer
     return {
         "weights": size * held + SINGLE * frozen,
         "gradients": size * gradients,
@@ -227,16 +231,6 @@ def fullest_share(numels, stage, degree):
     for numel in sorted(numels, reverse=True) if stage == "stage1" else numels:
         min(shares, key=sum).append(numel)
     return max(shares, key=sum)
-
-
-def stage2_gradients(share, degree):
-    """Returns how many gradients the fullest rank holds: its own parameters', and a buffer for each rank's small ones.
-
-    Paddle makes new buffers for the others at every forward pass, before it frees the earlier ones.
-    """
-    buffer = min(sum(share), GRADIENT_BUFFER)
-    filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
-    return sum(share) - filled + (2 * degree - 1) * buffer
 
 
 # Bytes by kind are vectors: a multiple of these.

@@ -42,8 +42,7 @@ class LocalShard:
         self.group, owners = sharding_of(optimizer)
         # Ranks in the sharding group, in stages 1 and 2. Frozen parameters are in no optimizer: theirs is the first.
         self._owner = None if owners is None else {name: owners.get(p.name, 0) for name, p in self._by_name.items()}
-        splits = {p.name: getattr(p, "parallel_split", None) for p in self._by_name.values()}
-        self._splits = {name: split for name, split in splits.items() if split is not None}
+        self._splits = {p.name: p.parallel_split for p in self._by_name.values() if hasattr(p, "parallel_split")}
         self.tensor_group = next((split.group for split in self._splits.values()), None)
         self.weights_are_sharded = self.group is not None and owners is None  # stage 3
         # The network computes only together with those of other ranks.

@@ -26,10 +26,6 @@ def build_objective(config, ranks_per_batch=1):
     ValueError for a setting that is not accepted; the message names those that are.
     """
     settings, model = dict(config["objective"]), config["model"]
-    return OBJECTIVES[settings.pop("type")](
-        regularizers=build_regularizers(settings.pop("auxiliary", [])),
-        settings=settings,
-        class_dropout_prob=model["class_dropout_prob"],
-        learn_sigma=model["learn_sigma"],
-        ranks_per_batch=ranks_per_batch,
-    )
+    kind, regularizers = settings.pop("type"), build_regularizers(settings.pop("auxiliary", []))
+    network = {name: model[name] for name in ("class_dropout_prob", "learn_sigma")}
+    return OBJECTIVES[kind](settings, regularizers=regularizers, ranks_per_batch=ranks_per_batch, **network)

@@ -11,7 +11,6 @@ class DiffusionObjective(Objective):
 
     Args:
         settings: of a resolved config's `objective`: arguments of `create_diffusion`, and `timestep_sampler`.
-        class_dropout_prob, regularizers: see `Objective`.
         learn_sigma: the network's: it learns the variance.
         ranks_per_batch: ranks that follow one another and have the same batch (tensor parallelism).
     """

@@ -11,7 +11,6 @@ class TransportObjective(Objective):
 
     Args:
         settings: of a resolved config's `objective`: arguments of `create_transport`.
-        class_dropout_prob, regularizers: see `Objective`.
         learn_sigma, ranks_per_batch: of no consequence here.
     """
 

@@ -58,10 +58,7 @@ class Name(type):
     """
 
     def __new__(cls, name):
-        return super().__new__(cls, "Name", (), {"__new__": lambda self, *items, **keywords: self(*items)})
-
-    def __init__(cls, name):
-        cls.name = name
+        return super().__new__(cls, "Name", (), {"name": name, "__new__": lambda cls, *items, **_: cls(*items)})
 
     def __call__(cls, *arguments):
         return Call(cls.name, arguments) if cls.name in LISTED else cls

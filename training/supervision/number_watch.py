@@ -41,15 +41,12 @@ class NumberWatch:
     Args:
         training: the config's `training` section.
         stopping: a `Stopping`, which hears through the watch what the other ranks were asked; None: there is none.
-
-    Attributes:
-        dump: called with a `BadStep` before the run ends, on every rank; returns sentences for the error.
     """
 
     def __init__(self, training, stopping=None):
         self.skips = training["on_nonfinite"] == "skip"
         self.spike_factor = training["loss_spike_factor"]
-        self.dump = lambda bad: ""
+        self.dump = lambda bad: ""  # called on every rank before the run ends; returns sentences for the error
         self._stopping = stopping
         self._max_consecutive = MAX_CONSECUTIVE_BAD_STEPS if self.skips else 1
         self._losses = []  # of the step's micro-batches: loss and parts, `(1 + parts,)`
@@ -168,12 +165,8 @@ class NumberWatch:
             self._stopping.agree(stop_asked > 0)
         self._start_report()
         loss, *parts = means if has_loss else [None]
-        return {
-            "loss": loss,
-            "parts": dict(zip(self._names, parts, strict=False)),
-            "skipped_steps": int(skipped),
-            "first_skipped": int(first) if skipped else None,
-        }
+        parts, first = dict(zip(self._names, parts, strict=False)), int(first) if skipped else None
+        return {"loss": loss, "parts": parts, "skipped_steps": int(skipped), "first_skipped": first}
 
     def _end(self):
         step, infinite, loss, square, mean = self._bad.tolist()

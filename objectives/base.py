@@ -47,7 +47,7 @@ class Objective:
         return drawn
 
     def training_losses(self, model, batch, rows=None, drawn=None):
-        """Returns the losses at random times, and those of the regularizers.
+        """Computes the losses at random times, and those of the regularizers.
 
         Args:
             model: called as `model(x_t, t, y=..., force_drop_ids=..., hooks=...)`, the last two where they are needed.
@@ -55,9 +55,8 @@ class Objective:
             rows: where these N samples stand in the global batch; None if they are all of it.
             drawn: what `draw` returned earlier; None to draw now.
 
-        Returns:
-            dict of `(N,)` tensors: `loss`, to be minimised; its parts where there are any, and each regularizer's loss
-            under its name, without its weight.
+        Returns `(N,)` tensors by name: `loss`, to be minimised; its parts where there are any, and each regularizer's
+        loss under its name, without its weight.
         """
         drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
         model_kwargs = {"y": batch.y}

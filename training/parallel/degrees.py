@@ -7,11 +7,9 @@ from models.sizes import check_tensor_parallel
 STAGES = ("", "stage1", "stage2", "stage3")
 # Settings of PaddleNLP's sharding_parallel_config: those that stage 1 uses, and others: they keep the optimizer's state
 # under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
-USED = ("disable_stage1_reduce_avg", "enable_release_grads")
-LEFT_OUT = (
-    *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
-    *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
-)
+USED = ["disable_stage1_reduce_avg", "enable_release_grads"]
+LEFT_OUT = """split_param enable_stage1_overlap enable_stage1_tensor_fusion enable_stage1_broadcast_overlap
+enable_stage1_allgather_overlap enable_stage2_overlap enable_fuse_optimizer_states""".split()
 
 
 @dataclass(frozen=True)

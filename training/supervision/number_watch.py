@@ -38,9 +38,7 @@ class BadStepError(ValueError):
 class NumberWatch:
     """Judges the steps of a run and keeps their losses. On several ranks all come to the same verdicts.
 
-    Args:
-        training: the config's `training` section.
-        stopping: a `Stopping`, which hears through the watch what the other ranks were asked; None: there is none.
+    `training` is the config's section. `stopping` (or None) hears through the watch what the other ranks were asked.
     """
 
     def __init__(self, training, stopping=None):

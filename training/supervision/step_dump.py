@@ -33,11 +33,8 @@ MAX_DUMPS_PER_STEP = 3  # because a run that is started again and again must not
 def dump_step(bad, session):
     """Reads, draws and computes a bad step once more, writes its dump, and returns sentences: the cause and the place.
 
-    A collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
-
-    Args:
-        bad: a `training.supervision.number_watch.BadStep`.
-        session: the run's `training.session.Session`; its network has the weights that the step met.
+    The network of `session`, a `training.session.Session`, has the weights that the step, a `BadStep`, met. A
+    collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
     """
     session.saver.wait()  # because a checkpoint under way must be whole before any rank ends
     sampler, read = session.sampler, []  # latents and labels of this rank's micro-batches
@@ -49,7 +46,7 @@ def dump_step(bad, session):
     computed = run_on_every_rank(lambda: [_compute(bad.step, i, data, session) for i, data in enumerate(read)])
     # In order of the rows; tensor-parallel ranks hold the same ones.
     parts = {int(part["row"][0]): part for of_rank in computed for part in of_rank}
-    parts = [parts[row] for row in sorted(parts)]
+    parts = [part for _, part in sorted(parts.items())]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     sources = [session.dataset.source(index) for index in batch["index"]]
     cause, parent = find_cause(batch, sources), os.path.join(session.folder, PARENT)

@@ -77,8 +77,7 @@ def _check_typed(tables, given, default_type, where, subject):
 
 def _official_names(model, where):
     """Returns the model section with the official codes' names (`ALIASES`, `hidden_size`) turned into ours."""
-    if not isinstance(model, dict):
-        return model
+    _check_object(model, where)
     given = {}  # our name: the name in the file
     for name in model:
         other = given.setdefault(ALIASES.get(name, name), name)

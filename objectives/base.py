@@ -16,8 +16,7 @@ Batch = namedtuple("Batch", "x y extras", defaults=({},))
 def draw_rows(sampler, rows):
     """Returns rows [start, stop) of `sampler(rows.total)`, a draw for the whole global batch.
 
-    Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the
-    global batch only, not on the number of ranks or of accumulation steps.
+    Every rank draws the same numbers and keeps its own: a sample's noise depends on its place in the global batch only.
     """
     numbers = sampler(rows.total)
     return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]

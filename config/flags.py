@@ -46,17 +46,10 @@ class Parser(argparse.ArgumentParser):
                 self.options[flag] = name, option
                 check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
                 shown = in_loop(option.unset, loop) if default is None else default
-                group.add_argument(
-                    f"--{flag}",
-                    dest=name,
-                    default=default if isinstance(option, options.Flag) else None,
-                    help=help if shown == "" else f"{help} [{shown}]",
-                    type=check.parse,
-                    metavar=check.metavar,
-                    choices=check.choices,
-                    nargs=check.nargs,
-                    **({"const": True} if check is options.BOOL else {}),
-                )
+                words = {"type": check.parse, "metavar": check.metavar, "choices": check.choices, "nargs": check.nargs}
+                words |= {"const": True} if check is options.BOOL else {}
+                words |= {"default": default} if isinstance(option, options.Flag) else {}
+                group.add_argument(f"--{flag}", dest=name, help=help if shown == "" else f"{help} [{shown}]", **words)
 
     def error(self, message):
         raise ValueError(f"command line: {message}; see --help")
@@ -128,9 +121,3 @@ def check_flag(name, option, value):
     """Raises `ValueError` for a value of the flag `--name` that its option does not accept; None was not given."""
     if value is not None and not option.check.accepts(value):
         raise ValueError(f"command line: --{name} must be {option.check.expected}, got {value!r}")
-
-
-def check_stopping(max_hours, hang_timeout):
-    """Raises `ValueError` for what `training.supervision.stopping.Stopping` can't take."""
-    check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
-    check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)

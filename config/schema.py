@@ -1,8 +1,7 @@
 """From a JSON file to the resolved config, and how two configs differ. Standard library only.
 
-The resolved config is what a run prints once and saves in every checkpoint: command line over JSON over the defaults
-of `config.options`. A run fills in the section `features` from its set (`training.setup.build_dataset`), so that every
-tool that gets a checkpoint knows its autoencoder and its class names.
+A run prints the resolved config once and saves it in every checkpoint: command line over JSON over the defaults of
+`config.options`. It fills in the section `features` from its set, for every tool that gets a checkpoint.
 """
 
 import copy
@@ -78,8 +77,7 @@ def _check_typed(tables, given, default_type, where, subject):
 
 def _official_names(model, where):
     """Returns the model section with the official codes' names (`ALIASES`, `hidden_size`) turned into ours."""
-    if not isinstance(model, dict):
-        return model
+    _check_object(model, where)
     given = {}  # our name: the name in the file
     for name in model:
         other = given.setdefault(ALIASES.get(name, name), name)
@@ -139,8 +137,7 @@ def resolve_config(raw, *, source="config"):
             whose type is that with which the name of the file begins, or DiT.
         source: the file, or another name for errors.
 
-    Raises:
-        ValueError: an unknown key, a wrong type or an impossible value; names source, section and key.
+    Raises ValueError for an unknown key, a wrong type or an impossible value; names source, section and key.
     """
     _check_object(raw, source)
     if not set(raw) & set(SECTIONS):

@@ -22,17 +22,10 @@ OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 def build_objective(config, ranks_per_batch=1):
     """Returns the objective that a resolved config (`config.schema.load_config`) names.
 
-    Args:
-        ranks_per_batch: the tensor-parallel degree: so many ranks, one after another, have the same batch.
-
-    Raises:
-        ValueError: a setting that is not accepted; the message names those that are.
+    `ranks_per_batch` is the tensor-parallel degree: so many ranks, one after another, have the same batch. Raises
+    ValueError for a setting that is not accepted; the message names those that are.
     """
     settings, model = dict(config["objective"]), config["model"]
-    return OBJECTIVES[settings.pop("type")](
-        regularizers=build_regularizers(settings.pop("auxiliary", [])),
-        settings=settings,
-        class_dropout_prob=model["class_dropout_prob"],
-        learn_sigma=model["learn_sigma"],
-        ranks_per_batch=ranks_per_batch,
-    )
+    kind, regularizers = settings.pop("type"), build_regularizers(settings.pop("auxiliary", []))
+    network = {name: model[name] for name in ("class_dropout_prob", "learn_sigma")}
+    return OBJECTIVES[kind](settings, regularizers=regularizers, ranks_per_batch=ranks_per_batch, **network)

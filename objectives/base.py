@@ -16,8 +16,7 @@ Batch = namedtuple("Batch", "x y extras", defaults=({},))
 def draw_rows(sampler, rows):
     """Returns rows [start, stop) of `sampler(rows.total)`, a draw for the whole global batch.
 
-    Every rank draws the same numbers and keeps its own, so that the noise of a sample depends on its place in the
-    global batch only, not on the number of ranks or of accumulation steps.
+    Every rank draws the same numbers and keeps its own: a sample's noise depends on its place in the global batch only.
     """
     numbers = sampler(rows.total)
     return numbers if rows.stop - rows.start == rows.total else numbers[rows.start : rows.stop]
@@ -26,9 +25,7 @@ def draw_rows(sampler, rows):
 class Objective:
     """Base of the objectives. A subclass has `draw_noise(x, rows)`, `losses(model, x, drawn, model_kwargs)` and more.
 
-    Args:
-        class_dropout_prob: the network's; 0 where it has no null class.
-        regularizers: see `regularizers.Regularizer`.
+    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
     """
 
     def __init__(self, class_dropout_prob, regularizers=()):
@@ -36,11 +33,10 @@ class Objective:
         self.regularizers = regularizers
 
     def draw(self, batch, rows=None):
-        """Returns the random numbers for `training_losses`, per sample.
+        """Returns the random numbers for `training_losses`, per sample, by name.
 
-        Returns:
-            dict of `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
-            `force_drop_ids` `(N,)`, if labels are dropped.
+        They are `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
+        `force_drop_ids` `(N,)`, if labels are dropped.
         """
         rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
         drawn = self.draw_noise(batch.x, rows)
@@ -50,7 +46,7 @@ class Objective:
         return drawn
 
     def training_losses(self, model, batch, rows=None, drawn=None):
-        """Returns the losses at random times, and those of the regularizers.
+        """Computes the losses at random times, and those of the regularizers.
 
         Args:
             model: called as `model(x_t, t, y=..., force_drop_ids=..., hooks=...)`, the last two where they are needed.
@@ -58,9 +54,8 @@ class Objective:
             rows: where these N samples stand in the global batch; None if they are all of it.
             drawn: what `draw` returned earlier; None to draw now.
 
-        Returns:
-            dict of `(N,)` tensors: `loss`, to be minimised; its parts where there are any, and each regularizer's loss
-            under its name, without its weight.
+        Returns `(N,)` tensors by name: `loss`, to be minimised; its parts where there are any, and each regularizer's
+        loss under its name, without its weight.
         """
         drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
         model_kwargs = {"y": batch.y}

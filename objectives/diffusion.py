@@ -11,7 +11,6 @@ class DiffusionObjective(Objective):
 
     Args:
         settings: of a resolved config's `objective`: arguments of `create_diffusion`, and `timestep_sampler`.
-        class_dropout_prob, regularizers: see `Objective`.
         learn_sigma: the network's: it learns the variance.
         ranks_per_batch: ranks that follow one another and have the same batch (tensor parallelism).
     """
@@ -41,16 +40,13 @@ class DiffusionObjective(Objective):
         return losses
 
     def validation_losses(self, model, batch, place, noise):
-        """Returns the losses at given timesteps and noise; nothing is drawn, and nothing learns from them.
+        """Returns the losses `(N,)` at given timesteps and noise; nothing is drawn, and nothing learns from them.
 
         Args:
             model: in evaluation mode, called as `model(x_t, t, y=...)`.
             batch: a `Batch`.
             place: `(N,)` in [0, 1): where in the process, 0 its first timestep.
             noise: `(N, C, H, W)`, standard normal.
-
-        Returns:
-            `(N,)`.
         """
         t = (place * self.diffusion.num_timesteps).astype("int64")
         return self.diffusion.training_losses(model, batch.x, t, {"y": batch.y}, noise=noise)["loss"]
@@ -63,19 +59,9 @@ class DiffusionObjective(Objective):
             self.timestep_sampler.update_with_losses(t, losses)
 
     def sample(
-        self,
-        denoiser,
-        noise,
-        *,
-        num_steps=250,
-        method="ddpm",
-        spacing="even",
-        eta=0.0,
-        clip_denoised=False,
-        progress=False,
-        callback=None,
+        self, denoiser, noise, *, num_steps=250, method="ddpm", spacing="even", eta=0.0, callback=None, **options
     ):
-        """Turns noise into latents, by the schedule that is trained.
+        """Turns noise into latents `(N, C, H, W)`, by the schedule that is trained.
 
         Args:
             denoiser: `denoiser(x, t) -> (N, C or 2C, H, W)`, guidance included.
@@ -85,19 +71,15 @@ class DiffusionObjective(Objective):
             spacing: of the timesteps: `even`, or `leading`, an integer stride from 0 as in the official "ddimN", which
                 not every number of steps has.
             eta: DDIM's noise, 0 for none.
-            clip_denoised: clip the predicted x_start to [-1, 1]; latents are not in that range.
-            progress: show a bar.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
-
-        Returns:
-            latents `(N, C, H, W)`.
+            options: `progress`, show a bar; `clip_denoised`, clip the predicted x_start to [-1, 1]: latents exceed it.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")
         self.check_num_steps(num_steps)
         respacing = {"even": "", "leading": "ddim"}[spacing] + str(num_steps)
         spaced = create_diffusion(respacing, **self._settings)
-        options = {"noise": noise, "clip_denoised": clip_denoised, "progress": progress}
+        options = {"noise": noise, "clip_denoised": False, **options}
         if method == "ddim":
             steps = spaced.ddim_sample_loop_progressive(denoiser, noise.shape, eta=eta, **options)
         else:

@@ -7,12 +7,9 @@ class Regularizer:
     Args:
         layers: indices of the blocks whose tokens it looks at, from 0.
         weight: factor of its loss in the sum.
-
-    Attributes:
-        name: under which its loss is logged; no other loss has it.
     """
 
-    name = None
+    name = None  # under which its loss is logged; no other loss has it
 
     def __init__(self, layers, weight):
         self.layers = tuple(layers)
@@ -35,8 +32,7 @@ REGULARIZERS = {}  # class by `type`: its constructor takes the entry's other ke
 def build_regularizers(auxiliary):
     """Returns the regularizers of a config's `objective.auxiliary`, a list of `{"type": ..., keyword: value}`.
 
-    Raises:
-        ValueError: an unknown type, or two entries of the same name.
+    Raises ValueError for an unknown type, and for two entries of the same name.
     """
     built = []
     for entry in auxiliary:

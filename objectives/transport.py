@@ -11,7 +11,6 @@ class TransportObjective(Objective):
 
     Args:
         settings: of a resolved config's `objective`: arguments of `create_transport`.
-        class_dropout_prob, regularizers: see `Objective`.
         learn_sigma, ranks_per_batch: of no consequence here.
     """
 
@@ -48,7 +47,7 @@ class TransportObjective(Objective):
 def sample_transport(
     transport, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, callback=None, **options
 ):
-    """Turns noise into latents.
+    """Turns noise into latents `(N, C, H, W)`; ValueError for a setting that is not accepted names those that are.
 
     Args:
         transport: made by `create_transport`.
@@ -61,12 +60,6 @@ def sample_transport(
         progress: show a bar, where there is no callback.
         callback: called as `callback(step, steps, latents)` after each step, from 1 on.
         options: of `transport.Sampler.sample_ode` or `sample_sde`.
-
-    Returns:
-        latents `(N, C, H, W)`.
-
-    Raises:
-        ValueError: a setting that is not accepted; the message names those that are.
     """
 
     def watch(states):

@@ -171,22 +171,21 @@ def clear_leftovers(parent):
 
     Only the process that writes these folders may call it.
     """
-    restore_replaced(parent)
-    for path, name, kind in _leftovers(parent):
+    for path, name, kind in restore_replaced(parent):
         if kind == "partial" or os.path.exists(os.path.join(parent, name)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_replaced(parent):
-    """Gives the numbered folders in `parent` that a kill caught while they were being replaced their names back."""
-    for _, name, _ in _leftovers(parent):
+    """Gives the numbered folders in `parent` that a kill caught while they were being replaced their names back.
+
+    Returns `(path, name, kind)` of each folder that was on its way to or from a name in `parent`.
+    """
+    matches = map(_LEFTOVER.match, os.listdir(parent) if os.path.isdir(parent) else ())
+    found = [(os.path.join(parent, match[0]), match[1], match[2]) for match in matches if match]
+    for _, name, _ in found:
         _restore(os.path.join(parent, name))
-
-
-def _leftovers(parent):
-    """Returns `(path, name, kind)` of each folder that was on its way to or from a name in `parent`."""
-    matches = [_LEFTOVER.match(name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
-    return [(os.path.join(parent, match.group()), match.group(1), match.group(2)) for match in matches if match]
+    return found
 
 
 def _restore(folder):

@@ -30,9 +30,8 @@ def has_bundled_mkl(folders=None):
 def set_mkl_cpu_type(environ=os.environ, cpuinfo="/proc/cpuinfo", folders=None):
     """Sets MKL_DEBUG_CPU_TYPE, so that Paddle's matrix products use AVX2 on processors that are not Intel's.
 
-    The MKL in Paddle's CPU wheels takes its slowest path on processors of other vendors. Newer releases of MKL, such as
-    PyTorch's, do not read the variable. A value that the environment has already stays, even an empty one. MKL reads
-    it at the first product: until then it takes effect even if Paddle is imported.
+    The MKL in Paddle's CPU wheels takes its slowest path there; newer ones, as PyTorch's, do not read the variable.
+    A value that the environment has already stays. MKL reads it at the first product, be Paddle imported or not.
     """
     if "MKL_DEBUG_CPU_TYPE" in environ:
         return

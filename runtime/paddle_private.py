@@ -72,11 +72,10 @@ def stage3_slice(parameter):
 
 def slice_parameter(parameter, name):
     """Returns the parameter by which an optimizer keys the state of a stage-3 slice before its first step."""
-    from paddle.base.framework import EagerParamBase
+    from paddle.base.framework import EagerParamBase as Parameter
 
-    if isinstance(parameter, EagerParamBase):
-        return parameter
-    return EagerParamBase(shape=parameter.shape, dtype=parameter.dtype, name=name)
+    is_whole = isinstance(parameter, Parameter)
+    return parameter if is_whole else Parameter(shape=parameter.shape, dtype=parameter.dtype, name=name)
 
 
 def adamw_accumulators(optimizer, parameters, names):
@@ -88,14 +87,11 @@ def adamw_accumulators(optimizer, parameters, names):
 
 
 def make_adamw(apply_rate, **options):
-    """Returns a `paddle.optimizer.AdamW` whose learning rate at each parameter passes through `apply_rate(rate)`.
-
-    Between steps it gives gradients up, so that a backward pass writes them instead of adding to zeros.
-    """
+    """Returns a `paddle.optimizer.AdamW` whose learning rate at each parameter passes through `apply_rate(rate)`."""
     import paddle
 
     class AdamW(paddle.optimizer.AdamW):
-        def clear_grad(self, set_to_zero=False):
+        def clear_grad(self, set_to_zero=False):  # so that a backward pass writes gradients, and adds to no zeros
             super().clear_grad(set_to_zero)
 
         def _create_param_lr(self, param_and_grad):
@@ -150,14 +146,12 @@ def skipped_step(scaler):
 
 
 def tensor_parallel_group():
-    """Returns fleet's tensor-parallel group of this rank, once fleet has its degrees; None for whole networks.
-
-    All its ranks read the same batch and draw the same random numbers: fleet need not broadcast the inputs.
-    """
+    """Returns fleet's tensor-parallel group of this rank, once fleet has its degrees; None for whole networks."""
     from paddle.distributed import fleet
 
     if (hybrid := getattr(fleet.fleet, "_hcg", None)) is None:
         return None
+    # Its ranks read the same batch and draw the same random numbers.
     fleet.fleet._user_defined_strategy.hybrid_configs["mp_configs"].need_broadcast_data = False
     group = hybrid.get_model_parallel_group()
     return group if group.nranks > 1 else None
@@ -173,8 +167,8 @@ def replace_tensor_parallel_operators(*, identity, all_reduce, concat):
 def give_groups_own_stores(make_store):
     """Lets every new gloo group exchange addresses through `make_store(shared store, group name, rank)`.
 
-    Paddle writes the addresses of every group under the same keys, 0 to `world_size` - 1: in a store that groups
-    share, a rank that is early reads those of the group before, and its connection is refused or goes astray.
+    Paddle writes the addresses of every group under the same keys: in a shared store a rank that is early reads those
+    of the group before.
     """
     from paddle.distributed import collective
 
@@ -193,14 +187,11 @@ def give_groups_own_stores(make_store):
 @contextlib.contextmanager
 def replaced(module, **attributes):
     """Replaces attributes of a module, or of any object, as long as the block runs."""
-    before = {name: getattr(module, name) for name in attributes}
-    try:
+    with contextlib.ExitStack() as undo:
         for name, value in attributes.items():
+            undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
         yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 def operators():

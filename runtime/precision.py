@@ -8,14 +8,11 @@ from runtime.paddle_private import skipped_step
 
 @dataclass(frozen=True)
 class Precision:
-    """Resolved mixed precision: `dtype` float32 means that AMP is off; `level` is O1 or O2.
+    """The mixed precision of a run."""
 
-    `note` is a sentence to print once where the device computes otherwise than asked, else None.
-    """
-
-    dtype: str = "float32"
-    level: str = "O1"
-    note: str | None = None
+    dtype: str = "float32"  # AMP is off
+    level: str = "O1"  # or O2
+    note: str | None = None  # a sentence to print once where the device computes otherwise than asked
 
     @property
     def low_precision_weights(self):

@@ -124,7 +124,7 @@ def _launched_processes():
 def leave_distributed(code=0):
     """Ends this process of a finished job, when all ranks are here; does nothing in a process that is alone.
 
-    No destructors run: those of a process group talk to the store of rank 0, and abort where that is gone already.
+    No destructors run: those of a process group abort where the store of rank 0 is gone already.
     """
     if _launched_processes() > 1:
         import paddle.distributed as dist
@@ -208,8 +208,8 @@ def seed_step(seed, step):
 def start_worker(*_):
     """Prepares a loader process, as its `worker_init_fn`: it was forked with everything that the run holds.
 
-    A signal to the whole process group is the run's business, which needs its loaders until it has saved. A loader ends
-    by SIGTERM from the run itself, and with a run that is killed.
+    It ends by SIGTERM from the run itself, and with a run that is killed. A signal to the whole group it leaves to the
+    run, which needs its loaders until it has saved.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -56,18 +56,12 @@ def inside(folder, name):
 def parse_json(text, *, infinity=False):
     """Returns the value of a JSON text, str or bytes; integers beyond 64 bits are floats.
 
-    Raises:
-        ValueError: one line, without a file's name: broken, nested more than `MAX_JSON_DEPTH` deep, a key that is there
-            twice, `NaN` or `Infinity`, which Python writes (accepted with `infinity`).
+    Raises ValueError, one line without a file's name: broken, nested more than `MAX_JSON_DEPTH` deep, a key that is
+    there twice, `NaN` or `Infinity`, which Python writes (accepted with `infinity`).
     """
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=float if infinity else _finite,
-        )
+        hooks = {"object_pairs_hook": _unique, "parse_int": _integer, "parse_float": _finite}
+        value = json.loads(text, parse_constant=float if infinity else _finite, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -25,10 +25,8 @@ Trainer stands first. This file is written by `python tools/options_table.py --w
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 # The options that most runs touch, for README.md.
-MAIN = (
-    *("learning_rate", "lr_scheduler_type", "global_batch_size", "max_steps", "use_ema", "ema_decay", "amp_dtype"),
-    *("recompute", "fused_attention", "max_grad_norm"),
-)
+MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
+fused_attention max_grad_norm""".split()
 
 
 def _row(name, option):

@@ -59,14 +59,9 @@ def build_parser():
 def setting_of(args, config):
     """Returns the `Setting` that the command line and the config ask for, as the Trainer would read them."""
     training, degrees = config["training"], resolve_degrees(args, config["model"], args.world_size)
-    setting = Setting.of(
-        training,
-        world_size=args.world_size,
-        tensor_parallel=degrees.tensor,
-        sharding=degrees.stage,
-        sharding_degree=degrees.sharding,
-        device="cpu" if args.device.split(":")[0] == "cpu" else "gpu",
-    )
+    device = "cpu" if args.device.split(":")[0] == "cpu" else "gpu"
+    split = {"tensor_parallel": degrees.tensor, "sharding": degrees.stage, "sharding_degree": degrees.sharding}
+    setting = Setting.of(training, world_size=args.world_size, device=device, **split)
     if args.dp_degree not in (None, setting.data_parallel):
         raise ValueError(degrees.notes[0])
     batch, ranks = args.per_device_train_batch_size, setting.data_ranks
@@ -127,17 +122,14 @@ def print_plan(planned, report, config_file, kind):
 def describe(setting):
     """Returns one line on how a network is trained."""
     s = setting
-    parts = {
-        f"{s.world_size} GPU{'s' if s.world_size > 1 else ''}": True,
-        f"tensor parallel {s.tensor_parallel}": s.tensor_parallel > 1,
-        f"sharding {s.sharding} x {s.sharding_degree}": s.sharding,
-        f"data parallel {s.data_parallel}": s.data_parallel > 1,
-    }
+    names = "tensor parallel", f"sharding {s.sharding} x", "data parallel"
+    degrees = (s.tensor_parallel, s.sharding_degree, s.data_parallel)
+    parts = [counted(s.world_size, "GPU"), *(f"{name} {n}" for name, n in zip(names, degrees, strict=True) if n > 1)]
     batches = f"{counted(s.batch, 'sample')} x {counted(s.accumulation, 'micro-batch', 'micro-batches')} a GPU"
     switches = {"recompute": s.recompute, "EMA": s.ema, "fused attention": s.fused_attention}
     words = [f"{s.precision} {s.level}" if s.mode else "float32"]
     words += [name if value else f"no {name}" for name, value in switches.items()]
-    return f"{', '.join(filter(parts.get, parts))}; {batches}, {s.global_batch} a step; {', '.join(words)}"
+    return f"{', '.join(parts)}; {batches}, {s.global_batch} a step; {', '.join(words)}"
 
 
 def print_fitting(found, args):

@@ -34,16 +34,12 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older tha
 def safe_load(path, *, tolerant=False):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
-    Args:
-        tolerant: an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
+    Returns its nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own shape.
+    bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out. With `tolerant`
+    an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
 
-    Returns:
-        The file's nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own
-        shape. bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out.
-
-    Raises:
-        ValueError: one line that names the file: absent, truncated, of no known format, or asking for an import
-            outside the short list that weights need.
+    Raises ValueError, one line that names the file: absent, truncated, of no known format, or asking for an import
+    outside the short list that weights need.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
@@ -185,14 +181,11 @@ def load_weights(path, key=None):
     What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
     wrappers put before the names is taken off, see `plain_names`.
 
-    Args:
-        path: a file as for `safe_load`.
-        key: which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
-            "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model",
-            "state_dict" and the like, else the file's only state dict. None expects a plain state dict.
+    `key` tells which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
+    "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model", "state_dict" and
+    the like, else the file's only state dict. None expects a plain state dict.
 
-    Raises:
-        ValueError: one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
+    Raises ValueError, one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
     """
     return pick_weights(safe_load(path, tolerant=True), path, key)[0]
 
@@ -225,12 +218,13 @@ def pick_weights(tree, path, key=None, *, averages=True):
         tree = tree[key]
     elif nested:
         raise ValueError(f"{path}: holds several sets of weights; choose a key of: {known}")
-    if not is_state(tree):
-        for name in tree:
-            readable(tree, name, path)
-        odd = next((n for n, v in tree.items() if not isinstance(n, str) or not isinstance(v, np.ndarray)), None)
-        why = f"'{shortened(odd)}' is no {'tensor' if isinstance(odd, str) else 'name'}" if tree else "it is empty"
-        raise ValueError(f"{path}: not a state dict ({why})")
+    for name in tree:
+        readable(tree, name, path)
+        if not isinstance(name, str) or not isinstance(tree[name], np.ndarray):
+            what = "tensor" if isinstance(name, str) else "name"
+            raise ValueError(f"{path}: not a state dict ('{shortened(name)}' is no {what})")
+    if not tree:
+        raise ValueError(f"{path}: not a state dict (it is empty)")
     return plain_names(tree), key
 
 

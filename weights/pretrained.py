@@ -107,16 +107,10 @@ def _shards(path):
 
 
 def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dtype=None):
-    """Returns a ppdiffusers model with its weights, in eval mode.
+    """Returns a model of a subclass of `ppdiffusers.ModelMixin` with its weights, of `dtype` or float32, in eval mode.
 
-    Args:
-        model_class: a subclass of `ppdiffusers.ModelMixin`.
-        class_names: what its config.json may name, if not that class.
-        dtype: of the weights, if not float32.
-
-    Raises:
-        ValueError: one line that names the file: another class, weights that don't fit or are not finite, or what
-            `find_file` and `load_weights` refuse.
+    Raises ValueError, one line that names the file: a class that is not of `class_names` (by default the model's),
+    weights that don't fit or are not finite, or what `find_file` and `load_weights` refuse.
     """
     import paddle
 
@@ -160,10 +154,7 @@ def refused_settings(path, class_name, error):
 
 
 def without_null_rows(value):
-    """Returns a matrix without the rows of NaN at its end, and every other array as it is.
-
-    The exporter gives such rows to a label table where there is no null class.
-    """
+    """Returns an array, a matrix without rows of NaN at its end: the exporter's, where there is no null class."""
     rows = len(value) if value.ndim == 2 else 0
     while rows and np.isnan(value[rows - 1]).all():
         rows -= 1

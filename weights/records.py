@@ -17,13 +17,11 @@ _PLAIN = (type(None), bool, int, float, str, bytes)
 class Records:
     """Makes what records stand for; tied weights stay one array.
 
-    Args:
-        file_size: bounds what is copied, so that a small file can't ask for much memory.
-        storages: `{key: (elements, dtype)}` of a torch file; None: a paddle.save file, in which a pair (name, array)
-            is a tensor, and uint16 is bfloat16.
+    `storages` are `{key: (elements, dtype)}` of a torch file, None for a paddle.save file, in which a pair (name,
+    array) is a tensor, and uint16 is bfloat16. `file_size` bounds what is copied: a small file can't ask for much.
     """
 
-    def __init__(self, file_size, storages=None):
+    def __init__(self, file_size, storages):
         # `done` is by the id of a node, which holds as long as the tree does: only nodes of it may go to `value`.
         self.left, self.storages, self.done = 4 * file_size + (1 << 26), storages, {}
 
@@ -40,11 +38,7 @@ class Records:
         return entries
 
     def value(self, node, depth=0):
-        """Returns a tree of arrays, dicts, lists, tuples and plain values.
-
-        Raises:
-            Refused, ValueError: anything else, or more than `MAX_DEPTH` containers in one another.
-        """
+        """Returns a tree of arrays, dicts, lists, tuples and plain values; Refused or ValueError for anything else."""
         if isinstance(node, _PLAIN):
             return node
         if id(node) not in self.done:
@@ -126,14 +120,12 @@ class Records:
         dtype, data = call.arguments
         return np.frombuffer(self._bytes(data, depth), _dtype(dtype), count=1)[0].item()
 
-    def _encoded(self, call, depth):
-        text, encoding = call.arguments
-        if encoding not in ("latin1", "latin-1"):
-            raise ValueError("text in another encoding than latin1")
-        return self._bytes(text, depth)
-
     def _bytes(self, data, depth):
-        """Returns the bytes of an array, which protocols before 3 write as text of latin1."""
+        """Returns an array's bytes, or any; protocols before 3 write them as text of latin1, or a call to encode it."""
+        if isinstance(data, Call) and data.name == "_codecs.encode":
+            data, encoding = data.arguments
+            if encoding not in ("latin1", "latin-1"):
+                raise ValueError("text in another encoding than latin1")
         if isinstance(data, str):
             self._count(len(data))
             return data.encode("latin1")
@@ -149,7 +141,7 @@ _MAKERS = {
     "Namespace": lambda records, call, depth: {} if call.state is None else records.value(call.state, depth),
     "_rebuild_parameter": lambda records, call, depth: records.value(call.arguments[0], depth),
     "tuple": lambda records, call, depth: records.value(call.arguments[0], depth),
-    "encode": Records._encoded,
+    "encode": Records._bytes,
     "bytes": lambda records, call, depth: b"",
     "dtype": lambda records, call, depth: _refuse(call, ""),
     "storage": lambda records, call, depth: _refuse(call, ""),
@@ -175,11 +167,7 @@ def _dtype(node):
 
 
 def array_on(data, dtype, shape, order="C"):
-    """Returns a writable array on the memory of bytes or a bytearray, as numpy's own unpickling does, without a copy.
-
-    Raises:
-        ValueError: a shape that does not fit the data.
-    """
+    """Returns a writable array on the memory of bytes or a bytearray, as numpy's unpickling does, without a copy."""
     if not _are_sizes(shape) or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError("an array whose data are not of its size")
     if not data:

@@ -30,16 +30,14 @@ def read_weights(path, *, key=None, layout="auto"):
     """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
     Args:
-        path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or an
-            official Large-DiT's tensor-parallel shards (`consolidated[_ema].NN-of-MM.pth`): their folder or one of
-            them, which are merged.
+        path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or the
+            folder or one of the official Large-DiT's shards (`consolidated[_ema].NN-of-MM.pth`), which are merged.
         key: "model" or "ema" of a training checkpoint folder, any key of a file that holds sets of weights; None takes
             the averages where there are any (see `load_weights`).
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
             `.safetensors` file says of itself.
 
-    Raises:
-        ValueError: one line that names path: not there, unreadable, no such key, or no weights.
+    Raises ValueError, one line that names path: not there, unreadable, no such key, or no weights.
     """
     path = os.fspath(path)
     if shards := find_shards(path, key):

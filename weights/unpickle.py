@@ -1,8 +1,8 @@
 """Reads a pickle as a tree of records: nothing that it names is imported or run.
 
 A pickle is a program: its GLOBAL imports, and its REDUCE calls, whatever they name. The standard library's Unpickler
-runs it, but gets a `Name` for each import and a `Call` for each call of a listed one. `weights.records` makes arrays
-of them. The program is read before it runs, because a small one could take much memory or time.
+runs it, but gets a `Name` for each import and a `Call` for each call of a listed one, of which `weights.records` makes
+arrays. The program is read before it runs, because a small one could take much memory or time.
 """
 
 import io
@@ -51,18 +51,14 @@ class Call(dict):
 
 
 class Name(type):
-    """A name stands for what a pickle imports.
+    """A name stands for what a pickle imports; nothing is kept of what is put in.
 
-    A call of a listed one gives a `Call`. A call of any other, such as a path or a device among the settings, gives
-    the name again. Nothing is kept of what is put in. A name is a class, because NEWOBJ takes nothing else, and has
-    `__setstate__`, because BUILD would set any attribute of an object without one.
+    A call of a listed one gives a `Call`, that of any other, such as a path among the settings, the name again. It is a
+    class, because NEWOBJ takes nothing else, with `__setstate__`, because BUILD would set attributes without one.
     """
 
     def __new__(cls, name):
-        return super().__new__(cls, "Name", (), {"__new__": lambda self, *items, **keywords: self(*items)})
-
-    def __init__(cls, name):
-        cls.name = name
+        return super().__new__(cls, "Name", (), {"name": name, "__new__": lambda cls, *items, **_: cls(*items)})
 
     def __call__(cls, *arguments):
         return Call(cls.name, arguments) if cls.name in LISTED else cls

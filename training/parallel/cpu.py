@@ -1,8 +1,7 @@
 """Tensor parallelism and sharding stages 2 and 3 on a CPU, where Paddle refuses them, over the plain collectives.
 
-For trials of parallel training without GPUs: fleet's layers and the sharding wrappers run as they are. Replaced are
-the three operators that have no CPU kernel, by the same collectives with their gradients; the wrappers' checks of the
-device; and the store that the addresses of a group are exchanged through. On a GPU nothing here is called.
+For trials of parallel training without GPUs: fleet's layers and the sharding wrappers run as they are, but for three
+operators, the wrappers' checks of the device, and the store for a group's addresses. On a GPU nothing here is called.
 """
 
 import functools

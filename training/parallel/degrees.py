@@ -7,11 +7,9 @@ from models.sizes import check_tensor_parallel
 STAGES = ("", "stage1", "stage2", "stage3")
 # Settings of PaddleNLP's sharding_parallel_config: those that stage 1 uses, and others: they keep the optimizer's state
 # under the names of fused or cut parameters, or let the weights arrive after the step: checkpoints would not know.
-USED = ("disable_stage1_reduce_avg", "enable_release_grads")
-LEFT_OUT = (
-    *("split_param", "enable_stage1_overlap", "enable_stage1_tensor_fusion", "enable_stage1_broadcast_overlap"),
-    *("enable_stage1_allgather_overlap", "enable_stage2_overlap", "enable_fuse_optimizer_states"),
-)
+USED = ["disable_stage1_reduce_avg", "enable_release_grads"]
+LEFT_OUT = """split_param enable_stage1_overlap enable_stage1_tensor_fusion enable_stage1_broadcast_overlap
+enable_stage1_allgather_overlap enable_stage2_overlap enable_fuse_optimizer_states""".split()
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,7 @@ class Degrees:
 def resolve_degrees(args, model, world_size):
     """Returns the `Degrees` of `world_size` processes, by the Trainer's flags and the config's section `model`.
 
-    Raises:
-        ValueError: a degree that is not supported, does not divide the number of processes, or can't split the model.
+    Raises ValueError for one that is not supported, does not divide the processes, or can't split the model.
     """
     for name in ("pipeline", "sep"):
         degree = getattr(args, f"{name}_parallel_degree")

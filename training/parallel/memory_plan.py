@@ -149,10 +149,9 @@ class Setting:
     @classmethod
     def of(cls, training, **others):
         """Returns the setting of a config's `training` section; others: what stands elsewhere, or wins over it."""
-        own = {name: training[name] for name in ("recompute", "fused_attention")}
-        own.update(accumulation=training["gradient_accumulation_steps"], ema=training["use_ema"])
-        own.update(precision=training["amp_dtype"], level=training["amp_level"])
-        return cls(**{**own, **others})
+        names = {"precision": "amp_dtype", "level": "amp_level", "ema": "use_ema", "recompute": "recompute"}
+        names |= {"accumulation": "gradient_accumulation_steps", "fused_attention": "fused_attention"}
+        return cls(**{**{field: training[name] for field, name in names.items()}, **others})
 
     @property
     def data_parallel(self):
@@ -202,7 +201,11 @@ def states(sizes, setting):
         share = fullest_share(tuple(trained), setting.sharding, degree)
         owned = sum(share)
         if setting.sharding == "stage2":
-            gradients = stage2_gradients(share, degree)
+            # Its own parameters', and a buffer for each rank's small ones. Paddle makes new buffers for the others at
+            # every forward pass, before it frees the earlier ones.
+            buffer = min(owned, GRADIENT_BUFFER)
+            filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
+            gradients = owned - filled + (2 * degree - 1) * buffer
     return {
         "weights": size * held + SINGLE * frozen,
         "gradients": size * gradients,
@@ -228,16 +231,6 @@ def fullest_share(numels, stage, degree):
     for numel in sorted(numels, reverse=True) if stage == "stage1" else numels:
         min(shares, key=sum).append(numel)
     return max(shares, key=sum)
-
-
-def stage2_gradients(share, degree):
-    """Returns how many gradients the fullest rank holds: its own parameters', and a buffer for each rank's small ones.
-
-    Paddle makes new buffers for the others at every forward pass, before it frees the earlier ones.
-    """
-    buffer = min(sum(share), GRADIENT_BUFFER)
-    filled = max((total for total in itertools.accumulate(sorted(share)) if total <= buffer), default=0)
-    return sum(share) - filled + (2 * degree - 1) * buffer
 
 
 # Bytes by kind are vectors: a multiple of these.
@@ -298,9 +291,7 @@ def activations(sizes, setting):
 class Plan:
     """The memory that a run takes, in bytes of the fullest device.
 
-    Args:
-        config: resolved; only its `model` and `objective` are used.
-        setting: a `Setting`, whose degrees divide what they split.
+    Its `config` is resolved, and its `setting` a `Setting` whose degrees divide what they split.
 
     Attributes:
         parameters, trained: how many there are, frozen ones included, and how many are trained.
@@ -331,8 +322,7 @@ class Plan:
         trained = [p for p in sizes.parameters if p.trainable]
         numels = [p.numel(setting.tensor_parallel) for p in trained]
         gathered = {}
-        if setting.sharding == "stage3":
-            # A layer at work and the next one that is fetched, and the gradient of the first.
+        if setting.sharding == "stage3":  # a layer at work and the next one that is fetched, and the first's gradient
             sliced = max((n for n in numels if is_sliced(n, setting)), default=0)
             gathered = {"gathered weights": 3 * setting.weight_size * sliced}
         phases = {"forward and backward": {**_by_kind(peak), **gathered}}

@@ -33,15 +33,8 @@ def optimizer_key(parameter):
 class LocalShard:
     """The part of a network under training that this rank holds.
 
-    Args:
-        model: the network, not wrapped.
-        optimizer: with its wrappers; None where nothing is sharded.
-
-    Attributes:
-        group: the sharding group, or None.
-        tensor_group: the tensor-parallel group, or None.
-        weights_are_sharded: True under stage 3.
-        forward_is_collective: True if the network computes only together with those of other ranks.
+    `model` is not wrapped, `optimizer` has its wrappers, and is None where nothing is sharded. The sharding `group` and
+    the tensor-parallel `tensor_group` are None where there is none.
     """
 
     def __init__(self, model, optimizer=None):
@@ -49,10 +42,10 @@ class LocalShard:
         self.group, owners = sharding_of(optimizer)
         # Ranks in the sharding group, in stages 1 and 2. Frozen parameters are in no optimizer: theirs is the first.
         self._owner = None if owners is None else {name: owners.get(p.name, 0) for name, p in self._by_name.items()}
-        splits = {p.name: getattr(p, "parallel_split", None) for p in self._by_name.values()}
-        self._splits = {name: split for name, split in splits.items() if split is not None}
+        self._splits = {p.name: p.parallel_split for p in self._by_name.values() if hasattr(p, "parallel_split")}
         self.tensor_group = next((split.group for split in self._splits.values()), None)
-        self.weights_are_sharded = self.group is not None and owners is None
+        self.weights_are_sharded = self.group is not None and owners is None  # stage 3
+        # The network computes only together with those of other ranks.
         self.forward_is_collective = self.weights_are_sharded or self.tensor_group is not None
 
     def owns(self, name):
@@ -92,20 +85,17 @@ class LocalShard:
     def gather(self, tensors, names=None):
         """Gathers whole parameter-shaped values on rank 0, `{name: float32 array}`; the others get none. A collective.
 
-        Args:
-            tensors: `{name: this rank's part}`; those that other ranks own may be missing.
-            names: which, the same on all ranks; None for all parameters.
+        `tensors` are `{name: this rank's part}`, without those that other ranks own; `names` (None: all) are the same
+        on all ranks.
         """
         result = {}
         for name in self._by_name if names is None else names:
             value = self.unshard(name, tensors.get(name))
-            split = self._splits.get(self._by_name[name].name)
-            parts = [value] if split is None else []
+            split, parts = self._splits.get(self._by_name[name].name), []
             if split is not None:
                 dist.all_gather(parts, value, group=split.group)
             if dist.get_rank() == 0:
-                arrays = [part.numpy() for part in parts]
-                result[name] = arrays[0] if split is None else split.merge(arrays)
+                result[name] = value.numpy() if split is None else split.merge([part.numpy() for part in parts])
         return result
 
     def gather_scalars(self, tensors, names):
@@ -124,7 +114,7 @@ class LocalShard:
     def norm_weight(self, key):
         """Returns `(is_split, weight)`, how the squared gradient norm of an `optimizer_key` adds to the global one.
 
-        True if each rank of the tensor group holds a part; one over the number of sharding ranks with the same part.
+        True if each tensor-parallel rank holds a part; one over the number of sharding ranks with the same part.
         """
         replicas = self.group.nranks if self.weights_are_sharded and not key.startswith("slice@") else 1
         return key.removeprefix("slice@") in self._splits, 1.0 / replicas

@@ -106,13 +106,9 @@ def step_seconds(planned, machine):
 def fitting(config, setting, memory, machine, *, fixed=()):
     """Returns `(found, least)`: the ways to train the same global batch in `memory` bytes per device, fastest first.
 
-    A way is a choice of tensor parallelism, sharding and recompute. Each is found as `(Plan, seconds of a step)` with
-    the largest micro-batch that fits, which is its fastest. `least` is the `Plan` that needs the least memory of all
-    that were tried, None if no way takes this batch.
-
-    Args:
-        setting: the `Setting` whose world size, global batch, precision and EMA they share.
-        fixed: names of its fields that must stay as they are.
+    A way is a choice of tensor parallelism, sharding and recompute; all else is as in `setting`, and so are its fields
+    `fixed`. Each is found as `(Plan, seconds of a step)` with the largest micro-batch that fits, which is its fastest.
+    `least` is the `Plan` that needs the least memory of all that were tried, None if no way takes this batch.
     """
     ranks, samples = _divisors(setting.world_size), _divisors(setting.global_batch)
     way = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}

@@ -2,14 +2,12 @@
 
 The verdict is made on the device, by the norm of the gradients and the mean loss over all ranks, at the stations that
 `training.optimizer` lists. A bad step's gradients become zero and its learning rate 0, so that weights and master
-weights stay bit for bit what they were and the moments decay. The host hears of it at the next report or save, where
-it waits for the device anyway.
+weights stay bit for bit what they were and the moments decay. The host hears of it where it waits for the device.
 
-- With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step
-  (`training.supervision.step_dump`), made with the weights that it met.
-- With "skip" the run goes on and counts, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
+- With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step.
+- With "skip" the run goes on, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
 - With `loss_spike_factor` F above 0 a loss of more than F times the running mean before it is bad too.
-- With float16 the optimizer does nothing if the gradients overflow the loss scaler's scale. That is no bad step, unless
+- With float16, gradients that overflow the loss scaler's scale are no bad step, as the optimizer leaves it out, unless
   the loss itself is not finite or the scale has gone down to 1.
 """
 
@@ -23,10 +21,8 @@ from runtime.paddle_private import found_overflow, loss_scale, zero_if
 from runtime.process import EXIT_BAD_STEP, one_line
 from training.supervision.stopping import AGREE_EVERY
 
-# A run that skips bad steps ends after so many in a row.
-MAX_CONSECUTIVE_BAD_STEPS = 100
-# The running mean of the loss is over about so many steps, and of use after the first few.
-SPIKE_WINDOW, SPIKE_WARMUP = 100, 20
+MAX_CONSECUTIVE_BAD_STEPS = 100  # a run that skips bad steps ends after so many in a row
+SPIKE_WINDOW, SPIKE_WARMUP = 100, 20  # the loss's running mean is over about so many steps, and of use after the first
 
 # The step that ended a run. `kind` is "nonfinite" or "spike"; `loss` is the mean over all ranks; `objective` is the
 # objective's state with which the step's random numbers were drawn.
@@ -42,18 +38,13 @@ class BadStepError(ValueError):
 class NumberWatch:
     """Judges the steps of a run and keeps their losses. On several ranks all come to the same verdicts.
 
-    Args:
-        training: the config's `training` section.
-        stopping: a `Stopping`, which hears through the watch what the other ranks were asked; None: there is none.
-
-    Attributes:
-        dump: called with a `BadStep` before the run ends, on every rank; returns sentences for the error.
+    `training` is the config's section. `stopping` (or None) hears through the watch what the other ranks were asked.
     """
 
     def __init__(self, training, stopping=None):
         self.skips = training["on_nonfinite"] == "skip"
         self.spike_factor = training["loss_spike_factor"]
-        self.dump = lambda bad: ""
+        self.dump = lambda bad: ""  # called on every rank before the run ends; returns sentences for the error
         self._stopping = stopping
         self._max_consecutive = MAX_CONSECUTIVE_BAD_STEPS if self.skips else 1
         self._losses = []  # of the step's micro-batches: loss and parts, `(1 + parts,)`
@@ -159,10 +150,8 @@ class NumberWatch:
     def take(self):
         """Returns the numbers since it was last called, for a report; waits and raises as `check` does. A collective.
 
-        Returns:
-            dict: `loss`, the mean over the steps that were not skipped and all ranks, None if there are none;
-            `parts`, the same of what `add` got by name; `skipped_steps`, how many were; `first_skipped`, the first of
-            them, or None.
+        They are `loss`, the mean over the steps that were not skipped and all ranks, None if there are none; `parts`,
+        the same of what `add` got by name; `skipped_steps`, how many were; `first_skipped`, the first of them, or None.
         """
         means = self._sums / paddle.clip(self._sums[:1], min=1.0)
         numbers = (self._bad[:1], self._stop_asked, self._skipped, self._first_skipped, means)
@@ -174,12 +163,8 @@ class NumberWatch:
             self._stopping.agree(stop_asked > 0)
         self._start_report()
         loss, *parts = means if has_loss else [None]
-        return {
-            "loss": loss,
-            "parts": dict(zip(self._names, parts, strict=False)),
-            "skipped_steps": int(skipped),
-            "first_skipped": int(first) if skipped else None,
-        }
+        parts, first = dict(zip(self._names, parts, strict=False)), int(first) if skipped else None
+        return {"loss": loss, "parts": parts, "skipped_steps": int(skipped), "first_skipped": first}
 
     def _end(self):
         step, infinite, loss, square, mean = self._bad.tolist()
@@ -203,7 +188,7 @@ class NumberWatch:
         )
 
     def state_dict(self):
-        """Returns JSON values with which a resumed run judges as an unbroken one: the running mean of a spike guard."""
+        """Returns the running mean of a spike guard as JSON values, so that a resumed run judges as an unbroken one."""
         return {"loss_mean": float(self._mean), "loss_steps": float(self._mean_steps)} if self.spike_factor > 0 else {}
 
     def set_state_dict(self, state):

@@ -51,11 +51,10 @@ def _fits(batch, state, model):
 
 
 def replay(folder, config, batch, state):
-    """Runs forward and backward passes of the whole step.
+    """Runs forward and backward passes of the whole step: returns `(losses, gradients, layer)`.
 
-    Returns:
-        `(losses, gradients, layer)`: the samples' losses `(N,)`; gradient norms by parameter, in the network's order;
-        and a sentence on the first layer whose output is not finite, or None.
+    They are the samples' losses `(N,)`; gradient norms by parameter, in the network's order; and a sentence on the
+    first layer whose output is not finite, or None.
     """
     model = setup.build_network(config)
     weights = os.path.join(folder, WEIGHTS)
@@ -81,11 +80,8 @@ def replay(folder, config, batch, state):
         (loss.mean() * (size / count)).backward()
         losses.append(loss.detach().astype("float32").numpy())
     losses = np.concatenate(losses)
-    gradients = {
-        name: float(paddle.linalg.norm(parameter.grad.astype("float32")))
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    made = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {name: float(paddle.linalg.norm(gradient.astype("float32"))) for name, gradient in made.items()}
     layer, bad = None, np.flatnonzero(~np.isfinite(losses))
     if len(bad) and np.isfinite(batch["x"][bad[0]]).all():
         found = _first_bad_layer(model, lambda: losses_of(slice(bad[0], bad[0] + 1)))
@@ -102,10 +98,8 @@ def _first_bad_layer(model, forward):
         if not found and not all(bool(paddle.isfinite(value).all()) for value in outputs if value is not None):
             found.append(f"the first output that is not finite is that of {name} ({type(layer).__name__})")
 
-    layers = model.named_sublayers()
-    hooks = [layer.register_forward_post_hook(functools.partial(watch, name)) for name, layer in layers]
+    for name, layer in model.named_sublayers():  # the hooks stay, because nothing is computed after this
+        layer.register_forward_post_hook(functools.partial(watch, name))
     with paddle.no_grad():
         forward()
-    for hook in hooks:
-        hook.remove()
     return found[0] if found else "the network's output is finite, the loss made of it is not"

@@ -3,8 +3,8 @@
     config.json       the resolved config
     weights.pdparams  the weights that the step met, float32, official names, whole tensors
     batch.pdparams    a row for each sample of the global batch, in its order: latents `x` and labels `y` as read; `t`,
-                      `noise`, `force_drop_ids` as drawn; `loss`, computed once more; where they come from (`index` in
-                      the set, `position` in the stream) and what part of the step they were (`micro_step`, `rank`)
+                      `noise`, `force_drop_ids` as drawn; `loss`, computed once more; `row`, `index` in the set,
+                      `position` in the stream, `micro_step`, `rank`
     state.json        step, loss and norm of the run, learning rate, seed, precision, ranks, the samples' files
     manifest.json     sizes and checksums
 
@@ -33,21 +33,20 @@ MAX_DUMPS_PER_STEP = 3  # because a run that is started again and again must not
 def dump_step(bad, session):
     """Reads, draws and computes a bad step once more, writes its dump, and returns sentences: the cause and the place.
 
-    A collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
-
-    Args:
-        bad: a `training.supervision.number_watch.BadStep`.
-        session: the run's `training.session.Session`; its network has the weights that the step met.
+    The network of `session`, a `training.session.Session`, has the weights that the step, a `BadStep`, met. A
+    collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
     """
     session.saver.wait()  # because a checkpoint under way must be whole before any rank ends
-    batches = run_on_every_rank(lambda: _read(bad.step, session))[session.rank]
+    sampler, read = session.sampler, []  # latents and labels of this rank's micro-batches
+    micro_steps = range(sampler.accumulation_steps)
+    run_on_every_rank(lambda: read.extend(session.dataset.read(*sampler.batch(bad.step, i)) for i in micro_steps))
     if bad.objective:
         session.objective.set_state_dict(bad.objective)
     session.model.eval()  # changes label dropout alone, whose labels are drawn already
-    computed = run_on_every_rank(lambda: [_compute(bad.step, batch, session) for batch in batches])
+    computed = run_on_every_rank(lambda: [_compute(bad.step, i, data, session) for i, data in enumerate(read)])
     # In order of the rows; tensor-parallel ranks hold the same ones.
     parts = {int(part["row"][0]): part for of_rank in computed for part in of_rank}
-    parts = [parts[row] for row in sorted(parts)]
+    parts = [part for _, part in sorted(parts.items())]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     sources = [session.dataset.source(index) for index in batch["index"]]
     cause, parent = find_cause(batch, sources), os.path.join(session.folder, PARENT)
@@ -81,26 +80,18 @@ def find_cause(batch, sources):
     return f"The losses of its samples are finite, {span}, the largest is that of sample {named[np.argmax(loss)]}."
 
 
-def _read(step, session):
-    """Reads this rank's micro-batches, `[{name: (n, ...) array}]`."""
-    batches = []
-    for micro_step in range(session.sampler.accumulation_steps):
-        index, position = session.sampler.batch(step, micro_step)
-        start, stop, _ = session.sampler.rows(micro_step)
-        x, y = session.dataset.read(index, position)
-        whose = {"micro_step": np.full(len(index), micro_step), "rank": np.full(len(index), session.sampler.rank)}
-        batches.append({"x": x, "y": y, "row": np.arange(start, stop), "index": index, "position": position, **whose})
-    return batches
-
-
-def _compute(step, batch, session):
-    """Draws and computes one micro-batch once more, and returns it with what was drawn and the losses."""
-    micro_batch = Batch(paddle.to_tensor(batch["x"]), paddle.to_tensor(batch["y"]))
+def _compute(step, micro_step, data, session):
+    """Draws and computes a micro-batch, `data` as read, once more; returns its rows of `BATCH`."""
+    sampler, (x, y) = session.sampler, data
+    index, position = sampler.batch(step, micro_step)
+    rows, batch = Rows(*sampler.rows(micro_step)), Batch(paddle.to_tensor(x), paddle.to_tensor(y))
     seed_step(session.config["training"]["seed"], step)
     with session.precision.autocast():
-        drawn = session.objective.draw(micro_batch, Rows(*session.sampler.rows(int(batch["micro_step"][0]))))
-        loss = session.objective.training_losses(session.model, micro_batch, drawn=drawn)["loss"]
-    return {**batch, **{name: value.numpy() for name, value in drawn.items()}, "loss": loss.astype("float32").numpy()}
+        drawn = session.objective.draw(batch, rows)
+        loss = session.objective.training_losses(session.model, batch, drawn=drawn)["loss"]
+    whose = {"micro_step": np.full(len(y), micro_step), "rank": np.full(len(y), sampler.rank)}
+    read = {"x": x, "y": y, "row": np.arange(rows.start, rows.stop), "index": index, "position": position, **whose}
+    return {**read, **{name: value.numpy() for name, value in drawn.items()}, "loss": loss.astype("float32").numpy()}
 
 
 def _files(bad, batch, sources, session):

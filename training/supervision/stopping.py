@@ -1,12 +1,11 @@
 """How a run ends before its last step: asked to by a signal or the clock, or because it makes no progress any more.
 
 Asked to, a run finishes its step, saves and leaves with `EXIT_STOPPED`: on several ranks after the same step, so that
-the request travels as one number of the all-reduce that `NumberWatch` does in every step anyway.
+the request travels with the all-reduce that `NumberWatch` does in every step anyway.
 
 A thread takes the signals, because the main thread may be inside a call of C++ that does not come back. It also ends a
-process whose main thread has begun nothing new for `hang_timeout` seconds, with `EXIT_LOST` and the stacks of its
-threads. Where that call keeps Python's interpreter lock, faulthandler's timer, which does not need it, ends the process
-with code 1 instead, `SAVING_SECONDS` later.
+process that makes no progress, with `EXIT_LOST` and the stacks of its threads. Where that call keeps Python's
+interpreter lock, faulthandler's timer ends the process with code 1 instead, `SAVING_SECONDS` later.
 """
 
 import contextlib
@@ -19,18 +18,10 @@ import sys
 import threading
 import time
 
-from config.flags import check_stopping
-from runtime.process import (
-    EXIT_LOST,
-    EXIT_STOPPED,
-    STARTED,
-    exit_now,
-    is_mistake,
-    is_saving,
-    is_terminal,
-    one_line,
-    say,
-)
+from config import options
+from config.flags import check_flag
+from runtime import process
+from runtime.process import EXIT_LOST, EXIT_STOPPED, STARTED, exit_now, is_terminal, say
 
 TICK = 0.5  # seconds between two looks at the main thread
 AGREE_EVERY = 10  # steps between two looks at what all ranks were asked: each waits for the device
@@ -47,13 +38,12 @@ class Stopping:
         max_hours: hours since the start of the process before which the run must have stopped; None: no limit.
         hang_timeout: seconds without progress after which the process ends; 0: never.
 
-    Attributes:
-        request: what asked this rank to stop, in words; None as long as nothing has.
-        stopped: True once `due` has returned True.
+    `request` says in words what asked this rank to stop, None as long as nothing has; `stopped`: `due` returned True.
     """
 
     def __init__(self, *, max_hours=None, hang_timeout=0):
-        check_stopping(max_hours, hang_timeout)
+        check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
+        check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)
         self.max_hours, self.hang_timeout = max_hours, hang_timeout
         self.rank, self.world_size = 0, 1
         self.request = self._thread = None
@@ -121,9 +111,9 @@ class Stopping:
         self._thread = None
         faulthandler.cancel_dump_traceback_later()
         self._undo.close()
-        lost = isinstance(error, Exception) and not is_mistake(error) and _COLLECTIVE.search(str(error))
+        lost = isinstance(error, Exception) and not process.is_mistake(error) and _COLLECTIVE.search(str(error))
         if lost and self.world_size > 1:
-            self._say(f"error: {self._place()}: another rank is gone: {one_line(error)[:1000]}")
+            self._say(f"error: {self._place()}: another rank is gone: {process.one_line(error)[:1000]}")
             exit_now(EXIT_LOST, SAVING_SECONDS)
 
     # The thread.
@@ -141,7 +131,7 @@ class Stopping:
                     if byte in SIGNALS:
                         self._on_signal(signal.Signals(byte))
             now = time.monotonic()
-            saving = saving + now - last if is_saving() else 0.0
+            saving = saving + now - last if process.is_saving() else 0.0
             self._longest_save, last = max(self._longest_save, saving), now
             idle = now - self._since
             if self.hang_timeout and idle >= self.hang_timeout:

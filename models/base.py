@@ -9,7 +9,6 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from . import ops
-from .guidance import combine_guidance
 from .parallel import LINEARS, initialize
 
 # Keywords that say how a network is computed, not what: they change neither parameters nor outputs.
@@ -144,5 +143,5 @@ class LatentTransformer(ops.Layer):
         half = x[: x.shape[0] // 2]
         cond, uncond = self(paddle.concat([half, half]), t, y).split(2, axis=0)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
-        guided = combine_guidance(cond[:, :channels], uncond[:, :channels], cfg_scale)
+        guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
         return paddle.concat([paddle.concat([guided, own[:, channels:]], axis=1) for own in (cond, uncond)])

@@ -13,7 +13,7 @@ from . import ops
 from .attention import Attention
 from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .parallel import column_linear, linear, linear_of_gelu, prepare_group, row_linear
+from .parallel import column_linear, linear, prepare_group, row_linear
 
 
 class AdaptiveLayerNorm(ops.Layer):
@@ -37,7 +37,7 @@ class Mlp(ops.Layer):
         self.fc2 = row_linear(mlp_hidden_size, hidden_size, group=group)
 
     def forward(self, x):
-        return linear_of_gelu(self.fc2, self.fc1(x))
+        return self.fc2(self.fc1(x), gelu=True)
 
 
 class DiTBlock(ops.Layer):

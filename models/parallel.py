@@ -103,7 +103,10 @@ def _undrawn():
 
 
 class Linear(ops.Layer, nn.Linear):
-    """A whole linear layer: x `(..., in)` -> `x @ weight + bias` `(..., out)`."""
+    """A whole linear layer: x `(..., in)` -> `(..., out)`; with `gelu`, of GELU (tanh approximation) of x.
+
+    Nobody else uses its weight: under sharding stage 3 it is there only while the layer is called.
+    """
 
     def forward(self, x, gelu=False):
         return self.ops.linear(x, self.weight, self.bias, gelu=gelu)
@@ -116,12 +119,11 @@ class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
         return self.linear(x, self.weight, self.bias)
 
 
-def linear_of_gelu(layer, x):
-    """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a linear one, whole or split.
+class RowLinear(meta_parallel.RowParallelLinear):
+    """fleet's layer split by row, of x or, as `Linear` takes it, of `gelu(x)`."""
 
-    A whole one takes the GELU itself: its weight may be there only while it is called (sharding stage 3).
-    """
-    return layer(x, gelu=True) if isinstance(layer, Linear) else layer(F.gelu(x, approximate=True))
+    def forward(self, x, gelu=False):
+        return super().forward(F.gelu(x, approximate=True) if gelu else x)
 
 
 LINEARS = (nn.Linear, meta_parallel.ColumnParallelLinear, meta_parallel.RowParallelLinear)
@@ -154,7 +156,7 @@ def row_linear(in_features, out_features, bias=True, *, group):
     """Returns a linear layer whose input is split over the group and whose output is replicated."""
     if group is None:
         return linear(in_features, out_features, bias)
-    layer = meta_parallel.RowParallelLinear(
+    layer = RowLinear(
         in_features, out_features, weight_attr=_undrawn(), has_bias=bias, input_is_parallel=True, mp_group=group
     )
     _mark(layer.weight, 0, group)

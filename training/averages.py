@@ -13,7 +13,6 @@ class EMA:
     """Averages `ema = decay * ema + (1 - decay) * parameter`, in float32, by parameter name.
 
     Covers what the official `update_ema` covers: every parameter, frozen ones (`pos_embed`) included, and no buffer.
-    Where the model's own weights are low precision (AMP O2), the optimizer's float32 master weights are averaged.
 
     Args:
         model: the layer to follow, not wrapped in `DataParallel`.
@@ -56,7 +55,7 @@ class EMA:
         """Moves the averages one step towards the model, without waiting for the device.
 
         Args:
-            master_weights: float32 copies by `training.parallel.shares.optimizer_key`, used where they exist.
+            master_weights: the optimizer's float32 copies of half-precision weights (AMP O2), by `optimizer_key`.
         """
         decay, masters = self.current_decay(), master_weights or {}
         for name, parameter in model.named_parameters():

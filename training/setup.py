@@ -31,10 +31,7 @@ def setup_precision(training, device):
 
 
 def build_network(config, tensor_group=None):
-    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
-
-    The ranks of a tensor-parallel group hold a part each.
-    """
+    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop."""
     training = config["training"]
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
@@ -75,10 +72,7 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
 
 
 def build_dataset(config, feature_path, resolution):
-    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and data.
-
-    Fills in the config's `features` section, because the set at hand decides it, whatever a config file says.
-    """
+    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`."""
     model, data = config["model"], config["data"]
     dataset = FeatureDataset(
         feature_path,

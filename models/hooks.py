@@ -1,19 +1,12 @@
 """Hooks: what may look at, drop or replace the tokens between the blocks of a network.
 
-Every network takes them as `forward(x, t, y, hooks=(...))`. A hook is called outside of what is recomputed, so that the
-tokens it keeps are part of the graph with or without recompute.
-
-With tensor parallelism tokens are replicated between blocks: every rank of a group has all of them, and has to do the
-same with them. fleet's wrapper must not broadcast the network's inputs (`mp_configs.need_broadcast_data`, which both
-loops turn off), because it replaces by None what is no tensor.
+A hook is called outside of what is recomputed, so that the tokens it keeps are part of the graph in any case. With
+tensor parallelism every rank of a group has all tokens, and has to do the same with them.
 """
 
 
 class Hook:
-    """Does nothing, at every block; a subclass overrides one of the methods or both.
-
-    Blocks are counted from 0. N batch, T tokens, D hidden width.
-    """
+    """Does nothing, at every block (from 0 on); a subclass overrides one of the methods or both."""
 
     def before(self, index, tokens, conditions):
         """Returns what block `index` is to be given instead.

@@ -87,13 +87,11 @@ def rank_part(parameter, whole):
 
 def initialize(parameter, initializer):
     """Initialises a parameter as in the whole network: a rank draws all of it, and keeps its part."""
-    split = getattr(parameter, "parallel_split", None)
-    if split is None:
+    if not hasattr(parameter, "parallel_split"):
         initializer(parameter)
         return
-    shape = split.whole_shape(parameter.shape)
-    whole = paddle.create_parameter(shape, parameter.dtype, default_initializer=initializer)
-    parameter.set_value(split.part(whole))
+    whole = paddle.create_parameter(whole_shape(parameter), parameter.dtype, default_initializer=initializer)
+    parameter.set_value(rank_part(parameter, whole))
 
 
 def _undrawn():
@@ -135,12 +133,9 @@ def linear(in_features, out_features, bias=True):
 
 
 def column_linear(in_features, out_features, bias=True, *, group, segments=1, gather=False, shared_input=False):
-    """Returns a linear layer whose output is split over the group.
+    """Returns a linear layer whose output is split over the group in `segments` (see `Split`); whole with `gather`.
 
-    Args:
-        segments: see `Split`.
-        gather: give every rank the whole output.
-        shared_input: the input comes from `share_input`, which sums its gradient over the group for all its users.
+    With `shared_input` the input comes from `share_input`.
     """
     if group is None:
         return linear(in_features, out_features, bias)

@@ -9,10 +9,10 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
 
 
 def plain_names(state):
-    """Returns {name: array} under the network's own names, without what wrappers put before them.
+    """Returns {name: array} under the network's own names, without what wrappers put before them or add.
 
     Those are `_PREFIXES`, in any order and number, where all names begin with it; "_orig_mod." also inside of a name,
-    where a part of the network was compiled. PyTorch's AveragedModel adds how many models it has averaged: left out.
+    where a part of the network was compiled; and PyTorch's count of averaged models.
     """
     if "n_averaged" in state and state["n_averaged"].size == 1 and len(state) > 1:
         state = {name: value for name, value in state.items() if name != "n_averaged"}

@@ -83,7 +83,6 @@ class CheckpointSaver:
     that refuses is reported, and the next save tries again.
 
     Args:
-        session: what is saved, see `checkpoint_files`.
         say: prints a line, on rank 0; it is called from the thread too.
         save_total_limit: whole checkpoints to keep, None: all.
         background: False: training waits until the checkpoint is on the disk. So it does where the copies would take

@@ -49,8 +49,8 @@ class Operators:
             and cpu_ops.faster()
         )
 
-    def adaptive_norm(self, x, shift, scale, *, epsilon):
-        """Returns the modulated layer norm of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
+    def adaptive_norm(self, x, shift, scale, *, epsilon=1e-6):
+        """Returns the modulated layer norm, without weights, of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
         if self.fast(x, shift, scale):
             return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=epsilon, center=True)
         return modulate(F.layer_norm(x, x.shape[-1:], epsilon=epsilon), shift, scale)

@@ -50,11 +50,7 @@ class DiTBlock(ops.Layer):
 
 
 class FinalLayer(ops.Layer):
-    """Tokens `(N, T, D)` to patches `(N, T, p * p * out_channels)`, modulated by the conditioning.
-
-    Args:
-        condition_size: width of the conditioning `(N, condition_size)`; None is the hidden width D.
-    """
+    """Tokens `(N, T, D)`, conditioning `(N, condition_size or D)` -> patches `(N, T, p * p * out_channels)`."""
 
     def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()

@@ -9,12 +9,10 @@ class Hook:
     """Does nothing, at every block (from 0 on); a subclass overrides one of the methods or both."""
 
     def before(self, index, tokens, conditions):
-        """Returns what block `index` is to be given instead.
+        """Returns what block `index` is to be given instead of tokens `(N, T, D)` and conditions.
 
-        Args:
-            tokens: `(N, T, D)`.
-            conditions: tuple of what the block takes beside the tokens: the conditioning `(N, E)`, and RoPE's cosines
-                and sines `(T, 1, head_dim / 2)` where it has them. Who drops tokens has to drop their rows there.
+        These are a tuple of the conditioning `(N, E)`, and RoPE's cosines and sines `(T, 1, head_dim / 2)` where the
+        block has them. Who drops tokens has to drop their rows there.
         """
         return tokens, conditions
 
@@ -24,13 +22,9 @@ class Hook:
 
 
 class Tap(Hook):
-    """Keeps the tokens after some blocks.
+    """Keeps the tokens after the blocks of some indices, `layers`.
 
-    Args:
-        layers: indices of the blocks.
-
-    Attributes:
-        tokens: {index: `(N, T, D)`} of the last forward pass, with gradients if that recorded a graph.
+    `tokens` are those of the last forward pass, {index: `(N, T, D)`}, with gradients if that recorded a graph.
     """
 
     def __init__(self, layers):

@@ -50,9 +50,7 @@ def build_lr_scheduler(training, total_steps):
 def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, watch=None):
     """Returns AdamW over the trainable parameters, with its `GradientNorm` as `gradient_norm`.
 
-    Args:
-        multi_precision: keep float32 master weights of half-precision parameters.
-        watch: the `NumberWatch` that judges each step, or None.
+    `multi_precision` keeps float32 masters of half-precision weights; `watch` is a `NumberWatch`, which judges steps.
     """
     gradient_norm = GradientNorm(training["max_grad_norm"], LocalShard(model), watch)
     optimizer = paddle_private.make_adamw(
@@ -145,11 +143,8 @@ def optimizer_state(optimizer, model):
 def set_optimizer_state(optimizer, model, state, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
-    Args:
-        weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
-
-    Raises:
-        ValueError: a parameter or accumulator is missing or has another shape.
+    `weights` by name, float32, are the master weights that the state of a float32 run lacks. Raises ValueError for a
+    parameter or accumulator that is missing or has another shape.
     """
     shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()

@@ -62,10 +62,8 @@ def list_checkpoints(folder):
 def find_checkpoints(folder, experiment_name=None):
     """Lists the checkpoints of a folder, newest first; damaged ones too.
 
-    Args:
-        folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
-            `checkpoints/`; or a results folder of experiments `NNN-NAME`.
-        experiment_name: consider experiments of this NAME only.
+    The folder may be a checkpoint itself; one of `checkpoint-N` (the Trainer's output_dir); an experiment's with
+    `checkpoints/`; or one of experiments `NNN-NAME`, only those of `experiment_name` if that is given.
     """
     if is_checkpoint(folder):
         return [folder]

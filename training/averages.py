@@ -90,12 +90,9 @@ def ema_weights(model, ema, optimizer=None):
             target = local_tensor(parameter)
             paddle.assign(value_of(name).astype(target.dtype), output=target)
 
-    def whole(name):  # one by one: no rank holds all averages at once
-        value = averages.get(name)
-        return value if shard.weights_are_sharded else shard.unshard(name, value)
-
     try:
-        fill(whole)
+        # One by one: no rank holds all averages at once.
+        fill(averages.get if shard.weights_are_sharded else lambda name: shard.unshard(name, averages.get(name)))
         model.eval()
         yield model
     finally:

@@ -34,14 +34,10 @@ def __getattr__(name):
 
 
 def build_model(config, **overrides):
-    """Builds the network that a config describes, with the official initialisation.
+    """Builds the network of a config, or its `model` section alone, with the official initialisation.
 
-    Args:
-        config: the `model` section (`type` and constructor keywords), or a whole config that has it.
-        overrides: constructor keywords that win over the config's, such as `fused_attention`.
-
-    Raises:
-        ValueError: an unknown type or keyword, or a size that can't be.
+    `overrides` are constructor keywords that win. Raises ValueError for an unknown type or keyword, or a size that
+    can't be.
     """
     from models import MODELS
 

@@ -9,7 +9,6 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from . import ops
-from .guidance import combine_guidance
 from .parallel import LINEARS, initialize
 
 # Keywords that say how a network is computed, not what: they change neither parameters nor outputs.
@@ -71,7 +70,7 @@ class LatentTransformer(ops.Layer):
         self.enable_recompute, self.single_backward = keywords["enable_recompute"], keywords["single_backward"]
 
     def finish(self):
-        """Initialises the weights of a network whose layers are made, and tells the layers how to compute."""
+        """Initialises the weights, and tells the layers how to compute."""
         self.initialize_weights()
         ops.use(self, ops.Operators(self.single_backward, keep_gelu=self.enable_recompute))
 
@@ -115,10 +114,7 @@ class LatentTransformer(ops.Layer):
 
     def unpatchify(self, x):
         """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""
-        batch, tokens = x.shape[:2]
-        side, p, channels = self.grid_size, self.patch_size, self.out_channels
-        if tokens != side * side:
-            raise ValueError(f"{tokens} tokens do not make a {side} x {side} grid")
+        batch, side, p, channels = x.shape[0], self.grid_size, self.patch_size, self.out_channels
         x = x.reshape([batch, side, side, p, p, channels])
         x = x.transpose([0, 5, 1, 3, 2, 4])  # (N, out_channels, side, p, side, p)
         return x.reshape([batch, channels, side * p, side * p])
@@ -130,11 +126,8 @@ class LatentTransformer(ops.Layer):
             x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.
             t, y: `(2N,)`; the labels are the classes, then the null class `num_classes`, N times.
             cfg_scale: guidance scale, 1 for none.
-            cfg_channels: how many leading channels are guided: 3 as in the official code, or None for all
-                `in_channels` latent channels. The others (and the variance) keep the output of their own half.
-
-        Returns:
-            `(2N, channels of forward, H, W)`, the guided channels equal in both halves.
+            cfg_channels: how many leading channels are guided, and equal in both halves of the result: 3 as in the
+                official code, or None for all `in_channels`. The others (and the variance) are those of their half.
 
         Raises:
             ValueError: the network has no null class.
@@ -144,5 +137,5 @@ class LatentTransformer(ops.Layer):
         half = x[: x.shape[0] // 2]
         cond, uncond = self(paddle.concat([half, half]), t, y).split(2, axis=0)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
-        guided = combine_guidance(cond[:, :channels], uncond[:, :channels], cfg_scale)
+        guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
         return paddle.concat([paddle.concat([guided, own[:, channels:]], axis=1) for own in (cond, uncond)])

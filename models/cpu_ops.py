@@ -63,11 +63,11 @@ def _row_means(x):
 
 
 def _remember(ctx, *inputs):
-    """Keeps which inputs want a gradient: a `PyLayer` has to return None for the others."""
     ctx.wanted = [not x.stop_gradient for x in inputs]
 
 
 def _wanted(ctx, *gradients):
+    """Returns gradients of the inputs that `_remember` was given, None where none is wanted, as a `PyLayer` has to."""
     return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
 
 
@@ -90,13 +90,9 @@ class _AdaptiveNorm(PyLayer):
     @staticmethod
     def forward(ctx, x, shift, factor, epsilon, center):
         width = x.shape[-1]
-        if center:
-            normal = x - _to_width(_row_means(x), width)
-            inverse = paddle.rsqrt(_row_means(normal * normal) + epsilon)  # (N, T, 1)
-            normal.multiply_(_to_width(inverse, width))
-        else:
-            inverse = paddle.rsqrt(_row_means(x * x) + epsilon)
-            normal = _to_width(inverse, width).multiply_(x)
+        centered = x - _to_width(_row_means(x), width) if center else x
+        inverse = paddle.rsqrt(_row_means(centered * centered) + epsilon)  # (N, T, 1)
+        normal = _to_width(inverse, width).multiply_(centered)
         _remember(ctx, x, shift, factor)
         ctx.center = center
         ctx.save_for_backward(normal, inverse, factor)
@@ -116,17 +112,12 @@ class _AdaptiveNorm(PyLayer):
 
 
 def adaptive_norm(x, shift, factor, *, epsilon, center):
-    """Returns `normal(x) * factor + shift`, of layer norm (`center`) or RMS norm without weights of their own.
+    """Returns `normal(x) * factor + shift`: x `(N, T, D)`, shift and factor `(N, 1, D)`.
 
-    Args:
-        x: `(N, T, D)`. shift, factor: `(N, 1, D)`; a layer norm's modulation has `1 + scale` as the factor.
-
-    Returns:
-        `(N, T, D)`.
+    `normal` is the layer norm (`center`) or RMS norm without weights of its own.
     """
     if center and not paddle.is_grad_enabled():  # Paddle's kernel is fast, but does not tell the variance
-        normal = F.layer_norm(x, x.shape[-1:], epsilon=epsilon)
-        return _modulated(normal, shift, factor)
+        return _modulated(F.layer_norm(x, x.shape[-1:], epsilon=epsilon), shift, factor)
     return _AdaptiveNorm.apply(x, shift, factor, epsilon, center)
 
 
@@ -145,9 +136,7 @@ class _GatedAdd(PyLayer):
         return _wanted(ctx, gradient.clone(), _over_tokens(gradient * h), for_h)
 
 
-def gated_add(x, gate, h):
-    """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
-    return _GatedAdd.apply(x, gate, h)
+gated_add = _GatedAdd.apply  # (x, gate, h) to x + gate * h: x and h (N, T, D), gate (N, 1, D)
 
 
 class _Linear(PyLayer):
@@ -162,12 +151,12 @@ class _Linear(PyLayer):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensor()
-        inputs = x
+        inputs, weight = ctx.saved_tensor()
+        x = inputs
         if ctx.gelu:
+            inputs = inputs.detach()
+            inputs.stop_gradient = False
             with paddle.enable_grad():
-                inputs = x.detach()
-                inputs.stop_gradient = False
                 activated = F.gelu(inputs, approximate=True)
             x = activated.detach()
         rows = gradient.reshape([-1, gradient.shape[-1]])
@@ -181,20 +170,14 @@ class _Linear(PyLayer):
 
 
 def linear(x, weight, bias, *, gelu=False):
-    """Returns `x @ weight + bias`, or `gelu(x) @ weight + bias` (tanh approximation): x `(..., K)`, weight `(K, M)`.
-
-    The backward pass computes the GELU again instead of keeping it.
-    """
+    """Returns `ops.Operators.linear`; the backward pass computes the GELU again instead of keeping it."""
     return _Linear.apply(x, weight, bias, gelu)
 
 
 @functools.lru_cache(maxsize=8)
 def _quarter_turn(width):
     """Returns the matrix that takes every pair (a, b) of a row to (-b, a)."""
-    matrix = np.zeros([width, width], "float32")
-    even = np.arange(0, width, 2)
-    matrix[even + 1, even], matrix[even, even + 1] = -1.0, 1.0
-    return _on_cpu(matrix)
+    return _on_cpu(np.kron(np.eye(width // 2, dtype="float32"), np.float32([[0, 1], [-1, 0]])))
 
 
 class _Rotate(PyLayer):
@@ -213,10 +196,6 @@ class _Rotate(PyLayer):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (0, 1), (2, 3), ... of the last axis by angles (RoPE).
-
-    Args:
-        x: `(N, T, heads, head_dim)`. cos, sin: of the angles, `(T, 1, head_dim / 2)`.
-    """
+    """Returns `ops.Operators.rotate`."""
     shape = [*cos.shape[:-1], x.shape[-1]]
     return _Rotate.apply(x, *(paddle.stack([part, part], axis=-1).reshape(shape) for part in (cos, sin)))

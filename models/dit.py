@@ -13,14 +13,7 @@ from . import ops
 from .attention import Attention
 from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .parallel import column_linear, linear, linear_of_gelu, prepare_group, row_linear
-
-
-class AdaptiveLayerNorm(ops.Layer):
-    """Layer norm without weights of its own, modulated: x `(N, T, D)`, shift and scale `(N, 1, D)` -> `(N, T, D)`."""
-
-    def forward(self, x, shift, scale):
-        return self.ops.adaptive_norm(x, shift, scale, epsilon=1e-6)
+from .parallel import column_linear, linear, prepare_group, row_linear
 
 
 def modulations(layer, c, count):
@@ -28,7 +21,7 @@ def modulations(layer, c, count):
     return layer(c).unsqueeze(1).split(count, axis=-1)
 
 
-class Mlp(ops.Layer):
+class Mlp(nn.Layer):
     """Linear, GELU (tanh approximation), Linear on `(N, T, D)`."""
 
     def __init__(self, hidden_size, mlp_hidden_size, group=None):
@@ -37,7 +30,7 @@ class Mlp(ops.Layer):
         self.fc2 = row_linear(mlp_hidden_size, hidden_size, group=group)
 
     def forward(self, x):
-        return linear_of_gelu(self.fc2, self.fc1(x))
+        return self.fc2(self.fc1(x), gelu=True)
 
 
 class DiTBlock(ops.Layer):
@@ -45,35 +38,28 @@ class DiTBlock(ops.Layer):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, *, fused_attention=False, group=None):
         super().__init__()
-        self.norm1 = AdaptiveLayerNorm()
         self.attn = Attention(hidden_size, num_heads, fused=fused_attention, group=group)
-        self.norm2 = AdaptiveLayerNorm()
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), group)
         modulation = column_linear(hidden_size, 6 * hidden_size, gather=True, group=group)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), modulation)
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
-        x = self.ops.gated_add(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
-        return self.ops.gated_add(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+        x = self.ops.gated_add(x, gate_msa, self.attn(self.ops.adaptive_norm(x, shift_msa, scale_msa)))
+        return self.ops.gated_add(x, gate_mlp, self.mlp(self.ops.adaptive_norm(x, shift_mlp, scale_mlp)))
 
 
-class FinalLayer(nn.Layer):
-    """Tokens `(N, T, D)` to patches `(N, T, p * p * out_channels)`, modulated by the conditioning.
-
-    Args:
-        condition_size: width of the conditioning `(N, condition_size)`; None is the hidden width D.
-    """
+class FinalLayer(ops.Layer):
+    """Tokens `(N, T, D)`, conditioning `(N, condition_size or D)` -> patches `(N, T, p * p * out_channels)`."""
 
     def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()
-        self.norm_final = AdaptiveLayerNorm()
         self.linear = linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), linear(condition_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = modulations(self.adaLN_modulation, c, 2)
-        return self.linear(self.norm_final(x, shift, scale))
+        return self.linear(self.ops.adaptive_norm(x, shift, scale))
 
 
 class DiT(LatentTransformer):

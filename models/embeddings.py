@@ -12,12 +12,8 @@ from .parallel import linear
 def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=0):
     """Returns the fixed 2-D position table, float64 `(grid_size**2, embed_dim)`, as the official function (MAE's).
 
-    Its columns are the sines and cosines of a token's column in the grid, then those of its row.
-
-    Args:
-        embed_dim: hidden width, a multiple of 4.
-        grid_size: tokens along one side.
-        cls_token, extra_tokens: with `cls_token`, `extra_tokens` zero rows are put in front.
+    Its columns are the sines and cosines of a token's column in the grid, then those of its row. With `cls_token`,
+    `extra_tokens` zero rows are put in front.
     """
     if embed_dim % 4 != 0:
         raise ValueError(f"the hidden width must be a multiple of 4 for the 2-D position table, got {embed_dim}")
@@ -51,11 +47,9 @@ class TimestepEmbedder(nn.Layer):
 
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
-        """Returns sinusoidal features of t, float32 `(N, dim)`, cosines first; an odd `dim` ends in a zero column.
+        """Returns sinusoidal features of t `(N,)`, float32 `(N, dim)`, as GLIDE's; an odd `dim` ends in a zero column.
 
-        Args:
-            t: `(N,)`, integer or fractional timesteps.
-            max_period: the longest period, in timesteps (GLIDE's `timestep_embedding`).
+        Cosines come first; `max_period` is the longest period, in timesteps.
         """
         half = dim // 2
         # float32 exp is off by an ulp here and there, and t = 999 multiplies it: round float64's instead.

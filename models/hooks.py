@@ -1,27 +1,18 @@
 """Hooks: what may look at, drop or replace the tokens between the blocks of a network.
 
-Every network takes them as `forward(x, t, y, hooks=(...))`. A hook is called outside of what is recomputed, so that the
-tokens it keeps are part of the graph with or without recompute.
-
-With tensor parallelism tokens are replicated between blocks: every rank of a group has all of them, and has to do the
-same with them. fleet's wrapper must not broadcast the network's inputs (`mp_configs.need_broadcast_data`, which both
-loops turn off), because it replaces by None what is no tensor.
+A hook is called outside of what is recomputed, so that the tokens it keeps are part of the graph in any case. With
+tensor parallelism every rank of a group has all tokens, and has to do the same with them.
 """
 
 
 class Hook:
-    """Does nothing, at every block; a subclass overrides one of the methods or both.
-
-    Blocks are counted from 0. N batch, T tokens, D hidden width.
-    """
+    """Does nothing, at every block (from 0 on); a subclass overrides one of the methods or both."""
 
     def before(self, index, tokens, conditions):
-        """Returns what block `index` is to be given instead.
+        """Returns what block `index` is to be given instead of tokens `(N, T, D)` and conditions.
 
-        Args:
-            tokens: `(N, T, D)`.
-            conditions: tuple of what the block takes beside the tokens: the conditioning `(N, E)`, and RoPE's cosines
-                and sines `(T, 1, head_dim / 2)` where it has them. Who drops tokens has to drop their rows there.
+        These are a tuple of the conditioning `(N, E)`, and RoPE's cosines and sines `(T, 1, head_dim / 2)` where the
+        block has them. Who drops tokens has to drop their rows there.
         """
         return tokens, conditions
 
@@ -31,13 +22,9 @@ class Hook:
 
 
 class Tap(Hook):
-    """Keeps the tokens after some blocks.
+    """Keeps the tokens after the blocks of some indices, `layers`.
 
-    Args:
-        layers: indices of the blocks.
-
-    Attributes:
-        tokens: {index: `(N, T, D)`} of the last forward pass, with gradients if that recorded a graph.
+    `tokens` are those of the last forward pass, {index: `(N, T, D)`}, with gradients if that recorded a graph.
     """
 
     def __init__(self, layers):

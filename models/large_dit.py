@@ -50,8 +50,7 @@ class RMSNorm(ops.Layer):
 class GroupedQueryAttention(ops.Layer):
     """Self-attention over tokens `(N, T, D)` with RoPE; `num_heads / num_kv_heads` query heads share a key and a value.
 
-    Args:
-        qk_norm: layer norm of queries and keys over their full width, before they are split into heads.
+    `qk_norm`: layer norm of queries and keys over their full width, before they are split into heads.
     """
 
     def __init__(self, num_heads, num_kv_heads, head_dim, *, qk_norm=False, fused=False, group=None):

@@ -35,16 +35,10 @@ def rms_norm(x, weight, epsilon):
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators of a network.
+    """The operators of a network."""
 
-    Attributes:
-        single_backward: the promise of whoever built it, see `LatentTransformer`.
-        keep_gelu: keep the GELU of an MLP for the backward pass instead of computing it again there; for blocks that
-            are recomputed as a whole.
-    """
-
-    single_backward: bool = False
-    keep_gelu: bool = False
+    single_backward: bool = False  # the promise of whoever built it, see `LatentTransformer`
+    keep_gelu: bool = False  # for the backward pass, instead of computing it again there: blocks are recomputed anyway
 
     def fast(self, *tensors):
         """Returns whether to compute with `cpu_ops`; tensors: all operands."""
@@ -55,8 +49,8 @@ class Operators:
             and cpu_ops.faster()
         )
 
-    def adaptive_norm(self, x, shift, scale, *, epsilon):
-        """Returns the modulated layer norm of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
+    def adaptive_norm(self, x, shift, scale, *, epsilon=1e-6):
+        """Returns the modulated layer norm, without weights, of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
         if self.fast(x, shift, scale):
             return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=epsilon, center=True)
         return modulate(F.layer_norm(x, x.shape[-1:], epsilon=epsilon), shift, scale)
@@ -92,9 +86,9 @@ class Operators:
         return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
     def rotate(self, x, cos, sin):
-        """Turns the pairs (0, 1), (2, 3), ... of the last axis by RoPE's angles, in float32 whatever AMP says.
+        """Turns the pairs (0, 1), (2, 3), ... of x `(N, T, heads, head_dim)` by RoPE's angles, in float32 in any case.
 
-        x: `(N, T, heads, head_dim)`, as is the result, of x's type; cos, sin: float32 `(T, 1, head_dim / 2)`.
+        The result is of x's type; cos, sin: float32 `(T, 1, head_dim / 2)`.
         """
         if self.fast(x):
             return cpu_ops.rotate(x, cos, sin)

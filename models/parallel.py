@@ -87,13 +87,11 @@ def rank_part(parameter, whole):
 
 def initialize(parameter, initializer):
     """Initialises a parameter as in the whole network: a rank draws all of it, and keeps its part."""
-    split = getattr(parameter, "parallel_split", None)
-    if split is None:
+    if not hasattr(parameter, "parallel_split"):
         initializer(parameter)
         return
-    shape = split.whole_shape(parameter.shape)
-    whole = paddle.create_parameter(shape, parameter.dtype, default_initializer=initializer)
-    parameter.set_value(split.part(whole))
+    whole = paddle.create_parameter(whole_shape(parameter), parameter.dtype, default_initializer=initializer)
+    parameter.set_value(rank_part(parameter, whole))
 
 
 def _undrawn():
@@ -103,7 +101,10 @@ def _undrawn():
 
 
 class Linear(ops.Layer, nn.Linear):
-    """A whole linear layer: x `(..., in)` -> `x @ weight + bias` `(..., out)`."""
+    """A whole linear layer: x `(..., in)` -> `(..., out)`; with `gelu`, of GELU (tanh approximation) of x.
+
+    Nobody else uses its weight: under sharding stage 3 it is there only while the layer is called.
+    """
 
     def forward(self, x, gelu=False):
         return self.ops.linear(x, self.weight, self.bias, gelu=gelu)
@@ -116,12 +117,11 @@ class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
         return self.linear(x, self.weight, self.bias)
 
 
-def linear_of_gelu(layer, x):
-    """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a linear one, whole or split.
+class RowLinear(meta_parallel.RowParallelLinear):
+    """fleet's layer split by row, of x or, as `Linear` takes it, of `gelu(x)`."""
 
-    A whole one takes the GELU itself: its weight may be there only while it is called (sharding stage 3).
-    """
-    return layer(x, gelu=True) if isinstance(layer, Linear) else layer(F.gelu(x, approximate=True))
+    def forward(self, x, gelu=False):
+        return super().forward(F.gelu(x, approximate=True) if gelu else x)
 
 
 LINEARS = (nn.Linear, meta_parallel.ColumnParallelLinear, meta_parallel.RowParallelLinear)
@@ -133,12 +133,9 @@ def linear(in_features, out_features, bias=True):
 
 
 def column_linear(in_features, out_features, bias=True, *, group, segments=1, gather=False, shared_input=False):
-    """Returns a linear layer whose output is split over the group.
+    """Returns a linear layer whose output is split over the group in `segments` (see `Split`); whole with `gather`.
 
-    Args:
-        segments: see `Split`.
-        gather: give every rank the whole output.
-        shared_input: the input comes from `share_input`, which sums its gradient over the group for all its users.
+    With `shared_input` the input comes from `share_input`.
     """
     if group is None:
         return linear(in_features, out_features, bias)
@@ -154,7 +151,7 @@ def row_linear(in_features, out_features, bias=True, *, group):
     """Returns a linear layer whose input is split over the group and whose output is replicated."""
     if group is None:
         return linear(in_features, out_features, bias)
-    layer = meta_parallel.RowParallelLinear(
+    layer = RowLinear(
         in_features, out_features, weight_attr=_undrawn(), has_bias=bias, input_is_parallel=True, mp_group=group
     )
     _mark(layer.weight, 0, group)

@@ -9,10 +9,10 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
 
 
 def plain_names(state):
-    """Returns {name: array} under the network's own names, without what wrappers put before them.
+    """Returns {name: array} under the network's own names, without what wrappers put before them or add.
 
     Those are `_PREFIXES`, in any order and number, where all names begin with it; "_orig_mod." also inside of a name,
-    where a part of the network was compiled. PyTorch's AveragedModel adds how many models it has averaged: left out.
+    where a part of the network was compiled; and PyTorch's count of averaged models.
     """
     if "n_averaged" in state and state["n_averaged"].size == 1 and len(state) > 1:
         state = {name: value for name, value in state.items() if name != "n_averaged"}
@@ -36,9 +36,7 @@ def official_to_paddle(state):
     return {name: turn_linear(name, value) for name, value in state.items()}
 
 
-def paddle_to_official(state):
-    """Returns the inverse of `official_to_paddle`, bit for bit (a transpose is its own inverse)."""
-    return official_to_paddle(state)
+paddle_to_official = official_to_paddle  # the inverse, bit for bit: a transpose is its own
 
 
 def turn_linear(name, value):
@@ -48,10 +46,7 @@ def turn_linear(name, value):
 
 
 def check_state(state, expected_shapes, *, source):
-    """Raises ValueError, one line, unless `state` {name: array} has the names and shapes of `expected_shapes`.
-
-    `source` is the file, for the message.
-    """
+    """Raises ValueError, one line that begins with `source`, unless a state has the names and shapes expected."""
     kinds = {
         "missing": [name for name in expected_shapes if name not in state],
         "unexpected": [name for name in state if name not in expected_shapes],
@@ -67,38 +62,26 @@ def check_state(state, expected_shapes, *, source):
 
 
 def check_finite(state, *, source):
-    """Raises ValueError, one line, unless every number of `state` is finite: NaN and infinity draw black images.
-
-    Arguments as of `check_state`.
-    """
+    """Raises ValueError, one line that begins with `source`, for a number not finite: it would draw black images."""
     bad = {name: count for name, value in state.items() if (count := _count_not_finite(np.asarray(value)))}
     if not bad:
         return
     name, count = next(iter(bad.items()))
     value = np.asarray(state[name])
-    why = ""
-    if np.isinf(value).any() and _fits_float16(value):
-        why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
+    with np.errstate(over="ignore"):  # a reader may have made them wider
+        is_float16 = np.isinf(value).any() and (np.isnan(value) | (value.astype("float16") == value)).all()
+    why = "; float16 ends at 65504, larger numbers have become infinite: take the file in float32 or bfloat16"
     raise ValueError(
         f"{source}: {shortened(name)} has {count:,} of {value.size:,} values that are not finite (NaN or infinity), "
-        f"and so have {len(bad):,} of {len(state):,} tensors{why}"
+        f"and so have {len(bad):,} of {len(state):,} tensors{why if is_float16 else ''}"
     )
 
 
 def _count_not_finite(value, chunk=1 << 20):
     """Counts the values of an array that are not finite, piece by piece in the order of its memory."""
-    if value.dtype.kind not in "fc":
-        return 0
-    flat = value.ravel(order="K")  # a view of what is contiguous in either order
+    flat = value.ravel(order="K") if value.dtype.kind in "fc" else []  # a view of what is contiguous in either order
     pieces = (flat[start : start + chunk] for start in range(0, len(flat), chunk))
     return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
-
-
-def _fits_float16(value):
-    """Returns whether the finite values are those of a float16, also where a reader has made them wider."""
-    with np.errstate(over="ignore"):
-        half = value.astype("float16")
-    return bool((~np.isfinite(value) | (half == value)).all())
 
 
 def expected_shapes(model_config):

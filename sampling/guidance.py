@@ -8,8 +8,6 @@ ppdiffusers guides all latent channels. The published DiT figures belong to the 
 import numpy as np
 import paddle
 
-from models.guidance import combine_guidance
-
 
 def default_channels(in_channels):
     """Returns `channels` of `guided`: 3 of 4 as in the official code, else all; 3 of 16 would hardly guide anything."""
@@ -36,8 +34,9 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
         if cfg_scale == 1 or not _inside(interval, t):
             return model(x, t, y)
         cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
-        latent_channels = x.shape[1]
-        return combine_guidance(cond, uncond, cfg_scale, min(channels or latent_channels, latent_channels))
+        count = min(channels or x.shape[1], x.shape[1])
+        combined = uncond[:, :count] + cfg_scale * (cond[:, :count] - uncond[:, :count])
+        return paddle.concat([combined, cond[:, count:]], axis=1)
 
     return denoiser
 

@@ -17,7 +17,7 @@ def read_labels(path):
     """Reads `{id: label}` from a JSON file, with or without the key "id2label" around it."""
     labels = read_json(path)
     labels = labels.get("id2label", labels) if isinstance(labels, dict) else labels
-    if not isinstance(labels, dict) or not all(str(key).isdigit() for key in labels):
+    if not isinstance(labels, dict) or not all(re.fullmatch("[0-9]{1,18}", key) for key in labels):
         raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
     return {int(key): str(value) for key, value in labels.items()}
 

@@ -13,7 +13,6 @@ class EMA:
     """Averages `ema = decay * ema + (1 - decay) * parameter`, in float32, by parameter name.
 
     Covers what the official `update_ema` covers: every parameter, frozen ones (`pos_embed`) included, and no buffer.
-    Where the model's own weights are low precision (AMP O2), the optimizer's float32 master weights are averaged.
 
     Args:
         model: the layer to follow, not wrapped in `DataParallel`.
@@ -56,7 +55,7 @@ class EMA:
         """Moves the averages one step towards the model, without waiting for the device.
 
         Args:
-            master_weights: float32 copies by `training.parallel.shares.optimizer_key`, used where they exist.
+            master_weights: the optimizer's float32 copies of half-precision weights (AMP O2), by `optimizer_key`.
         """
         decay, masters = self.current_decay(), master_weights or {}
         for name, parameter in model.named_parameters():
@@ -91,12 +90,9 @@ def ema_weights(model, ema, optimizer=None):
             target = local_tensor(parameter)
             paddle.assign(value_of(name).astype(target.dtype), output=target)
 
-    def whole(name):  # one by one: no rank holds all averages at once
-        value = averages.get(name)
-        return value if shard.weights_are_sharded else shard.unshard(name, value)
-
     try:
-        fill(whole)
+        # One by one: no rank holds all averages at once.
+        fill(averages.get if shard.weights_are_sharded else lambda name: shard.unshard(name, averages.get(name)))
         model.eval()
         yield model
     finally:

@@ -28,8 +28,7 @@ def peak_memory_gib():
 class _Rows:
     """A file of JSON lines, `earlier` ones without those of steps that a resumed run is about to do again.
 
-    A kill leaves every row that was written; rows that a full disk refuses are kept, and written when there is room.
-    Without a row there is no file.
+    Rows that a full disk refuses are kept, and written when there is room. Without a row there is no file.
     """
 
     def __init__(self, path, first_step):
@@ -70,9 +69,7 @@ class _Rows:
 class TrainingLog:
     """Reports a run every `log_every` optimizer steps, and shows a bar on a terminal; rank 0 writes.
 
-    Args:
-        folder: gets `metrics.jsonl` and `validation.jsonl`, one object a report.
-        visualdl_dir: gets the VisualDL log, tags `train/...` and `validation/...`.
+    `folder` gets `metrics.jsonl` and `validation.jsonl`, `visualdl_dir` the tags `train/...` and `validation/...`.
     """
 
     def __init__(
@@ -117,12 +114,11 @@ class TrainingLog:
         self._paused += seconds
 
     def report(self, *, loss, lr, grad_norm, epoch, skipped_steps=0, first_skipped=None, parts=None):
-        """Reports the steps since the last report. Call it when the device has done them.
+        """Reports the steps since the last report, when the device has done them.
 
         Args:
-            loss: their mean, None if all were skipped.
             grad_norm: of the last one; None where it is not known.
-            skipped_steps, first_skipped, parts: see `NumberWatch.take`; the parts are logged as `loss_NAME`.
+            loss, skipped_steps, first_skipped, parts: see `NumberWatch.take`; the parts are logged as `loss_NAME`.
         """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = self._step - self._reported

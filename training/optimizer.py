@@ -1,17 +1,15 @@
 """AdamW, learning-rate schedules, and optimizer state by parameter name.
 
-An update, between the backward pass of a step and the next step, goes through these stations:
+An update goes through these stations, none of which waits for the device:
 
-1. `NumberWatch.begin_update(step, learning_rate, scaler)` tells the watch which step comes.
+1. `NumberWatch.begin_update` tells the watch which step comes.
 2. `scaler.step(optimizer)` takes the loss scale out of the gradients and, unless they overflowed, calls the optimizer;
    fleet's and the sharding wrappers hand it the gradients of this rank's parts.
 3. `GradientNorm.clip` measures their norm over all ranks. By it and by the loss the watch judges the step
    (`NumberWatch.judge`): the gradients of a bad one become 0. Then it clips.
 4. `NumberWatch.applied_rate`: the learning rate of a bad step becomes 0 too, so that weight decay changes nothing.
-5. AdamW's kernels. The moments of a bad step decay as if its gradients had been 0.
-6. `NumberWatch.end_update(objective)` closes the step's books.
-
-Nothing of it waits for the device.
+   AdamW's moments decay.
+5. `NumberWatch.end_update` closes the step's books.
 """
 
 import math
@@ -26,8 +24,7 @@ from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 def lr_factor(training, step, total_steps):
     """Returns the factor on the learning rate at step `step` (0-based): linear warm-up, then the schedule.
 
-    The formulas are those of PaddleNLP's `get_scheduler`: constant, linear to 0, cosine of `num_cycles` waves,
-    polynomial of `power` to `lr_end`. But `constant` has its warm-up too, if one is asked for.
+    The formulas are those of PaddleNLP's `get_scheduler`, but `constant` has its warm-up too, if one is asked for.
     """
     kind, warmup_steps = training["lr_scheduler_type"], training["warmup_steps"]
     if step < warmup_steps:
@@ -53,9 +50,7 @@ def build_lr_scheduler(training, total_steps):
 def build_optimizer(model, training, lr_scheduler, *, multi_precision=False, watch=None):
     """Returns AdamW over the trainable parameters, with its `GradientNorm` as `gradient_norm`.
 
-    Args:
-        multi_precision: keep float32 master weights of half-precision parameters.
-        watch: the `NumberWatch` that judges each step, or None.
+    `multi_precision` keeps float32 masters of half-precision weights; `watch` is a `NumberWatch`, which judges steps.
     """
     gradient_norm = GradientNorm(training["max_grad_norm"], LocalShard(model), watch)
     optimizer = paddle_private.make_adamw(
@@ -79,7 +74,6 @@ class GradientNorm:
     Args:
         max_norm: gradients of a larger norm are scaled down to it; 0 or less: never.
         shard: the rank's `LocalShard`; another one takes its place once the optimizer has its wrappers.
-        watch: see `build_optimizer`.
     """
 
     def __init__(self, max_norm, shard, watch):
@@ -126,9 +120,8 @@ def optimizer_state(optimizer, model):
     """Returns AdamW's state by the model's parameter names: `{name: {accumulator: tensor}}`, of this rank's parts.
 
     Paddle's own keys hold `parameter.name` ("linear_3.w_0"), which depends on what else the process built before.
-
-    State that is not there yet is made, at 0. Call it before training: Paddle makes it at the first step, in memory
-    where activations were before, and the process then grows by as much.
+    State that is not there yet is made, at 0: called before training, it is not made at the first step, in memory where
+    activations were before, by which the process would then grow.
     """
     shard, inner = LocalShard(model, optimizer), paddle_private.inner_optimizer(optimizer)
     # Sharding stage 3 makes a parameter of every slice, but only at a step.
@@ -150,11 +143,8 @@ def optimizer_state(optimizer, model):
 def set_optimizer_state(optimizer, model, state, weights=None):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
-    Args:
-        weights: float32 weights by name: master weights that the state lacks, because it came from a float32 run.
-
-    Raises:
-        ValueError: a parameter or accumulator is missing or has another shape.
+    `weights` by name, float32, are the master weights that the state of a float32 run lacks. Raises ValueError for a
+    parameter or accumulator that is missing or has another shape.
     """
     shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()
@@ -169,6 +159,5 @@ def set_optimizer_state(optimizer, model, state, weights=None):
             shape = [1] if is_number else shapes[name]
             if value.size != np.prod(shape):
                 raise ValueError(f"the optimizer state's {key} of {name} has shape {list(value.shape)}, not {shape}")
-            value = value.reshape(shape)
-            value = value if is_number else shard.part(name, value)
+            value = value.reshape(shape) if is_number else shard.part(name, value.reshape(shape))
             paddle.assign(paddle.to_tensor(value).astype("float32"), output=tensor)

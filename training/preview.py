@@ -21,11 +21,10 @@ class Preview:
 
     Args:
         vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
-        num_inference_steps: steps of the sampler.
-        cfg_scale: guidance scale; 1 where the model has no null class.
+        cfg_scale: guidance scale; without a null class there is none.
 
     Raises:
-        ValueError: no such autoencoder, one of other latents, or a number of steps that can't be.
+        ValueError: no such autoencoder, one of other latents, or a number of steps or scale that can't be.
     """
 
     NUM_IMAGES, COLUMNS = 8, 3

@@ -76,9 +76,9 @@ class Outputs:
 
 
 class Session:
-    """Holds the parts of a run. Built for a loop that brings its own optimizer wrappers; else see `build_session`.
+    """Holds the parts of a run, for a loop that brings its own optimizer wrappers; else see `build_session`.
 
-    A loop calls, in this order: `attach` and `start`; `add_losses` after each backward pass; `begin_update` and
+    It calls, in this order: `attach` and `start`; `add_losses` after each backward pass; `begin_update` and
     `end_update` around the optimizer's step; `after_step`; at the end `close`.
 
     Args:
@@ -145,8 +145,6 @@ class Session:
             sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
             self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
 
-    # Before the first step.
-
     def build_optimizer(self):
         """Builds `optimizer` and `lr_scheduler`, and returns the optimizer."""
         self.lr_scheduler = build_lr_scheduler(self.config["training"], self.last_step)
@@ -174,10 +172,7 @@ class Session:
             self.numbers.set_state_dict(self.checkpoint.progress.get("watch", {}))
 
     def start(self):
-        """Describes the run, opens its log, lets signals and the clock stop it from here on; returns the session.
-
-        The network is in training mode then: label dropout is on.
-        """
+        """Describes the run, opens its log, lets signals and the clock stop it from here on; returns the session."""
         if self.rank == 0:
             self._describe()
         outputs = self.outputs

@@ -16,7 +16,8 @@ from features.store import find_features, read_manifest
 from models import build_model
 from runtime.precision import resolve_precision
 from runtime.process import counted
-from runtime.untrusted import read_json, shortened
+from runtime.untrusted import shortened
+from sampling.labels import read_labels
 from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
@@ -31,10 +32,7 @@ def setup_precision(training, device):
 
 
 def build_network(config, tensor_group=None):
-    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
-
-    The ranks of a tensor-parallel group hold a part each.
-    """
+    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop."""
     training = config["training"]
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
@@ -75,10 +73,7 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
 
 
 def build_dataset(config, feature_path, resolution):
-    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s for the config's model and data.
-
-    Fills in the config's `features` section, because the set at hand decides it, whatever a config file says.
-    """
+    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`."""
     model, data = config["model"], config["data"]
     dataset = FeatureDataset(
         feature_path,
@@ -131,11 +126,7 @@ def read_class_names(path, num_classes):
     too_many = f"{path}: its class names take more than {MAX_NAMES_BYTES >> 20} MiB and stay there"
     if os.path.getsize(path) > 2 * MAX_NAMES_BYTES:
         return None, too_many
-    content = read_json(path)
-    names = content.get("id2label") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(key.isascii() and key.isdigit() for key in names):
-        raise ValueError(f'{path}: expected {{"id2label": {{"0": "name", ...}}}}')
-    names = {int(key): shortened(name, 200).strip() for key, name in names.items() if len(key) < 8}
+    names = {label: shortened(name, 200).strip() for label, name in read_labels(path).items()}
     names = {str(label): names[label] for label in sorted(names) if label < num_classes and names[label]}
     if len(json.dumps(names, indent=2, ensure_ascii=False).encode()) > MAX_NAMES_BYTES:
         return None, too_many

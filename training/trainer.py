@@ -39,7 +39,7 @@ class LatentDiffusionTrainer(Trainer):
         self._micro_step = 0
 
     def get_train_dataloader(self):
-        """Returns our stream: it starts at the resumed data position, and shuffles by itself."""
+        """Returns the session's stream, which starts at the resumed data position."""
         session, workers = self.session, self.args.dataloader_num_workers
         return FeatureLoader(session.dataset, session.sampler, num_workers=workers, phase=session.stopping.phase)
 

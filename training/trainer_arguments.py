@@ -13,16 +13,13 @@ from training.parallel.cpu import use_plain_collectives
 def training_arguments(args, training, precision, degrees, *, batch_size):
     """Returns PaddleNLP's arguments of a run, but for `max_steps`; making them makes the process groups.
 
-    Precision and degrees are resolved: PaddleNLP is not asked for what the device can't do.
-
-    Raises:
-        ValueError: a value that TrainingArguments does not take.
+    Precision and degrees are resolved. Raises ValueError for a value that TrainingArguments does not take.
     """
     logger.logger.setLevel(logging.WARNING)
     device = paddle.get_device()
     if device == "cpu":
         use_plain_collectives()
-    # Everything that PaddleNLP is told. Reports, checkpoints, optimizer and schedule are the session's.
+    # Reports, checkpoints, optimizer and schedule are the session's.
     values = {
         "output_dir": args.output_dir,
         "device": args.device if args.device != "auto" else device.split(":")[0],

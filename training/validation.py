@@ -9,10 +9,10 @@ from training.averages import ema_weights
 
 
 class Validation:
-    """Computes mean losses of held-out samples, by the network's own weights and by their averages.
+    """Computes mean losses of held-out samples; no label is dropped.
 
     Sample i gets the same noise and the same place in the time interval at every call, in every run and on any number
-    of ranks; the places are spread evenly over the samples. No label is dropped.
+    of ranks; the places are spread evenly over the samples.
 
     Args:
         dataset: the held-out part of a `FeatureDataset`.

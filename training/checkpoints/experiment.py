@@ -25,7 +25,6 @@ def open_experiment(resume, results_dir, config_file, config, lock):
 
     Args:
         resume: None, a path for `load_checkpoint`, or `auto`: the newest checkpoint of this config, if there is one.
-        config_file: its name without `.json` names the experiment.
         lock: a `RunLock`, which takes the experiment folder on rank 0.
 
     Raises:

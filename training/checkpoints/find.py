@@ -62,10 +62,8 @@ def list_checkpoints(folder):
 def find_checkpoints(folder, experiment_name=None):
     """Lists the checkpoints of a folder, newest first; damaged ones too.
 
-    Args:
-        folder: a checkpoint itself; a folder of `checkpoint-N` (the Trainer's output_dir); an experiment folder with
-            `checkpoints/`; or a results folder of experiments `NNN-NAME`.
-        experiment_name: consider experiments of this NAME only.
+    The folder may be a checkpoint itself; one of `checkpoint-N` (the Trainer's output_dir); an experiment's with
+    `checkpoints/`; or one of experiments `NNN-NAME`, only those of `experiment_name` if that is given.
     """
     if is_checkpoint(folder):
         return [folder]
@@ -128,11 +126,8 @@ def _wrong_checksum(folder, digests, total):
 def pick_checkpoint(folder, experiment_name=None):
     """Returns the newest of `find_checkpoints` whose checksums are right, None if there are no checkpoints at all.
 
-    One without a manifest is taken only if `folder` is that checkpoint itself: what can't be checked is not chosen, and
-    the user who knows it whole can name it. It is printed why a newer one is passed over.
-
-    Raises:
-        ValueError: one line: there are checkpoints, but no whole one. A new run in their place is the user's choice.
+    One without a manifest, which can't be checked, is taken only if `folder` is that checkpoint itself. It is printed
+    why a newer one is passed over. Raises ValueError, one line, if there are checkpoints, but no whole one.
     """
     if is_checkpoint(folder):
         if not _holds(folder, MANIFEST):

@@ -20,10 +20,8 @@ from weights.source import read_weights
 def load_checkpoint(path, experiment_name=None, *, optional=False):
     """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
 
-    Nothing that the files hold is executed. Every rank calls it; rank 0 chooses and checks.
-
-    Raises:
-        ValueError: one line: a damaged or unreadable file, or no checkpoint at all; if `optional`, that is None.
+    Every rank calls it; rank 0 chooses and checks. Raises ValueError, one line, for a damaged or unreadable file, or no
+    checkpoint at all; if `optional`, that is None.
     """
     path = str(path)
     if os.path.isfile(path):
@@ -128,11 +126,8 @@ def load_pretrained(path, model, *, config=None):
     A label table for another number of classes is left as it was initialised, and so is a position table that differs
     from the network's by the rounding of a half precision; everything else must fit.
 
-    Returns:
-        A sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is given.
-
-    Raises:
-        ValueError: unreadable, not finite, or weights of another architecture.
+    Returns a sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is
+    given. Raises ValueError for what is unreadable or not finite, and for weights of another architecture.
     """
     note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
     state, source = read_weights(path)

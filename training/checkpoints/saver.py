@@ -12,6 +12,7 @@ The random numbers of a step are a function of (seed, step), so that resuming ne
 """
 
 import collections
+import contextlib
 import math
 import os
 import threading
@@ -59,26 +60,20 @@ def write_checkpoint(folder, files):
     Raises:
         OSError: the file system refused; on rank 0, when all files were gathered. What had the folder's name stays.
     """
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        # The other ranks gather all files, whatever rank 0 has met.
+        at_the_end.callback(collections.deque, files, maxlen=0)
         if paddle.distributed.get_rank() == 0:
-            _write_files(FolderWriter(folder), files)
-    finally:
-        collections.deque(files, maxlen=0)  # the other ranks gather all of them, whatever rank 0 has met
-
-
-def _write_files(writer, files):
-    try:
-        for name, value in files:
-            if name.endswith(".json"):
-                writer.write_json(name, value, indent=None if name == STATE else 2)
-            elif value:
-                with writer.open(name) as file:
-                    save_pdparams(value, file)
-            del value  # at 7B parameters the host has each part once, not all together
-        writer.finish()
-    except OSError:
-        writer.discard()
-        raise
+            writer = FolderWriter(folder)
+            at_the_end.callback(writer.discard)  # before that; what is finished stays
+            for name, value in files:
+                if name.endswith(".json"):
+                    writer.write_json(name, value, indent=None if name == STATE else 2)
+                elif value:
+                    with writer.open(name) as file:
+                        save_pdparams(value, file)
+                del value  # at 7B parameters the host has each part once, not all together
+            writer.finish()
 
 
 class CheckpointSaver:
@@ -88,7 +83,6 @@ class CheckpointSaver:
     that refuses is reported, and the next save tries again.
 
     Args:
-        session: what is saved, see `checkpoint_files`.
         say: prints a line, on rank 0; it is called from the thread too.
         save_total_limit: whole checkpoints to keep, None: all.
         background: False: training waits until the checkpoint is on the disk. So it does where the copies would take

@@ -3,6 +3,7 @@
 Of ppdiffusers it takes the downloads alone: `from_pretrained` executes what it finds in pickles and `.py` files.
 """
 
+import contextlib
 import os
 
 import numpy as np
@@ -49,6 +50,25 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
         if needed or error is None or isinstance(error, LocalEntryNotFoundError):
             raise
         return None
+
+
+@contextlib.contextmanager
+def explained(name_or_path, advice):
+    """Turns an error in loading a folder or a name on the hub into a `ValueError` of one line.
+
+    `advice` says what to do without a network.
+    """
+    try:
+        yield
+    except Exception as error:  # the hub clients raise a dozen unrelated types
+        is_folder = os.path.isdir(name_or_path)
+        if is_folder and isinstance(error, ValueError):
+            raise
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        what = f"cannot be loaded ({reason})"
+        if not is_folder:
+            what = f"there is no such folder, and it cannot be downloaded ({reason}). Without a network, {advice}"
+        raise ValueError(f"{name_or_path}: {what}") from None
 
 
 def read_settings(name_or_path, name, subfolder="", class_names=None):

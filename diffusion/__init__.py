@@ -1,12 +1,6 @@
 """Gaussian diffusion: `create_diffusion(...)` and what it is made of. Needs paddle and numpy only."""
 
-from .gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    get_named_beta_schedule,
-)
+from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 from .timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 

@@ -58,10 +58,8 @@ class GaussianDiffusion:
 
     Attributes:
         num_timesteps: number of steps.
-        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
-        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
-        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1,
-        posterior_mean_coef2: float64 arrays `(num_timesteps,)`; not to be changed.
+        betas, alphas_cumprod, posterior_variance, ...: schedules by the official names, float64 arrays
+            `(num_timesteps,)`; not to be changed.
     """
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type):

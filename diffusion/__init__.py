@@ -29,7 +29,7 @@ def create_diffusion(
     rescale_learned_sigmas=False,
     diffusion_steps=1000,
 ):
-    """Returns a diffusion process from plain settings; arguments and defaults are those of the official DiT code.
+    """Returns a `SpacedDiffusion` from plain settings; arguments and defaults are those of the official DiT code.
 
     Args:
         timestep_respacing: "" or None for all steps (training); "250", "ddim25", [10, 20]: see `space_timesteps`.
@@ -40,9 +40,6 @@ def create_diffusion(
         learn_sigma: the model has twice the output channels and learns the variance.
         rescale_learned_sigmas: weight the variance's loss by steps / 1000 (RESCALED_MSE).
         diffusion_steps: steps of the process before respacing.
-
-    Returns:
-        SpacedDiffusion.
 
     Raises:
         ValueError: a value that is not accepted; the message names those that are.

@@ -250,11 +250,10 @@ class GaussianDiffusion:
     # -- Losses -------------------------------------------------------------------------------------------------------
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
-        """Returns one term of the variational bound for each sample, in bits per dimension.
+        """Returns one term of the variational bound for each sample, "output" `(N,)`, and "pred_xstart", in a dict.
 
-        Returns:
-            dict: "output" `(N,)`, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or at t = 0 the negative log
-            likelihood of x_0; "pred_xstart".
+        The term, in bits per dimension, is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log
+        likelihood of x_0.
         """
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         return {"output": self._vb_bpd(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
@@ -274,8 +273,7 @@ class GaussianDiffusion:
 
         Args:
             model, t, model_kwargs: see `p_mean_variance`, which also says which shapes are refused.
-            x_start: `(N, C, ...)`, the data.
-            noise: `(N, C, ...)`, drawn if not given.
+            x_start, noise: `(N, C, ...)`, the data, and noise, drawn if not given.
 
         Returns:
             dict of `(N,)` tensors: "loss", and for the MSE losses "mse" and, where the variance is learned, "vb".
@@ -370,10 +368,9 @@ class GaussianDiffusion:
     # -- Sampling -----------------------------------------------------------------------------------------------------
 
     def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
-        """Draws x_{t-1}, one DDPM step. Arguments as in `p_mean_variance` and `condition_mean`.
+        """Draws x_{t-1}, one DDPM step: a dict of "sample" and "pred_xstart", of `x`'s shape.
 
-        Returns:
-            dict: "sample" and "pred_xstart", of `x`'s shape.
+        Arguments as in `p_mean_variance` and `condition_mean`.
         """
         x = at_least_float32(x)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)

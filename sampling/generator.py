@@ -197,10 +197,8 @@ def load_exportable(model, *, vae=None, key=None):
 def from_weights(config, state, vae, *, dtype=None, source="weights"):
     """Returns the `Generator` of a DiT's or Large-DiT's resolved config and weights `{name: array}`, Paddle layout.
 
-    Args:
-        dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
-            sampled by a scheduler of ppdiffusers.
-        source: of the weights, for messages.
+    With a `dtype` the network computes in that, and this project's own samplers draw. None gives its layer in float32,
+    sampled by a scheduler of ppdiffusers.
     """
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])

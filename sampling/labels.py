@@ -23,10 +23,10 @@ def read_labels(path):
 
 
 def weights_labels(path, config):
-    """Returns `({id: label}, note or None)` for weights, which come without: those of a file, or those of their set.
+    """Returns `({id: label}, note or None)` for weights, which come without: those of a file, or of the config's set.
 
-    The set is that which a config's network was trained on. 1000 classes without names, or with
-    ImageNet's ids (n01440764 ...), get the names of ImageNet's classes, and the note says so.
+    1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names of ImageNet's classes, and the
+    note says so.
     """
     if path is not None:
         return read_labels(path), None
@@ -54,11 +54,8 @@ def find_labels(path, config):
 def find_class(text, labels, num_classes):
     """Returns the id of the class that a user means, of `{id: label}`, which may be empty.
 
-    Args:
-        text: a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
-
-    Raises:
-        ValueError: one line: no such class, or several, which are listed.
+    `text` is a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
+    No such class, or several, which are listed, are a `ValueError` of one line.
     """
     lower = text.strip().lower()
 

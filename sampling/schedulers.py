@@ -67,8 +67,7 @@ def visited_timesteps(scheduler, num_steps):
 def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None):
     """Returns latents `(N, C, H, W)` by a ppdiffusers scheduler and a `denoiser(x, t)`; a learned variance is cut off.
 
-    Args:
-        callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+    After each step `callback(step, num_steps, latents)` is called, from 1 on.
     """
     scheduler.set_timesteps(num_steps)
     for step, t in enumerate(scheduler.timesteps, 1):

@@ -24,8 +24,7 @@ def check_num_steps(num_steps, total, spacing=None):
     """Raises `ValueError`, with the nearest numbers that do, for a number of steps that can't sample the diffusion.
 
     Args:
-        num_steps: network evaluations.
-        total: timesteps of the diffusion.
+        num_steps: network evaluations. total: timesteps of the diffusion.
         spacing: "leading" for steps of the whole length `total // num_steps` that start from 0, DDIM's in ppdiffusers.
             Where that is rounded down far, they would begin in the middle of the diffusion. "stride" for what
             `create_diffusion("ddimN")` takes; None for any steps.

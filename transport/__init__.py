@@ -39,7 +39,7 @@ def create_transport(
     logit_std=1.0,
     cosine_loss=False,
 ):
-    """Returns a transport from plain settings; the first five arguments and their defaults are the official SiT's.
+    """Returns a `Transport` from plain settings; the first five arguments and their defaults are the official SiT's.
 
     Args:
         path_type: `Linear`, `GVP` or `VP`.
@@ -54,9 +54,6 @@ def create_transport(
         logit_mean, logit_std: of `logit-normal`.
         cosine_loss: velocity prediction only: add `1 - cos(pred, ut)` over the channels, averaged over positions, to
             each sample's loss (LightningDiT).
-
-    Returns:
-        Transport.
 
     Raises:
         ValueError: a value that is not accepted; the message names those that are. (The official code takes any

@@ -41,11 +41,8 @@ def export_pipeline(
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
         source: where the weights come from, for messages. options: of the exporter's `convert`.
 
-    Returns:
-        list of sentences that the user should read: what the exported pipeline does differently.
-
-    Raises:
-        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+    Its result are sentences for the user: what the exported pipeline does differently. A model that can't be
+    exported, weights that don't fit, and an output that is in the way are a `ValueError` of one line.
     """
     model, network = config["model"], exporter(config)
     network.check(config)

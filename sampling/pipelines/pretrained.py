@@ -47,13 +47,9 @@ def load_dit_pipeline(name_or_path, dtype=None):
     """Loads a folder of a DiTPipeline, or a name on the hub: network and VAE in `dtype`, or float32.
 
     The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
-    `sampling.pipelines.export_large_dit`).
+    `sampling.pipelines.export_large_dit`). The pipeline's `id2label` is `{id: label}`, perhaps empty.
 
-    Returns:
-        a `ppdiffusers.DiTPipeline`; its `id2label` is `{id: label}`, perhaps empty.
-
-    Raises:
-        ValueError: one line: what the folder lacks, or a download that failed, and what to do without a network.
+    What a folder lacks, or a download that failed, is a `ValueError` of one line.
     """
     from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
 

@@ -6,11 +6,11 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_diffusion, check_scheduler, describe_fit
+from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_scheduler, describe_fit
 
 
 def make_scheduler(objective, name="ddim"):
-    """Returns the ppdiffusers scheduler for an `objective` section; `ValueError` for another name, or no diffusion.
+    """Returns the ppdiffusers scheduler for an `objective` section of type diffusion; `ValueError` for another name.
 
     "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
     number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
@@ -19,7 +19,6 @@ def make_scheduler(objective, name="ddim"):
 
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
-    check_diffusion(objective)
     steps = objective["diffusion_steps"]
     settings = {
         "num_train_timesteps": steps,

@@ -56,8 +56,6 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_objective(cls, objective):
         """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
-        if objective["type"] != "transport":
-            raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
         return cls(**{name: objective[name] for name in inspect.signature(cls).parameters})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What schedulers of a diffusion take: objectives, and numbers of steps; and in which of these an export is exact.
+"""What schedulers of a diffusion take: which numbers of steps, and in which of these an export is exact.
 
 Paddle is not imported, so that a number can be refused before anything is loaded.
 """
@@ -9,15 +9,6 @@ FIT_KEY = "_timestep_fit"
 SCHEDULERS = ("ddim", "dpm")
 MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
 FLOW_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see `sampling.pipelines.export_sit`
-
-
-def check_diffusion(objective):
-    """Raises `ValueError` for an `objective` section that ppdiffusers' schedulers don't sample."""
-    if objective["type"] != "diffusion":
-        raise ValueError(
-            f"the objective {objective['type']!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
-            "For a SiT: tools/convert_sit_to_ppdiffusers.py"
-        )
 
 
 def check_num_steps(num_steps, total, spacing=None):

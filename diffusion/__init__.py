@@ -44,32 +44,19 @@ def create_diffusion(
     Raises:
         ValueError: a value that is not accepted; the message names those that are.
     """
-    flags = {
-        "use_kl": use_kl,
-        "sigma_small": sigma_small,
-        "predict_xstart": predict_xstart,
-        "learn_sigma": learn_sigma,
-        "rescale_learned_sigmas": rescale_learned_sigmas,
-    }
+    flags = {"use_kl": use_kl, "sigma_small": sigma_small, "predict_xstart": predict_xstart}
+    flags.update(learn_sigma=learn_sigma, rescale_learned_sigmas=rescale_learned_sigmas)
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: expected True or False")
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
-
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    else:
-        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
-    if learn_sigma:
-        model_var_type = ModelVarType.LEARNED_RANGE
-    else:
-        model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-
+    squared = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     whole = timestep_respacing is None or timestep_respacing == ""
     return SpacedDiffusion(
         use_timesteps=space_timesteps(diffusion_steps, [diffusion_steps] if whole else timestep_respacing),
         betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
-        model_var_type=model_var_type,
-        loss_type=loss_type,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=LossType.RESCALED_KL if use_kl else squared,
     )

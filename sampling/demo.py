@@ -122,14 +122,14 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
 
 def show_steps(description="sampling"):
     """Returns a callback for `Generator.sample` that shows a progress bar."""
-    bars = []
+    bar = None
 
     def callback(step, num_steps, latents):
-        if step == 1:
-            bars.append(tqdm(total=num_steps, desc=description))
-        bars[-1].update()
+        nonlocal bar
+        bar = tqdm(total=num_steps, desc=description) if step == 1 else bar
+        bar.update()
         if step == num_steps:
-            bars.pop().close()
+            bar.close()
 
     return callback
 

@@ -4,19 +4,9 @@ from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, Mode
 from .respace import SpacedDiffusion, space_timesteps
 from .timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 
-__all__ = [
-    "GaussianDiffusion",
-    "LossSecondMomentResampler",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "UniformSampler",
-    "create_diffusion",
-    "create_named_schedule_sampler",
-    "get_named_beta_schedule",
-    "space_timesteps",
-]
+__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion", "create_diffusion"]
+__all__ += ["LossSecondMomentResampler", "UniformSampler", "create_named_schedule_sampler"]
+__all__ += ["get_named_beta_schedule", "space_timesteps"]
 
 
 def create_diffusion(

@@ -57,20 +57,16 @@ def find_class(text, labels, num_classes):
     `text` is a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
     No such class, or several, which are listed, are a `ValueError` of one line.
     """
-    lower = text.strip().lower()
-
-    def search(*tests):
-        return next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
-
-    found = search(
+    lower, is_id = text.strip().lower(), re.fullmatch(r"\d+", text)
+    tests = (
         lambda label: text == label,
         lambda label: text in _names(label),
         lambda label: lower in _names(label.lower()),
+        lambda label: lower and not is_id and lower in label.lower(),
     )
-    if not found and re.fullmatch(r"\d+", text):
+    found = next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
+    if not found and is_id:
         return _check_id(int(text), num_classes)
-    if not found and lower:
-        found = search(lambda label: lower in label.lower())
     if not found:
         known = f" or a name such as {listed(sorted(labels.values()), MAX_LISTED)}" if labels else ""
         raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}{known}")

@@ -7,22 +7,8 @@ from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler
 from .transport import ModelType, PathType, Transport, WeightType
 from .utils import check_choice, check_number
 
-__all__ = [
-    "DIFFUSION_FORMS",
-    "LAST_STEPS",
-    "ODE_METHODS",
-    "SDE_METHODS",
-    "TIMESTEP_SAMPLINGS",
-    "GVPCPlan",
-    "ICPlan",
-    "ModelType",
-    "PathType",
-    "Sampler",
-    "Transport",
-    "VPCPlan",
-    "WeightType",
-    "create_transport",
-]
+__all__ = ["DIFFUSION_FORMS", "LAST_STEPS", "ODE_METHODS", "SDE_METHODS", "TIMESTEP_SAMPLINGS", "create_transport"]
+__all__ += ["GVPCPlan", "ICPlan", "ModelType", "PathType", "Sampler", "Transport", "VPCPlan", "WeightType"]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 

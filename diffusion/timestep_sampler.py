@@ -17,7 +17,7 @@ class UniformSampler:
         return paddle.ones([self.num_timesteps], dtype="float64")
 
     def sample(self, batch_size):
-        """Draws `(timesteps, weights of their losses that keep the objective's mean)`, int64 and float32."""
+        """Draws `(timesteps, weights)`, `(batch_size,)` int64 and float32: so weighted, losses keep their mean."""
         return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
 
     def update_with_losses(self, t, losses):

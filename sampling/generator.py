@@ -150,7 +150,7 @@ def check_settings(model, num_inference_steps, **options):
         Sampler(make(objective or model.path).transport).make(num_steps=num_inference_steps, **options)
 
 
-def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None):
+def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
     """Loads the `Generator` of a model. Nothing that it holds is executed, but the programs of an exported folder are.
 
     Args:
@@ -163,11 +163,12 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
         backend: "eager", or "inference" for Paddle Inference; what is not exported is then exported for this process.
         config: JSON of the network of a file of weights.
         key: which weights of a checkpoint: "model" or "ema"; of a file any of its keys.
+        id2label: JSON of labels, instead of the model's own.
 
     Raises:
         ValueError: one line: no such model, one that can't be loaded, or weights that don't fit or are not finite.
     """
-    model = path if isinstance(path, Model) else describe_model(path, config=config)
+    model = path if isinstance(path, Model) else describe_model(path, config=config, id2label=id2label)
     model.check_backend(backend)
     if device is not None:
         paddle.set_device(resolve_device(device))

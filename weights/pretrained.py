@@ -10,7 +10,7 @@ import numpy as np
 
 from models.state import check_finite, check_state
 from runtime.process import one_line
-from runtime.untrusted import check_sizes, inside, read_json, shortened
+from runtime.untrusted import check_sizes, inside, read_json_object, shortened
 from weights.files import load_weights
 
 # Files of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own first.
@@ -77,9 +77,7 @@ def read_settings(name_or_path, name, subfolder="", class_names=None):
     Raises ValueError for sizes that no network has, and for settings of none of `class_names`.
     """
     path = find_file(name_or_path, name, subfolder)
-    settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+    settings = read_json_object(path, infinity=True)  # ppdiffusers' schedulers have it
     if class_names is not None and (kind := settings.get("_class_name")) not in class_names:
         raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(map(repr, class_names))}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -115,8 +113,7 @@ def find_weights(name_or_path, subfolder=""):
 
 
 def _shards(path):
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    names = read_json_object(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{path}: expected {{"weight_map": {{weight: file}}}}')
     shards = sorted(set(names.values()))

@@ -6,7 +6,7 @@ this project has it already.
 """
 
 from config.options import CLASS_NAMES
-from runtime.untrusted import read_json
+from runtime.untrusted import read_json_object
 from sampling.pipelines.folder import component_class, read_index
 from sampling.step_counts import FIT_KEY, is_timestep_fit
 from weights.pretrained import explained, find_file, load_model, read_settings, refused_settings
@@ -78,8 +78,7 @@ def load_dit_pipeline(name_or_path, dtype=None):
 def read_timestep_fit(name_or_path):
     """Reads in which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts`."""
     path = find_file(name_or_path, "config.json", "transformer")
-    settings = read_json(path, infinity=True)
-    fit = settings.get(FIT_KEY) if isinstance(settings, dict) else None
+    fit = read_json_object(path, infinity=True).get(FIT_KEY)
     if not is_timestep_fit(fit):
         raise ValueError(f'{path}: {FIT_KEY}: expected {{"ddim": numbers of steps, "dpm": numbers of steps}}')
     return fit

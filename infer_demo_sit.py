@@ -17,7 +17,7 @@ import os
 
 from config.options import SIT_VAE
 from runtime.process import run_cli
-from sampling.demo import add_flags, check_flags, check_model, draw, note_unused
+from sampling.demo import add_flags, check_flags, draw, note_unused
 from sampling.model_path import check_holds_no, describe_model
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
@@ -80,7 +80,6 @@ def main(argv=None):
     )
     if model.kind == "pipeline":
         check_holds_no(path, model.pipeline, vae=args.vae, key=args.key)
-    check_model(args, model)
     options = {**SDE_DEFAULTS, **given} if args.sampler == "sde" else {}
     if args.last_step == "None":
         options["last_step"] = None

@@ -1,28 +1,12 @@
 """Gaussian diffusion: `create_diffusion(...)` and what it is made of. Needs paddle and numpy only."""
 
-from .gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    get_named_beta_schedule,
-)
+from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 from .timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 
-__all__ = [
-    "GaussianDiffusion",
-    "LossSecondMomentResampler",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "UniformSampler",
-    "create_diffusion",
-    "create_named_schedule_sampler",
-    "get_named_beta_schedule",
-    "space_timesteps",
-]
+__all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion", "create_diffusion"]
+__all__ += ["LossSecondMomentResampler", "UniformSampler", "create_named_schedule_sampler"]
+__all__ += ["get_named_beta_schedule", "space_timesteps"]
 
 
 def create_diffusion(
@@ -35,7 +19,7 @@ def create_diffusion(
     rescale_learned_sigmas=False,
     diffusion_steps=1000,
 ):
-    """Returns a diffusion process from plain settings; arguments and defaults are those of the official DiT code.
+    """Returns a `SpacedDiffusion` from plain settings; arguments and defaults are those of the official DiT code.
 
     Args:
         timestep_respacing: "" or None for all steps (training); "250", "ddim25", [10, 20]: see `space_timesteps`.
@@ -47,38 +31,22 @@ def create_diffusion(
         rescale_learned_sigmas: weight the variance's loss by steps / 1000 (RESCALED_MSE).
         diffusion_steps: steps of the process before respacing.
 
-    Returns:
-        SpacedDiffusion.
-
     Raises:
         ValueError: a value that is not accepted; the message names those that are.
     """
-    flags = {
-        "use_kl": use_kl,
-        "sigma_small": sigma_small,
-        "predict_xstart": predict_xstart,
-        "learn_sigma": learn_sigma,
-        "rescale_learned_sigmas": rescale_learned_sigmas,
-    }
+    flags = {"use_kl": use_kl, "sigma_small": sigma_small, "predict_xstart": predict_xstart}
+    flags.update(learn_sigma=learn_sigma, rescale_learned_sigmas=rescale_learned_sigmas)
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: expected True or False")
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
-
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    else:
-        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
-    if learn_sigma:
-        model_var_type = ModelVarType.LEARNED_RANGE
-    else:
-        model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-
+    squared = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     whole = timestep_respacing is None or timestep_respacing == ""
     return SpacedDiffusion(
         use_timesteps=space_timesteps(diffusion_steps, [diffusion_steps] if whole else timestep_respacing),
         betas=betas,
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
-        model_var_type=model_var_type,
-        loss_type=loss_type,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=LossType.RESCALED_KL if use_kl else squared,
     )

@@ -51,14 +51,11 @@ def approx_standard_normal_cdf(x):
 
 
 def discretized_gaussian_log_likelihood(x, *, means, log_scales):
-    """Returns the log likelihood of 8-bit images under a Gaussian integrated over each grey level's bin.
+    """Returns the log likelihood, in nats, of 8-bit images under a Gaussian integrated over each grey level's bin.
 
     Args:
         x: targets, uint8 levels rescaled to [-1, 1]. The first and the last bin reach to -inf and +inf.
-        means, log_scales: of the Gaussian, logarithms of the standard deviations; shape of `x`.
-
-    Returns:
-        Log probabilities in nats, shape of `x`.
+        means, log_scales: of the Gaussian, logarithms of the standard deviations; shape of `x`, as the result.
     """
     centered = x - means
     inv_std = paddle.exp(-log_scales)

@@ -10,19 +10,14 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps, section_counts):
-    """Returns the timesteps kept from a process of `num_timesteps` steps.
+    """Returns the timesteps kept from a process of `num_timesteps` steps: a set of integers in [0, num_timesteps).
 
     Args:
-        num_timesteps: steps of the original process.
         section_counts: the process is cut into as many equal sections as there are counts, and each keeps that many
             evenly spaced steps. A list of integers, a string of them ("10,20,30"), one integer (25 or "25"); or "ddimN"
             for N steps at a constant integer stride, as in the DDIM paper.
 
-    Returns:
-        set of integers in [0, num_timesteps).
-
-    Raises:
-        ValueError: a string of another form, or more steps than there are.
+    A string of another form, or more steps than there are, is a `ValueError`.
     """
     counts = [section_counts] if type(section_counts) is int else section_counts
     if isinstance(counts, str):

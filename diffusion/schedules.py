@@ -33,8 +33,7 @@ _SCHEDULES = {"linear": _linear_betas, "squaredcos_cap_v2": _squared_cosine_beta
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     """Returns the betas of the schedule "linear" or "squaredcos_cap_v2": float64 array `(num_diffusion_timesteps,)`.
 
-    Raises:
-        ValueError: unknown name, or a count that the schedule can't have.
+    Another name, or a count that the schedule can't have, is a `ValueError`.
     """
     if schedule_name not in _SCHEDULES:
         raise ValueError(f"unknown noise schedule {schedule_name!r}; accepted: {', '.join(_SCHEDULES)}")

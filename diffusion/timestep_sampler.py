@@ -17,11 +17,7 @@ class UniformSampler:
         return paddle.ones([self.num_timesteps], dtype="float64")
 
     def sample(self, batch_size):
-        """Draws timesteps, and the weights of their losses that keep the objective's mean.
-
-        Returns:
-            `(timesteps, weights)`: `(batch_size,)` int64 and float32.
-        """
+        """Draws `(timesteps, weights)`, `(batch_size,)` int64 and float32: so weighted, losses keep their mean."""
         return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
 
     def update_with_losses(self, t, losses):
@@ -125,8 +121,7 @@ class LossSecondMomentResampler:
 def create_named_schedule_sampler(name, diffusion, **options):
     """Returns the timestep sampler "uniform" or "loss-second-moment" for `diffusion`; ValueError for other names.
 
-    Args:
-        options: of `LossSecondMomentResampler`; the uniform one needs none.
+    The options are those of `LossSecondMomentResampler`; the uniform one needs none.
     """
     if name not in ("uniform", "loss-second-moment"):
         raise ValueError(f"unknown timestep sampler {name!r}; accepted: uniform, loss-second-moment")

@@ -25,20 +25,13 @@ def load_vae(name_or_path):
     """
     from ppdiffusers import AutoencoderKL
 
-    from weights.pretrained import load_model
+    from weights.pretrained import explained, load_model
 
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"{name_or_path}: no config.json in this folder; expected an AutoencoderKL")
-    try:
+    folder = "its folder, which holds config.json and model_state.pdparams"
+    with explained(name_or_path, f"copy the VAE here from a machine that has one and give {folder}"):
         vae = load_model(AutoencoderKL, name_or_path)
-    except Exception as error:  # the hub clients raise a dozen unrelated types
-        if isinstance(error, ValueError) and os.path.isdir(name_or_path):
-            raise
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
-        raise ValueError(
-            f"VAE {name_or_path}: cannot be loaded or downloaded ({reason}). Without a network, copy the VAE here "
-            "from a machine that has one and give its folder, which holds config.json and model_state.pdparams"
-        ) from None
     LatentScaling.of(vae.config, channels=vae.config.latent_channels, source=f"VAE {name_or_path}")
     return vae
 

@@ -16,7 +16,7 @@ from features.pairs import PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
 from runtime.progress import tqdm
-from runtime.untrusted import read_json
+from runtime.untrusted import read_json_object
 
 # What the loader's thread reads at a time: many micro-batches in one go cost less than one by one.
 READ_BYTES = 1 << 22
@@ -75,12 +75,7 @@ def open_store(feature_path, kind, name):
 def read_manifest(feature_path, name):
     """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
     path = Layout(feature_path, name).manifest
-    if not os.path.exists(path):
-        return {}
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return manifest
+    return read_json_object(path) if os.path.exists(path) else {}
 
 
 class MemoryStore:

@@ -115,6 +115,14 @@ def read_json(path, *, infinity=False):
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_json_object(path, **options):
+    """Reads the object in a JSON file; raises as `read_json`, which takes the options, and for any other value."""
+    value = read_json(path, **options)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
 def check_sizes(settings, where):
     """Raises ValueError, before memory is taken, for sizes among settings that no network or scheduler has."""
     for key, value in settings.items():

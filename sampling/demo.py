@@ -63,17 +63,6 @@ def check_flags(args, min_steps=1):
         raise ValueError("the working directory can't be written to; give a file by --output")
 
 
-def check_model(args, model):
-    """Raises `ValueError` for classes and guidance that a `Model` lacks, and notes flags of no effect on it."""
-    if model.num_classes is not None:
-        find_classes(args.classes, model.labels, model.num_classes)
-    check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
-    given = [name for name in ("guidance_channels", "guidance_interval") if getattr(args, name, None) is not None]
-    if args.guidance_scale == 1 or (args.guidance_scale is None and model.has_null_class is False):
-        note_unused(given, "without guidance")
-    note_weights_flags(args, model)
-
-
 def note_weights_flags(args, model):
     """Says that --vae and --key have no effect on a model that brings its own."""
     if model.holds_all:
@@ -91,9 +80,19 @@ def note_unused(names, why):
 def draw(kind, args, model, *, guidance_interval=None, **options):
     """Samples a `Model` and saves, as the flags of `add_flags` say, and says where the image is.
 
+    Classes and guidance that the model lacks are a `ValueError`, and flags of no effect on it are named.
+
     Args:
         kind: of the file names, such as DiT. guidance_interval, options: of `Generator.sample`.
     """
+    if model.num_classes is not None:
+        find_classes(args.classes, model.labels, model.num_classes)
+    scale = check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
+    if scale == 1:
+        names = ("guidance_channels", "guidance_interval")
+        note_unused([name for name in names if getattr(args, name, None) is not None], "without guidance")
+    note_weights_flags(args, model)
+
     configure_runtime()
     from sampling.generator import check_settings, load_generator
     from sampling.grid import make_grid
@@ -123,14 +122,14 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
 
 def show_steps(description="sampling"):
     """Returns a callback for `Generator.sample` that shows a progress bar."""
-    bars = []
+    bar = None
 
     def callback(step, num_steps, latents):
-        if step == 1:
-            bars.append(tqdm(total=num_steps, desc=description))
-        bars[-1].update()
+        nonlocal bar
+        bar = tqdm(total=num_steps, desc=description) if step == 1 else bar
+        bar.update()
         if step == num_steps:
-            bars.pop().close()
+            bar.close()
 
     return callback
 
@@ -213,5 +212,4 @@ def draw_dit(argv, demo):
     model = describe_model(path, expected, id2label=args.id2label)
     model.check_backend(args.backend)
     model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
-    check_model(args, model)
     draw(demo.kind, args, model, method=args.scheduler)

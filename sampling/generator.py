@@ -91,13 +91,10 @@ class Generator:
             guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class.
             guidance_channels: how many leading latent channels are guided; None for all, "default" for the model's.
             guidance_interval: `(lowest, highest)` times between which guidance is on; None for all.
-            output: "images", or "latents" as networks see them.
+            output: "images", uint8 numpy `(N, H, W, 3)`, or "latents" as networks see them, a tensor `(N, C, h, w)`.
             batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
             options: of the objective's `sample`: `method`, and of a transport `sampler` and what belongs to it.
-
-        Returns:
-            uint8 numpy `(N, H, W, 3)`, or a tensor `(N, C, h, w)`.
 
         Raises:
             ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
@@ -109,25 +106,27 @@ class Generator:
         channels = self.guided_channels if guidance_channels == "default" else guidance_channels
         if channels == "auto":
             channels = default_channels(self.in_channels)
-        tracker = get_rng_state_tracker()
-        random = tracker.manual_seed(seed) if isinstance(seed, Integral) else seed
+        tracker, is_seeded = get_rng_state_tracker(), isinstance(seed, Integral)
+        random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
         null_class = 0 if self.null_class is None else self.null_class
         guidance = {"channels": channels, "null_class": null_class, "interval": guidance_interval}
-        latents = []
-        for start in range(0, len(ids), batch_size or len(ids)):
-            part = slice(start, start + (batch_size or len(ids)))
-            y = paddle.to_tensor(ids[part], dtype="int64")
-            denoiser = guided(self.network, y, scale, **guidance)
-            shape = (len(ids[part]), self.in_channels, self.sample_size, self.sample_size)
-            x = randn_tensor(shape, generator=random, dtype=self.dtype) if noise is None else noise[part]
-            if self.kind == "diffusion" and isinstance(seed, Integral) and start == 0:
-                paddle.seed(seed)  # what DDPM's steps draw does not depend on the number of images
-            with tracker.rng_state(steps_random):
-                latents.append(self.objective.sample(denoiser, x, **settings))
-        if isinstance(seed, Integral):
-            tracker.remove(random)
+        latents, size = [], batch_size or len(ids)
+        try:
+            for start in range(0, len(ids), size):
+                part = slice(start, start + size)
+                y = paddle.to_tensor(ids[part], dtype="int64")
+                denoiser = guided(self.network, y, scale, **guidance)
+                shape = (len(y), self.in_channels, self.sample_size, self.sample_size)
+                x = randn_tensor(shape, generator=random, dtype=self.dtype) if noise is None else noise[part]
+                if self.kind == "diffusion" and is_seeded and start == 0:
+                    paddle.seed(seed)  # what DDPM's steps draw does not depend on the number of images
+                with tracker.rng_state(steps_random):
+                    latents.append(self.objective.sample(denoiser, x, **settings))
+        finally:
+            if is_seeded:
+                tracker.remove(random)
         latents = paddle.concat(latents)
         return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
 
@@ -198,10 +197,8 @@ def load_exportable(model, *, vae=None, key=None):
 def from_weights(config, state, vae, *, dtype=None, source="weights"):
     """Returns the `Generator` of a DiT's or Large-DiT's resolved config and weights `{name: array}`, Paddle layout.
 
-    Args:
-        dtype: that the network computes in, sampled by this project's own samplers; None for its layer in float32,
-            sampled by a scheduler of ppdiffusers.
-        source: of the weights, for messages.
+    With a `dtype` the network computes in that, and this project's own samplers draw. None gives its layer in float32,
+    sampled by a scheduler of ppdiffusers.
     """
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])

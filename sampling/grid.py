@@ -5,13 +5,9 @@ from PIL import Image
 
 
 def make_grid(images, columns):
-    """Puts images side by side, row by row, without gaps; the last row is filled with black.
+    """Returns a PIL image of images side by side, row by row, without gaps; the last row is filled with black.
 
-    Args:
-        images: uint8 `(N, H, W, 3)`, or a list of PIL images of one size.
-
-    Returns:
-        PIL.Image of `columns * W` by `ceil(N / columns) * H` pixels.
+    The images are uint8 `(N, H, W, 3)`, or a list of PIL images of one size.
     """
     images = np.stack([np.asarray(image) for image in images])  # (N, H, W, 3)
     if images.ndim != 4 or images.dtype != np.uint8 or columns < 1:

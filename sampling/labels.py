@@ -23,10 +23,10 @@ def read_labels(path):
 
 
 def weights_labels(path, config):
-    """Returns `({id: label}, note or None)` for weights, which come without: those of a file, or those of their set.
+    """Returns `({id: label}, note or None)` for weights, which come without: those of a file, or of the config's set.
 
-    The set is that which a config's network was trained on. 1000 classes without names, or with
-    ImageNet's ids (n01440764 ...), get the names of ImageNet's classes, and the note says so.
+    1000 classes without names, or with ImageNet's ids (n01440764 ...), get the names of ImageNet's classes, and the
+    note says so.
     """
     if path is not None:
         return read_labels(path), None
@@ -54,26 +54,19 @@ def find_labels(path, config):
 def find_class(text, labels, num_classes):
     """Returns the id of the class that a user means, of `{id: label}`, which may be empty.
 
-    Args:
-        text: a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
-
-    Raises:
-        ValueError: one line: no such class, or several, which are listed.
+    `text` is a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
+    No such class, or several, which are listed, are a `ValueError` of one line.
     """
-    lower = text.strip().lower()
-
-    def search(*tests):
-        return next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
-
-    found = search(
+    lower, is_id = text.strip().lower(), re.fullmatch(r"\d+", text)
+    tests = (
         lambda label: text == label,
         lambda label: text in _names(label),
         lambda label: lower in _names(label.lower()),
+        lambda label: lower and not is_id and lower in label.lower(),
     )
-    if not found and re.fullmatch(r"\d+", text):
+    found = next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
+    if not found and is_id:
         return _check_id(int(text), num_classes)
-    if not found and lower:
-        found = search(lambda label: lower in label.lower())
     if not found:
         known = f" or a name such as {listed(sorted(labels.values()), MAX_LISTED)}" if labels else ""
         raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}{known}")

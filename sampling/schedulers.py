@@ -6,11 +6,11 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_diffusion, check_scheduler, describe_fit
+from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_scheduler, describe_fit
 
 
 def make_scheduler(objective, name="ddim"):
-    """Returns the ppdiffusers scheduler for an `objective` section; `ValueError` for another name, or no diffusion.
+    """Returns the ppdiffusers scheduler for an `objective` section of type diffusion; `ValueError` for another name.
 
     "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
     number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
@@ -19,7 +19,6 @@ def make_scheduler(objective, name="ddim"):
 
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
-    check_diffusion(objective)
     steps = objective["diffusion_steps"]
     settings = {
         "num_train_timesteps": steps,
@@ -67,8 +66,7 @@ def visited_timesteps(scheduler, num_steps):
 def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None):
     """Returns latents `(N, C, H, W)` by a ppdiffusers scheduler and a `denoiser(x, t)`; a learned variance is cut off.
 
-    Args:
-        callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
+    After each step `callback(step, num_steps, latents)` is called, from 1 on.
     """
     scheduler.set_timesteps(num_steps)
     for step, t in enumerate(scheduler.timesteps, 1):

@@ -56,8 +56,6 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_objective(cls, objective):
         """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
-        if objective["type"] != "transport":
-            raise ValueError(f"the objective {objective['type']!r} is none of a SiT's; expected 'transport'")
         return cls(**{name: objective[name] for name in inspect.signature(cls).parameters})
 
     @classmethod
@@ -230,18 +228,15 @@ class SiTPipeline(DiffusionPipeline):
             guidance_scale, guidance_interval: as of `sampling.generator.Generator.sample`.
             guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
                 DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all.
-            sampler, method: "ode" or "sde", and its method, as of `objectives.transport.sample_transport`.
-            num_inference_steps: points of the time grid, both ends included: the official `num_steps`. An ODE method
-                makes one step less, each of as many network evaluations as the method has stages; the SDE makes its
-                last step besides.
+            sampler: "ode" or "sde". Its method, the last six options (the SDE's, then dopri5's tolerances), and
+                `num_inference_steps`, the points of the time grid, are those of `transport.Sampler.sample_ode` and
+                `sample_sde`; the form's default is that of the official sample.py.
             generator: as in ppdiffusers, for the noise that sampling starts from and, with the SDE, that of its steps.
                 A list, one for each image, for the ODE only. On a CPU, Paddle has one generator for all:
                 `paddle.Generator().manual_seed(seed)` seeds it, so make the generator just before the call.
             output_type: "pil"; "np" (or "numpy"), float32 `(N, H, W, 3)` in [0, 1]; or "latent", the tensor
                 `(N, C, h, w)` that the VAE would decode times its scaling factor.
             return_dict: an `ImagePipelineOutput` with the attribute `images`, else the tuple `(images,)`.
-            diffusion_form, diffusion_norm, last_step, last_step_size: of the SDE, see `transport.Sampler.sample_sde`;
-                the form's default is that of the official sample.py. atol, rtol: tolerances of dopri5.
 
         Raises:
             ValueError: a value that is not accepted; the message names those that are. Also, as a
@@ -252,10 +247,8 @@ class SiTPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         generator = _one_or_each(generator, len(y), sampler)
-        options = {"atol": atol, "rtol": rtol}
-        if sampler == "sde":
-            options = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
-            options.update(last_step=last_step, last_step_size=last_step_size)
+        sde = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
+        sde.update(last_step=last_step, last_step_size=last_step_size)
         hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
         draw = self.generator
         images = draw.sample(
@@ -269,7 +262,7 @@ class SiTPipeline(DiffusionPipeline):
             progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
             sampler=sampler,
             method=method,
-            **options,
+            **(sde if sampler == "sde" else {"atol": atol, "rtol": rtol}),
         )
         if output_type != "latent":
             images = draw.decode(images)

@@ -1,4 +1,4 @@
-"""What schedulers of a diffusion take: objectives, and numbers of steps; and in which of these an export is exact.
+"""What schedulers of a diffusion take: which numbers of steps, and in which of these an export is exact.
 
 Paddle is not imported, so that a number can be refused before anything is loaded.
 """
@@ -11,21 +11,11 @@ MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
 FLOW_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see `sampling.pipelines.export_sit`
 
 
-def check_diffusion(objective):
-    """Raises `ValueError` for an `objective` section that ppdiffusers' schedulers don't sample."""
-    if objective["type"] != "diffusion":
-        raise ValueError(
-            f"the objective {objective['type']!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. "
-            "For a SiT: tools/convert_sit_to_ppdiffusers.py"
-        )
-
-
 def check_num_steps(num_steps, total, spacing=None):
     """Raises `ValueError`, with the nearest numbers that do, for a number of steps that can't sample the diffusion.
 
     Args:
-        num_steps: network evaluations.
-        total: timesteps of the diffusion.
+        num_steps: network evaluations. total: timesteps of the diffusion.
         spacing: "leading" for steps of the whole length `total // num_steps` that start from 0, DDIM's in ppdiffusers.
             Where that is rounded down far, they would begin in the middle of the diffusion. "stride" for what
             `create_diffusion("ddimN")` takes; None for any steps.

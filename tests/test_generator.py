@@ -103,6 +103,9 @@ def test_weights_by_file_need_a_config(models):
 
 
 def test_mistakes(models):
+    from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
+
+    states = [*get_rng_state_tracker().states_]
     generator = load_generator(str(models / "dit"), vae=DIGITS_VAE)
     for options, message in (
         ({"classes": [10]}, r"the classes are 0\.\.9"),
@@ -111,6 +114,7 @@ def test_mistakes(models):
     ):
         with pytest.raises(NotFiniteError if "1e+30" in str(options) else ValueError, match=message):
             generator.sample(**{"classes": [1], **options})
+    assert [*get_rng_state_tracker().states_] == states  # none is left behind
 
 
 @pytest.mark.parametrize("kind", ["SiT", "LargeSiT"])

@@ -18,43 +18,10 @@ import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.schema import weights_config
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle
-
-
-def convert(args):
-    """Reads, checks and writes one file, as the flags say; raises ValueError for what can't be converted."""
-    from config.schema import weights_config
-
-    check_output(args.output, args.overwrite, torch=args.reverse)
-    model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
-
-    configure_runtime()
-    from models.state import check_finite, check_state, expected_shapes, paddle_to_official
-    from weights.files import save_safetensors, save_torch
-    from weights.source import find_shards, read_weights
-
-    print(f"reading {args.weights}", flush=True)
-    # safetensors say themselves which layout they are in.
-    layout = "auto" if is_safetensors(args.weights) else "paddle" if args.reverse else "torch"
-    state, source = read_weights(args.weights, key=args.key, layout=layout)
-    check_finite(state, source=source)
-    check_state(state, expected_shapes(model), source=source)
-    safe = is_safetensors(args.output)
-    with whole_file(args.output) as path:
-        if not args.reverse:
-            save_paddle(state, path, safe=safe)
-        elif safe:
-            save_safetensors(paddle_to_official(state), path, layout="torch")
-        else:
-            save_torch(paddle_to_official(state), path)
-    print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
-    if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
-        print(
-            "note: the official code normalises queries and keys over the heads of one rank, the merged network over "
-            "all heads: with qk_norm its output is not quite that of the shards."
-        )
 
 
 def main(argv=None):
@@ -69,7 +36,36 @@ def main(argv=None):
     parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    convert(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    check_output(args.output, args.overwrite, torch=args.reverse)
+    model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
+
+    configure_runtime()
+    from models.state import check_finite, check_state, expected_shapes, paddle_to_official
+    from weights.files import save_safetensors, save_torch
+    from weights.source import find_shards, read_weights
+
+    print(f"reading {args.weights}", flush=True)
+    # safetensors say themselves which layout they are in.
+    layout = "auto" if is_safetensors(args.weights) else "paddle" if args.reverse else "torch"
+    state, source = read_weights(args.weights, key=args.key, layout=layout)
+    check_finite(state, source=source)
+    check_state(state, expected_shapes(model), source=source)
+    if args.reverse:
+        official = paddle_to_official(state)
+        with whole_file(args.output) as path:
+            if is_safetensors(args.output):
+                save_safetensors(official, path, layout="torch")
+            else:
+                save_torch(official, path)
+    else:
+        save_paddle(state, args.output)
+    print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
+    if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
+        print(
+            "note: the official code normalises queries and keys over the heads of one rank, the merged network over "
+            "all heads: with qk_norm its output is not quite that of the shards."
+        )
 
 
 if __name__ == "__main__":

@@ -14,40 +14,11 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.options import str2bool
-from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NETWORK, AVERAGES = "transformer.", "model_ema."
-
-
-def extract(args):
-    """Reads the checkpoint and writes the weights that the flags ask for."""
-    for name in ("model_file", "checkpoint_path"):
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is missing")
-    check_output(args.checkpoint_path, args.overwrite)
-
-    configure_runtime()
-    from models.state import check_finite
-    from weights.files import is_averages, pick_weights, safe_load, safetensors_layout
-    from weights.source import read_weights
-
-    if os.path.isdir(args.model_file):
-        state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")
-    else:
-        source = args.model_file
-        if is_safetensors(source) and safetensors_layout(source) != "paddle":
-            raise ValueError(f"{source}: is in PyTorch's layout; use tools/convert_official_weights.py")
-        state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=args.save_ema)
-        if key is None or not is_averages(key):
-            state = pick(state, args.save_ema, source)
-    check_finite(state, source=source)
-    safe = is_safetensors(args.checkpoint_path)
-    with whole_file(args.checkpoint_path) as path:
-        save_paddle(state, path, args.dtype, safe)
-    print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
 
 
 def pick(state, save_ema, source):
@@ -83,7 +54,29 @@ def main(argv=None):
         "--save_ema", type=str2bool, default=False, metavar="True|False", help="the averages, not the weights [False]"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    extract(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for name in ("model_file", "checkpoint_path"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing")
+    check_output(args.checkpoint_path, args.overwrite)
+
+    configure_runtime()
+    from models.state import check_finite
+    from weights.files import is_averages, pick_weights, safe_load, safetensors_layout
+    from weights.source import read_weights
+
+    if os.path.isdir(args.model_file):
+        state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")
+    else:
+        source = args.model_file
+        if is_safetensors(source) and safetensors_layout(source) != "paddle":
+            raise ValueError(f"{source}: is in PyTorch's layout; use tools/convert_official_weights.py")
+        state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=args.save_ema)
+        if key is None or not is_averages(key):
+            state = pick(state, args.save_ema, source)
+    check_finite(state, source=source)
+    save_paddle(state, args.checkpoint_path, args.dtype)
+    print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
 
 
 if __name__ == "__main__":

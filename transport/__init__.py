@@ -7,22 +7,8 @@ from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler
 from .transport import ModelType, PathType, Transport, WeightType
 from .utils import check_choice, check_number
 
-__all__ = [
-    "DIFFUSION_FORMS",
-    "LAST_STEPS",
-    "ODE_METHODS",
-    "SDE_METHODS",
-    "TIMESTEP_SAMPLINGS",
-    "GVPCPlan",
-    "ICPlan",
-    "ModelType",
-    "PathType",
-    "Sampler",
-    "Transport",
-    "VPCPlan",
-    "WeightType",
-    "create_transport",
-]
+__all__ = ["DIFFUSION_FORMS", "LAST_STEPS", "ODE_METHODS", "SDE_METHODS", "TIMESTEP_SAMPLINGS", "create_transport"]
+__all__ += ["GVPCPlan", "ICPlan", "ModelType", "PathType", "Sampler", "Transport", "VPCPlan", "WeightType"]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 
@@ -39,7 +25,7 @@ def create_transport(
     logit_std=1.0,
     cosine_loss=False,
 ):
-    """Returns a transport from plain settings; the first five arguments and their defaults are the official SiT's.
+    """Returns a `Transport` from plain settings; the first five arguments and their defaults are the official SiT's.
 
     Args:
         path_type: `Linear`, `GVP` or `VP`.
@@ -54,9 +40,6 @@ def create_transport(
         logit_mean, logit_std: of `logit-normal`.
         cosine_loss: velocity prediction only: add `1 - cos(pred, ut)` over the channels, averaged over positions, to
             each sample's loss (LightningDiT).
-
-    Returns:
-        Transport.
 
     Raises:
         ValueError: a value that is not accepted; the message names those that are. (The official code takes any

@@ -17,7 +17,7 @@ from .utils import check_choice, expand_t_like_x, full_precision
 # reach it by its name: both spellings are accepted.
 DIFFUSION_FORMS = {
     "constant": lambda path, t, norm: paddle.full_like(t, norm),
-    "SBDM": lambda path, t, norm: path.compute_drift_var(t) * norm,
+    "SBDM": lambda path, t, norm: path.compute_drift_var(t) * norm,  # that of score-based models
     "sigma": lambda path, t, norm: path.compute_sigma_t(t)[0] * norm,
     "linear": lambda path, t, norm: (1 - t) * norm,
     "decreasing": lambda path, t, norm: 0.25 * paddle.square(paddle.cos(math.pi * t) * norm + 1),
@@ -49,12 +49,10 @@ class ICPlan:
 
     @full_precision
     def compute_drift(self, x, t):
-        """Returns the velocity as a function of the score, `velocity = -mean + var * score`.
+        """Returns `(mean, var)`, with which `velocity = -mean + var * score`. Infinite at t = 0 on Linear and GVP.
 
-        Returns:
-            `(mean, var)`: `mean = -(alpha'_t / alpha_t) x`, already negated as in the official code, of `x`'s shape;
-            `var = (alpha'_t / alpha_t) sigma_t^2 - sigma_t sigma'_t`, `(N, 1, ..., 1)`. Infinite at t = 0 on the
-            Linear and GVP paths.
+        `mean = -(alpha'_t / alpha_t) x`, already negated as in the official code, of `x`'s shape;
+        `var = (alpha'_t / alpha_t) sigma_t^2 - sigma_t sigma'_t`, `(N, 1, ..., 1)`.
         """
         t = expand_t_like_x(t, x)
         return x * -self.compute_d_alpha_alpha_ratio_t(t), self.compute_drift_var(t)
@@ -63,13 +61,7 @@ class ICPlan:
     def compute_diffusion(self, x, t, form="constant", norm=1.0):
         """Returns the diffusion coefficient w_t of the SDE `dx = (v + w score) dt + sqrt(2 w) dW`, `(N, 1, ..., 1)`.
 
-        Args:
-            x: `(N, ...)`, for its shape and precision.
-            t: `(N,)`.
-            form: `constant`, `SBDM` (that of score-based models: `compute_drift`'s var), `sigma`, `linear`,
-                `decreasing` or `increasing-decreasing` (or the official `inccreasing-decreasing`).
-            norm: its magnitude.
-
+        `form` is a key of `DIFFUSION_FORMS`, `norm` its magnitude; `x` `(N, ...)` gives shape and precision.
         `constant` is a tensor too; the official code returns the bare number, on which its SDE solver crashes.
         """
         check_choice("diffusion form", form, DIFFUSION_FORMS)

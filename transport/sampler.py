@@ -110,8 +110,7 @@ class Sampler:
             last_step_size: its length; 0 for None.
             num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
                 step, the last state stands there twice.
-            trajectory: return every state, else the last alone.
-            progress: as in `sample_ode`.
+            trajectory, progress: as of `sample_ode`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
@@ -163,18 +162,14 @@ class Sampler:
 
         The divergence of the drift is estimated without bias with a random sign for each entry, drawn anew at each
         evaluation (Hutchinson), as in the official code; an adaptive method takes that randomness for error and
-        makes many steps, a fixed-step one does not.
-
-        Args:
-            sampling_method, num_steps, atol, rtol, progress: as of `sample_ode`.
+        makes many steps, a fixed-step one does not. Arguments as of `sample_ode`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from data x `(N, ...)` to `(logp, latents)`: log-likelihoods in nats
             `(N,)`, and the noise `(N, ...)` that the ODE maps the data to.
 
-        Integrated in reversed time `s = 1 - t` over the interval of the forward ODE, as in the official code; on the VP
-        path that starts at t = 1, where noise prediction divides by 0 (officially NaN): that one starts at
-        `1 - sample_eps`.
+        Integrated in reversed time `s = 1 - t` over the interval of the forward ODE, as in the official code, but with
+        noise prediction on the VP path, which starts as that of `sample_ode`.
         """
         solve = _ode_solver(sampling_method, num_steps, atol, rtol)
         grid = self._ode_grid(num_steps, reverse=False)

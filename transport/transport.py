@@ -50,11 +50,7 @@ PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
 class Transport:
     """A path, what the network predicts on it, and the loss that teaches it. Made by `create_transport`.
 
-    Attributes:
-        model_type, path_type, loss_type: members of the enumerations above.
-        train_eps, sample_eps: what is cut off the unit interval in training and in sampling, see `check_interval`.
-        timestep_sampling, logit_mean, logit_std, cosine_loss: see `create_transport`.
-        path_sampler: the path (`ICPlan`, `GVPCPlan` or `VPCPlan`).
+    Its settings are described there. `path_sampler` is the path (`ICPlan`, `GVPCPlan` or `VPCPlan`).
     """
 
     model_type: ModelType
@@ -83,11 +79,8 @@ class Transport:
 
         Args:
             train_eps, sample_eps: cut off in training, and (`eval`) in sampling.
-            diffusion_form: of the SDE.
-            sde: for `sample_sde`, else for training or an ODE.
+            sde: for `sample_sde`, of that `diffusion_form`, which leaves `last_step_size` for its last step.
             reverse: from data to noise: both times are mirrored, `1 - t`.
-            eval: for sampling.
-            last_step_size: what the SDE leaves for its last step.
         """
         eps = sample_eps if eval else train_eps
         end = 1.0 - (last_step_size if sde and last_step_size != 0 else eps)
@@ -123,16 +116,11 @@ class Transport:
         """Returns the losses of a batch, one a sample.
 
         Args:
-            model: see the module's docstring.
             x1: data `(N, ...)`.
-            model_kwargs: further keyword arguments of the model.
-            x0, t: noise `(N, ...)` and times `(N,)`, instead of random draws; both or neither.
+            x0, t: noise `(N, ...)` and times `(N,)`, instead of random draws; both or neither, else a `ValueError`.
 
         Returns:
             dict: "loss" `(N,)`; "pred", the model's output; with `cosine_loss` also its part "cos_loss" `(N,)`.
-
-        Raises:
-            ValueError: only one of `x0` and `t`, or a shape that does not fit.
         """
         if (x0 is None) != (t is None):
             raise ValueError("x0 and t must be given together, or neither")
@@ -196,11 +184,7 @@ class Transport:
 
 
 def call_model(model, x, t, model_kwargs=None):
-    """Returns the model's output, at least float32 and of `x`'s shape.
-
-    Raises:
-        ValueError: it has another shape, such as the 2C channels of a DiT that learns the variance.
-    """
+    """Returns the model's output, at least float32; ValueError for another shape than `x`'s, such as 2C channels."""
     output = model(x, t, **(model_kwargs or {}))
     if list(output.shape) != list(x.shape):
         raise ValueError(f"the model returned shape {list(output.shape)}, expected its input's {list(x.shape)}")

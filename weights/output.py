@@ -1,5 +1,7 @@
 """Weight files that a command writes: which names they may have, and casting to their dtype."""
 
+import os
+
 from runtime import files
 
 
@@ -20,11 +22,11 @@ def check_output(path, overwrite=False, torch=False):
 
 def is_safetensors(path):
     """Returns whether a file of that name is to hold safetensors."""
-    return path.lower().endswith(".safetensors")
+    return os.fspath(path).lower().endswith(".safetensors")
 
 
-def save_paddle(state, path, dtype="float32", safe=False):
-    """Writes {name: array} as a `.pdparams`, or (`safe`) as safetensors, of tensors of `dtype`."""
+def save_paddle(state, path, dtype="float32"):
+    """Writes {name: array} as tensors of `dtype`, by the name of the file safetensors or a `.pdparams`."""
     import numpy as np
 
     from models.state import check_finite
@@ -40,4 +42,5 @@ def save_paddle(state, path, dtype="float32", safe=False):
 
     state = {name: cast(value) for name, value in state.items()}
     check_finite(state, source=f"in {dtype}")
-    (save_safetensors if safe else save_pdparams)(state, path)
+    with files.whole_file(path) as partial:
+        (save_safetensors if is_safetensors(path) else save_pdparams)(state, partial)

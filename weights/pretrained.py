@@ -3,13 +3,14 @@
 Of ppdiffusers it takes the downloads alone: `from_pretrained` executes what it finds in pickles and `.py` files.
 """
 
+import contextlib
 import os
 
 import numpy as np
 
 from models.state import check_finite, check_state
 from runtime.process import one_line
-from runtime.untrusted import check_sizes, inside, read_json, shortened
+from runtime.untrusted import check_sizes, inside, read_json_object, shortened
 from weights.files import load_weights
 
 # Files of a model's weights, in the order of preference, and how each stores Linear weights. ppdiffusers' own first.
@@ -51,15 +52,32 @@ def find_file(name_or_path, name, subfolder="", *, needed=True):
         return None
 
 
+@contextlib.contextmanager
+def explained(name_or_path, advice):
+    """Turns an error in loading a folder or a name on the hub into a `ValueError` of one line.
+
+    `advice` says what to do without a network.
+    """
+    try:
+        yield
+    except Exception as error:  # the hub clients raise a dozen unrelated types
+        is_folder = os.path.isdir(name_or_path)
+        if is_folder and isinstance(error, ValueError):
+            raise
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        what = f"cannot be loaded ({reason})"
+        if not is_folder:
+            what = f"there is no such folder, and it cannot be downloaded ({reason}). Without a network, {advice}"
+        raise ValueError(f"{name_or_path}: {what}") from None
+
+
 def read_settings(name_or_path, name, subfolder="", class_names=None):
     """Reads a JSON file of settings: returns `(keywords, path)`, without the keys that begin with `_`.
 
     Raises ValueError for sizes that no network has, and for settings of none of `class_names`.
     """
     path = find_file(name_or_path, name, subfolder)
-    settings = read_json(path, infinity=True)  # ppdiffusers' schedulers have it
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object")
+    settings = read_json_object(path, infinity=True)  # ppdiffusers' schedulers have it
     if class_names is not None and (kind := settings.get("_class_name")) not in class_names:
         raise ValueError(f"{path}: holds a '{shortened(kind)}', expected {' or '.join(map(repr, class_names))}")
     settings = {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -95,8 +113,7 @@ def find_weights(name_or_path, subfolder=""):
 
 
 def _shards(path):
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    names = read_json_object(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{path}: expected {{"weight_map": {{weight: file}}}}')
     shards = sorted(set(names.values()))

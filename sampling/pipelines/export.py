@@ -5,7 +5,7 @@ import numpy as np
 from features.autoencoder import fold_scaling
 from models.state import check_state, expected_shapes
 from sampling.pipelines import export_dit, export_large_dit, export_sit
-from sampling.pipelines.folder import check_id2label, check_output, check_vae, write_pipeline
+from sampling.pipelines.folder import check_id2label, check_vae, write_pipeline
 
 
 def exporter(config):
@@ -41,16 +41,12 @@ def export_pipeline(
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
         source: where the weights come from, for messages. options: of the exporter's `convert`.
 
-    Returns:
-        list of sentences that the user should read: what the exported pipeline does differently.
-
-    Raises:
-        ValueError: one line: a model that can't be exported, weights that don't fit, an output that is in the way.
+    It returns sentences for the user: what the exported pipeline does differently. A model that can't be
+    exported, weights that don't fit, and an output that is in the way are a `ValueError` of one line.
     """
     model, network = config["model"], exporter(config)
     network.check(config)
     labels = check_id2label(id2label, model["num_classes"])
-    check_output(output_dir, overwrite)
     check_vae(vae, model["in_channels"])
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)

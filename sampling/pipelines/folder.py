@@ -6,7 +6,7 @@ import shutil
 
 from features.autoencoder import LatentScaling
 from runtime.files import whole_folder, write_json
-from runtime.untrusted import read_json, shortened
+from runtime.untrusted import read_json_object, shortened
 from weights.files import save_pdparams, save_safetensors
 from weights.pretrained import read_settings
 
@@ -20,14 +20,6 @@ TREE = (
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
-
-
-def read_json_object(path):
-    """Reads the object in a JSON file; ValueError with one line that names the file."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
 
 
 def component_class(index, name):

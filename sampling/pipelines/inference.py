@@ -24,9 +24,9 @@ from models import LargeDiT
 from models.state import check_finite
 from runtime.files import whole_folder, write_json
 from runtime.machine import read_processor
-from runtime.untrusted import MAX_SIZE, inside, shortened
+from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
 from sampling.generator import Generator
-from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, read_json_object
+from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free
 from sampling.pipelines.pretrained import SCHEDULERS, is_id2label, load_scheduler
 from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit

@@ -5,13 +5,11 @@ Only the classes of the tables below are made, whatever ppdiffusers' own `from_p
 this project has it already.
 """
 
-import os
-
 from config.options import CLASS_NAMES
-from runtime.untrusted import read_json
+from runtime.untrusted import read_json_object
 from sampling.pipelines.folder import component_class, read_index
 from sampling.step_counts import FIT_KEY, is_timestep_fit
-from weights.pretrained import find_file, load_model, read_settings, refused_settings
+from weights.pretrained import explained, find_file, load_model, read_settings, refused_settings
 
 NULL_CLASS = 1000  # of the stock DiTPipeline
 # What model_index.json and the transformer's config.json may name: of a DiT, the second is diffusers' name for the same
@@ -49,19 +47,16 @@ def load_dit_pipeline(name_or_path, dtype=None):
     """Loads a folder of a DiTPipeline, or a name on the hub: network and VAE in `dtype`, or float32.
 
     The transformer of a Large-DiT is our own class, whatever the folder names: ppdiffusers' gives other numbers (see
-    `sampling.pipelines.export_large_dit`).
+    `sampling.pipelines.export_large_dit`). The pipeline's `id2label` is `{id: label}`, perhaps empty.
 
-    Returns:
-        a `ppdiffusers.DiTPipeline`; its `id2label` is `{id: label}`, perhaps empty.
-
-    Raises:
-        ValueError: one line: what the folder lacks, or a download that failed, and what to do without a network.
+    What a folder lacks, or a download that failed, is a `ValueError` of one line.
     """
     from ppdiffusers import AutoencoderKL, DiTPipeline, Transformer2DModel
 
     from sampling.pipelines.large_dit_transformer import LargeDiTTransformer
 
-    try:
+    folders = "one copied from a machine that has a network, or one that tools/convert_dit_to_ppdiffusers.py wrote"
+    with explained(name_or_path, f"give a folder by --model_path: {folders}"):
         path = find_file(name_or_path, "model_index.json")
         index = read_index(path, COMPONENTS)
         labels = index.get("id2label") or {}
@@ -78,25 +73,12 @@ def load_dit_pipeline(name_or_path, dtype=None):
         pipe = DiTPipeline(transformer, vae, scheduler, labels or None)
         pipe.id2label = {int(key): label for key, label in labels.items()}
         return pipe
-    except Exception as error:  # the hub clients raise a dozen unrelated types
-        local = os.path.isdir(name_or_path)
-        if local and isinstance(error, ValueError):
-            raise
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
-        if local:
-            raise ValueError(f"{name_or_path}: cannot be loaded ({reason})") from None
-        raise ValueError(
-            f"{name_or_path}: there is no such folder, and it cannot be downloaded ({reason}). Without a network, give "
-            "a folder by --model_path: one copied from a machine that has a network, or one that "
-            "tools/convert_dit_to_ppdiffusers.py wrote"
-        ) from None
 
 
 def read_timestep_fit(name_or_path):
     """Reads in which numbers of steps a DiTPipeline's timestep embedding is exact, see `sampling.step_counts`."""
     path = find_file(name_or_path, "config.json", "transformer")
-    settings = read_json(path, infinity=True)
-    fit = settings.get(FIT_KEY) if isinstance(settings, dict) else None
+    fit = read_json_object(path, infinity=True).get(FIT_KEY)
     if not is_timestep_fit(fit):
         raise ValueError(f'{path}: {FIT_KEY}: expected {{"ddim": numbers of steps, "dpm": numbers of steps}}')
     return fit

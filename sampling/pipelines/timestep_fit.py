@@ -13,7 +13,6 @@ from models.embeddings import TimestepEmbedder
 from sampling.schedulers import visited_timesteps
 
 NUM_FREQUENCIES = 256
-_TIMESTEP_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
 # Numbers of sampling steps whose timesteps are fitted first, as far as the hidden width allows: the pipeline's default
 # is 50, the demo's 25.
 _STEPS_FIRST = (25, 50, 20, 10, 100, 250, 125, 200, 500, 1000)
@@ -57,7 +56,8 @@ def fit_timestep_embedding(state, scheduler, other=None):
 
 def own_timestep_mlp(state):
     """Returns the network's own timestep MLP by the names that a fit returns."""
-    return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in _TIMESTEP_MLP}
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    return {name: np.asarray(state[f"t_embedder.mlp.{name}"], "float32") for name in names}
 
 
 def fit_embedding(state, stock_t, own_t, weight, *, scale, rcond):

@@ -6,7 +6,7 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_scheduler, describe_fit
+from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_objective, check_scheduler, describe_fit
 
 
 def make_scheduler(objective, name="ddim"):
@@ -19,6 +19,7 @@ def make_scheduler(objective, name="ddim"):
 
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
+    check_objective(objective, "diffusion")
     steps = objective["diffusion_steps"]
     settings = {
         "num_train_timesteps": steps,

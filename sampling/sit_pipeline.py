@@ -36,6 +36,7 @@ from sampling.pipelines.folder import (
     read_index,
     write_pipeline,
 )
+from sampling.step_counts import check_objective
 from transport import create_transport
 from weights.files import load_weights
 from weights.pretrained import find_weights, load_model
@@ -56,6 +57,7 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_objective(cls, objective):
         """Makes the scheduler of an `objective` section of type transport, without what only training needs."""
+        check_objective(objective, "transport")
         return cls(**{name: objective[name] for name in inspect.signature(cls).parameters})
 
     @classmethod

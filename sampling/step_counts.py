@@ -1,4 +1,4 @@
-"""What schedulers of a diffusion take: which numbers of steps, and in which of these an export is exact.
+"""What schedulers take: objectives, and which numbers of steps; and in which of these an export is exact.
 
 Paddle is not imported, so that a number can be refused before anything is loaded.
 """
@@ -9,6 +9,15 @@ FIT_KEY = "_timestep_fit"
 SCHEDULERS = ("ddim", "dpm")
 MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
 FLOW_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see `sampling.pipelines.export_sit`
+
+
+def check_objective(objective, expected):
+    """Raises `ValueError` for an `objective` section that is not of the expected type, "diffusion" or "transport"."""
+    if objective["type"] != expected:
+        what, hint = "none of a SiT's", ""
+        if expected == "diffusion":
+            what, hint = f"not sampled by {' or '.join(SCHEDULERS)}", ". For a SiT: tools/convert_sit_to_ppdiffusers.py"
+        raise ValueError(f"the objective {objective['type']!r} is {what}; expected {expected!r}{hint}")
 
 
 def check_num_steps(num_steps, total, spacing=None):

@@ -16,7 +16,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from runtime.process import run_cli
 from sampling.pipelines.converter import convert, make_parser
 from sampling.pipelines.export import export_pipeline, exporter
-from sampling.step_counts import SCHEDULERS
+from sampling.step_counts import SCHEDULERS, check_objective
 
 
 def main(argv=None):
@@ -40,12 +40,8 @@ def main(argv=None):
         raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
-        kind, objective = config["model"]["type"], config["objective"]["type"]
-        if objective != "diffusion":
-            raise ValueError(
-                f"the objective {objective!r} is not sampled by {' or '.join(SCHEDULERS)}; expected 'diffusion'. For a "
-                "SiT: tools/convert_sit_to_ppdiffusers.py"
-            )
+        kind = config["model"]["type"]
+        check_objective(config["objective"], "diffusion")
         exporter(config).check(config)
         if args.stock_transformer and kind != "LargeDiT":
             raise ValueError(f"--stock_transformer is for a Large-DiT; this model is a {kind}")

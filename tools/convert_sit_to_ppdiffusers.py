@@ -18,6 +18,7 @@ from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 from sampling.pipelines.converter import convert, make_parser
 from sampling.pipelines.export import export_pipeline, exporter
+from sampling.step_counts import check_objective
 
 
 def main(argv=None):
@@ -29,8 +30,7 @@ def main(argv=None):
         kind = config["model"]["type"]
         if MODEL_TYPES[kind].pipeline != "SiTPipeline":
             raise ValueError(f"this model is a {kind}; use tools/convert_dit_to_ppdiffusers.py")
-        if config["objective"]["type"] != "transport":
-            raise ValueError(f"the objective {config['objective']['type']!r} is none of a SiT's; expected 'transport'")
+        check_objective(config["objective"], "transport")
         if args.stock and kind != "SiT":
             raise ValueError(
                 f"--stock is for a SiT; this model is a {kind}: export it for SiTPipeline, without --stock"

@@ -5,7 +5,7 @@ import numpy as np
 from features.autoencoder import fold_scaling
 from models.state import check_state, expected_shapes
 from sampling.pipelines import export_dit, export_large_dit, export_sit
-from sampling.pipelines.folder import check_id2label, check_vae, write_pipeline
+from sampling.pipelines.folder import check_id2label, check_output, check_vae, write_pipeline
 
 
 def exporter(config):
@@ -47,6 +47,7 @@ def export_pipeline(
     model, network = config["model"], exporter(config)
     network.check(config)
     labels = check_id2label(id2label, model["num_classes"])
+    check_output(output_dir, overwrite)
     check_vae(vae, model["in_channels"])
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)

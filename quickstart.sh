@@ -7,7 +7,7 @@ usage() {
 usage: bash quickstart.sh [--model DiT|SiT] [--loop trainer|notrainer] [--seed N] [--output DIR]
 
 Sets up .venv if there is none, then: real handwritten digits -> latent features -> training -> a pipeline folder ->
-samples, a grid PNG and figures that say how good they are. About 4 minutes on 2 CPU cores after the set-up.
+samples, a grid PNG and figures that say how good they are. Two to four minutes on 2 CPU cores after the set-up.
 
   --model   DiT (diffusion, a DiTPipeline folder, DDIM; default) or SiT (transport, a SiTPipeline folder, ODE and SDE)
   --loop    which training loop: trainer (PaddleNLP's Trainer, default) or notrainer (a plain for loop)

@@ -118,8 +118,8 @@ def open_checkpoint(path, config, experiment_name=None, *, optional=False):
         if listed := differences(checkpoint.config[section], config[section]):
             raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
     progress = checkpoint.progress
-    if "samples_seen" not in progress:  # of an official one
-        batch = progress.get("global_batch_size", config["training"]["global_batch_size"])
+    if "samples_seen" not in progress:  # of an official or an older one
+        batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
         progress["samples_seen"] = progress["global_step"] * batch
     if config["training"]["use_ema"] and not checkpoint.averages and paddle.distributed.get_rank() == 0:
         say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")

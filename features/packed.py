@@ -155,6 +155,7 @@ class PackedStore:
             for name in shard_files(self.has_flip)[:-2]:
                 self._add(os.path.join(shard, name), len(labels[-1]))
         self._rows = [np.asarray(array) for array in self._maps]  # plain views, for speed
+        self._offsets = np.array([array.offset for array in self._maps])  # where the rows begin in their files
         self.dtype, self.row_shape = self._rows[0].dtype, self._rows[0].shape[1:]
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
@@ -201,17 +202,17 @@ class PackedStore:
         rows, files = indices - self._starts[shards], shards * (1 + self.has_flip)
         if mirrored is not None:
             files += mirrored
-        in_one_file = (files == files[0]).all()
-        places = [] if in_one_file and not self.exact_reads else [*zip(files.tolist(), rows.tolist(), strict=True)]
-        # All are asked for at once: a disk, above all a network one, is fast with many requests.
-        for file, row in places if self.exact_reads else ():
-            start = self._maps[file].offset + row * self._row_bytes
-            page = start - start % mmap.PAGESIZE
-            self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, start - page + self._row_bytes)
-        if in_one_file:
+        if self.exact_reads:
+            # All are asked for at once: a disk, above all a network one, is fast with many requests.
+            starts = self._offsets[files] + rows * self._row_bytes
+            pages = starts // mmap.PAGESIZE * mmap.PAGESIZE
+            lengths = starts - pages + self._row_bytes
+            for file, page, length in zip(files.tolist(), pages.tolist(), lengths.tolist(), strict=True):
+                self._maps[file]._mmap.madvise(mmap.MADV_WILLNEED, page, length)
+        if (files == files[0]).all():
             take_rows(self._rows[files[0]], rows, out)
         else:
-            for place, (file, row) in enumerate(places):
+            for place, (file, row) in enumerate(zip(files.tolist(), rows.tolist(), strict=True)):
                 out[place] = self._rows[file][row]
         self._touched += len(indices) * self._row_bytes
         if self._touched > MAX_MAPPED_BYTES:

@@ -95,7 +95,7 @@ def _official_names(model, where):
     return renamed
 
 
-def _conflicts(model, objective, data):
+def _conflicts(model, objective, training, data):
     """Yields in words which values of a config are right one by one, but don't fit together."""
     kind, heads, head_dim = MODEL_TYPES[model["type"]], model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
@@ -125,7 +125,7 @@ def _conflicts(model, objective, data):
 
 def check_together(config, source):
     """Raises `ValueError` for sections that are right one by one, but don't fit together."""
-    for conflict in _conflicts(config["model"], config["objective"], config["data"]):
+    for conflict in _conflicts(*(config[name] for name in ("model", "objective", "training", "data"))):
         raise ValueError(f"{source}: {conflict}")
 
 

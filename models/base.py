@@ -58,9 +58,8 @@ class LatentTransformer(ops.Layer):
 
     def __init__(self, keywords):
         super().__init__()
-        self.settings = {k: v for k, v in keywords.items() if k not in ("self", "__class__", *_COMPUTATION)}
-        for name, value in self.settings.items():
-            setattr(self, name, value)
+        self.settings = {}
+        self.keep(**{k: v for k, v in keywords.items() if k not in ("self", "__class__", *_COMPUTATION)})
         self.input_size, self.num_heads = self.sample_size, self.num_attention_heads  # the official names
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}")
@@ -68,6 +67,12 @@ class LatentTransformer(ops.Layer):
         self.out_channels = self.in_channels * 2 if self.learn_sigma else self.in_channels
         self.hidden_size = self.num_attention_heads * self.attention_head_dim
         self.enable_recompute, self.single_backward = keywords["enable_recompute"], keywords["single_backward"]
+
+    def keep(self, **keywords):
+        """Keeps keywords of a constructor as `settings`, and each as an attribute."""
+        self.settings.update(keywords)
+        for name, value in keywords.items():
+            setattr(self, name, value)
 
     def finish(self):
         """Initialises the weights, and tells the layers how to compute."""

@@ -15,7 +15,7 @@ from collections import deque
 import paddle
 
 from .diffusion_utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
-from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType  # noqa: F401 (so are these)
+from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType, check_timesteps  # noqa: F401 (so are these)
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F401 (here in the official code, too)
 
 
@@ -53,6 +53,7 @@ class GaussianDiffusion(GaussianProcess):
         Returns:
             dict of `(N,)` tensors: "loss", and for the MSE losses "mse" and, where the variance is learned, "vb".
         """
+        check_timesteps(t, x_start)
         x_start = at_least_float32(x_start)
         if noise is None:
             noise = paddle.randn_like(x_start)

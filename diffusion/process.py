@@ -109,15 +109,18 @@ class GaussianProcess:
 
         They are always the right-hand operand, because the other way round Paddle takes ten times as long on a CPU.
         """
-        _check_timesteps(t, x)
         dtype = "float64" if x.dtype == paddle.float64 else "float32"
         shape = [-1] + [1] * (x.ndim - 1)
         return [paddle.gather(self._table(name, t.place, dtype), t).reshape(shape) for name in names]
 
     def _call(self, function, x, t, model_kwargs):
         """Calls a network or a `cond_fn` at the timesteps `t` of this process."""
-        _check_timesteps(t, x)
-        return function(x, t, **(model_kwargs or {}))
+        check_timesteps(t, x)
+        return function(x, self._model_timesteps(t), **(model_kwargs or {}))
+
+    def _model_timesteps(self, t):
+        """Returns what a network is given for the timesteps `t` of this process."""
+        return t
 
     # -- Forward process ----------------------------------------------------------------------------------------------
 
@@ -236,6 +239,7 @@ class GaussianProcess:
         return (x_t * recip - pred_xstart) / recipm1
 
 
-def _check_timesteps(t, x):
+def check_timesteps(t, x):
+    """Raises `ValueError` unless there is one of the timesteps `t` for each sample of `x`."""
     if list(t.shape) != [x.shape[0]]:
         raise ValueError(f"t has shape {list(t.shape)}, expected [{x.shape[0]}]: one timestep for each sample")

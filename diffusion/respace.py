@@ -77,8 +77,8 @@ class SpacedDiffusion(GaussianDiffusion):
             raise ValueError(f"use_timesteps must hold timesteps of 0 to {self.original_num_steps - 1}, at least one")
 
         kept = original.alphas_cumprod[self.timestep_map]
+        self._is_whole = len(kept) == self.original_num_steps
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
-    def _call(self, function, x, t, model_kwargs):
-        original = paddle.gather(self._table("timestep_map", t.place, "int64"), t)
-        return super()._call(function, x, original, model_kwargs)
+    def _model_timesteps(self, t):
+        return t if self._is_whole else paddle.gather(self._table("timestep_map", t.place, "int64"), t)

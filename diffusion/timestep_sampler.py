@@ -6,19 +6,19 @@ import paddle
 from .diffusion_utils import full_precision
 
 
-class UniformSampler:
-    """Draws every timestep of a `diffusion` alike; all weights are 1, and nothing is learned."""
+class ScheduleSampler:
+    """A distribution over the timesteps of a `diffusion`."""
 
     def __init__(self, diffusion):
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
         """Returns positive weights, proportional to each timestep's probability: `(num_timesteps,)` tensor."""
-        return paddle.ones([self.num_timesteps], dtype="float64")
+        raise NotImplementedError
 
     def sample(self, batch_size):
         """Draws `(timesteps, weights)`, `(batch_size,)` int64 and float32: so weighted, losses keep their mean."""
-        return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
+        raise NotImplementedError
 
     def update_with_losses(self, t, losses):
         """Tells the sampler the losses `(N,)` at timesteps `t` `(N,)`. In distributed training every rank calls it."""
@@ -31,10 +31,20 @@ class UniformSampler:
         """Takes over what `state_dict` returned."""
 
 
-class LossSecondMomentResampler:
+class UniformSampler(ScheduleSampler):
+    """Draws every timestep alike; all weights are 1, and nothing is learned."""
+
+    def weights(self):
+        return paddle.ones([self.num_timesteps], dtype="float64")
+
+    def sample(self, batch_size):
+        return paddle.randint(0, self.num_timesteps, [batch_size]), paddle.ones([batch_size])
+
+
+class LossSecondMomentResampler(ScheduleSampler):
     """Probabilities proportional to sqrt(E[loss^2]) over each timestep's last losses, Eq. 18 of Improved DDPM.
 
-    Its methods are those of `UniformSampler`. It draws uniformly until every timestep has `history_per_term` losses.
+    It draws uniformly until every timestep has `history_per_term` losses.
     The state lives on the device and neither drawing nor updating waits for it. On several ranks all hold the same
     state, made of everyone's losses.
 
@@ -47,7 +57,7 @@ class LossSecondMomentResampler:
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001, group=None, ranks_per_batch=1):
-        self.num_timesteps = diffusion.num_timesteps
+        super().__init__(diffusion)
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self._group = group
@@ -109,13 +119,15 @@ class LossSecondMomentResampler:
         return {"loss_history": self._loss_history, "loss_counts": self._loss_counts}
 
     def set_state_dict(self, state):
+        taken = {}
         for name, tensor in self.state_dict().items():
             if name not in state:
                 raise ValueError(f"the timestep sampler's state lacks {name!r}")
-            shape, expected = list(state[name].shape), list(tensor.shape)
-            if shape != expected:
-                raise ValueError(f"the timestep sampler's {name} has shape {shape}, expected {expected}")
-            setattr(self, f"_{name}", paddle.to_tensor(np.asarray(state[name]), dtype=tensor.dtype))
+            value, expected = np.asarray(state[name]), list(tensor.shape)
+            if list(value.shape) != expected:
+                raise ValueError(f"the timestep sampler's {name} has shape {list(value.shape)}, expected {expected}")
+            taken[f"_{name}"] = paddle.to_tensor(value, dtype=tensor.dtype)
+        vars(self).update(taken)
 
 
 def create_named_schedule_sampler(name, diffusion, **options):

@@ -26,6 +26,8 @@ class Attention(nn.Layer):
 
     def __init__(self, hidden_size, num_heads, *, fused=False, group=None):
         super().__init__()
+        if hidden_size % num_heads != 0:
+            raise ValueError(f"the hidden width {hidden_size} is not divisible by {num_heads} attention heads")
         self.head_dim = hidden_size // num_heads
         self.fused = fused
         self.qkv = column_linear(hidden_size, 3 * hidden_size, segments=3, group=group)

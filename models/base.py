@@ -120,6 +120,8 @@ class LatentTransformer(ops.Layer):
     def unpatchify(self, x):
         """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""
         batch, side, p, channels = x.shape[0], self.grid_size, self.patch_size, self.out_channels
+        if x.shape[1] != side * side:
+            raise ValueError(f"{x.shape[1]} tokens do not make a {side} x {side} grid")
         x = x.reshape([batch, side, side, p, p, channels])
         x = x.transpose([0, 5, 1, 3, 2, 4])  # (N, out_channels, side, p, side, p)
         return x.reshape([batch, channels, side * p, side * p])

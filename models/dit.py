@@ -13,7 +13,14 @@ from . import ops
 from .attention import Attention
 from .base import LatentTransformer
 from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from .parallel import column_linear, linear, prepare_group, row_linear
+from .parallel import column_linear, linear, linear_of_gelu, prepare_group, row_linear
+
+
+class AdaptiveLayerNorm(ops.Layer):
+    """Layer norm without weights of its own, modulated: x `(N, T, D)`, shift and scale `(N, 1, D)` -> `(N, T, D)`."""
+
+    def forward(self, x, shift, scale):
+        return self.ops.adaptive_norm(x, shift, scale)
 
 
 def modulations(layer, c, count):
@@ -30,7 +37,7 @@ class Mlp(nn.Layer):
         self.fc2 = row_linear(mlp_hidden_size, hidden_size, group=group)
 
     def forward(self, x):
-        return self.fc2(self.fc1(x), gelu=True)
+        return linear_of_gelu(self.fc2, self.fc1(x))
 
 
 class DiTBlock(ops.Layer):
@@ -38,6 +45,7 @@ class DiTBlock(ops.Layer):
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, *, fused_attention=False, group=None):
         super().__init__()
+        self.norm1, self.norm2 = AdaptiveLayerNorm(), AdaptiveLayerNorm()
         self.attn = Attention(hidden_size, num_heads, fused=fused_attention, group=group)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), group)
         modulation = column_linear(hidden_size, 6 * hidden_size, gather=True, group=group)
@@ -45,8 +53,8 @@ class DiTBlock(ops.Layer):
 
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
-        x = self.ops.gated_add(x, gate_msa, self.attn(self.ops.adaptive_norm(x, shift_msa, scale_msa)))
-        return self.ops.gated_add(x, gate_mlp, self.mlp(self.ops.adaptive_norm(x, shift_mlp, scale_mlp)))
+        x = self.ops.gated_add(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
+        return self.ops.gated_add(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(ops.Layer):
@@ -54,12 +62,13 @@ class FinalLayer(ops.Layer):
 
     def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
         super().__init__()
+        self.norm_final = AdaptiveLayerNorm()
         self.linear = linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), linear(condition_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = modulations(self.adaLN_modulation, c, 2)
-        return self.linear(self.ops.adaptive_norm(x, shift, scale))
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class DiT(LatentTransformer):
@@ -89,7 +98,7 @@ class DiT(LatentTransformer):
     ):
         super().__init__(locals())
         hidden_size, group = self.hidden_size, prepare_group(tensor_parallel_group)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(sample_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, not trained, but part of the checkpoint, as in the official code.

@@ -26,8 +26,10 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=
 class PatchEmbed(nn.Layer):
     """Latents `(N, C, H, W)` to patch tokens `(N, T, D)`, T = (H / p) * (W / p), by a convolution of stride p."""
 
-    def __init__(self, patch_size, in_channels, hidden_size):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size):
         super().__init__()
+        self.patch_size, self.grid_size = patch_size, input_size // patch_size
+        self.num_patches = self.grid_size**2
         self.proj = nn.Conv2D(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):

@@ -16,7 +16,9 @@ from . import cpu_ops
 
 
 def modulate(x, shift, scale):
-    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, 1, D)`."""
+    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
+    if shift.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
 
 

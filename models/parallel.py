@@ -117,11 +117,12 @@ class SharedColumnLinear(meta_parallel.ColumnParallelLinear):
         return self.linear(x, self.weight, self.bias)
 
 
-class RowLinear(meta_parallel.RowParallelLinear):
-    """fleet's layer split by row, of x or, as `Linear` takes it, of `gelu(x)`."""
+def linear_of_gelu(layer, x):
+    """Returns `layer` of GELU (tanh approximation) of x `(..., K)`; layer: a linear one, whole or split.
 
-    def forward(self, x, gelu=False):
-        return super().forward(F.gelu(x, approximate=True) if gelu else x)
+    A whole one takes the GELU itself: its weight may be there only while it is called (sharding stage 3).
+    """
+    return layer(x, gelu=True) if isinstance(layer, Linear) else layer(F.gelu(x, approximate=True))
 
 
 LINEARS = (nn.Linear, meta_parallel.ColumnParallelLinear, meta_parallel.RowParallelLinear)
@@ -151,7 +152,7 @@ def row_linear(in_features, out_features, bias=True, *, group):
     """Returns a linear layer whose input is split over the group and whose output is replicated."""
     if group is None:
         return linear(in_features, out_features, bias)
-    layer = RowLinear(
+    layer = meta_parallel.RowParallelLinear(
         in_features, out_features, weight_attr=_undrawn(), has_bias=bias, input_is_parallel=True, mp_group=group
     )
     _mark(layer.weight, 0, group)

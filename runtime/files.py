@@ -64,6 +64,8 @@ def check_output(path, overwrite=False, flag=""):
         raise ValueError(f"{shown}: the name has more than {MAX_NAME} bytes")
     if os.path.exists(path) and not overwrite:
         raise ValueError(f"{shown}: exists already; give another name, or --overwrite")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{shown}: is no regular file")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{shown}: the folder can't be written to")
 

@@ -8,7 +8,6 @@ The noise of image i is a function of the seed and of i's place among the classe
 
 import tempfile
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import paddle
 
@@ -106,7 +105,7 @@ class Generator:
         channels = self.guided_channels if guidance_channels == "default" else guidance_channels
         if channels == "auto":
             channels = default_channels(self.in_channels)
-        tracker, is_seeded = get_rng_state_tracker(), isinstance(seed, Integral)
+        tracker, is_seeded = get_rng_state_tracker(), not isinstance(seed, (str, list, tuple, type(None)))
         random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
@@ -191,7 +190,9 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
 
 def load_exportable(model, *, vae=None, key=None):
     """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
-    return _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
+    generator = _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
+    generator.path = model.path
+    return generator
 
 
 def from_weights(config, state, vae, *, dtype=None, source="weights"):

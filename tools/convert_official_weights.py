@@ -15,6 +15,7 @@ what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
 """
 
 import argparse
+import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
@@ -38,6 +39,8 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
     check_output(args.output, args.overwrite, torch=args.reverse)
+    if not os.path.exists(args.weights):
+        raise ValueError(f"{args.weights}: there is no such file")
     model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
 
     configure_runtime()

@@ -141,6 +141,8 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
     from sampling.pipelines.timestep_fit import fit_timestep_embedding
     from sampling.schedulers import make_scheduler, pipeline_scheduler
 
+    if timestep_embedding not in ("fit", "keep"):
+        raise ValueError(f"unknown timestep_embedding {timestep_embedding!r}; known: fit, keep")
     model = config["model"]
     the_scheduler, other = make_scheduler(config["objective"], scheduler), OTHER[scheduler]
     mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, other))

@@ -5,7 +5,7 @@ import os
 import shutil
 
 from features.autoencoder import LatentScaling
-from runtime.files import whole_folder, write_json
+from runtime.files import MAX_NAME, whole_folder, write_json
 from runtime.untrusted import read_json_object, shortened
 from weights.files import save_pdparams, save_safetensors
 from weights.pretrained import read_settings
@@ -44,6 +44,8 @@ def read_index(path, components, pipeline=None):
 
 def read_component(path, class_name, function):
     """Returns the settings of a component, keywords of `function`; `ValueError` as `read_settings`, or for others."""
+    if not os.path.isfile(path):  # else its folder would be taken for a name on the hub
+        raise ValueError(f"{path}: no such file")
     settings, _ = read_settings(*os.path.split(path), class_names=(class_name,))
     known = inspect.signature(function).parameters
     unknown = [key for key in settings if key not in known]
@@ -86,6 +88,8 @@ def check_output(output_dir, overwrite=False):
 
 def check_free(output_dir):
     """Raises ValueError unless `output_dir` is free for a new folder: nothing there, or an empty folder."""
+    if len(os.fsencode(os.path.basename(os.path.abspath(output_dir)))) > MAX_NAME:
+        raise ValueError(f"{shortened(output_dir, 500)}: the name has more than {MAX_NAME} bytes")
     if os.path.isfile(output_dir) or (os.path.isdir(output_dir) and os.listdir(output_dir)):
         raise ValueError(f"{output_dir}: is there already; give the name of a new folder")
 

@@ -178,7 +178,7 @@ def _compare(source, target, rounded_to):
 def _to_packed(source, layout, dtype, rounded_to, shard_samples):
     """Puts compared shards and their checksums in place; returns the rounding error."""
     store, error = source.store, 0.0
-    if not os.path.exists(layout.packed):  # else: a kill after the comparison
+    if not finished_shards(layout.packed):  # else: a kill after the comparison
         done, work = finished_shards(layout.partial), layout.partial
         with tqdm(total=len(store), initial=sum(done.values()), desc="packing", unit="sample") as bar:
             for number, start in enumerate(range(0, len(store), shard_samples)):

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -72,7 +73,7 @@ def run_cli(main):
         _flush_output()
     except Exception as error:
         launched = _launched_processes() > 1
-        if isinstance(error, BrokenPipeError) and not launched:
+        if isinstance(error, BrokenPipeError) and not launched and _is_unread(sys.stdout):
             exit_now(EXIT_UNREAD)
         if is_mistake(error) and os.environ.get("TRACEBACK") != "1":
             say(f"error: {one_line(error)}", sys.stderr)
@@ -91,6 +92,15 @@ def run_cli(main):
             exit_now(EXIT_STOPPED)
         _flush_output()
         raise
+
+
+def _is_unread(stream):
+    """Returns whether a stream is a pipe whose reader is gone."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _flush_output():

@@ -12,12 +12,13 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from features.images import walk_files
 from runtime.process import counted, run_cli
 from runtime.progress import tqdm
 
 NUM_HELDOUT = 297
 SPLIT_SEED = 0
-PARTIAL = "partial.png"  # the file that is being written
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def expected_images(image_size: int) -> dict:
@@ -55,20 +56,23 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
     """
     if image_size < 8:
         raise ValueError(f"--image_size {image_size}: expected at least 8, the size of the scans")
-    missing, partial = expected_images(image_size), os.path.join(output, PARTIAL)
-    for folder, _, names in os.walk(output, followlinks=True):
-        for path in (os.path.join(folder, name) for name in names):
-            relative = os.path.relpath(path, output)
-            if path != partial and not (relative in missing and holds_image(path, missing.pop(relative))):
-                raise ValueError(
-                    f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
-                    "nothing was written, give a new or empty folder"
-                )
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"--output {output} is a file; expected a folder")
+    missing, lost = expected_images(image_size), []  # lost: links that lead nowhere, and the like
+    for path in [*(walk_files(output, lost) if os.path.isdir(output) else ()), *lost]:
+        relative = os.path.relpath(path, output)
+        if relative.endswith(PARTIAL) and relative.removesuffix(PARTIAL) in missing:  # of a run that was killed
+            os.remove(path)
+        elif path in lost or not (relative in missing and holds_image(path, missing.pop(relative))):
+            raise ValueError(
+                f"--output {output} holds {relative}, which is not one of the digits at {image_size}x{image_size}; "
+                "nothing was written, give a new or empty folder"
+            )
     for relative, image in tqdm(missing.items(), desc="digits", unit="image", disable=not missing):
         path = os.path.join(output, relative)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        image.save(partial)
-        os.replace(partial, path)
+        image.save(path + PARTIAL, format="PNG")
+        os.replace(path + PARTIAL, path)
     return len(missing)
 
 

@@ -110,21 +110,26 @@ def fitting(config, setting, memory, machine, *, fixed=()):
     `fixed`. Each is found as `(Plan, seconds of a step)` with the largest micro-batch that fits, which is its fastest.
     `least` is the `Plan` that needs the least memory of all that were tried, None if no way takes this batch.
     """
-    ranks, samples = _divisors(setting.world_size), _divisors(setting.global_batch)
-    way = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}
-    choices = {**way, "batch": samples[::-1], "accumulation": samples}
-    choices.update({name: [getattr(setting, name)] for name in fixed})
-    found, least = {}, None
+    ranks = _divisors(setting.world_size)
+    choices = {"tensor_parallel": ranks, "sharding": STAGES, "sharding_degree": ranks, "recompute": (False, True)}
+    choices.update({name: [getattr(setting, name)] for name in fixed if name in choices})
+    found, least = [], None
     for values in itertools.product(*choices.values()):
-        tried = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
-        if values[: len(way)] in found or tried.global_batch != setting.global_batch or not _is_possible(tried, config):
+        way = dataclasses.replace(setting, **dict(zip(choices, values, strict=True)))
+        if not _is_possible(way, config) or setting.global_batch % way.data_ranks:
             continue
-        planned = Plan(config, tried)
-        if least is None or planned.peak < least.peak:
-            least = planned
-        if planned.peak <= memory:
-            found[values[: len(way)]] = planned, sum(step_seconds(planned, machine))
-    return sorted(found.values(), key=lambda pair: (pair[1], pair[0].peak)), least
+        samples = setting.global_batch // way.data_ranks
+        for batch in reversed(_divisors(samples)):
+            tried = dataclasses.replace(way, batch=batch, accumulation=samples // batch)
+            if any(getattr(tried, name) != getattr(setting, name) for name in fixed):
+                continue
+            planned = Plan(config, tried)
+            if least is None or planned.peak < least.peak:
+                least = planned
+            if planned.peak <= memory:
+                found.append((planned, sum(step_seconds(planned, machine))))
+                break
+    return sorted(found, key=lambda pair: (pair[1], pair[0].peak)), least
 
 
 def _divisors(number):

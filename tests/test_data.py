@@ -21,7 +21,7 @@ from features import pairs
 from features.dataset import FeatureDataset
 from features.layout import Layout
 from features.loader import FeatureLoader
-from features.packed import ShardWriter, finish, finished_shards
+from features.packed import PackedStore, ShardWriter, finish, finished_shards
 from features.store import find_features
 from tools.pack_features import main as pack
 
@@ -194,6 +194,12 @@ def test_packing_never_overwrites(both, tmp_path):
         pack_set(both / "pairs", tmp_path / "new", "--to", "npy")
     assert before == {path: path.stat().st_mtime_ns for path in both.rglob("*") if path.is_file()}
     assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_folder_is_no_finished_conversion(both, tmp_path):
+    (tmp_path / "out/imagenet64_packed").mkdir(parents=True)
+    pack_set(both / "pairs", tmp_path / "out")
+    assert len(PackedStore(str(tmp_path / "out/imagenet64_packed"))) == 40
 
 
 def test_manifest_and_classes_travel_with_the_samples(tmp_path):

@@ -86,7 +86,7 @@ def test_digits_again_writes_nothing_but_what_is_missing(digits, capsys):
     assert "0 images written" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "train/0/0000.png"])
+@pytest.mark.parametrize("name", ["notes.txt", "partial.png", "train/0/0000.png"])
 def test_digits_refuse_a_folder_with_other_files(name, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")

@@ -288,6 +288,7 @@ class TestDemo:
             (BOTH, ["--output", "..", "--overwrite"], "--output ..: is a folder"),
             (BOTH, ["--output", "no/such/folder.png"], "--output no/such/folder.png: there is no such folder"),
             (BOTH, ["--output", f"{'x' * 300}.png"], "the name has more than 240 bytes"),
+            (BOTH, ["--output", "/dev/null", "--overwrite"], "--output /dev/null: is no regular file"),
         ],
     )
     def test_refused_before_paddle_is_imported(self, models, tmp_path, monkeypatch, kinds, flags, message):

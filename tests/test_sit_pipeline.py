@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +179,13 @@ class TestFolder:
     def test_no_folder(self, tmp_path):
         with pytest.raises(ValueError, match=r"model_index\.json: no such file"):
             SiTPipeline.from_pretrained(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("part", ["transformer", "scheduler"])
+    def test_a_part_that_is_missing_is_no_name_on_the_hub(self, folder, tmp_path, part):
+        shutil.copytree(folder, tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy" / part)
+        with pytest.raises(ValueError, match=rf"{part}.*config\.json: no such file"):
+            SiTPipeline.from_pretrained(tmp_path / "copy")
 
     def test_another_vae_is_refused(self):
         with pytest.raises(ValueError, match="the VAE has 3 latent channels, the network's in_channels is 4"):

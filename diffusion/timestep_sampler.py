@@ -44,9 +44,8 @@ class UniformSampler(ScheduleSampler):
 class LossSecondMomentResampler(ScheduleSampler):
     """Probabilities proportional to sqrt(E[loss^2]) over each timestep's last losses, Eq. 18 of Improved DDPM.
 
-    It draws uniformly until every timestep has `history_per_term` losses.
-    The state lives on the device and neither drawing nor updating waits for it. On several ranks all hold the same
-    state, made of everyone's losses.
+    It draws uniformly until every timestep has `history_per_term` losses. The state lives on the device and neither
+    drawing nor updating waits for it. On several ranks all hold the same state, made of everyone's losses.
 
     Args:
         diffusion: its `num_timesteps` is used.

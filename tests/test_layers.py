@@ -9,7 +9,7 @@ from support.runs import ROOT
 
 PACKAGES = (
     *("runtime", "config", "diffusion", "transport", "models", "objectives", "weights", "features", "sampling"),
-    *("training", "evaluation"),
+    *("evaluation", "training"),
 )
 SCRIPTS = {"tools", "benchmarks", "tests", *(path.stem for path in ROOT.glob("*.py"))}
 FRAMEWORKS = {"paddle", "paddlenlp", "ppdiffusers", "visualdl", "sklearn", "PIL"}
@@ -25,8 +25,8 @@ ALLOWED = {
     "features": {"paddle", "weights", "config", "objectives.base", "PIL", "ppdiffusers"},
 }
 ALLOWED["sampling"] = {"paddle", *ALLOWED, "PIL", "ppdiffusers"}
-ALLOWED["training"] = {*ALLOWED["sampling"], "sampling", "visualdl"}
 ALLOWED["evaluation"] = {*ALLOWED["sampling"], "sampling", "sklearn"}
+ALLOWED["training"] = {*ALLOWED["sampling"], "sampling", "evaluation", "visualdl"}
 ALONE = {"diffusion", "transport"}  # can be copied into another project: they import not even `runtime`
 
 PRODUCT = [*(path for folder in (*PACKAGES, "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]

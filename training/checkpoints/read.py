@@ -7,11 +7,11 @@ import paddle
 
 from config.schema import differences, own_config, resolve_config, sampling_differences
 from models.state import check_finite, is_state, official_to_paddle, plain_names, turn_linear, without_rounding
+from runtime.collective import run_on_rank_0
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
 from training.checkpoints.state import load_weights_into
-from training.parallel.collective import run_on_rank_0
 from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
 from weights.source import read_weights

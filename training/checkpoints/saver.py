@@ -20,13 +20,13 @@ import threading
 import paddle
 
 from models.parallel import whole_shape
+from runtime.collective import run_on_rank_0
 from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
 from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD, is_refusal, one_line, say
 from training.checkpoints import find, state
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE
-from training.parallel.collective import run_on_rank_0
 from training.parallel.shares import LocalShard
 from weights.files import save_pdparams
 

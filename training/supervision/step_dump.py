@@ -19,10 +19,10 @@ import numpy as np
 import paddle
 
 from objectives import Batch, Rows
+from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.process import counted, seed_step
 from training.checkpoints.saver import write_checkpoint
 from training.checkpoints.state import whole_weights
-from training.parallel.collective import run_on_every_rank, run_on_rank_0
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
 PARENT = "bad_steps"

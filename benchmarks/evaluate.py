@@ -18,7 +18,6 @@ import time
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
-from support import inception_weights
 from tqdm import tqdm
 
 from benchmarks.turns import Worker, memory, reset_peak, serve
@@ -86,6 +85,8 @@ def work(part, case):
 
 def features(args):
     """Prints the table of features; returns its figures."""
+    from support import inception_weights
+
     parts = ["ours", "torch"] if args.torch_python else ["ours"]
     workers, turns, difference = {}, [], 0.0
     with tempfile.TemporaryDirectory() as folder:

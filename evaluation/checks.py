@@ -28,7 +28,9 @@ def checked(array, name, shape, least=1):
     elif array.dtype.itemsize < 4 or not array.dtype.isnative:
         array = array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64)
     for rows in blocks(len(array)):
-        if not np.isfinite(array[rows]).all():
+        with np.errstate(all="ignore"):
+            doubtful = not np.isfinite(array[rows].sum())  # in a fifth of the time of a look at each number
+        if doubtful and not np.isfinite(array[rows]).all():
             kind = "NaN" if np.isnan(array[rows]).any() else "infinity"
             raise ValueError(f"{name}: has {kind}; expected finite numbers")
     return array
@@ -55,7 +57,7 @@ def product(a, b):
     return gemm(1.0, b.T, a.T, trans_a=True).T
 
 
-def gram(a):
-    """Returns the lower triangle of `a @ a.T`, with zeros above it, of a C-ordered array of rows."""
+def gram(a, factor=1.0):
+    """Returns the lower triangle of `factor * a @ a.T`, with zeros above it, of a C-ordered array of rows."""
     syrk = blas.ssyrk if a.dtype == np.float32 else blas.dsyrk
-    return syrk(1.0, a.T, trans=True).T
+    return syrk(factor, a.T, trans=True).T

@@ -57,7 +57,11 @@ def product(a, b):
     return gemm(1.0, b.T, a.T, trans_a=True).T
 
 
-def gram(a, factor=1.0):
-    """Returns the lower triangle of `factor * a @ a.T`, with zeros above it, of a C-ordered array of rows."""
+def gram(a, factor=1.0, out=None):
+    """Returns the lower triangle of `factor * a @ a.T` of a C-ordered array of rows.
+
+    Above it are zeros, or what is there in `out`, the C-ordered array to write to.
+    """
     syrk = blas.ssyrk if a.dtype == np.float32 else blas.dsyrk
-    return syrk(factor, a.T, trans=True).T
+    out = np.zeros((len(a), len(a)), a.dtype) if out is None else out
+    return syrk(factor, a.T, trans=True, c=out.T, overwrite_c=True).T

@@ -147,23 +147,26 @@ def kernel_distances(x, y, num_subsets=100, subset_size=1000, seed=0):
     # Products in float32 are right to 1e-7 each; in their mean that is far less.
     dtype = np.result_type(x, y)
     x, y, both = x.astype(dtype, copy=False), y.astype(dtype, copy=False), np.empty((2 * size, dim), dtype)
+    products = np.zeros((2 * size, 2 * size), dtype)
 
     def kernel_sum(products):
-        products += 1
-        cubed = products * products
-        cubed *= products
-        return cubed.sum(dtype=np.float64), cubed.diagonal().sum(dtype=np.float64)
+        total = 0.0
+        for rows in blocks(size, size=64):  # what stays in the cache
+            kernel = products[rows] + 1
+            total += (kernel * kernel * kernel).sum(dtype=np.float64)
+        return total
 
     found = []
     for _ in range(1 if len(x) == len(y) == size else num_subsets):
         for features, part in ((x, both[:size]), (y, both[size:])):
             features.take(rng.choice(len(features), size, replace=False), axis=0, out=part, mode="clip")
-        products = gram(both, 1 / dim)  # one product costs less than three
-        estimate = -2 * kernel_sum(products[size:, :size])[0] / size**2
+        gram(both, 1 / dim, products)
+        estimate = -2 * kernel_sum(products[size:, :size]) / size**2
+        diagonal = (products.diagonal().astype(np.float64) + 1) ** 3
         for rows in (slice(size), slice(size, None)):
-            total, diagonal = kernel_sum(products[rows, rows])
-            # Above the diagonal the products are left out as zeros, whose kernel is 1.
-            estimate += 2 * (total - diagonal - size * (size - 1) / 2) / (size * (size - 1))
+            total = kernel_sum(products[rows, rows]) - diagonal[rows].sum()
+            # Above the diagonal there are zeros, whose kernel is 1.
+            estimate += 2 * (total - size * (size - 1) / 2) / (size * (size - 1))
         found.append(estimate)
     if dtype == np.float32 and not np.isfinite(found).all():  # cubes beyond 1e38
         return kernel_distances(x.astype(np.float64), y.astype(np.float64), num_subsets, subset_size, seed)

@@ -17,23 +17,19 @@ from evaluation.sets import MOMENTS, open_images, read_statistics, size_in_words
 from evaluation.statistics import Statistics
 from features.npy import npz_names
 from runtime.collective import run_on_every_rank
-from runtime.process import counted
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")
+METRIC_NAMES = {
+    **{"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision"},
+    **{"recall": "recall", "kid": "KID", "mind": "MIND"},
+}
+METRICS = tuple(METRIC_NAMES)
 # The output of a feature network that a metric takes, of which these take every row.
 OUTPUTS = {**dict.fromkeys(METRICS, "pool"), "sfid": "spatial", "inception_score": "logits"}
 OF_ROWS = {"precision", "recall", "kid", "mind"}
 SPLIT_SIZE, NEIGHBOURS, SUBSETS, SUBSET_SIZE, PROJECTIONS = 5000, 3, 100, 1000, 1000
-PROTOCOL = {  # what a report says of the metrics
-    "inception_score_split_size": SPLIT_SIZE,
-    "precision_recall_k": NEIGHBOURS,
-    "kid_subsets": SUBSETS,
-    "kid_subset_size": SUBSET_SIZE,
-    "mind_projections": PROJECTIONS,
-}
-USUAL_COUNT = 10_000  # samples; below it FID is called biased
+USUAL_COUNT = 10_000  # samples; of fewer FID is called biased
 ROWS_AT_ONCE = 8192  # gathered from every rank in one message
 
 
@@ -58,9 +54,10 @@ def extract(network, batches, *, metrics, first=0, source="images"):
     ValueError names the number of an image whose features are not finite; `first` is that of the first one.
     """
     metrics, found, blocks = set(metrics), Extracted(), {}
+    outputs = dict.fromkeys(OUTPUTS[metric] for metric in METRICS if metric in metrics)
     for images in batches:
         features = network(images)
-        for output in {OUTPUTS[metric] for metric in metrics}:
+        for output in outputs:
             good = np.isfinite(features[output]).reshape(len(images), -1).all(axis=1)
             if not good.all():
                 number = first + found.count + int(np.argmin(good))
@@ -154,7 +151,7 @@ class Reference:
 
     Attributes:
         images: an `ImageSet`, or None. stored: what `read_statistics` returns.
-        metrics: those that were chosen. left_out: `{metric: why it is impossible}`.
+        metrics: those that were chosen. left_out: `{metric: why it is impossible}` where all that are possible were.
         extracted: the features of the images, on rank 0, if a chosen metric takes them.
     """
 
@@ -167,18 +164,27 @@ class Reference:
         """The number of images, or None where statistics don't tell it."""
         return len(self.images) if self.images else self.stored.get("num_images")
 
-    def why_not(self, metric, outputs):
+    def has_stored(self, metric):
+        """Returns whether the statistics that a metric takes are stored."""
+        return metric in ("fid", "sfid") and MOMENTS[OUTPUTS[metric]][0] in self.stored
+
+    def why_not(self, metric, outputs, num_samples=None):
         """Returns why a metric can't be had with the `outputs` of a network, or None if it can."""
         output = OUTPUTS[metric]
         if output not in outputs:
             return f"the features have no {output}"
-        if self.images or metric == "inception_score" or (metric not in OF_ROWS and MOMENTS[output][0] in self.stored):
+        counts = [count for count in (self.count, num_samples) if count is not None]
+        if metric in ("precision", "recall") and min(counts, default=NEIGHBOURS + 1) <= NEIGHBOURS:
+            return f"it takes more than {NEIGHBOURS} images of each set"
+        if self.images or metric == "inception_score" or self.has_stored(metric):
             return None
+        if not self.stored:
+            return "there is no reference"
         if metric in OF_ROWS:
-            return f"{self.path} holds statistics and no images"
-        return f"{self.path} holds neither images nor {' and '.join(MOMENTS[output])}"
+            return "the reference holds statistics and no images"
+        return f"the reference holds neither images nor {' and '.join(MOMENTS[output])}"
 
-    def choose(self, asked, outputs):
+    def choose(self, asked, outputs, num_samples=None):
         """Chooses `metrics`: those `asked` for, or with None all that are possible; the others are `left_out`.
 
         ValueError for one asked for that is unknown or impossible.
@@ -186,11 +192,11 @@ class Reference:
         for metric in asked or ():
             if metric not in METRICS:
                 raise ValueError(f"metrics: {shortened(metric)} is unknown; expected some of {', '.join(METRICS)}")
-            if reason := self.why_not(metric, outputs):
-                raise ValueError(f"metrics: {metric} is impossible: {reason}")
-        reasons = {metric: self.why_not(metric, outputs) for metric in METRICS}
+            if reason := self.why_not(metric, outputs, num_samples):
+                raise ValueError(f"{self.path or 'metrics'}: {metric} is impossible: {reason}")
+        reasons = {metric: self.why_not(metric, outputs, num_samples) for metric in METRICS}
         self.metrics = [metric for metric in METRICS if (metric in asked if asked else not reasons[metric])]
-        self.left_out = {metric: reason for metric, reason in reasons.items() if reason}
+        self.left_out = {} if asked else {metric: reason for metric, reason in reasons.items() if reason}
         if not self.metrics:
             raise ValueError(f"{self.path}: no metric is possible with these features: they have {', '.join(outputs)}")
 
@@ -207,18 +213,15 @@ class Reference:
                 raise ValueError(f"{self.path}: statistics of other features: {key} {shortened(theirs)}, not {ours}")
         used = [(output, mean) for output, (mean, _) in MOMENTS.items() if mean in self.stored]
         used = [(output, mean) for output, mean in used if output in {OUTPUTS[metric] for metric in self.metrics}]
-        features = network(np.full((1, *sample_size, 3), 128, "uint8")) if used else {}
+        features = network(np.full((1, *sample_size, 3), 128, "uint8"))  # refuses what it must before the work
         for output, mean in used:
             width, theirs = features[output].shape[1], len(self.stored[mean])
             if theirs != width:
                 raise ValueError(f"{self.path}: {mean} is of {theirs} features, this network's {output} has {width}")
 
-    def _takes_moments_of_images(self, metric):
-        return metric in ("fid", "sfid") and MOMENTS[OUTPUTS[metric]][0] not in self.stored
-
     def extract(self, network, batch_size, *, moments=False):
         """Extracts on all ranks what the chosen metrics need of the images; with `moments` statistics in any case."""
-        needed = {m for m in self.metrics if m in OF_ROWS or self._takes_moments_of_images(m)}
+        needed = {m for m in self.metrics if m != "inception_score" and not self.has_stored(m)}
         if moments:
             needed |= {m for m in ("fid", "sfid") if OUTPUTS[m] in network.outputs}
         if needed:
@@ -277,27 +280,28 @@ def compute_metrics(samples, reference, metrics, seed=0):
         both = formulas.precision_recall(theirs, ours, k=NEIGHBOURS)
         found |= {name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in metrics}
     if "kid" in metrics:
-        found["kid"], found["kid_standard_error"] = formulas.kernel_distance_with_error(
-            ours, theirs, num_subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed
-        )
+        estimates = formulas.kernel_distances(ours, theirs, num_subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
+        found["kid"], found["kid_standard_error"] = formulas.mean_and_error(estimates)
     if "mind" in metrics:
         found["mind"] = formulas.mind(ours, theirs, num_projections=PROJECTIONS, seed=seed)
     return {name: float(value) for name, value in found.items()}
 
 
 def cautions(samples, reference, metrics):
-    """Returns sentences on what few samples do to the numbers."""
-    found, distances = [], [metric for metric in ("fid", "sfid") if metric in metrics]
+    """Returns sentences on what few samples do to the distances among `metrics` of an `Extracted` and a `Reference`."""
+    distances = [metric for metric in ("fid", "sfid") if metric in metrics]
     if not distances:
-        return found
-    counts = {"samples": samples.count, "reference images": reference.count}
+        return []
+    found = []
     if samples.count < USUAL_COUNT:
+        names = " and ".join(METRIC_NAMES[metric] for metric in distances)
         found.append(
-            f"FID of {counted(samples.count, 'sample')} is biased upwards: compare it only with that of as many; "
+            f"{names} of N = {samples.count:,} samples: biased upwards, to be compared only with those of as many; "
             "papers take 50,000. KID is not biased"
         )
-    width = max(samples.moments[OUTPUTS[metric]].mean.size for metric in distances)
+    width = max(len(samples.moments[OUTPUTS[metric]].mean) for metric in distances)
+    counts = {"samples": samples.count, "reference images": reference.count}
     few = [f"{count:,} {what}" for what, count in counts.items() if count is not None and count <= width]
     if few:
-        found.append(f"{' and '.join(few)} for {width:,} features: their covariance is singular")
+        found.append(f"{' and '.join(few)} for {width:,} features: the covariances are singular")
     return found

@@ -194,7 +194,7 @@ def read_statistics(path):
 
 
 def write_statistics(path, moments, num_images, settings):
-    """Writes `{output: (mean, covariance)}` by ADM's names, the number of images and the `settings` of their features."""
+    """Writes `{output: (mean, covariance)}` by ADM's names, the number of images, the `settings` of the features."""
     arrays = {"num_images": np.int64(num_images), "settings": np.array(json.dumps(settings))}
     for output, pair in moments.items():
         arrays |= dict(zip(MOMENTS[output], pair, strict=True))

@@ -9,13 +9,20 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from support.golden import load_golden
 from support.runs import ROOT
 
 from evaluation import report as reports
+from evaluation.inception import Inception
 from evaluation.reconstruction import psnr, ssim
 from evaluation.run import METRICS
 from evaluation.sets import open_images
 from tools.evaluate import main
+
+
+# Of a case of `evaluation_pipeline.npz`.
+OF_CASE = ("fid", "sfid", "inception_score", "precision", "recall", "precision_fragile", "recall_fragile")
+OF_CASE += ("kid", "kid_sd", "kid_size", "mind_mean", "mind_sd")
 
 
 class Blocks:
@@ -74,6 +81,58 @@ def run(folder, *flags, samples="samples.npz", reference="reference", output="re
     arguments += ["--reference", folder / reference, "--output", folder / output, "--device", "cpu", *flags]
     main([str(argument) for argument in arguments])
     return json.loads((folder / output).read_text()) if (folder / output).exists() else None
+
+
+# -- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The golden arrays, and a folder with the samples and the references of its cases."""
+    golden, folder = load_golden("evaluation_pipeline"), tmp_path_factory.mktemp("pipeline")
+    np.savez(folder / "samples.npz", arr_0=golden["samples"])
+    np.savez(folder / "images.npz", arr_0=golden["reference"])
+    stored = {"arr_0": golden["reference"]}
+    for tail in ("", "_s"):
+        factor, variance = (golden[f"reference_{name}{tail}"].astype("float64") for name in ("factor", "variance"))
+        stored |= {f"mu{tail}": golden[f"reference_mu{tail}"].astype("float64")}
+        stored |= {f"sigma{tail}": factor.T @ factor + np.diag(variance)}
+    np.savez(folder / "stored.npz", **stored)
+    return golden, folder
+
+
+@pytest.fixture
+def remembered(monkeypatch, known={}):  # noqa: B006 (two cases have the same features)
+    """Lets the Inception compute a batch once, which takes most of the time."""
+
+    def call(self, pixels, original=Inception.__call__):
+        key = self.settings["preprocessing"], pixels.tobytes()
+        if key not in known:
+            known[key] = original(self, pixels)
+        return known[key]
+
+    monkeypatch.setattr(Inception, "__call__", call)
+
+
+CASES = {"images": ("images.npz", "adm"), "stored": ("stored.npz", "adm"), "pytorch_fid": ("images.npz", "pytorch-fid")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_runs_give_the_official_numbers(case, pipeline, inception_weights, remembered):
+    """Tolerances are those of tests/golden/README.md."""
+    golden, folder = pipeline
+    reference, preprocessing = CASES[case]
+    flags = ("--inception", inception_weights, "--preprocessing", preprocessing)
+    found = run(folder, *flags, reference=reference, output=f"{case}.json")
+    b = {name: float(golden[f"{case}_{name}"]) for name in OF_CASE}
+    assert (found["num_samples"], found["num_reference"]) == (60, 80)
+    for name in ("fid", "sfid"):
+        assert abs(found[name] - b[name]) <= max(1e-3, 1e-4 * abs(b[name]))
+    assert abs(found["inception_score"] / b["inception_score"] - 1) <= 1e-4
+    for name in ("precision", "recall"):
+        assert abs(found[name] - b[name]) <= b[f"{name}_fragile"] + 1e-12
+    assert abs(found["kid"] - b["kid"]) <= 4e-6 * b["kid_size"] + 6 * b["kid_sd"]
+    assert abs(found["mind"] - b["mind_mean"]) <= 6 * b["mind_sd"]
 
 
 # -- What is read -----------------------------------------------------------------------------------------------------

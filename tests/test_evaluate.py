@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.golden import load_golden
-from support.runs import ROOT
+from support.runs import ROOT, launch
 
 from evaluation import report as reports
 from evaluation.inception import Inception
@@ -18,7 +18,6 @@ from evaluation.reconstruction import psnr, ssim
 from evaluation.run import METRICS
 from evaluation.sets import open_images
 from tools.evaluate import main
-
 
 # Of a case of `evaluation_pipeline.npz`.
 OF_CASE = ("fid", "sfid", "inception_score", "precision", "recall", "precision_fragile", "recall_fragile")
@@ -383,6 +382,26 @@ def test_batches_and_the_form_of_a_set_change_nothing(sets, blocks):
     other = run(sets, "--batch_size", "5", samples="folder", reference="reference.npz", output="2.json")
     for name in METRICS:
         np.testing.assert_allclose(other[name], one[name], rtol=1e-9)
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_work_and_tell_what_one_does(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=images(0, 21))
+    write_folder(tmp_path / "reference", images(1, 20))
+    one = run(tmp_path, "--features", "digits", "--save_statistics", str(tmp_path / "one.npz"))
+    flags = ["--samples", tmp_path / "samples.npz", "--reference", tmp_path / "reference", "--features", "digits"]
+    flags += ["--batch_size", "4", "--device", "cpu", "--output", tmp_path / "two.json"]
+    done = launch(2, "tools/evaluate.py", [*flags, "--save_statistics", tmp_path / "two.npz"], tmp_path / "log")
+    log = (tmp_path / "log" / "workerlog.0").read_text()
+    assert done.returncode == 0, log
+    two = json.loads((tmp_path / "two.json").read_text())
+    for name in ("num_samples", "num_reference", "sfid", "precision", "recall"):
+        assert two[name] == one[name]
+    for name in ("fid", "inception_score", "kid", "mind"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5)
+    with np.load(tmp_path / "one.npz") as ours, np.load(tmp_path / "two.npz") as theirs:
+        np.testing.assert_allclose(theirs["sigma"], ours["sigma"], atol=1e-6)
+    assert log.count("report: ") == 1 and "report: " not in (tmp_path / "log" / "workerlog.1").read_text()
 
 
 def test_report_and_table_tell_what_a_number_belongs_to(sets, blocks, capsys):

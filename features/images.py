@@ -142,8 +142,11 @@ class UnreadableImage(ValueError):
     """An image that Pillow can't read; `reason` says why."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{path}: cannot be read as an image ({reason})")
+        super().__init__(path, reason)  # so that it can be sent to other ranks
         self.reason = reason
+
+    def __str__(self):
+        return "{}: cannot be read as an image ({})".format(*self.args)
 
 
 def to_rgb(image):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 import shutil
 import zipfile
@@ -308,6 +309,14 @@ def test_mistakes_are_one_line_and_write_nothing(mistake, sets, blocks):
         run(sets, *(flag.format(sets) for flag in flags))
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in sets.rglob("*") if path.is_file()} == before
+
+
+def test_what_ends_one_rank_can_be_sent_to_the_others(sets):
+    broken_image(sets)
+    with pytest.raises(ValueError) as error:
+        list(open_images(str(sets / "reference")).batches(4))
+    sent = pickle.loads(pickle.dumps(error.value))
+    assert type(sent) is type(error.value) and str(sent) == str(error.value)
 
 
 def test_features_that_are_not_finite_name_the_image(sets, blocks):

@@ -6,6 +6,7 @@ image. Whatever is drawn depends on `seed` alone. A `ValueError` of one line nam
 
 import numpy as np
 from scipy import linalg
+from scipy.linalg import lapack
 
 from evaluation.checks import blocks, check_count, checked, gram, product
 from evaluation.neighbours import Balls
@@ -22,19 +23,39 @@ def _pair(x, y, names, least=1):
 
 
 def _factor(sigma):
-    """Returns A `(D, rank)` with `A @ A.T` = sigma, without the directions in which sigma is 0 but for rounding."""
-    # Divide and conquer ("evd") is the fastest driver: 2 s at D = 2048 on one core, "evr" 2.4 s, "evx" 15 s.
+    """Returns B `(rank, D)` with `B.T @ B` = sigma, without the directions in which sigma is 0 but for rounding."""
+    # A Cholesky factor with pivots takes 0.24 s at D = 2048 on one core, `eigh` 1.9 s by its fastest driver ("evd").
+    upper, pivots, rank, _ = lapack.dpstrf(sigma)
+    factor = np.zeros((rank, len(sigma)))
+    factor[:, pivots - 1] = np.triu(upper)[:rank]
+    columns = np.ascontiguousarray(factor.T)
+    if not rank or np.abs(product(columns, columns) - sigma).max() < 1e-11 * sigma.max():
+        return factor
+    # Rounding, as of statistics in float32, has made an eigenvalue negative: the nearest covariance counts.
     values, vectors = linalg.eigh(sigma, driver="evd", check_finite=False)
-    kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
-    return np.ascontiguousarray((vectors[:, kept] * np.sqrt(values[kept])).T)  # (rank, D)
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return np.ascontiguousarray((vectors[:, kept] * np.sqrt(values[kept])).T)
+
+
+def _nuclear_norm(a, tolerance):
+    """Returns the sum of a matrix's singular values, to `tolerance`."""
+    if 0 in a.shape:
+        return 0.0
+    gram_matrix = gram(a if len(a) <= a.shape[1] else np.ascontiguousarray(a.T))
+    squares = linalg.eigh(gram_matrix, eigvals_only=True, driver="evr", check_finite=False)
+    rounding = np.finfo(np.float64).eps * squares[-1]
+    roots = np.sqrt(np.maximum(squares, rounding))
+    if (rounding / roots).sum() > tolerance:  # small ones have drowned in the squares of the large
+        return linalg.svdvals(a, check_finite=False).sum()
+    return roots.sum()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Returns the squared Fréchet distance of two Gaussians: FID of pooled features, sFID of spatial ones.
 
     It is |mu1 - mu2|^2 + trace(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al., arXiv 1706.08500). With
-    sigma1 = A A^T and sigma2 = B B^T, the last trace is the sum of the singular values of A^T B: no square root of a
-    product is taken, and singular covariances, fewer images than dimensions among them, lose no digits.
+    sigma1 = A A^T and sigma2 = B B^T, the last trace is the sum of the singular values of A^T B: roots of the
+    eigenvalues of A^T sigma2 A. No root of a matrix is taken; singular covariances, as of few images, lose no digits.
 
     Args:
         mu1: mean `(D,)`. sigma1: covariance `(D, D)`. mu2, sigma2: of the other Gaussian.
@@ -51,9 +72,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
             raise ValueError(f"{name}: not symmetric, or negative on its diagonal; expected a covariance")
         sigmas[place] = (sigma + sigma.T) / 2
     a, b = map(_factor, sigmas)
-    roots = linalg.svdvals(product(a, b), check_finite=False) if len(a) and len(b) else np.zeros(1)
+    traces = np.trace(sigmas[0]) + np.trace(sigmas[1])
     mean = mu1.astype(np.float64) - mu2
-    return float((mean**2).sum() + np.trace(sigmas[0]) + np.trace(sigmas[1]) - 2 * roots.sum())
+    return float((mean**2).sum() + traces - 2 * _nuclear_norm(product(a, b), 1e-9 * traces))
 
 
 def softmax(logits):

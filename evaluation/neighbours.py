@@ -18,7 +18,7 @@ import numpy as np
 
 from evaluation.checks import BLOCK, blocks, product
 
-EXTRA = 5  # neighbours kept beyond the k-th, so that all those near it in float32 are known
+EXTRA = 8  # neighbours kept beyond the k-th, so that all those near it in float32 are known
 PAIRS = 1 << 22  # numbers of the differences of pairs, at once
 
 

@@ -93,7 +93,7 @@ class Generator:
             output: "images", uint8 numpy `(N, H, W, 3)`, or "latents" as networks see them, a tensor `(N, C, h, w)`.
             batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
-            options: of the objective's `sample`: `method`, and of a transport `sampler` and what belongs to it.
+            options: of the objective's `sample`: `method`, `draw_noise`; a transport's `sampler` and what it takes.
 
         Raises:
             ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
@@ -127,12 +127,12 @@ class Generator:
             if is_seeded:
                 tracker.remove(random)
         latents = paddle.concat(latents)
-        return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
+        return latents if output == "latents" else self.decode(latents, "diffusers")
 
-    def decode(self, latents):
-        """Returns the images of latents `(N, C, h, w)`: float32 numpy `(N, H, W, 3)` in [0, 1]; raises as `sample`."""
+    def decode(self, latents, rounding=None, numbers=None):
+        """Returns the images of latents `(N, C, h, w)`: as `LatentDecoder.decode`, and raises as `sample`."""
         try:
-            return LatentDecoder(self.vae).decode(latents)
+            return LatentDecoder(self.vae).decode(latents, rounding, numbers)
         except NotFiniteError:
             if self.check_weights is not None:
                 self.check_weights()

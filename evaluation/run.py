@@ -73,7 +73,9 @@ def extract(network, batches, *, metrics, first=0, source="images"):
             statistics = found.moments.setdefault(output, Statistics(features[output].shape[1]))
             statistics.add(features[output])
         found.count += len(images)
-    found.rows = {name: np.concatenate(arrays) for name, arrays in blocks.items()}
+    while blocks:  # one after the other, to hold only one of them twice
+        name, arrays = blocks.popitem()
+        found.rows[name] = np.concatenate(arrays)
     return found
 
 
@@ -153,11 +155,13 @@ class Reference:
         images: an `ImageSet`, or None. stored: what `read_statistics` returns.
         metrics: those that were chosen. left_out: `{metric: why it is impossible}` where all that are possible were.
         extracted: the features of the images, on rank 0, if a chosen metric takes them.
+        notes: sentences for the user.
     """
 
     def __init__(self, path, images, stored):
         self.path, self.images, self.stored = path, images, stored
         self.metrics, self.left_out, self.extracted = [], {}, None
+        self.notes = [*images.notes] if images else []
 
     @property
     def count(self):
@@ -207,10 +211,14 @@ class Reference:
                 f"{self.path}: holds images of {size_in_words(self.images.image_size)}, the samples are of "
                 f"{size_in_words(sample_size)}; expected one size, see --image_size"
             )
-        for key, theirs in self.stored.get("settings", {}).items():
-            if key in network.settings and network.settings[key] != theirs:
-                ours = shortened(network.settings[key])
-                raise ValueError(f"{self.path}: statistics of other features: {key} {shortened(theirs)}, not {ours}")
+        for key in ("preprocessing", "weights_sha256"):
+            theirs, ours = self.stored.get("settings", {}).get(key), network.settings.get(key)
+            if theirs in (None, ours):
+                continue
+            told = f"{self.path}: statistics of other features: {key} {shortened(theirs)}, not {shortened(ours)}"
+            if key == "preprocessing":
+                raise ValueError(told)
+            self.notes.append(f"{told}; the same weights in another format are no matter")
         used = [(output, mean) for output, (mean, _) in MOMENTS.items() if mean in self.stored]
         used = [(output, mean) for output, mean in used if output in {OUTPUTS[metric] for metric in self.metrics}]
         features = network(np.full((1, *sample_size, 3), 128, "uint8"))  # refuses what it must before the work

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from features.images import center_crop, load_pixels, opened, some_of, walk_files
+from features.images import center_crop, encodable, load_pixels, opened, some_of, walk_files
 from features.npy import NpzArray, npz_names
 from features.read_ahead import map_ahead
 from runtime.files import whole_file
@@ -45,7 +45,7 @@ class ImageSet:
         raise NotImplementedError
 
     def __str__(self):
-        return f"{self.path} ({counted(len(self), 'image')} of {size_in_words(self.image_size)})"
+        return f"{encodable(self.path)} ({counted(len(self), 'image')} of {size_in_words(self.image_size)})"
 
 
 def size_in_words(image_size):

@@ -355,7 +355,7 @@ def test_files_are_replaced_only_with_overwrite(sets, blocks):
 # -- What is computed and told ----------------------------------------------------------------------------------------
 
 
-def test_stored_statistics_are_the_reference_and_come_back(sets, blocks):
+def test_stored_statistics_are_the_reference_and_come_back(sets, blocks, capsys):
     direct = run(sets, "--batch_size", "7")
     alone = run(sets, "--save_statistics", str(sets / "s.npz"), samples=None)
     assert alone is not None  # that of the first run
@@ -370,6 +370,11 @@ def test_stored_statistics_are_the_reference_and_come_back(sets, blocks):
             rows = features[output].astype("float64")
             np.testing.assert_allclose(arrays[f"mu{tail}"], rows.mean(0), rtol=1e-12)
             np.testing.assert_allclose(arrays[f"sigma{tail}"], np.cov(rows, rowvar=False), atol=1e-12)
+    assert "statistics of other features" not in capsys.readouterr().out
+    blocks(Blocks(settings={**Blocks.settings, "weights_sha256": "1" * 64}))
+    run(sets, "--metrics", "fid,sfid", reference="s.npz", output="other.json")
+    told = "s.npz: statistics of other features: weights_sha256 000.*, not 111"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_distances_take_stored_statistics_and_the_others_the_images(sets, blocks):

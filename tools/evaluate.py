@@ -31,6 +31,7 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import check_positive, check_seed
+from features.images import encodable
 from runtime.files import check_output, sha256_of_file, write_json
 from runtime.process import configure_runtime, resolve_device, run_cli, say
 from runtime.untrusted import read_json_object, shortened
@@ -100,14 +101,19 @@ def describe_samples(samples):
     """Returns what a report tells of samples; with the settings in the JSON that tools/sample_npz.py writes beside."""
     beside = os.path.splitext(samples.path)[0] + ".json"
     drawn = read_json_object(beside, infinity=True) if samples.kind == "npz" and os.path.isfile(beside) else None
-    return {"path": samples.path, "kind": samples.kind, "image_size": list(samples.image_size), "settings": drawn}
+    return {
+        "path": encodable(samples.path),
+        "kind": samples.kind,
+        "image_size": list(samples.image_size),
+        "settings": drawn,
+    }
 
 
 def describe_reference(reference):
     """Returns what a report tells of a reference."""
     is_file = os.path.isfile(reference.path)
     return {
-        "path": reference.path,
+        "path": encodable(reference.path),
         "kind": reference.images.kind if reference.images else "statistics",
         "sha256": sha256_of_file(reference.path).hex() if is_file else None,
         "image_size": list(reference.images.image_size) if reference.images else None,
@@ -159,6 +165,7 @@ def save_statistics(path, reference, network):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    args.metrics = args.metrics and [metric for words in args.metrics for metric in words.split(",") if metric]
     check(args)
     configure_runtime()
     import paddle
@@ -189,8 +196,8 @@ def main(argv=None):
             **{"samples": describe_samples(samples), "vae": vae, "device": device},
             **{name: getattr(args, name) for name in ("image_size", "batch_size", "seed")},
         }
-    for given in filter(None, (samples, reference.images) if rank == 0 else ()):
-        print(*(f"note: {note}" for note in given.notes), sep="\n", end="\n" if given.notes else "", flush=True)
+    for note in [*(samples.notes if samples else ()), *reference.notes] if rank == 0 else ():
+        say(f"note: {note}")
 
     # Features, by all ranks.
     reference.extract(network, args.batch_size, moments=bool(args.save_statistics))
@@ -204,6 +211,7 @@ def main(argv=None):
         return
 
     # Numbers.
+    say("computing the metrics")
     settings["reference"] = describe_reference(reference)
     numbers = compute_metrics(extracted, reference, reference.metrics, seed=args.seed)
     report = make_report({**numbers, **quality}, len(samples), reference.count, settings)

@@ -73,10 +73,17 @@ def extract(network, batches, *, metrics, first=0, source="images"):
             statistics = found.moments.setdefault(output, Statistics(features[output].shape[1]))
             statistics.add(features[output])
         found.count += len(images)
-    while blocks:  # one after the other, to hold only one of them twice
-        name, arrays = blocks.popitem()
-        found.rows[name] = np.concatenate(arrays)
+    found.rows = _joined(blocks)
     return found
+
+
+def _joined(blocks):
+    """Returns `{name: array}` of `{name: [array]}`, which is emptied: only one of them is held twice."""
+    joined = {}
+    while blocks:
+        name, arrays = blocks.popitem()
+        joined[name] = np.concatenate(arrays)
+    return joined
 
 
 def own_part(count):
@@ -90,34 +97,37 @@ def own_part(count):
 def gather(extracted):
     """Returns on rank 0 what all ranks have extracted, in the order of the ranks, and on the others None.
 
-    Rows are sent some thousand at once, so that no rank but the first holds all of them.
+    One rank after the other sends its own, rows some thousand at once, so that none but the first holds all of them.
     """
     import paddle.distributed as dist
 
-    if dist.get_world_size() == 1:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world == 1:
         return extracted
-    parts = run_on_every_rank(lambda: Extracted(extracted.count, {}, extracted.moments))
-    counts = [part.count for part in parts]
-    blocks = {}  # by name, then by rank
-    for start in range(0, max(counts), ROWS_AT_ONCE):
-        sent = run_on_every_rank(
-            lambda start=start: {name: rows[start : start + ROWS_AT_ONCE] for name, rows in extracted.rows.items()}
-        )
-        for rank, rows in enumerate(sent if dist.get_rank() == 0 else ()):
-            for name, block in rows.items():
-                blocks.setdefault(name, [[] for _ in parts])[rank].append(block)
-    if dist.get_rank() > 0:
-        return None
-    whole = Extracted(sum(counts))
-    while blocks:
-        name, by_rank = blocks.popitem()
-        whole.rows[name] = np.concatenate([block for own in by_rank for block in own])
-    for part in parts:
-        for output, statistics in part.moments.items():
+
+    def sent(source, value):
+        box = [value]
+        dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    whole = Extracted(extracted.count, {}, extracted.moments)
+    blocks = {name: [rows] for name, rows in extracted.rows.items()}
+    for source in range(1, world):
+        count, moments = sent(source, (extracted.count, extracted.moments))
+        for start in range(0, count, ROWS_AT_ONCE):
+            stop = start + ROWS_AT_ONCE
+            part = sent(source, {name: rows[start:stop] for name, rows in extracted.rows.items()})
+            for name, rows in part.items() if rank == 0 else ():
+                blocks.setdefault(name, []).append(rows)
+        whole.count += count
+        for output, statistics in moments.items() if rank == 0 else ():
             if output in whole.moments:
                 whole.moments[output].merge(statistics)
             else:
                 whole.moments[output] = statistics
+    if rank > 0:
+        return None
+    whole.rows = _joined(blocks)
     return whole
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -36,11 +37,13 @@ def load_vae(name_or_path):
     return vae
 
 
-# How images x in [-1, 1], float32 numpy, become numbers to be stored as uint8, which cuts off what follows the point.
-ROUNDINGS = {
-    "dit": lambda x: (x * 127.5 + 128).clip(0, 255),  # sample_ddp.py of DiT and SiT
-    "diffusers": lambda x: ((x / 2 + 0.5).clip(0, 1) * 255).round(),
-    "adm": lambda x: ((x + 1) * 127.5).clip(0, 255),  # image_sample.py of guided-diffusion
+# How images x in [-1, 1] become numbers 0 to 255: in words, and as a function of float32 numpy. The conversion to uint8
+# cuts off what follows the point.
+Rounding = namedtuple("Rounding", "words function")
+ROUNDINGS = {  # of DiT's and SiT's sample_ddp.py, of diffusers, and of guided-diffusion's image_sample.py
+    "dit": Rounding("127.5 x + 128, cut off", lambda x: (x * 127.5 + 128).clip(0, 255)),
+    "diffusers": Rounding("255 (x / 2 + 0.5), rounded", lambda x: ((x / 2 + 0.5).clip(0, 1) * 255).round()),
+    "adm": Rounding("127.5 (x + 1), cut off", lambda x: ((x + 1) * 127.5).clip(0, 255)),
 }
 
 
@@ -59,7 +62,7 @@ class LatentDecoder:
         """
         import paddle
 
-        finish = (lambda x: (x / 2 + 0.5).clip(0, 1)) if rounding is None else ROUNDINGS[rounding]
+        finish = (lambda x: (x / 2 + 0.5).clip(0, 1)) if rounding is None else ROUNDINGS[rounding].function
         dtype, numbers = "float32" if rounding is None else "uint8", range(len(latents)) if numbers is None else numbers
         images, bad = [], set()
         with paddle.no_grad():

@@ -15,7 +15,6 @@ tile as a whole.
 """
 
 import numpy as np
-import paddle
 
 LABELS = ("random", "balanced")
 CPU_TILE = 16  # more makes a CPU hardly faster
@@ -47,6 +46,8 @@ def image_noise(seed, indices, shape):
 
 def choose_tile(batch_size):
     """Returns how many images the network is called on at once: `CPU_TILE` on a CPU, `batch_size` on a GPU."""
+    import paddle
+
     return CPU_TILE if paddle.get_device() == "cpu" else batch_size
 
 
@@ -65,6 +66,8 @@ def draw_images(generator, indices, labels, *, seed, batch_size, tile=None, roun
 
     Raises `ValueError` as `Generator.sample`; images that are not finite are a `NotFiniteError` with their numbers.
     """
+    import paddle
+
     indices, labels = np.asarray(indices, "int64"), np.asarray(labels, "int64")
     tile = tile or choose_tile(batch_size)
     shape = (generator.in_channels, generator.sample_size, generator.sample_size)

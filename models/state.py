@@ -45,8 +45,11 @@ def turn_linear(name, value):
     return np.ascontiguousarray(value.T) if linear else value
 
 
-def check_state(state, expected_shapes, *, source):
-    """Raises ValueError, one line that begins with `source`, unless a state has the names and shapes expected."""
+def check_state(state, expected_shapes, *, source, what="the config"):
+    """Raises ValueError, one line that begins with `source`, unless a state has the names and shapes expected.
+
+    `what` is what expects them.
+    """
     kinds = {
         "missing": [name for name in expected_shapes if name not in state],
         "unexpected": [name for name in state if name not in expected_shapes],
@@ -58,7 +61,7 @@ def check_state(state, expected_shapes, *, source):
     }
     problems = [f"{len(found)} {kind}: {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
-        raise ValueError(f"{source}: these weights do not fit the config: " + "; ".join(problems))
+        raise ValueError(f"{source}: these weights do not fit {what}: " + "; ".join(problems))
 
 
 def check_finite(state, *, source):

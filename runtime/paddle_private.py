@@ -29,6 +29,25 @@ def _scaler_state(device):
     return paddle.ones([1]), paddle.zeros([1], "int32"), paddle.zeros([1], "int32")
 
 
+@contextlib.contextmanager
+def full_float32():
+    """Lets a GPU multiply and convolve float32 numbers in float32 within the block, where TF32 is Paddle's default.
+
+    TF32 keeps 10 bits of a factor, an error of 1e-3.
+    """
+    from paddle.base import core
+
+    switches = [(core.get_cublas_switch, core.set_cublas_switch), (core.get_cudnn_switch, core.set_cudnn_switch)]
+    kept = [get() for get, _ in switches]
+    try:
+        for _, set_to in switches:
+            set_to(False)
+        yield
+    finally:
+        for (_, set_to), value in zip(switches, kept, strict=True):
+            set_to(value)
+
+
 # Optimizers and their wrappers.
 
 

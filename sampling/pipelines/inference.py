@@ -10,12 +10,10 @@ one safe.
 """
 
 import os
-import warnings
 from types import SimpleNamespace
 
 import paddle
 from paddle import nn
-from paddle.static import InputSpec
 
 from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import SCALING_KEYS
@@ -24,6 +22,7 @@ from models import LargeDiT
 from models.state import check_finite
 from runtime.files import whole_folder, write_json
 from runtime.machine import read_processor
+from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
 from sampling.generator import Generator
 from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free
@@ -35,9 +34,6 @@ from weights.pretrained import without_null_rows
 MANIFEST, FORMAT = INFERENCE_MANIFEST, 1
 NETWORK_KEYS = ("in_channels", "sample_size", "num_classes", "null_class")
 PARTS = ("transformer", "vae")
-# A program's file: of Paddle 3, and of Paddle 2.
-PROGRAMS = ("model.json", "model.pdmodel")
-WEIGHTS = "model.pdiparams"
 
 
 class StockTransformer(nn.Layer):
@@ -86,7 +82,9 @@ def export_inference(generator, output_dir):
     with whole_folder(output_dir) as folder:
         for part, (layer, inputs) in parts.items():
             os.makedirs(os.path.join(folder, part))
-            _save(layer, inputs, os.path.join(folder, part, "model"))
+            for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if buffers
+                layer.register_buffer(f"rotary_{index}", table, persistable=False)
+            save_program(layer, inputs, os.path.join(folder, part, "model"))
         scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         files = [os.path.join(part, name) for part in parts for name in sorted(os.listdir(os.path.join(folder, part)))]
         manifest = {
@@ -102,21 +100,6 @@ def export_inference(generator, output_dir):
         write_json(os.path.join(folder, MANIFEST), manifest)
 
 
-def _save(layer, inputs, path):
-    """Saves a layer as a program, for any batch size; `inputs`: `(name, shape of one, dtype)` of each argument."""
-    layer.eval()
-    for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if they are buffers
-        layer.register_buffer(f"rotary_{index}", table, persistable=False)
-    specs = [InputSpec([None, *shape], dtype, name) for name, shape, dtype in inputs]
-    kept = layer.forward
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Paddle says of the source that it rewrites, which no user wrote
-            paddle.jit.save(paddle.jit.to_static(layer, input_spec=specs, full_graph=True), path)
-    finally:
-        layer.forward = kept
-
-
 def cpu_has_bfloat16():
     """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
@@ -130,38 +113,13 @@ def check_dtype(device, dtype):
         raise ValueError("dtype bfloat16: this CPU does not have it (avx512_bf16 or AMX); use float32")
 
 
-def load_program(program, device, dtype):
-    """Returns the program in a file, of a folder named as one of `PARTS`, as a function of float32 tensors."""
-    from paddle import inference
-
-    folder = os.path.dirname(program)
-    config = inference.Config(program, os.path.join(folder, WEIGHTS))
-    config.disable_glog_info()
-    if device == "cpu":
-        config.disable_gpu()
-        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-        config.set_cpu_math_library_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
-        config.enable_mkldnn()
-        config.delete_pass("inplace_pass")  # with oneDNN, Paddle 3.3 gives wrong numbers otherwise
-        if os.path.basename(folder) == "vae":  # Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
-            config.delete_pass("onednn_placement_pass")
-        if dtype == "bfloat16":
-            config.enable_mkldnn_bfloat16()
-    else:
-        precision = inference.PrecisionType
-        types = {"float32": precision.Float32, "float16": precision.Half, "bfloat16": precision.Bfloat16}
-        config.enable_use_gpu(256, int((device + ":0").split(":")[1]), types[dtype])
-
-    def one_line(what, function, *inputs):
-        try:
-            return function(*inputs)
-        except Exception as error:  # Paddle's own types, of several lines
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ValueError(f"{program}: Paddle {paddle.__version__} {what}: {shortened(reason, 200)}") from None
-
-    predictor = one_line("cannot load it", inference.create_predictor, config)
-    problem = f"cannot run it with the sizes of {MANIFEST}"
-    return lambda *inputs: one_line(problem, predictor.run, [x.contiguous() for x in inputs])[0]
+def _load_part(folder, part, manifest, device, dtype):
+    """Returns a program of `PARTS` as a function of float32 tensors."""
+    program = next(name for name in _programs(part) if name in manifest["bytes"])
+    by_onednn = part != "vae"  # Paddle 3.3 can't run nearest-neighbour upsampling by oneDNN
+    failing = f"cannot run it with the sizes of {MANIFEST}"
+    run = Program(os.path.join(folder, program), device, dtype, by_onednn=by_onednn, failing=failing)
+    return lambda *inputs: run(*inputs)[0]
 
 
 def load_inference(folder, *, device="cpu", dtype="float32"):
@@ -175,9 +133,8 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     manifest = _read_manifest(folder)
     scheduler = load_scheduler(manifest["scheduler"], folder)
 
-    programs = {part: next(name for name in _programs(part) if name in manifest["bytes"]) for part in PARTS}
-    network = load_program(os.path.join(folder, programs["transformer"]), device, dtype)
-    vae = load_program(os.path.join(folder, programs["vae"]), device, "float32")
+    network = _load_part(folder, "transformer", manifest, device, dtype)
+    vae = _load_part(folder, "vae", manifest, device, "float32")
     scaling = {key: manifest.get(key) for key in SCALING_KEYS}
     return Generator(
         lambda x, t, y: network(x, t.astype("float32"), y),

@@ -1,10 +1,12 @@
 """Features of images: FID's Inception, its weights, and networks by name."""
 
+import hashlib
 import os
 
 import numpy as np
 import paddle
 import pytest
+from paddle.base import core
 from support.golden import GOLDEN
 from support.inception_weights import digest, save
 
@@ -42,8 +44,11 @@ def assert_features(network, golden, prefix):
             assert error <= 1e-4, f"{name} at {size}: {error}"
 
 
-def test_features_are_those_of_torch_fidelity(inception, golden):
+def test_features_are_those_of_torch_fidelity(inception, inception_weights, golden):
     assert_features(inception, golden, "")
+    checksum = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    weights = {"weights_sha256": checksum, "weights_published": False}
+    assert inception.settings == {"features": "inception", "preprocessing": "adm", **weights}
 
 
 def test_features_are_those_of_pytorch_fid(inception_weights, golden):
@@ -54,6 +59,20 @@ def test_features_are_those_of_pytorch_fid(inception_weights, golden):
     network = load_features("inception", weights=inception_weights, preprocessing="pytorch-fid")
     assert_features(network, golden, "pf_")
     assert paddle.rand([3]).tolist() == expected
+
+
+def test_a_gpu_runs_the_network_without_a_program(inception_weights, golden, monkeypatch):
+    """What a GPU does, on this CPU: also, no TF32 within the call, and Paddle's own choice after it."""
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    network = Inception.from_file(inception_weights)
+    vectors, switches = golden("evaluation_inception"), []
+    run = network._run
+    network._run = lambda x: (switches.append(core.get_cudnn_switch()), run(x))[1]
+    core.set_cudnn_switch(True)
+    for name, found in network(vectors["images_32"]).items():
+        expected = vectors[f"{name}_32"]
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert switches == [False, False] and core.get_cudnn_switch()  # 3 images: 2 and 1
 
 
 def test_a_batch_changes_no_image(inception, golden, monkeypatch):

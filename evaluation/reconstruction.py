@@ -77,7 +77,7 @@ class Reconstructions(ImageSet):
             raise ValueError(f"VAE {name}: takes images of {vae.config.in_channels} channels, expected 3")
         self._channels = vae.config.latent_channels
         self._encode = LatentEncoder(vae, Precision("float32", "O1"), seed=0, moments=True)
-        self._decode = LatentDecoder(vae, batch_size)
+        self._decoder = LatentDecoder(vae, batch_size)
         self._found = []
 
     def __len__(self):
@@ -86,7 +86,8 @@ class Reconstructions(ImageSet):
     def batches(self, batch_size, start=0, stop=None):
         for images in self.originals.batches(batch_size, start, stop):
             mean = self._encode(images, ())[:, : self._channels]
-            decoded = self._decode(mean)
+            decoded = self._decoder.decode(mean, "dit", range(start, start + len(images)))
+            start += len(images)
             self._found.append((psnr(images, decoded), ssim(images, decoded)))
             yield decoded
 

@@ -114,7 +114,7 @@ class _Folder(ImageSet):
         self.names = [name for name in names if name.lower().endswith(ENDINGS)]
         if not self.names:
             raise ValueError(f"{path}: no images in this folder; expected {', '.join(ENDINGS)}")
-        others = [name for name in names if not name.lower().endswith(ENDINGS)]
+        others = [name for name in names if not name.lower().endswith(ENDINGS) and name != "samples.json"]
         if others:
             self.notes = (f"{path}: left out, no {', '.join(ENDINGS)}: {len(others)} ({some_of(others)})",)
         self.image_size = (image_size, image_size) if image_size else self._common_size()

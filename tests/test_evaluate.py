@@ -294,6 +294,11 @@ MISTAKES = {
         [*STATISTICS, "--save_statistics", "{}/s.npz"],
         "--save_statistics: .*r.npz holds statistics and no images",
     ),
+    "settings of other samples": (
+        lambda folder: (folder / "samples.json").write_text('{"num_images": 13}'),
+        [],
+        "samples.json: tells of 13 images, there are 12",
+    ),
     "two kinds of samples": (None, ["--vae", "x"], "--samples and --vae: give one"),
     "batch size": (None, ["--batch_size", "0"], "--batch_size must be above 0"),
 }

@@ -98,15 +98,17 @@ def check(args):
 
 
 def describe_samples(samples):
-    """Returns what a report tells of samples; with the settings in the JSON that tools/sample_npz.py writes beside."""
-    beside = os.path.splitext(samples.path)[0] + ".json"
-    drawn = read_json_object(beside, infinity=True) if samples.kind == "npz" and os.path.isfile(beside) else None
-    return {
-        "path": encodable(samples.path),
-        "kind": samples.kind,
-        "image_size": list(samples.image_size),
-        "settings": drawn,
-    }
+    """Returns what a report tells of samples; with the settings in the JSON that tools/sample_npz.py writes."""
+    is_folder, drawn = os.path.isdir(samples.path), None
+    beside = os.path.join(samples.path, "samples.json") if is_folder else os.path.splitext(samples.path)[0] + ".json"
+    if samples.kind != "reconstructions" and os.path.isfile(beside):
+        drawn = read_json_object(beside)
+        if (count := drawn.get("num_images")) not in (None, len(samples)):
+            raise ValueError(
+                f"{beside}: tells of {shortened(count)} images, there are {len(samples)}; is it of others?"
+            )
+    path = encodable(samples.path)
+    return {"path": path, "kind": samples.kind, "image_size": list(samples.image_size), "settings": drawn}
 
 
 def describe_reference(reference):
@@ -143,7 +145,8 @@ def print_settings(settings, samples, reference):
     else:
         print(f"samples:   {samples}")
     if drawn:
-        pairs = (f"{key} {shortened(value, 60)}" for key, value in drawn.items() if not isinstance(value, (dict, list)))
+        plain = {key: value for key, value in drawn.items() if isinstance(value, (str, int, float))}
+        pairs = (f"{key} {shortened(value, 60)}" for key, value in plain.items())
         print(f"           drawn with {', '.join(pairs)}")
     held = [str(reference.images or reference.path), *of["statistics"]]
     print(f"reference: {', '.join(held)}" + (f"; sha256 {of['sha256'][:12]}" if of["sha256"] else ""))

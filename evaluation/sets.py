@@ -5,6 +5,7 @@ Images come in batches, in a fixed order, so that a set may be larger than the m
 
 import contextlib
 import json
+import math
 import os
 from itertools import islice
 
@@ -19,8 +20,9 @@ from runtime.process import counted
 from runtime.untrusted import parse_json, shortened
 
 ENDINGS = (".png", ".jpg", ".jpeg")
-MAX_SIDE = 8192  # pixels; a batch is held in memory
-MAX_WIDTH = 16384  # features of stored statistics; their covariance takes 2 GB
+MAX_SIDE = 8192  # pixels
+MAX_BATCH = 1 << 28  # bytes of a batch
+MAX_WIDTH = 8192  # features of stored statistics; their covariance takes 0.5 GB
 MAX_SETTINGS = 1 << 16  # bytes
 DECODERS = 4  # threads that read a folder
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names of mean and covariance
@@ -51,6 +53,11 @@ class ImageSet:
 def size_in_words(image_size):
     """Returns (height, width) as `WxH`."""
     return "{1}x{0}".format(*image_size)
+
+
+def _at_once(batch_size, image_size):
+    """Returns how many images of a size are read at once, however large a file says that they are."""
+    return max(1, min(batch_size, MAX_BATCH // (3 * math.prod(image_size))))
 
 
 def open_images(path, *, image_size=None):
@@ -96,7 +103,7 @@ class _Npz(ImageSet):
         return self._array.shape[0]
 
     def batches(self, batch_size, start=0, stop=None):
-        for block in self._array.blocks(batch_size, start, stop):
+        for block in self._array.blocks(_at_once(batch_size, self._array.shape[1:3]), start, stop):
             yield np.stack([_cropped(image, self._crop) for image in block]) if self._crop else block
 
 
@@ -149,6 +156,7 @@ class _Folder(ImageSet):
             return np.asarray(image.convert("RGB"))
 
     def batches(self, batch_size, start=0, stop=None):
+        batch_size = _at_once(batch_size, self.image_size)
         pixels = map_ahead(self._pixels, self.names[start:stop], DECODERS, 2 * batch_size)
         while batch := list(islice(pixels, batch_size)):
             yield np.stack(batch)

@@ -300,6 +300,11 @@ MISTAKES = {
         "samples.json: tells of 13 images, there are 12",
     ),
     "two kinds of samples": (None, ["--vae", "x"], "--samples and --vae: give one"),
+    "a set as output": (
+        None,
+        ["--output", "{}/samples.npz", "--overwrite"],
+        "--output .*samples.npz: is a file that is",
+    ),
     "batch size": (None, ["--batch_size", "0"], "--batch_size must be above 0"),
 }
 

@@ -86,15 +86,15 @@ def check(args):
         raise ValueError("--selfcheck: give --samples admnet_guided_upsampled_imagenet256.npz")
     if args.selfcheck and (args.metrics or args.features != "inception" or args.preprocessing != "adm"):
         raise ValueError("--selfcheck is of the published metrics: leave out --metrics, --features and --preprocessing")
-    if args.samples or args.vae:
-        check_output(args.output, args.overwrite, "--output ")
-    if args.save_statistics:
-        check_output(args.save_statistics, args.overwrite, "--save_statistics ")
-        for path in (args.reference, args.samples or args.reference):
-            if os.path.exists(args.save_statistics) and os.path.samefile(path, args.save_statistics):
-                raise ValueError(
-                    f"--save_statistics {args.save_statistics}: is the file that is read; give another name"
-                )
+    outputs = {"save_statistics": args.save_statistics, "output": args.output if args.samples or args.vae else None}
+    outputs = {flag: path for flag, path in outputs.items() if path}
+    if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
+        raise ValueError(f"--output {args.output}: is --save_statistics too; give two names")
+    for flag, path in outputs.items():
+        check_output(path, args.overwrite, f"--{flag} ")
+        for read in filter(None, (args.samples, args.reference, args.inception)):
+            if os.path.realpath(read) == os.path.realpath(path):
+                raise ValueError(f"--{flag} {path}: is a file that is read; give another name")
 
 
 def describe_samples(samples):

@@ -143,14 +143,17 @@ class GaussianDiffusion(GaussianProcess):
 
     # -- Sampling -----------------------------------------------------------------------------------------------------
 
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
+    def p_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, draw_noise=None
+    ):  # fmt: skip
         """Draws x_{t-1}, one DDPM step: a dict of "sample" and "pred_xstart", of `x`'s shape.
 
-        Arguments as in `p_mean_variance` and `condition_mean`.
+        Arguments as in `p_mean_variance` and `condition_mean`. `draw_noise(x)` returns standard normal noise as `x`;
+        None draws it by `paddle.randn_like`.
         """
         x = at_least_float32(x)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = paddle.randn_like(x)
+        noise = paddle.randn_like(x) if draw_noise is None else draw_noise(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         with paddle.amp.auto_cast(enable=False):
@@ -163,7 +166,7 @@ class GaussianDiffusion(GaussianProcess):
 
     def p_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False,
+        device=None, progress=False, draw_noise=None,
     ):  # fmt: skip
         """Returns a generator of the `p_sample` dicts of all steps.
 
@@ -175,22 +178,27 @@ class GaussianDiffusion(GaussianProcess):
             cond_fn: see `condition_mean`.
             device: None, or the name of Paddle's current device, on which all work is done.
             progress: show a progress bar.
+            draw_noise: of the steps, see `p_sample`; called once a step.
         """
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, draw_noise)
         return self._sample_loop(self.p_sample, model, shape, noise, options, device, progress)
 
     def ddim_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0,
+        draw_noise=None,
     ):  # fmt: skip
         """Draws x_{t-1}, one DDIM step, Eq. 12 of Song et al. (2020). Arguments and result as in `p_sample`.
 
-        `eta`: share of the DDPM noise, from 0 (deterministic) to 1.
+        `eta`: share of the DDPM noise, from 0 (deterministic) to 1. `draw_noise` is called only where it is above 0.
         """
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta={eta!r} must lie between 0.0 (deterministic) and 1.0 (the noise of DDPM)")
         x = at_least_float32(x)
         pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        noise = paddle.randn_like(x)  # drawn for eta = 0 too, so that eta does not change the random stream
+        if draw_noise is None:
+            noise = paddle.randn_like(x)  # drawn for eta = 0 too, so that eta does not change the random stream
+        else:
+            noise = draw_noise(x) if eta > 0 else 0.0
         with paddle.amp.auto_cast(enable=False):
             alpha_bar, alpha_bar_prev = self._extract(t, x, "alphas_cumprod", "alphas_cumprod_prev")
             sigma = (
@@ -226,10 +234,10 @@ class GaussianDiffusion(GaussianProcess):
 
     def ddim_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
-        device=None, progress=False, eta=0.0,
+        device=None, progress=False, eta=0.0, draw_noise=None,
     ):  # fmt: skip
         """Returns a generator of all steps' `ddim_sample` dicts; see there and `p_sample_loop_progressive`."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, draw_noise)
         return self._sample_loop(self.ddim_sample, model, shape, noise, options, device, progress)
 
     def _sample_loop(self, step, model, shape, noise, options, device, progress):

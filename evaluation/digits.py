@@ -1,14 +1,61 @@
 """How good drawn digits are: does a classifier of real ones know them, and are they new?
 
-Samples much nearer to the training images than held-out digits are have been memorised. Real images pass through the
-pipeline's VAE (encoded and decoded) first, as the samples have left its decoder.
+`Digits` is the classifier, and the feature network that distances between digits are measured with.
 """
+
+import os
 
 import numpy as np
 from PIL import Image
 
 from features.images import load_image
+from runtime.files import sha256_of_file
 from runtime.progress import tqdm
+from weights.files import load_weights
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WEIGHTS = os.path.join(ROOT, "assets", "digits_classifier", "model.safetensors")
+SIDE = 16  # of what the classifier sees
+
+
+class Digits:
+    """Is the feature network for digits: a small classifier, whose weights tools/train_digits_classifier.py made.
+
+    It was trained on the training digits alone, and to be the less sure the noisier or the more blurred a digit is, so
+    that its features tell corrupted digits from clean ones. numpy computes it, in float32.
+    """
+
+    outputs = ("pool", "logits")
+
+    def __init__(self, path=WEIGHTS):
+        state = load_weights(path)
+        self.layers = [(state[f"{i}.weight"], state[f"{i}.bias"]) for i in range(len(state) // 2)]
+        self.settings = {"features": "digits", "weights_sha256": sha256_of_file(path).hex()}
+
+    def __call__(self, images):
+        """Returns `{"pool": (N, 64), "logits": (N, 10)}`, float32, of uint8 images `(N, H, W, 3)`; see `shrink`.
+
+        `pool` is the last hidden layer, `logits` what the classifier says of the digits 0 to 9.
+        """
+        x = shrink(images)  # (N, 256)
+        *hidden, (weight, bias) = self.layers
+        for into, offset in hidden:
+            x = np.maximum(x @ into + offset, 0)
+        return {"pool": x, "logits": x @ weight + bias}
+
+
+def shrink(images):
+    """Returns what the classifier sees of uint8 images `(N, H, W, 3)`: grey, 16x16, in [0, 1]; float32 `(N, 256)`.
+
+    Each of its pixels is the mean over a block of the image's. `ValueError` for images that have no such blocks.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images of {images.dtype} {images.shape}: expected uint8 (N, H, W, 3)")
+    n, h, w, _ = images.shape
+    if not h or not w or h % SIDE or w % SIDE:
+        raise ValueError(f"images of {h}x{w} pixels: digits features need height and width in multiples of {SIDE}")
+    grey = images.mean(axis=-1, dtype="float32") / 255  # (N, H, W)
+    return grey.reshape(n, SIDE, h // SIDE, SIDE, w // SIDE).mean(axis=(2, 4)).reshape(n, -1)
 
 
 def check_size(side, path):

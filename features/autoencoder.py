@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -36,6 +37,16 @@ def load_vae(name_or_path):
     return vae
 
 
+# How images x in [-1, 1] become numbers 0 to 255: in words, and as a function of float32 numpy. The conversion to uint8
+# cuts off what follows the point.
+Rounding = namedtuple("Rounding", "words function")
+ROUNDINGS = {  # of DiT's and SiT's sample_ddp.py, of diffusers, and of guided-diffusion's image_sample.py
+    "dit": Rounding("127.5 x + 128, cut off", lambda x: (x * 127.5 + 128).clip(0, 255)),
+    "diffusers": Rounding("255 (x / 2 + 0.5), rounded", lambda x: ((x / 2 + 0.5).clip(0, 1) * 255).round()),
+    "adm": Rounding("127.5 (x + 1), cut off", lambda x: ((x + 1) * 127.5).clip(0, 255)),
+}
+
+
 class LatentDecoder:
     """Decodes latents, as networks see them: scaled as the config of the `AutoencoderKL` says, see `LatentScaling`."""
 
@@ -43,32 +54,37 @@ class LatentDecoder:
         self.vae, self.batch_size = vae, batch_size
         self.scaling = LatentScaling.of(vae.config, channels=vae.config.latent_channels)
 
-    def decode(self, latents):
-        """Returns the images of latents `(N, C, h, w)`, float32 numpy `(N, H, W, 3)`, cut to [0, 1].
+    def decode(self, latents, rounding=None, numbers=None):
+        """Returns the images of latents `(N, C, h, w)`: float32 numpy `(N, H, W, 3)`, cut to [0, 1].
 
-        NotFiniteError says in how many images, and in which, there is NaN or infinity.
+        With a `rounding`, a key of `ROUNDINGS`, they are uint8. NotFiniteError says in how many images, and in which,
+        there is NaN or infinity: by their `numbers` `(N,)`, of which several may be the same, or their places.
         """
         import paddle
 
-        images, bad = [], []
+        finish = (lambda x: (x / 2 + 0.5).clip(0, 1)) if rounding is None else ROUNDINGS[rounding].function
+        dtype, numbers = "float32" if rounding is None else "uint8", range(len(latents)) if numbers is None else numbers
+        images, bad = [], set()
         with paddle.no_grad():
             for start in range(0, latents.shape[0], self.batch_size):
                 batch = self.scaling.denormalize(latents[start : start + self.batch_size])
                 decoded = self.vae.decode(batch.astype(self.vae.dtype)).sample.astype("float32")  # (n, 3, H, W)
                 good = batch.astype("float32").isfinite().all([1, 2, 3]) & decoded.isfinite().all([1, 2, 3])  # (n,)
-                bad.extend(start + i for i, is_good in enumerate(good.tolist()) if not is_good)
-                images.append((decoded / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
+                bad.update(int(numbers[start + i]) for i, is_good in enumerate(good.tolist()) if not is_good)
+                pixels = decoded.transpose([0, 2, 3, 1]).numpy()
+                with np.errstate(invalid="ignore"):  # NaN has no integer
+                    images.append(finish(pixels).astype(dtype))
         if bad:
-            which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+            which = ", ".join(map(str, sorted(bad)[:10])) + (", ..." if len(bad) > 10 else "")
             raise NotFiniteError(
-                f"{len(bad)} of {latents.shape[0]} images hold numbers that are not finite (NaN or infinity): number "
+                f"{len(bad)} of {len(set(numbers))} images hold numbers that are not finite (NaN or infinity): number "
                 f"{which}, counted from 0. Such weights, half precision or a large guidance scale lead to it"
             )
         return np.concatenate(images)
 
     def __call__(self, latents):
         """Returns the images of latents `(N, C, h, w)`, uint8 numpy `(N, H, W, 3)`; raises as `decode`."""
-        return (self.decode(latents) * 255).round().astype("uint8")
+        return self.decode(latents, "diffusers")
 
 
 _SCALING = {key: VAE_KEYS[key] for key in SCALING_KEYS} | {"scaling_factor": Option(REQUIRED, ABOVE_0)}

@@ -1,5 +1,6 @@
 """Images in one folder per class: finding them, and the centre crop with which ADM and DiT prepare ImageNet."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -141,8 +142,11 @@ class UnreadableImage(ValueError):
     """An image that Pillow can't read; `reason` says why."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{path}: cannot be read as an image ({reason})")
+        super().__init__(path, reason)  # so that it can be sent to other ranks
         self.reason = reason
+
+    def __str__(self):
+        return "{}: cannot be read as an image ({})".format(*self.args)
 
 
 def to_rgb(image):
@@ -209,16 +213,24 @@ def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | Non
     `dim` gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16. UnreadableImage if
     Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
+    with opened(path, data) as file:
+        # The mode tells of grey; colour is cut to its high bytes while the file is read.
+        deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
+        image = to_rgb(file)
+        if dim is not None and deep and max(high for _, high in image.getextrema()) < 16:
+            dim.append(path)
+        return np.asarray(center_crop(image, size))
+
+
+@contextlib.contextmanager
+def opened(path: str, data: bytes | None = None):
+    """Yields a PIL image of a file, or of `data`; whatever is raised while it is used is an UnreadableImage."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path if data is None else io.BytesIO(data), formats=image_formats()[0]) as file:
-            # The mode tells of grey; colour is cut to its high bytes while the file is read.
-            deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
-            image = to_rgb(file)
-            if dim is not None and deep and max(high for _, high in image.getextrema()) < 16:
-                dim.append(path)
-            return np.asarray(center_crop(image, size))
+            yield file
+        return
     except UnidentifiedImageError:
         reason = "no image format that Pillow knows"
     except MemoryError:

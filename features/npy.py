@@ -1,6 +1,8 @@
 """Reads `.npy` and `.npz` files of others; sizes that a header states are compared with the file's first."""
 
+import contextlib
 import io
+import math
 import zipfile
 
 import numpy as np
@@ -39,6 +41,74 @@ def load_npz(path, names):
             return {name: _read_member(archive, name, size) for name in names if f"{name}.npy" in archive.NameToInfo}
         except Exception as error:  # whatever a broken file makes numpy and zipfile say
             raise _unreadable(path, "npz", error) from None
+
+
+class NpzArray:
+    """An array in a `.npz` file, compressed or not, that is read by blocks of rows; it may be larger than the memory.
+
+    Attributes `shape` and `dtype`. ValueError, here and while it is read, names a file that is no whole `.npz`, a name
+    that is not in it, Python objects, and a header that states another size than the file has.
+    """
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name
+        with self._errors(), self._open() as (_, header):
+            self.shape, self.fortran, self.dtype = header
+
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a broken file makes numpy, zipfile and zlib say
+            raise _unreadable(self.path, "npz", error) from None
+
+    @contextlib.contextmanager
+    def _open(self):
+        """Yields the stream of the array, its header read, and `(shape, fortran, dtype)`."""
+        with open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
+            with archive.open(f"{self.name}.npy") as stream:
+                shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+                stated = stream.tell() + math.prod(shape) * dtype.itemsize
+                if dtype.hasobject or any(n < 0 for n in shape):
+                    raise ValueError(f"{self.name} is of the type {dtype} and the shape {shape}")
+                if stated != (size := archive.getinfo(f"{self.name}.npy").file_size):
+                    raise ValueError(f"{self.name} should have {stated:,} bytes, and has {size:,}")
+                yield stream, (shape, fortran, dtype)
+
+    def blocks(self, rows, start=0, stop=None):
+        """Yields the rows from `start` to `stop` (None: all), at most `rows` at once, as arrays."""
+        stop = self.shape[0] if stop is None else stop
+        if self.fortran and len(self.shape) > 1:
+            raise ValueError(f"{self.path}: {self.name} is in Fortran order; save numpy.ascontiguousarray of it")
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with contextlib.ExitStack() as stack:
+            with self._errors():
+                stream, _ = stack.enter_context(self._open())
+                stream.seek(start * row, io.SEEK_CUR)
+            for first in range(start, stop, rows):
+                count = min(rows, stop - first)
+                with self._errors():
+                    data = stream.read(count * row)
+                    block = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+                yield block
+
+    def read(self):
+        """Returns the whole array."""
+        with self._errors(), self._open() as (stream, _):
+            array = np.frombuffer(stream.read(), self.dtype)
+        return array.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def npz_names(path):
+    """Returns the names of the arrays in a `.npz` file, sorted; ValueError for any other file."""
+    with open_regular(path) as file:
+        try:
+            names = zipfile.ZipFile(file).namelist()
+        except Exception as error:  # whatever a broken file makes zipfile say
+            raise _unreadable(path, "npz", error) from None
+    return sorted(name[:-4] for name in names if name.endswith(".npy"))
 
 
 def _read_member(archive, name, size):

@@ -72,7 +72,8 @@ class DiffusionObjective(Objective):
                 not every number of steps has.
             eta: DDIM's noise, 0 for none.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
-            options: `progress`, show a bar; `clip_denoised`, clip the predicted x_start to [-1, 1]: latents exceed it.
+            options: `progress`, show a bar; `clip_denoised`, clip the predicted x_start to [-1, 1]: latents exceed it;
+                `draw_noise`, called as `draw_noise(x)` for the noise of a step that has some, standard normal as x.
         """
         if method not in ("ddpm", "ddim"):
             raise ValueError(f"unknown sampling method {method!r}; known: ddpm, ddim")

@@ -45,8 +45,9 @@ class TransportObjective(Objective):
 
 
 def sample_transport(
-    transport, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, callback=None, **options
-):
+    transport, denoiser, noise, *, num_steps=250, method=None, sampler="ode", progress=False, callback=None,
+    draw_noise=None, **options
+):  # fmt: skip
     """Turns noise into latents `(N, C, H, W)`; ValueError for a setting that is not accepted names those that are.
 
     Args:
@@ -59,6 +60,7 @@ def sample_transport(
         sampler: `ode` or `sde`.
         progress: show a bar, where there is no callback.
         callback: called as `callback(step, steps, latents)` after each step, from 1 on.
+        draw_noise: of the SDE's steps, `draw_noise(x)` returns standard normal noise as x; None for Paddle's.
         options: of `transport.Sampler.sample_ode` or `sample_sde`.
     """
 
@@ -69,5 +71,7 @@ def sample_transport(
                 callback(step, steps, latents)
             yield latents
 
+    if sampler == "sde":
+        options.update(draw_noise=draw_noise)
     options.update(num_steps=num_steps, trajectory=False, progress=watch if callback else progress)
     return Sampler(transport).make(sampler, method, **options)(noise, denoiser)[-1]

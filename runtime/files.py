@@ -164,6 +164,7 @@ class HashedFile:
 def delete_folder(folder):
     """Deletes a folder so that a kill on the way leaves nothing of it under its name."""
     hidden = _beside(folder, "partial")
+    shutil.rmtree(hidden, ignore_errors=True)  # what a kill has left of another one
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
 

@@ -1,4 +1,4 @@
-"""What the demo scripts share: flags, the way from a model to a PNG, and progress.
+"""What the demo scripts share: flags of their own, the way from a model to a PNG, and progress.
 
 Nothing here imports Paddle before `draw` does: what a user gets wrong is said at once.
 """
@@ -11,14 +11,24 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from config.flags import check_seed
 from config.options import DEFAULT_VAE
 from runtime.files import check_output, whole_file
-from runtime.process import configure_runtime, resolve_device
+from runtime.process import configure_runtime
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
+from sampling.flags import (
+    GUIDANCE_CHANNELS,
+    add_diffusion_flags,
+    add_loading_flags,
+    add_sampling_flags,
+    check_guidance_flags,
+    check_sampling_flags,
+    note_unused,
+    note_weights_flags,
+    open_generator,
+)
 from sampling.labels import DEFAULT_CLASS, find_classes
-from sampling.model_path import check_guidance, check_no_file, describe_model
+from sampling.model_path import check_no_file, describe_model
 
 
 def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
@@ -26,33 +36,15 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="[25]")
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="1 for none, 0 for images without a class, negative: away from it [4; 1 without a null class]",
-    )
-    parser.add_argument(
-        "--guidance_channels",
-        choices=("3", "all"),
-        help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
-        f"[{guidance_channels}]",
-    )
-    parser.add_argument("--seed", type=int, default=seed, help=f"of the noise, 0 to 4294967295 [{seed}]")
+    add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
     parser.add_argument("--output", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
-    default = "float32" if gpu_dtype == "float32" else f"{gpu_dtype} on a GPU, float32 on a CPU"
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"[{default}]")
-    parser.set_defaults(gpu_dtype=gpu_dtype, backend="eager")
-    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
+    add_loading_flags(parser, gpu_dtype)
 
 
 def check_flags(args, min_steps=1):
     """Raises `ValueError` for values of `add_flags` that no model takes."""
-    check_seed("seed", args.seed)
-    if args.num_inference_steps < min_steps:
-        raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
+    check_sampling_flags(args, min_steps)
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -61,20 +53,6 @@ def check_flags(args, min_steps=1):
         note_unused(["overwrite"], "without --output, whose default is a free name")
     if not os.access(os.curdir, os.W_OK):
         raise ValueError("the working directory can't be written to; give a file by --output")
-
-
-def note_weights_flags(args, model):
-    """Says that --vae and --key have no effect on a model that brings its own."""
-    if model.holds_all:
-        given = [name for name in ("vae", "key") if getattr(args, name) is not None]
-        note_unused(given, f"on {model.path}, which is no training checkpoint and brings its VAE and weights along")
-
-
-def note_unused(names, why):
-    """Says in one line which flags, if any, have no effect."""
-    if names:
-        flags = " and ".join(f"--{name}" for name in names)
-        print(f"note: {flags} {'has' if len(names) == 1 else 'have'} no effect {why}", flush=True)
 
 
 def draw(kind, args, model, *, guidance_interval=None, **options):
@@ -87,20 +65,14 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
     """
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)
-    scale = check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
-    if scale == 1:
-        names = ("guidance_channels", "guidance_interval")
-        note_unused([name for name in names if getattr(args, name, None) is not None], "without guidance")
+    check_guidance_flags(args, model)
     note_weights_flags(args, model)
 
     configure_runtime()
-    from sampling.generator import check_settings, load_generator
     from sampling.grid import make_grid
 
-    device, steps = resolve_device(args.device), args.num_inference_steps
-    dtype = args.dtype or ("float32" if device == "cpu" else args.gpu_dtype)
-    check_settings(model, steps, **options)
-    generator = load_generator(model, device=device, dtype=dtype, vae=args.vae, backend=args.backend, key=args.key)
+    steps = args.num_inference_steps
+    generator = open_generator(args, model, **options)
     ids = generator.find_classes(args.classes)
     for note in generator.describe(steps, **options):
         print(f"note: {note}", flush=True)
@@ -109,7 +81,7 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
         seed=args.seed,
         num_inference_steps=steps,
         guidance_scale=args.guidance_scale,
-        guidance_channels={None: "default", "3": 3, "all": None}[args.guidance_channels],
+        guidance_channels=GUIDANCE_CHANNELS[args.guidance_channels],
         guidance_interval=guidance_interval,
         callback=show_steps(),
         **options,
@@ -191,13 +163,7 @@ def draw_dit(argv, demo):
         "--model_path", help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder"
     )
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
-    parser.add_argument("--scheduler", choices=("ddim", "dpm", "ddpm"), help="ddpm for checkpoints only [ddim]")
-    parser.add_argument(
-        "--backend",
-        choices=("eager", "inference"),
-        default="eager",
-        help="inference: Paddle Inference, see tools/export_inference.py [eager]",
-    )
+    add_diffusion_flags(parser)
     checkpoint = parser.add_argument_group("for a training checkpoint")
     checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")

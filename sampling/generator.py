@@ -8,11 +8,12 @@ The noise of image i is a function of the seed and of i's place among the classe
 
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 
 import paddle
 
 from config.options import DEFAULT_VAE, SIT_VAE
-from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
+from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
 from runtime.process import resolve_device
@@ -41,6 +42,8 @@ class Generator:
     dtype: object = "float32"  # of the noise
     path: str = "the network"  # of the model, for messages
     notes: list = field(default_factory=list)  # sentences that a user should read
+    vae_name: str | None = None  # folder or hub name, of one that the model does not bring along
+    digests: object = None  # returns the sha256 of the weights of network and VAE; see `layer_digests`
     check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
@@ -62,6 +65,19 @@ class Generator:
     def names(self, ids):
         """Lists the labels of class ids; the number of one without a label."""
         return [self.labels.get(i, str(i)) for i in ids]
+
+    def count_guided(self, guidance_channels="default"):
+        """Returns how many leading latent channels are guided, None for all; "default" for the model's."""
+        channels = self.guided_channels if guidance_channels == "default" else guidance_channels
+        return default_channels(self.in_channels) if channels == "auto" else channels
+
+    @property
+    def image_size(self):
+        """Returns `(H, W)` of the images."""
+        if hasattr(self.vae.config, "block_out_channels"):
+            return (self.sample_size * downsampling(self.vae),) * 2
+        latents = paddle.zeros([1, self.in_channels, self.sample_size, self.sample_size], self.dtype)
+        return self.decode(latents).shape[1:3]  # of a program, which does not say it
 
     @paddle.no_grad()
     def sample(
@@ -93,7 +109,7 @@ class Generator:
             output: "images", uint8 numpy `(N, H, W, 3)`, or "latents" as networks see them, a tensor `(N, C, h, w)`.
             batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
-            options: of the objective's `sample`: `method`, and of a transport `sampler` and what belongs to it.
+            options: of the objective's `sample`: `method`, `draw_noise`; a transport's `sampler` and what it takes.
 
         Raises:
             ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
@@ -102,9 +118,7 @@ class Generator:
 
         ids = self.find_classes(classes)
         scale = check_guidance(guidance_scale, self.null_class is not None, self.path)
-        channels = self.guided_channels if guidance_channels == "default" else guidance_channels
-        if channels == "auto":
-            channels = default_channels(self.in_channels)
+        channels = self.count_guided(guidance_channels)
         tracker, is_seeded = get_rng_state_tracker(), not isinstance(seed, (str, list, tuple, type(None)))
         random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
@@ -127,12 +141,12 @@ class Generator:
             if is_seeded:
                 tracker.remove(random)
         latents = paddle.concat(latents)
-        return latents if output == "latents" else (self.decode(latents) * 255).round().astype("uint8")
+        return latents if output == "latents" else self.decode(latents, "diffusers")
 
-    def decode(self, latents):
-        """Returns the images of latents `(N, C, h, w)`: float32 numpy `(N, H, W, 3)` in [0, 1]; raises as `sample`."""
+    def decode(self, latents, rounding=None, numbers=None):
+        """Returns the images of latents `(N, C, h, w)`: as `LatentDecoder.decode`, and raises as `sample`."""
         try:
-            return LatentDecoder(self.vae).decode(latents)
+            return LatentDecoder(self.vae).decode(latents, rounding, numbers)
         except NotFiniteError:
             if self.check_weights is not None:
                 self.check_weights()
@@ -204,16 +218,23 @@ def from_weights(config, state, vae, *, dtype=None, source="weights"):
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
     network = load_network(config["model"], state, source)
+    digests = partial(layer_digests, network, vae)
     if dtype is not None:
         network.to(dtype=dtype)
         network = in_float32(network)
-    return Generator(network, sampler, vae=vae, guided_channels=None, **latent_sizes(config["model"]))
+    sizes = latent_sizes(config["model"])
+    return Generator(network, sampler, vae=vae, guided_channels=None, digests=digests, **sizes)
 
 
 def latent_sizes(model):
     """Returns the keywords of a `Generator` that a `model` section says."""
     null_class = model["num_classes"] if model["class_dropout_prob"] > 0 else None
     return {**{key: model[key] for key in ("in_channels", "sample_size", "num_classes")}, "null_class": null_class}
+
+
+def layer_digests(network, vae):
+    """Returns `(network's, VAE's)`: the sha256 of two layers' weights, of `features.autoencoder.weights_digest`."""
+    return weights_digest(network), weights_digest(vae)
 
 
 def load_network(model, state, source):
@@ -241,20 +262,17 @@ def in_float32(network):
 def _load_weights(model, dtype, vae, key):
     """Returns the `Generator` of a training checkpoint or a file of weights; dtype as of `from_weights`."""
     state, source = read_weights(model.path, key=key)
-    vae, notes = open_vae(
-        vae,
-        model.config["features"]["vae"],
-        default=DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE,
-        flag="--vae",
-        channels=model.config["model"]["in_channels"],
-    )
+    wanted = {"given": vae, "features": model.config["features"]["vae"], "flag": "--vae"}
+    wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
+    name, _ = choose_vae(**wanted)
+    vae, notes = open_vae(**wanted, channels=model.config["model"]["in_channels"])
     if model.pipeline == "DiTPipeline":
         generator = from_weights(model.config, state, vae, dtype=dtype, source=source)
     else:
         from sampling.sit_pipeline import SiTPipeline
 
         generator = SiTPipeline.from_weights(model.config, state, vae, source=source).to(dtype=dtype).generator
-    generator.labels, generator.notes = model.labels, model.notes + notes
+    generator.labels, generator.notes, generator.vae_name = model.labels, model.notes + notes, name
     return generator
 
 
@@ -278,6 +296,7 @@ def _load_pipeline(model, dtype):
         guided_channels=None,
         dtype=transformer.dtype,
         notes=model.notes,
+        digests=partial(layer_digests, transformer, pipe.vae),
     )
 
 
@@ -293,5 +312,7 @@ def _load_programs(model, device, dtype, vae, key):
         source = load_exportable(model, vae=vae, key=key)
         export_inference(source, folder)
         generator = load_inference(folder, device=device, dtype=dtype)
-    generator.check_weights, generator.notes = None, source.notes
+        digests = generator.digests()
+    generator.check_weights, generator.notes, generator.vae_name = None, source.notes, source.vae_name
+    generator.digests = lambda: digests
     return generator

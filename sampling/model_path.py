@@ -43,9 +43,9 @@ class Model:
         """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model does not take."""
         if method == "ddpm" and backend == "inference":
             raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
-        if method == "ddpm" and self.kind != "checkpoint":
+        if method == "ddpm" and self.config is None:
             raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
-        if self.kind != "checkpoint":
+        if self.config is None:
             return check_scheduler(self.scheduler, method, num_steps)
         spacing = {"eager": "stride", "inference": "leading"}[backend] if method in (None, "ddim") else None
         return check_num_steps(num_steps, self.config["objective"]["diffusion_steps"], spacing)

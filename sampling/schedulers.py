@@ -64,11 +64,15 @@ def visited_timesteps(scheduler, num_steps):
 
 
 @paddle.no_grad()
-def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None):
+def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None, draw_noise=None):
     """Returns latents `(N, C, H, W)` by a ppdiffusers scheduler and a `denoiser(x, t)`; a learned variance is cut off.
 
-    After each step `callback(step, num_steps, latents)` is called, from 1 on.
+    After each step `callback(step, num_steps, latents)` is called, from 1 on. `draw_noise` is there for samplers whose
+    steps are random; a scheduler that draws noise of its own is then a `ValueError`.
     """
+    kind = str(scheduler.config.get("algorithm_type"))
+    if draw_noise is not None and kind.startswith("sde"):
+        raise ValueError(f"the pipeline's scheduler, {kind}, draws noise of its own: images would depend on the batch")
     scheduler.set_timesteps(num_steps)
     for step, t in enumerate(scheduler.timesteps, 1):
         latents = scheduler.scale_model_input(latents, t)
@@ -91,14 +95,17 @@ class PipelineSampler:
     def __init__(self, scheduler, timestep_fit=None):
         self.scheduler, self.timestep_fit = scheduler, timestep_fit
 
-    def sample(self, denoiser, noise, *, num_steps, method=None, callback=None):
-        """Turns noise into latents, by "ddim" (default) or "dpm", None for a SiT; raises as `check_scheduler`."""
+    def sample(self, denoiser, noise, *, num_steps, method=None, **options):
+        """Turns noise into latents, by "ddim" (default) or "dpm", None for a SiT; raises as `check_scheduler`.
+
+        Options are those of `run_scheduler`.
+        """
         scheduler = self.scheduler
         if type(scheduler).__name__ != FLOW_SCHEDULER:
             scheduler = pipeline_scheduler(scheduler, method or "ddim")
         settings = {**scheduler.config, "_class_name": type(scheduler).__name__}
         check_scheduler(settings, method, num_steps)
-        return run_scheduler(scheduler, denoiser, noise, num_steps, callback=callback)
+        return run_scheduler(scheduler, denoiser, noise, num_steps, **options)
 
     def note(self, num_steps, method=None):
         """Returns a sentence if the timestep embedding is not exact in that many steps, else None."""

@@ -12,6 +12,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterable
+from functools import partial
 from numbers import Real
 
 import numpy as np
@@ -27,7 +28,7 @@ from models.state import listed, without_rounding
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
 from runtime.untrusted import inside
-from sampling.generator import Generator, in_float32, latent_sizes, load_network
+from sampling.generator import Generator, in_float32, latent_sizes, layer_digests, load_network
 from sampling.pipelines.folder import (
     check_id2label,
     check_vae,
@@ -192,6 +193,7 @@ class SiTPipeline(DiffusionPipeline):
             **latent_sizes(network.settings),
             vae=self.vae,
             labels={int(index): label for index, label in self.id2label.items()},
+            digests=partial(layer_digests, network, self.vae),
         )
 
     def get_label_ids(self, label):

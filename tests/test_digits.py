@@ -1,5 +1,6 @@
 """The digits, the shipped autoencoder, its training script, the evaluation, and quickstart.sh's options."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import pytest
 from PIL import Image
 from support.pipelines import make_config, make_model, make_pipeline, state_of
 
-from evaluation.digits import evaluate, nearest_distance
-from features.images import find_images, load_image
+from evaluation.digits import Digits, evaluate, nearest_distance
+from features.images import find_images, load_image, load_pixels
 from sampling.generator import load_generator
 from sampling.pipelines.export import export_pipeline
 from tools import prepare_digits, train_vae
@@ -215,6 +216,58 @@ def test_evaluation_tells_right_from_wrong_and_copies_from_new(digits):
     assert wrong["share_assigned_to_class_asked_for"] < 0.02
     copies = evaluate(train[0][::7], train[1][::7], train, heldout)
     assert copies["nearest_train_distance_of_samples"] < 1e-3
+
+
+def read_digits(root):
+    """uint8 images and labels of an image folder."""
+    samples, _ = find_images(str(root))
+    return np.stack([load_pixels(path, 32) for path, _ in samples]), np.array([label for _, label in samples])
+
+
+class TestDigitsFeatures:
+    def test_it_knows_heldout_digits_raw_and_after_the_vae(self, digits, vae):
+        import paddle
+
+        network = Digits()
+        images, labels = read_digits(digits / "heldout")
+        features = network(images)
+        assert {name: (array.dtype, array.shape) for name, array in features.items()} == {
+            "pool": (np.dtype("float32"), (297, 64)),
+            "logits": (np.dtype("float32"), (297, 10)),
+        }
+        assert tuple(features) == network.outputs
+        assert (features["logits"].argmax(axis=1) == labels).mean() >= 0.97
+        with paddle.no_grad():
+            x = paddle.to_tensor(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
+            decoded = vae.decode(vae.encode(x).latent_dist.mean).sample
+        decoded = (decoded.transpose([0, 2, 3, 1]).numpy() * 127.5 + 127.5).clip(0, 255).round().astype("uint8")
+        assert (network(decoded)["logits"].argmax(axis=1) == labels).mean() >= 0.97
+
+    def test_it_sees_blocks_of_pixels(self, digits):
+        images, _ = read_digits(digits / "heldout")
+        small = images[:5].reshape(5, 16, 2, 16, 2, 3)
+        small[:] = small[:, :, :1, :, :1]  # every block of 2x2 pixels of one colour
+        wide = np.repeat(images[:5], 3, axis=2)
+        for more in (small[:, :, 0, :, 0], np.repeat(images[:5], 2, axis=1), wide):
+            np.testing.assert_allclose(Digits()(more)["pool"], Digits()(images[:5])["pool"], atol=1e-4)
+
+    def test_its_settings_name_its_weights(self):
+        path = ROOT / "assets/digits_classifier/model.safetensors"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert Digits().settings == {"features": "digits", "weights_sha256": digest}
+        assert path.stat().st_size < 300_000
+
+    @pytest.mark.parametrize(
+        "images, message",
+        [
+            (np.zeros([2, 24, 32, 3], "uint8"), "images of 24x32 pixels: .* multiples of 16"),
+            (np.zeros([2, 32, 32, 3], "float32"), r"images of float32 \(2, 32, 32, 3\): expected uint8"),
+            (np.zeros([2, 32, 32], "uint8"), "expected uint8"),
+        ],
+    )
+    def test_it_names_mistakes(self, images, message):
+        with pytest.raises(ValueError, match=message):
+            Digits()(images)
 
 
 def test_nearest_distance_is_the_rms_difference():

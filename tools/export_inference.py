@@ -16,7 +16,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
-from sampling.demo import note_weights_flags
+from sampling.flags import note_weights_flags
 from sampling.model_path import check_no_file, describe_model
 from sampling.pipelines.folder import check_free
 from sampling.step_counts import describe_fit

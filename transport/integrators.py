@@ -180,29 +180,32 @@ def _draw_noise(x):
     return paddle.randn(x.shape).astype(x.dtype)
 
 
-def euler_maruyama(drift, diffusion, x, grid):
+def euler_maruyama(drift, diffusion, x, grid, draw_noise=None):
     """Integrates by Euler-Maruyama `dx = drift dt + sqrt(2 diffusion) dW`, one draw of noise a step.
 
-    `drift(t, x)` has x's shape, `diffusion(t, x)` broadcasts against it; the steps are equally long.
+    `drift(t, x)` has x's shape, `diffusion(t, x)` broadcasts against it; the steps are equally long. `draw_noise(x)`
+    returns standard normal noise as x; None draws it by `paddle.randn`.
     """
+    draw_noise = draw_noise or _draw_noise
     dt = grid[1] - grid[0]
     yield x
     for t in grid[:-1]:
-        noise = _draw_noise(x)
+        noise = draw_noise(x)
         (mean,) = _advance((x,), [(drift(t, x),)], [1], dt)
         x = _add_noise(mean, diffusion(t, x), noise, dt)
         yield x
 
 
-def heun_sde(drift, diffusion, x, grid, correct_last=True):
+def heun_sde(drift, diffusion, x, grid, correct_last=True, draw_noise=None):
     """Integrates by Heun's method with the noise added first (Karras et al. 2022); arguments as of `euler_maruyama`.
 
     `correct_last`: whether the last step is corrected by the drift at the end of the grid, which may be infinite.
     """
+    draw_noise = draw_noise or _draw_noise
     dt = grid[1] - grid[0]
     yield x
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        x = _add_noise(x, diffusion(t, x), _draw_noise(x), dt)
+        x = _add_noise(x, diffusion(t, x), draw_noise(x), dt)
         slopes = [(drift(t, x),)]
         (ahead,) = _advance((x,), slopes, [1], dt)
         if i < len(grid) - 2 or correct_last:

@@ -98,6 +98,7 @@ class Sampler:
         num_steps=250,
         trajectory=True,
         progress=False,
+        draw_noise=None,
     ):
         """Returns a function that integrates the reverse SDE, `dx = (v + w score) dt + sqrt(2 w) dW`.
 
@@ -111,6 +112,8 @@ class Sampler:
             num_steps: states returned, as in the official code: `num_steps - 1` steps and the last one. Without a last
                 step, the last state stands there twice.
             trajectory, progress: as of `sample_ode`.
+            draw_noise: called once a step as `draw_noise(x)`, returns standard normal noise as x; None draws it by
+                `paddle.randn`.
 
         Returns:
             `sample(x, model, **model_kwargs)`: from noise x `(N, ...)` to a list of states `(N, ...)`, of which `[-1]`
@@ -146,9 +149,9 @@ class Sampler:
 
             def states(x):
                 if sampling_method == "Euler":
-                    steps = integrators.euler_maruyama(drift, sde.diffusion, x, grid)
+                    steps = integrators.euler_maruyama(drift, sde.diffusion, x, grid, draw_noise)
                 else:
-                    steps = integrators.heun_sde(drift, sde.diffusion, x, grid, correct_last)
+                    steps = integrators.heun_sde(drift, sde.diffusion, x, grid, correct_last, draw_noise)
                 for x in islice(steps, 1, None):  # the noise itself is not among the states
                     yield x
                 yield x if last_step is None or t1 == 1 else sde.end(last_step, output(t1, x), t1, x, last_step_size)

@@ -20,7 +20,7 @@ from config.schema import SCALING_KEYS
 from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.state import check_finite
-from runtime.files import whole_folder, write_json
+from runtime.files import sha256_of_file, whole_folder, write_json
 from runtime.machine import read_processor
 from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
@@ -150,6 +150,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         guided_channels=None,
         path=folder,
         check_weights=lambda: _check_weights(folder),
+        digests=lambda: [sha256_of_file(os.path.join(folder, part, WEIGHTS)).hex() for part in PARTS],
     )
 
 

@@ -1,0 +1,132 @@
+"""Flags of the commands that draw images, what is checked of them at once, and the way from them to a `Generator`.
+
+Nothing here imports Paddle before `open_generator` does: what a user gets wrong is said at once.
+"""
+
+from config.flags import check_seed
+from runtime.process import resolve_device
+from sampling.model_path import check_guidance
+
+# --guidance_channels: that of `Generator.sample`.
+GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
+
+
+def add_sampling_flags(parser, *, guidance_channels, seed=0, num_steps=25, guidance_scale=4):
+    """Adds the flags of steps, guidance and seed; the arguments are the defaults that --help names."""
+    parser.add_argument("--num_inference_steps", type=int, default=num_steps, help=f"[{num_steps}]")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="1 for none, 0 for images without a class, negative: away from it "
+        f"[{guidance_scale}; 1 without a null class]",
+    )
+    parser.add_argument(
+        "--guidance_channels",
+        choices=("3", "all"),
+        help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
+        f"[{guidance_channels}]",
+    )
+    parser.add_argument("--seed", type=int, default=seed, help=f"of the noise, 0 to 4294967295 [{seed}]")
+
+
+def add_loading_flags(parser, gpu_dtype="float32"):
+    """Adds the flags of the device, the dtype and the labels."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
+    default = "float32" if gpu_dtype == "float32" else f"{gpu_dtype} on a GPU, float32 on a CPU"
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"[{default}]")
+    parser.set_defaults(gpu_dtype=gpu_dtype, backend="eager")
+    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
+
+
+def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
+    """Adds the flags for a DiT or a Large-DiT, under a title; `ddpm` says what --scheduler ddpm is for."""
+    group = parser if title is None else parser.add_argument_group(title)
+    group.add_argument("--scheduler", choices=("ddim", "dpm", "ddpm"), help=f"ddpm for {ddpm} only [ddim]")
+    group.add_argument(
+        "--backend",
+        choices=("eager", "inference"),
+        default="eager",
+        help="inference: Paddle Inference, see tools/export_inference.py [eager]",
+    )
+
+
+def add_transport_flags(parser, sde_defaults, title=None):
+    """Adds the flags for a SiT or a Large-SiT, under a title; `sde_defaults` are those of the SDE's four, by name."""
+    group = parser if title is None else parser.add_argument_group(title)
+    group.add_argument(
+        "--guidance_interval", nargs=2, type=float, metavar=("LOWEST", "HIGHEST"), help="times, in [0, 1] [all]"
+    )
+    group.add_argument("--sampler", choices=("ode", "sde"), default="sde", help="[sde]")
+    group.add_argument(
+        "--method", help="ode: euler, midpoint, heun2, heun3, rk4, dopri5 [euler]; sde: Euler, Heun [Euler]"
+    )
+    sde = parser.add_argument_group("for --sampler sde")
+    shown = {name: f"[{value:g}]" if isinstance(value, float) else f"[{value}]" for name, value in sde_defaults.items()}
+    forms = "constant, SBDM, sigma, linear, decreasing or increasing-decreasing"
+    sde.add_argument("--diffusion_form", help=f"{forms} {shown['diffusion_form']}")
+    sde.add_argument("--diffusion_norm", type=float, help=shown["diffusion_norm"])
+    sde.add_argument("--last_step", help=f"Mean, Tweedie, Euler or None {shown['last_step']}")
+    sde.add_argument("--last_step_size", type=float, help=shown["last_step_size"])
+
+
+def check_sampling_flags(args, min_steps=1):
+    """Raises `ValueError` for values of `add_sampling_flags` that no model takes."""
+    check_seed("seed", args.seed)
+    if args.num_inference_steps < min_steps:
+        raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
+
+
+def check_transport_flags(args, sde_defaults):
+    """Raises `ValueError` for values of `add_transport_flags` that no SiT takes."""
+    given = [name for name in sde_defaults if getattr(args, name) is not None]
+    if args.sampler == "ode" and given:
+        raise ValueError(f"--{given[0]} is for --sampler sde")
+    interval = args.guidance_interval
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(
+            f"--guidance_interval {interval[0]} {interval[1]}: expected two times in [0, 1], the lower first"
+        )
+
+
+def transport_options(args, sde_defaults):
+    """Returns the options of `Generator.sample` that the flags of `add_transport_flags` stand for."""
+    options = {"sampler": args.sampler, "method": args.method, "guidance_interval": args.guidance_interval}
+    if args.sampler == "sde":
+        given = {name: getattr(args, name) for name in sde_defaults}
+        options |= {name: sde_defaults[name] if value is None else value for name, value in given.items()}
+    if args.last_step == "None":
+        options["last_step"] = None
+        note_unused(["last_step_size"] if args.last_step_size is not None else [], "with --last_step None")
+    return options
+
+
+def check_guidance_flags(args, model):
+    """Raises `ValueError` for a guidance that the `Model` can't have; flags of no effect without guidance are named."""
+    scale = check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
+    if scale == 1:
+        names = ("guidance_channels", "guidance_interval")
+        note_unused([name for name in names if getattr(args, name, None) is not None], "without guidance")
+
+
+def note_weights_flags(args, model):
+    """Says that --vae and --key have no effect on a model that brings its own."""
+    if model.holds_all:
+        given = [name for name in ("vae", "key") if getattr(args, name) is not None]
+        note_unused(given, f"on {model.path}, which is no training checkpoint and brings its VAE and weights along")
+
+
+def note_unused(names, why):
+    """Says in one line which flags, if any, have no effect."""
+    if names:
+        flags = " and ".join(f"--{name}" for name in names)
+        print(f"note: {flags} {'has' if len(names) == 1 else 'have'} no effect {why}", flush=True)
+
+
+def open_generator(args, model, **options):
+    """Loads the `Generator` of a `Model` as the flags say, when its transport's `options` are checked."""
+    from sampling.generator import check_settings, load_generator
+
+    device = resolve_device(args.device)
+    dtype = args.dtype or ("float32" if device == "cpu" else args.gpu_dtype)
+    check_settings(model, args.num_inference_steps, **options)
+    return load_generator(model, device=device, dtype=dtype, vae=args.vae, backend=args.backend, key=args.key)

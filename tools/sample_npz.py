@@ -1,0 +1,261 @@
+"""Draw many images of a model into an npz for tools/evaluate.py or ADM's evaluator.py: by default 50,000.
+
+    python tools/sample_npz.py --model_path output/checkpoint-400000 --output samples.npz
+    python -m paddle.distributed.launch tools/sample_npz.py --model_path DiT_XL_2_256 --guidance_scale 1.5 ...
+
+--model_path is what the demos take: a training checkpoint folder, whose averages are sampled; a DiTPipeline or
+SiTPipeline folder; the name of a DiTPipeline on the hub; a file of weights with --config_file; with --backend inference
+also a folder of tools/export_inference.py (a program, which runs as code of whoever made it).
+
+OUTPUT.npz holds arr_0, uint8 (N, H, W, 3), and arr_1, the labels; OUTPUT.json every setting and the weights' checksums.
+All noise of image i, that of the steps too, depends on (seed, i) alone. After a kill the same command goes on where it
+was, also on another number of ranks, and the files are the same to the bit.
+
+On a CPU the network computes --tile images at once whatever --batch_size, the batch size and the ranks then change no
+bit; another machine's processor may. On a GPU the tile is the batch: another --batch_size changes some pixels by the
+rounding errors of its kernels.
+"""
+
+import argparse
+import os
+import platform
+
+import _root  # noqa: F401 (the project's root, on sys.path)
+
+from config.options import DEFAULT_VAE, SIT_VAE
+from features.autoencoder import ROUNDINGS, LatentScaling
+from runtime.files import check_output
+from runtime.process import configure_runtime, counted, init_distributed, resolve_device, run_cli
+from runtime.progress import tqdm
+from sampling.flags import (
+    GUIDANCE_CHANNELS,
+    add_diffusion_flags,
+    add_loading_flags,
+    add_sampling_flags,
+    add_transport_flags,
+    check_guidance_flags,
+    check_sampling_flags,
+    check_transport_flags,
+    note_unused,
+    note_weights_flags,
+    open_generator,
+    transport_options,
+)
+from sampling.labels import find_classes
+from sampling.many import CPU_TILE, LABELS, choose_labels, choose_tile, draw_images
+from sampling.model_path import check_holds_no, describe_model
+from sampling.png_folder import PngFolder
+from sampling.sample_sets import SampleSet, differences
+from sampling.step_counts import FLOW_SCHEDULER
+
+# Defaults of the official sample_ddp.py: 250 steps, DiT's guidance, SiT's SDE.
+NUM_STEPS, GUIDANCE_SCALE = 250, 1.5
+SDE_DEFAULTS = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
+METHODS = {"ode": "euler", "sde": "Euler"}  # without --method
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="see above")
+    parser.add_argument("--output", required=True, help="npz to write")
+    parser.add_argument("--png", metavar="FOLDER", help="new folder for the images as 000000.png ... too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a set, or an unfinished one, of other settings"
+    )
+    parser.add_argument("--num_images", type=int, default=50000, help="[50000]")
+    parser.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="random",
+        help="random: drawn evenly from the classes; balanced: in turn, counts differ by one at most [random]",
+    )
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or ids of those to draw [all]")
+    add_sampling_flags(
+        parser,
+        guidance_channels="all of a DiT; of a SiT 3 of 4, all of any other number",
+        num_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+    )
+    words = "; ".join(f"{name}: {rounding.words}" for name, rounding in ROUNDINGS.items())
+    parser.add_argument(
+        "--rounding", choices=tuple(ROUNDINGS), default="dit", help=f"of x in [-1, 1] to uint8: {words} [dit]"
+    )
+    parser.add_argument("--batch_size", type=int, help="images at once on a GPU [32]")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        help=f"images that the network computes at once [{CPU_TILE} on a CPU, else --batch_size]",
+    )
+    add_loading_flags(parser)
+    add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
+    add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
+    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
+    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's]")
+    weights.add_argument("--vae", help=f"its VAE, folder or name [the features' own, else {DEFAULT_VAE}, {SIT_VAE}]")
+    weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
+    parser.set_defaults(sampler=None)
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Returns the `Model` and the options of its sampler; ValueError, before Paddle is imported, for a mistake."""
+    check_sampling_flags(args)
+    for name in ("num_images", "batch_size", "tile"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1")
+    if not args.output.endswith(".npz"):
+        raise ValueError(f"--output {args.output}: expected a name that ends in .npz")
+    check_output(args.output, True, "--output ")
+    model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
+    model.check_backend(args.backend)
+    transport = ("sampler", "method", "guidance_interval", *SDE_DEFAULTS)
+    is_transport = model.pipeline == "SiTPipeline"
+    for name in ["scheduler"] if is_transport else transport:
+        if getattr(args, name) is not None:
+            kind = model.type or model.pipeline
+            raise ValueError(f"--{name} is for a {'DiT' if is_transport else 'SiT'}; {model.path} is a {kind}")
+    if is_transport:
+        args.sampler = args.sampler or "sde"
+        check_transport_flags(args, SDE_DEFAULTS)
+        check_sampling_flags(args, min_steps=2)
+        if model.kind == "pipeline":
+            check_holds_no(model.path, model.pipeline, vae=args.vae, key=args.key)
+        options = transport_options(args, SDE_DEFAULTS)
+    else:
+        model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
+        options = {"method": args.scheduler}
+    if args.classes and model.num_classes is not None:
+        find_classes(args.classes, model.labels, model.num_classes)
+    check_guidance_flags(args, model)
+    note_weights_flags(args, model)
+    return model, options
+
+
+def make_settings(args, model, generator, classes, options, sampling, tile):
+    """Returns all that decides what the images are, and what else a reader of a number will ask; see `SampleSet`."""
+    import numpy
+    import paddle
+
+    weights_sha256, vae_sha256 = generator.digests()
+    if model.pipeline == "SiTPipeline":
+        sampler = {**options, "method": options["method"] or METHODS[options["sampler"]]}
+    else:
+        kind = model.scheduler.get("_class_name")
+        sampler = {"scheduler": args.scheduler or (kind if kind == FLOW_SCHEDULER else "ddim")}
+    is_guided = sampling["guidance_scale"] != 1
+    channels = generator.count_guided(sampling["guidance_channels"])
+    return {
+        "version": 1,
+        "num_images": args.num_images,
+        "image_size": list(generator.image_size),
+        "labels": args.labels,
+        "classes": classes if args.classes else None,
+        "num_classes": len(classes),
+        "seed": args.seed,
+        **sampler,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": sampling["guidance_scale"],
+        "guidance_channels": ("all" if channels is None else channels) if is_guided else None,
+        "guidance_interval": sampling["guidance_interval"] if is_guided else None,
+        "rounding": args.rounding,
+        "rounding_formula": ROUNDINGS[args.rounding].words,
+        "backend": args.backend,
+        "device": paddle.get_device().split(":")[0],
+        "dtype": args.dtype or "float32",
+        "tile": tile,
+        "weights_sha256": weights_sha256,
+        "vae_sha256": vae_sha256,
+        "vae_scaling": LatentScaling.of(generator.vae.config).as_dict(),
+        "objective": model.config["objective"] if model.config else model.scheduler,
+        "model": {"path": os.path.abspath(args.model_path), "kind": model.kind, "type": model.type, "key": args.key},
+        "vae": generator.vae_name or f"of {args.model_path}",
+        "versions": {"paddle": paddle.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
+    }
+
+
+def describe(settings):
+    """Returns the settings in one sentence."""
+    height, width = settings["image_size"]
+    if "scheduler" in settings:
+        sampler = settings["scheduler"]
+    else:
+        sampler = f"{settings['sampler']} {settings['method']}"
+    guidance = f"guidance {settings['guidance_scale']:g}" if settings["guidance_channels"] else "no guidance"
+    return (
+        f"{counted(settings['num_images'], 'image')} of {width}x{height}, {settings['labels']} labels of "
+        f"{counted(settings['num_classes'], 'class', 'classes')}, seed {settings['seed']}, {sampler} in "
+        f"{settings['num_inference_steps']} steps, {guidance}, {settings['dtype']}, rounding {settings['rounding']} "
+        f"({settings['rounding_formula']})"
+    )
+
+
+def main(argv=None):
+    args = parse(argv)
+    model, options = check(args)
+    interval = options.pop("guidance_interval", None)
+
+    configure_runtime()
+    import paddle
+
+    from runtime.collective import run_on_every_rank, run_on_rank_0
+
+    device = resolve_device(args.device)
+    paddle.set_device(device)
+    if device != "cpu":
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
+    rank, world = init_distributed()
+    generator = open_generator(args, model, **options)
+    tile = args.tile or choose_tile(args.batch_size or 32)
+    if rank == 0:
+        if device == "cpu" and args.batch_size is not None:
+            note_unused(["batch_size"], f"on a CPU, which computes {counted(tile, 'image')} at once (--tile)")
+        for note in generator.describe(args.num_inference_steps, **options):
+            print(f"note: {note}", flush=True)
+    classes = generator.find_classes(args.classes) if args.classes else list(range(generator.num_classes))
+    labels = choose_labels(args.labels, args.num_images, classes, args.seed)
+    scale = args.guidance_scale
+    if scale is None:
+        scale = 1.0 if generator.null_class is None else GUIDANCE_SCALE
+    sampling = {"guidance_scale": scale, "guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels]}
+    sampling["guidance_interval"] = interval
+
+    every = run_on_every_rank(lambda: make_settings(args, model, generator, classes, options, sampling, tile))
+    settings = every[0]
+    for other, one in enumerate(every):
+        if changed := differences(settings, one):
+            raise ValueError(f"rank {other} has other settings than rank 0: {changed[0]}")
+    samples = SampleSet(args.output, settings)
+    pngs = PngFolder(args.png, settings) if args.png is not None else None
+
+    def start():
+        wants_png = pngs is not None and pngs.open(args.overwrite)
+        return samples.open(args.overwrite), wants_png
+
+    is_new, wants_png = run_on_rank_0(start)
+    run_on_every_rank(samples.check_visible)
+    missing = run_on_rank_0(samples.missing) if is_new else []
+
+    def draw(start, stop, callback):
+        indices = range(start, stop)
+        how = {"seed": args.seed, "batch_size": tile, "tile": tile, "rounding": args.rounding, "callback": callback}
+        how |= {"num_inference_steps": args.num_inference_steps, **sampling, **options}
+        return (images for _, images in draw_images(generator, indices, labels[start:stop], **how))
+
+    if is_new:
+        samples.fill(draw, missing, rank, world)
+    if rank > 0:
+        return samples.wait()
+    if is_new:
+        samples.finish(labels)
+    if wants_png:
+        with tqdm(total=args.num_images, desc="png", unit="image") as progress:
+            pngs.write(samples.path, progress)
+    samples.close()
+    state = "" if is_new else "complete already: "
+    print(f"{args.output}: {state}{describe(settings)}; all settings: {samples.report}")
+    if pngs is not None:
+        print(f"{args.png}: the same as PNG files")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,148 @@
+"""Train the small classifier of digits whose last hidden layer is the feature network "digits".
+
+It learns from clean digits, turned, sheared, scaled and moved a little, and from corrupted ones: noise, blur, a
+mixture of two digits. The noisier or more blurred a digit is, the nearer is its target to "any digit"; a mixture's
+target is that of its parts. So corrupted digits have features of their own. OUTPUT gets {name: array} as safetensors.
+
+The classifier in assets/digits_classifier was made by
+    python tools/prepare_digits.py --output digits
+    python tools/train_digits_classifier.py --data digits/train --heldout digits/heldout --output model.safetensors
+"""
+
+import argparse
+
+import _root  # noqa: F401 (the project's root, on sys.path)
+import numpy as np
+
+from config.flags import check_seed
+from evaluation.digits import shrink
+from features.images import find_images, load_pixels
+from runtime.files import check_output, whole_file
+from runtime.process import configure_runtime, run_cli
+from runtime.progress import tqdm
+
+configure_runtime()  # before Paddle is imported
+
+SIZE = 32  # of the digits in pixels
+HIDDEN = (128, 64)
+COPIES, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 24, 6, 128, 2e-3, 1e-4
+TURN, STRETCH, SHEAR, MOVE = 12, 0.12, 0.1, 1.5  # largest: degrees, log of the scale, shear, pixels
+CLEAN, NOISY, BLURRED, MIXED = 0.5, 0.2, 0.2, 0.1  # shares of the copies
+MAX_NOISE, MAX_BLUR = 64, 2.0  # standard deviations, in grey levels and in pixels, where the target is "any digit"
+
+
+def load_digits(root):
+    """Returns grey images `(N, 32, 32)`, float32 in 0..255, and labels `(N,)` of an image folder by class."""
+    samples, _ = find_images(root)
+    images = np.stack([load_pixels(path, SIZE) for path, _ in samples])  # (N, 32, 32, 3)
+    return images.mean(axis=-1, dtype="float32"), np.array([label for _, label in samples])
+
+
+def move(image, rng):
+    """Returns a digit `(H, W)` turned, sheared, scaled and moved a little, at random."""
+    from scipy.ndimage import affine_transform
+
+    angle = np.deg2rad(rng.uniform(-TURN, TURN))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    height, width = np.exp(rng.uniform(-STRETCH, STRETCH, 2))
+    matrix = turn @ np.array([[height, rng.uniform(-SHEAR, SHEAR)], [0, width]])
+    centre = (np.array(image.shape) - 1) / 2
+    offset = centre - matrix @ centre + rng.uniform(-MOVE, MOVE, 2)
+    return affine_transform(image, matrix, offset, order=3)
+
+
+def corrupt(images, targets, rng):
+    """Returns images `(N, H, W)` and targets `(N, 10)` of which a part is noisy, blurred or mixed, at random."""
+    from scipy.ndimage import gaussian_filter
+
+    images, others = images.copy(), rng.permutation(len(images))
+    mixed, mixed_targets = images[others], targets[others]
+    targets = targets.copy()
+    kinds = rng.choice(4, len(images), p=[CLEAN, NOISY, BLURRED, MIXED])
+    for i, (kind, amount) in enumerate(zip(kinds, rng.uniform(size=len(images)), strict=True)):
+        other = np.full_like(targets[i], 1 / targets.shape[1])
+        if kind == 0:
+            continue
+        if kind == 1:
+            images[i] += rng.normal(size=images[i].shape) * amount * MAX_NOISE
+        elif kind == 2:
+            images[i] = gaussian_filter(images[i], amount * MAX_BLUR)
+        else:
+            images[i] = (1 - amount) * images[i] + amount * mixed[i]
+            other = mixed_targets[i]
+        targets[i] = (1 - amount) * targets[i] + amount * other
+    return images, targets
+
+
+def as_seen(images):
+    """Returns what the classifier sees of grey images `(N, H, W)` in 0..255, `(N, 256)`."""
+    levels = images.clip(0, 255).round().astype("uint8")
+    return shrink(np.repeat(levels[..., None], 3, axis=-1))
+
+
+def make_samples(images, labels, rng):
+    """Returns what to learn from: inputs `(M, 256)` and targets `(M, 10)`, float32, of the images and their copies."""
+    one_hot = np.eye(10, dtype="float32")[labels]
+    inputs, targets = [as_seen(images)], [one_hot]
+    for _ in tqdm(range(COPIES), desc="copies"):
+        moved, target = corrupt(np.stack([move(image, rng) for image in images]), one_hot, rng)
+        inputs.append(as_seen(moved))
+        targets.append(target)
+    return np.concatenate(inputs), np.concatenate(targets)
+
+
+def train(inputs, targets, rng):
+    """Returns the trained network, a `paddle.nn.Sequential`, by AdamW with a cosine decay to zero."""
+    import paddle
+
+    sizes = (inputs.shape[1], *HIDDEN, targets.shape[1])
+    layers = [paddle.nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:], strict=True)]
+    steps = len(inputs) // BATCH_SIZE
+    schedule = paddle.optimizer.lr.CosineAnnealingDecay(LEARNING_RATE, EPOCHS * steps)
+    network = paddle.nn.LayerList(layers)
+    optimizer = paddle.optimizer.AdamW(schedule, parameters=network.parameters(), weight_decay=WEIGHT_DECAY)
+    for _ in tqdm(range(EPOCHS), desc="epochs"):
+        order = rng.permutation(len(inputs))
+        for step in range(steps):
+            rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+            x = paddle.to_tensor(inputs[rows])  # (B, 256)
+            for layer in layers[:-1]:
+                x = paddle.nn.functional.relu(layer(x))
+            target = paddle.to_tensor(targets[rows])
+            paddle.nn.functional.cross_entropy(layers[-1](x), target, soft_label=True).backward()
+            optimizer.step()
+            optimizer.clear_grad()
+            schedule.step()
+    return network
+
+
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="training digits, a folder by class")
+    parser.add_argument("--heldout", required=True, help="digits to measure the classifier on, a folder by class")
+    parser.add_argument("--output", required=True, help="safetensors file to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the copies and the first weights (default 0)")
+    args = parser.parse_args(argv)
+    check_seed("seed", args.seed)
+    check_output(args.output, flag="--output ")
+    digits, heldout = load_digits(args.data), load_digits(args.heldout)
+
+    import paddle
+
+    from evaluation.digits import Digits
+    from weights.files import save_safetensors
+
+    rng = np.random.default_rng(args.seed)
+    paddle.seed(args.seed)
+    network = train(*make_samples(*digits, rng), rng)
+    with whole_file(args.output) as partial:
+        save_safetensors({name: value.numpy() for name, value in network.state_dict().items()}, partial)
+    classifier = Digits(args.output)
+    for what, (images, labels) in (("training", digits), ("held-out", heldout)):
+        levels = np.repeat(images.round().astype("uint8")[..., None], 3, axis=-1)
+        print(f"{what} digits: {(classifier(levels)['logits'].argmax(axis=1) == labels).mean():.4f} right")
+    print(f"The classifier is in {args.output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

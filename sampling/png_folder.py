@@ -31,9 +31,7 @@ class PngFolder:
         parent = os.path.dirname(self.path)
         if not os.path.isdir(parent):
             raise ValueError(f"--png {self.shown}: there is no such folder as {parent}")
-        names = os.listdir(self.path) if os.path.isdir(self.path) else []
-        if not names and os.path.lexists(self.path) and not os.path.isdir(self.path):
-            raise ValueError(f"--png {self.shown}: is a file; expected a folder")
+        names = os.listdir(self.path) if os.path.lexists(self.path) else []
         strange = [name for name in names if name != "samples.json" and not _PNG.fullmatch(name)]
         if strange or (names and "samples.json" not in names):
             what = strange[0] if strange else names[0]

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.files import check_output, delete_folder, whole_file, write_json
 from runtime.progress import tqdm
-from runtime.run_lock import RunLock
+from runtime.run_lock import RunLock, check_idle
 from runtime.untrusted import read_json_object, shortened
 
 MAX_SHARDS = 512
@@ -57,11 +57,8 @@ def _flat(settings):
     for key, value in settings.items():
         if key not in NOT_DECISIVE:
             name = _WORDS.get(key, f"--{key}")
-            yield from (
-                [(f"{name} {inner}", one) for inner, one in value.items()]
-                if isinstance(value, dict)
-                else [(name, value)]
-            )
+            inner = value if isinstance(value, dict) else {"": value}
+            yield from ((f"{name} {part}".rstrip(), one) for part, one in inner.items())
 
 
 def report_path(output):
@@ -94,6 +91,7 @@ class SampleSet:
         ValueError if another run is at work on it; if there is a set, or an unfinished one, with other settings, and no
         `overwrite`; or a file that is none of this project's.
         """
+        check_idle(self.parts)
         is_ours = self._is_unfinished()
         if os.path.exists(self.path) and not overwrite and not (is_ours and self._is_moved()):
             self._check_finished()
@@ -162,7 +160,7 @@ class SampleSet:
 
     def finish(self, labels):
         """Joins all shards and the labels `(N,)` into the npz, and writes the JSON beside it."""
-        if not os.path.exists(self._ready):
+        if not os.path.exists(self._ready) or not (os.path.exists(self._joined) or os.path.exists(self.path)):
             with whole_file(self._joined) as partial:
                 self._join(partial, labels)
             write_json(self._ready, {**self.settings, "bytes": os.path.getsize(self._joined)})

@@ -225,7 +225,7 @@ def main(argv=None):
         if changed := differences(settings, one):
             raise ValueError(f"rank {other} has other settings than rank 0: {changed[0]}")
     samples = SampleSet(args.output, settings)
-    pngs = PngFolder(args.png, settings) if args.png is not None else None
+    pngs = PngFolder(args.png, samples.settings) if args.png is not None else None
 
     def start():
         wants_png = pngs is not None and pngs.open(args.overwrite)

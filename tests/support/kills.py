@@ -20,6 +20,6 @@ def kill_at_operation(number, monkeypatch):
 
         return call
 
-    for name in ("rename", "mkdir", "fsync", "unlink", "rmdir"):
+    for name in ("rename", "replace", "mkdir", "fsync", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, counting(getattr(os, name)))
     monkeypatch.setattr(HashedFile, "write", counting(HashedFile.write))

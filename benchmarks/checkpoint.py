@@ -93,7 +93,7 @@ class Training:
         """Saves; returns `(seconds in the call, end)`, where `end` gives the seconds until it was whole, or None."""
         from training.checkpoints.saver import CheckpointSaver
 
-        said = []
+        said, self.folder = [], os.path.dirname(folder)
         saver = CheckpointSaver(self, say=lambda text: said.append((time.perf_counter(), text)), background=background)
         start = time.perf_counter()
         saver.save(folder)

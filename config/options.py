@@ -119,6 +119,7 @@ PATH = TEXT._replace(parse=_none_or_str, metavar="PATH")
 INT = Check(_is_int, "an integer", int, "N")
 POSITIVE_INT = Check(lambda v: _is_int(v) and v > 0, "a positive integer", int, "N")
 INT_FROM_0 = Check(lambda v: _is_int(v) and v >= 0, "an integer of 0 or more", int, "N")
+INT_FROM_4 = Check(lambda v: _is_int(v) and v >= 4, "an integer of 4 or more", int, "N")
 STEPS = Check(lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs", int, "N")
 SEED = INT_FROM_0._replace(expected=f"an integer from 0 to {MAX_SEED}")  # `config.flags` checks the upper end
 NUMBER = Check(_is_number, "a number", float, "X")
@@ -137,6 +138,12 @@ CLASS_NAMES = Check(_is_class_names, 'names by label, {"0": "name", ...}')
 def one_of(*values):
     """Returns the check of a choice among texts."""
     return Check(lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values), choices=values)
+
+
+def some_of(*values):
+    """Returns the check of a list of different texts, one or more, among these."""
+    accepts = _all(lambda v: isinstance(v, str) and v in values)
+    return Check(lambda v: accepts(v) and len({*v}) == len(v), "a list, without repeats, of " + ", ".join(values))
 
 
 def or_null(check):
@@ -304,6 +311,29 @@ VAE_KEYS = {
 }
 
 
+# ---- The section `evaluation` ----
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")
+EVALUATION_KEYS = {
+    "steps": Option(
+        None, or_null(POSITIVE_INT), "steps between evaluations; the last step is evaluated too", unset="never"
+    ),
+    "reference": Option(
+        None, or_null(TEXT), "what the samples are compared with: an npz of images or statistics, or a folder of images"
+    ),
+    "num_samples": Option(10000, INT_FROM_4, "samples of an evaluation, over all ranks; papers have 50000"),
+    "metrics": Option(["fid"], some_of(*METRICS), "what is reported; the first decides which checkpoint is the best"),
+    "features": Option("inception", TEXT, "inception, digits, or the path of a Paddle Inference program"),
+    "inception_weights": Option(
+        None, or_null(TEXT), "file of Inception's weights", unset="where evaluation finds them"
+    ),
+    "labels": Option("random", one_of("random", "balanced"), "classes of the samples, of those that are trained"),
+    "guidance_scale": Option(1.0, NUMBER, "guidance scale of the samples; 1: none, as in the papers' training curves"),
+    "num_inference_steps": Option(50, POSITIVE_INT, "steps of a sample"),
+    "batch_size": Option(32, POSITIVE_INT, "samples that a device draws at once"),
+}
+
+
 # ---- The command line alone ----
 
 _IMAGE_SIZE = PerLoop("resolution", "image_size")
@@ -354,7 +384,9 @@ LOG_FLAGS = {
     "logging_dir": Flag(None, TEXT, "VisualDL log", unset="tb_log in the run's folder"),
     "logging_steps": Flag(50, POSITIVE_INT, "steps between reports", PerLoop("logging_steps", "log_every")),
     "save_steps": Flag(5000, POSITIVE_INT, "steps between checkpoints", PerLoop("save_steps", "ckpt_every")),
-    "save_total_limit": Flag(None, POSITIVE_INT, "keep the newest N checkpoints", unset="all"),
+    "save_total_limit": Flag(
+        None, POSITIVE_INT, "keep the newest N checkpoints, and the best by evaluation", unset="all"
+    ),
     "async_save": Flag(True, BOOL, "write checkpoints while training goes on, once they are copied off the device"),
     "disable_tqdm": Flag(None, BOOL, "no progress bar on a terminal; in a log there is none", unset="False"),
 }

@@ -14,7 +14,7 @@ from config import options
 from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-SECTIONS = ("model", "objective", "training", "data", "features")
+SECTIONS = ("model", "objective", "training", "data", "features", "evaluation")
 # Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, and Large-DiT's.
 ALIASES = {
     "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
@@ -95,7 +95,7 @@ def _official_names(model, where):
     return renamed
 
 
-def _conflicts(model, objective, training, data):
+def _conflicts(model, objective, training, data, evaluation):
     """Yields in words which values of a config are right one by one, but don't fit together."""
     kind, heads, head_dim = MODEL_TYPES[model["type"]], model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
@@ -121,11 +121,17 @@ def _conflicts(model, objective, training, data):
         if label >= model["num_classes"]:
             classes = f"0..{model['num_classes'] - 1}"
             yield f"data: classes: label {label} is outside the config's num_classes: {classes}"
+    if evaluation["steps"] is not None:
+        if evaluation["reference"] is None and evaluation["metrics"] != ["inception_score"]:
+            yield "evaluation: steps needs a reference, the path of an npz or of a folder of images"
+        if evaluation["guidance_scale"] != 1 and model["class_dropout_prob"] == 0:
+            what = "guidance needs a null class, a class_dropout_prob above 0"
+            yield f"evaluation: guidance_scale must be 1, got {evaluation['guidance_scale']:g}: {what}"
 
 
 def check_together(config, source):
     """Raises `ValueError` for sections that are right one by one, but don't fit together."""
-    for conflict in _conflicts(*(config[name] for name in ("model", "objective", "training", "data"))):
+    for conflict in _conflicts(**{name: config[name] for name in SECTIONS if name != "features"}):
         raise ValueError(f"{source}: {conflict}")
 
 
@@ -168,6 +174,7 @@ def resolve_config(raw, *, source="config"):
         "training": check_section(options.TRAINING_KEYS, raw.get("training", {}), f"{source}: training"),
         "data": check_section(options.DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),
+        "evaluation": check_section(options.EVALUATION_KEYS, raw.get("evaluation", {}), f"{source}: evaluation"),
     }
     check_together(config, source)
     return config

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from support.runs import ROOT
 
+import evaluation.run
 from config.flags import LOOPS, Parser, resolve_training
-from config.options import ABOVE_0, AUXILIARY_TYPES, Option
+from config.options import ABOVE_0, AUXILIARY_TYPES, METRICS, Option
 from config.schema import load_config, resolve_config
 from objectives.regularizers import REGULARIZERS
 from tools.options_table import pages
@@ -46,6 +47,7 @@ def test_flat_file_is_the_model_section(tmp_path):
     assert config["model"]["class_dropout_prob"] == 0.1
     assert config["training"]["ema_decay"] == 0.9999
     assert config["objective"]["type"] == "diffusion"
+    assert config["evaluation"]["steps"] is None
     assert resolve_config(config) == config
 
 
@@ -111,6 +113,21 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
         (
             {"model": {"type": "SiT", **SMALL}, "objective": {"prediction": "noise", "cosine_loss": True}},
             "objective: cosine_loss is for the prediction velocity, got 'noise'",
+        ),
+        ({"model": SMALL, "evaluation": {"steps": 0}}, "evaluation: steps must be a positive integer, or null, got 0"),
+        ({"model": SMALL, "evaluation": {"steps": 9}}, "evaluation: steps needs a reference, the path of an npz or"),
+        (
+            {"model": SMALL, "evaluation": {"metrics": ["fid", "FID"]}},
+            r'evaluation: metrics must be a list, without repeats, of fid, sfid, .*, mind, got \["fid", "FID"\]',
+        ),
+        ({"model": SMALL, "evaluation": {"metrics": ["kid", "kid"]}}, "metrics must be a list, without repeats"),
+        ({"model": SMALL, "evaluation": {"num_samples": 3}}, "num_samples must be an integer of 4 or more, got 3"),
+        (
+            {
+                "model": {**SMALL, "class_dropout_prob": 0},
+                "evaluation": {"steps": 9, "reference": "a.npz", "guidance_scale": 1.5},
+            },
+            "evaluation: guidance_scale must be 1, got 1.5: guidance needs a null class, a class_dropout_prob above 0",
         ),
     ],
 )
@@ -209,5 +226,6 @@ def test_tables_in_the_docs_are_current():
         assert Path(path).read_text(encoding="utf-8") == text, "run python tools/options_table.py --write"
 
 
-def test_every_regularizer_has_its_keys():
+def test_options_know_every_regularizer_and_every_metric():
     assert set(AUXILIARY_TYPES) == set(REGULARIZERS)
+    assert METRICS == evaluation.run.METRICS

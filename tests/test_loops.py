@@ -1,11 +1,13 @@
 """Both loops on the same run: equal losses and weights, on one process and many, however parallel, resumed or not."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.evaluated import write_program, write_reference
 from support.runs import (
     ROOT,
     TINY_MODELS,
@@ -146,12 +148,25 @@ CASES = {
 NAMES = list(CASES)
 PARALLEL_KINDS = ("DiT", "LargeSiT")
 VALIDATED = ("trainer-sharding3", "trainer-tp-dp", "notrainer-dp")
-VALIDATION = ("--validation_samples=7", "--validation_steps=4")
-PREVIEWS = ("--image_logging_steps=5", "--num_inference_steps=3", f"--vae_name_or_path={ROOT / 'assets/digits_vae'}")
+VAE = f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"
+VALIDATION = ("--validation_samples=7", "--validation_steps=4", VAE)
+METRICS = ["fid", "inception_score", "precision", "recall", "kid", "mind"]
+PREVIEWS = ("--image_logging_steps=5", "--num_inference_steps=3", VAE)
 
 
 @pytest.fixture(scope="module")
-def parallel_runs(features, tmp_path_factory):
+def judged(tmp_path_factory):
+    """A config with an evaluation after every fifth step; the runs that it is for report held-out losses too."""
+    folder = tmp_path_factory.mktemp("judged")
+    path = Path(write_config(folder / "DiT.json", "DiT", **TRAINING))
+    evaluation = {"steps": 5, "num_samples": 10, "batch_size": 3, "num_inference_steps": 3, "metrics": METRICS}
+    evaluation |= {"features": write_program(folder), "reference": write_reference(folder / "images.npz", side=64)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "evaluation": evaluation}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def parallel_runs(features, judged, tmp_path_factory):
     """`outputs(case, kind, how)`: the output folder of ten steps, begun anew, resumed or validated."""
     folder = tmp_path_factory.mktemp("parallel")
     launched = set()
@@ -166,7 +181,7 @@ def parallel_runs(features, tmp_path_factory):
         case = CASES[name]
         flags = loop_arguments(
             case.loop,
-            config=write_config(folder / f"{kind}.json", kind, **TRAINING),
+            config=judged if how == "validated" else write_config(folder / f"{kind}.json", kind, **TRAINING),
             features=str(features),
             output=str(folder / how / name / kind),
             steps=10,
@@ -247,22 +262,22 @@ def test_one_process_resumes_what_many_began(references, parallel_runs, features
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
-def read_validation(output):
-    (path,) = output.rglob("validation.jsonl")
+def read_rows(output, name="validation.jsonl"):
+    (path,) = output.rglob(name)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def validated(features, tmp_path_factory):
-    """The held-out losses of a single process, by loop."""
+def validated(features, judged, tmp_path_factory):
+    """The held-out losses of a single process, by loop, and its `evaluations`."""
     folder = tmp_path_factory.mktemp("validated")
-    config = write_config(folder / "DiT.json", "DiT", **TRAINING)
     losses = {}
     with pytest.MonkeyPatch.context() as patch:
         for loop in LOOPS:
-            arguments = loop_arguments(loop, config=config, features=features, output=folder / loop, steps=10)
+            arguments = loop_arguments(loop, config=judged, features=features, output=folder / loop, steps=10)
             run_in_process(loop, [*arguments, *VALIDATION], patch)
-            losses[loop] = read_validation(folder / loop)
+            losses[loop] = read_rows(folder / loop)
+    losses["evaluations"] = read_rows(folder / "trainer", "evaluation.jsonl")
     return losses
 
 
@@ -277,7 +292,19 @@ def test_held_out_losses_are_the_same_in_both_loops(validated):
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", VALIDATED)
 def test_held_out_losses_do_not_depend_on_the_ranks(validated, parallel_runs, case):
-    rows = read_validation(parallel_runs(case, "DiT", "validated"))
+    rows = read_rows(parallel_runs(case, "DiT", "validated"))
     assert len(rows) == 3
     for row, expected in zip(rows, validated["trainer"], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", VALIDATED)
+def test_evaluations_do_not_depend_on_the_ranks(validated, parallel_runs, case):
+    """Nor on how they share the network: those that need one another draw together, and each sample counts once."""
+    rows = read_rows(parallel_runs(case, "DiT", "validated"), "evaluation.jsonl")
+    assert [row["step"] for row in rows] == [5, 10]
+    for row, expected in zip(rows, validated["evaluations"], strict=True):
+        assert row["num_samples"] == 10
+        for metric in METRICS:
+            assert row[metric] == pytest.approx(expected[metric], rel=1e-3), metric

@@ -24,6 +24,7 @@ Trainer stands first. This file is written by `python tools/options_table.py --w
 """
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
+EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
 # The options that most runs touch, for README.md.
 MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
 fused_attention max_grad_norm""".split()
@@ -62,6 +63,7 @@ def page():
     parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
     parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
     parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
+    parts += [f"## `evaluation`\n\n{EVALUATION}\n\n{table(options.EVALUATION_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
     for title, keys in options.FLAG_GROUPS.items():
         if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:

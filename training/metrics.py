@@ -16,6 +16,8 @@ from tqdm import tqdm
 from runtime.files import whole_file
 from runtime.process import is_terminal, say
 
+EVALUATIONS = "evaluation.jsonl"
+
 
 def peak_memory_gib():
     """Returns the peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
@@ -23,6 +25,22 @@ def peak_memory_gib():
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def read_rows(path):
+    """Lists the whole rows of a file of JSON lines, dicts with an integer `step`; None if there is no such file."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                # A kill or a power cut damages lines.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    row = json.loads(line)
+                    if line.endswith("\n") and isinstance(row["step"], int):
+                        rows.append(row)
+    except FileNotFoundError:
+        return None
+    return rows
 
 
 class _Rows:
@@ -33,16 +51,10 @@ class _Rows:
 
     def __init__(self, path, first_step):
         self.path, self._file, self._pending, self._refused = path, None, b"", False
-        self.earlier = []
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                # A kill or a power cut damages lines.
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = json.loads(line)
-                    if line.endswith("\n") and isinstance(row["step"], int) and row["step"] <= first_step:
-                        self.earlier.append(row)
-            if not self.earlier:
-                os.remove(path)
+        rows = read_rows(path)
+        self.earlier = [row for row in rows or () if row["step"] <= first_step]
+        if rows is not None and not self.earlier:
+            os.remove(path)
         if self.earlier:
             with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.earlier)
@@ -69,7 +81,8 @@ class _Rows:
 class TrainingLog:
     """Reports a run every `log_every` optimizer steps, and shows a bar on a terminal; rank 0 writes.
 
-    `folder` gets `metrics.jsonl` and `validation.jsonl`, `visualdl_dir` the tags `train/...` and `validation/...`.
+    `folder` gets `metrics.jsonl`, `validation.jsonl` and `evaluation.jsonl`, `visualdl_dir` the tags `train/...`,
+    `validation/...` and `evaluation/...`.
     """
 
     def __init__(
@@ -85,7 +98,7 @@ class TrainingLog:
 
             os.makedirs(folder, exist_ok=True)
             self._writer = LogWriter(visualdl_dir)
-            names = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
+            names = {"train": "metrics.jsonl", "validation": "validation.jsonl", "evaluation": EVALUATIONS}
             self._rows = {tag: _Rows(os.path.join(folder, name), first_step) for tag, name in names.items()}
             # VisualDL shows the newest file of a folder only.
             for tag, rows in self._rows.items():
@@ -155,7 +168,7 @@ class TrainingLog:
 
     def _add_scalars(self, tag, values):
         for name, value in values.items():
-            if name != "step" and value is not None:
+            if name not in ("step", "num_samples") and isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{tag}/{name}", value, values["step"])
 
     def report_validation(self, step, values):
@@ -165,6 +178,18 @@ class TrainingLog:
             self._log("validation", values)
             losses = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "step")
             self.print(f"(step={step:07d}) Validation: {losses}")
+
+    def report_evaluation(self, step, metrics, num_samples, settings):
+        """Writes the metrics of samples, `{"fid": ..., ...}`, None where one is not finite, on rank 0.
+
+        `settings` say how they were measured. Returns the row of `evaluation.jsonl`.
+        """
+        row = {"step": step, **metrics, "num_samples": num_samples, "settings": settings}
+        if self._writer is not None:
+            self._log("evaluation", row)
+            shown = ", ".join(f"{name} {'n/a' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
+            self.print(f"(step={step:07d}) Evaluation of {num_samples:,} samples: {shown}")
+        return row
 
     def print(self, text):
         """Prints a line above the bar, on rank 0."""

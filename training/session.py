@@ -29,6 +29,7 @@ from training import setup
 from training.checkpoints.read import load_pretrained
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import restore_model, restore_training
+from training.evaluation import Evaluation
 from training.metrics import TrainingLog
 from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_state
 from training.parallel.degrees import Degrees
@@ -92,7 +93,7 @@ class Session:
 
     Attributes:
         model: the network, not wrapped.
-        averages: `EMA`s, none or more; validation and previews use the first.
+        averages: `EMA`s, none or more; validation, evaluation and previews use the first.
         numbers: the `NumberWatch`.
         optimizer, lr_scheduler, scaler: once they are attached; the optimizer with its wrappers.
         step: the last one that is done.
@@ -139,11 +140,15 @@ class Session:
         # What watches and shows the training.
         self.numbers = NumberWatch(training, stopping)
         self.numbers.dump = lambda bad: dump_step(bad, self)
-        self.preview = self.log = self.saver = None
+        self.preview = self.evaluation = self.log = self.saver = None
         self.validation = Validation(self.objective, held_out, self.sampler) if held_out is not None else None
         if outputs.preview_every > 0:
             sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
             self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
+        if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
+            self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)
+        elif config["evaluation"]["steps"] is None and config["evaluation"]["reference"] is not None:
+            self.notes.append("the config's section evaluation has no effect without steps")
 
     def build_optimizer(self):
         """Builds `optimizer` and `lr_scheduler`, and returns the optimizer."""
@@ -187,8 +192,14 @@ class Session:
             rank=self.rank,
         )
         self.saver = CheckpointSaver(
-            self, say=self.log.print, save_total_limit=outputs.save_total_limit, background=outputs.async_save
+            self,
+            say=self.log.print,
+            save_total_limit=outputs.save_total_limit,
+            background=outputs.async_save,
+            metric=self.evaluation and self.evaluation.metric,
         )
+        if self.rank == 0:  # evaluations of later steps are gone
+            self.saver.settle_best(self._checkpoints)
         if self._may_stop:
             self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
         self.model.train()
@@ -212,7 +223,7 @@ class Session:
         if self.checkpoint is not None:
             say(f"resumed {self.checkpoint.source} at step {self.first_step}")
 
-    # A step, in the order of these calls. Only reports, validation, previews and saves wait for the device.
+    # A step, in the order of these calls. Only reports, validation, evaluation, previews and saves wait for the device.
 
     def add_losses(self, loss, losses):
         """Keeps a micro-batch's mean loss `()` for watch and report, and of `losses` (N,) each regularizer's part."""
@@ -231,7 +242,7 @@ class Session:
         self.objective.end_step()
 
     def after_step(self, step):
-        """Does all that follows the update of step `step`: averages, report, validation, preview, checkpoint.
+        """Does all that follows the update of step `step`: averages, report, what judges and shows them, checkpoint.
 
         Returns True if the run has been asked to stop: it is saved, and must leave its loop.
         """
@@ -249,11 +260,15 @@ class Session:
         if self.validation is not None and (is_last or step % self.config["data"]["validation_steps"] == 0):
             with self._pause("validating"):
                 self.validation.run(self)
+        best = False
+        if self.evaluation is not None and (is_last or step % self.evaluation.steps == 0):
+            with self._pause("evaluating"):
+                best = self.evaluation.run(self)
         if self.preview is not None and step % self.outputs.preview_every == 0:
             with self._pause("drawing previews"):
                 self.preview.run(self)
         stopped = self._may_stop and not is_last and self.stopping.due(step)
-        if is_last or stopped or step % self.outputs.save_every == 0:
+        if is_last or stopped or best or step % self.outputs.save_every == 0:
             self.save()
         return stopped
 
@@ -262,6 +277,10 @@ class Session:
         self.numbers.check()
         with self._pause("saving"):
             self.saver.save(os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+
+    @property
+    def _checkpoints(self):
+        return os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
 
     @contextlib.contextmanager
     def _pause(self, phase):
@@ -290,7 +309,7 @@ class Session:
 
     def close(self, how_to_go_on):
         """Waits for the last checkpoint, ends the log and says where all is; a stopped run ends with `how_to_go_on`."""
-        place = os.path.dirname(os.path.join(self.folder, self.outputs.checkpoints))
+        place = self._checkpoints
         if self.log is not None:
             self.saver.finish()
             self.log.close()

@@ -85,7 +85,10 @@ def open_output_dir(output_dir, config, lock, *, resume, overwrite):
 
 
 _WAYS_OUT = "choose another output folder, or put that run aside: --overwrite_output_dir"
-_RUN_FILES = ("config.json", "metrics.jsonl", "validation.jsonl", "tb_log", "images", "bad_steps")
+_RUN_FILES = (
+    *("config.json", "metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "best.json"),
+    *("tb_log", "images", "bad_steps"),
+)
 
 
 def _move_earlier_run_aside(output_dir, checkpoint, overwrite):

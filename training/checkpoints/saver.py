@@ -26,6 +26,7 @@ from runtime.machine import available_memory
 from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD, is_refusal, one_line, say
 from training.checkpoints import find, state
+from training.checkpoints.best import BEST, best_checkpoint, settle_best
 from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE
 from training.parallel.shares import LocalShard
 from weights.files import save_pdparams
@@ -87,10 +88,11 @@ class CheckpointSaver:
         save_total_limit: whole checkpoints to keep, None: all.
         background: False: training waits until the checkpoint is on the disk. So it does where the copies would take
             more than half of the memory that is free.
+        metric: the one that says which checkpoint is the best, which is kept beyond the limit; None: as it was.
     """
 
-    def __init__(self, session, *, say=say, save_total_limit=None, background=True):
-        self.session, self.say = session, say
+    def __init__(self, session, *, say=say, save_total_limit=None, background=True, metric=None):
+        self.session, self.say, self.metric = session, say, metric
         self.save_total_limit, self.background = save_total_limit, background
         self._thread = self._failure = None
 
@@ -144,18 +146,31 @@ class CheckpointSaver:
             self.say(f"warning: {folder} is not saved: {one_line(error)}; {then}")
         else:
             self._failure = None
-            rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say)
+            self.settle_best(os.path.dirname(folder))
+            spared = best_checkpoint(self.session.folder)
+            rotate_checkpoints(os.path.dirname(folder), self.save_total_limit, self.say, spared=spared)
             self.say(f"saved {folder}")
 
+    def settle_best(self, checkpoints):
+        """Brings the run's `best.json` up to date, on rank 0, see `training.checkpoints.best`."""
+        try:
+            settle_best(self.session.folder, checkpoints, self.metric)
+        except OSError as error:
+            self.say(f"warning: {BEST} is not written: {one_line(error)}")
 
-def rotate_checkpoints(folder, save_total_limit, say=say):
-    """Deletes, on rank 0, what is older than the newest `save_total_limit` whole checkpoints (None: nothing)."""
+
+def rotate_checkpoints(folder, save_total_limit, say=say, *, spared=None):
+    """Deletes, on rank 0, what is older than the newest `save_total_limit` whole checkpoints (None: nothing).
+
+    The checkpoint `spared`, a path, stays.
+    """
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
             found = find.list_checkpoints(folder)
             whole = [path for path in found if find.damage(path) is None]
             older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
-                delete_folder(path)
+                if spared is None or os.path.abspath(path) != os.path.abspath(spared):
+                    delete_folder(path)
         except OSError as error:
             say(f"warning: no old checkpoint is deleted: {one_line(error)}")

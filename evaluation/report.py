@@ -3,9 +3,9 @@
 import platform
 from importlib.metadata import version
 
+from config.options import METRICS
 from evaluation.run import (
     METRIC_NAMES,
-    METRICS,
     NEIGHBOURS,
     PROJECTIONS,
     SPLIT_SIZE,

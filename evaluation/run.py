@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from config.options import METRICS
 from evaluation import metrics as formulas
 from evaluation.sets import MOMENTS, open_images, read_statistics, size_in_words
 from evaluation.statistics import Statistics
@@ -20,11 +21,7 @@ from runtime.collective import run_on_every_rank
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 
-METRIC_NAMES = {
-    **{"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision"},
-    **{"recall": "recall", "kid": "KID", "mind": "MIND"},
-}
-METRICS = tuple(METRIC_NAMES)
+METRIC_NAMES = dict(zip(METRICS, ("FID", "sFID", "Inception Score", "precision", "recall", "KID", "MIND"), strict=True))
 # The output of a feature network that a metric takes, of which these take every row.
 OUTPUTS = {**dict.fromkeys(METRICS, "pool"), "sfid": "spatial", "inception_score": "logits"}
 OF_ROWS = {"precision", "recall", "kid", "mind"}
@@ -219,7 +216,7 @@ class Reference:
         if self.images and self.images.image_size != tuple(sample_size):
             raise ValueError(
                 f"{self.path}: holds images of {size_in_words(self.images.image_size)}, the samples are of "
-                f"{size_in_words(sample_size)}; expected one size, see --image_size"
+                f"{size_in_words(sample_size)}; expected one size (tools/evaluate.py --image_size N crops)"
             )
         for key in ("preprocessing", "weights_sha256"):
             theirs, ours = self.stored.get("settings", {}).get(key), network.settings.get(key)

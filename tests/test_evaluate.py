@@ -259,7 +259,7 @@ MISTAKES = {
     "sizes of the sets": (
         save(arr_0=images(0, size=(32, 16))),
         [],
-        "reference: holds images of 16x16, the samples are of 16x32; expected one size, see --image_size",
+        "reference: holds images of 16x16, the samples are of 16x32; expected one size",
     ),
     "no covariance": (save("r.npz", **statistics(sigma=None)), STATISTICS, "r.npz: holds mu but no sigma"),
     "covariance of another size": (

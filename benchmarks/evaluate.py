@@ -5,6 +5,8 @@ their medians reported. "CPU" is the processor time of all threads, which other 
 
 features: `evaluation.inception` and pytorch-fid's network (`--torch_python`), from uint8 images of numpy to features in
 numpy, with random weights. The largest difference of their features is reported too, as a share of the largest feature.
+
+metrics: `evaluation.metrics` and torch-fidelity, on made-up features; see benchmarks/evaluate_metrics.py.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import evaluate_metrics
 from benchmarks.turns import Worker, memory, reset_peak, serve
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
@@ -95,7 +98,8 @@ def features(args):
         inception_weights.save(inception_weights.weights(SEED), case["weights"])
         try:
             for part in parts:
-                workers[part] = Worker(sys.executable if part == "ours" else args.torch_python, __file__, part, case)
+                python = sys.executable if part == "ours" else args.torch_python
+                workers[part] = Worker(python, __file__, f"features {part}", case)
             for number in tqdm(range(args.turns + 1), desc="features"):  # the first warms up
                 asked = {part: workers[part].ask(number) for part in parts}
                 turns += [asked] if number else []
@@ -127,7 +131,8 @@ def features(args):
     return figures
 
 
-PARTS = {"features": features}
+PARTS = {"features": features, "metrics": lambda args: evaluate_metrics.metrics(args, __file__)}
+WORK = {"features": work, "metrics": evaluate_metrics.work}
 
 
 def main(argv=None):
@@ -136,17 +141,23 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=500, help="whose features are taken, in all turns [%(default)s]")
     parser.add_argument("--image_size", type=int, default=256, help="pixels [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=50, help="of pytorch-fid, whose own is [%(default)s]")
+    names = evaluate_metrics.METRICS
+    parser.add_argument("--metrics", nargs="+", choices=names, default=names, help="[all]")
+    parser.add_argument("--num_samples", type=int, default=50000, help="made-up features [%(default)s]")
+    parser.add_argument("--num_reference", type=int, default=50000, help="made-up features [%(default)s]")
     parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
     parser.add_argument("--turns", type=int, default=5, help="[%(default)s]")
-    parser.add_argument("--torch_python", metavar="PYTHON", help="Python with torch and pytorch-fid [no comparison]")
+    parser.add_argument("--torch_python", metavar="PYTHON", help="with pytorch-fid, torch-fidelity [none]")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        return work(args.worker[0], json.loads(args.worker[1]))
-    for name in ("images", "image_size", "batch_size", "threads", "turns"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected 1 or more")
+        part, who = args.worker[0].split()
+        return WORK[part](who, json.loads(args.worker[1]))
+    least = {"images": 1, "image_size": 1, "batch_size": 1, "threads": 1, "turns": 1}
+    for name, smallest in {**least, "num_samples": 1000, "num_reference": 1000}.items():
+        if getattr(args, name) < smallest:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected {smallest} or more")
     figures = {part: PARTS[part](args) for part in args.parts}
     if args.output:
         write_json(args.output, {"load_average": os.getloadavg(), "threads": args.threads, **figures})
@@ -155,7 +166,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        if "torch" not in sys.argv:
+        if not any(word.endswith(" torch") for word in sys.argv):
             configure_runtime()
         main()
     else:

@@ -1,6 +1,6 @@
-"""Seconds and memory of the metrics, without the networks, against torch-fidelity's on the same made-up features.
+"""A part of benchmarks/evaluate.py: seconds and memory of the metrics, without the networks, against torch-fidelity's.
 
-Two processes hold the same random features (2048 numbers a row) and logits (1008), and take turns (A B A B), so that
+Two processes hold the same made-up features (2048 numbers a row) and logits (1008), and take turns (A B A B), so that
 what else the machine does falls on both. "of torch-fidelity's time" is the median over the turns. Timed is all the work
 between features and number:
 
@@ -14,21 +14,17 @@ between features and number:
 Peak memory is that of the process, its features included.
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import time
 
-import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.turns import Worker, memory, reset_peak, serve
-from runtime.process import configure_runtime, run_cli
 
 DIM, CLASSES, SPLITS = 2048, 1008, 10
+METRICS = ("fid", "inception_score", "kid", "precision_recall", "mind")
 
 
 def made_up(case):
@@ -96,6 +92,7 @@ def torch_fidelity(case):
 
 
 def work(part, case):
+    """Serves one process's turns: a metric's name gives seconds, processor seconds, value and peak memory."""
     found = {"ours": ours, "torch": torch_fidelity}[part](case)
 
     def turn(name):
@@ -110,14 +107,14 @@ def work(part, case):
     serve(turn)
 
 
-def run(args):
-    """Returns the rows of the table."""
+def metrics(args, script):
+    """Prints the table of metrics; returns its rows. `script` is what the processes run."""
     case = {"threads": args.threads, "num_samples": args.num_samples, "num_reference": args.num_reference}
-    workers = {"ours": Worker(sys.executable, __file__, "ours", case)}
+    workers = {"ours": Worker(sys.executable, script, "metrics ours", case)}
     rows = []
     try:
         if args.torch_python:
-            workers["torch"] = Worker(args.torch_python, __file__, "torch", case)
+            workers["torch"] = Worker(args.torch_python, script, "metrics torch", case)
         for name in args.metrics:
             turns = []
             for _ in tqdm(range(args.turns), desc=name):
@@ -129,7 +126,8 @@ def run(args):
     finally:
         for worker in workers.values():
             worker.close()
-    return rows
+    report(rows)
+    return {"rows": rows}
 
 
 def report(rows):
@@ -145,37 +143,3 @@ def report(rows):
         print(
             f"| {row['metric']} | {seconds['ours']} | {seconds['torch']} | {ratio} | {peak['ours']} | {peak['torch']} |"
         )
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("fid", "inception_score", "kid", "precision_recall", "mind")
-    parser.add_argument("--metrics", nargs="+", choices=names, default=names, help="[all]")
-    parser.add_argument("--num_samples", type=int, default=50000, help="[%(default)s]")
-    parser.add_argument("--num_reference", type=int, default=50000, help="[%(default)s]")
-    parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
-    parser.add_argument("--turns", type=int, default=3, help="[%(default)s]")
-    parser.add_argument("--torch_python", metavar="PYTHON", help="Python with torch-fidelity [no comparison]")
-    parser.add_argument("--output", help="JSON file for the figures")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        return work(args.worker[0], json.loads(args.worker[1]))
-    for name, least in (("num_samples", 1000), ("num_reference", 1000), ("threads", 1), ("turns", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected {least} or more")
-    rows = run(args)
-    report(rows)
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump({"load_average": os.getloadavg(), "threads": args.threads, "rows": rows}, file, indent=2)
-        print(f"figures: {args.output}")
-
-
-if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        if "torch" not in sys.argv:
-            configure_runtime()
-        main()
-    else:
-        run_cli(main)

@@ -205,6 +205,10 @@ class TestSets:
 
 
 class TestCommand:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch):
+        monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")  # as the command does, but for one test only
+
     def test_batch_size_changes_nothing_and_resumes_need_no_finished_shard(self, models, tmp_path, capsys, monkeypatch):
         for size in (1, 3, 64):
             sample_npz.main(arguments(models / "dit", tmp_path / f"{size}.npz", "--batch_size", size))
@@ -316,8 +320,7 @@ class TestCommand:
     @pytest.mark.distributed
     def test_any_number_of_ranks_makes_the_same_file(self, models, tmp_path):
         flags = {"num_images": 70, "steps": 4}  # by the SDE, whose steps are random
-        sample_npz.main(arguments(models / "sit", tmp_path / "1.npz", **flags))
-        for ranks in (2, 4):
+        for ranks in (1, 2, 4):
             done = launch(
                 ranks,
                 "tools/sample_npz.py",
@@ -326,4 +329,4 @@ class TestCommand:
             )
             assert done.returncode == 0, done.stdout + done.stderr
             assert (tmp_path / f"{ranks}.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
-            assert not (tmp_path / f".{ranks}.npz.parts").exists()
+        assert not list(tmp_path.glob(".*"))

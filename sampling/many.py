@@ -17,7 +17,7 @@ tile as a whole.
 import numpy as np
 
 LABELS = ("random", "balanced")
-CPU_TILE = 16  # more makes a CPU hardly faster
+CPU_TILE = 32  # more makes a CPU hardly faster
 
 
 def choose_labels(kind, num_images, num_classes, seed):

@@ -208,7 +208,7 @@ def main(argv=None):
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     rank, world = init_distributed()
     generator = open_generator(args, model, **options)
-    tile = args.tile or choose_tile(args.batch_size or 32)
+    tile = args.tile or min(choose_tile(args.batch_size or 32), args.num_images)
     if rank == 0:
         if device == "cpu" and args.batch_size is not None:
             note_unused(["batch_size"], f"on a CPU, which computes {counted(tile, 'image')} at once (--tile)")

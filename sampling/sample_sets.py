@@ -22,7 +22,7 @@ from runtime.untrusted import read_json_object, shortened
 
 MAX_SHARDS = 512
 # Keys of the settings that say where things are and what made them, and do not decide what the images are.
-NOT_DECISIVE = ("model", "vae", "versions", "bytes", "rounding_formula")
+NOT_DECISIVE = ("model", "vae", "versions", "environment", "bytes", "rounding_formula")
 # What messages call those that are no flag.
 _WORDS = {
     "version": "the format",

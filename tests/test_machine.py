@@ -74,3 +74,17 @@ def test_the_python_of_the_virtual_environment_sets_it():
     code = "import os; print(os.environ.get('MKL_DEBUG_CPU_TYPE'))"
     found = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(expected.get("MKL_DEBUG_CPU_TYPE")) and not found.stderr
+
+
+@pytest.mark.parametrize(
+    ("vendor", "given", "expected"),
+    [
+        ("GenuineIntel", {}, "AUTO,STRICT"),
+        ("GenuineIntel", {"MKL_CBWR": "AVX2"}, "AVX2"),
+        ("AuthenticAMD", {}, None),
+    ],
+)
+def test_reproducible_products_are_for_intels_processors(vendor, given, expected, tmp_path):
+    (tmp_path / "cpuinfo").write_text(AMD.replace("AuthenticAMD", vendor))
+    machine.set_mkl_reproducible(given, str(tmp_path / "cpuinfo"))
+    assert given.get("MKL_CBWR") == expected

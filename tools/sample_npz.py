@@ -11,9 +11,9 @@ OUTPUT.npz holds arr_0, uint8 (N, H, W, 3), and arr_1, the labels; OUTPUT.json e
 All noise of image i, that of the steps too, depends on (seed, i) alone. After a kill the same command goes on where it
 was, also on another number of ranks, and the files are the same to the bit.
 
-On a CPU the network computes --tile images at once whatever --batch_size, the batch size and the ranks then change no
-bit; another machine's processor may. On a GPU the tile is the batch: another --batch_size changes some pixels by the
-rounding errors of its kernels.
+On a CPU the network computes --tile images at once whatever --batch_size: neither batch size nor ranks change a bit.
+Another processor may, and on one that is not Intel's the number of threads: fix OMP_NUM_THREADS there. On a GPU the
+tile is the batch: another --batch_size changes some pixels by the rounding errors of its kernels.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.options import DEFAULT_VAE, SIT_VAE
 from features.autoencoder import ROUNDINGS, LatentScaling
 from runtime.files import check_output
+from runtime.machine import set_mkl_reproducible
 from runtime.process import configure_runtime, counted, init_distributed, resolve_device, run_cli
 from runtime.progress import tqdm
 from sampling.flags import (
@@ -170,6 +171,7 @@ def make_settings(args, model, generator, classes, options, sampling, tile):
         "model": {"path": os.path.abspath(args.model_path), "kind": model.kind, "type": model.type, "key": args.key},
         "vae": generator.vae_name or f"of {args.model_path}",
         "versions": {"paddle": paddle.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
+        "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_CBWR")},
     }
 
 
@@ -195,6 +197,7 @@ def main(argv=None):
     interval = options.pop("guidance_interval", None)
 
     configure_runtime()
+    set_mkl_reproducible()
     import paddle
 
     from runtime.collective import run_on_every_rank, run_on_rank_0
@@ -205,7 +208,7 @@ def main(argv=None):
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     rank, world = init_distributed()
     generator = open_generator(args, model, **options)
-    tile = args.tile or choose_tile(args.batch_size or 32)
+    tile = args.tile or min(choose_tile(args.batch_size or 32), args.num_images)
     if rank == 0:
         if device == "cpu" and args.batch_size is not None:
             note_unused(["batch_size"], f"on a CPU, which computes {counted(tile, 'image')} at once (--tile)")

@@ -203,7 +203,9 @@ def main(argv=None):
         reference.check(network, samples.image_size)
         settings = {
             **network.settings,
-            **{"samples": describe_samples(samples), "vae": vae, "device": device},
+            "samples": describe_samples(samples),
+            "vae": vae,
+            "device": device,
             **{name: getattr(args, name) for name in ("image_size", "batch_size", "seed")},
         }
     for note in [*(samples.notes if samples else ()), *reference.notes] if rank == 0 else ():

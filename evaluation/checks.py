@@ -36,6 +36,12 @@ def checked(array, name, shape, least=1):
     return array
 
 
+def check_covariance(sigma, name):
+    """Raises `ValueError` naming the argument or file unless a square matrix may be a covariance."""
+    if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+        raise ValueError(f"{name}: not symmetric, or negative on its diagonal; expected a covariance")
+
+
 def check_count(value, name):
     """Raises `ValueError` unless `value` is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import linalg
 from scipy.linalg import lapack
 
-from evaluation.checks import blocks, check_count, checked, gram, product
+from evaluation.checks import blocks, check_count, check_covariance, checked, gram, product
 from evaluation.neighbours import Balls
 
 LOGIT_ROWS = 512  # rows of probabilities at once: the work stays in the cache
@@ -68,8 +68,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         sigma = sigmas[place].astype(np.float64)
         if sigma.shape != (len(mu1), len(mu1)):
             raise ValueError(f"{name}: an array of shape {sigma.shape}; expected {(len(mu1), len(mu1))}, as of mu1")
-        if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
-            raise ValueError(f"{name}: not symmetric, or negative on its diagonal; expected a covariance")
+        check_covariance(sigma, name)
         sigmas[place] = (sigma + sigma.T) / 2
     a, b = map(_factor, sigmas)
     traces = np.trace(sigmas[0]) + np.trace(sigmas[1])

@@ -316,6 +316,8 @@ def cautions(samples, reference, metrics):
         )
     width = max(len(samples.moments[OUTPUTS[metric]].mean) for metric in distances)
     counts = {"samples": samples.count, "reference images": reference.count}
+    if reference.images and all(map(reference.has_stored, distances)):  # of other images
+        del counts["reference images"]
     few = [f"{count:,} {what}" for what, count in counts.items() if count is not None and count <= width]
     if few:
         found.append(f"{' and '.join(few)} for {width:,} features: the covariances are singular")

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
+from evaluation.checks import check_covariance
 from features.images import center_crop, encodable, load_pixels, opened, some_of, walk_files
 from features.npy import NpzArray, npz_names
 from features.read_ahead import map_ahead
@@ -88,6 +89,7 @@ class _Npz(ImageSet):
             raise ValueError(f"{path}: holds no images: expected arr_0, uint8 (N, H, W, 3), found {found}")
         self._array = NpzArray(path, "arr_0")
         shape, dtype = self._array.shape, self._array.dtype
+        self._array.check_order()
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             hint = ", which looks like labels" if len(shape) == 1 and dtype.kind in "iu" else ""
             hint = ", not scaled to 0..255" if dtype.kind == "f" else hint
@@ -124,6 +126,9 @@ class _Folder(ImageSet):
         others = [name for name in names if not name.lower().endswith(ENDINGS) and name != "samples.json"]
         if others:
             self.notes = (f"{path}: left out, no {', '.join(ENDINGS)}: {len(others)} ({some_of(others)})",)
+        if lost:
+            lost = sorted(file[len(prefix) :] for file in lost)
+            self.notes += (f"{path}: left out, links that lead nowhere or in a circle: {len(lost)} ({some_of(lost)})",)
         self.image_size = (image_size, image_size) if image_size else self._common_size()
 
     def __len__(self):
@@ -169,7 +174,7 @@ def read_statistics(path):
     """Returns mean and covariance in a `.npz`, by ADM's names: `mu`, `sigma` and `mu_s`, `sigma_s`, float64, if there.
 
     And what `write_statistics` adds: `num_images`, an int, and `settings`, a dict on the features. ValueError for a
-    mean without its covariance, shapes that don't fit, another type, NaN.
+    mean without its covariance, shapes that don't fit, another type, NaN, no covariance.
     """
     names, found = npz_names(path), {}
     for mean, covariance in MOMENTS.values():
@@ -188,6 +193,7 @@ def read_statistics(path):
             found[array.name] = array.read().astype("float64")
             if not np.isfinite(found[array.name]).all():
                 raise ValueError(f"{path}: {array.name} holds NaN or infinity")
+        check_covariance(found[covariance], f"{path}: {covariance}")
     if found and "num_images" in names:
         array = NpzArray(path, "num_images")
         if array.shape == () and array.dtype.kind in "iu":

@@ -77,11 +77,15 @@ class NpzArray:
                     raise ValueError(f"{self.name} should have {stated:,} bytes, and has {size:,}")
                 yield stream, (shape, fortran, dtype)
 
+    def check_order(self):
+        """Raises `ValueError` for an array that `blocks` can't read, since its rows do not lie one after the other."""
+        if self.fortran and len(self.shape) > 1:
+            raise ValueError(f"{self.path}: {self.name} is in Fortran order; save numpy.ascontiguousarray of it")
+
     def blocks(self, rows, start=0, stop=None):
         """Yields the rows from `start` to `stop` (None: all), at most `rows` at once, as arrays."""
         stop = self.shape[0] if stop is None else stop
-        if self.fortran and len(self.shape) > 1:
-            raise ValueError(f"{self.path}: {self.name} is in Fortran order; save numpy.ascontiguousarray of it")
+        self.check_order()
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         with contextlib.ExitStack() as stack:
             with self._errors():

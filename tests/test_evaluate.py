@@ -167,8 +167,9 @@ def test_a_folder_is_sorted_by_path_and_converted_by_pillow(tmp_path):
     for number, (name, mode) in enumerate(colours.items()):
         Image.fromarray(images(number, 1)[0]).convert(mode).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "d.png").symlink_to(tmp_path / "gone.png")
     found = open_images(str(tmp_path))
-    assert "notes.txt" in found.notes[0]
+    assert "notes.txt" in found.notes[0] and "lead nowhere" in found.notes[1] and "d.png" in found.notes[1]
     expected = [np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in sorted(colours)]
     np.testing.assert_array_equal(np.concatenate(list(found.batches(3))), expected)
     np.testing.assert_array_equal(np.concatenate(list(found.batches(1, 1, 3))), expected[1:3])
@@ -288,12 +289,19 @@ MISTAKES = {
         [*STATISTICS, "--metrics", "recall"],
         "r.npz: recall is impossible: the reference holds statistics and no images",
     ),
+    "no covariance but a matrix": (
+        save("r.npz", **statistics(sigma=-np.eye(48))),
+        STATISTICS,
+        "r.npz: sigma: not symmetric, or negative on its diagonal",
+    ),
+    "no metric": (None, ["--metrics", ","], "--metrics: names none"),
     "unknown metric": (None, ["--metrics", "fid", "lpips"], "lpips is unknown; expected some of fid, sfid, "),
     "statistics of statistics": (
         save("r.npz", **statistics()),
         [*STATISTICS, "--save_statistics", "{}/s.npz"],
         "--save_statistics: .*r.npz holds statistics and no images",
     ),
+    "Fortran order": (save("r.npz", arr_0=np.asfortranarray(images(0))), STATISTICS, "r.npz: arr_0 is in Fortran"),
     "settings of other samples": (
         lambda folder: (folder / "samples.json").write_text('{"num_images": 13}'),
         [],
@@ -387,12 +395,16 @@ def test_stored_statistics_are_the_reference_and_come_back(sets, blocks, capsys)
     assert re.search(told, capsys.readouterr().out)
 
 
-def test_distances_take_stored_statistics_and_the_others_the_images(sets, blocks):
+def test_distances_take_stored_statistics_and_the_others_the_images(sets, blocks, capsys):
     whole = {**statistics(mu=np.ones(48)), "arr_0": images(1, 20)}
     np.savez(sets / "both.npz", **whole)
     np.savez(sets / "alone.npz", **statistics(mu=np.ones(48)))
     both, alone, direct = (
         run(sets, reference=name, output=f"{name}.json") for name in ("both.npz", "alone.npz", "reference")
+    )
+    said = capsys.readouterr().out
+    assert (
+        said.count("12 samples for 48 features") == 2 and said.count("12 samples and 20 reference images for 48") == 1
     )
     for name in METRICS:
         assert both[name] == (alone if name in ("fid", "sfid") else direct)[name]
@@ -429,10 +441,11 @@ def test_ranks_share_the_work_and_tell_what_one_does(tmp_path):
 
 
 def test_report_and_table_tell_what_a_number_belongs_to(sets, blocks, capsys):
-    (sets / "samples.json").write_text(json.dumps({"guidance_scale": 1.5, "weights": {"sha256": "ab"}}))
+    drawn = {"num_images": 12, "guidance_scale": 1.5, "weights": {"sha256": "ab"}}
+    (sets / "samples.json").write_text(json.dumps(drawn))
     found = run(sets, "--seed", "3", "--metrics", "fid", "kid")
     settings = found["settings"]
-    assert settings["samples"]["settings"] == {"guidance_scale": 1.5, "weights": {"sha256": "ab"}}
+    assert settings["samples"]["settings"] == drawn
     assert settings["features"] == "blocks" and settings["weights_sha256"] == "0" * 64 and settings["seed"] == 3
     assert settings["reference"]["kind"] == "folder" and settings["precision_recall_k"] == 3
     assert settings["versions"]["numpy"] == np.__version__ and found["kid_standard_error"] > 0
@@ -444,6 +457,13 @@ def test_report_and_table_tell_what_a_number_belongs_to(sets, blocks, capsys):
     lines = said.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["metric", "FID", "KID", "report:"]
     assert f"{found['fid']:.6g}" in lines[-3] and "N = 12" in lines[-3]
+
+
+def test_a_json_beside_the_samples_may_be_something_else(sets, blocks):
+    run(sets, output="samples.json")  # a report
+    assert run(sets, output="second.json")["settings"]["samples"]["settings"] is None
+    (sets / "samples.json").write_text("[1, 2]")
+    assert run(sets, output="third.json")["settings"]["samples"]["settings"] is None
 
 
 def test_selfcheck_compares_with_the_published_values(sets, blocks, capsys, monkeypatch):

@@ -25,6 +25,7 @@ Many GPUs: python -m paddle.distributed.launch tools/evaluate.py ...; the ranks 
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -102,8 +103,12 @@ def describe_samples(samples):
     is_folder, drawn = os.path.isdir(samples.path), None
     beside = os.path.join(samples.path, "samples.json") if is_folder else os.path.splitext(samples.path)[0] + ".json"
     if samples.kind != "reconstructions" and os.path.isfile(beside):
-        drawn = read_json_object(beside)
-        if (count := drawn.get("num_images")) not in (None, len(samples)):
+        with contextlib.suppress(ValueError):  # somebody else's
+            drawn = read_json_object(beside)
+        count = (drawn or {}).get("num_images")
+        if count is None:  # such as a report of these samples
+            drawn = None
+        elif count != len(samples):
             raise ValueError(
                 f"{beside}: tells of {shortened(count)} images, there are {len(samples)}; is it of others?"
             )
@@ -169,6 +174,8 @@ def save_statistics(path, reference, network):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     args.metrics = args.metrics and [metric for words in args.metrics for metric in words.split(",") if metric]
+    if args.metrics == []:
+        raise ValueError("--metrics: names none; leave it out for all that are possible")
     check(args)
     configure_runtime()
     import paddle
@@ -196,7 +203,9 @@ def main(argv=None):
         reference.check(network, samples.image_size)
         settings = {
             **network.settings,
-            **{"samples": describe_samples(samples), "vae": vae, "device": device},
+            "samples": describe_samples(samples),
+            "vae": vae,
+            "device": device,
             **{name: getattr(args, name) for name in ("image_size", "batch_size", "seed")},
         }
     for note in [*(samples.notes if samples else ()), *reference.notes] if rank == 0 else ():

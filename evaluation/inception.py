@@ -35,7 +35,8 @@ def find_weights(path=None):
     checkpoints = os.path.join(os.path.expanduser(cache), "hub", "checkpoints")
     advice = (
         f"download {PUBLISHED[0]} (96 MB, SHA-256 {SHA256_PREFIX}...) from {PYTORCH_FID_URL}{PUBLISHED[0]} to "
-        f"{checkpoints}{os.sep}, or say where it is: --inception PATH, or {VARIABLE}=PATH in the environment"
+        f"{checkpoints}{os.sep}, or say where it is: {VARIABLE}=PATH in the environment, --inception PATH of "
+        "tools/evaluate.py, or inception_weights in a config's section evaluation"
     )
     chosen = path or os.environ.get(VARIABLE)
     if chosen:

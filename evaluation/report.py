@@ -43,8 +43,14 @@ def make_report(numbers, num_samples, num_reference, settings):
         "num_samples": num_samples,
         "num_reference": num_reference,
         **{name: numbers.get(name) for name in names},
-        "settings": {**settings, **PROTOCOL, "versions": versions()},
+        "settings": {**settings, **PROTOCOL, "kid_subset_size": subset_size(num_samples, num_reference)}
+        | {"versions": versions()},
     }
+
+
+def subset_size(num_samples, num_reference):
+    """Returns how many rows KID draws from each set."""
+    return min(SUBSET_SIZE, num_samples, num_reference or num_samples)
 
 
 def versions():
@@ -72,7 +78,8 @@ def table(report, reference):
 
 def _note(name, report, reference_set):
     samples, reference = report["num_samples"], report["num_reference"]
-    subset = min(SUBSET_SIZE, samples, reference or samples)
+    subset = subset_size(samples, reference)
+    drawn = f"standard error {report['kid_standard_error'] or 0:.2g}, {SUBSETS} subsets of {subset:,}"
     bias = f", biased upwards: fewer than {USUAL_COUNT:,} samples" if samples < USUAL_COUNT else ""
     origin = "the reference's stored statistics" if reference_set.has_stored(name) else "the reference's images"
     distance = f"N = {samples:,}, against {origin}{bias}"
@@ -83,7 +90,7 @@ def _note(name, report, reference_set):
         "inception_score": f"{splits} of {min(SPLIT_SIZE, samples):,}",
         "precision": f"k = {NEIGHBOURS}, N = {samples:,}",
         "recall": f"k = {NEIGHBOURS}, {reference or 0:,} reference images",
-        "kid": f"standard error {report['kid_standard_error'] or 0:.2g}, {SUBSETS} subsets of {subset:,}",
+        "kid": drawn if subset < max(samples, reference or 0) else "all of both sets, nothing drawn",
         "mind": f"{PROJECTIONS:,} projections of {min(samples, reference or samples):,} samples",
         "psnr": "dB, mean over the images",
         "ssim": "Gaussian of 11x11, mean over channels and images",

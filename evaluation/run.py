@@ -183,7 +183,7 @@ class Reference:
         """Returns why a metric can't be had with the `outputs` of a network, or None if it can."""
         output = OUTPUTS[metric]
         if output not in outputs:
-            return f"the features have no {output}"
+            return f"these features have no output {output!r}"
         counts = [count for count in (self.count, num_samples) if count is not None]
         if metric in ("precision", "recall") and min(counts, default=NEIGHBOURS + 1) <= NEIGHBOURS:
             return f"it takes more than {NEIGHBOURS} images of each set"
@@ -192,8 +192,8 @@ class Reference:
         if not self.stored:
             return "there is no reference"
         if metric in OF_ROWS:
-            return "the reference holds statistics and no images"
-        return f"the reference holds neither images nor {' and '.join(MOMENTS[output])}"
+            return f"the reference {self.path} holds statistics and no images"
+        return f"the reference {self.path} holds neither images nor {' and '.join(MOMENTS[output])}"
 
     def choose(self, asked, outputs, num_samples=None):
         """Chooses `metrics`: those `asked` for, or with None all that are possible; the others are `left_out`.
@@ -204,7 +204,8 @@ class Reference:
             if metric not in METRICS:
                 raise ValueError(f"metrics: {shortened(metric)} is unknown; expected some of {', '.join(METRICS)}")
             if reason := self.why_not(metric, outputs, num_samples):
-                raise ValueError(f"{self.path or 'metrics'}: {metric} is impossible: {reason}")
+                can = [name for name in METRICS if not self.why_not(name, outputs, num_samples)]
+                raise ValueError(f"metrics: {metric} is impossible: {reason}; possible: {', '.join(can) or 'none'}")
         reasons = {metric: self.why_not(metric, outputs, num_samples) for metric in METRICS}
         self.metrics = [metric for metric in METRICS if (metric in asked if asked else not reasons[metric])]
         self.left_out = {} if asked else {metric: reason for metric, reason in reasons.items() if reason}
@@ -218,12 +219,14 @@ class Reference:
                 f"{self.path}: holds images of {size_in_words(self.images.image_size)}, the samples are of "
                 f"{size_in_words(sample_size)}; expected one size (tools/evaluate.py --image_size N crops)"
             )
-        for key in ("preprocessing", "weights_sha256"):
-            theirs, ours = self.stored.get("settings", {}).get(key), network.settings.get(key)
-            if theirs in (None, ours):
+        made, using = self.stored.get("settings", {}), {**network.settings, "image_size": list(sample_size)}
+        for key in ("features", "preprocessing", "image_size", "weights_sha256", "program_sha256"):
+            theirs, ours = made.get(key), using.get(key)
+            if theirs in (None, ours) or key == "features" and "program_sha256" in made and "program_sha256" in using:
                 continue
-            told = f"{self.path}: statistics of other features: {key} {shortened(theirs)}, not {shortened(ours)}"
-            if key == "preprocessing":
+            what = "images" if key == "image_size" else "features"
+            told = f"{self.path}: statistics of other {what}: {key} {shortened(theirs)}, not {shortened(ours)}"
+            if key != "weights_sha256" or ours is None or using["features"] != "inception":
                 raise ValueError(told)
             self.notes.append(f"{told}; the same weights in another format are no matter")
         used = [(output, mean) for output, (mean, _) in MOMENTS.items() if mean in self.stored]
@@ -262,15 +265,15 @@ def open_reference(path, *, image_size=None):
     return Reference(path, images, stored)
 
 
-def load_reference(path, network, metrics=None, *, sample_size, batch_size=64, image_size=None):
+def load_reference(path, network, metrics=None, *, sample_size, num_samples=None, batch_size=64, image_size=None):
     """Returns a `Reference` that is ready for `compute_metrics`; all ranks call it, which share the work.
 
-    `metrics` is what is asked for, or None for all that are possible; `sample_size` the samples' (height, width).
-    ValueError, one line, for a file that is no reference, a metric that is impossible, images of another size,
-    statistics of other features.
+    `path` is None for the Inception Score alone; `metrics` what is asked for, or None for all that are possible;
+    `sample_size` the samples' (height, width). ValueError, one line, for a file that is no reference, a metric that is
+    impossible, images of another size, statistics of other features.
     """
-    reference = open_reference(path, image_size=image_size)
-    reference.choose(metrics, network.outputs)
+    reference = Reference(None, None, {}) if path is None else open_reference(path, image_size=image_size)
+    reference.choose(metrics, network.outputs, num_samples)
     reference.check(network, sample_size)
     reference.extract(network, batch_size)
     return reference

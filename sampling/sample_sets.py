@@ -98,7 +98,7 @@ class SampleSet:
             self._lock.take(self.parts)
             return False
         if not os.path.exists(self.path) and os.path.exists(self.report) and not overwrite and not is_ours:
-            check_output(self.report)
+            check_output(self.report, flag=f"--output {self.shown} comes with ")
         if not is_ours and os.path.exists(self._saved) and not overwrite:
             changed = differences(read_json_object(self._saved), self.settings)
             raise ValueError(

@@ -293,7 +293,10 @@ def test_slow_metrics_are_no_hang_and_no_part_of_the_speeds(place, tmp_path, run
     [
         ({"reference": "/no/such.npz"}, "/no/such.npz: no such file"),
         ({"features": "/no/such"}, "features /no/such: expected inception, digits, or the path of a program"),
-        ({"metrics": ["fid", "sfid"]}, "sfid is impossible: the features have no spatial"),
+        (
+            {"metrics": ["fid", "sfid"]},
+            "metrics: sfid is impossible: these features have no output 'spatial'; possible: fid",
+        ),
         ({"reference": VAE}, "digits_vae: .*image"),
         ({"num_inference_steps": 1}, "evaluation: num_steps"),
         ({"num_inference_steps": 300, "kind": "DiT"}, "evaluation: --num_inference_steps 300: no integer stride"),

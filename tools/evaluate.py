@@ -37,13 +37,19 @@ from runtime.files import check_output, sha256_of_file, write_json
 from runtime.process import configure_runtime, resolve_device, run_cli, say
 from runtime.untrusted import read_json_object, shortened
 
+# Of the settings that tools/sample_npz.py writes, what is printed.
+TOLD = (
+    *("labels", "seed", "scheduler", "sampler", "method", "diffusion_form", "num_inference_steps"),
+    *("guidance_scale", "guidance_channels", "guidance_interval", "rounding", "dtype"),
+)
+
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", help=".npz or folder of the images to judge")
     parser.add_argument("--reference", required=True, help=".npz or folder of real images, or .npz of their statistics")
     parser.add_argument(
-        "--metrics", nargs="+", help="fid sfid inception_score precision recall kid mind (default: all)"
+        "--metrics", nargs="+", help="some of fid sfid inception_score precision recall kid mind (default: all)"
     )
     parser.add_argument(
         "--features", default="inception", help="inception (default), digits, or the path of a Paddle Inference program"
@@ -63,7 +69,9 @@ def build_parser():
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default 64)")
     parser.add_argument("--device", default="auto", help="cpu, gpu, gpu:N or auto (default): a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="of KID's subsets and MIND's projections (default 0)")
-    parser.add_argument("--output", default="report.json", help="JSON to write (default report.json)")
+    parser.add_argument(
+        "--output", default="report.json", help="JSON to write, of --samples or --vae (default report.json)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--save_statistics", metavar="FILE", help=".npz that gets the statistics of the reference's images"
@@ -150,8 +158,7 @@ def print_settings(settings, samples, reference):
     else:
         print(f"samples:   {samples}")
     if drawn:
-        plain = {key: value for key, value in drawn.items() if isinstance(value, (str, int, float))}
-        pairs = (f"{key} {shortened(value, 60)}" for key, value in plain.items())
+        pairs = (f"{key} {shortened(drawn[key], 60)}" for key in TOLD if drawn.get(key) is not None)
         print(f"           drawn with {', '.join(pairs)}")
     held = [str(reference.images or reference.path), *of["statistics"]]
     print(f"reference: {', '.join(held)}" + (f"; sha256 {of['sha256'][:12]}" if of["sha256"] else ""))
@@ -167,13 +174,14 @@ def save_statistics(path, reference, network):
 
     found = reference.extracted
     moments = {output: (each.mean, each.covariance) for output, each in found.moments.items()}
-    write_statistics(path, moments, found.count, network.settings)
+    settings = {**network.settings, "image_size": list(reference.images.image_size)}
+    write_statistics(path, moments, found.count, settings)
     say(f"statistics of {reference.images}: {path}")
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    args.metrics = args.metrics and [metric for words in args.metrics for metric in words.split(",") if metric]
+    args.metrics = args.metrics and [name.lower() for words in args.metrics for name in words.split(",") if name]
     if args.metrics == []:
         raise ValueError("--metrics: names none; leave it out for all that are possible")
     check(args)

@@ -58,7 +58,7 @@ METHODS = {"ode": "euler", "sde": "Euler"}  # without --method
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="see above")
-    parser.add_argument("--output", required=True, help="npz to write")
+    parser.add_argument("--output", required=True, help="npz to write; a JSON of its settings gets the same name")
     parser.add_argument("--png", metavar="FOLDER", help="new folder for the images as 000000.png ... too")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a set, or an unfinished one, of other settings"

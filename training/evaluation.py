@@ -14,9 +14,10 @@ import paddle
 from config.options import DEFAULT_VAE, SIT_VAE
 from config.schema import MODEL_TYPES
 from evaluation.networks import load_features
-from evaluation.run import Reference, cautions, compute_metrics, extract, gather, open_reference
+from evaluation.run import cautions, compute_metrics, extract, gather, load_reference
 from features.autoencoder import open_vae
 from runtime.collective import run_on_every_rank, run_on_rank_0
+from runtime.files import sha256_of_file
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
 from sampling.many import choose_labels, choose_tile, draw_images
@@ -55,13 +56,10 @@ class Evaluation:
         is_diffusion = config["objective"]["type"] == "diffusion"
         self.steps, self.metrics, self.batch_size = settings["steps"], settings["metrics"], settings["batch_size"]
         self.sampling = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
-        try:
-            if is_diffusion:
-                check_num_steps(settings["num_inference_steps"], config["objective"]["diffusion_steps"], "stride")
-            else:
-                objective.check_num_steps(settings["num_inference_steps"])
-        except ValueError as error:
-            raise ValueError(f"evaluation: {error}") from None
+        if is_diffusion:
+            check_num_steps(settings["num_inference_steps"], config["objective"]["diffusion_steps"], "stride")
+        else:
+            objective.check_num_steps(settings["num_inference_steps"])
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE
         wanted = {"default": default, "flag": "--vae_name_or_path", "channels": model["in_channels"]}
@@ -72,22 +70,24 @@ class Evaluation:
         self.generator = Generator(None, sampler, vae=vae, guided_channels=channels, **latent_sizes(model))
         classes = config["data"]["classes"] or model["num_classes"]
         self.labels = choose_labels(settings["labels"], settings["num_samples"], classes, self.SEED)
-        self.reference = self._open_reference(settings["reference"])
+        self.reference = load_reference(
+            settings["reference"],
+            self.network,
+            self.metrics,
+            sample_size=self.generator.image_size,
+            num_samples=len(self.labels),
+            batch_size=self.batch_size,
+        )
         for note in [*notes, *self.reference.notes] if paddle.distributed.get_rank() == 0 else ():
             say(f"note: {note}")
         paths = {key: settings[key] for key in ("reference", "features")}
         names = {key: path and os.path.basename(os.path.normpath(path)) for key, path in paths.items()}
-        given = {**self.network.settings, **names, "labels": settings["labels"], **self.sampling}
+        given = {**self.network.settings, **names, "labels": settings["labels"], "seed": self.SEED, **self.sampling}
+        given["num_reference"] = self.reference.count
+        if names["reference"] and os.path.isfile(settings["reference"]):
+            given["reference_sha256"] = sha256_of_file(settings["reference"]).hex()
         self.settings = json.loads(json.dumps(given))  # of the numbers; rows with others are not compared
         self._cautioned = False
-
-    def _open_reference(self, path):
-        reference = Reference(None, None, {}) if path is None else open_reference(path)
-        reference.choose(self.metrics, self.network.outputs, len(self.labels))
-        if path is not None:
-            reference.check(self.network, self.generator.image_size)
-            reference.extract(self.network, self.batch_size)
-        return reference
 
     @property
     def metric(self):

@@ -146,7 +146,10 @@ class Session:
             sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
             self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
         if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
-            self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)
+            try:
+                self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)
+            except ValueError as error:
+                raise ValueError(f"evaluation: {error}") from None
         elif config["evaluation"]["steps"] is None and config["evaluation"]["reference"] is not None:
             self.notes.append("the config's section evaluation has no effect without steps")
 

@@ -196,7 +196,9 @@ def mean_and_error(estimates):
 
 
 def mind(x, y, num_projections=1000, seed=0, projections=None):
-    """Returns the MIND: 3 D times the mean squared Wasserstein-2 distance of two sets along random directions.
+    """Returns the Monge Inception Distance: 3 D times the mean squared Wasserstein-2 distance along random directions.
+
+    Source: Berthet et al., arXiv 2605.06797.
 
     Args:
         x: features `(N, D)`. y: features `(M, D)`; of the larger set a random part is taken, as large as the other.

@@ -105,12 +105,18 @@ def nearest_distance(images, train_images):
     return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
 
 
-def spread(images, labels):
-    """Returns the variance of grey pixels within a class, mean over pixels and classes; None for one image a class."""
-    classes = [grey(images[labels == label]) for label in np.unique(labels)]
-    if min(map(len, classes)) < 2:
-        return None
-    return float(np.mean([rows.var(axis=0, ddof=1).mean() for rows in classes]))
+def spread(images, labels, real):
+    """Returns the variance of grey pixels within a class, as a part of that of `real` digits `(images, labels)`.
+
+    It is the mean over pixels and classes; None where a class has one image.
+    """
+    found = []
+    for pictures, classes in ((images, labels), real):
+        rows = [grey(pictures[classes == label]) for label in np.unique(classes)]
+        if min(map(len, rows)) < 2:
+            return None
+        found.append(np.mean([of_class.var(axis=0, ddof=1).mean() for of_class in rows]))
+    return float(found[0] / found[1])
 
 
 def share(network, images, labels):
@@ -121,17 +127,12 @@ def share(network, images, labels):
 def judge(network, images, labels, heldout):
     """Returns the figures of images `(N, H, W, 3)` of the classes `(N,)`, beside `heldout` digits `(images, labels)`.
 
-    `spread` is the ratio of their variances within a class; the metrics are those on the features of `network`.
+    The metrics are those on the features of `network`.
     """
     samples = extract(network, [images], metrics=METRICS)
     reference = Reference("held-out digits", None, {})
     reference.extracted = extract(network, [heldout[0]], metrics=METRICS)
-    own, real = spread(images, labels), spread(*heldout)
-    return {
-        "share": share(network, images, labels),
-        "spread": None if own is None or real is None else own / real,
-        **compute_metrics(samples, reference, METRICS),
-    }
+    return {"share": share(network, images, labels), **compute_metrics(samples, reference, METRICS)}
 
 
 def evaluate(samples, labels, train, heldout, vae):
@@ -139,7 +140,8 @@ def evaluate(samples, labels, train, heldout, vae):
 
     `train` and `heldout` are `(images, labels)` of real digits. Samples are compared with held-out digits as these are,
     so what the autoencoder loses counts: "real" has the same figures of as many training digits of each class that
-    have passed through `vae`. Distances to training images are those of images that all have left its decoder.
+    have passed through `vae`. The spread within a class and the distances to training images are those of images that
+    all have left its decoder.
     """
     network = Digits()
     found = judge(network, samples, labels, heldout)
@@ -150,6 +152,8 @@ def evaluate(samples, labels, train, heldout, vae):
     order = np.random.default_rng(0).permutation(len(train_images))
     of_class = {label: order[train[1][order] == label][: (labels == label).sum()] for label in np.unique(labels)}
     chosen = np.concatenate([*of_class.values()])
+    real = train_images[chosen], train[1][chosen]
+    seen = heldout_images, heldout[1]
     return {
         "num_images": len(samples),
         "num_heldout": len(heldout[0]),
@@ -158,7 +162,8 @@ def evaluate(samples, labels, train, heldout, vae):
         "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
         "nearest_train_distance_of_samples": float(nearest_distance(samples, train_images).mean()),
         "nearest_train_distance_of_heldout": float(nearest_distance(heldout_images, train_images).mean()),
+        "spread": spread(samples, labels, seen),
         **found,
-        "real": judge(network, train_images[chosen], train[1][chosen], heldout),
+        "real": {"spread": spread(*real, seen), **judge(network, *real, heldout)},
         "settings": network.settings,
     }

@@ -8,7 +8,9 @@ import os
 import numpy as np
 from PIL import Image
 
-from features.images import load_image
+from evaluation.run import METRICS as ALL_METRICS
+from evaluation.run import OUTPUTS, Reference, compute_metrics, extract
+from features.images import load_pixels
 from runtime.files import sha256_of_file
 from runtime.progress import tqdm
 from weights.files import load_weights
@@ -44,6 +46,9 @@ class Digits:
         return {"pool": x, "logits": x @ weight + bias}
 
 
+METRICS = tuple(metric for metric in ALL_METRICS if OUTPUTS[metric] in Digits.outputs)
+
+
 def shrink(images):
     """Returns what the classifier sees of uint8 images `(N, H, W, 3)`: grey, 16x16, in [0, 1]; float32 `(N, 256)`.
 
@@ -69,49 +74,96 @@ def check_size(side, path):
         )
 
 
-def pass_through_vae(vae, samples, size, what, batch_size=50):
-    """Returns images and labels of the samples of `find_images`, cropped to `size` pixels, encoded and decoded.
+def read_digits(samples, size):
+    """Returns images and labels of the samples of `find_images`: uint8 `(N, size, size, 3)`, cropped, and `(N,)`."""
+    return np.stack([load_pixels(path, size) for path, _ in samples]), np.array([label for _, label in samples])
 
-    They are float32 `(N, H, W, 3)` in [0, 1], and int64 `(N,)`; `what` is for the progress bar.
-    """
+
+def pass_through_vae(vae, images, what, batch_size=50):
+    """Returns uint8 images `(N, H, W, 3)`, encoded and decoded, as samples look; `what` is for the progress bar."""
     import paddle
 
-    images = []
+    decoded = []
     with paddle.no_grad():
-        for start in tqdm(range(0, len(samples), batch_size), desc=f"real {what} digits"):
-            x = np.stack([load_image(path, size) for path, _ in samples[start : start + batch_size]])
+        for start in tqdm(range(0, len(images), batch_size), desc=f"real {what} digits"):
+            x = images[start : start + batch_size].astype("float32").transpose(0, 3, 1, 2) / 127.5 - 1  # (n, 3, H, W)
             x = vae.decode(vae.encode(paddle.to_tensor(x)).latent_dist.mean).sample
-            images.append((x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy())
-    return np.concatenate(images), np.array([label for _, label in samples])
+            x = (x / 2 + 0.5).clip(0, 1).transpose([0, 2, 3, 1]).numpy()
+            decoded.append((x * 255).round().astype("uint8"))
+    return np.concatenate(decoded)
 
 
-def pool(images):
-    """Returns what the classifier sees of images `(N, H, W, 3)`: grey, means of 2x2 pixels, `(N, H * W / 4)`."""
-    n, h, w, _ = images.shape
-    return images.mean(axis=-1).reshape(n, h // 2, 2, w // 2, 2).mean(axis=(2, 4)).reshape(n, -1)
+def grey(images):
+    """Returns images `(N, H, W, 3)` as rows of grey pixels in [0, 1], float64 `(N, H * W)`."""
+    return images.mean(axis=-1).reshape(len(images), -1) / 255
 
 
 def nearest_distance(images, train_images):
     """Returns the distance of each image to the nearest training image: root mean square of grey pixels, `(N,)`."""
-    a, b = (x.mean(axis=-1).reshape(len(x), -1).astype("float64") for x in (images, train_images))  # (N, H * W)
+    a, b = grey(images), grey(train_images)  # (N, H * W), (M, H * W)
     squared = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)[None]  # (N, M)
     return np.sqrt(squared.min(axis=1).clip(0) / a.shape[1])
 
 
-def evaluate(samples, labels, train, heldout):
-    """Returns the figures of samples `(N, H, W, 3)` drawn for labels `(N,)`, as a dict.
+def spread(images, labels, real):
+    """Returns the variance of grey pixels within a class, as a part of that of `real` digits `(images, labels)`.
 
-    `train` and `heldout` are `(images, labels)` of real digits.
+    It is the mean over pixels and classes; None where a class has one image.
     """
-    from sklearn.svm import SVC
+    found = []
+    for pictures, classes in ((images, labels), real):
+        rows = [grey(pictures[classes == label]) for label in np.unique(classes)]
+        if min(map(len, rows)) < 2:
+            return None
+        found.append(np.mean([of_class.var(axis=0, ddof=1).mean() for of_class in rows]))
+    return float(found[0] / found[1])
 
-    classifier = SVC(C=10.0).fit(pool(train[0]), train[1])
-    assigned = classifier.predict(pool(samples))
+
+def share(network, images, labels):
+    """Returns the share of images that a `Digits` assigns to their class, of the labels `(N,)`."""
+    return float((network(images)["logits"].argmax(axis=1) == labels).mean())
+
+
+def judge(network, images, labels, heldout):
+    """Returns the figures of images `(N, H, W, 3)` of the classes `(N,)`, beside `heldout` digits `(images, labels)`.
+
+    The metrics are those on the features of `network`.
+    """
+    samples = extract(network, [images], metrics=METRICS)
+    reference = Reference("held-out digits", None, {})
+    reference.extracted = extract(network, [heldout[0]], metrics=METRICS)
+    return {"share": share(network, images, labels), **compute_metrics(samples, reference, METRICS)}
+
+
+def evaluate(samples, labels, train, heldout, vae):
+    """Returns the figures of samples, uint8 `(N, H, W, 3)`, drawn for labels `(N,)`, as a dict.
+
+    `train` and `heldout` are `(images, labels)` of real digits. Samples are compared with held-out digits as these are,
+    so what the autoencoder loses counts: "real" has the same figures of as many training digits of each class that
+    have passed through `vae`. The spread within a class and the distances to training images are those of images that
+    all have left its decoder.
+    """
+    network = Digits()
+    found = judge(network, samples, labels, heldout)
+    assigned = network(samples)["logits"].argmax(axis=1)
+    train_images, heldout_images = (
+        pass_through_vae(vae, images, what) for what, (images, _) in (("train", train), ("heldout", heldout))
+    )
+    order = np.random.default_rng(0).permutation(len(train_images))
+    of_class = {label: order[train[1][order] == label][: (labels == label).sum()] for label in np.unique(labels)}
+    chosen = np.concatenate([*of_class.values()])
+    real = train_images[chosen], train[1][chosen]
+    seen = heldout_images, heldout[1]
     return {
         "num_images": len(samples),
-        "classifier_accuracy_on_heldout": float((classifier.predict(pool(heldout[0])) == heldout[1]).mean()),
-        "share_assigned_to_class_asked_for": float((assigned == labels).mean()),
+        "num_heldout": len(heldout[0]),
+        "classifier_accuracy_on_heldout": share(network, *heldout),
+        "share_assigned_to_class_asked_for": found.pop("share"),
         "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
-        "nearest_train_distance_of_samples": float(nearest_distance(samples, train[0]).mean()),
-        "nearest_train_distance_of_heldout": float(nearest_distance(heldout[0], train[0]).mean()),
+        "nearest_train_distance_of_samples": float(nearest_distance(samples, train_images).mean()),
+        "nearest_train_distance_of_heldout": float(nearest_distance(heldout_images, train_images).mean()),
+        "spread": spread(samples, labels, seen),
+        **found,
+        "real": {"spread": spread(*real, seen), **judge(network, *real, heldout)},
+        "settings": network.settings,
     }

@@ -4,24 +4,27 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.pipelines import make_config, make_model, make_pipeline, state_of
 
-from evaluation.digits import Digits, evaluate, nearest_distance
-from features.images import find_images, load_image, load_pixels
+from evaluation.digits import METRICS, Digits, evaluate, judge, nearest_distance, pass_through_vae, read_digits, spread
+from features.images import find_images, load_image
 from sampling.generator import load_generator
+from sampling.model_path import describe_model
 from sampling.pipelines.export import export_pipeline
 from tools import prepare_digits, train_vae
-from tools.evaluate_digits import main
+from tools.evaluate_digits import main, sampler_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 VAE = ROOT / "assets" / "digits_vae"
@@ -200,36 +203,27 @@ def test_train_vae_skips_unreadable_images_on_request(few_digits, tmp_path, caps
     assert f"1 image could not be read and is left out:\n  {spoilt}: no image format" in told
 
 
-def real_digits(root: Path):
-    samples = find_images(str(root))[0]
-    images = np.stack([load_image(path, 32).transpose(1, 2, 0) / 2 + 0.5 for path, _ in samples])
-    return images, np.array([label for _, label in samples])
-
-
-def test_evaluation_tells_right_from_wrong_and_copies_from_new(digits):
-    train, heldout = real_digits(digits / "train"), real_digits(digits / "heldout")
-    right = evaluate(*heldout, train, heldout)
+def test_evaluation_tells_right_from_wrong_and_copies_from_new(digits, vae):
+    train, heldout = (read_digits(find_images(str(digits / part))[0], 32) for part in ("train", "heldout"))
+    few = train[0][::5], train[1][::5]  # 300: all would be slow
+    seen = pass_through_vae(vae, heldout[0], "held-out")
+    right = evaluate(seen, heldout[1], few, heldout, vae)
     assert right["classifier_accuracy_on_heldout"] > 0.97
-    assert right["share_assigned_to_class_asked_for"] == right["classifier_accuracy_on_heldout"]
+    assert right["share_assigned_to_class_asked_for"] > 0.97
     assert right["nearest_train_distance_of_samples"] == right["nearest_train_distance_of_heldout"] > 0.05
-    wrong = evaluate(heldout[0], (heldout[1] + 1) % 10, train, heldout)
-    assert wrong["share_assigned_to_class_asked_for"] < 0.02
-    copies = evaluate(train[0][::7], train[1][::7], train, heldout)
-    assert copies["nearest_train_distance_of_samples"] < 1e-3
-
-
-def read_digits(root):
-    """uint8 images and labels of an image folder."""
-    samples, _ = find_images(str(root))
-    return np.stack([load_pixels(path, 32) for path, _ in samples]), np.array([label for _, label in samples])
+    assert right["num_heldout"] == 297 and set(METRICS) < set(right)
+    assert abs(right["spread"] - 1) < 1e-9 and right["precision"] > 0.9 and right["recall"] > 0.6
+    wrong = judge(Digits(), heldout[0], (heldout[1] + 1) % 10, heldout)
+    assert wrong["share"] < 0.02
+    assert wrong["fid"] < 1e-5 and wrong["precision"] == wrong["recall"] == 1
+    assert right["real"]["share"] > 0.97 and 0.8 < right["real"]["spread"] < 1.1
+    assert nearest_distance(seen[:50], seen).max() < 1e-6  # copies
 
 
 class TestDigitsFeatures:
     def test_it_knows_heldout_digits_raw_and_after_the_vae(self, digits, vae):
-        import paddle
-
         network = Digits()
-        images, labels = read_digits(digits / "heldout")
+        images, labels = read_digits(find_images(str(digits / "heldout"))[0], 32)
         features = network(images)
         assert {name: (array.dtype, array.shape) for name, array in features.items()} == {
             "pool": (np.dtype("float32"), (297, 64)),
@@ -237,19 +231,16 @@ class TestDigitsFeatures:
         }
         assert tuple(features) == network.outputs
         assert (features["logits"].argmax(axis=1) == labels).mean() >= 0.97
-        with paddle.no_grad():
-            x = paddle.to_tensor(images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1)
-            decoded = vae.decode(vae.encode(x).latent_dist.mean).sample
-        decoded = (decoded.transpose([0, 2, 3, 1]).numpy() * 127.5 + 127.5).clip(0, 255).round().astype("uint8")
+        decoded = pass_through_vae(vae, images, "held-out")
         assert (network(decoded)["logits"].argmax(axis=1) == labels).mean() >= 0.97
 
     def test_it_sees_blocks_of_pixels(self, digits):
-        images, _ = read_digits(digits / "heldout")
-        small = images[:5].reshape(5, 16, 2, 16, 2, 3)
+        images, _ = read_digits(find_images(str(digits / "heldout"))[0][:5], 32)
+        small = images.reshape(5, 16, 2, 16, 2, 3)
         small[:] = small[:, :, :1, :, :1]  # every block of 2x2 pixels of one colour
-        wide = np.repeat(images[:5], 3, axis=2)
-        for more in (small[:, :, 0, :, 0], np.repeat(images[:5], 2, axis=1), wide):
-            np.testing.assert_allclose(Digits()(more)["pool"], Digits()(images[:5])["pool"], atol=1e-4)
+        wide = np.repeat(images, 3, axis=2)
+        for more in (small[:, :, 0, :, 0], np.repeat(images, 2, axis=1), wide):
+            np.testing.assert_allclose(Digits()(more)["pool"], Digits()(images)["pool"], atol=1e-4)
 
     def test_its_settings_name_its_weights(self):
         path = ROOT / "assets/digits_classifier/model.safetensors"
@@ -270,10 +261,54 @@ class TestDigitsFeatures:
             Digits()(images)
 
 
+class TestWorseIsWorse:
+    """Half-trained and noise-corrupted models have worse figures than the trained one, each of them."""
+
+    BETTER_IF_LARGE = {"inception_score", "precision", "recall"}
+
+    @pytest.fixture(scope="class")
+    def figures(self, digits):
+        labels = np.arange(300) % 10
+        heldout = read_digits(find_images(str(digits / "heldout"))[0], 32)
+
+        def draw(name):
+            folder = Path(__file__).parent / "data/digits_2026"
+            model = describe_model(str(folder / f"{name}.safetensors"), config=str(folder / "config.json"))
+            generator = load_generator(model, vae=str(VAE))
+            return generator.sample(labels, num_inference_steps=25, guidance_scale=1.0, sampler="ode", batch_size=100)
+
+        trained = draw("step3000")
+        noise = np.random.default_rng(0).normal(size=trained.shape) * 20
+        images = {
+            "trained": trained,
+            "half-trained": draw("step600"),
+            "noise-corrupted": (trained + noise).clip(0, 255).round().astype("uint8"),
+        }
+        return {name: judge(Digits(), drawn, labels, heldout) for name, drawn in images.items()}
+
+    def test_the_trained_model_is_good(self, figures):
+        assert figures["trained"]["share"] > 0.95 and figures["trained"]["precision"] > 0.85
+
+    @pytest.mark.parametrize("name", ["half-trained", "noise-corrupted"])
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_every_metric_tells(self, metric, name, figures):
+        found, trained = figures[name][metric], figures["trained"][metric]
+        assert found < trained if metric in self.BETTER_IF_LARGE else found > trained
+
+
 def test_nearest_distance_is_the_rms_difference():
-    train = np.stack([np.zeros([4, 4, 3]), np.full([4, 4, 3], 0.9)])
-    images = np.stack([np.full([4, 4, 3], 0.25), np.full([4, 4, 3], 0.8)])
-    np.testing.assert_allclose(nearest_distance(images, train), [0.25, 0.1], rtol=1e-6)
+    train, images = (np.full([2, 4, 4, 3], np.uint8([0, 204])[:, None, None, None]) for _ in range(2))
+    images[:] = np.uint8([51, 153])[:, None, None, None]
+    np.testing.assert_allclose(nearest_distance(images, train), [0.2, 0.2], rtol=1e-6)
+
+
+def test_spread_is_the_variance_within_a_class():
+    images = np.zeros([6, 4, 4, 3], "uint8")
+    images[:] = np.uint8([0, 51, 102, 0, 0, 0])[:, None, None, None]  # a class of variance 51^2, one of 0
+    labels = np.array([1, 1, 1, 2, 2, 2])
+    real = np.concatenate([images, 2 * images]), np.concatenate([labels, labels + 2])
+    assert abs(spread(images, labels, real) - 1 / 2 / (5 / 4)) < 1e-9
+    assert spread(images, np.array([1, 1, 1, 2, 2, 3]), real) is None
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +343,14 @@ def test_evaluation_of_a_pipeline_folder(pipeline_folder, few_digits, tmp_path, 
     assert report["num_images"] == 20 and len(report["share_by_class"]) == 10
     assert report["settings"]["num_inference_steps"] == 2
     assert report["nearest_train_distance_of_samples"] > 0
+    assert {*METRICS, "spread"} < set(report["real"]) & set(report)
+    assert report["settings"]["weights_sha256"] == Digits().settings["weights_sha256"]
     with Image.open(tmp_path / "new" / "grid.png") as grid:
         assert grid.height > 4 * grid.width  # ten rows of two
-    assert f"{report['share_assigned_to_class_asked_for']:.3f} of 20" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{report['share_assigned_to_class_asked_for']:.3f} of 20" in told
+    for name, what in (("fid", "FID"), ("mind", "MIND"), ("recall", "recall"), ("spread", "variance within a class")):
+        assert re.search(rf"{what}.* {report[name]:.4f} / {report['real'][name]:.4f}\n", told)
     # An untrained model can't please everybody: the bar is asked for, so the exit code tells.
     with pytest.raises(SystemExit, match="1"):
         main([*command, "--min_accuracy", "0.9"])
@@ -333,6 +373,7 @@ def test_evaluation_of_a_sit_folder_by_both_samplers(sit_folder, few_digits, tmp
         main(command)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["num_images"] == 10 and report["settings"]["sampler"] == sampler
+        assert report["spread"] is None  # of one image a class
         with Image.open(tmp_path / "grid.png") as grid:
             grids[sampler] = np.asarray(grid).astype(float)
     assert grids["ode"].shape == grids["sde"].shape == (320, 32, 3)
@@ -354,17 +395,24 @@ def test_evaluation_samples_each_kind_of_folder_with_its_own(pipeline_folder, va
         for method in (None, "ddim", "dpm")
     )
     assert np.array_equal(default, ddim) and not np.array_equal(default, dpm)
+    flags = SimpleNamespace(pipeline="dit", scheduler=None, sampler=None, guidance_scale=1.0, num_inference_steps=4)
+    for folder, own in ((pipeline_folder, "ddim"), (tmp_path / "dit", "dpm")):  # but figures are of its own
+        assert sampler_settings(flags, describe_model(str(folder))) == {"method": own}
     config = make_config("SiT")
     export_pipeline(config, state_of(make_model(config)), vae, tmp_path / "stock")
     assert type(load_generator(str(tmp_path / "stock")).objective.scheduler) is EDMEulerScheduler
 
 
-def test_evaluation_names_mistakes(pipeline_folder, few_digits, tmp_path):
+def test_evaluation_names_mistakes(pipeline_folder, sit_folder, few_digits, tmp_path):
     for more, expected in (
         (["--pipeline", str(tmp_path), "--digits", str(few_digits)], "model_index.json"),
         (
             ["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--sampler", "sde"],
-            "--sampler sde is for a SiTPipeline; .* is a DiTPipeline",
+            "--sampler sde is for a SiTPipeline; .* is a DiTPipeline$",
+        ),
+        (
+            ["--pipeline", str(sit_folder), "--digits", str(few_digits), "--scheduler", "dpm"],
+            "--scheduler dpm is for a DiTPipeline; .* is a SiTPipeline$",
         ),
         (["--pipeline", str(pipeline_folder), "--digits", str(tmp_path)], "train: no such folder"),
         (["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "7"], "multiple of 10"),
@@ -428,8 +476,8 @@ FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>commands.txt
 while [ $# -gt 1 ]; do
     case "$1" in
-    --output_dir) folder=$2/checkpoint-800 ;;
-    --results_dir) folder=$2/000-SiT/checkpoints/0000800 ;;
+    --output_dir) folder=$2/checkpoint-2000 ;;
+    --results_dir) folder=$2/000-SiT/checkpoints/0002000 ;;
     esac
     shift
 done
@@ -529,9 +577,9 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
     ]
     assert set(scripts[4:]) == {"tools/evaluate_digits.py"}
     assert f"--config_file config/{model}_digits.json" in lines[2]
-    checkpoint = {"trainer": "checkpoint-800", "notrainer": "000-SiT/checkpoints/0000800"}[loop]
+    checkpoint = {"trainer": "checkpoint-2000", "notrainer": "000-SiT/checkpoints/0002000"}[loop]
     assert f"--model_weights {output}/train/{checkpoint} " in lines[3]
-    assert f"--checkpoint_path {output}/pipeline" in lines[3] and ("--scheduler" in lines[3]) == (model == "DiT")
+    assert f"--checkpoint_path {output}/pipeline" in lines[3] and ("--scheduler dpm" in lines[3]) == (model == "DiT")
     samplers = {"DiT": [""], "SiT": ["--sampler ode ", "--sampler sde "]}[model]
     grids = [f"--grid {output}/grid.png --report {output}/report.json"]
     grids += [f"--grid {output}/grid-sde.png --report {output}/report-sde.json"]

@@ -1,8 +1,9 @@
 """Draw digits through an exported DiTPipeline or SiTPipeline folder and say how good they are.
 
-Reports the three figures of `evaluation.digits` and a grid with one row per class: the accuracy of a classifier on real
-held-out digits, the share of samples that it assigns to the class that was asked for, and the mean distance of samples
-to the nearest training image, next to that of held-out digits.
+Reports a grid with one row per class and the figures of `evaluation.digits`: the accuracy of a classifier on real
+held-out digits; the share of samples that it assigns to the class that was asked for; the mean distance of samples to
+the nearest training image, next to that of held-out digits; the spread of samples within a class, as a part of the real
+one; FID, Inception Score, precision, recall, KID and MIND against the held-out digits on the classifier's features.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
 from config.flags import check_seed
-from evaluation.digits import check_size, evaluate, pass_through_vae
+from evaluation.digits import METRICS, check_size, evaluate, read_digits
+from evaluation.run import METRIC_NAMES
 from features.autoencoder import downsampling
 from features.images import find_images
 from runtime.files import write_json
@@ -24,28 +26,44 @@ from sampling.model_path import check_guidance, describe_model
 from sampling.step_counts import check_scheduler
 
 BATCH_SIZE = 100  # images drawn at once
+SCHEDULERS = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm"}
 
 
-def check(args, model):
-    """Raises `ValueError` for settings that the pipeline does not take."""
+def sampler_settings(args, model):
+    """Returns the keywords of `Generator.sample` that choose the sampler; `ValueError` for another pipeline's flag."""
     if model.kind != "pipeline":
         raise ValueError(f"--pipeline {args.pipeline}: is no pipeline folder; expected a DiTPipeline or a SiTPipeline")
+    flag, owner = ("scheduler", "DiTPipeline") if model.pipeline == "SiTPipeline" else ("sampler", "SiTPipeline")
+    if (value := getattr(args, flag)) is not None:
+        raise ValueError(f"--{flag} {value} is for a {owner}; {args.pipeline} is a {model.pipeline}")
     if model.pipeline == "SiTPipeline":
-        return
-    if args.sampler is not None:
-        raise ValueError(f"--sampler {args.sampler} is for a SiTPipeline; {args.pipeline} is a DiTPipeline, for DDIM")
+        form = {"diffusion_form": "sigma"} if args.sampler == "sde" else {}  # SiTPipeline's default
+        return {"sampler": args.sampler or "ode", **form}
     if (scale := args.guidance_scale) < 1:
         raise ValueError(f"--guidance_scale {scale}: a DiTPipeline guides by scales above 1 only; expected 1 or more")
-    check_scheduler(model.scheduler, None, args.num_inference_steps)
+    scheduler = args.scheduler or SCHEDULERS.get(model.scheduler.get("_class_name"))
+    check_scheduler(model.scheduler, scheduler, args.num_inference_steps)
+    return {"method": scheduler}
+
+
+def show_metrics(report):
+    """Prints the figures that samples and real digits have in common, a line each."""
+    rows = [("spread", "variance within a class, part of the real one")]
+    rows += [(metric, METRIC_NAMES[metric]) for metric in METRICS]
+    print(f"against {report['num_heldout']} held-out digits: samples / as many training digits after the autoencoder")
+    for name, what in rows:
+        numbers = ["-" if part[name] is None else f"{part[name]:.4f}" for part in (report, report["real"])]
+        print(f"  {what:<45}{numbers[0]:>9} / {numbers[1]}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="exported DiTPipeline or SiTPipeline folder")
+    parser.add_argument("--scheduler", choices=("ddim", "dpm"), help="of a DiTPipeline (default: the folder's own)")
     parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline (default ode)")
     parser.add_argument("--digits", required=True, help="folder that tools/prepare_digits.py wrote")
-    parser.add_argument("--num_images", type=int, default=200, help="samples, evenly over the classes (default 200)")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance (default 2)")
+    parser.add_argument("--num_images", type=int, default=500, help="samples, evenly over the classes (default 500)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default 1, none)")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the sampler (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples' noise (default 0)")
     parser.add_argument("--grid", help="PNG to write, one row per class")
@@ -62,8 +80,7 @@ def main(argv=None):
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
     model = describe_model(args.pipeline)
-    check(args, model)
-    sampler = {"sampler": args.sampler or "ode"} if model.pipeline == "SiTPipeline" else {}
+    sampler = sampler_settings(args, model)
 
     configure_runtime()
     from sampling.generator import load_generator
@@ -73,30 +90,27 @@ def main(argv=None):
     side = generator.sample_size * downsampling(generator.vae)
     check_size(side, samples[0][0])
     labels = np.arange(args.num_images) % num_classes
-    latents = generator.sample(
+    images = generator.sample(
         labels,
         seed=args.seed,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         batch_size=BATCH_SIZE,
-        output="latents",
         callback=show_steps("samples"),
         **sampler,
-        **({"diffusion_form": "sigma"} if args.sampler == "sde" else {}),  # SiTPipeline's default
     )
-    images = generator.decode(latents)
     for path in filter(None, (args.grid, args.report)):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if args.grid:
         columns = min(10, args.num_images // num_classes)
         rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
-        make_grid((images[rows.reshape(-1)] * 255).round().astype("uint8"), columns).save(args.grid)
+        make_grid(images[rows.reshape(-1)], columns).save(args.grid)
 
     # Figures.
-    train, heldout = (pass_through_vae(generator.vae, found, side, part) for part, (found, _) in digits.items())
-    report = evaluate(images, labels, train, heldout)
+    train, heldout = (read_digits(found, side) for found, _ in digits.values())
+    report = evaluate(images, labels, train, heldout, generator.vae)
     names = ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
-    report["settings"] = {name: getattr(args, name) for name in names} | sampler
+    report["settings"] |= {name: getattr(args, name) for name in names} | sampler
     if args.report:
         write_json(args.report, report)
     share = report["share_assigned_to_class_asked_for"]
@@ -107,6 +121,7 @@ def main(argv=None):
         f"{report['nearest_train_distance_of_samples']:.4f}, held-out digits "
         f"{report['nearest_train_distance_of_heldout']:.4f}"
     )
+    show_metrics(report)
     for what in ("grid", "report"):
         if path := getattr(args, what):
             print(f"{what}: {path}")

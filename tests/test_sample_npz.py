@@ -235,6 +235,7 @@ class TestCommand:
         sample_npz.main(again)
         assert [part[0] for part in tiles] == [0, 32]
         assert (tmp_path / "a.npz").read_bytes() == expected
+        (tmp_path / "png" / "000033.png").unlink()
         sample_npz.main(again)
         assert len(tiles) == 2 and "a.npz: complete already: 40 images" in capsys.readouterr().out
 
@@ -306,7 +307,9 @@ class TestCommand:
             ("dit", ["--tile", "-1"], "--tile -1: expected at least 1"),
             ("dit", ["--output", "a.npy"], "--output a.npy: expected a name that ends in .npz"),
             ("dit", ["--classes", "3", "12"], r"--classes 12: the classes are 0\.\.9"),
+            ("dit", ["--classes", "3", "1", "3"], "--classes: names class 3 twice"),
             ("dit", ["--png", "."], r"--png \.: holds other files"),
+            ("dit", ["--png", "mine.txt"], r"--png mine\.txt: is a file"),
             ("dit", ["--png", "nowhere/png"], "there is no such folder as .*nowhere"),
         ],
     )

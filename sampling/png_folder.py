@@ -31,6 +31,8 @@ class PngFolder:
         parent = os.path.dirname(self.path)
         if not os.path.isdir(parent):
             raise ValueError(f"--png {self.shown}: there is no such folder as {parent}")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"--png {self.shown}: {parent} can't be written to")
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise ValueError(f"--png {self.shown}: is a file; expected the name of a new folder")
         names = os.listdir(self.path) if os.path.lexists(self.path) else []

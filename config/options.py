@@ -330,7 +330,7 @@ EVALUATION_KEYS = {
     "labels": Option("random", one_of("random", "balanced"), "classes of the samples, of those that are trained"),
     "guidance_scale": Option(1.0, NUMBER, "guidance scale of the samples; 1: none, as in the papers' training curves"),
     "num_inference_steps": Option(50, POSITIVE_INT, "steps of a sample"),
-    "batch_size": Option(32, POSITIVE_INT, "samples that a device draws at once"),
+    "batch_size": Option(32, POSITIVE_INT, "samples that a GPU draws at once; a CPU draws 32"),
 }
 
 

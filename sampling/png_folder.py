@@ -31,6 +31,10 @@ class PngFolder:
         parent = os.path.dirname(self.path)
         if not os.path.isdir(parent):
             raise ValueError(f"--png {self.shown}: there is no such folder as {parent}")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"--png {self.shown}: {parent} can't be written to")
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise ValueError(f"--png {self.shown}: is a file; expected the name of a new folder")
         names = os.listdir(self.path) if os.path.lexists(self.path) else []
         strange = [name for name in names if name != "samples.json" and not _PNG.fullmatch(name)]
         if strange or (names and "samples.json" not in names):
@@ -43,7 +47,7 @@ class PngFolder:
             raise ValueError(
                 f"--png {self.shown}: holds images of other settings: {changed[0]}; give a new folder, or --overwrite"
             )
-        return bool(changed)
+        return bool(changed) or len(names) <= self.settings["num_images"]  # with samples.json there is one more
 
     def write(self, npz, progress):
         """Writes the files of the npz's images; `progress.update(n)` is called as they are there."""

@@ -93,18 +93,17 @@ class SampleSet:
         """
         check_idle(self.parts)
         is_ours = self._is_unfinished()
-        if os.path.exists(self.path) and not overwrite and not (is_ours and self._is_moved()):
-            self._check_finished()
-            self._lock.take(self.parts)
-            return False
-        if not os.path.exists(self.path) and os.path.exists(self.report) and not overwrite and not is_ours:
-            check_output(self.report, flag=f"--output {self.shown} comes with ")
         if not is_ours and os.path.exists(self._saved) and not overwrite:
             changed = differences(read_json_object(self._saved), self.settings)
             raise ValueError(
                 f"{self.shown}: an unfinished run has other settings: {changed[0]}; repeat its command to go on, or "
                 "give --overwrite to start anew"
             )
+        if os.path.exists(self.path) and not overwrite and not (is_ours and self._is_moved()):
+            self._check_finished()
+            self._lock.take(self.parts)
+            return False
+        check_output(self.report, overwrite or os.path.exists(self.path), f"--output {self.shown} comes with ")
         self._lock.take(self.parts)
         if not self._is_unfinished():
             self._clear()
@@ -113,7 +112,9 @@ class SampleSet:
 
     def _is_unfinished(self):
         """Returns whether there is an unfinished run with these settings."""
-        return os.path.exists(self._saved) and not differences(read_json_object(self._saved), self.settings)
+        with contextlib.suppress(ValueError):  # of a file that is damaged
+            return os.path.exists(self._saved) and not differences(read_json_object(self._saved), self.settings)
+        return False
 
     def _is_moved(self):
         """Returns whether the npz of the unfinished run has its name, and only the rest of `finish` is missing."""

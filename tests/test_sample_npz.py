@@ -196,6 +196,27 @@ class TestSets:
             with pytest.raises(ValueError, match=r"another run is at work in .*\.set\.npz\.parts"):
                 self.make(tmp_path)
 
+    def test_what_is_there_already_is_kept(self, tmp_path):
+        self.make(tmp_path)
+        overwriting = SampleSet(tmp_path / "set.npz", {**self.SETTINGS, "seed": 1})
+        assert overwriting.open(overwrite=True)
+        overwriting.write(0, self.IMAGES[:2])
+        del overwriting  # killed
+        with pytest.raises(ValueError, match=r"an unfinished run has other settings: --seed was 1, now it is 0;"):
+            self.make(tmp_path)
+        assert "shard-00000" in self.entries(tmp_path)
+        for path in (tmp_path / "set.npz", tmp_path / ".set.npz.parts/settings.json"):
+            path.unlink()
+        begun = SampleSet(tmp_path / "set.npz", self.SETTINGS)
+        assert begun.open(overwrite=True)
+        del begun
+        (tmp_path / "set.json").write_text("mine")
+        with pytest.raises(ValueError, match=r"set\.json: exists already; give another name, or --overwrite"):
+            self.make(tmp_path)
+        (tmp_path / ".set.npz.parts/settings.json").write_text("{")  # by a disk that is broken
+        again = SampleSet(tmp_path / "set.npz", self.SETTINGS)
+        assert again.open(overwrite=True) and again.missing() == [0, 1, 2]
+
     def test_shards_depend_on_the_number_of_images_and_the_tile(self):
         assert shard_bounds(40, 16) == [(0, 16), (16, 32), (32, 40)]
         for num_images in (1, 8191, 8192, 8193, 50000):
@@ -235,6 +256,7 @@ class TestCommand:
         sample_npz.main(again)
         assert [part[0] for part in tiles] == [0, 32]
         assert (tmp_path / "a.npz").read_bytes() == expected
+        (tmp_path / "png" / "000033.png").unlink()
         sample_npz.main(again)
         assert len(tiles) == 2 and "a.npz: complete already: 40 images" in capsys.readouterr().out
 
@@ -306,7 +328,9 @@ class TestCommand:
             ("dit", ["--tile", "-1"], "--tile -1: expected at least 1"),
             ("dit", ["--output", "a.npy"], "--output a.npy: expected a name that ends in .npz"),
             ("dit", ["--classes", "3", "12"], r"--classes 12: the classes are 0\.\.9"),
+            ("dit", ["--classes", "3", "1", "3"], "--classes: names class 3 twice"),
             ("dit", ["--png", "."], r"--png \.: holds other files"),
+            ("dit", ["--png", "mine.txt"], r"--png mine\.txt: is a file"),
             ("dit", ["--png", "nowhere/png"], "there is no such folder as .*nowhere"),
         ],
     )

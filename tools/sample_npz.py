@@ -126,10 +126,17 @@ def check(args):
         model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
         options = {"method": args.scheduler}
     if args.classes and model.num_classes is not None:
-        find_classes(args.classes, model.labels, model.num_classes)
+        check_repeats(find_classes(args.classes, model.labels, model.num_classes))
     check_guidance_flags(args, model)
     note_weights_flags(args, model)
     return model, options
+
+
+def check_repeats(classes):
+    """Raises `ValueError` for a list of class ids that holds one twice: it would be drawn twice as often."""
+    for place, one in enumerate(classes):
+        if one in classes[:place]:
+            raise ValueError(f"--classes: names class {one} twice; expected different ones")
 
 
 def make_settings(args, model, generator, classes, options, sampling, tile):
@@ -215,6 +222,7 @@ def main(argv=None):
         for note in generator.describe(args.num_inference_steps, **options):
             print(f"note: {note}", flush=True)
     classes = generator.find_classes(args.classes) if args.classes else list(range(generator.num_classes))
+    check_repeats(classes)
     labels = choose_labels(args.labels, args.num_images, classes, args.seed)
     scale = args.guidance_scale
     if scale is None:

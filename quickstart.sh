@@ -167,9 +167,9 @@ stage features $python tools/extract_features.py --data_path "$output/digits/tra
     --image_size 32 --vae assets/digits_vae --batch_size 50 --seed "$seed" --device cpu
 stage training "train_$loop"
 checkpoint=""
-for folder in "$output"/train/checkpoint-* "$output"/train/*/checkpoints/*; do
+while read -r folder; do # in the order of the steps
     if [ -f "$folder/ema_state.pdparams" ]; then checkpoint=$folder; fi
-done
+done < <(printf '%s\n' "$output"/train/checkpoint-* "$output"/train/*/checkpoints/* | sort -V)
 [ -n "$checkpoint" ] || fail "training left no checkpoint in $output/train"
 case $model in
 DiT) converter=tools/convert_dit_to_ppdiffusers.py options="--scheduler dpm" ;;

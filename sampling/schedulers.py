@@ -8,6 +8,8 @@ import paddle
 from objectives import DiffusionObjective
 from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_objective, check_scheduler, describe_fit
 
+DDIM_SETTINGS = {"timestep_spacing": "leading", "set_alpha_to_one": True}  # of the official "ddimN"
+
 
 def make_scheduler(objective, name="ddim"):
     """Returns the ppdiffusers scheduler for an `objective` section of type diffusion; `ValueError` for another name.
@@ -30,7 +32,7 @@ def make_scheduler(objective, name="ddim"):
         "steps_offset": 0,
     }
     if name == "ddim":
-        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", **settings)
+        return DDIMScheduler(clip_sample=False, **settings, **DDIM_SETTINGS)
     scheduler = DPMSolverMultistepScheduler(**settings, **_dpm_settings(objective["noise_schedule"]))
     # Not its own: for whoever makes a DDIMScheduler from this config, which clips latents by default.
     scheduler.register_to_config(clip_sample=False)
@@ -40,13 +42,15 @@ def make_scheduler(objective, name="ddim"):
 def pipeline_scheduler(scheduler, name):
     """Returns the scheduler "ddim" or "dpm" for the diffusion that a pipeline's own scheduler describes.
 
-    A DDIM scheduler's "leading" spacing would let DPM-Solver++ start in the middle of the diffusion: it gets that of
+    Another class's spacing of the timesteps does not suit it: DDIM's would let DPM-Solver++ start in the middle of the
+    diffusion, and DPM-Solver++'s would let DDIM start where squaredcos_cap_v2 leaves no signal. It gets that of
     `make_scheduler`.
     """
     from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     if name == "ddim":
-        return DDIMScheduler.from_config(scheduler.config)
+        own = isinstance(scheduler, DDIMScheduler)
+        return DDIMScheduler.from_config(scheduler.config, **({} if own else DDIM_SETTINGS))
     settings = _dpm_settings(scheduler.config.get("beta_schedule"))
     return DPMSolverMultistepScheduler.from_config(scheduler.config, **settings)
 

@@ -180,6 +180,17 @@ class TestSchedulers:
         if schedule == "linear":
             assert expected.timesteps[0] == 999
 
+    def test_ddim_on_a_pipeline_for_dpm_is_the_checkpoints(self):
+        objective = {"noise_schedule": "squaredcos_cap_v2", "diffusion_steps": 1000, "predict_xstart": False}
+        objective["type"] = "diffusion"
+        expected = make_scheduler(objective, "ddim")
+        found = pipeline_scheduler(make_scheduler(objective, "dpm"), "ddim")
+        for scheduler in (expected, found):
+            scheduler.set_timesteps(50)
+        assert found.timesteps.tolist() == expected.timesteps.tolist() and found.timesteps[0] == 980
+        keys = ("clip_sample", "set_alpha_to_one", "steps_offset", "prediction_type", "beta_schedule")
+        assert {key: found.config[key] for key in keys} == {key: expected.config[key] for key in keys}
+
 
 class TestDemo:
     @pytest.fixture(autouse=True)

@@ -140,8 +140,8 @@ def evaluate(samples, labels, train, heldout, vae):
 
     `train` and `heldout` are `(images, labels)` of real digits. Samples are compared with held-out digits as these are,
     so what the autoencoder loses counts: "real" has the same figures of as many training digits of each class that
-    have passed through `vae`. The spread within a class and the distances to training images are those of images that
-    all have left its decoder.
+    have passed through `vae`. The spread within a class is a part of that of the training digits, which a network is to
+    give back; "real" has that of held-out ones. For it and for the distances all images have left the decoder.
     """
     network = Digits()
     found = judge(network, samples, labels, heldout)
@@ -153,7 +153,7 @@ def evaluate(samples, labels, train, heldout, vae):
     of_class = {label: order[train[1][order] == label][: (labels == label).sum()] for label in np.unique(labels)}
     chosen = np.concatenate([*of_class.values()])
     real = train_images[chosen], train[1][chosen]
-    seen = heldout_images, heldout[1]
+    taught = train_images, train[1]
     return {
         "num_images": len(samples),
         "num_heldout": len(heldout[0]),
@@ -162,8 +162,8 @@ def evaluate(samples, labels, train, heldout, vae):
         "share_by_class": {str(c): float((assigned[labels == c] == c).mean()) for c in sorted(set(labels.tolist()))},
         "nearest_train_distance_of_samples": float(nearest_distance(samples, train_images).mean()),
         "nearest_train_distance_of_heldout": float(nearest_distance(heldout_images, train_images).mean()),
-        "spread": spread(samples, labels, seen),
+        "spread": spread(samples, labels, taught),
         **found,
-        "real": {"spread": spread(*real, seen), **judge(network, *real, heldout)},
+        "real": {"spread": spread(heldout_images, heldout[1], taught), **judge(network, *real, heldout)},
         "settings": network.settings,
     }

@@ -48,12 +48,12 @@ def sampler_settings(args, model):
 
 def show_metrics(report):
     """Prints the figures that samples and real digits have in common, a line each."""
-    rows = [("spread", "variance within a class, part of the real one")]
+    rows = [("spread", "variance within a class, part of that of training digits")]
     rows += [(metric, METRIC_NAMES[metric]) for metric in METRICS]
     print(f"against {report['num_heldout']} held-out digits: samples / as many training digits after the autoencoder")
     for name, what in rows:
         numbers = ["-" if part[name] is None else f"{part[name]:.4f}" for part in (report, report["real"])]
-        print(f"  {what:<45}{numbers[0]:>9} / {numbers[1]}")
+        print(f"  {what:<58}{numbers[0]:>9} / {numbers[1]}")
 
 
 def main(argv=None):

@@ -1,10 +1,10 @@
 """Work of one rank or of all, whose errors end every rank."""
 
-import paddle.distributed as dist
-
 
 def run_on_every_rank(function):
     """Returns what `function()` returns on each rank, in a list; an exception of it on one is raised on every rank."""
+    import paddle.distributed as dist
+
     try:
         answers = [function()]
     except Exception as error:
@@ -23,4 +23,6 @@ def run_on_rank_0(decide):
 
     Nodes that don't share a disk must not decide differently.
     """
+    import paddle.distributed as dist
+
     return run_on_every_rank(decide if dist.get_rank() == 0 else lambda: None)[0]

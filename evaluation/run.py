@@ -200,14 +200,15 @@ class Reference:
 
         ValueError for one asked for that is unknown or impossible.
         """
+        reasons = {metric: self.why_not(metric, outputs, num_samples) for metric in METRICS}
+        possible = [metric for metric, reason in reasons.items() if not reason]
         for metric in asked or ():
             if metric not in METRICS:
                 raise ValueError(f"metrics: {shortened(metric)} is unknown; expected some of {', '.join(METRICS)}")
-            if reason := self.why_not(metric, outputs, num_samples):
-                can = [name for name in METRICS if not self.why_not(name, outputs, num_samples)]
-                raise ValueError(f"metrics: {metric} is impossible: {reason}; possible: {', '.join(can) or 'none'}")
-        reasons = {metric: self.why_not(metric, outputs, num_samples) for metric in METRICS}
-        self.metrics = [metric for metric in METRICS if (metric in asked if asked else not reasons[metric])]
+            if reason := reasons[metric]:
+                can = ", ".join(possible) or "none"
+                raise ValueError(f"metrics: {metric} is impossible: {reason}; possible: {can}")
+        self.metrics = [metric for metric in METRICS if metric in (asked or possible)]
         self.left_out = {} if asked else {metric: reason for metric, reason in reasons.items() if reason}
         if not self.metrics:
             raise ValueError(f"{self.path}: no metric is possible with these features: they have {', '.join(outputs)}")

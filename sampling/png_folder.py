@@ -1,13 +1,13 @@
 """The images of an npz as a folder of PNG files. Imports no Paddle."""
 
+import itertools
 import os
 import re
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from PIL import Image
 
+from features.npy import NpzArray
 from runtime.files import delete_folder, whole_file, write_json
 from runtime.untrusted import read_json_object, shortened
 from sampling.sample_sets import differences
@@ -66,16 +66,11 @@ class PngFolder:
                 with whole_file(path) as partial:
                     Image.fromarray(pixels).save(partial, format="PNG")
 
-        height, width = self.settings["image_size"]
-        size = height * width * 3
-        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as member, ThreadPoolExecutor() as threads:
-            np.lib.format.read_magic(member)
-            np.lib.format.read_array_header_1_0(member)
-            for start in range(0, count, 64):
-                numbers = range(start, min(start + 64, count))
-                block = np.frombuffer(member.read(len(numbers) * size), "uint8").reshape(-1, height, width, 3)
-                list(threads.map(write, numbers, block))  # which raises what a thread did
-                progress.update(len(numbers))
+        numbers = itertools.count()
+        with ThreadPoolExecutor() as threads:
+            for block in NpzArray(npz, "arr_0").blocks(64):
+                list(threads.map(write, itertools.islice(numbers, len(block)), block))  # which raises what a thread did
+                progress.update(len(block))
         if os.path.isdir(self.path) and os.listdir(self.path):
             delete_folder(self.path)
         os.rename(self.parts, self.path)

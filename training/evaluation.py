@@ -84,7 +84,8 @@ class Evaluation:
         names = {key: path and os.path.basename(os.path.normpath(path)) for key, path in paths.items()}
         given = {**self.network.settings, **names, "labels": settings["labels"], "seed": self.SEED, **self.sampling}
         given["num_reference"] = self.reference.count
-        if names["reference"] and os.path.isfile(settings["reference"]):
+        is_file = names["reference"] is not None and os.path.isfile(settings["reference"])
+        if is_file and paddle.distributed.get_rank() == 0:  # which writes the rows; the file may have gigabytes
             given["reference_sha256"] = sha256_of_file(settings["reference"]).hex()
         self.settings = json.loads(json.dumps(given))  # of the numbers; rows with others are not compared
         self._cautioned = False

@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+from support.feature_sets import write_set
 from support.runs import ROOT, write_config
 
 from config.flags import read_flags
@@ -11,7 +12,8 @@ from config.schema import load_config, resolve_config
 from models import build_model
 from tools import make_config
 from training import suggestion
-from training.suggestion import Device, FeatureSet, Wishes, find_device, measure_step, suggest
+from training.setup import build_dataset
+from training.suggestion import Device, FeatureSet, Wishes, describe_set, find_device, measure_step, suggest
 
 GIB = 2**30
 CPU = Device("cpu", "CPU", 8 * GIB, machine=suggestion.Machine(tflops=0.1))
@@ -37,6 +39,15 @@ def test_the_config_trains_and_its_commands_can_be_pasted(features, tmp_path, mo
         assert words[1].endswith(f"train_image_generation_{loop}.py")
         args, resolved = read_flags(loop, words[2:])
         assert (resolved, args.feature_path) == (config, str(folder))
+
+
+def test_moments_and_mirrored_latents_are_found_without_a_manifest(tmp_path):
+    write_set(tmp_path, flip=True, moments=True)
+    found = describe_set(str(tmp_path))
+    assert (found.channels, found.side, found.num_classes, found.flip) == (4, 8, 10, True)
+    config = resolve_config(suggest(found, CPU, Wishes(), trial=False).config)
+    dataset, _ = build_dataset(config, str(tmp_path), None)  # as a run reads it
+    assert dataset.moments and dataset.flip
 
 
 def test_the_digits_get_the_config_that_was_tuned_for_them():

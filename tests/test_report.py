@@ -67,11 +67,12 @@ def write_rows(path, losses, mode="w"):
 
 def test_the_page_holds_the_run_and_nothing_that_is_fetched_or_executed(run, tmp_path, capsys):
     sample = tmp_path / "sample.png"
-    Image.fromarray(np.zeros((300, 300, 4), "uint8")).save(sample)
+    for path in (sample, run / "samples.png"):
+        Image.fromarray(np.zeros((300, 300, 4), "uint8")).save(path)
     report.main([str(run), "--samples", str(sample)])
     page = Page(run / "report.html")
     assert str(run / "report.html") in capsys.readouterr().out
-    assert all(address.startswith("data:image/") for address in page.addresses) and len(page.addresses) == 3
+    assert all(address.startswith("data:image/") for address in page.addresses) and len(page.addresses) == 4
     assert not {"script", "link", "iframe", "object"} & {*page.tags}
     for name in HOSTILE.values():
         assert name in page.text  # and not as a tag

@@ -23,7 +23,9 @@ def build_parser():
     )
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="FILE", help="the page [RUN/report.html; an earlier page is replaced]")
-    parser.add_argument("--samples", nargs="+", default=[], metavar="PNG", help="pictures to show beside the previews")
+    parser.add_argument(
+        "--samples", nargs="+", default=[], metavar="PNG", help="pictures to show, beside RUN/samples*.png"
+    )
     parser.add_argument("--feature_path", help="folder with the run's set of features [where it was then]")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is no such page")
     return parser

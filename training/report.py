@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import os
+import shlex
 import time
 
 import numpy as np
@@ -35,10 +36,14 @@ LATENTS_LOOKED_AT, MAX_LABEL_FILES = 256, 20_000  # samples that are read for th
 
 
 def find_run(path):
-    """Returns the folder of the run at `path`: itself, that of a checkpoint, or the newest of a folder of runs."""
+    """Returns the folder of the run at `path`: itself, that of a checkpoint, the newest of a folder of runs.
+
+    The folder of runs may also be `train` in that folder, as quickstart.sh makes it. ValueError if there is none.
+    """
     folder = os.path.abspath(path)
-    above = os.path.dirname(folder)
-    runs = [folder, *(run for _, run in reversed(list_experiments(folder)))]
+    above, runs = os.path.dirname(folder), []
+    for parent in (folder, os.path.join(folder, "train")):
+        runs += [parent, *(run for _, run in reversed(list_experiments(parent)))]
     if os.path.isfile(os.path.join(folder, STATE)):  # a checkpoint, directly in its run or in `checkpoints`
         runs = [above, os.path.dirname(above)]
     for run in runs:
@@ -60,7 +65,7 @@ def render_report(run, *, samples=(), feature_path=None):
     """Returns the page of a run's folder as text.
 
     Args:
-        samples: paths of pictures to show; ValueError for one that can't be read.
+        samples: paths of pictures to show beside the run's own `samples*.png`; ValueError for one that can't be read.
         feature_path: the folder of its set, if that is not where it was when the run started.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -93,7 +98,8 @@ def gather(run, *, samples=(), feature_path=None):
         "tiles": _tiles(rows, best),
         "charts": _charts(rows, steps),
         "previews": _previews(run, notes),
-        "samples": [_sample(path) for path in samples],
+        "averaged": config["training"]["use_ema"],
+        "samples": [*_own_samples(run, notes), *map(_sample, samples)],
         "settings": _settings(config),
         "data": data,
         "classes": classes,
@@ -265,6 +271,17 @@ def _previews(run, notes):
     return found
 
 
+def _own_samples(run, notes):
+    """Lists the pictures `samples*.png` in the run's folder, which `_commands` proposes to draw."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(run), "samples*.png")))[:MAX_PREVIEWS]:
+        try:
+            found.append(_sample(path))
+        except ValueError as error:
+            notes.append(str(error).removeprefix("--samples "))
+    return found
+
+
 def _sample(path):
     try:
         return _picture(path, shortened(os.path.basename(path), 200))
@@ -366,8 +383,6 @@ def _look_at_set(place):
 
 def _commands(run, config, environment, status, checkpoints):
     """Lists `(what it does, command line)`: how to go on, to sample and to export."""
-    import shlex
-
     commands, kind = [], MODEL_TYPES[config["model"]["type"]]
     words = environment.get("command")
     script = os.path.basename(words[0]) if isinstance(words, list) and words and isinstance(words[0], str) else ""
@@ -380,12 +395,10 @@ def _commands(run, config, environment, status, checkpoints):
         commands.append(("go on with the run", command))
     if checkpoints:
         checkpoint = shell_path(checkpoints[-1])
-        output = shlex.quote(f"outputs/{os.path.basename(run)}")
-        commands.append(
-            ("draw samples", python_command(kind.demo, f"--model_path {checkpoint} --output {output}-samples.png"))
-        )
+        samples, pipeline = (shell_path(os.path.join(run, name)) for name in ("samples.png", "pipeline"))
+        commands.append(("draw samples", python_command(kind.demo, f"--model_path {checkpoint} --output {samples}")))
         export = f"tools/convert_{'dit' if kind.pipeline == 'DiTPipeline' else 'sit'}_to_ppdiffusers.py"
-        flags = f"--model_weights {checkpoint} --checkpoint_path {output}-pipeline"
+        flags = f"--model_weights {checkpoint} --checkpoint_path {pipeline}"
         commands.append((f"export it as a {kind.pipeline}", python_command(export, flags)))
     again = python_command("tools/report.py", shell_path(run))
     return [*commands, ("make this page anew", again)]

@@ -1,6 +1,7 @@
 """tools/make_config.py: sensible choices for small and large sets, a config and commands that work, refusals."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -85,6 +86,30 @@ def test_a_smaller_gpu_gets_micro_batches_and_a_smaller_network():
     assert large.config["model"]["num_layers"] == 28 and large.planned.setting.global_batch == 256
     assert large.config["training"]["gradient_accumulation_steps"] > 1
     assert small.config["model"]["num_layers"] < 28
+
+
+@pytest.mark.parametrize(
+    "listed, visible, samples, expected",
+    [
+        (["NVIDIA A100-SXM4-80GB, 81920, 8.0"] * 2, None, 1_281_167, ("2 x NVIDIA A100-SXM4-80GB", "bfloat16", 312)),
+        (["NVIDIA A100-SXM4-80GB, 81920, 8.0"] * 2, None, 300, ("NVIDIA A100-SXM4-80GB", "bfloat16", 312)),
+        (["Tesla T4, 15360, 7.5"] * 3, "0,2", 1_281_167, ("2 x Tesla T4", "float16", 65)),
+        (["NVIDIA RTX A1000, 8192, 8.6"], "0", 1_281_167, ("NVIDIA RTX A1000", "bfloat16", None)),
+        (["Tesla T4, 15360, 7.5"], "-1", 1_281_167, ("CPU", "float32", 0.1)),
+    ],
+)
+def test_the_gpus_that_paddle_can_use_are_found(listed, visible, samples, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(suggestion, "_cpu_machine", lambda: CPU.machine)
+    assert find_device(samples).kind == "cpu"  # Paddle here is that of CPUs
+    monkeypatch.setattr(suggestion.importlib.metadata, "version", lambda name: "3.3.1")
+    found = find_device(samples)
+    assert (found.title, found.precision, found.machine.tflops) == expected
 
 
 def test_hours_become_steps(tmp_path):

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
+import re
 import subprocess
 import time
 
@@ -107,7 +108,7 @@ def find_device(samples, *, world_size=None, gpu_memory=None, reserve=2.0):
     if gpus := _list_gpus():
         name, mebibytes, capability = gpus[0]
         count = world_size or (1 if samples < SOME else len(gpus))
-        known = next((tflops for key, tflops in TFLOPS.items() if key in name), None)
+        known = next((tflops for key, tflops in TFLOPS.items() if re.search(rf"{key}(?!\d)", name)), None)
         precision = "bfloat16" if capability >= 8 else "float16"
         return Device("gpu", name, (mebibytes / 1024 - reserve) * GIB, count, precision, Machine(known))
     if world_size is not None and world_size > 1:
@@ -127,7 +128,7 @@ def _list_gpus():
             name, memory, capability = line.rsplit(",", 2)
             gpus.append((name.strip(), float(memory), float(capability)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else gpus[: len([entry for entry in visible.split(",") if entry.strip()])]
+    return gpus if visible is None else gpus[: len(re.findall(r"(?:^|,)\s*[^,\s-]", visible))]
 
 
 def _cpu_machine():

@@ -3,6 +3,19 @@
 import math
 
 MAX_CONDITION_SIZE = 1024  # of LargeDiT's conditioning, which is as wide as the tokens up to here
+# Blocks, heads and width of a head of each size, smallest first. XS is for small sets and a CPU; S to XL are the DiT
+# paper's (Peebles and Xie 2022, table 1), 600M to 7B Large-DiT's.
+_SMALL = {"XS": (4, 4, 48), "S": (12, 6, 64), "B": (12, 12, 64)}
+SIZES = {
+    "DiT": {**_SMALL, "L": (24, 16, 64), "XL": (28, 16, 72)},
+    "LargeDiT": {**_SMALL, "600M": (16, 32, 48), "3B": (32, 32, 96), "7B": (32, 32, 128)},
+}
+
+
+def size_keys(family, size):
+    """Returns the keys of a config's `model` section that make a network of this family the given size."""
+    keys = dict(zip(("num_layers", "num_attention_heads", "attention_head_dim"), SIZES[family][size], strict=True))
+    return {**keys, "qk_norm": size != "3B"} if family == "LargeDiT" else keys  # as in the presets
 
 
 def swiglu_width(hidden_size, multiple_of, ffn_dim_multiplier):

@@ -4,20 +4,45 @@
 """
 
 import contextlib
+import importlib.metadata
 import itertools
 import os
+import platform
 import sys
 import sysconfig
+
+PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "ppdiffusers", "numpy")  # whose versions matter to a run
 
 
 def read_processor(path="/proc/cpuinfo"):
     """Returns vendor and feature flags of the first processor that Linux lists, both empty on arm64 and elsewhere."""
+    fields = _processor_fields(path)
+    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
+
+
+def _processor_fields(path="/proc/cpuinfo"):
     fields = {}
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in itertools.takewhile(str.strip, file):  # the first processor; a server lists hundreds
             name, _, value = line.partition(":")
             fields[name.strip()] = value.strip()
-    return fields.get("vendor_id", ""), set(fields.get("flags", "").split())
+    return fields
+
+
+def describe_environment():
+    """Returns what a run's numbers and speed may depend on, JSON values: versions, system, processor, threads."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.platform(),
+        "processor": _processor_fields().get("model name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
 
 
 def has_bundled_mkl(folders=None):

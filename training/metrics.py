@@ -10,7 +10,6 @@ import sys
 import time
 
 import numpy as np
-import paddle
 from tqdm import tqdm
 
 from runtime.files import whole_file
@@ -21,6 +20,8 @@ EVALUATIONS = "evaluation.jsonl"
 
 def peak_memory_gib():
     """Returns the peak memory of this process: the GPU allocator's if there is one, else the resident set, in GiB."""
+    import paddle  # not at the top, because tools/report.py reads the rows without it
+
     if paddle.get_device().startswith("gpu"):
         return paddle.device.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024

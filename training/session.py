@@ -13,19 +13,23 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 
 import paddle
 
 from config.schema import ineffective_settings
+from features.images import encodable
 from models.parallel import whole_shape
 from objectives import build_objective
 from runtime.files import write_json
+from runtime.machine import describe_environment
 from runtime.paddle_private import inner_optimizer, master_weights, tensor_parallel_group
 from runtime.precision import Precision
 from runtime.process import counted, say
 from training import setup
+from training.checkpoints.find import ENVIRONMENT
 from training.checkpoints.read import load_pretrained
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.state import restore_model, restore_training
@@ -222,8 +226,19 @@ class Session:
         )
         os.makedirs(self.folder, exist_ok=True)
         write_json(os.path.join(self.folder, "config.json"), self.config)
+        self._save_environment()
         if self.checkpoint is not None:
             say(f"resumed {self.checkpoint.source} at step {self.first_step}")
+
+    def _save_environment(self):
+        """Saves where and on what the run trains as `environment.json` in its folder, for tools/report.py."""
+        device = paddle.get_device()
+        features = encodable(os.path.abspath(self.dataset.features_dir))
+        found = {"command": [encodable(word) for word in sys.argv], "features": features, "device": device}
+        if device.startswith("gpu"):
+            found["gpu"] = paddle.device.cuda.get_device_name()
+        found |= {"processes": self.world_size, "started_at_step": self.first_step, **describe_environment()}
+        write_json(os.path.join(self.folder, ENVIRONMENT), found)
 
     # A step, in the order of these calls. Only reports, validation, evaluation, previews and saves wait for the device.
 

@@ -13,7 +13,7 @@ from runtime.collective import run_on_rank_0
 from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
-from training.checkpoints.find import find_checkpoints, list_checkpoints, step_of
+from training.checkpoints.find import ENVIRONMENT, find_checkpoints, list_checkpoints, step_of
 from training.checkpoints.read import load_checkpoint
 
 
@@ -86,7 +86,7 @@ def open_output_dir(output_dir, config, lock, *, resume, overwrite):
 
 _WAYS_OUT = "choose another output folder, or put that run aside: --overwrite_output_dir"
 _RUN_FILES = (
-    *("config.json", "metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "best.json"),
+    *("config.json", ENVIRONMENT, "metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "best.json"),
     *("tb_log", "images", "bad_steps"),
 )
 

@@ -17,6 +17,7 @@ from weights.source import is_training_checkpoint
 
 CONFIG, MODEL = "config.json", "model_state.pdparams"
 OPTIMIZER, OBJECTIVE, STATE = "optimizer.pdopt", "objective.pdparams", "trainer_state.json"
+ENVIRONMENT = "environment.json"  # of a run's folder: where and on what it trains
 AVERAGES = re.compile(r"^ema_state(?:_(.+))?\.pdparams$")
 _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 

@@ -29,7 +29,7 @@ from config.flags import check_positive
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from sampling.studio import Progress, Studio, explain
-from sampling.web import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, find_models, list_choices, read_choice, read_order
+from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
 
 RESULTS = "outputs"  # where models are looked for without --model_path
 MAX_WAITING = 20  # drawings in the queue; more are refused
@@ -148,11 +148,11 @@ class Page:
         hint = "1: none. More: clearer, but more alike; burnt, if it is too much"
         self.scale = gr.Slider(0, MAX_GUIDANCE, step=0.1, label="Guidance", info=hint, **first["scale"])
         with gr.Row(**first["interval"]) as self.interval:
-            limits = {"minimum": 0, "maximum": 1, "step": 0.05, "min_width": 150}
+            limits = {"step": 0.05, "min_width": 150}  # `read_order` has the others, and says them in the page
             self.low = gr.Number(0, label="Guided from", info="time; 0: noise", **limits)
             self.high = gr.Number(1, label="to", info="time; 1: image", **limits)
         with gr.Row(equal_height=True):
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=3, min_width=150)
+            self.seed = gr.Number(0, label="Seed", precision=0, scale=3, min_width=150)
             self.dice = gr.Button("Random", size="sm", scale=1, min_width=90)
         self.shows = gr.Checkbox(True, label="Show the steps on the way")
         with gr.Row():

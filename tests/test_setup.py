@@ -30,7 +30,7 @@ def pin(file, name):
 def checkout(tmp_path):
     """A copy of what set-up reads, with no .venv, and an environment without a driver, PADDLE_* or PYTHON."""
     (tmp_path / "repo" / "tools").mkdir(parents=True)
-    for file in ["requirements.txt", "requirements-dev.txt", "tools/setup_env.sh", *PINS]:
+    for file in ["requirements.txt", "requirements-dev.txt", "tools/setup_env.sh", *PINS, "constraints-demo.txt"]:
         shutil.copy(ROOT / file, tmp_path / "repo" / file)
     (tmp_path / "bin").mkdir()
     nvidia_smi(tmp_path, "exit 9")
@@ -129,7 +129,7 @@ def venv(checkout):
             echo "$*" >>"{checkout}/pip-calls"
             if [ -n "$PIP_FAILS" ]; then echo "ERROR: no route"; exit 1; fi
             exit 0 ;;
-        "-c import paddle"*) exit 0 ;;
+        "-c import "[pg]*) exit 0 ;;
         esac
         exec "{sys.executable}" "$@"
         """
@@ -151,6 +151,22 @@ def test_second_set_up_does_nothing_until_a_pin_changes(checkout, venv):
         path.write_text(path.read_text().replace("tqdm==", "tqdm==0."))
     assert set_up(checkout).returncode == 0
     assert len(calls.read_text().splitlines()) == 2
+
+
+def test_the_demo_is_added_to_the_others_and_changes_none(checkout, venv):
+    calls = checkout / "pip-calls"
+    assert set_up(checkout).returncode == 0
+    done = set_up(checkout, "--demo")
+    assert done.returncode == 0, done.stderr
+    _, call = calls.read_text().splitlines()  # the first is the usual set-up's
+    assert "install --no-deps" in call and call.endswith("-r constraints-demo.txt")
+    for again in ((), ("--demo",)):
+        second = set_up(checkout, *again)
+        assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert len(calls.read_text().splitlines()) == 2
+    for file in PINS:
+        assert names(file) & names("constraints-demo.txt") == set()
+    assert names("requirements-demo.txt") <= names("constraints-demo.txt")
 
 
 def test_set_up_needs_no_compiler_and_no_desktop(checkout, venv):

@@ -2,6 +2,7 @@
 # Make .venv in the repository's root with everything the project needs; do nothing when it is there already.
 #
 #     bash tools/setup_env.sh            make or update .venv
+#     bash tools/setup_env.sh --demo     the same, and what web_demo.py needs besides
 #     bash tools/setup_env.sh --print    only say what would be installed
 #
 # From the environment:
@@ -21,14 +22,31 @@ fail() {
 }
 
 case "${1:-}" in
-"" | --print) ;;
+"" | --demo | --print) ;;
 -h | --help)
-    echo 'usage: bash tools/setup_env.sh [--print]'
+    echo 'usage: bash tools/setup_env.sh [--demo | --print]'
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' tools/setup_env.sh
     exit 0
     ;;
-*) fail "tools/setup_env.sh: unknown argument '$1'; it takes none, --print or --help" ;;
+*) fail "tools/setup_env.sh: unknown argument '$1'; it takes none, --demo, --print or --help" ;;
 esac
+
+# Add to .venv what web_demo.py needs: packages that change none of the others, so that nothing is installed anew.
+if [ "${1:-}" = --demo ]; then
+    bash tools/setup_env.sh
+    if cmp -s constraints-demo.txt $venv/installed-demo.txt; then exit 0; fi
+    say "installing Gradio for web_demo.py into $venv (about 250 MB); details in $venv/pip-demo.log"
+    $venv/bin/python -m pip --disable-pip-version-check --no-input install --no-deps --no-compile --progress-bar off \
+        -r constraints-demo.txt >$venv/pip-demo.log 2>&1 ||
+        fail "pip could not install everything: see the end of $venv/pip-demo.log, then run this again"
+    $venv/bin/python -c 'import gradio' >>$venv/pip-demo.log 2>&1 ||
+        fail "Gradio does not import: see the end of $venv/pip-demo.log"
+    cp constraints-demo.txt $venv/installed-demo.txt
+    say "done: .venv/bin/python web_demo.py --help"
+    command -v chromium chromium-browser google-chrome >/dev/null ||
+        say "its test drives a browser, which is not here: sudo apt-get install chromium"
+    exit 0
+fi
 
 # Choose the Python: the one .venv has, or $PYTHON, or the first of the usual names that Paddle has wheels for.
 supported() {

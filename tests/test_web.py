@@ -1,0 +1,248 @@
+"""What web_demo.py offers, checks and draws, without a browser: see tests/test_web_demo.py for the page itself."""
+
+import dataclasses
+import math
+import shlex
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.pipelines import DIGITS_VAE, make_config, write_checkpoint
+
+import infer_demo_dit
+import infer_demo_sit
+import web_demo
+from sampling import generator as generators
+from sampling.grid import make_grid
+from sampling.model_path import Model
+from sampling.studio import Drawing, Progress, Studio, explain
+from sampling.web import Choice, find_models, list_choices, read_order
+
+DEMOS = {"infer_demo_dit.py": infer_demo_dit, "infer_demo_sit.py": infer_demo_sit}
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    """A DiT's and a SiT's training checkpoint, of ten classes, with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = []
+    for kind in ("DiT", "SiT"):
+        paths.append(folder / kind / "checkpoint-1")
+        write_checkpoint(paths[-1], make_config(kind, sample_size=4))
+    return list_choices([str(path) for path in paths], DIGITS_VAE)
+
+
+VALUES = {"model": 0, "classes": [3, 7], "images_per_class": 2, "method": "ddpm", "steps": 4, "guidance_scale": 2.5}
+VALUES |= {"interval_low": 0.0, "interval_high": 1.0, "seed": 5, "show_steps": False}
+SIT = {"model": 1, "method": "euler"}
+
+
+def order_of(choices, **values):
+    return read_order(choices, {**VALUES, **values}, max_images=8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {**SIT, "method": "sde-heun", "interval_low": 0.2, "interval_high": 0.75},
+        {**SIT, "method": "heun2", "images_per_class": 1, "guidance_scale": 1},
+    ],
+    ids=["DDPM", "SDE and interval", "ODE without guidance"],
+)
+def test_the_command_line_draws_the_same_images(choices, values, tmp_path):
+    order = order_of(choices, **values)
+    *said, drawing = Studio("cpu").draw(order)
+    python, script, *flags = shlex.split(order.command(device="cpu"))
+    assert python == "python"
+    DEMOS[script].main([*flags, "--output", str(tmp_path / "image.png")])
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "image.png")), np.asarray(make_grid(drawing.images, len(order.ids)))
+    )
+    assert said[0] == Progress("loading the model") and drawing.steps == {}
+
+
+def test_the_steps_lead_from_noise_to_the_images(choices):
+    studio = Studio("cpu")
+    for values, last in (({"steps": 20}, 20), ({**SIT, "steps": 20}, 19)):  # an ODE makes one step less
+        *_, drawing = studio.draw(order_of(choices, show_steps=True, **values))
+        assert list(drawing.steps)[-1] == last and len(drawing.steps) == 8
+        shown = drawing.steps[last]
+        assert np.array_equal(shown, drawing.images[::2])  # the first of each class
+        assert not np.array_equal(drawing.steps[min(drawing.steps)], shown)
+
+
+def test_one_network_at_a_time_and_a_closed_drawing_ends(choices, monkeypatch):
+    evaluations, load, loaded = [], generators.load_generator, []
+
+    def load_counted(model, **options):
+        generator = load(model, **options)
+        loaded.append(model.path)
+        network = generator.network
+        return dataclasses.replace(
+            generator, network=lambda *x: evaluations.append(threading.get_ident()) or network(*x)
+        )
+
+    monkeypatch.setattr(generators, "load_generator", load_counted)
+    studio = Studio("cpu")
+    studio.load(choices[0])
+    events = studio.draw(order_of(choices, steps=500))
+    assert next(events) == Progress("drawing", 1, 500)
+    events.close()
+    *_, drawing = studio.draw(order_of(choices, **SIT))
+    assert isinstance(drawing, Drawing) and len(evaluations) < 500 and len(set(evaluations)) == 1
+    assert loaded == [choice.model.path for choice in choices]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"model": 2}, "model 2: expected an integer from 0 to 1"),
+        ({"model": "/etc/passwd"}, "model /etc/passwd: expected an integer"),
+        ({"model": True}, "model True: expected"),
+        ({"classes": []}, "classes: choose at least one"),
+        ({"classes": "3"}, "classes: choose at least one"),
+        ({"classes": [10]}, "class 10: expected an integer from 0 to 9"),
+        ({"classes": [{"path": "/etc/passwd"}]}, "class {'path': '/etc/passw...: expected an integer"),
+        ({"classes": [1] * 9}, "9 classes: at most 8 images"),
+        ({"images_per_class": 5}, "2 classes with 5 images each are 10: at most 8 images are drawn at once"),
+        ({"images_per_class": 1.5}, "images per class 1.5: expected an integer from 1 to 8"),
+        ({"method": "heun2"}, r"sampler heun2: this model has DPM-Solver\+\+, DDIM, DDPM"),
+        ({"method": ["ddpm"]}, r"sampler \['ddpm'\]: this model has"),
+        ({"steps": 501}, "steps 501: expected an integer from 1 to 500"),
+        ({"steps": None}, "steps None: expected"),
+        ({**SIT, "steps": 1}, "steps 1: expected an integer from 2 to 500"),
+        ({"method": "ddim", "steps": 37}, "no integer stride takes exactly 37"),
+        ({"guidance_scale": math.nan}, "guidance nan: expected a number from 0 to 20"),
+        ({"guidance_scale": 1e9}, "guidance 1000000000.0: expected"),
+        ({**SIT, "interval_low": 0.8, "interval_high": 0.2}, "guidance interval 0.8 to 0.2: expected the lower"),
+        ({**SIT, "interval_high": 2}, "guidance interval 2: expected a number from 0 to 1"),
+        ({"seed": -1}, "seed -1: expected an integer from 0 to 4294967295"),
+        ({"seed": math.inf}, "seed inf: expected"),
+    ],
+)
+def test_what_a_browser_may_not_ask_for(choices, values, line):
+    with pytest.raises(ValueError, match=line) as error:
+        order_of(choices, **values)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_suit_the_model():
+    def choice(pipeline="DiTPipeline", scheduler="DDIMScheduler", fit=None, **known):
+        return Choice(
+            Model("pipeline", "folder", pipeline, scheduler={"_class_name": scheduler}, **known), fit=fit or {}
+        )
+
+    small, imagenet = choice(num_classes=3, labels={0: "cat", 1: "cat"}), choice(num_classes=1000)
+    assert small.labels == {0: "cat (0)", 1: "cat (1)", 2: "2"}
+    assert (small.first_classes, imagenet.first_classes) == ([0, 1, 2], [207])
+    assert small.guidance_scale < imagenet.guidance_scale == 4
+    assert list(small.methods) == ["dpm", "ddim"]  # DDPM is for checkpoints
+    narrow = choice(num_classes=3, fit={"ddim": [20, 50], "dpm": []})
+    assert next(iter(narrow.methods.items()))[0] == "ddim" and narrow.methods["ddim"].steps == 20
+    assert list(choice(scheduler="EDMEulerScheduler").methods) == ["own"]
+    plain = choice("SiTPipeline", num_classes=3, has_null_class=False)
+    assert plain.guidance_scale == 1
+    with pytest.raises(ValueError, match="trained without a null class"):
+        order_of([plain], classes=[1], method="euler")
+
+
+def test_models_are_found_the_newest_of_each_run(tmp_path):
+    for run, step in (("a", 9), ("a", 10), ("b", 5)):
+        write_checkpoint(tmp_path / "outputs" / run / f"checkpoint-{step}", make_config())
+    (tmp_path / "outputs" / "a" / "checkpoint-11").mkdir()  # not whole
+    pipeline = tmp_path / "outputs" / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text("{}")
+    found = [str(path.relative_to(tmp_path)) for path in map(type(tmp_path), find_models(tmp_path / "outputs"))]
+    assert sorted(found) == ["outputs/a/checkpoint-10", "outputs/b/checkpoint-5", "outputs/pipeline"]
+
+
+def test_errors_are_a_line_for_the_page_and_a_trace_for_the_terminal(choices, capsys):
+    order = order_of(choices)
+    path = order.choice.model.path
+    assert explain(ValueError(f"--num_inference_steps 3: {path}\nno"), order) == f"steps 3: {order.choice.name} no"
+    assert capsys.readouterr().err == ""
+    try:
+        {}["secret"]
+    except KeyError as error:
+        assert "secret" not in explain(error, order)
+    assert "secret" in capsys.readouterr().err
+    assert "draw fewer" in explain(RuntimeError("(External) ResourceExhaustedError: Out of memory error on GPU 0"))
+
+
+class TestGuard:
+    @staticmethod
+    def judge(folder, path, method="GET", host="127.0.0.1:7860", local=True, **headers):
+        sent = {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        scope = {"method": method, "path": path, "headers": [(k.encode(), v.encode()) for k, v in sent.items()]}
+        return web_demo.Guard(None, str(folder), local).judge(scope)
+
+    def test_what_the_page_needs_passes(self, tmp_path):
+        (tmp_path / "image.png").write_bytes(b"")
+        for path in (
+            "/",
+            "/config",
+            "/assets/index.js",
+            "/gradio_api/queue/data",
+            f"/gradio_api/file={tmp_path}/image.png",
+        ):
+            assert self.judge(tmp_path, path) == 0
+        assert self.judge(tmp_path, "/gradio_api/queue/join", "POST", content_length="100") == 0
+        for host in ("localhost:7860", "[::1]:7860", "127.0.0.1"):
+            assert self.judge(tmp_path, "/", host=host) == 0
+        assert self.judge(tmp_path, "/", host="gpu7.example.org", local=False) == 0
+
+    @pytest.mark.parametrize(
+        ("path", "method", "headers", "status"),
+        [
+            ("/gradio_api/file=/etc/passwd", "GET", {}, 404),
+            ("/gradio_api/file=FOLDER/../other", "GET", {}, 404),
+            ("/gradio_api/file=FOLDER/link", "GET", {}, 404),
+            ("/gradio_api/file=image.png", "GET", {}, 404),
+            ("/gradio_api/file=\0", "GET", {}, 404),
+            ("/gradio_api/upload", "POST", {"content_length": "10"}, 404),
+            ("/gradio_api/proxy=http://example.org", "GET", {}, 404),
+            ("/assets/../../../etc/passwd", "GET", {}, 404),
+            ("/gradio_api/queue/join", "POST", {"content_length": str(10**9)}, 413),
+            ("/gradio_api/queue/join", "POST", {"transfer_encoding": "chunked"}, 413),
+            ("/", "GET", {"host": "evil.example.org"}, 403),
+        ],
+    )
+    def test_all_else_is_refused(self, path, method, headers, status, tmp_path):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "other").write_text("secret")
+        (tmp_path / "folder" / "link").symlink_to(tmp_path / "other")
+        path = path.replace("FOLDER", str(tmp_path / "folder"))
+        assert self.judge(tmp_path / "folder", path, method, **headers) == status
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--model_path", "/nowhere/model"], "/nowhere/model: there is no such folder"),
+        ([], r"outputs/: there is no model; train one \(bash quickstart.sh\), or give one by --model_path"),
+        (["--port", "70000"], "--port 70000: expected a number from 0 to 65535"),
+        (["--max_images", "0"], "--max_images"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(flags, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=line):
+        web_demo.main(flags)
+
+
+def test_an_address_that_is_taken_or_not_here_is_one_line():
+    with web_demo.listen("127.0.0.1", 0) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
+            web_demo.listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match="--host 203.0.113.1 --port 0: "):
+        web_demo.listen("203.0.113.1", 0)
+
+
+def test_without_gradio_it_is_said_what_to_run(choices, monkeypatch):
+    monkeypatch.setattr(web_demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Gradio is not installed: bash tools/setup_env.sh --demo"):
+        web_demo.main(["--model_path", choices[0].model.path])

@@ -1,0 +1,372 @@
+"""Draw images in the browser: choose a model, classes, a sampler, steps, guidance and a seed, look, and download.
+
+    python web_demo.py                                           # what was trained or exported below outputs/
+    python web_demo.py --model_path DiT_pipeline SiT_pipeline    # these two
+    python web_demo.py --model_path outputs/run/checkpoint-5000 --vae assets/digits_vae
+
+Needs Gradio: bash tools/setup_env.sh --demo. Then open the address that is printed; Ctrl-C ends it.
+
+--model_path takes what infer_demo_dit.py and infer_demo_sit.py take: pipeline folders, training checkpoints, names on
+the hub. One model is in memory at a time and one drawing is made at a time: others wait in a queue and see their place.
+
+The page is for this machine alone, unless --host says otherwise. It needs no network, sends nothing anywhere, takes no
+files, and can read none of this machine's but the images that it drew. It has no password.
+"""
+
+import argparse
+import contextlib
+import html
+import importlib.util
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+
+from config.flags import check_positive
+from runtime.files import write_json
+from runtime.process import configure_runtime, run_cli, say
+from sampling.studio import Progress, Studio, explain
+from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
+
+RESULTS = "outputs"  # where models are looked for without --model_path
+MAX_WAITING = 20  # drawings in the queue; more are refused
+KEEP_SECONDS = 3600  # of the images that were drawn
+FIELDS = ("model", "classes", "images_per_class", "method", "steps", "guidance_scale", "interval_low", "interval_high")
+FIELDS += ("seed", "show_steps")  # of `read_order`, in the order of the page
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: auto}
+.status {padding: .6em .8em; border-radius: 8px; border: 1px solid var(--border-color-primary)}
+.status.error {background: #fdecea; color: #8a1c12; border-color: #e5a49d}
+.status progress {width: 100%; height: .6em}
+.status .note {opacity: .8; font-size: .9em; margin-top: .3em}
+#about {font-size: .9em; opacity: .8}
+.pictures img {image-rendering: pixelated}
+#grid .image-frame, #steps .image-frame {width: 100% !important}
+#grid .image-frame img, #steps .image-frame img {width: 100% !important; max-height: 70vh; object-fit: contain}
+#gallery .grid-wrap {max-height: none}
+#command textarea {font-family: var(--font-mono); font-size: .85em}
+"""
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model_path", nargs="+", metavar="MODEL", help=f"the models to choose from [those in {RESULTS}/]"
+    )
+    parser.add_argument("--vae", help="folder or hub name of the VAE of training checkpoints [the features' own]")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all [127.0.0.1: this machine]"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="0 for a free one [7860]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="half precision on a GPU [float32]")
+    parser.add_argument("--max_images", type=int, default=32, help="images drawn at once, at most [32]")
+    args = parser.parse_args(argv)
+    check_positive(args, "max_images")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: expected a number from 0 to 65535")
+    choices = list_choices(args.model_path or find_models(RESULTS), args.vae)
+    if not choices:
+        raise ValueError(
+            f"{RESULTS}/: there is no model; train one (bash quickstart.sh), or give one by --model_path, such as "
+            "facebook/DiT-XL-2-256"
+        )
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("Gradio is not installed: bash tools/setup_env.sh --demo")
+
+    with listen(args.host, args.port) as server, tempfile.TemporaryDirectory(prefix="web_demo-") as folder:
+        configure_runtime()
+        say("loading Gradio and the model ...")
+        # Files that pages show are in this folder and nowhere else; Gradio's default is shared with other programs.
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+        studio = Studio(args.device, args.dtype)
+        studio.load(choices[0])
+        flags = {"device": None if args.device == "auto" else args.device, "dtype": args.dtype}
+        page = Page(choices, studio, args.max_images, flags, folder)
+        serve(page, args.host, server, folder)
+
+
+def listen(host, port):
+    """Returns a socket that listens; `ValueError`, one line, if the address is not to be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        flag = (
+            f"--host {host}" if isinstance(error, (socket.gaierror, UnicodeError)) else f"--host {host} --port {port}"
+        )
+        raise ValueError(f"{flag}: {reason}; another --port, or 0 for a free one, may help") from None
+
+
+def is_local(host):
+    """Returns True for an address that only this machine reaches."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+class Page:
+    """The page's components, and what happens when they are used; `blocks` is the `gradio.Blocks`."""
+
+    def __init__(self, choices, studio, max_images, flags, folder):
+        import gradio as gr
+
+        self.gr, self.choices, self.studio, self.max_images = gr, choices, studio, max_images
+        self.flags, self.folder = flags, folder
+        font = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
+        mono = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+        self.theme = gr.themes.Default(font=font, font_mono=mono, primary_hue="blue", neutral_hue="slate")
+        cache = (KEEP_SECONDS // 4, KEEP_SECONDS)
+        title = "Draw images"
+        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=cache) as self.blocks:
+            gr.Markdown(f"## {title}\nChoose a model, classes and settings, then press Draw.")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    self.add_fields(choices[0])
+                with gr.Column(scale=3, min_width=320):
+                    self.add_results()
+            self.connect()
+        self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+    def add_fields(self, choice):
+        """Adds what a user chooses, with the defaults of a model."""
+        gr, first = self.gr, self.defaults(choice)
+        names = [(one.name, i) for i, one in enumerate(self.choices)]
+        self.model = gr.Dropdown(names, value=0, label="Model")
+        self.about = gr.HTML(first["about"], elem_id="about")
+        self.classes = gr.Dropdown(multiselect=True, label="Classes", info="Type to search", **first["classes"])
+        self.each = gr.Slider(
+            1, self.max_images, value=min(4, self.max_images // 4) or 1, step=1, label="Images per class"
+        )
+        with gr.Row():
+            self.method = gr.Dropdown(label="Sampler", min_width=150, **first["method"])
+            self.steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", min_width=150, **first["steps"])
+        hint = "1: none. More: clearer, but more alike; burnt, if it is too much"
+        self.scale = gr.Slider(0, MAX_GUIDANCE, step=0.1, label="Guidance", info=hint, **first["scale"])
+        with gr.Row(**first["interval"]) as self.interval:
+            limits = {"step": 0.05, "min_width": 150}  # `read_order` has the others, and says them in the page
+            self.low = gr.Number(0, label="Guided from", info="time; 0: noise", **limits)
+            self.high = gr.Number(1, label="to", info="time; 1: image", **limits)
+        with gr.Row(equal_height=True):
+            self.seed = gr.Number(0, label="Seed", precision=0, scale=3, min_width=150)
+            self.dice = gr.Button("Random", size="sm", scale=1, min_width=90)
+        self.shows = gr.Checkbox(True, label="Show the steps on the way")
+        with gr.Row():
+            self.start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
+            self.stop = gr.Button("Cancel", scale=1, min_width=90, elem_id="cancel")
+
+    def add_results(self):
+        """Adds what a user gets."""
+        gr = self.gr
+        self.status = gr.HTML(show_status("Nothing is drawn yet."), elem_id="status")
+        shown = {"elem_classes": "pictures", "show_label": False, "interactive": False}
+        with gr.Tabs():
+            with gr.Tab("Grid"):
+                self.grid = gr.Image(format="png", buttons=["fullscreen"], elem_id="grid", **shown)
+            with gr.Tab("Single images"):
+                self.gallery = gr.Gallery(format="png", columns=4, height="auto", elem_id="gallery", **shown)
+            with gr.Tab("Steps"):
+                self.strip = gr.Image(format="png", buttons=["fullscreen"], elem_id="steps", **shown)
+                gr.Markdown("From left to right: what the latents decode to on the way from noise. One class a row.")
+        with gr.Row():
+            self.png = gr.DownloadButton("Grid as PNG", interactive=False, min_width=120, elem_id="png")
+            self.json = gr.DownloadButton("Settings as JSON", interactive=False, min_width=120, elem_id="json")
+        shown = {"interactive": False, "buttons": ["copy"], "max_lines": 8, "elem_id": "command"}
+        self.command = gr.Textbox(label="The same in a terminal", **shown)
+
+    def connect(self):
+        """Says what follows when a component is used. No function can be called by name from outside."""
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        quick = {**hidden, "queue": False}
+        fields = [self.model, self.classes, self.each, self.method, self.steps, self.scale, self.low, self.high]
+        fields += [self.seed, self.shows]
+        chosen = [self.about, self.classes, self.method, self.steps, self.scale, self.interval, self.low, self.high]
+        self.model.input(self.choose_model, self.model, chosen, **quick)
+        self.method.input(self.choose_method, [self.model, self.method], self.steps, **quick)
+        self.dice.click(draw_seed, None, self.seed, **quick)
+        results = [self.status, self.grid, self.gallery, self.strip, self.png, self.json, self.command]
+        waiting = {**hidden, "show_progress": "minimal", "show_progress_on": self.status}
+        drawing = self.start.click(self.draw, fields, results, concurrency_limit=1, **waiting)
+        self.stop.click(lambda: show_status("Cancelled."), None, self.status, cancels=drawing, **quick)
+
+    def defaults(self, choice):
+        """Returns the properties of the components that depend on the model, by name."""
+        names = [(name, i) for i, name in choice.labels.items()]
+        key, method = next(iter(choice.methods.items()))
+        return {
+            "about": html.escape(choice.description),
+            "classes": {"choices": names, "value": choice.first_classes},
+            "method": {"choices": [(one.label, key) for key, one in choice.methods.items()], "value": key},
+            "steps": {"value": method.steps},
+            "scale": {"value": choice.guidance_scale, "interactive": choice.is_guided},
+            "interval": {"visible": choice.is_transport and choice.is_guided},
+        }
+
+    def choose_model(self, index):
+        """Returns the defaults of another model."""
+        gr, found = self.gr, self.defaults(read_choice(self.choices, index))
+        about, *others = found.values()
+        return [about, *(gr.update(**properties) for properties in others), 0, 1]
+
+    def choose_method(self, index, key):
+        """Returns the default number of steps of another sampler."""
+        method = read_choice(self.choices, index).methods.get(key)
+        return self.gr.skip() if method is None else method.steps
+
+    def draw(self, *values):
+        """Yields what changes on the page while an order is drawn: the status alone, at last all results."""
+        order, next_time = None, 0.0
+        try:
+            order = read_order(self.choices, dict(zip(FIELDS, values, strict=True)), self.max_images)
+            for event in self.studio.draw(order):
+                if not isinstance(event, Progress):
+                    yield self.show(order, event)
+                elif time.monotonic() >= next_time:
+                    next_time = time.monotonic() + 0.2
+                    yield {self.status: show_progress(event)}
+        except Exception as error:  # whatever it is: one line in the page, never a trace
+            yield {self.status: show_status(explain(error, order), error=True)}
+
+    def show(self, order, drawing):
+        """Returns the results of a drawing, by component."""
+        from PIL import Image
+
+        from sampling.grid import make_grid
+
+        gr, names = self.gr, order.names
+        grid = make_grid(drawing.images, order.columns)
+        strip = None
+        if drawing.steps:
+            rows = zip(*drawing.steps.values(), strict=True)  # by class
+            strip = make_grid([image for row in rows for image in row], len(drawing.steps))
+        folder = tempfile.mkdtemp(dir=self.folder)
+        png, settings = (os.path.join(folder, name) for name in ("images.png", "settings.json"))
+        grid.save(png)
+        write_json(settings, order.settings(**self.flags))
+        captions = [name for name in names for _ in range(order.images_per_class)]
+        pictures = [(Image.fromarray(image), name) for image, name in zip(drawing.images, captions, strict=True)]
+        count, speed = len(drawing.images), f"{drawing.seconds:.1f} s"
+        said = f"{count} {'image' if count == 1 else 'images'} in {speed}, seed {order.seed}."
+        return {
+            self.status: show_status(said, notes=drawing.notes),
+            self.grid: grid,
+            self.gallery: gr.update(value=pictures, columns=order.columns, selected_index=None),
+            self.strip: strip,
+            self.png: gr.update(value=png, interactive=True),
+            self.json: gr.update(value=settings, interactive=True),
+            self.command: order.command(**self.flags),
+        }
+
+
+def draw_seed():
+    """Returns a seed that nobody chose."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+def show_status(text, *, error=False, notes=()):
+    """Returns the HTML of a line on what happens, with notes below."""
+    kind, role = ("status error", "alert") if error else ("status", "status")
+    below = "".join(f'<div class="note">{html.escape(note)}</div>' for note in notes)
+    return f'<div class="{kind}" role="{role}">{html.escape(text)}{below}</div>'
+
+
+def show_progress(event):
+    """Returns the HTML of a `Progress`."""
+    counts = f": {event.step} of {event.total}" if event.total else " ..."
+    value = f' value="{event.step}" max="{event.total}"' if event.total else ""
+    return f'<div class="status" role="status">{html.escape(event.text + counts)}<progress{value}></progress></div>'
+
+
+class Guard:
+    """An ASGI application that lets through to another what the page needs, and answers 404 to all else.
+
+    Gradio has many more doors than this page has use for: uploads, a proxy, calls by name. Files are served out of one
+    folder alone. Pages may load nothing from elsewhere. Where only this machine is listened to, a request must name
+    this machine, so that no other site's page reaches it under a name of its own (DNS rebinding).
+    """
+
+    GET = ("/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data", "/gradio_api/startup-events")
+    GET_BELOW = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+    POST = tuple(f"/gradio_api/{name}" for name in ("queue/join", "run/predict", "cancel", "reset"))
+    FILE = "/gradio_api/file="
+    MAX_BODY = 1 << 18  # bytes of a request
+    HEADERS = {
+        "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+        "object-src 'none'; base-uri 'self'; form-action 'self'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    def __init__(self, application, folder, local):
+        self.application, self.folder, self.local = application, os.path.realpath(folder), local
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.application(scope, receive, send)
+        if scope["type"] != "http":
+            return None
+        status = self.judge(scope)
+        if status:
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+            return await send({"type": "http.response.body", "body": f"{status}\n".encode()})
+
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                added = [(name.lower().encode(), value.encode()) for name, value in self.HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
+            await send(message)
+
+        return await self.application(scope, receive, send_with_headers)
+
+    def judge(self, scope):
+        """Returns 0 for a request that may pass, else the status of its answer."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        name = headers.get("host", "").rpartition("]")[0].strip("[") or headers.get("host", "").partition(":")[0]
+        if self.local and not is_local(name):
+            return 403
+        path, method = scope["path"], scope["method"]
+        if method == "POST" and path in self.POST:
+            length = headers.get("content-length", "")
+            return 0 if length.isdecimal() and int(length) <= self.MAX_BODY else 413
+        if method not in ("GET", "HEAD"):
+            return 404
+        if path.startswith(self.FILE):
+            return 0 if self.may_read(path.removeprefix(self.FILE)) else 404
+        is_below = path.startswith(self.GET_BELOW) and ".." not in path
+        return 0 if path == "/" or path in self.GET or is_below else 404
+
+    def may_read(self, path):
+        """Returns True for a file of the folder."""
+        with contextlib.suppress(ValueError, OSError):
+            return os.path.isabs(path) and os.path.realpath(path).startswith(self.folder + os.sep)
+        return False
+
+
+def serve(page, host, server, folder):
+    """Serves a `Page` at a socket until Ctrl-C or SIGTERM."""
+    import fastapi
+    import gradio as gr
+    import uvicorn
+
+    application = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    options = {"theme": page.theme, "css": CSS, "footer_links": [], "allowed_paths": [], "show_error": False}
+    options.update(run_history=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=1)
+    application = gr.mount_gradio_app(application, page.blocks, path="/", **options)
+    guard = Guard(application, folder, is_local(host))
+    config = uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+    port = server.getsockname()[1]
+    if not is_local(host):
+        say(f"note: --host {host}: whoever reaches this machine can draw; there is no password", sys.stderr)
+    shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    say(f"open http://{shown}:{port} (Ctrl-C ends it)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn has taken leave, so that the folder goes too
+    uvicorn.Server(config).run(sockets=[server])
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -11,7 +11,8 @@ from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class
 from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_num_steps, check_scheduler
-from weights.source import checkpoint_hint, is_training_checkpoint
+from weights.runs import is_training_checkpoint, resolve_run
+from weights.source import checkpoint_hint
 
 # The class of pipeline that model_index.json names: what its networks have in common.
 PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
@@ -85,7 +86,7 @@ def check_guidance(scale, has_null_class, path):
 
 
 def describe_model(path, pipeline=None, *, id2label=None, config=None, default_config=None):
-    """Returns the `Model` of a folder, a file of weights or a name on the hub.
+    """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
@@ -95,6 +96,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
+    path = resolve_run(path)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")

@@ -10,6 +10,7 @@ from runtime.process import configure_runtime
 from runtime.untrusted import read_json
 from sampling.labels import ROOT, find_labels
 from sampling.pipelines.folder import check_id2label, check_output
+from weights.runs import resolve_run
 
 IMAGE_SIZE = 256  # pixels, of --model_name
 
@@ -105,6 +106,7 @@ def convert(args, check, export, loader):
     """
     if not os.path.exists(args.model_weights):
         raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
+    args.model_weights = resolve_run(args.model_weights)
     if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
     config = find_config(args)

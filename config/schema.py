@@ -194,7 +194,8 @@ def manifest_features(manifest, where):
     known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in options.VAE_KEYS}
     if all(value is None for value in known.values()):
         known = None
-    return resolve_features({"image_size": manifest.get("image_size"), "vae": known}, where)
+    given = {name: manifest.get(name) for name in ("image_size", "channel_mean", "channel_std")}
+    return resolve_features({**given, "vae": known}, where)
 
 
 def load_config(path):

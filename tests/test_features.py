@@ -15,6 +15,7 @@ from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, write_con
 
 import infer_demo_dit
 import infer_demo_sit
+from config.options import FEATURES_KEYS
 from config.schema import load_config, resolve_config
 from features.autoencoder import LatentDecoder, LatentScaling, choose_vae, load_vae
 from models import build_model
@@ -78,7 +79,26 @@ def test_relative_autoencoder_folder_is_found_from_elsewhere(tmp_path, monkeypat
 
 
 def test_sets_without_a_manifest_tell_nothing(features):
-    assert describe_features(features, 64, 10) == ({"image_size": None, "class_names": None, "vae": None}, [])
+    assert describe_features(features, 64, 10) == (dict.fromkeys(FEATURES_KEYS), [])
+
+
+def test_a_config_that_does_not_fit_its_set_is_told_what_to_write(tmp_path):
+    manifest = {**MANIFEST, "num_classes": 10, "class_counts": [2, 2, 2, 2, 2, 2, 1, 1, 1, 1]}
+    features = write_set(tmp_path / "set", manifest, {})
+
+    def notes(image_size=None, classes=None, **model):
+        raw = {"model": {**TINY_MODELS["DiT"], "num_classes": 10, **model}, "data": {"classes": classes}}
+        return " ".join(build_dataset(resolve_config(raw), features, image_size)[0].notes)
+
+    assert not notes() and not notes(64)
+    write = 'the config\'s num_classes is {}: write "num_classes": 10 in its section model'
+    assert write.format(1000) in notes(num_classes=1000)
+    with pytest.raises(ValueError, match=write.format(9) + ", or choose classes by --classes"):
+        notes(num_classes=9)
+    assert not notes(num_classes=9, classes=[0, 3])
+    with pytest.raises(ValueError, match='; for this set write "sample_size": 8 in its section model'):
+        notes(sample_size=16)
+    assert "image size 32: the set imagenet64 in" in notes(32)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class Generator:
     path: str = "the network"  # of the model, for messages
     notes: list = field(default_factory=list)  # sentences that a user should read
     vae_name: str | None = None  # folder or hub name, of one that the model does not bring along
+    features: dict | None = None  # `features` section of a config, see `sampling.model_path.Model`
     digests: object = None  # returns the sha256 of the weights of network and VAE; see `layer_digests`
     check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
@@ -199,13 +200,14 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
 
         generator = SiTPipeline.from_pretrained(model.path, dtype).generator
     generator.path, generator.labels = model.path, model.labels or generator.labels
+    generator.features = model.features or generator.features
     return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
     """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
     generator = _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
-    generator.path = model.path
+    generator.path, generator.features = model.path, model.features
     return generator
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
-from ppdiffusers import AutoencoderKL
+from ppdiffusers import AutoencoderKL, DiTPipeline
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
 
 import infer_demo_dit
@@ -19,8 +19,10 @@ from config.options import FEATURES_KEYS
 from config.schema import load_config, resolve_config
 from features.autoencoder import LatentDecoder, LatentScaling, choose_vae, load_vae
 from models import build_model
+from sampling import SiTPipeline
 from sampling.generator import from_weights
 from sampling.labels import find_classes, find_labels, weights_labels
+from sampling.model_path import describe_model
 from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
@@ -345,16 +347,29 @@ def convert(kind, weights, output, *flags):
     CONVERTERS[kind].main(["--model_weights", str(weights), "--checkpoint_path", str(output), *map(str, flags)])
 
 
+def own_features(run):
+    return json.loads((run["DiT"] / "config.json").read_text())["features"]
+
+
 @pytest.mark.parametrize("kind", ["DiT", "SiT"])
-def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_path, capsys, monkeypatch):
+def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = draw(kind, run[kind], tmp_path / "told.png", "--classes", "1", "--vae", run["vae"])
     image = draw(kind, run[kind], tmp_path / "a.png", "--classes", "dog")
-    assert (image == told).all() and "note" not in capsys.readouterr().out
+    assert (image == told).all() and "note" not in capfd.readouterr().out
     convert(kind, run[kind], tmp_path / "pipe")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["id2label"] == {"0": "cat", "1": "dog", "2": "2"}
     draw(kind, tmp_path / "pipe", tmp_path / "b.png", "--classes", "dog")
+    carried = {**own_features(run), "class_names": None}
+    assert len(carried["channel_std"]) == 4 and carried["image_size"] == 8 and carried["vae"]["weights_sha256"]
+    assert describe_model(str(tmp_path / "pipe")).features == carried
+    if kind == "SiT":
+        SiTPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "again")
+        assert describe_model(str(tmp_path / "again")).features == carried
+    else:  # stock ppdiffusers knows nothing of it, and says nothing
+        DiTPipeline.from_pretrained(str(tmp_path / "pipe"))
+        assert "_features" not in capfd.readouterr().err
 
     # Weights by file with a plain config of the same network: what stands beside them is not forgotten.
     config = tmp_path / f"{kind}.json"
@@ -367,6 +382,7 @@ def test_inference_export_and_names_by_flag(run, tmp_path, capsys):
     export_inference.main(["--model_path", str(run["DiT"]), "--output", str(tmp_path / "out")])
     manifest = json.loads((tmp_path / "out" / "inference.json").read_text())
     assert manifest["id2label"] == {"0": "cat", "1": "dog"}
+    assert describe_model(str(tmp_path / "out")).features == {**own_features(run), "class_names": None}
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
     convert("DiT", run["DiT"], tmp_path / "pipe", "--id2label", labels)

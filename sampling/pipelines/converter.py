@@ -9,7 +9,7 @@ from features.autoencoder import choose_vae, open_vae
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
 from sampling.labels import ROOT, find_labels
-from sampling.pipelines.folder import check_id2label, check_output
+from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
 
 IMAGE_SIZE = 256  # pixels, of --model_name
@@ -112,7 +112,7 @@ def convert(args, check, export, loader):
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
-    choose_vae(*chosen, args.default_vae, "--vae_model")
+    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae_model")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
@@ -131,6 +131,7 @@ def convert(args, check, export, loader):
         print(f"{source} fits; --save False: nothing was written")
         return
     vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
+    config["features"] = complete_features(config["features"], vae, vae_name, config["model"]["sample_size"])
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.checkpoint_path, **options)

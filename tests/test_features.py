@@ -406,6 +406,23 @@ def other_weights(folder, **settings):
     return folder
 
 
+def check_set(folder, report, *flags):
+    with contextlib.suppress(SystemExit):  # random weights have no latents of unit variance
+        check_features.main(["--feature_path", str(folder), "--output", str(report), *map(str, flags)])
+
+
+def test_check_features_draws_a_picture_by_the_manifests_autoencoder(run, tmp_path, capsys):
+    check_set(run["set"], tmp_path / "report.json")
+    assert f"picture: {tmp_path}/report.png" in capsys.readouterr().out and (tmp_path / "report.png").exists()
+    features = shutil.copytree(run["set"], tmp_path / "set")
+    manifest = json.loads((features / "imagenet8_manifest.json").read_text())
+    for name, said in (("owner/vae", "may need a download: --vae owner/vae, the"), ("/gone/vae", "give it by --vae")):
+        manifest["vae"] |= {"name": name, "path": None}
+        (features / "imagenet8_manifest.json").write_text(json.dumps(manifest))
+        check_set(features, tmp_path / "other.json", "--overwrite")
+        assert said in capsys.readouterr().out and not (tmp_path / "other.png").exists()
+
+
 @pytest.mark.parametrize("tool", ["demo", "converter", "export_inference", "check_features", "preview"])
 def test_another_autoencoder_is_used_and_said(tool, run, tmp_path, capsys, run_loop, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -421,9 +438,7 @@ def test_another_autoencoder_is_used_and_said(tool, run, tmp_path, capsys, run_l
             flags = ["--model_path", run["DiT"], "--vae", vae, "--output", tmp_path / output]
             export_inference.main([str(flag) for flag in flags])
         elif tool == "check_features":
-            flags = ["--feature_path", run["set"], "--vae", vae, "--output", tmp_path / f"{output}.json"]
-            with contextlib.suppress(SystemExit):  # random weights have no latents of unit variance
-                check_features.main([str(flag) for flag in [*flags, "--num_workers", 1]])
+            check_set(run["set"], tmp_path / f"{output}.json", "--vae", vae)
         else:
             config = tmp_path / "config.json"
             model = json.loads((run["DiT"] / "config.json").read_text())["model"]

@@ -179,7 +179,7 @@ def save_worker(args, folder):
 
 
 def load_worker(args, folder):
-    from training.checkpoints.find import damage
+    from weights.runs import damage
 
     training = Training(args.config_file, 1)
     training.step()

@@ -165,7 +165,7 @@ class Run:
 
     def damaged(self):
         """What is wrong with checkpoints that have their names: lines."""
-        from training.checkpoints.find import damage
+        from weights.runs import damage
 
         wrong = {path: damage(path, checksums=True) for path in self.checkpoints().values()}
         return [f"{path}: {reason}" for path, reason in wrong.items() if reason]
@@ -280,7 +280,8 @@ def what_a_kill_left(run, newest):
     Returns:
         `(step that will be resumed, lines of what is wrong)`.
     """
-    from training.checkpoints.find import pick_checkpoint, step_of
+    from training.checkpoints.find import pick_checkpoint
+    from weights.runs import step_of
 
     wrong = run.damaged()
     expected = max([newest, *run.checkpoints()])

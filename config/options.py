@@ -353,6 +353,8 @@ DATA_KEYS = {
 FEATURES_KEYS = {
     "image_size": Option(None, or_null(POSITIVE_INT), "height and width of the images"),
     "class_names": Option(None, or_null(CLASS_NAMES), "names of the classes"),
+    "channel_mean": Option(None, or_one_a_channel(NUMBER), "mean of each channel of the latents"),
+    "channel_std": Option(None, or_one_a_channel(FROM_0), "standard deviation of each channel of the latents"),
     "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
 }
 VAE_KEYS = {

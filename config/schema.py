@@ -188,13 +188,23 @@ def resolve_features(given, where):
     return features
 
 
+def exported_features(given, where):
+    """Returns the `features` section that a JSON of an exported model carries; keys of later versions are left out."""
+    given = given if isinstance(given, dict) else {}
+    known = {name: given.get(name) for name in options.FEATURES_KEYS}
+    if isinstance(known["vae"], dict):
+        known["vae"] = {name: known["vae"].get(name) for name in options.VAE_KEYS}
+    return resolve_features(known, where)
+
+
 def manifest_features(manifest, where):
     """Returns the `features` section of a set's manifest, without the class names, which stand in another file."""
     vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
     known = {name: manifest.get(name) if name in SCALING_KEYS else vae.get(name) for name in options.VAE_KEYS}
     if all(value is None for value in known.values()):
         known = None
-    return resolve_features({"image_size": manifest.get("image_size"), "vae": known}, where)
+    given = {name: manifest.get(name) for name in ("image_size", "channel_mean", "channel_std")}
+    return resolve_features({**given, "vae": known}, where)
 
 
 def load_config(path):

@@ -255,14 +255,16 @@ class Reference:
         return statistics.mean, statistics.covariance
 
 
-def open_reference(path, *, image_size=None):
+def open_reference(path, *, image_size=None, sample_size=None):
     """Returns the `Reference` in a folder of images or a `.npz` of `arr_0`, statistics by ADM's names, or both.
 
-    Nothing is extracted yet. `image_size` and errors are those of `evaluation.sets`.
+    Nothing is extracted yet. `image_size` and errors are those of `evaluation.sets`, whose default size is that of
+    samples of `sample_size` (height, width), if they are squares.
     """
+    default_size = sample_size[0] if sample_size and sample_size[0] == sample_size[1] else None
     stored = read_statistics(path) if os.path.isfile(path) else {}
     has_images = not stored or "arr_0" in npz_names(path)
-    images = open_images(path, image_size=image_size) if has_images else None
+    images = open_images(path, image_size=image_size, default_size=default_size) if has_images else None
     return Reference(path, images, stored)
 
 
@@ -273,7 +275,8 @@ def load_reference(path, network, metrics=None, *, sample_size, num_samples=None
     `sample_size` the samples' (height, width). ValueError, one line, for a file that is no reference, a metric that is
     impossible, images of another size, statistics of other features.
     """
-    reference = Reference(None, None, {}) if path is None else open_reference(path, image_size=image_size)
+    options = {"image_size": image_size, "sample_size": sample_size}
+    reference = Reference(None, None, {}) if path is None else open_reference(path, **options)
     reference.choose(metrics, network.outputs, num_samples)
     reference.check(network, sample_size)
     reference.extract(network, batch_size)

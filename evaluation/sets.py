@@ -61,15 +61,16 @@ def _at_once(batch_size, image_size):
     return max(1, min(batch_size, MAX_BATCH // (3 * math.prod(image_size))))
 
 
-def open_images(path, *, image_size=None):
+def open_images(path, *, image_size=None, default_size=None):
     """Returns the `ImageSet` of a `.npz` with `arr_0`, uint8 (N, H, W, 3), or of a folder of `.png`, `.jpg`, `.jpeg`.
 
     A folder's images, at any depth, are sorted by their path in it. With `image_size` images of another size are
-    centre-cropped to a square, as for training (`features.images.center_crop`). ValueError, one line, for anything
-    else: no such path, no images, fewer than two, another type or shape, images of different sizes.
+    centre-cropped to a square, as for training (`features.images.center_crop`); so are a folder's of different sizes,
+    or of a larger one, with a `default_size`. ValueError, one line, for anything else: no such path, no images, fewer
+    than two, another type or shape, images of different sizes.
     """
     if os.path.isdir(path):
-        images = _Folder(path, image_size)
+        images = _Folder(path, image_size, default_size)
     elif not os.path.exists(path):
         raise ValueError(f"{shortened(path, 500)}: no such file or folder; expected a .npz or a folder of images")
     else:
@@ -116,7 +117,7 @@ def _cropped(pixels, size):
 class _Folder(ImageSet):
     kind = "folder"
 
-    def __init__(self, path, image_size):
+    def __init__(self, path, image_size, default_size):
         self.path, self._crop = path, image_size
         lost, prefix = [], os.path.join(path, "")
         names = sorted(file[len(prefix) :] for file in walk_files(path, lost))
@@ -129,13 +130,13 @@ class _Folder(ImageSet):
         if lost:
             lost = sorted(file[len(prefix) :] for file in lost)
             self.notes += (f"{path}: left out, links that lead nowhere or in a circle: {len(lost)} ({some_of(lost)})",)
-        self.image_size = (image_size, image_size) if image_size else self._common_size()
+        self.image_size = (image_size, image_size) if image_size else self._common_size(default_size)
 
     def __len__(self):
         return len(self.names)
 
-    def _common_size(self):
-        """Returns the size of all images, of which only the headers are read."""
+    def _common_size(self, default_size):
+        """Returns the size of all images, of which only the headers are read; with a default that which they get."""
         common, deep = None, []
         for name in self.names:
             with opened(path := os.path.join(self.path, name)) as image:
@@ -143,6 +144,8 @@ class _Folder(ImageSet):
                 if image.mode[0] in "IF":
                     deep.append(name)
             common = common or size
+            if size != common and default_size:
+                return self._cropped_to(default_size, "several sizes")
             if size != common:
                 raise ValueError(
                     f"{path}: is of {size_in_words(size)}, {self.names[0]} of {size_in_words(common)}; expected images "
@@ -151,7 +154,14 @@ class _Folder(ImageSet):
         if deep:
             what = f"{counted(len(deep), 'image')} of more than 8 bits ({some_of(deep)}), cut off at 255 by Pillow"
             self.notes += (f"{self.path}: {what}; save images with 8 bits",)
+        if default_size and common != (default_size, default_size) and min(common) >= default_size:
+            return self._cropped_to(default_size, size_in_words(common))
         return common
+
+    def _cropped_to(self, size, of):
+        self._crop = size
+        self.notes += (f"{self.path}: images of {of} are centre-cropped to {size}, as the samples; see --image_size",)
+        return size, size
 
     def _pixels(self, name):
         path = os.path.join(self.path, name)

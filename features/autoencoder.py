@@ -213,6 +213,17 @@ def downsampling(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def describe_vae(vae, name):
+    """Returns the `vae` entry of a `features` section for an autoencoder of that name or path."""
+    return {
+        "name": os.path.abspath(name) if os.path.isdir(name) else name,
+        "weights_sha256": weights_digest(vae),
+        "latent_channels": vae.config.latent_channels,
+        "downsampling": downsampling(vae),
+        **LatentScaling.of(vae.config).as_dict(),
+    }
+
+
 def choose_vae(given, features, default, flag):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
@@ -258,7 +269,7 @@ def match_vae(vae, name, features, flag):
             raise ValueError(
                 f"{flag} {name}: {key} is {ours}, and {features[key]} for the autoencoder that made the features"
             )
-    ours = {"name": name, "weights_sha256": weights_digest(vae), **LatentScaling.of(vae.config).as_dict()}
+    ours = describe_vae(vae, name)
     changes = [f"{what} {theirs}, not {own}" for what, theirs, own in vae_differences(features, ours)]
     if not changes:
         return None

@@ -19,6 +19,7 @@ from features.layout import Layout
 from features.npy import load_npy
 from features.packed import PackedStore
 from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
+from features.statistics import channel_statistics, channel_sums, statistics_entries
 from features.store import read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
@@ -160,13 +161,12 @@ def read_rows(store, indices, facts, hashing=False):
 def check_span(span):
     """Looks into a range of samples, in a worker process.
 
-    Returns `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(5, C)` float64, the sums of x, of x**2 and with
-    moments of std**2, how many numbers of a channel are in them, and how many mirrored latents are their originals; the
-    last two as of `read_rows`.
+    Returns `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the `channel_sums`, and how many
+    mirrored latents are their originals; the last two as of `read_rows`.
     """
     indices, (store, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
-    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((5, channels))
+    samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((4, channels))
     rows, labels, whole, problems, files = read_rows(store, indices, facts, hashing)
 
     def add(kind, index, what, text):
@@ -190,13 +190,9 @@ def check_span(span):
             add("moments", indices[places[row]], kind, "a standard deviation is not above 0")
         good = (bad == 0) & positive
         whole[places] &= good
-        values = array[good].astype("float64")
-        sums[0] += values[:, :channels].sum(axis=(0, 2, 3))
-        squares = np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels)
-        sums[1 : 1 + len(squares)] += squares
-        sums[3] += values[:, 0].size
+        sums[:3] += channel_sums(array[good], channels)
         if kind == "flipped":
-            sums[4] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
+            sums[3] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
     samples["usable"] = whole
     return samples, sums, problems, files
 
@@ -243,16 +239,14 @@ def _check_counts(report):
 
 def _check_statistics(report, sums):
     """Notes mean and standard deviation, which is about 1 if the latents are scaled; `sums` as of `check_span`."""
-    count, twins = sums[3:, 0]
+    count, twins = sums[2:, 0]
     if twins and twins == report.samples["usable"].sum():
         report.add("mirrored", report.store.path, "every mirrored latent is the same as its original")
     if not count:
         return
-    mean, square = sums[0] / count, (sums[1] + sums[2]) / count  # of a posterior sample: mean**2 + std**2
-    channel_std = np.sqrt(np.maximum(square - mean**2, 0))
-    std = float(np.sqrt(max(square.mean() - mean.mean() ** 2, 0)))
-    channels = {"channel_mean": mean.tolist(), "channel_std": channel_std.tolist()}
-    report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **channels}
+    mean, channel_std = channel_statistics(sums[:3])
+    std = float(np.sqrt(np.mean(channel_std**2) + np.var(mean)))
+    report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **statistics_entries(sums[:3])}
     if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
     text = f"the latents' standard deviation is {std:.4g}, expected about 1"

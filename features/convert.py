@@ -12,6 +12,7 @@ from features.layout import Layout
 from features.packed import PackedStore, ShardWriter, finish, finished_shards, shard_files, shard_name
 from features.pairs import PairStore, natural_order
 from features.read_ahead import map_ahead
+from features.statistics import channel_sums, statistics_entries
 from features.store import find_features, open_store, read_manifest
 from features.writers import PairWriter, write_checksums
 from runtime.files import sha256_of_file, whole_file, write_json
@@ -51,11 +52,12 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 
-    source, labels = _Rows(store, num_workers), store.labels
+    channels = store.row_shape[0] // (1 + bool(manifest.get("moments")))
+    source, labels = _Rows(store, num_workers, channels), store.labels
     if kind == "packed":
-        error = _to_packed(source, layout, dtype, rounded_to, shard_samples)
+        error, sums = _to_packed(source, layout, dtype, rounded_to, shard_samples)
     else:
-        error = _to_pairs(source, layout, dtype, rounded_to)
+        error, sums = _to_pairs(source, layout, dtype, rounded_to)
     old_classes = Layout(feature_path, name).classes
     if os.path.exists(old_classes):
         with whole_file(layout.classes) as path:
@@ -70,6 +72,7 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
         "dtype": dtype,
         "flip": store.has_flip,
         "checksums": {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()},
+        **({} if sums is None else statistics_entries(sums)),
     }
     write_json(layout.manifest, {"version": 1, **manifest, **new})
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
@@ -126,8 +129,12 @@ def _begin(layout, plan_file, plan, work):
 class _Rows:
     """All rows of a store as training sees them, float32, in chunks that threads read ahead."""
 
-    def __init__(self, store, num_workers):
-        self.store, self.names, self.num_workers = store, store.names(), num_workers
+    def __init__(self, store, num_workers, channels):
+        self.store, self.names, self.num_workers, self.channels = store, store.names(), num_workers, channels
+
+    def of(self, store):
+        """Returns those of another store of the same samples."""
+        return _Rows(store, self.num_workers, self.channels)
 
     def read(self, span):
         """Returns `(names, labels, [latents, mirrored latents])` of the samples in a `range`."""
@@ -147,7 +154,7 @@ class _Rows:
 
 
 def _compare(source, target, rounded_to):
-    """Compares a whole set with its source, both `_Rows`; returns the largest rounding error.
+    """Compares a whole set with its source, both `_Rows`; returns the largest rounding error and the `channel_sums`.
 
     Names, labels and bits must be the same, of latents after a rounding to the dtype `rounded_to`; ValueError names
     the first sample of which they are not.
@@ -169,15 +176,16 @@ def _compare(source, target, rounded_to):
             index = span[np.argmax(bad)]
             hint = "; were its dtypes mixed? then give --dtype" if new_store.dtype == "float16" else ""
             raise ValueError(f"{new_store.source(index)}: is not the same as {old_store.source(index)}{hint}")
-        return worst
+        return worst, sum(channel_sums(each, source.channels) for each in new_rows)
 
     with tqdm(total=len(old_store), desc="comparing", unit="sample") as bar:
-        return max(source.map(check, range(len(old_store)), bar))
+        errors, sums = zip(*source.map(check, range(len(old_store)), bar), strict=True)
+    return max(errors), sum(sums)
 
 
 def _to_packed(source, layout, dtype, rounded_to, shard_samples):
-    """Puts compared shards and their checksums in place; returns the rounding error."""
-    store, error = source.store, 0.0
+    """Puts compared shards and their checksums in place; returns what `_compare` does, `(0, None)` if it was before."""
+    store, error, sums = source.store, 0.0, None
     if not finished_shards(layout.packed):  # else: a kill after the comparison
         done, work = finished_shards(layout.partial), layout.partial
         with tqdm(total=len(store), initial=sum(done.values()), desc="packing", unit="sample") as bar:
@@ -188,17 +196,17 @@ def _to_packed(source, layout, dtype, rounded_to, shard_samples):
                     samples = range(len(store))[start:][:shard_samples]
                     for names, labels, rows in source.map(source.read, samples, bar):
                         shard.append(rows[0], labels, names, *rows[1:])
-        error = _compare(source, _Rows(PackedStore(work), source.num_workers), rounded_to)
+        error, sums = _compare(source, source.of(PackedStore(work)), rounded_to)
         finish(layout.features_path, layout.name)
     shards = [f"{os.path.basename(layout.packed)}/{shard_name(number)}" for number in finished_shards(layout.packed)]
     paths = [f"{shard}/{name}" for shard in shards for name in shard_files(store.has_flip)]
     write_checksums(layout, ((path, sha256_of_file(os.path.join(layout.features_path, path))) for path in paths))
-    return error
+    return error, sums
 
 
 def _to_pairs(source, layout, dtype, rounded_to):
-    """Puts compared pairs and their checksums in place; returns the rounding error."""
-    store, work, error = source.store, layout.unpacking, 0.0
+    """Puts compared pairs and their checksums in place; returns what `_to_packed` does."""
+    store, work, error, sums = source.store, layout.unpacking, 0.0, None
     made, compared = Layout(work, layout.name), os.path.join(work, "compared")
     writer = PairWriter(made, row_shape=store.row_shape, flip=store.has_flip, dtype=dtype)
 
@@ -210,10 +218,10 @@ def _to_pairs(source, layout, dtype, rounded_to):
         os.makedirs(work, exist_ok=True)
         with tqdm(total=len(store), desc="unpacking", unit="sample") as bar:
             write_checksums(made, itertools.chain.from_iterable(source.map(write, range(len(store)), bar)))
-        error = _compare(source, _Rows(PairStore(work, layout.name), source.num_workers), rounded_to)
+        error, sums = _compare(source, source.of(PairStore(work, layout.name)), rounded_to)
         open(compared, "wb").close()
     # The features last, because a set is found by them.
     for name in ("checksums", "labels", "flipped", "features"):
         if os.path.exists(getattr(made, name)):
             os.rename(getattr(made, name), getattr(layout, name))
-    return error
+    return error, sums

@@ -67,8 +67,12 @@ class FeatureDataset:
         self.flip, self.posterior, self.seed = flip, posterior, seed
         self.notes = []
         self._indices = self._classes = self._stored = None
-        self._check_shape(read_manifest(feature_path, name).get("moments"))
-        if resolution and name != f"imagenet{resolution}":
+        manifest = read_manifest(feature_path, name)
+        self._check_shape(manifest.get("moments"))
+        made_of = manifest.get("image_size")
+        if resolution and made_of and made_of != resolution:
+            self.notes.append(f"image size {resolution}: the set {name} in {feature_path} is of images of {made_of}")
+        elif resolution and not made_of and name != f"imagenet{resolution}":
             other = f"no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
             self.notes.append(f"image size {resolution}: {other}")
         if flip and not self.store.has_flip:
@@ -97,8 +101,18 @@ class FeatureDataset:
         takes = f"the config's model takes float latents of shape {self.sample_shape} (in_channels, sample_size, "
         takes += f"sample_size){moments}"
         if shape != expected or self.store.dtype.kind != "f":
-            raise ValueError(f"{self.store.source(0)}: holds {self.store.dtype} of shape {shape}, {takes}")
+            holds = f"holds {self.store.dtype} of shape {shape}"
+            raise ValueError(f"{self.store.source(0)}: {holds}, {takes}{self._fitting_config(shape)}")
         self.store.expected = takes
+
+    def _fitting_config(self, shape):
+        """Returns what to write in the config for latents of this shape, as the end of a message; perhaps empty."""
+        if len(shape) != 3 or shape[1] != shape[2] or shape[0] % (1 + self.moments):
+            return ""
+        fitting = {"in_channels": shape[0] // (1 + self.moments), "sample_size": shape[1]}
+        ours = dict(zip(fitting, self.sample_shape, strict=False))
+        changes = [f'"{key}": {value}' for key, value in fitting.items() if value != ours[key]]
+        return f"; for this set write {', '.join(changes)} in its section model" if changes else ""
 
     def _check_labels(self, labels, indices):
         wrong = (labels < 0) | (labels >= self.num_classes)

@@ -23,6 +23,7 @@ from features.autoencoder import LatentScaling, downsampling, weights_digest
 from features.image_source import ImageSource, open_source, source_root
 from features.images import UnreadableImage, encodable
 from features.read_ahead import map_ahead
+from features.statistics import channel_sums, statistics_entries
 from features.writers import WRITERS, batches_a_part, write_checksums
 from runtime.files import write_json
 from runtime.process import say
@@ -76,7 +77,8 @@ def make_settings(vae, vae_name, name, encoding, options):
 class Journal:
     """The list of the parts that are on the disk, which all ranks write, each into a file of its own.
 
-    `parts` is `{part: (unreadable, digests)}`: [[index, reason], ...] and the sha256 sums of the part's files, joined.
+    `parts` is `{part: (unreadable, digests, sums)}`: [[index, reason], ...], the sha256 sums of the part's files,
+    joined, and its `channel_sums` as a list, None where an earlier version wrote the line.
     ValueError if a process of an earlier start still holds this rank's file.
     """
 
@@ -101,20 +103,21 @@ class Journal:
             self._read[name] = self._read.get(name, 0) + len(added)
             for line in added.splitlines():
                 try:
-                    part, unreadable, digests = json.loads(line)
+                    part, unreadable, digests, *sums = json.loads(line)
                     digests = b"".join(map(bytes.fromhex, digests))
                 except ValueError:  # a power cut may leave anything
                     continue
                 if part not in self.parts:
-                    self.parts[part] = unreadable, digests
+                    self.parts[part] = unreadable, digests, next(iter(sums), None)
                     new.append(part)
         return new
 
-    def add(self, part, unreadable, digests):
-        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes."""
-        self._file.write(json.dumps([part, unreadable, [digest.hex() for digest in digests]]).encode() + b"\n")
+    def add(self, part, unreadable, digests, sums):
+        """Notes that a part's files are on the disk; digests: their sha256 sums, bytes; sums: of `channel_sums`."""
+        line = [part, unreadable, [digest.hex() for digest in digests], sums.tolist()]
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
-        self.parts[part] = unreadable, b"".join(digests)
+        self.parts[part] = unreadable, b"".join(digests), line[-1]
 
     def close(self):
         with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
@@ -227,7 +230,7 @@ class Extraction:
         counts = [sum(map(len, part)) for part in parts]
         with contextlib.closing(Journal(self.layout.state, self.rank)) as journal:
             journal.update()
-            left_out = [index for entries, _ in journal.parts.values() for index, _ in entries]
+            left_out = [index for entries, *_ in journal.parts.values() for index, _ in entries]
             if left_out and not skip:
                 raise ValueError(
                     f"{source.name(min(left_out))}: could not be read, and an earlier start with --on_error skip left "
@@ -238,13 +241,15 @@ class Extraction:
             done = sum(counts[part] for part in journal.parts)
             progress = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=self.rank != 0)
 
-            def readable(part, unreadable):
+            def readable(part, unreadable, sums):
                 for indices, labels, arrays, errors in itertools.islice(encoded, len(parts[part])):
                     if errors and not skip:
                         raise ValueError(
                             f"{errors[min(errors)]}; repair or remove it, or give --on_error skip: {GOES_ON}"
                         )
                     unreadable += [[index, encodable(errors[index].reason)] for index in sorted(errors)]
+                    for latents in arrays:
+                        sums += channel_sums(latents, channels)
                     yield indices, labels, arrays
                     progress.update(len(indices) + len(errors))
 
@@ -253,9 +258,9 @@ class Extraction:
 
             with contextlib.closing(encoded), progress:
                 for part in mine:
-                    unreadable = []
-                    digests = writer.write(part, readable(part, unreadable))
-                    journal.add(part, unreadable, digests)
+                    unreadable, sums = [], np.zeros((3, channels))
+                    digests = writer.write(part, readable(part, unreadable, sums))
+                    journal.add(part, unreadable, digests, sums)
                     if self.rank == 0:
                         count_others()
                 while self.rank == 0 and len(journal.parts) < len(parts):
@@ -306,7 +311,7 @@ class Extraction:
         A kill in between does no harm: the next start does it again, with the same result.
         """
         layout, source = self.layout, self.source
-        unreadable = sorted(entry for lost, _ in written.values() for entry in lost)
+        unreadable = sorted(entry for lost, *_ in written.values() for entry in lost)
         lost = [index for index, _ in unreadable]
         if len(lost) == len(source):
             raise ValueError(f"{source.root}: not one of its {len(source)} images can be read: {unreadable[0][1]}")
@@ -315,7 +320,7 @@ class Extraction:
 
         def files():
             for part, batches in enumerate(parts):
-                lost, digests = written[part]
+                lost, digests, _ = written[part]
                 indices = sorted(set().union(*batches) - {index for index, _ in lost})
                 digests = [digests[i : i + 32] for i in range(0, len(digests), 32)]
                 yield from writer.files(part, indices, digests)
@@ -323,8 +328,10 @@ class Extraction:
         write_json(layout.classes, {"id2label": dict(enumerate(map(encodable, source.classes)))})
         counts = source.class_counts()
         np.subtract.at(counts, source.labels[lost], 1)
+        sums = [written[part][-1] for part in range(len(parts))]
         manifest = {
             **self.settings,
+            **({} if None in sums else statistics_entries(np.sum(sums, axis=0))),
             "num_samples": len(source) - len(lost),
             "class_counts": counts.tolist(),
             "unreadable": [

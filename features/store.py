@@ -10,6 +10,7 @@ import shlex
 
 import numpy as np
 
+from config.schema import manifest_features
 from features.layout import Layout
 from features.packed import PackedStore, take_rows
 from features.pairs import PairStore
@@ -25,8 +26,9 @@ READ_BYTES = 1 << 22
 def find_features(feature_path, resolution):
     """Returns `(kind, name)` of the set in a feature folder, kind "packed" or "pairs".
 
-    The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one. A set that is there in both
-    forms is read packed. ValueError if nothing fits, more than one set does, or the set is not finished.
+    The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one, or the only one whose
+    manifest tells of images of that size. A set that is there in both forms is read packed. ValueError if nothing fits,
+    more than one set does, or the set is not finished.
     """
     found = {}  # {name: kinds}
     is_folder = os.path.isdir(feature_path)
@@ -44,6 +46,9 @@ def find_features(feature_path, resolution):
         lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it"
         lacks = lacks if is_folder else "no such folder; expected NAME_features/ and NAME_labels/ in it"
         raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
+    if len(whole) > 1 and resolution:
+        sizes = {name: read_manifest(feature_path, name).get("image_size") for name in whole}
+        whole = [name for name in whole if sizes[name] == resolution] or whole
     if len(whole) > 1:
         names = ", ".join(f"{name}_{'packed' if 'packed' in found[name] else 'features'}" for name in whole)
         raise ValueError(f"{feature_path}: no {preferred}_features/ and several others ({names}); leave one")
@@ -76,6 +81,21 @@ def read_manifest(feature_path, name):
     """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
     path = Layout(feature_path, name).manifest
     return read_json_object(path) if os.path.exists(path) else {}
+
+
+def read_description(feature_path, name):
+    """Returns what a set's manifest says as a config's `features` section; the class names stand in another file."""
+    manifest = read_manifest(feature_path, name)
+    features = manifest_features(manifest, Layout(feature_path, name).manifest)
+    vae = features["vae"]
+    if vae is not None and vae["name"] is not None:
+        # A relative path is the extraction's, and a run may be resumed or sampled from anywhere.
+        path = manifest["vae"].get("path")
+        if isinstance(path, str) and (os.path.isdir(path) or not os.path.isdir(vae["name"])):
+            vae["name"] = path
+        elif os.path.isdir(vae["name"]):
+            vae["name"] = os.path.abspath(vae["name"])
+    return features
 
 
 class MemoryStore:

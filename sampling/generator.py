@@ -7,6 +7,7 @@ The noise of image i is a function of the seed and of i's place among the classe
 """
 
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,7 +44,9 @@ class Generator:
     path: str = "the network"  # of the model, for messages
     notes: list = field(default_factory=list)  # sentences that a user should read
     vae_name: str | None = None  # folder or hub name, of one that the model does not bring along
+    features: dict | None = None  # `features` section of a config, see `sampling.model_path.Model`
     digests: object = None  # returns the sha256 of the weights of network and VAE; see `layer_digests`
+    noted: set = field(default_factory=set, repr=False)  # `(steps, method)` on which a user has been told what is odd
     check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
@@ -54,9 +57,14 @@ class Generator:
     def describe(self, num_inference_steps=None, **options):
         """Lists sentences that a user should read: on the model, and on sampling it by these settings of `sample`."""
         notes = list(self.notes)
-        if num_inference_steps is not None and hasattr(self.objective, "note"):
-            notes.append(self.objective.note(num_inference_steps, **options))
+        if num_inference_steps is not None:
+            notes.append(self._note(num_inference_steps, options.get("method")))
         return [note for note in notes if note]
+
+    def _note(self, num_steps, method):
+        """Returns a sentence on a number of steps in which the network is not exact, else None, and remembers it."""
+        self.noted.add((num_steps, method))
+        return self.objective.note(num_steps, method) if hasattr(self.objective, "note") else None
 
     def find_classes(self, classes=None):
         """Lists class ids for ids, names or parts of names; see `sampling.labels.find_classes`."""
@@ -111,6 +119,8 @@ class Generator:
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
             options: of the objective's `sample`: `method`, `draw_noise`; a transport's `sampler` and what it takes.
 
+        A number of steps in which an exported network is not exact is a warning, once, unless `describe` has told it.
+
         Raises:
             ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
         """
@@ -123,6 +133,9 @@ class Generator:
         random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
+        steps = num_inference_steps, options.get("method")
+        if steps not in self.noted and (note := self._note(*steps)):
+            warnings.warn(note, stacklevel=3)
         null_class = 0 if self.null_class is None else self.null_class
         guidance = {"channels": channels, "null_class": null_class, "interval": guidance_interval}
         latents, size = [], batch_size or len(ids)
@@ -199,13 +212,14 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
 
         generator = SiTPipeline.from_pretrained(model.path, dtype).generator
     generator.path, generator.labels = model.path, model.labels or generator.labels
+    generator.features = model.features or generator.features
     return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
     """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
     generator = _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
-    generator.path = model.path
+    generator.path, generator.features = model.path, model.features
     return generator
 
 

@@ -5,13 +5,14 @@ import os
 from dataclasses import dataclass, field
 
 from config.options import GUIDANCE_SCALE, POSITIVE_INT
-from config.schema import MODEL_TYPES, load_config, weights_config
+from config.schema import MODEL_TYPES, exported_features, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class
+from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_num_steps, check_scheduler
-from weights.source import checkpoint_hint, is_training_checkpoint
+from weights.runs import is_training_checkpoint, resolve_run
+from weights.source import checkpoint_hint
 
 # The class of pipeline that model_index.json names: what its networks have in common.
 PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
@@ -31,6 +32,7 @@ class Model:
     labels: dict = field(default_factory=dict)  # `{id: label}`, the user's where there are any; perhaps empty
     num_classes: int | None = None  # None if it is not known
     has_null_class: bool | None = None  # it can be guided; None if that is not known
+    features: dict | None = None  # `features` section of a config: what the latents were made of, as far as it is known
     scheduler: dict = field(default_factory=dict)  # a pipeline's settings with its class in `_class_name`, or {}
     notes: list = field(default_factory=list)  # sentences for the user
 
@@ -85,7 +87,7 @@ def check_guidance(scale, has_null_class, path):
 
 
 def describe_model(path, pipeline=None, *, id2label=None, config=None, default_config=None):
-    """Returns the `Model` of a folder, a file of weights or a name on the hub.
+    """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
@@ -95,6 +97,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
+    path = resolve_run(path)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
@@ -133,10 +136,12 @@ def _describe_folder(path, pipeline, labels):
     num_classes = has_null_class = network_type = None
     if pipeline != "SiTPipeline" and os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
         index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
+        features = exported_features(index.get("features"), f"{os.path.join(path, INFERENCE_MANIFEST)}: features")
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
         index, kind = _json_object(path, "model_index.json"), "pipeline"
+        features = index_features(index, path)
         pipeline = _pipeline_class(path, index, (pipeline,) if pipeline else tuple(PIPELINES))
         if pipeline == "SiTPipeline":
             network = _json_object(path, "transformer/config.json")
@@ -157,6 +162,7 @@ def _describe_folder(path, pipeline, labels):
         labels=labels,
         num_classes=num_classes if POSITIVE_INT.accepts(num_classes) else None,
         has_null_class=has_null_class,
+        features=features,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
 
@@ -187,6 +193,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
+    known["features"] = config["features"]
     notes = [note] if note else []
     return Model(kind, path, network.pipeline, model["type"], config=config, labels=labels, notes=notes, **known)
 

@@ -33,6 +33,7 @@ from sampling.pipelines.folder import (
     check_id2label,
     check_vae,
     component_class,
+    index_features,
     read_component,
     read_index,
     write_pipeline,
@@ -109,6 +110,7 @@ class SiTPipeline(DiffusionPipeline):
         self.id2label = check_id2label(id2label, transformer.num_classes)
         ids = {name.strip(): int(i) for i, label in self.id2label.items() for name in label.split(",")}
         self.labels = dict(sorted(ids.items()))  # one-name label: class id, as in DiTPipeline
+        self.features = None  # a `features` section: what the latents were made of, if it is known
         transformer.eval()
         vae.eval()
 
@@ -124,7 +126,9 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(network, SiT):  # a position table that is the exact one in half precision becomes the exact one
             table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
             network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
-        return cls(network, vae, scheduler, id2label)
+        pipe = cls(network, vae, scheduler, id2label)
+        pipe.features = config["features"]
+        return pipe
 
     # -- The folder ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +153,7 @@ class SiTPipeline(DiffusionPipeline):
             labels=self.id2label,
             overwrite=overwrite,
             safe_serialization=safe_serialization,
+            features=self.features,
         )
 
     @classmethod
@@ -169,6 +174,7 @@ class SiTPipeline(DiffusionPipeline):
         transformer = load_network({"type": kind, **settings}, load_weights(weights), weights)
         scheduler, vae = TransportScheduler.from_folder(folder), load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
+        pipe.features = index_features(index, folder)
         return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
 
     @property
@@ -194,6 +200,7 @@ class SiTPipeline(DiffusionPipeline):
             vae=self.vae,
             labels={int(index): label for index, label in self.id2label.items()},
             digests=partial(layer_digests, network, self.vae),
+            features=self.features,
         )
 
     def get_label_ids(self, label):

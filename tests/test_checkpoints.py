@@ -16,10 +16,11 @@ from runtime import files as manifest
 from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD
 from training.checkpoints import find
-from training.checkpoints.find import find_checkpoints, list_checkpoints, pick_checkpoint
+from training.checkpoints.find import pick_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.saver import rotate_checkpoints
 from training.checkpoints.state import restore_model, restore_training
+from weights.runs import damage, find_checkpoints, list_checkpoints, step_of
 
 LOOPS = ["trainer", "notrainer"]
 FILES = ["config.json", "model_state.pdparams", "ema_state.pdparams", "optimizer.pdopt", "trainer_state.json"]
@@ -69,7 +70,7 @@ class Run:
 
     def steps(self):
         """The steps that checkpoints are listed of."""
-        return [find.step_of(path) for path in find_checkpoints(self.output)]
+        return [step_of(path) for path in find_checkpoints(self.output)]
 
     def resume(self, path="auto"):
         flag = "--resume" if self.loop == "notrainer" else "--resume_from_checkpoint"
@@ -234,7 +235,7 @@ def test_killed_at_every_operation_of_a_save(tmp_path, step, monkeypatch):
         # The next save leaves nothing behind but whole folders.
         write_folder(place / "checkpoint-8", b"next")
         assert not list(place.glob(".*"))
-        assert all(find.damage(path, checksums=True) is None for path in list_checkpoints(place))
+        assert all(damage(path, checksums=True) is None for path in list_checkpoints(place))
         if status == 0:
             break
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

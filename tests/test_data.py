@@ -211,6 +211,8 @@ def test_manifest_and_classes_travel_with_the_samples(tmp_path):
     written = json.loads((output / "imagenet64_manifest.json").read_text())
     assert (written["format"], written["seed"], written["num_samples"]) == ("packed", 3, 12)
     assert written["class_counts"] == [2, 2] + [1] * 8 and written["dtype"] == "float32"
+    rows = np.stack([np.load(path)[0] for path in (tmp_path / "pairs").glob("*_features/*.npy")])
+    np.testing.assert_allclose(written["channel_std"], rows.std(axis=(0, 2, 3), dtype="float64"), rtol=1e-6)
     assert (output / "imagenet64_classes.json").read_text() == '{"id2label": {"0": "a"}}'
     back = json.loads((pack_set(output, tmp_path / "back") / "imagenet64_manifest.json").read_text())
     assert {**back, "format": "packed", "checksums": written["checksums"]} == written and back["format"] == "npy"

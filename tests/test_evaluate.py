@@ -16,7 +16,7 @@ from support.runs import ROOT, launch
 from evaluation import report as reports
 from evaluation.inception import Inception
 from evaluation.reconstruction import psnr, ssim
-from evaluation.run import METRICS
+from evaluation.run import METRICS, open_reference
 from evaluation.sets import open_images
 from tools.evaluate import main
 
@@ -184,6 +184,13 @@ def test_image_size_crops_as_training_does(tmp_path):
     found = open_images(str(tmp_path), image_size=16)
     expected = [load_pixels(str(tmp_path / f"{number}.png"), 16) for number in (0, 1)]
     np.testing.assert_array_equal(next(found.batches(2)), expected)
+    reference = open_reference(str(tmp_path), sample_size=(16, 16)).images  # as large as the samples, unless it is said
+    np.testing.assert_array_equal(next(reference.batches(2)), expected)
+    assert "images of several sizes are centre-cropped to 16" in reference.notes[-1]
+    (tmp_path / "1.png").unlink()
+    shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
+    assert open_reference(str(tmp_path), sample_size=(24, 24)).images.image_size == (24, 24)
+    assert open_reference(str(tmp_path), sample_size=(32, 32)).images.image_size == (24, 40)  # never enlarged
     np.savez(tmp_path / "a.npz", arr_0=images(0, 2, (24, 40)))
     Image.fromarray(images(0, 2, (24, 40))[1]).save(tmp_path / "one.png")
     cropped = next(open_images(str(tmp_path / "a.npz"), image_size=16).batches(2))
@@ -256,7 +263,11 @@ MISTAKES = {
     "no images": (save(arr_0=images(0)[:0]), [], r"arr_0 is \(0, 16, 16, 3\); expected"),
     "not there": (None, ["--samples", "{}/gone"], "gone: there is no such file or folder"),
     "empty folder": (empty_folder, [], "reference: no images in this folder; expected .png, .jpg, .jpeg"),
-    "sizes within a folder": (another_size_within, [], "zz.png: is of 32x16, 000.png of 16x16.*--image_size"),
+    "sizes within a folder": (
+        another_size_within,
+        ["--samples", "{}/reference"],  # the reference's images are cropped to the samples' size
+        "zz.png: is of 32x16, 000.png of 16x16.*--image_size",
+    ),
     "broken image": (broken_image, [], "005.png: cannot be read as an image"),
     "sizes of the sets": (
         save(arr_0=images(0, size=(32, 16))),

@@ -66,10 +66,14 @@ def extracted(images, tmp_path_factory):
 
 
 def test_layout_and_classes(extracted):
-    _, labels = load(extracted)
+    features, labels = load(extracted)
     assert labels.tolist() == [0] * 10 + [1] * 5
     classes = json.loads((extracted / "imagenet32_classes.json").read_text())
     assert classes == {"id2label": {"0": "a_first", "1": "b_second"}}
+    manifest = json.loads((extracted / "imagenet32_manifest.json").read_text())
+    rows = np.moveaxis(features, 1, 0).reshape(features.shape[1], -1)
+    np.testing.assert_allclose(manifest["channel_mean"], rows.mean(axis=1, dtype="float64"), rtol=1e-6)
+    np.testing.assert_allclose(manifest["channel_std"], rows.std(axis=1, dtype="float64"), rtol=1e-6)
 
 
 def test_values_are_scaled_posterior_samples(images, extracted):

@@ -10,16 +10,19 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
-from ppdiffusers import AutoencoderKL
+from ppdiffusers import AutoencoderKL, DiTPipeline
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
 
 import infer_demo_dit
 import infer_demo_sit
+from config.options import FEATURES_KEYS
 from config.schema import load_config, resolve_config
 from features.autoencoder import LatentDecoder, LatentScaling, choose_vae, load_vae
 from models import build_model
+from sampling import SiTPipeline
 from sampling.generator import from_weights
 from sampling.labels import find_classes, find_labels, weights_labels
+from sampling.model_path import describe_model
 from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
@@ -78,7 +81,26 @@ def test_relative_autoencoder_folder_is_found_from_elsewhere(tmp_path, monkeypat
 
 
 def test_sets_without_a_manifest_tell_nothing(features):
-    assert describe_features(features, 64, 10) == ({"image_size": None, "class_names": None, "vae": None}, [])
+    assert describe_features(features, 64, 10) == (dict.fromkeys(FEATURES_KEYS), [])
+
+
+def test_a_config_that_does_not_fit_its_set_is_told_what_to_write(tmp_path):
+    manifest = {**MANIFEST, "num_classes": 10, "class_counts": [2, 2, 2, 2, 2, 2, 1, 1, 1, 1]}
+    features = write_set(tmp_path / "set", manifest, {})
+
+    def notes(image_size=None, classes=None, **model):
+        raw = {"model": {**TINY_MODELS["DiT"], "num_classes": 10, **model}, "data": {"classes": classes}}
+        return " ".join(build_dataset(resolve_config(raw), features, image_size)[0].notes)
+
+    assert not notes() and not notes(64)
+    write = 'the config\'s num_classes is {}: write "num_classes": 10 in its section model'
+    assert write.format(1000) in notes(num_classes=1000)
+    with pytest.raises(ValueError, match=write.format(9) + ", or choose classes by --classes"):
+        notes(num_classes=9)
+    assert not notes(num_classes=9, classes=[0, 3])
+    with pytest.raises(ValueError, match='; for this set write "sample_size": 8 in its section model'):
+        notes(sample_size=16)
+    assert "image size 32: the set imagenet64 in" in notes(32)
 
 
 @pytest.mark.parametrize(
@@ -325,16 +347,29 @@ def convert(kind, weights, output, *flags):
     CONVERTERS[kind].main(["--model_weights", str(weights), "--checkpoint_path", str(output), *map(str, flags)])
 
 
+def own_features(run):
+    return json.loads((run["DiT"] / "config.json").read_text())["features"]
+
+
 @pytest.mark.parametrize("kind", ["DiT", "SiT"])
-def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_path, capsys, monkeypatch):
+def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = draw(kind, run[kind], tmp_path / "told.png", "--classes", "1", "--vae", run["vae"])
     image = draw(kind, run[kind], tmp_path / "a.png", "--classes", "dog")
-    assert (image == told).all() and "note" not in capsys.readouterr().out
+    assert (image == told).all() and "note" not in capfd.readouterr().out
     convert(kind, run[kind], tmp_path / "pipe")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["id2label"] == {"0": "cat", "1": "dog", "2": "2"}
     draw(kind, tmp_path / "pipe", tmp_path / "b.png", "--classes", "dog")
+    carried = {**own_features(run), "class_names": None}
+    assert len(carried["channel_std"]) == 4 and carried["image_size"] == 8 and carried["vae"]["weights_sha256"]
+    assert describe_model(str(tmp_path / "pipe")).features == carried
+    if kind == "SiT":
+        SiTPipeline.from_pretrained(tmp_path / "pipe").save_pretrained(tmp_path / "again")
+        assert describe_model(str(tmp_path / "again")).features == carried
+    else:  # stock ppdiffusers knows nothing of it, and says nothing
+        DiTPipeline.from_pretrained(str(tmp_path / "pipe"))
+        assert "_features" not in capfd.readouterr().err
 
     # Weights by file with a plain config of the same network: what stands beside them is not forgotten.
     config = tmp_path / f"{kind}.json"
@@ -347,6 +382,7 @@ def test_inference_export_and_names_by_flag(run, tmp_path, capsys):
     export_inference.main(["--model_path", str(run["DiT"]), "--output", str(tmp_path / "out")])
     manifest = json.loads((tmp_path / "out" / "inference.json").read_text())
     assert manifest["id2label"] == {"0": "cat", "1": "dog"}
+    assert describe_model(str(tmp_path / "out")).features == {**own_features(run), "class_names": None}
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"id2label": {"0": "a", "1": "b", "2": "c"}}))
     convert("DiT", run["DiT"], tmp_path / "pipe", "--id2label", labels)
@@ -370,6 +406,23 @@ def other_weights(folder, **settings):
     return folder
 
 
+def check_set(folder, report, *flags):
+    with contextlib.suppress(SystemExit):  # random weights have no latents of unit variance
+        check_features.main(["--feature_path", str(folder), "--output", str(report), *map(str, flags)])
+
+
+def test_check_features_draws_a_picture_by_the_manifests_autoencoder(run, tmp_path, capsys):
+    check_set(run["set"], tmp_path / "report.json")
+    assert f"picture: {tmp_path}/report.png" in capsys.readouterr().out and (tmp_path / "report.png").exists()
+    features = shutil.copytree(run["set"], tmp_path / "set")
+    manifest = json.loads((features / "imagenet8_manifest.json").read_text())
+    for name, said in (("owner/vae", "may need a download: --vae owner/vae, the"), ("/gone/vae", "give it by --vae")):
+        manifest["vae"] |= {"name": name, "path": None}
+        (features / "imagenet8_manifest.json").write_text(json.dumps(manifest))
+        check_set(features, tmp_path / "other.json", "--overwrite")
+        assert said in capsys.readouterr().out and not (tmp_path / "other.png").exists()
+
+
 @pytest.mark.parametrize("tool", ["demo", "converter", "export_inference", "check_features", "preview"])
 def test_another_autoencoder_is_used_and_said(tool, run, tmp_path, capsys, run_loop, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -385,9 +438,7 @@ def test_another_autoencoder_is_used_and_said(tool, run, tmp_path, capsys, run_l
             flags = ["--model_path", run["DiT"], "--vae", vae, "--output", tmp_path / output]
             export_inference.main([str(flag) for flag in flags])
         elif tool == "check_features":
-            flags = ["--feature_path", run["set"], "--vae", vae, "--output", tmp_path / f"{output}.json"]
-            with contextlib.suppress(SystemExit):  # random weights have no latents of unit variance
-                check_features.main([str(flag) for flag in [*flags, "--num_workers", 1]])
+            check_set(run["set"], tmp_path / f"{output}.json", "--vae", vae)
         else:
             config = tmp_path / "config.json"
             model = json.loads((run["DiT"] / "config.json").read_text())["model"]

@@ -1,5 +1,7 @@
 """`load_generator`: every kind of model, intermediate steps, batches, and what a caller shows."""
 
+import warnings
+
 import numpy as np
 import paddle
 import pytest
@@ -30,6 +32,19 @@ def models(tmp_path_factory):
     write_checkpoint(root / "sit", make_config("SiT"))
     make_pipeline().save_pretrained(root / "SiTPipeline")
     return root
+
+
+def test_steps_in_which_an_exported_network_is_not_exact_are_a_warning_once(models):
+    generator = load_generator(str(models / "DiTPipeline"))
+    options = {"num_inference_steps": 7, "output": "latents"}
+    with pytest.warns(UserWarning, match=r"exact in these numbers of steps: .*; in 7 steps \(ddim\) its images differ"):
+        generator.sample([3], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.sample([3], **options)
+        generator.sample([3], **{**options, "num_inference_steps": 10})
+        assert generator.describe(6, method="dpm")
+        generator.sample([3], **{**options, "num_inference_steps": 6}, method="dpm")
 
 
 # Each kind of model and sampler, and how many steps its callback counts of 5.

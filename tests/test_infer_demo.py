@@ -485,8 +485,8 @@ class TestDemo:
         assert end.value.code == 0
         assert demo.__doc__.strip() in capsys.readouterr().out and f"python {demo.__name__}.py" in demo.__doc__
 
-    def test_a_runs_folder_names_its_checkpoint(self, models):
-        for place in ("trainer/checkpoint-9", "results/000-DiT/checkpoints/0000009"):
+    def test_a_folder_above_a_runs_names_its_checkpoint(self, models):
+        for place in ("outputs/trainer/checkpoint-9", "work/results/000-DiT/checkpoints/0000009"):
             shutil.copytree(models["checkpoint"], place)
             open(f"{place}/trainer_state.json", "w").close()
             run = place.split("/")[0]

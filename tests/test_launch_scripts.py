@@ -12,6 +12,7 @@ from support.runs import ROOT, command_environment, free_port, loop_arguments, r
 
 from config.flags import Parser
 from config.schema import load_config
+from tools import check_flags
 
 SCRIPTS = {
     "0_run_train_dit_trainer.sh": ("trainer", "config/DiT_XL_patch2.json", "./output_trainer/DiT_XL_patch2_trainer"),
@@ -223,6 +224,20 @@ def test_variables_of_other_scripts_are_named(script, variables, line, tmp_path)
     assert refused.value.returncode == 2
     (error,) = refused.value.stderr.splitlines()
     assert error.startswith("error: ") and line in error
+
+
+def test_variables_that_no_script_takes_are_named(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path / "Tiny.json")
+    flags = ["--config_file", config, "--image_size", "64", "--seed=3", "--max_steps", "9"]
+    script = "train_image_generation_trainer.py"
+    for name, value in {"ema_decay": "0.5", "log_every": "7", "seed": "3", "max_steps": "9", "use_fp8": ""}.items():
+        monkeypatch.setenv(name, value)
+    flags = [flag.replace("image_size", "resolution") for flag in map(str, flags)]
+    monkeypatch.setattr("sys.argv", ["check_flags.py", script, *flags, "--output_dir", str(tmp_path / "out")])
+    check_flags.main()
+    first, second = sorted(capsys.readouterr().err.splitlines())
+    assert first == "note: ema_decay=0.5 is not used: this script takes no such variable; give --ema_decay as a flag"
+    assert second.startswith("note: log_every=7 is not used") and second.endswith("give --logging_steps as a flag")
 
 
 def test_paddlemix_variables_that_say_nothing_new_are_taken(tmp_path):

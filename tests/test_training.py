@@ -16,10 +16,10 @@ from models import build_model
 from runtime.precision import Precision, resolve_precision
 from training import EMA
 from training.checkpoints.experiment import open_checkpoint
-from training.checkpoints.find import list_checkpoints
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.state import restore_model
 from training.optimizer import build_lr_scheduler, build_optimizer, lr_factor, optimizer_state, set_optimizer_state
+from weights.runs import list_checkpoints
 
 # EMA.
 

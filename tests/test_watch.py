@@ -23,12 +23,12 @@ from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler
 from objectives import DiffusionObjective
 from runtime.precision import Precision
-from training.checkpoints.find import damage
 from training.checkpoints.saver import write_checkpoint
 from training.optimizer import build_optimizer
 from training.supervision.number_watch import BadStepError, NumberWatch
 from training.supervision.stopping import Stopping
 from weights.files import safe_load, save_pdparams
+from weights.runs import damage
 
 LOOPS = ("trainer", "notrainer")
 LAST_GOOD, BAD, STEPS = 4, 5, 8

@@ -2,8 +2,9 @@
 
 Checked: that every latent has its label (and its mirrored twin), shapes, dtypes, that all numbers are finite, labels
 against the number of classes, mean and standard deviation of the latents (about 1 once the autoencoder's scaling factor
-is in them), duplicates, and, where NAME_manifest.json is, its counts and the checksum of every file. With --vae some
-samples are decoded into a picture, mirrored twins beside their originals.
+is in them), duplicates, and, where NAME_manifest.json is, its counts and the checksum of every file. With --vae, or
+if the manifest's autoencoder is a folder that is here, some samples are decoded into a picture, mirrored twins beside
+their originals.
 
 Each problem is one line. The report, and the picture beside it, go to FEATURE_PATH/NAME_check.json (numbered if it is
 there) unless --output names another file. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.
@@ -12,6 +13,7 @@ there) unless --output names another file. Exit code: 0 all is well, 1 there are
 import collections
 import itertools
 import os
+import shlex
 import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
@@ -19,10 +21,10 @@ import numpy as np
 
 from config.flags import CommandParser, add_device_flag, check_paths, check_vae
 from config.options import POSITIVE_INT, VAE
-from config.schema import load_config, manifest_features
-from features.autoencoder import LatentDecoder, open_vae
+from config.schema import load_config
+from features.autoencoder import LatentDecoder, choose_vae, open_vae
 from features.check import check_set, read_rows
-from features.store import find_features
+from features.store import find_features, read_description
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 from sampling.grid import make_grid
@@ -71,12 +73,26 @@ def save_picture(report, path, *, vae, num_images, device):
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:num_images]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     rows = np.stack(read_rows(report.store, chosen, facts)[0], axis=1).reshape(-1, *facts["row_shape"])
-    made_with = manifest_features(report.manifest, report.layout.manifest)["vae"]
+    made_with = read_description(report.layout.features_path, report.layout.name)["vae"]
     vae, notes = open_vae(vae, made_with, default=None, flag="--vae", channels=channels)
     for note in notes:
         print(f"note: {note}")
     images = LatentDecoder(vae)(paddle.to_tensor(rows[:, :channels]))
     make_grid(images, columns=min(COLUMNS, len(images))).save(path)
+
+
+def own_vae(report):
+    """Returns the features' own autoencoder if its folder is here; else says how a picture is to be had, if it is."""
+    own = read_description(report.layout.features_path, report.layout.name)["vae"]
+    try:
+        name, _ = choose_vae(None, own, None, "--vae")
+    except ValueError as error:
+        print(f"note: no picture: {error}")
+        return None
+    if name is None or os.path.isdir(name):
+        return name
+    print(f"note: no picture, which may need a download: --vae {shlex.quote(name)}, the features' own autoencoder")
+    return None
 
 
 def output_files(path, folder, name, overwrite):
@@ -133,7 +149,7 @@ def main(argv=None):
     write_json(output, {**report.facts, "notes": report.notes, "problems": report.problems})
     print_report(report)
     print(f"report: {output}", flush=True)
-    if args.vae and report.samples["usable"].any():
+    if report.samples["usable"].any() and (args.vae or own_vae(report)):
         save_picture(report, picture, vae=args.vae, num_images=args.num_images, device=args.device)
         print(f"picture: {picture}")
     if report.problems:

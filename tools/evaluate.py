@@ -199,8 +199,9 @@ def main(argv=None):
     from runtime.process import init_distributed
 
     # What is compared.
-    reference = open_reference(args.reference, image_size=args.image_size)
     samples = open_images(args.samples, image_size=args.image_size) if args.samples else None
+    sample_size = samples.image_size if samples else None
+    reference = open_reference(args.reference, image_size=args.image_size, sample_size=sample_size)
     if args.save_statistics and not reference.images:
         raise ValueError(f"--save_statistics: {args.reference} holds statistics and no images")
     check_features(args.features, args.inception)

@@ -46,14 +46,14 @@ def main(argv=None):
     from sampling.generator import load_exportable
     from sampling.pipelines.inference import export_inference
 
-    print(f"reading {args.model_path}", flush=True)
+    print(f"reading {model.path}", flush=True)
     generator = load_exportable(model, vae=args.vae, key=args.key)
     fit = generator.objective.timestep_fit
     for note in generator.describe() + ([] if fit is None else [describe_fit(fit)]):
         print(f"note: {note}")
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(generator, args.output)
-    print(f"{args.model_path} -> {args.output} (infer_demo_dit.py --backend inference)")
+    print(f"{model.path} -> {args.output} (infer_demo_dit.py --backend inference)")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,8 @@ def make_settings(args, model, generator, classes, options, sampling, tile):
         "vae_sha256": vae_sha256,
         "vae_scaling": LatentScaling.of(generator.vae.config).as_dict(),
         "objective": model.config["objective"] if model.config else model.scheduler,
-        "model": {"path": os.path.abspath(args.model_path), "kind": model.kind, "type": model.type, "key": args.key},
-        "vae": generator.vae_name or f"of {args.model_path}",
+        "model": {"path": os.path.abspath(model.path), "kind": model.kind, "type": model.type, "key": args.key},
+        "vae": generator.vae_name or f"of {model.path}",
         "versions": {"paddle": paddle.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
         "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_CBWR")},
     }

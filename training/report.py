@@ -25,10 +25,11 @@ from runtime.process import counted, one_line
 from runtime.run_lock import check_idle, list_experiments
 from runtime.untrusted import read_json_object, shortened
 from training.checkpoints.best import read_best
-from training.checkpoints.find import ENVIRONMENT, STATE, damage, find_checkpoints, step_of
+from training.checkpoints.find import ENVIRONMENT
 from training.curves import last_branch, make_chart, series
 from training.metrics import EVALUATIONS, read_rows
 from training.parallel.memory_plan import Sizes
+from weights.runs import STATE, damage, find_checkpoints, step_of
 
 GENERATOR = "tools/report.py"
 MAX_PREVIEWS, MAX_SIDE, TINY_SIDE = 12, 768, 200  # pictures of a page; pixels of one

@@ -8,11 +8,11 @@ from collections import namedtuple
 import numpy as np
 import paddle
 
-from config.schema import manifest_features
+from config.options import POSITIVE_INT
 from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
 from features.order import MicroBatchSampler, total_steps
-from features.store import find_features, read_manifest
+from features.store import find_features, read_description, read_manifest
 from models import build_model
 from runtime.precision import resolve_precision
 from runtime.process import counted
@@ -75,6 +75,7 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
 def build_dataset(config, feature_path, resolution):
     """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`."""
     model, data = config["model"], config["data"]
+    note = compare_classes(feature_path, resolution, model["num_classes"], data["classes"])
     dataset = FeatureDataset(
         feature_path,
         resolution=resolution,
@@ -85,7 +86,7 @@ def build_dataset(config, feature_path, resolution):
         seed=config["training"]["seed"],
     )
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
-    dataset.notes += notes
+    dataset.notes += [*filter(None, [note]), *notes]
     changes = features_changes(config["features"], features)
     if not any(features.values()) and any(config["features"].values()):
         changes = "it has neither manifest nor class names"
@@ -105,18 +106,29 @@ def build_dataset(config, feature_path, resolution):
 def describe_features(feature_path, resolution, num_classes):
     """Returns `(section, notes)`: a set's own description as a config's `features` section, and sentences to print."""
     _, name = find_features(feature_path, resolution)
-    manifest = read_manifest(feature_path, name)
-    features = manifest_features(manifest, os.path.join(feature_path, f"{name}_manifest.json"))
-    vae = features["vae"]
-    if vae is not None and vae["name"] is not None:
-        # A relative path is the extraction's, and a run may be resumed or sampled from anywhere.
-        path = manifest["vae"].get("path")
-        if isinstance(path, str) and (os.path.isdir(path) or not os.path.isdir(vae["name"])):
-            vae["name"] = path
-        elif os.path.isdir(vae["name"]):
-            vae["name"] = os.path.abspath(vae["name"])
+    features = read_description(feature_path, name)
     features["class_names"], note = read_class_names(os.path.join(feature_path, f"{name}_classes.json"), num_classes)
     return features, [note] if note else []
+
+
+def compare_classes(feature_path, resolution, num_classes, wanted=None):
+    """Returns a sentence if a config has more classes than its set, None if as many, or if the set does not tell.
+
+    ValueError for a set with samples of more classes, unless only the labels `wanted` are trained.
+    """
+    _, name = find_features(feature_path, resolution)
+    manifest = read_manifest(feature_path, name)
+    found, counts = manifest.get("num_classes"), manifest.get("class_counts")
+    if not POSITIVE_INT.accepts(found) or found == num_classes:
+        return None
+    what = f"the set {name} in {feature_path} has {counted(found, 'class', 'classes')}, the config's num_classes is "
+    what += f'{num_classes}: write "num_classes": {found} in its section model'
+    if found < num_classes:
+        return f"{what}, unless labels are to be left free"
+    used = isinstance(counts, list) and any(counts[num_classes:])
+    if used and wanted is None:
+        raise ValueError(f"{what}, or choose classes by --classes")
+    return None
 
 
 def read_class_names(path, num_classes):

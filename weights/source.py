@@ -7,16 +7,12 @@ import re
 from models.state import turn_linear
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
+from weights.runs import is_training_checkpoint, resolve_run
 from weights.shards import merge_shards
 
 _ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch")}
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
-
-
-def is_training_checkpoint(path):
-    """Returns whether `path` is a folder that a training loop saved: config.json beside model_state.pdparams."""
-    return all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "model_state.pdparams"))
 
 
 def checkpoint_hint(folder):
@@ -30,8 +26,9 @@ def read_weights(path, *, key=None, layout="auto"):
     """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
     Args:
-        path: a training checkpoint folder, a `.pdparams` or `.safetensors` file, an official `.pt` or `.pth`, or the
-            folder or one of the official Large-DiT's shards (`consolidated[_ema].NN-of-MM.pth`), which are merged.
+        path: a training checkpoint folder, or a run's (`resolve_run`), a `.pdparams` or `.safetensors` file, an
+            official `.pt` or `.pth`, or the folder or one of the official Large-DiT's shards
+            (`consolidated[_ema].NN-of-MM.pth`), which are merged.
         key: "model" or "ema" of a training checkpoint folder, any key of a file that holds sets of weights; None takes
             the averages where there are any (see `load_weights`).
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
@@ -94,6 +91,7 @@ def find_shards(path, key=None):
 
 
 def _file_in_checkpoint(folder, key):
+    folder = resolve_run(folder)
     if not is_training_checkpoint(folder):
         hint = checkpoint_hint(folder)
         raise ValueError(f"{folder}: not a training checkpoint (config.json and model_state.pdparams){hint}")

@@ -10,7 +10,8 @@ from runtime.process import configure_runtime
 from runtime.untrusted import read_json
 from sampling.flags import add_vae_flag
 from sampling.labels import ROOT, find_labels
-from sampling.pipelines.folder import check_id2label, check_output
+from sampling.pipelines.folder import check_id2label, check_output, complete_features
+from weights.runs import resolve_run
 
 IMAGE_SIZE = 256  # pixels, of --model_name
 
@@ -109,12 +110,13 @@ def convert(args, check, export, loader):
     """
     check_paths(args, "model_path", "config_file")
     check_vae(args.vae)
+    args.model_path = resolve_run(args.model_path)
     if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae, config["features"]["vae"])
-    choose_vae(*chosen, args.default_vae, "--vae")
+    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
@@ -133,6 +135,7 @@ def convert(args, check, export, loader):
         print(f"{source} fits; --save False: nothing was written")
         return
     vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae")
+    config["features"] = complete_features(config["features"], vae, vae_name, config["model"]["sample_size"])
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.output, **options)

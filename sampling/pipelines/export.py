@@ -35,7 +35,8 @@ def export_pipeline(
     """Writes a DiT, a Large-DiT or a SiT and a VAE as a stock `DiTPipeline` folder, which is complete or not there.
 
     Args:
-        config: resolved. state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
+        config: resolved; what its `features` section knows goes along.
+        state: `{name: array or tensor}`, Paddle layout. vae: an `AutoencoderKL`.
         id2label: `{class id: label}`; None names the classes by their numbers.
         overwrite: replace `output_dir` if it is a pipeline folder.
         safe_serialization: write the weights as `.safetensors`, not `.pdparams`.
@@ -52,6 +53,6 @@ def export_pipeline(
     state = {name: np.asarray(value, "float32") for name, value in state.items()}
     check_state(state, expected_shapes(model), source=source)
     stock, notes = network.convert(config, state, source, **options)
-    files = {"overwrite": overwrite, "safe_serialization": safe_serialization}
+    files = {"overwrite": overwrite, "safe_serialization": safe_serialization, "features": config["features"]}
     write_pipeline(output_dir, pipeline="DiTPipeline", vae=fold_scaling(vae), labels=labels, **stock, **files)
     return notes

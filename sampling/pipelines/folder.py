@@ -4,7 +4,8 @@ import inspect
 import os
 import shutil
 
-from features.autoencoder import LatentScaling
+from config.schema import exported_features
+from features.autoencoder import LatentScaling, describe_vae, downsampling
 from runtime.files import MAX_NAME, whole_folder, write_json
 from runtime.untrusted import read_json_object, shortened
 from weights.files import save_pdparams, save_safetensors
@@ -18,6 +19,7 @@ TREE = (
     *("vae/config.json", f"vae/{WEIGHTS}"),
 )
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
+FEATURES_KEY = "_features"  # of model_index.json: that section of a config; ppdiffusers reads no key with a leading "_"
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
 
@@ -26,6 +28,12 @@ def component_class(index, name):
     """Returns the class that a model_index.json names for a component, None where it names none."""
     given = index.get(name)
     return given[1] if isinstance(given, list) and len(given) == 2 else None
+
+
+def index_features(index, folder):
+    """Returns the `features` section that a folder's model_index.json carries, null where it says nothing."""
+    path = os.path.join(folder, "model_index.json")
+    return exported_features(index.get(FEATURES_KEY), f"{path}: {FEATURES_KEY}")
 
 
 def read_index(path, components, pipeline=None):
@@ -103,8 +111,32 @@ def check_vae(vae, in_channels):
     LatentScaling.of(vae.config, channels=in_channels, source="the VAE's config")
 
 
+def complete_features(features, vae, vae_name, sample_size):
+    """Returns a run's `features` section for an exported model, with image size and the autoencoder that it gets."""
+    size = features["image_size"] or sample_size * downsampling(vae)
+    return {**features, "image_size": size, "vae": describe_vae(vae, vae_name)}
+
+
+def known_features(features):
+    """Returns what a `features` section knows, but for the class names, which an exported model has as labels."""
+    known = {key: value for key, value in (features or {}).items() if value is not None}
+    known.pop("class_names", None)
+    return known
+
+
 def write_pipeline(
-    output_dir, *, pipeline, transformer, weights, scheduler, vae, labels, overwrite, safe_serialization, code=None
+    output_dir,
+    *,
+    pipeline,
+    transformer,
+    weights,
+    scheduler,
+    vae,
+    labels,
+    overwrite,
+    safe_serialization,
+    code=None,
+    features=None,
 ):
     """Writes the files of `TREE`, or with `safe_serialization` of `SAFE_TREE`: the folder is complete or not there.
 
@@ -114,6 +146,7 @@ def write_pipeline(
         scheduler: `(package, object)`. vae: the object. Both are written by their own `save_pretrained`.
         labels: of `check_id2label`. overwrite: see `check_output`, which says what is in the way.
         code: a file with the transformer's class, to put beside the weights.
+        features: of `complete_features`, None if nothing is known.
     """
     from ppdiffusers.version import VERSION
 
@@ -126,6 +159,8 @@ def write_pipeline(
         "transformer": [package, class_name],
         "vae": ["ppdiffusers", "AutoencoderKL"],
     }
+    if known := known_features(features):
+        index[FEATURES_KEY] = known
     settings = {"_class_name": class_name, "_ppdiffusers_version": VERSION, **settings}
     save, name = (save_safetensors, SAFE_WEIGHTS) if safe_serialization else (save_pdparams, WEIGHTS)
     options = {"safe_serialization": safe_serialization, "to_diffusers": False, "max_shard_size": "100GB"}  # one file

@@ -16,7 +16,7 @@ import paddle
 from paddle import nn
 
 from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
-from config.schema import SCALING_KEYS
+from config.schema import SCALING_KEYS, exported_features
 from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.state import check_finite
@@ -25,7 +25,7 @@ from runtime.machine import read_processor
 from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
 from sampling.generator import Generator
-from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free
+from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, complete_features, known_features
 from sampling.pipelines.pretrained import SCHEDULERS, is_id2label, load_scheduler
 from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
@@ -97,6 +97,10 @@ def export_inference(generator, output_dir):
             "id2label": {str(key): label for key, label in generator.labels.items()},
             "timestep_fit": generator.objective.timestep_fit,
         }
+        features = generator.features
+        if features and generator.vae_name is not None:  # else the model brought its own along
+            features = complete_features(features, generator.vae, generator.vae_name, generator.sample_size)
+        manifest["features"] = known_features(features)
         write_json(os.path.join(folder, MANIFEST), manifest)
 
 
@@ -149,6 +153,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         labels={int(key): label for key, label in manifest["id2label"].items()},
         guided_channels=None,
         path=folder,
+        features=exported_features(manifest.get("features"), f"{os.path.join(folder, MANIFEST)}: features"),
         check_weights=lambda: _check_weights(folder),
         digests=lambda: [sha256_of_file(os.path.join(folder, part, WEIGHTS)).hex() for part in PARTS],
     )

@@ -12,8 +12,9 @@ from support.runs import ROOT, checkpoint_path, command_environment, loop_argume
 
 from runtime import files as manifest
 from runtime.process import SAVING_THREAD
-from training.checkpoints.find import list_checkpoints, pick_checkpoint, step_of
+from training.checkpoints.find import pick_checkpoint
 from training.metrics import TrainingLog, _Rows
+from weights.runs import list_checkpoints, step_of
 
 LOOPS = ("trainer", "notrainer")
 

@@ -331,7 +331,7 @@ def _manifest(folder):
 
 
 def _read_manifest(path):
-    from training.checkpoints.find import damage
+    from weights.runs import damage
 
     wrong = damage(str(path.parent), required=("config.json",), checksums=True)
     if wrong is not None:

@@ -11,8 +11,8 @@ import os
 
 from runtime.files import write_json
 from runtime.untrusted import read_json
-from training.checkpoints.find import damage, list_checkpoints, step_of
 from training.metrics import EVALUATIONS, read_rows
+from weights.runs import damage, list_checkpoints, step_of
 
 BEST = "best.json"
 HIGHER_IS_BETTER = ("inception_score", "precision", "recall")

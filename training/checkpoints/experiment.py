@@ -13,8 +13,9 @@ from runtime.collective import run_on_rank_0
 from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
-from training.checkpoints.find import ENVIRONMENT, find_checkpoints, list_checkpoints, step_of
+from training.checkpoints.find import ENVIRONMENT
 from training.checkpoints.read import load_checkpoint
+from weights.runs import find_checkpoints, list_checkpoints, step_of
 
 
 def open_experiment(resume, results_dir, config_file, config, lock):

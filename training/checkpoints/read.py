@@ -10,10 +10,11 @@ from models.state import check_finite, is_state, official_to_paddle, plain_names
 from runtime.collective import run_on_rank_0
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
-from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE, Checkpoint
+from training.checkpoints.find import OBJECTIVE, Checkpoint
 from training.checkpoints.state import load_weights_into
 from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
+from weights.runs import CONFIG, MODEL, OPTIMIZER, STATE, resolve_run
 from weights.source import read_weights
 
 
@@ -121,7 +122,7 @@ def _number(value, below):
 
 @paddle.no_grad()
 def load_pretrained(path, model, *, config=None):
-    """Starts a network from weights alone: a checkpoint (its averages), a `.pdparams`, an official file.
+    """Starts a network from weights alone: of a checkpoint (its averages) or a run's newest, or a file of them.
 
     A label table for another number of classes is left as it was initialised, and so is a position table that differs
     from the network's by the rounding of a half precision; everything else must fit.
@@ -129,6 +130,7 @@ def load_pretrained(path, model, *, config=None):
     Returns a sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is
     given. Raises ValueError for what is unreadable or not finite, and for weights of another architecture.
     """
+    path = resolve_run(path)
     note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
     state, source = read_weights(path)
     parameters = dict(model.named_parameters())

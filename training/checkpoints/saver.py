@@ -25,11 +25,12 @@ from runtime.files import FolderWriter, delete_folder
 from runtime.machine import available_memory
 from runtime.paddle_private import master_weights
 from runtime.process import SAVING_THREAD, is_refusal, one_line, say
-from training.checkpoints import find, state
+from training.checkpoints import state
 from training.checkpoints.best import BEST, best_checkpoint, settle_best
-from training.checkpoints.find import CONFIG, MODEL, OBJECTIVE, OPTIMIZER, STATE
+from training.checkpoints.find import OBJECTIVE
 from training.parallel.shares import LocalShard
 from weights.files import save_pdparams
+from weights.runs import CONFIG, MODEL, OPTIMIZER, STATE, damage, list_checkpoints
 
 
 def checkpoint_files(session):
@@ -166,8 +167,8 @@ def rotate_checkpoints(folder, save_total_limit, say=say, *, spared=None):
     """
     if save_total_limit and save_total_limit > 0 and paddle.distributed.get_rank() == 0:
         try:
-            found = find.list_checkpoints(folder)
-            whole = [path for path in found if find.damage(path) is None]
+            found = list_checkpoints(folder)
+            whole = [path for path in found if damage(path) is None]
             older = found[: found.index(whole[-save_total_limit])] if len(whole) >= save_total_limit else []
             for path in older:
                 if spared is None or os.path.abspath(path) != os.path.abspath(spared):

@@ -8,9 +8,9 @@ import paddle
 from models.parallel import rank_part
 from models.state import check_state
 from runtime.paddle_private import master_weights
-from training.checkpoints.find import STATE
 from training.optimizer import ACCUMULATORS, optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
+from weights.runs import STATE
 
 
 def random_state():

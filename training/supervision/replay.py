@@ -11,10 +11,10 @@ from objectives import Batch, build_objective
 from runtime.progress import tqdm
 from runtime.untrusted import inside
 from training import setup
-from training.checkpoints.find import damage
 from training.checkpoints.state import load_weights_into
 from training.supervision.step_dump import BATCH, CONFIG, STATE, WEIGHTS
 from weights.files import load_weights, safe_load
+from weights.runs import damage
 
 # What the dump of another version, or of somebody else, must hold.
 _ARRAYS = {*"x y t noise loss rank micro_step".split()}

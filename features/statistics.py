@@ -1,0 +1,25 @@
+"""Mean and standard deviation of each channel of a set's latents, as training sees them; of sums, part by part."""
+
+import numpy as np
+
+
+def channel_sums(rows, channels):
+    """Returns the sums `(3, C)`, float64, of rows `(n, C, h, w)`, or `(n, 2C, h, w)` with moments: mean, then std.
+
+    They are those of x, of x squared, and the number of values. Of moments they are those of the posterior's samples.
+    """
+    values = rows.astype("float64")
+    squares = np.square(values).sum(axis=(0, 2, 3)).reshape(-1, channels).sum(axis=0)  # of a sample: mean**2 + std**2
+    return np.stack([values[:, :channels].sum(axis=(0, 2, 3)), squares, np.full(channels, float(values[:, 0].size))])
+
+
+def channel_statistics(sums):
+    """Returns `(mean, std)`, each `(C,)`, of sums `(3, C)` of `channel_sums`."""
+    mean, square = sums[:2] / sums[2]
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def statistics_entries(sums):
+    """Returns the statistics of `channel_statistics` as entries of a set's manifest."""
+    mean, std = channel_statistics(sums)
+    return {"channel_mean": mean.tolist(), "channel_std": std.tolist()}

@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
                 words = {"type": check.parse, "metavar": check.metavar, "choices": check.choices, "nargs": check.nargs}
                 words |= {"const": True} if check is options.BOOL else {}
                 words |= {"default": default} if isinstance(option, options.Flag) else {}
-                group.add_argument(f"--{flag}", dest=name, help=help if shown == "" else f"{help} [{shown}]", **words)
+                names = [f"--{each}" for each in (flag, *option.aliases)]
+                group.add_argument(*names, dest=name, help=help if shown == "" else f"{help} [{shown}]", **words)
 
     def error(self, message):
         raise ValueError(f"command line: {message}; see --help")

@@ -46,6 +46,7 @@ class Option:
     help: Any = ""  # one phrase, for `--help` and docs/options.md
     flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
     unset: Any = ""  # says what a default of None means
+    aliases: Any = ()  # further names of the flag
     training_only: bool = False  # it changes how a network is trained, but not what a sampler makes of the network
 
     def flag_in(self, loop, name):
@@ -395,13 +396,25 @@ STOPPING_FLAGS = {
     "hang_timeout": Flag(1800, FROM_0, "end a job, exit code 70, when a rank hangs for X seconds; 0: never"),
 }
 PREVIEW_FLAGS = {
-    "image_logging_steps": Flag(-1, INT, "sample a grid from the EMA weights every N steps; -1: never"),
+    "image_logging_steps": Flag(
+        -1, INT, "sample a grid from the EMA weights every N steps, one row a class; -1: never"
+    ),
     "vae_name_or_path": Flag(
         None, PATH, "AutoencoderKL folder or hub name", unset=f"the features', else {DEFAULT_VAE}"
     ),
     "vae": Flag(None, TEXT, "the same, or ema or mse (stabilityai/sd-vae-ft-...)", NOTRAINER),
     "num_inference_steps": Flag(25, POSITIVE_INT, "steps of a preview"),
-    "cfg_scale": Flag(4.0, NUMBER, "guidance scale of a preview"),
+    "preview_classes": Flag(
+        None, WORDS, "classes of a preview, names or ids, a row each", unset="up to 8 of those that are trained"
+    ),
+    "preview_images_per_class": Flag(2, POSITIVE_INT, "images in each row of a preview"),
+    "preview_guidance_scale": Flag(
+        1.5,
+        NUMBER,
+        "guidance scale of a preview, 1 for none; low, because the 4 of the official samples makes those of a young "
+        "model burnt and alike",
+        aliases=("cfg_scale",),
+    ),
 }
 PARALLEL_FLAGS = {
     "dp_degree": Flag(None, INT, "data parallel; follows from the others", TRAINER, "all ranks"),

@@ -405,7 +405,7 @@ PREVIEW_FLAGS = {
     "vae": Flag(None, TEXT, "the same, or ema or mse (stabilityai/sd-vae-ft-...)", NOTRAINER),
     "num_inference_steps": Flag(25, POSITIVE_INT, "steps of a preview"),
     "preview_classes": Flag(
-        None, WORDS, "classes of a preview, names or ids, a row each", unset="up to 8 of those that are trained"
+        None, WORDS, "classes of a preview, names or ids, a row each", unset="up to 10 of those that are trained"
     ),
     "preview_images_per_class": Flag(2, POSITIVE_INT, "images in each row of a preview"),
     "preview_guidance_scale": Flag(

@@ -28,7 +28,7 @@ class Preview:
         ValueError: no such autoencoder, one of other latents, no such class, or a number of steps that can't be.
     """
 
-    NUM_CLASSES, BATCH_SIZE = 8, 8
+    NUM_CLASSES, BATCH_SIZE = 10, 8
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Preview:
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
         generator, noise = Generator(model, self.objective, **self.sizes), paddle.to_tensor(self.noise)
-        # A network that is trained leaves little memory: no more images at once than there are rows by default.
+        # A network that is trained leaves little memory: few images at once.
         how = {"seed": None, "batch_size": self.BATCH_SIZE, "output": "latents", **self.settings}
         return generator.sample(self.labels, noise=noise, **how)
 

@@ -91,6 +91,13 @@ def make_parser(kind, description):
     parser.add_argument(
         "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
     )
+    parser.add_argument(
+        "--card_samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N images of up to ten classes into the model card, README.md of the folder [0: no picture]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
     return parser
 
@@ -110,7 +117,9 @@ def convert(args, check, export, loader):
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae_model, config["features"]["vae"])
-    choose_vae(*chosen, args.default_vae, "--vae_model")
+    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae_model")
+    if args.card_samples < 0:
+        raise ValueError(f"--card_samples {args.card_samples}: expected 0 or more")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
@@ -119,6 +128,7 @@ def convert(args, check, export, loader):
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes
+    from sampling.pipelines.model_card import write_model_card
     from weights.source import read_weights
 
     print(f"reading {args.model_weights}", flush=True)
@@ -132,6 +142,8 @@ def convert(args, check, export, loader):
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.checkpoint_path, **options)
+    card = {"weights": args.model_weights, "vae": vae, "vae_name": vae_name, "notes": notes}
+    write_model_card(args.checkpoint_path, config, **card, samples=args.card_samples)
     for text in filter(None, [note, *vae_notes, *notes]):
         print(f"note: {text}")
     print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")

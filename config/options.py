@@ -452,12 +452,25 @@ STOPPING_FLAGS = {
     "hang_timeout": Flag(1800, FROM_0, "end a job, exit code 70, when a rank hangs for X seconds; 0: never"),
 }
 PREVIEW_FLAGS = {
-    "image_logging_steps": Flag(-1, INT, "sample a grid from the EMA weights every N steps; -1: never"),
+    "image_logging_steps": Flag(
+        -1, INT, "sample a grid from the EMA weights every N steps, one row a class; -1: never"
+    ),
     "vae": Flag(
         None, VAE, "AutoencoderKL folder or hub name, or ema or mse", unset=f"the features', else {DEFAULT_VAE}"
     ),
     "num_inference_steps": Flag(25, POSITIVE_INT, "steps of a preview"),
-    "cfg_scale": Flag(4.0, NUMBER, "guidance scale of a preview", "guidance_scale"),
+    "preview_classes": Flag(
+        None, WORDS, "classes of a preview, names or ids, a row each", unset="up to 10 of those that are trained"
+    ),
+    "preview_images_per_class": Flag(2, POSITIVE_INT, "images in each row of a preview"),
+    "preview_guidance_scale": Flag(
+        1.5,
+        NUMBER,
+        "guidance scale of a preview, 1 for none; low, because the 4 of the official samples makes those of a young "
+        "model burnt and alike",
+        "guidance_scale",
+        aliases=("preview_guidance_scale",),
+    ),
 }
 PARALLEL_FLAGS = {
     "dp_degree": Flag(None, INT, "data parallel; follows from the others", TRAINER, "all ranks"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from config.flags import CommandParser
+from config.flags import CommandParser, check_positive
 from config.options import DEFAULT_VAE
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime
@@ -37,6 +37,12 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
+    parser.add_argument(
+        "--images_per_class",
+        type=int,
+        metavar="N",
+        help="label the grid with the names of the classes, N images a row [a plain grid, one image a class]",
+    )
     add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
     parser.add_argument(
         "--output", metavar="FILE", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]"
@@ -51,6 +57,7 @@ def check_flags(args, min_steps=1):
     for text in args.classes or ():
         if re.fullmatch(r"-\d+", text):
             raise ValueError(f"--classes {text}: expected names, or ids from 0")
+    check_positive(args, "images_per_class")
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -75,11 +82,12 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
     note_weights_flags(args, model)
 
     configure_runtime()
-    from sampling.grid import make_grid
+    from sampling.grid import class_grid, make_grid
 
     steps = args.num_inference_steps
     generator = open_generator(args, model, **options)
-    ids = generator.find_classes(args.classes)
+    classes, per_class = generator.find_classes(args.classes), args.images_per_class or 1
+    ids = [one for one in classes for _ in range(per_class)]
     for note in generator.describe(steps, **options):
         print(f"note: {note}", flush=True)
     images = generator.sample(
@@ -92,9 +100,13 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
         callback=show_steps(),
         **options,
     )
-    names = generator.names(ids)
+    names = generator.names(classes)
     overwrite = args.overwrite and args.output is not None
-    path = save_image(make_grid(images, min(len(images), 8)), args.output or default_output(kind, names), overwrite)
+    if args.images_per_class is None or len(images) == 1:
+        picture = make_grid(images, min(len(images), 8))
+    else:
+        picture = class_grid(images, classes, generator.labels, per_class)
+    path = save_image(picture, args.output or default_output(kind, names), overwrite)
     print(f"{', '.join(shortened(name) for name in names)}: {path}")
 
 

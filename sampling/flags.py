@@ -6,7 +6,7 @@ Nothing here imports Paddle before `open_generator` does: what a user gets wrong
 from config.flags import add_device_flag, check_vae
 from config.options import BELOW_1, FLAG_SEED, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, VAE, Check
 from runtime.process import resolve_device
-from sampling.model_path import check_guidance
+from sampling.model_path import check_guidance, check_holds_no
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
@@ -118,6 +118,27 @@ def transport_options(args, sde_defaults):
         options["last_step"] = None
         note_unused(["last_step_size"] if args.last_step_size is not None else [], "with --last_step None")
     return options
+
+
+def sampler_options(args, model, sde_defaults):
+    """Returns the options of `Generator.sample` that the flags of a command for every kind of `Model` stand for.
+
+    Raises `ValueError` for a flag of another kind, and for a number of steps that the model does not take.
+    """
+    is_transport = model.pipeline == "SiTPipeline"
+    for name in ["scheduler"] if is_transport else ("sampler", "method", "guidance_interval", *sde_defaults):
+        if getattr(args, name) is not None:
+            kind = model.type or model.pipeline
+            raise ValueError(f"--{name} is for a {'DiT' if is_transport else 'SiT'}; {model.path} is a {kind}")
+    if not is_transport:
+        model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
+        return {"method": args.scheduler}
+    args.sampler = args.sampler or "sde"
+    check_transport_flags(args, sde_defaults)
+    check_sampling_flags(args, min_steps=2)
+    if model.kind == "pipeline":
+        check_holds_no(model.path, model.pipeline, vae=args.vae, key=args.key)
+    return transport_options(args, sde_defaults)
 
 
 def check_guidance_flags(args, model):

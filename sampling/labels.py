@@ -51,11 +51,11 @@ def find_labels(path, config):
     return {**missing, **labels}, note
 
 
-def find_class(text, labels, num_classes):
+def find_class(text, labels, num_classes, flag="--classes"):
     """Returns the id of the class that a user means, of `{id: label}`, which may be empty.
 
     `text` is a label or one of its comma-separated names, an id, or a part of one class's label, tried in this order.
-    No such class, or several, which are listed, are a `ValueError` of one line.
+    No such class, or several, which are listed, are a `ValueError` of one line, which names the `flag`.
     """
     lower, is_id = text.strip().lower(), re.fullmatch(r"\d+", text)
     tests = (
@@ -66,21 +66,21 @@ def find_class(text, labels, num_classes):
     )
     found = next(filter(None, ([i for i, label in labels.items() if test(label)] for test in tests)), [])
     if not found and is_id:
-        return _check_id(int(text), num_classes)
+        return _check_id(int(text), num_classes, flag)
     if not found:
         known = f" or a name such as {listed(sorted(labels.values()), MAX_LISTED)}" if labels else ""
-        raise ValueError(f"--classes {text}: no such class; expected an id 0..{num_classes - 1}{known}")
+        raise ValueError(f"{flag} {text}: no such class; expected an id 0..{num_classes - 1}{known}")
     if len(found) > 1:
         meant = listed([f"{i} ({labels[i]})" for i in found], MAX_LISTED)
-        raise ValueError(f"--classes {text}: could be any of {len(found)} classes; give an id: {meant}")
+        raise ValueError(f"{flag} {text}: could be any of {len(found)} classes; give an id: {meant}")
     if found[0] >= num_classes:
-        raise ValueError(f"--classes {text}: is class {found[0]} of the labels; the classes are 0..{num_classes - 1}")
+        raise ValueError(f"{flag} {text}: is class {found[0]} of the labels; the classes are 0..{num_classes - 1}")
     return found[0]
 
 
-def _check_id(value, num_classes):
+def _check_id(value, num_classes, flag="--classes"):
     if not 0 <= int(value) < num_classes:
-        raise ValueError(f"--classes {value}: the classes are 0..{num_classes - 1}")
+        raise ValueError(f"{flag} {value}: the classes are 0..{num_classes - 1}")
     return int(value)
 
 
@@ -88,7 +88,7 @@ def _names(label):
     return [name.strip() for name in label.split(",")]
 
 
-def find_classes(wanted, labels, num_classes):
+def find_classes(wanted, labels, num_classes, flag="--classes"):
     """Returns the ids of classes: of ids or what `find_class` takes, which also says what it raises.
 
     None stands for the golden retriever, or the first ten classes where there is none.
@@ -98,5 +98,6 @@ def find_classes(wanted, labels, num_classes):
             return list(range(min(num_classes, 10)))
         wanted = [DEFAULT_CLASS]
     return [
-        find_class(one, labels, num_classes) if isinstance(one, str) else _check_id(one, num_classes) for one in wanted
+        find_class(one, labels, num_classes, flag) if isinstance(one, str) else _check_id(one, num_classes, flag)
+        for one in wanted
     ]

@@ -11,7 +11,8 @@ from PIL import Image
 from support.feature_sets import pack_set, write_set
 from support.runs import ROOT, run_script, write_config
 
-from tools.check_features import main
+from features.image_source import open_source
+from tools.check_features import choose_samples, main
 
 VAE = ROOT / "assets/digits_vae"
 
@@ -260,29 +261,75 @@ def test_a_process_that_dies_is_one_line(healthy, monkeypatch):
         run(healthy / "pairs")
 
 
-def test_picture(tmp_path):
-    """Decoded samples in the order of their classes, a mirrored twin right of each."""
+@pytest.fixture
+def encoded(tmp_path):
+    """Images of two classes in folders, their features with mirrored twins, and a manifest that tells the images."""
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(("cat/a", "cat/b", "dog/a")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), "uint8")).save(tmp_path / f"images/{name}.png")
+        for kind in ("features", "features_flip", "labels"):
+            (tmp_path / f"data/imagenet64_{kind}").mkdir(parents=True, exist_ok=True)
+        latent = rng.standard_normal((1, 4, 4, 4)).astype("float32")
+        np.save(tmp_path / f"data/imagenet64_features/{index}.npy", latent)
+        np.save(tmp_path / f"data/imagenet64_features_flip/{index}.npy", latent[..., ::-1])
+        np.save(tmp_path / f"data/imagenet64_labels/{index}.npy", np.array([index // 2]))
+    source = {"kind": "folder", "path": str(tmp_path / "images")}
+    source["sha256"] = open_source(source["path"]).digest()
+    manifest = {"image_size": 32, "num_images": 3, "source": source}
+    (tmp_path / "data/imagenet64_manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "data/imagenet64_classes.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog"}}))
+    return tmp_path
+
+
+def cells(picture, columns, rows=2):
+    """The images (rows, columns, 32, 32, 3) of a picture whose lower right end they are: 32 pixels, gaps of 4."""
+    pixels = np.asarray(Image.open(picture))
+    header = (pixels.shape[0] - 36 * rows) // 1
+    lefts = np.flatnonzero((pixels[header:, :] != 255).any(axis=(0, 2)))
+    lefts = [left for left in lefts if {*range(left, left + 32)} <= {*lefts} and left - 1 not in lefts]
+    lefts = lefts[-columns:]
+    return np.array([[pixels[header + 36 * r :][:32, left : left + 32] for left in lefts] for r in range(rows)])
+
+
+def test_picture(encoded, capsys):
+    """One row a class: the original image of each sample, what is decoded of its latent, its mirrored twin."""
     import paddle
     from ppdiffusers import AutoencoderKL
 
-    folder = tmp_path / "data"
-    for kind in ("features", "features_flip", "labels"):
-        (folder / f"imagenet64_{kind}").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    latents = rng.standard_normal((6, 1, 4, 4, 4)).astype("float32")
-    for index in range(6):
-        np.save(folder / f"imagenet64_features/{index}.npy", latents[index])
-        np.save(folder / f"imagenet64_features_flip/{index}.npy", latents[index, :, :, :, ::-1])
-        np.save(folder / f"imagenet64_labels/{index}.npy", np.array([9 - index]))
-    run(folder, "--vae", VAE)
-    picture = np.asarray(Image.open(tmp_path / "report.png"))
-    assert picture.shape == (2 * 32, 8 * 32, 3)
-    vae = AutoencoderKL.from_pretrained(str(VAE))
-    rows = np.stack([latents[5, 0], latents[5, 0, :, :, ::-1]]) / vae.config.scaling_factor
+    run(encoded / "data", "--vae", VAE, "--no_checksums")
+    assert "PSNR" in capsys.readouterr().out
+    (*_, (original, decoded, mirrored)) = (row[:3] for row in cells(encoded / "report.png", 6))  # the dog's
+    assert np.array_equal(original, np.asarray(Image.open(encoded / "images/dog/a.png")))
+    vae, latent = AutoencoderKL.from_pretrained(str(VAE)), np.load(encoded / "data/imagenet64_features/2.npy")
+    rows = np.concatenate([latent, latent[..., ::-1]]) / vae.config.scaling_factor
     with paddle.no_grad():
         images = vae.decode(paddle.to_tensor(rows)).sample.numpy().transpose(0, 2, 3, 1)
-    expected = np.clip(images * 127.5 + 127.5, 0, 255)
-    np.testing.assert_allclose(picture[:32, :64].reshape(32, 2, 32, 3).transpose(1, 0, 2, 3), expected, atol=1)
+    np.testing.assert_allclose(np.stack([decoded, mirrored]), np.clip(images * 127.5 + 127.5, 0, 255), atol=1)
+
+
+def test_originals_that_moved_or_changed(encoded, capsys):
+    (encoded / "images").rename(encoded / "moved")
+    run(encoded / "data", "--vae", VAE, "--no_checksums")
+    told = "the picture has no originals: the images are not in"
+    assert told in capsys.readouterr().out and (encoded / "report.png").exists()
+    run(encoded / "data", "--vae", VAE, "--no_checksums", "--data_path", encoded / "moved")
+    assert "PSNR" in capsys.readouterr().out
+    (encoded / "moved/cat/a.png").rename(encoded / "moved/cat/z.png")
+    with pytest.raises(ValueError, match="--data_path .*: .* holds other images than those that were encoded"):
+        run(encoded / "data", "--vae", VAE, "--no_checksums", "--data_path", encoded / "moved")
+
+
+def test_samples_of_the_picture():
+    """Every class that is there, as often as others where it can be, and of very many some."""
+    labels = np.array([4] * 5 + [2] + [7] * 9)
+    classes, samples = choose_samples(labels, np.arange(15) != 14, 12)
+    assert classes == [2, 4, 7] and samples.shape == (3, 4)
+    assert samples[0].tolist() == [5, -1, -1, -1] and 14 not in samples
+    for label, row in zip(classes[1:], samples[1:], strict=True):
+        assert (labels[row] == label).all() and len({*row}) == 4
+    classes, samples = choose_samples(np.arange(1000), np.ones(1000, bool), 32)
+    assert samples.shape == (10, 1) and classes[0] == 0 and classes[-1] == 999
 
 
 def test_a_vae_of_another_width(healthy, tmp_path):

@@ -252,7 +252,15 @@ class TestDemo:
             draw(*flags)
         assert (tmp_path / "mine.png").read_text() == "mine"
         draw(*flags, "--overwrite")
-        assert np.asarray(Image.open("mine.png")).shape == (16, 64, 3)  # ten classes, eight in a row
+        plain = np.asarray(Image.open("mine.png"))
+        assert plain.shape == (16, 64, 3)  # ten classes, eight in a row
+        draw(*flags, "--classes", 3, 7, "--images_per_class", 2, "--overwrite")
+        labelled = np.asarray(Image.open("mine.png"))
+        assert labelled.shape[0] > 2 * 8 and labelled.shape[1] > 2 * 8 + 30  # two rows of two, their names beside them
+        first = labelled[:, -2 * 12 :][:, :8]  # the second image of each row ends a gap before the edge
+        assert not np.array_equal(first, labelled[:, -12:-4])  # noise of its own
+        draw(*flags, "--classes", 0, "--images_per_class", 1, "--overwrite")
+        assert np.array_equal(np.asarray(Image.open("mine.png")), plain[:8, :8])  # one image has nothing around it
 
     @pytest.mark.parametrize(
         "flags, message",

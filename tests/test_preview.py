@@ -71,7 +71,7 @@ def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
     config = resolve_config({"model": {**LATENT4, "in_channels": in_channels, "learn_sigma": False}})
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=in_channels)
     monkeypatch.setattr("features.autoencoder.load_vae", lambda path: vae)
-    preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, cfg_scale=4.0)
+    preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, guidance_scale=4.0)
     seen = {}
 
     def sample(denoiser, noise, **options):
@@ -81,8 +81,23 @@ def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
     monkeypatch.setattr(preview.objective, "sample", sample)
     preview.sample(lambda x, t, y: (y != 10).astype("float32").reshape([-1, 1, 1, 1]).expand_as(x))
     assert seen["output"].mean([0, 2, 3]).tolist() == [4.0] * guided_channels + [1.0] * (in_channels - guided_channels)
-    with pytest.raises(ValueError, match="--cfg_scale nan: expected a finite number"):
-        Preview(build_objective(config), config, vae="vae", cfg_scale=float("nan"))
+
+
+def test_rows_are_classes_that_are_trained(monkeypatch):
+    monkeypatch.setattr("features.autoencoder.load_vae", lambda path: AutoencoderKL(norm_num_groups=4))
+    raw = {"model": LATENT4, "data": {"classes": [7, 2, 4]}}
+    raw["features"] = {"class_names": {str(label): f"digit {label}" for label in range(10)}}
+    config = resolve_config(raw)
+
+    def labels(config, **options):
+        return Preview(build_objective(config), config, vae="vae", **options).labels.tolist()
+
+    assert labels(config) == [2, 2, 4, 4, 7, 7]
+    config["data"]["classes"] = None
+    assert labels(config, images_per_class=1) == list(range(10))
+    assert labels(config, images_per_class=1, classes=["digit 9", "3"]) == [9, 3]
+    with pytest.raises(ValueError, match="--preview_classes cat: no such class; expected an id 0..9 or a name such as"):
+        labels(config, classes=["cat"])
 
 
 def test_no_preview_of_numbers_that_are_not_finite(tmp_path, run_loop, capsys, monkeypatch):
@@ -95,12 +110,12 @@ def test_no_preview_of_numbers_that_are_not_finite(tmp_path, run_loop, capsys, m
     run_loop("notrainer", [*loop_arguments("notrainer", **run), *flags])
     out = "".join(capsys.readouterr())
     for step in (1, 2):
-        assert f"note: there is no preview of step {step}: 8 of 8 images hold numbers that are not finite" in out
+        assert f"note: there is no preview of step {step}: 20 of 20 images hold numbers that are not finite" in out
     assert not list((tmp_path / "out").rglob("*.png")) and len(read_losses(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop):
+def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop, monkeypatch):
     from visualdl.reader.reader import LogReader
 
     features = write_features(tmp_path / "features", count=16, shape=(4, 4, 4))
@@ -112,14 +127,20 @@ def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop):
     shown = {}
     for steps in (12, 13, 14):
         if steps == 14:  # no new one comes: the earlier ones are there at once
+            monkeypatch.setattr("training.metrics.MAX_EARLIER_IMAGES", 9)
             flags.append("--image_logging_steps=-1")
         run = {"config": str(config), "features": features, "output": tmp_path / "out", "steps": steps}
         run_loop(loop, [*loop_arguments(loop, **run), *flags, f"--logging_dir={tmp_path / str(steps)}"])
         (log,) = (tmp_path / str(steps)).glob("*.log")
-        shown[steps] = {record.id: record for record in LogReader(file_path=str(log)).get_data("image", "samples/ema")}
+        reader = LogReader(file_path=str(log))
+        shown[steps] = {record.id: record for record in reader.get_data("image", "samples/ema")}
+        (settings,) = reader.get_data("hyper_parameters", "hparam")  # each log has them, with metrics that it has
+        settings, metrics = settings.hparam.hparamInfos, settings.hparam.metricInfos
+        assert {each.name: each.int_value for each in settings}["training.max_steps"] == steps
+        assert [each.name for each in metrics] == ["train/loss"] and reader.get_data("scalar", "train/loss")
     assert sorted(shown[12]) == list(range(1, 13))
-    assert sorted(shown[13]) == [1, 2, 4, 5, 7, 8, 9, 11, 12, 13]  # at most nine, evenly spread, and the new one
-    assert sorted(shown[14]) == [1, 3, 4, 5, 7, 9, 10, 11, 13]
+    assert sorted(shown[13]) == list(range(1, 14))
+    assert sorted(shown[14]) == [1, 3, 4, 5, 7, 9, 10, 11, 13]  # of too many, evenly spread ones
     assert shown[13][1].image.encoded_image_string == shown[12][1].image.encoded_image_string
 
 

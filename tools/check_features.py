@@ -3,8 +3,8 @@
 Checked: that every latent has its label (and its mirrored twin), shapes, dtypes, that all numbers are finite, labels
 against the number of classes, mean and standard deviation of the latents (about 1 once the autoencoder's scaling factor
 is in them), duplicates, and, where NAME_manifest.json is, its counts and the checksum of every file. With --vae, or
-if the manifest's autoencoder is a folder that is here, some samples are decoded into a picture, mirrored twins beside
-their originals.
+if the manifest's autoencoder is a folder that is here, some samples are decoded into a picture, one row a class: the
+original image, where it can be reached, what the autoencoder makes of it, and the mirrored twin if there is one.
 
 Each problem is one line. The report, and the picture beside it, go to FEATURE_PATH/NAME_check.json (numbered if it is
 there) unless --output names another file. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.
@@ -22,15 +22,18 @@ import numpy as np
 from config.flags import CommandParser, add_device_flag, check_paths, check_vae
 from config.options import POSITIVE_INT, VAE
 from config.schema import load_config
+from evaluation.reconstruction import psnr
 from features.autoencoder import LatentDecoder, choose_vae, open_vae
 from features.check import check_set, read_rows
+from features.originals import find_originals
 from features.store import find_features, read_description
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
-from sampling.grid import make_grid
+from sampling.grid import GAP, class_labels, make_grid
+from sampling.labels import read_labels
 
 SHOWN = 10  # problems of a kind on the console; the report has all
-COLUMNS = 8
+MAX_ROWS = 10  # classes in the picture
 
 
 def print_report(report):
@@ -62,23 +65,59 @@ def print_report(report):
             print(f"problem: {count - SHOWN} more of the kind {kind!r}, in the report")
 
 
-def save_picture(report, path, *, vae, num_images, device):
-    """Decodes some samples, sorted by class, into a PNG; mirrored twins beside their originals."""
+def choose_samples(labels, usable, num_images):
+    """Returns `(classes, samples)`: ids of up to `MAX_ROWS` classes, and rows of their samples, -1 for an empty place.
+
+    `labels` and `usable` are `(N,)`, of all samples; about `num_images` are chosen.
+    """
+    shuffled = np.random.default_rng(0).permutation(np.flatnonzero(usable))
+    present = np.unique(labels[shuffled])
+    rows = min(MAX_ROWS, len(present), num_images)
+    classes = present[np.linspace(0, len(present) - 1, rows).round().astype("int64")]
+    of_class = [shuffled[labels[shuffled] == label] for label in classes]
+    per_class = min(num_images // rows, max(map(len, of_class)))
+    padded = [np.concatenate([found, np.full(per_class, -1)])[:per_class] for found in of_class]
+    return classes.tolist(), np.stack(padded)
+
+
+def save_picture(report, path, *, vae, num_images, device, data_path=None):
+    """Decodes some samples into a PNG, one row a class: original, decoded and mirrored of each."""
     configure_runtime()
     import paddle
 
     paddle.set_device(resolve_device(device))
-    facts, usable, labels = report.facts, report.samples["usable"], report.samples["label"]
+    facts, layout = report.facts, report.layout
     channels = facts["row_shape"][0] // (1 + facts["moments"])
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:num_images]
-    chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    rows = np.stack(read_rows(report.store, chosen, facts)[0], axis=1).reshape(-1, *facts["row_shape"])
-    made_with = read_description(report.layout.features_path, report.layout.name)["vae"]
+    classes, samples = choose_samples(report.samples["label"], report.samples["usable"], num_images)
+    chosen = samples[samples >= 0]  # row by row
+    names = read_labels(layout.classes) if os.path.isfile(layout.classes) else {}
+    originals, note = find_originals(report, chosen, names, data_path)
+
+    rows = read_rows(report.store, chosen, facts)[0]
+    made_with = read_description(layout.features_path, layout.name)["vae"]
     vae, notes = open_vae(vae, made_with, default=None, flag="--vae", channels=channels)
-    for note in notes:
-        print(f"note: {note}")
-    images = LatentDecoder(vae)(paddle.to_tensor(rows[:, :channels]))
-    make_grid(images, columns=min(COLUMNS, len(images))).save(path)
+    decoder = LatentDecoder(vae)
+    shown = {"decoded": decoder(paddle.to_tensor(rows[0][:, :channels]))}
+    for mirrored in rows[1:]:
+        shown["mirrored"] = decoder(paddle.to_tensor(mirrored[:, :channels]))
+    if originals is not None:
+        shown = {"original": originals, **shown}
+        if originals.shape == shown["decoded"].shape:
+            quality = psnr(originals, shown["decoded"])
+            print(
+                f"decoded against originals: PSNR {quality.mean():.1f} dB on average, {quality.min():.1f} dB at worst"
+            )
+    for each in filter(None, [note, *notes]):
+        print(f"note: {each}")
+    place = np.cumsum(samples.reshape(-1) >= 0) - 1
+    cells = [
+        images[place[index]] if samples.flat[index] >= 0 else None
+        for index in range(samples.size)
+        for images in shown.values()
+    ]
+    columns = [*shown] * samples.shape[1]
+    rows = class_labels(classes, names)
+    make_grid(cells, len(columns), gap=GAP, row_labels=rows, column_labels=columns).save(path)
 
 
 def own_vae(report):
@@ -125,7 +164,12 @@ def main(argv=None):
         "--config_file", metavar="FILE", help="config of the model to train: shape and classes [the manifest's]"
     )
     parser.add_argument(
-        "--vae", check=VAE, help="AutoencoderKL folder or hub name, or ema or mse, to decode some samples"
+        "--vae", check=VAE, help="AutoencoderKL folder or hub name, or ema or mse, of the picture [the manifest's]"
+    )
+    parser.add_argument(
+        "--data_path",
+        metavar="PATH",
+        help="the images that were encoded, for the picture [where the extraction found them]",
     )
     parser.add_argument("--num_images", check=POSITIVE_INT, default=32, help="samples in the picture")
     parser.add_argument(
@@ -150,8 +194,11 @@ def main(argv=None):
     print_report(report)
     print(f"report: {output}", flush=True)
     if report.samples["usable"].any() and (args.vae or own_vae(report)):
-        save_picture(report, picture, vae=args.vae, num_images=args.num_images, device=args.device)
+        options = {"vae": args.vae, "data_path": args.data_path, "num_images": args.num_images}
+        save_picture(report, picture, **options, device=args.device)
         print(f"picture: {picture}")
+    else:
+        note_unused(["data_path"] if args.data_path else [], "without a picture")
     if report.problems:
         sys.exit(1)
 

@@ -21,7 +21,7 @@ from features.images import find_images
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import check_ending, show_steps
-from sampling.grid import make_grid
+from sampling.grid import class_grid
 from sampling.model_path import check_guidance, describe_model
 from sampling.step_counts import check_scheduler
 
@@ -116,7 +116,7 @@ def main(argv=None):
     if args.grid:
         columns = min(10, args.num_images // num_classes)
         rows = np.argsort(labels, kind="stable").reshape(num_classes, -1)[:, :columns]
-        make_grid(images[rows.reshape(-1)], columns).save(args.grid)
+        class_grid(images[rows.reshape(-1)], range(num_classes), dict(enumerate(classes)), columns).save(args.grid)
 
     # Figures.
     train, heldout = (read_digits(found, side) for found, _ in digits.values())

@@ -37,15 +37,14 @@ from sampling.flags import (
     add_vae_flag,
     check_guidance_flags,
     check_sampling_flags,
-    check_transport_flags,
     note_unused,
     note_weights_flags,
     open_generator,
-    transport_options,
+    sampler_options,
 )
 from sampling.labels import find_classes
 from sampling.many import CPU_TILE, LABELS, choose_labels, choose_tile, draw_images
-from sampling.model_path import check_holds_no, describe_model
+from sampling.model_path import describe_model
 from sampling.png_folder import PngFolder
 from sampling.sample_sets import SampleSet, differences
 from sampling.step_counts import FLOW_SCHEDULER
@@ -115,22 +114,7 @@ def check(args):
     check_output(args.output, True, "--output ")
     model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
     model.check_backend(args.backend)
-    transport = ("sampler", "method", "guidance_interval", *SDE_DEFAULTS)
-    is_transport = model.pipeline == "SiTPipeline"
-    for name in ["scheduler"] if is_transport else transport:
-        if getattr(args, name) is not None:
-            kind = model.type or model.pipeline
-            raise ValueError(f"--{name} is for a {'DiT' if is_transport else 'SiT'}; {model.path} is a {kind}")
-    if is_transport:
-        args.sampler = args.sampler or "sde"
-        check_transport_flags(args, SDE_DEFAULTS)
-        check_sampling_flags(args, min_steps=2)
-        if model.kind == "pipeline":
-            check_holds_no(model.path, model.pipeline, vae=args.vae, key=args.key)
-        options = transport_options(args, SDE_DEFAULTS)
-    else:
-        model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
-        options = {"method": args.scheduler}
+    options = sampler_options(args, model, SDE_DEFAULTS)
     if args.classes and model.num_classes is not None:
         check_repeats(find_classes(args.classes, model.labels, model.num_classes))
     check_guidance_flags(args, model)

@@ -16,6 +16,7 @@ from runtime.files import whole_file
 from runtime.process import is_terminal, say
 
 EVALUATIONS = "evaluation.jsonl"
+MAX_EARLIER_IMAGES = 100  # previews of before a resume that its VisualDL log gets
 
 
 def peak_memory_gib():
@@ -42,6 +43,23 @@ def read_rows(path):
     except FileNotFoundError:
         return None
     return rows
+
+
+def hyper_parameters(config):
+    """Returns the settings of a resolved config that VisualDL's table of runs shows: `{"section.key": value}`."""
+    return {
+        f"{section}.{key}": value
+        for section in ("model", "objective", "training", "data")
+        for key, value in config[section].items()
+        if isinstance(value, (str, int, float))
+    }
+
+
+def measured(config):
+    """Lists the tags by which a run of this config is compared with others: losses, metrics of evaluations."""
+    validation = ["validation/loss"] if config["data"]["validation_samples"] else []
+    metrics = config["evaluation"]["metrics"] if config["evaluation"]["steps"] is not None else []
+    return ["train/loss", *validation, *(f"evaluation/{metric}" for metric in metrics)]
 
 
 class _Rows:
@@ -83,11 +101,21 @@ class TrainingLog:
     """Reports a run every `log_every` optimizer steps, and shows a bar on a terminal; rank 0 writes.
 
     `folder` gets `metrics.jsonl`, `validation.jsonl` and `evaluation.jsonl`, `visualdl_dir` the tags `train/...`,
-    `validation/...` and `evaluation/...`.
+    `validation/...` and `evaluation/...`, and the settings of a `config` as hyper-parameters, for its table of runs.
     """
 
     def __init__(
-        self, folder, *, visualdl_dir, log_every, first_step, last_step, global_batch_size, show_bar=True, rank=0
+        self,
+        folder,
+        *,
+        visualdl_dir,
+        log_every,
+        first_step,
+        last_step,
+        global_batch_size,
+        config=None,
+        show_bar=True,
+        rank=0,
     ):
         self.log_every, self.global_batch_size = max(1, log_every), global_batch_size
         self.visualdl_dir, self.last_step = visualdl_dir, last_step
@@ -106,6 +134,8 @@ class TrainingLog:
                 for values in rows.earlier:
                     self._add_scalars(tag, values)
             self._add_earlier_images(os.path.join(folder, "images"))
+            if config is not None:
+                self._writer.add_hparams(hyper_parameters(config), measured(config))
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -204,7 +234,10 @@ class TrainingLog:
             self._writer.add_image(tag, image, step, dataformats="HWC")
 
     def _add_earlier_images(self, folder):
-        """Puts previews of before a resume into the VisualDL log, which shows 10 images of a tag: at most 9 of them."""
+        """Puts the previews of before a resume into the VisualDL log; of very many, evenly spread ones.
+
+        VisualDL shows 10 images of a tag: the first, the newest, and some of all between them.
+        """
         from PIL import Image
 
         paths = {}  # by step; those of later ones are of a branch that was left
@@ -213,7 +246,7 @@ class TrainingLog:
             if name.isdecimal() and int(name) <= self.first_step:
                 paths[int(name)] = path
         steps = sorted(paths)
-        for place in np.linspace(0, len(steps) - 1, min(9, len(steps))).round().astype(int):
+        for place in np.linspace(0, len(steps) - 1, min(MAX_EARLIER_IMAGES, len(steps))).round().astype(int):
             step = steps[place]
             with contextlib.suppress(OSError), Image.open(paths[step]) as image:  # one that a kill has cut
                 self.add_image("samples/ema", np.asarray(image.convert("RGB")), step)

@@ -1,7 +1,6 @@
 """Preview grids: images sampled from the averages while a model trains."""
 
 import contextlib
-import math
 import os
 
 import numpy as np
@@ -11,7 +10,8 @@ from config.options import DEFAULT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
-from sampling.grid import make_grid
+from sampling.grid import class_grid
+from sampling.labels import find_classes, weights_labels
 from training.averages import ema_weights
 from training.parallel.shares import LocalShard
 
@@ -21,20 +21,31 @@ class Preview:
 
     Args:
         vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
-        cfg_scale: guidance scale; without a null class there is none.
+        guidance_scale: without a null class there is no guidance.
+        classes: names or ids, a row each; None for up to `NUM_CLASSES` of those that are trained, evenly spaced.
 
     Raises:
-        ValueError: no such autoencoder, one of other latents, or a number of steps or scale that can't be.
+        ValueError: no such autoencoder, one of other latents, no such class, or a number of steps that can't be.
     """
 
-    NUM_IMAGES, COLUMNS = 8, 3
+    NUM_CLASSES, BATCH_SIZE = 10, 8
 
-    def __init__(self, objective, config, *, vae, num_inference_steps=25, cfg_scale=4.0):
+    def __init__(
+        self,
+        objective,
+        config,
+        *,
+        vae,
+        num_inference_steps=25,
+        guidance_scale=1.5,
+        classes=None,
+        images_per_class=2,
+    ):
         model = config["model"]
         objective.check_num_steps(num_inference_steps)
-        if not math.isfinite(cfg_scale):
-            raise ValueError(f"--cfg_scale {cfg_scale}: expected a finite number, 1 for no guidance")
-        self.decoder = None
+        self.names, _ = weights_labels(None, config)
+        self.classes = self._choose_classes(classes, config)
+        self.images_per_class, self.decoder = images_per_class, None
         if paddle.distributed.get_rank() == 0:
             wanted = {"default": DEFAULT_VAE, "flag": "--vae_name_or_path", "channels": model["in_channels"]}
             vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
@@ -42,16 +53,27 @@ class Preview:
                 say(f"note: {note}")
             self.decoder = LatentDecoder(vae)
         self.objective, self.sizes = objective, latent_sizes(model)
-        guidance_scale = cfg_scale if model["class_dropout_prob"] > 0 else 1.0
-        self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        shape = [self.NUM_IMAGES, model["in_channels"], model["sample_size"], model["sample_size"]]
+        scale = guidance_scale if model["class_dropout_prob"] > 0 else 1.0
+        self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
+        self.labels = np.repeat(self.classes, images_per_class)
+        shape = [len(self.labels), model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(0).standard_normal(shape).astype("float32")
-        self.labels = np.linspace(0, model["num_classes"] - 1, self.NUM_IMAGES).round().astype("int64")
+
+    def _choose_classes(self, wanted, config):
+        """Returns the ids of the rows, int64."""
+        num_classes = config["model"]["num_classes"]
+        if wanted is not None:
+            return np.array(find_classes(wanted, self.names, num_classes, flag="--preview_classes"), "int64")
+        trained = np.unique(config["data"]["classes"] or sorted(self.names) or range(num_classes))
+        places = np.linspace(0, len(trained) - 1, min(self.NUM_CLASSES, len(trained))).round().astype("int64")
+        return trained[places]
 
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
         generator, noise = Generator(model, self.objective, **self.sizes), paddle.to_tensor(self.noise)
-        return generator.sample(self.labels, seed=None, noise=noise, output="latents", **self.settings)
+        # A network that is trained leaves little memory: few images at once.
+        how = {"seed": None, "batch_size": self.BATCH_SIZE, "output": "latents", **self.settings}
+        return generator.sample(self.labels, noise=noise, **how)
 
     def run(self, session):
         """Samples the first of the session's averages, or the network without any, into its `images/` and its log.
@@ -68,7 +90,7 @@ class Preview:
             return
         path = os.path.join(session.folder, "images", f"{session.step:07d}.png")
         try:
-            grid = make_grid(self.decoder(latents), self.COLUMNS)
+            grid = class_grid(self.decoder(latents), self.classes, self.names, self.images_per_class)
             log.add_image("samples/ema", np.asarray(grid), session.step)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             grid.save(path)

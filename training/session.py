@@ -59,7 +59,9 @@ class Outputs:
     preview_every: int = -1  # 0 or less: never
     vae: str | None = None
     num_inference_steps: int = 25
-    cfg_scale: float = 4.0
+    preview_classes: list | None = None
+    preview_images_per_class: int = 2
+    preview_guidance_scale: float = 1.5
 
     @classmethod
     def from_flags(cls, args, **options):
@@ -74,7 +76,9 @@ class Outputs:
             preview_every=args.image_logging_steps,
             vae=args.vae,
             num_inference_steps=args.num_inference_steps,
-            cfg_scale=args.cfg_scale,
+            preview_classes=args.preview_classes,
+            preview_images_per_class=args.preview_images_per_class,
+            preview_guidance_scale=args.preview_guidance_scale,
             **options,
         )
 
@@ -146,8 +150,15 @@ class Session:
         self.preview = self.evaluation = self.log = self.saver = None
         self.validation = Validation(self.objective, held_out, self.sampler) if held_out is not None else None
         if outputs.preview_every > 0:
-            sampling = {"num_inference_steps": outputs.num_inference_steps, "cfg_scale": outputs.cfg_scale}
-            self.preview = Preview(self.objective, config, vae=outputs.vae, **sampling)
+            self.preview = Preview(
+                self.objective,
+                config,
+                vae=outputs.vae,
+                num_inference_steps=outputs.num_inference_steps,
+                guidance_scale=outputs.preview_guidance_scale,
+                classes=outputs.preview_classes,
+                images_per_class=outputs.preview_images_per_class,
+            )
         if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
             try:
                 self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)
@@ -194,6 +205,7 @@ class Session:
             first_step=self.first_step,
             last_step=self.last_step,
             global_batch_size=self.sampler.global_batch_size,
+            config=self.config,
             show_bar=outputs.show_bar,
             rank=self.rank,
         )

@@ -96,6 +96,13 @@ def make_parser(kind, description):
     parser.add_argument(
         "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
     )
+    parser.add_argument(
+        "--card_samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N images of up to ten classes into the model card, README.md of the folder [0: no picture]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
     return parser
 
@@ -117,6 +124,8 @@ def convert(args, check, export, loader):
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae, config["features"]["vae"])
     vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae")
+    if args.card_samples < 0:
+        raise ValueError(f"--card_samples {args.card_samples}: expected 0 or more")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
@@ -125,6 +134,7 @@ def convert(args, check, export, loader):
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes
+    from sampling.pipelines.model_card import write_model_card
     from weights.source import read_weights
 
     print(f"reading {args.model_path}", flush=True)
@@ -139,6 +149,8 @@ def convert(args, check, export, loader):
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.output, **options)
+    card = {"weights": args.model_path, "vae": vae, "vae_name": vae_name, "notes": notes}
+    write_model_card(args.output, config, **card, samples=args.card_samples)
     for text in filter(None, [note, *vae_notes, *notes]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")

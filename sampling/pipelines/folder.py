@@ -1,5 +1,6 @@
 """Pipeline folders: what they hold, their labels, and how one is written without ever standing there half finished."""
 
+import contextlib
 import inspect
 import os
 import shutil
@@ -21,6 +22,8 @@ TREE = (
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 FEATURES_KEY = "_features"  # of model_index.json: that section of a config; ppdiffusers reads no key with a leading "_"
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
+CARD, SAMPLES = "README.md", "samples.png"  # what `sampling.pipelines.model_card` writes
+CARD_MARK = "<!-- written by the exporter of this folder, which --overwrite replaces -->"
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
 
 
@@ -90,8 +93,15 @@ def check_output(output_dir, overwrite=False):
     for root, _, names in os.walk(output_dir):
         for name in names:
             path = os.path.relpath(os.path.join(root, name), output_dir)
-            if path not in (*TREE, *SAFE_TREE, CODE):
+            if path not in (*TREE, *SAFE_TREE, CODE) and not (path in (CARD, SAMPLES) and _is_own_card(output_dir)):
                 raise ValueError(f"{output_dir}: holds {path}, which is no part of a pipeline; not overwritten")
+
+
+def _is_own_card(folder):
+    """Returns whether a folder's README.md is the exporter's, and not somebody else's."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, CARD), encoding="utf-8", errors="replace") as file:
+        return CARD_MARK in file.read(1000)
+    return False
 
 
 def check_free(output_dir):

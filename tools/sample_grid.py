@@ -1,0 +1,170 @@
+"""Draw one model by several guidance scales and numbers of steps, from the same noise, as labelled pictures.
+
+    python tools/sample_grid.py --model_path output/checkpoint-5000 --classes 3 7 \\
+        --guidance_scales 1 1.5 4 --num_inference_steps 10 25 50
+
+--model_path is what the demos take. --output, a folder, gets sweep.png, with a row for each guidance scale, a column
+for each number of steps, and in each place the images of all classes; and for each setting a picture with one row a
+class, such as guidance1.5_steps25.png. An image begins from the same noise in all of them: what differs is the setting.
+"""
+
+import argparse
+import os
+
+import _root  # noqa: F401 (the project's root, on sys.path)
+
+from config.flags import check_positive
+from config.options import DEFAULT_VAE, SIT_VAE
+from runtime.files import check_output
+from runtime.process import configure_runtime, counted, run_cli
+from sampling.demo import save_image, show_steps
+from sampling.flags import (
+    GUIDANCE_CHANNELS,
+    add_diffusion_flags,
+    add_loading_flags,
+    add_transport_flags,
+    check_sampling_flags,
+    note_unused,
+    note_weights_flags,
+    open_generator,
+    sampler_options,
+)
+from sampling.labels import find_classes
+from sampling.model_path import check_guidance, describe_model
+
+SCALES, STEPS = [1.0, 1.5, 4.0], [10, 25, 50]
+SDE_DEFAULTS = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="see above")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="names or ids [golden retriever; else the first ten]"
+    )
+    parser.add_argument("--images_per_class", type=int, default=1, metavar="N", help="[1]")
+    parser.add_argument(
+        "--guidance_scales", nargs="+", type=float, metavar="X", help="rows [1 1.5 4; 1 without a null class]"
+    )
+    parser.add_argument(
+        "--num_inference_steps", nargs="+", type=int, default=STEPS, metavar="N", help="columns [10 25 50]"
+    )
+    parser.add_argument(
+        "--guidance_channels",
+        choices=("3", "all"),
+        help="latent channels that are guided [all of a DiT; of a SiT 3 of 4, all of any other number]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images drawn at once [32]")
+    parser.add_argument("--output", default="outputs/sample_grid", help="folder [outputs/sample_grid]")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    add_loading_flags(parser)
+    add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
+    add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
+    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
+    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's]")
+    weights.add_argument("--vae", help=f"its VAE, folder or name [the features' own, else {DEFAULT_VAE}, {SIT_VAE}]")
+    weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
+    parser.set_defaults(sampler=None)
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Returns the `Model`, the scales, and `{num_steps: options of Generator.sample}`; ValueError for a mistake."""
+    check_positive(args, "images_per_class", "batch_size")
+    model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
+    model.check_backend(args.backend)
+    can_guide = model.has_null_class is not False
+    scales = dict.fromkeys(args.guidance_scales or (SCALES if can_guide else [1.0]))
+    for scale in scales:
+        check_guidance(scale, can_guide, model.path)
+    if set(scales) == {1}:
+        names = [name for name in ("guidance_channels", "guidance_interval") if getattr(args, name) is not None]
+        note_unused(names, "without guidance")
+    options = {}
+    for steps in args.num_inference_steps:
+        own = argparse.Namespace(**{**vars(args), "num_inference_steps": steps})
+        check_sampling_flags(own)
+        options[steps] = sampler_options(own, model, SDE_DEFAULTS)
+        options[steps].pop("guidance_interval", None)
+    if model.num_classes is not None:
+        find_classes(args.classes, model.labels, model.num_classes)
+    note_weights_flags(args, model)
+    return model, [*scales], options
+
+
+def output_files(args, scales, steps):
+    """Returns the path of "sweep" and of each `(scale, steps)`; ValueError for one that can't be written."""
+    settings = [(scale, count) for scale in scales for count in steps]
+    names = {setting: "guidance{:g}_steps{}.png".format(*setting) for setting in settings}
+    if len(settings) > 1:
+        names["sweep"] = "sweep.png"
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise ValueError(f"--output {args.output}: is a file; expected a folder")
+    files = {what: os.path.join(args.output, name) for what, name in names.items()}
+    for path in files.values() if os.path.isdir(args.output) else ():
+        check_output(path, args.overwrite, "--output ")
+    return files
+
+
+def draw(args, generator, ids, scale, num_steps, options):
+    """Returns the images of class ids, uint8 `(N, H, W, 3)`; the noise of each depends on seed and place alone."""
+    import numpy as np
+
+    from sampling.many import draw_images
+
+    guidance = {"guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels]}
+    guidance["guidance_interval"] = args.guidance_interval
+    drawn = draw_images(
+        generator,
+        range(len(ids)),
+        ids,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        tile=min(args.batch_size, len(ids)),
+        rounding="diffusers",
+        callback=show_steps(f"guidance {scale:g}, {counted(num_steps, 'step')}"),
+        num_inference_steps=num_steps,
+        guidance_scale=scale,
+        **guidance,
+        **options,
+    )
+    return np.concatenate([images for _, images in drawn])
+
+
+def main(argv=None):
+    args = parse(argv)
+    model, scales, options = check(args)
+    files = output_files(args, scales, options)
+
+    configure_runtime()
+    from sampling.grid import class_grid, make_grid
+
+    first = next(iter(options))
+    generator = open_generator(
+        argparse.Namespace(**{**vars(args), "num_inference_steps": first}), model, **options[first]
+    )
+    classes, per_class = generator.find_classes(args.classes), args.images_per_class
+    ids = [one for one in classes for _ in range(per_class)]
+    notes = [note for steps, own in options.items() for note in generator.describe(steps, **own)]
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}", flush=True)
+    os.makedirs(args.output, exist_ok=True)
+    cells, columns = [], per_class if per_class > 1 else min(len(ids), max(4, round(len(ids) ** 0.5)))
+    for scale in scales:
+        for steps, own in options.items():
+            images = draw(args, generator, ids, scale, steps, own)
+            picture = class_grid(images, classes, generator.labels, per_class)
+            save_image(picture, files[scale, steps], args.overwrite)
+            cells.append(make_grid(images, columns))
+    if "sweep" in files:
+        rows, tops = [f"guidance {scale:g}" for scale in scales], [counted(steps, "step") for steps in options]
+        sweep = make_grid(cells, len(options), gap=8, row_labels=rows, column_labels=tops)
+        print(f"guidance x steps: {save_image(sweep, files['sweep'], args.overwrite)}")
+        print(f"one row a class: {os.path.join(args.output, 'guidance*_steps*.png')}")
+    else:
+        print(f"one row a class: {files[scales[0], first]}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

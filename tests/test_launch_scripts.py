@@ -20,16 +20,16 @@ SCRIPTS = {
         "config/DiT_XL_patch2.json",
         "./output_notrainer/DiT_XL_patch2_notrainer",
     ),
-    "2_run_train_sit_trainer.sh": ("trainer", "config/SiT_XL_patch2.json", "./output_trainer/SiT_XL_patch2_trainer"),
+    "2_run_train_sit_trainer.sh": ("trainer", "config/SiT_XL_patch2.json", "./outputs/SiT_XL_patch2_trainer"),
     "3_run_train_sit_notrainer.sh": (
         "notrainer",
         "config/SiT_XL_patch2.json",
-        "./output_notrainer/SiT_XL_patch2_notrainer",
+        "./outputs/SiT_XL_patch2_notrainer",
     ),
     "4_run_train_largedit_3b_trainer.sh": (
         "trainer",
         "config/LargeDiT_3B_patch2.json",
-        "./output_trainer/LargeDiT_3B_patch2_trainer",
+        "./outputs/LargeDiT_3B_patch2_trainer",
     ),
 }
 LARGE = "4_run_train_largedit_3b_trainer.sh"

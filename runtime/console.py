@@ -5,13 +5,12 @@ import importlib.util
 import io
 import os
 import shlex
-import shutil
 import sys
 import time
 
+from runtime.commands import python_command
 from runtime.process import is_terminal, say
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SLOW = ("paddle", "paddlenlp", "ppdiffusers")  # seconds each
 
 
@@ -86,21 +85,9 @@ def next_commands(*commands):
     out.
 
     Args:
-        commands: lists of words; the first is a script, by its path or that from the project's root.
+        commands: lists of words; the first is a Python script, by its path or that from the project's root.
     """
     lines = []
     for script, *words in commands if os.environ.get("SAY_NEXT") != "0" else ():
-        script = os.path.relpath(os.path.join(ROOT, script))
-        lines.append(f"next: {shlex.join([*_interpreter(script), script, *map(str, words)])}")
+        lines.append("next: " + python_command(script, shlex.join(map(str, words))))
     return lines
-
-
-def _interpreter(script):
-    """Returns the words that run a script as this process is run: `python`, where that is this interpreter."""
-    if script.endswith(".sh"):
-        return ["bash"]
-    found = shutil.which("python")
-    if found is not None and os.path.abspath(found) == os.path.abspath(sys.executable):
-        return ["python"]
-    near = os.path.relpath(sys.executable)
-    return [sys.executable if near.startswith("..") else near]

@@ -218,8 +218,11 @@ class Session:
         write_json(path, self.config)
         say(f"settings that differ from the defaults (all of them: {path}):")
         for section, settings in changed_settings(self.config).items():
-            if section == "features" and settings.get("class_names"):
-                settings["class_names"] = f"{len(settings['class_names'])} names"
+            if section == "features":  # in few words
+                if settings.get("class_names"):
+                    settings["class_names"] = f"{len(settings['class_names'])} names"
+                if settings.get("vae"):
+                    settings["vae"] = settings["vae"]["name"] or "known"
             shown = (
                 f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
             )

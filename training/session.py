@@ -349,12 +349,21 @@ class Session:
         """Prints how to draw images with the run, export it and report it."""
         kind = MODEL_TYPES[self.config["model"]["type"]]
         checkpoint = os.path.join(self.folder, self.outputs.checkpoints.format(step=self.last_step))
+        if self.first_step >= self.last_step:
+            checkpoint = self.checkpoint.source
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
         vae = self.outputs.vae if self.config["features"]["vae"] is None else None
         folder = os.path.join(self.folder, "pipeline")
         say_next(
             [kind.demo, "--model_path", checkpoint, *(["--vae", vae] if vae else [])],
-            [converter, "--model_path", checkpoint, "--output", folder, *(["--vae", vae] if vae else [])],
+            [
+                converter,
+                "--model_weights",
+                checkpoint,
+                "--checkpoint_path",
+                folder,
+                *(["--vae_model", vae] if vae else []),
+            ],
             ["tools/report.py", self.folder],
         )
 

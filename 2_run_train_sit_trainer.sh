@@ -6,6 +6,7 @@ repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
 if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
 config_file=${config_file:-${repo}config/SiT_XL_patch2.json}
-default_output=./output_trainer/SiT_XL_patch2_trainer
+default_output=./output_trainer/SiT_XL_patch2_trainer # of an earlier version
+if [ ! -d "$default_output" ]; then default_output=./outputs/SiT_XL_patch2_trainer; fi
 
 . "${repo}tools/launch_trainer.sh"

@@ -6,7 +6,8 @@ repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
 if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
 config_file=${config_file:-${repo}config/LargeDiT_3B_patch2.json}
-default_output=./output_trainer/LargeDiT_3B_patch2_trainer
+default_output=./output_trainer/LargeDiT_3B_patch2_trainer # of an earlier version
+if [ ! -d "$default_output" ]; then default_output=./outputs/LargeDiT_3B_patch2_trainer; fi
 logging_steps=${logging_steps:-1}
 image_size=${image_size:-${resolution:-256}}
 amp_master_grad=${amp_master_grad:-1}

@@ -95,7 +95,7 @@ def train(args, config, stopping):
         if session.after_step(step):
             break
 
-    session.close(f"--resume {folder} goes on")
+    session.close(resume=["--resume", folder])
 
 
 if __name__ == "__main__":

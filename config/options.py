@@ -402,7 +402,7 @@ RUN_FLAGS = {
     ),
     "image_size": Flag(None, POSITIVE_INT, "picks imagenet{N}_features", unset="256, else the only set"),
     "output_dir": Flag(
-        PerLoop("output_dir", "output_notrainer"),
+        PerLoop("outputs/trainer", "outputs/notrainer"),
         TEXT,
         PerLoop("the run's folder", "a folder of runs"),
         "output",

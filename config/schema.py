@@ -232,6 +232,23 @@ def differences(theirs, ours, *, ignored=()):
     return ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in different)
 
 
+def changed_settings(config):
+    """Returns `{section: {key: value}}` of a resolved config: only what differs from the defaults, and the types."""
+    tables = {
+        "model": MODEL_TYPES[config["model"]["type"]].keys,
+        "objective": options.OBJECTIVE_KEYS[config["objective"]["type"]],
+        "training": options.TRAINING_KEYS,
+        "data": options.DATA_KEYS,
+        "features": options.FEATURES_KEYS,
+        "evaluation": options.EVALUATION_KEYS,
+    }
+    changed = {
+        section: {key: value for key, value in config[section].items() if key == "type" or value != keys[key].default}
+        for section, keys in tables.items()
+    }
+    return {section: settings for section, settings in changed.items() if settings}
+
+
 def sampling_differences(theirs, ours):
     """Lists the `differences` of two sections that change a trained network's images."""
     tables = options.OBJECTIVE_KEYS.values()

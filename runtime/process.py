@@ -65,8 +65,11 @@ def run_cli(main):
     """Runs a command: a user's mistake or a file system's refusal is one line on stderr and exit code 2.
 
     `TRACEBACK=1` in the environment shows where it came from. Ctrl-C is one line too; a reader of the output that is
-    gone ends a command without one.
+    gone ends a command without one. Before Paddle is imported, which takes seconds, a line on stderr says so.
     """
+    from runtime.console import LoadingNotice
+
+    LoadingNotice.install()
     try:
         main()
         leave_distributed()

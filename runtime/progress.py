@@ -1,6 +1,7 @@
 """`tqdm`, a progress bar for terminals and for logs. Imports no Paddle."""
 
 import contextlib
+import os
 import sys
 import time
 
@@ -11,11 +12,20 @@ from runtime.process import is_terminal
 LINE_SECONDS = 30  # between two lines in a log
 
 
+def _width(terminal):
+    """Returns the columns of a terminal, 0 where it does not know."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(terminal.fileno()).columns
+    return 0
+
+
 class tqdm(_Bar):  # noqa: N801
     """Shows tqdm's bar on a terminal; a log gets a plain line, not at each refresh but every `LINE_SECONDS`."""
 
     def __init__(self, *args, **options):
         self._plain = not is_terminal(options.get("file") or sys.stderr)
+        if not self._plain and not _width(options.get("file") or sys.stderr):
+            options |= {"ncols": 80, "dynamic_ncols": False}  # tqdm would draw nothing
         self._said, self._next_line = None, time.monotonic() + LINE_SECONDS
         super().__init__(*args, **options)
 

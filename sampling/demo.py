@@ -31,6 +31,8 @@ from sampling.flags import (
 from sampling.labels import DEFAULT_CLASS, find_classes
 from sampling.model_path import check_no_file, describe_model
 
+OUTPUTS = "outputs"  # the folder of results in the current one, git-ignored
+
 
 def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     """Adds the flags of all demos; kind is that of the file names, guidance_channels of --help, the others defaults."""
@@ -45,7 +47,9 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     )
     add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
     parser.add_argument(
-        "--output", metavar="FILE", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]"
+        "--output",
+        metavar="FILE",
+        help=f"PNG to write [outputs/result_{kind}_<class>.png, numbered if it is there]",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     add_loading_flags(parser, gpu_dtype)
@@ -64,8 +68,10 @@ def check_flags(args, min_steps=1):
         return
     if args.overwrite:
         note_unused(["overwrite"], "without --output, whose default is a free name")
-    if not os.access(os.curdir, os.W_OK):
-        raise ValueError("the working directory can't be written to; give a file by --output")
+    folder = OUTPUTS if os.path.exists(OUTPUTS) else os.curdir
+    if not os.access(folder, os.W_OK):
+        what = "the working directory" if folder == os.curdir else f"the folder {OUTPUTS}"
+        raise ValueError(f"{what} can't be written to; give a file by --output")
 
 
 def draw(kind, args, model, *, guidance_interval=None, **options):
@@ -145,11 +151,13 @@ def default_output(kind, names):
     """Returns the name of the PNG for these classes where the user gives none."""
     name = re.sub(r"[^\w-]+", "_", names[0].split(",")[0]) if len(names) == 1 else "grid"
     name = name.encode("utf-8", "ignore")[:100].decode("utf-8", "ignore")  # a label may be longer than a file's name
-    return f"result_{kind}_{name}.png"
+    return os.path.join(OUTPUTS, f"result_{kind}_{name}.png")
 
 
 def save_image(image, path, overwrite):
     """Writes an image; returns its path, with a number where something is there already."""
+    if os.path.dirname(path) == OUTPUTS:
+        os.makedirs(OUTPUTS, exist_ok=True)
     (stem, ending), number = os.path.splitext(path), 1
     while os.path.exists(path) and not overwrite:
         number += 1

@@ -457,6 +457,9 @@ def test_evaluation_wants_digits_of_the_pipelines_size(vae, few_digits, tmp_path
         (["--seed", "x"], "--seed x"),
         (["--sed", "1"], "--sed"),
         (["--loop"], "--loop needs a value"),
+        (["--data", "smybols"], "--data smybols: expected digits, symbols, or a folder; there is no such folder"),
+        (["--data", f"{ROOT}/assets/digits_vae"], "expected a folder for each class in it, with its pictures"),
+        (["--data", f"{ROOT}/tests", "--output", f"{ROOT}/tests/out"], "lies in"),
     ],
 )
 def test_quickstart_refuses_bad_options_in_one_line(options, expected):
@@ -539,15 +542,19 @@ class TestInterruptedQuickstart:
 
         # With other settings it is another run, and goes elsewhere.
         found, stages, out, _ = quickstart("--seed", "4", "--output", str(folder))
-        assert found == 0 and len(stages) == 5 and f"{folder}-2/report.json" in out
+        assert found == 0 and len(stages) == 6 and f"{folder}-2/report.json" in out
 
         found, stages, out, err = quickstart(*flags)
         assert found == 0, err
-        assert [stage.split("/")[-1].split("_")[0] for stage in stages] == ["train", "convert", "evaluate"]
+        assert [stage.split("/")[-1].split("_")[0] for stage in stages] == ["train", "convert", "evaluate", "report.py"]
         assert f"{folder}/report.json" in out and "=== digits: complete already" in out
 
         found, stages, out, _ = quickstart(*flags)  # a finished one stays
-        assert len(stages) == 5 and f"{folder}-3/report.json" in out
+        assert len(stages) == 6 and f"{folder}-3/report.json" in out
+
+        # With --demo it is opened, and nothing else is done.
+        found, stages, *_ = quickstart(*flags, "--demo")
+        assert found == 0 and stages == ["web_demo.py"]
 
     def test_a_folder_of_something_else_stays(self, tmp_path, quickstart):
         (tmp_path / "mine").mkdir()
@@ -567,7 +574,7 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
     command = ["bash", str(tmp_path / "quickstart.sh"), "--model", model, "--loop", loop, "--seed", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0, done.stderr
-    output = f"quickstart_output/{model}-{loop}-seed3"
+    output = f"outputs/quickstart/digits-{model}-{loop}-seed3"
     lines = (tmp_path / "commands.txt").read_text().splitlines()
     scripts = [line.split()[0] for line in lines]
     assert scripts[:4] == [
@@ -576,7 +583,7 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
         f"train_image_generation_{loop}.py",
         f"tools/convert_{model.lower()}_to_ppdiffusers.py",
     ]
-    assert set(scripts[4:]) == {"tools/evaluate_digits.py"}
+    assert set(scripts[4:-1]) == {"tools/evaluate_digits.py"}
     assert f"--config_file config/{model}_digits.json" in lines[2]
     checkpoint = {"trainer": "checkpoint-2000", "notrainer": "000-SiT/checkpoints/0002000"}[loop]
     assert f"--model_weights {output}/train/{checkpoint} " in lines[3]
@@ -584,7 +591,42 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
     samplers = {"DiT": [""], "SiT": ["--sampler ode ", "--sampler sde "]}[model]
     grids = [f"--grid {output}/grid.png --report {output}/report.json"]
     grids += [f"--grid {output}/grid-sde.png --report {output}/report-sde.json"]
-    assert len(lines) == 4 + len(samplers)
-    for line, sampler, grid in zip(lines[4:], samplers, grids, strict=False):
+    assert len(lines) == 5 + len(samplers)
+    assert lines[-1].startswith(f"tools/report.py {output}/train ")
+    for line, sampler, grid in zip(lines[4:-1], samplers, grids, strict=False):
         assert line.endswith(f"--seed 3 {sampler}{grid}")
         assert grid.split()[1] in done.stdout and grid.split()[3] in done.stdout
+
+
+def test_quickstart_with_own_pictures_from_another_folder(tmp_path):
+    """Paths of the caller, an autoencoder and a config of their own, and commands to go on with."""
+    repo, here = tmp_path / "a repo", tmp_path / "here"
+    for name, text in (("tools/setup_env.sh", "exit 0\n"), (".venv/bin/python", FAKE_PYTHON)):
+        (repo / name).parent.mkdir(parents=True)
+        (repo / name).write_text(text)
+        (repo / name).chmod(0o755)
+    shutil.copy(ROOT / "quickstart.sh", repo)
+    (here / "my pictures/cats").mkdir(parents=True)
+    (here / "my pictures/cats/1.png").write_text("")
+    command = ["bash", str(repo / "quickstart.sh"), "--data", "my pictures", "--model", "SiT"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    output = "outputs/quickstart/my pictures-SiT-trainer-seed0"
+    lines = (here / "commands.txt").read_text().replace(f"{repo}/", "").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "tools/train_vae.py",
+        "tools/extract_features.py",
+        "tools/make_config.py",
+        "train_image_generation_trainer.py",
+        "tools/convert_sit_to_ppdiffusers.py",
+        "infer_demo_sit.py",
+        "tools/report.py",
+    ]
+    for line in lines[:2]:
+        assert f"--data_path {here}/my pictures " in line and "--on_error skip --background white" in line
+    assert f"--config_file {output}/config.json" in lines[3] and f"--vae {output}/vae" in lines[1]
+    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("next: ")]
+    assert commands[0][1:] == [str(repo / "infer_demo_sit.py"), "--model_path", f"{output}/pipeline"]
+    assert {"--demo", f"{here}/my pictures", f"{here}/{output}"} <= set(commands[1])
+    seconds = [line for line in done.stdout.splitlines() if re.fullmatch(r"\w+ +\d+ s", line)]
+    assert [line.split()[0] for line in seconds][-3:] == ["samples", "report", "total"] and len(seconds) == 8

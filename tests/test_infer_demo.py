@@ -229,21 +229,21 @@ class TestDemo:
         labels.write_text(json.dumps({"id2label": {str(i): f"digit {i}" for i in range(10)}}))
         flags = ["--id2label", labels, "--num_inference_steps", 2, "--classes", "digit 4"]
         draw("--model_path", models["checkpoint"], "--vae", models["vae"], *flags)
-        assert (tmp_path / "result_DiT_digit_4.png").exists()
+        assert (tmp_path / "outputs/result_DiT_digit_4.png").exists()
 
     def test_no_argument_takes_the_local_folder(self, tmp_path, capsys):
         config = make_config(num_classes=1000)
         labels = json.loads(open(IMAGENET_LABELS, encoding="utf-8").read())["id2label"]
         export_pipeline(config, state_of(make_model(config)), make_vae(), "DiT_XL_2_256", id2label=labels)
         infer_demo_dit.main([])
-        image = np.asarray(Image.open("result_DiT_golden_retriever.png"))
+        image = np.asarray(Image.open("outputs/result_DiT_golden_retriever.png"))
         assert image.shape == (8, 8, 3)
         # A second run overwrites nothing, and draws the same.
-        before = (tmp_path / "result_DiT_golden_retriever.png").stat().st_mtime_ns
+        before = (tmp_path / "outputs/result_DiT_golden_retriever.png").stat().st_mtime_ns
         infer_demo_dit.main([])
-        assert np.array_equal(image, np.asarray(Image.open("result_DiT_golden_retriever-2.png")))
-        assert (tmp_path / "result_DiT_golden_retriever.png").stat().st_mtime_ns == before
-        assert "golden retriever: result_DiT_golden_retriever-2.png" in capsys.readouterr().out
+        assert np.array_equal(image, np.asarray(Image.open("outputs/result_DiT_golden_retriever-2.png")))
+        assert (tmp_path / "outputs/result_DiT_golden_retriever.png").stat().st_mtime_ns == before
+        assert "golden retriever: outputs/result_DiT_golden_retriever-2.png" in capsys.readouterr().out
 
     def test_an_existing_output_stays(self, models, tmp_path):
         (tmp_path / "mine.png").write_text("mine")
@@ -332,7 +332,7 @@ class TestDemo:
     def test_a_long_label_is_cut_and_nothing_that_comes_meanwhile_is_overwritten(self, tmp_path):
         image = Image.new("RGB", (2, 2), (1, 2, 3))
         path = image_demo.default_output("DiT", ["a" * 300])
-        assert path == f"result_DiT_{'a' * 100}.png"
+        assert path == f"outputs/result_DiT_{'a' * 100}.png"
         mine = tmp_path / "mine.png"
         mine.write_text("mine")
         assert image_demo.save_image(image, "mine.png", overwrite=False) == "mine-2.png"

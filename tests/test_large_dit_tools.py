@@ -466,7 +466,7 @@ def test_demo_scripts_without_arguments(tmp_path, monkeypatch, size, demo):
     labels = read_labels(IMAGENET_LABELS)
     export_pipeline(config, state_of(model), make_vae(), demo.local_folder, id2label=labels)
     draw_dit([], demo)
-    image = np.asarray(Image.open(f"result_LargeDiT_{size.upper()}_golden_retriever.png")).astype(int)
+    image = np.asarray(Image.open(f"outputs/result_LargeDiT_{size.upper()}_golden_retriever.png")).astype(int)
     flags = ["--model_path", demo.local_folder, "--classes", 207, "--num_inference_steps", 25, "--seed", demo.seed]
     assert np.array_equal(image, draw("a.png", *flags))
 

@@ -21,16 +21,16 @@ SCRIPTS = {
         "config/DiT_XL_patch2.json",
         "./output_notrainer/DiT_XL_patch2_notrainer",
     ),
-    "2_run_train_sit_trainer.sh": ("trainer", "config/SiT_XL_patch2.json", "./output_trainer/SiT_XL_patch2_trainer"),
+    "2_run_train_sit_trainer.sh": ("trainer", "config/SiT_XL_patch2.json", "./outputs/SiT_XL_patch2_trainer"),
     "3_run_train_sit_notrainer.sh": (
         "notrainer",
         "config/SiT_XL_patch2.json",
-        "./output_notrainer/SiT_XL_patch2_notrainer",
+        "./outputs/SiT_XL_patch2_notrainer",
     ),
     "4_run_train_largedit_3b_trainer.sh": (
         "trainer",
         "config/LargeDiT_3B_patch2.json",
-        "./output_trainer/LargeDiT_3B_patch2_trainer",
+        "./outputs/LargeDiT_3B_patch2_trainer",
     ),
 }
 LARGE = "4_run_train_largedit_3b_trainer.sh"
@@ -321,15 +321,40 @@ def test_a_signal_to_a_launch_script_is_the_training_processes(shell, signum, na
         start_new_session=True,
     )
     assert process.stdout.readline() == "trains\n"
+    assert process.stderr.readline() == f"starting 1 process(es); their logs: {log.parent}/workerlog.*\n"
     os.killpg(process.pid, signum)  # as the terminal does: to all in the foreground
     assert process.stderr.readline() == f"{name}: finishing the step, then saving; once more leaves at once\n"
     if times == 2:
         os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, out + err
-    said = f"stopped by {name} after step 5 of 9, saved in out; --resume out goes on\n"
+    said = f"stopped by {name} after step 5 of 9, saved in out; the same command goes on\n"
     assert out == (said if code == 75 else "")
     assert ("ended by Ctrl-C; nothing was saved since the last checkpoint" in err) == (code == 130)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "variables", "same"),
+    [
+        ("0_run_train_dit_trainer.sh", [], {}, True),
+        ("0_run_train_dit_trainer.sh", ["--overwrite_output_dir", "True"], {}, False),
+        ("0_run_train_dit_trainer.sh", [], {"TRAINING_MODEL_RESUME": "out/checkpoint-5"}, False),
+        ("1_run_train_dit_notrainer.sh", [], {"resume": "None"}, False),
+        ("1_run_train_dit_notrainer.sh", ["--resume=None"], {}, False),
+    ],
+)
+def test_a_stopped_run_says_which_command_goes_on(script, flags, variables, same, tmp_path):
+    log = tmp_path / "log/workerlog.0"
+    python = tmp_path / "python"
+    said = "stopped by SIGTERM after step 5 of 9, saved in out; --resume out goes on"
+    python.write_text(f'#!/bin/sh\n[ "$1" != -u ] || {{ mkdir -p {log.parent}; echo "{said}" >{log}; exit 75; }}\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "LOG_DIR": str(log.parent), **variables}
+    done = subprocess.run(
+        ["sh", str(ROOT / script), *flags], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 75
+    assert done.stdout == (f"{said.split(';')[0]}; the same command goes on\n" if same else f"{said}\n")
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
@@ -356,7 +381,8 @@ def test_ctrl_c_before_training_starts_promises_no_checkpoint_and_leaves_no_proc
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
-    assert err == "ended by Ctrl-C; nothing was saved since the last checkpoint, if there is one\n"
+    said = "ended by Ctrl-C; nothing was saved since the last checkpoint, if there is one"
+    assert err.splitlines()[1:] == [said]
 
 
 @pytest.mark.distributed

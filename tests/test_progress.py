@@ -1,11 +1,19 @@
 """Progress: a bar on a terminal, plain lines in a log."""
 
+import fcntl
 import io
+import json
+import os
+import pty
+import shlex
+import struct
+import termios
 
 import pytest
 from support.runs import loop_arguments, write_config
 
 from runtime import progress
+from training.metrics import TrainingLog
 
 
 class Stream(io.StringIO):
@@ -39,14 +47,65 @@ def test_a_terminal_gets_the_bar():
     assert "\rpacking: 100%" in terminal.getvalue() and "3/3" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_run_draws_its_bar_on_a_terminal_only(terminal, features, tmp_path, run_loop, monkeypatch, capsys):
-    stderr = Stream(terminal)
-    monkeypatch.setattr("sys.stderr", stderr)
-    arguments = loop_arguments(
-        "notrainer", config=write_config(tmp_path / "Tiny.json"), features=features, output=tmp_path / "out", steps=3
-    )
-    run_loop("notrainer", [*arguments, "--disable_tqdm=False"])
-    assert ("train: " in stderr.getvalue()) == terminal
+def log(folder, steps=3):
+    """A run's log of a few steps."""
+    options = {"visualdl_dir": str(folder / "vdl"), "log_every": 1, "first_step": 0, "last_step": steps}
+    log = TrainingLog(folder, **options, global_batch_size=8)
+    for step in range(1, steps + 1):
+        log.step_done(step)
+        log.report(loss=0.5 / step, lr=0.1, grad_norm=1.0, epoch=0.1)
+    log.print("a line")
+    log.close()
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_a_terminal_gets_the_bar_with_loss_and_rate_and_no_lines(columns, tmp_path):
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    with open(ours, "w") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        patch.setattr("sys.stderr", stream)
+        log(tmp_path)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    last = shown.replace("\n", "\r").split("\rtrain: ")[-1]
+    assert last.startswith("100%|█") and "3/3" in last and "step/s, loss 0.1667, " in last and "samples/s" in last
+    assert "\ra line\r\n" in shown and "Train Loss" not in shown
+
+
+def test_a_log_gets_a_plain_line_every_logging_step(tmp_path, capsys):
+    log(tmp_path)
+    out, err = capsys.readouterr()
+    assert [line.split(",")[0] for line in out.splitlines()] == [
+        "(step=0000001) Train Loss: 0.5000",
+        "(step=0000002) Train Loss: 0.2500",
+        "(step=0000003) Train Loss: 0.1667",
+        "a line",
+    ]
+    assert not err
+
+
+def test_a_file_beside_a_terminal_gets_lines_too(tmp_path, monkeypatch, capsys):
+    """`python train... | tee log`: the bar on stderr, the lines in the pipe."""
+    terminal = Stream(True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    log(tmp_path)
+    assert "train: " in terminal.getvalue() and capsys.readouterr().out.count("Train Loss") == 3
+
+
+def test_a_run_shows_the_settings_that_are_no_defaults_and_what_to_do_next(features, tmp_path, run_loop, capsys):
+    config, output = write_config(tmp_path / "Tiny.json"), tmp_path / "an output"
+    run_loop("notrainer", loop_arguments("notrainer", config=config, features=features, output=output, steps=2))
     lines = capsys.readouterr().out.splitlines()
-    assert sum("Train Loss" in line for line in lines) == 3
+    saved = json.loads((output / "000-Tiny/config.json").read_text())
+    training = next(line for line in lines if line.startswith("  training: "))
+    assert training == "  training: ema_decay 0.9, learning_rate 0.001, max_steps 2, global_batch_size 8"
+    assert saved["training"]["weight_decay"] == 0.0  # the whole is in the run
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("next: ")]
+    assert [os.path.basename(words[0]) for words in commands] == [
+        "infer_demo_dit.py",
+        "convert_dit_to_ppdiffusers.py",
+        "report.py",
+    ]
+    checkpoint = str(output / "000-Tiny/checkpoints/0000002")
+    assert os.path.isdir(checkpoint) and all(checkpoint in words for words in commands[:2])

@@ -607,11 +607,11 @@ class TestDemo:
         paddle.save(tensors, "SiT-XL-2-256x256.pdparams")
         monkeypatch.setattr(infer_demo_sit, "PUBLIC_CONFIG", str(tmp_path / "config.json"))
         infer_demo_sit.main(["--vae", DIGITS_VAE])
-        image = np.asarray(Image.open("result_SiT_golden_retriever.png"))
+        image = np.asarray(Image.open("outputs/result_SiT_golden_retriever.png"))
         assert image.shape == (32, 32, 3)
         infer_demo_sit.main(["--vae", DIGITS_VAE])
-        assert np.array_equal(image, np.asarray(Image.open("result_SiT_golden_retriever-2.png")))
-        assert "golden retriever: result_SiT_golden_retriever-2.png" in capsys.readouterr().out
+        assert np.array_equal(image, np.asarray(Image.open("outputs/result_SiT_golden_retriever-2.png")))
+        assert "golden retriever: outputs/result_SiT_golden_retriever-2.png" in capsys.readouterr().out
 
     def test_what_is_taken_without_an_argument(self, tmp_path):
         """The folder before the converted file before the official one."""

@@ -1,6 +1,7 @@
 """Commands answer `--help` at once, and importing the networks costs nothing beyond Paddle."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from support.commands import commands, help_command
 from support.runs import ROOT, command_environment, write_config
 
+from runtime.console import say_next
 from runtime.process import EXIT_UNREAD
 
 PYTHON = [command for command in commands() if command.endswith(".py")]
@@ -59,6 +61,38 @@ def test_help_of_shell_scripts_starts_no_launcher(script, tmp_path):
     done = run(help_command(script), PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
+
+
+def test_a_command_says_that_paddle_is_loading_before_it_does(tmp_path):
+    text = "import sys; sys.stderr.write('WARNING: OMP_NUM_THREADS\\nodd\\n'); sys.stdin.read()"
+    (tmp_path / "paddle.py").write_text(text)
+    code = (
+        "import sys\n"
+        "from runtime.process import run_cli\n"
+        "def main():\n"
+        "    if len(sys.argv) > 1: raise ValueError('a mistake')\n"
+        "    import paddle; print(paddle.__name__)\n"
+        "run_cli(main)"
+    )
+    environment = {**command_environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-1, text=True)
+    assert process.stderr.readline() == "loading paddle ...\n"  # while it waits
+    assert process.communicate(timeout=60) == ("paddle\n", "odd\n")
+    assert run([*command, "x"]).stderr == "error: a mistake\n"
+
+
+def test_commands_to_go_on_with_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "config/DiT_digits.json", tmp_path / "my config.json")
+    command = ["tools/plan_memory.py", "--config_file", "my config.json"]
+    say_next(command)
+    (line,) = capsys.readouterr().out.splitlines()
+    done = subprocess.run(line.removeprefix("next: "), shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+    monkeypatch.setenv("SAY_NEXT", "0")
+    say_next(command)
+    assert not capsys.readouterr().out
 
 
 MISTAKES = [  # script, flag, the line that names it

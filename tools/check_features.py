@@ -29,6 +29,7 @@ from features.originals import find_originals
 from features.store import find_features, read_description
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from sampling.flags import note_unused
 from sampling.grid import GAP, class_labels, make_grid
 from sampling.labels import read_labels
 

@@ -37,6 +37,7 @@ from runtime.files import check_output, sha256_of_file, write_json
 from runtime.process import configure_runtime, resolve_device, run_cli, say
 from runtime.untrusted import read_json_object, shortened
 
+REPORT = "outputs/report.json"
 # Of the settings that tools/sample_npz.py writes, what is printed.
 TOLD = (
     *("labels", "seed", "scheduler", "sampler", "method", "diffusion_form", "num_inference_steps"),
@@ -70,7 +71,7 @@ def build_parser():
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=64, help="images at once")
     add_device_flag(parser)
     parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of KID's subsets and MIND's projections")
-    parser.add_argument("--output", default="report.json", metavar="FILE", help="JSON to write, of --samples or --vae")
+    parser.add_argument("--output", default=REPORT, metavar="FILE", help="JSON to write, of --samples or --vae")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--save_statistics", metavar="FILE", help=".npz that gets the statistics of the reference's images"
@@ -101,6 +102,8 @@ def check(args):
         raise ValueError("--selfcheck: give --samples admnet_guided_upsampled_imagenet256.npz")
     if args.selfcheck and (args.metrics or args.features != "inception" or args.preprocessing != "adm"):
         raise ValueError("--selfcheck is of the published metrics: leave out --metrics, --features and --preprocessing")
+    if args.output == REPORT and (args.samples or args.vae):
+        os.makedirs(os.path.dirname(REPORT), exist_ok=True)
     outputs = {"save_statistics": args.save_statistics, "output": args.output if args.samples or args.vae else None}
     outputs = {flag: path for flag, path in outputs.items() if path}
     if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):

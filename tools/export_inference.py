@@ -14,6 +14,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import CommandParser
 from config.options import DEFAULT_VAE
+from runtime.console import say_next
 from runtime.process import configure_runtime, run_cli
 from sampling.flags import add_vae_flag, note_weights_flags
 from sampling.model_path import check_no_file, describe_model
@@ -53,7 +54,8 @@ def main(argv=None):
         print(f"note: {note}")
     print("tracing the network and the VAE's decoder", flush=True)
     export_inference(generator, args.output)
-    print(f"{model.path} -> {args.output} (infer_demo_dit.py --backend inference)")
+    print(f"{model.path} -> {args.output}")
+    say_next(["infer_demo_dit.py", "--model_path", args.output, "--backend", "inference"])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
 from features.images import ON_ERROR, dim_note, image_formats, unreadable_list, walk_files
 from features.layout import Layout
+from runtime.console import say_next
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 from sampling.pipelines.converter import downsampling
 
@@ -104,6 +105,12 @@ def extract(args) -> None:
             classes = counted(manifest["num_classes"], "class", "classes")
             print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
             print(*places, layout.classes, layout.manifest, sep=", ")
+            place = ["--feature_path", args.features_path]
+            config = os.path.join(args.features_path, "config.json")
+            say_next(
+                ["tools/check_features.py", *place, "--vae", args.vae],
+                ["tools/make_config.py", *place, "--image_size", args.image_size, "--output", config],
+            )
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
         if rank == 0 or not os.path.exists(layout.manifest):

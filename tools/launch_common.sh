@@ -63,6 +63,15 @@ one_setting save_steps ckpt_every
 CONFIG_FLAGS="gradient_accumulation_steps learning_rate weight_decay lr_scheduler_type warmup_steps max_grad_norm use_ema
     bf16=USE_AMP fp16_opt_level=FP16_OPT_LEVEL recompute enable_xformers_memory_efficient_attention=enable_xformers"
 
+# resumes FLAGS...: notes that the same command goes on where a run was stopped, unless a flag chooses otherwise.
+same_command=
+resumes() {
+    same_command=1
+    for word in "$@"; do
+        case "$word" in --resume* | --overwrite_output_dir*) same_command= ;; esac
+    done
+}
+
 # signal_processes SIGNAL: sends it to the launcher's children, which train; ends the launcher if it has none yet. The
 # launcher is paused meanwhile, because a child that it started just then would be left behind, training.
 signal_processes() {
@@ -122,7 +131,9 @@ launch() {
     done
     # Check the flags here, so that a mistake is one line, and not one in the log of each process.
     "$PYTHON" "${repo}tools/check_flags.py" "$script" "$@" >/dev/null || exit $?
-    set -- --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" --log_dir "$log_dir" "$script" "$@"
+    set -- --log_level WARNING --nnodes "$TRAINERS_NUM" --nproc_per_node "$TRAINING_GPUS_PER_NODE" \
+        --log_dir "$log_dir" "$script" "$@"
+    export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore:No ccache found}" # of Paddle's import
     # A master is only needed between nodes; without one, several runs can share a machine.
     if [ "$TRAINERS_NUM" -gt 1 ] || [ -n "${MASTER:-}" ]; then
         set -- --master "${MASTER:-127.0.0.1:8080}" --ips "$TRAINER_INSTANCES" "$@"
@@ -130,6 +141,8 @@ launch() {
     if [ -n "${GPUS:-}" ]; then set -- --gpus "$GPUS" "$@"; fi
     set -- "$PYTHON" -u -m paddle.distributed.launch "$@"
     if ! command -v setsid >/dev/null || ! [ -r /proc/self/stat ]; then exec "$@"; fi # not Linux
+
+    echo "starting $TRAINING_GPUS_PER_NODE process(es); their logs: $log_dir/workerlog.*" >&2
 
     # The launcher answers a signal with SIGTERM to all, SIGKILL after thirty seconds, and an exit code that says nothing.
     # So it gets a session of its own, and Ctrl-C and others go from here to the training processes, which save and end
@@ -157,6 +170,7 @@ launch() {
     said=$(tail -c +$((logged + 1)) "$log" 2>/dev/null | grep '^stopped by ' | tail -n 1) || said=
     if [ -n "$said" ]; then
         if [ -n "$stopped_by" ]; then said="stopped by $stopped_by after ${said#stopped by * after }"; fi
+        if [ -n "$same_command" ]; then said="${said%; *}; the same command goes on"; fi
         echo "$said"
         exit 75
     fi

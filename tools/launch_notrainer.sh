@@ -23,6 +23,7 @@ logging_steps=${logging_steps:-50}
 save_steps=${save_steps:-5000}
 resume=${resume:-auto}                                # auto: the newest checkpoint of this config in results_dir
 
+if [ "$resume" = auto ]; then resumes "$@"; fi
 launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py \
     --config_file "$config_file" \
     --feature_path "$feature_path" \

@@ -25,6 +25,7 @@ save_steps=${save_steps:-5000}
 image_logging_steps=${image_logging_steps:--1}
 seed=${seed:-0}
 
+if [ "$TRAINING_MODEL_RESUME" = None ] || [ "$TRAINING_MODEL_RESUME" = auto ]; then resumes "$@"; fi
 launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --do_train \
     --feature_path "$feature_path" \

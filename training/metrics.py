@@ -10,10 +10,10 @@ import sys
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime.files import whole_file
 from runtime.process import is_terminal, say
+from runtime.progress import tqdm
 
 EVALUATIONS = "evaluation.jsonl"
 MAX_EARLIER_IMAGES = 100  # previews of before a resume that its VisualDL log gets
@@ -136,6 +136,7 @@ class TrainingLog:
             self._add_earlier_images(os.path.join(folder, "images"))
             if config is not None:
                 self._writer.add_hparams(hyper_parameters(config), measured(config))
+            show_bar = show_bar and is_terminal(sys.stderr)
             self._bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -143,8 +144,9 @@ class TrainingLog:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=0.5,
-                disable=not (show_bar and is_terminal(sys.stderr)),
+                disable=not show_bar,
             )
+            self._lines = not (show_bar and is_terminal(sys.stdout))  # else the bar tells it
 
     def step_done(self, step):
         """Counts an optimizer step (1-based); returns whether it is one to report."""
@@ -184,13 +186,16 @@ class TrainingLog:
         self._log("train", values)
         for name, places in (("loss", 4), ("grad_norm", 3)):
             values[name] = "n/a" if values[name] is None else f"{values[name]:.{places}f}"
+        self._bar.set_postfix_str("loss {loss}, {samples_per_second:.1f} samples/s".format(**values), refresh=False)
         skipped = f", Skipped Steps: {values['skipped_steps']} (first {first_skipped})" if first_skipped else ""
-        self.print(
+        line = (
             "(step={step:07d}) Train Loss: {loss}, Train Steps/Sec: {steps_per_second:.2f}, Samples/Sec: "
             "{samples_per_second:.1f}, LR: {learning_rate:.3e}, Grad Norm: {grad_norm}, Epoch: {epoch:.2f}, "
             "Memory: {peak_memory_gib:.2f} GiB".format(**values)
             + skipped
         )
+        if self._lines or skipped:
+            self.print(line)
 
     def _log(self, tag, values):
         self._add_scalars(tag, values)

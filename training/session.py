@@ -13,16 +13,18 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
 
 import paddle
 
-from config.schema import ineffective_settings
+from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
 from models.parallel import whole_shape
 from objectives import build_objective
+from runtime.console import next_commands, say_next
 from runtime.files import write_json
 from runtime.machine import describe_environment
 from runtime.paddle_private import inner_optimizer, master_weights, tensor_parallel_group
@@ -224,10 +226,21 @@ class Session:
         return self
 
     def _describe(self):
-        """Prints the resolved settings once, and saves them as `config.json` in the run's folder."""
-        features = self.config["features"]
-        names = features["class_names"] and f"{len(features['class_names'])} names"
-        say(json.dumps({**self.config, "features": {**features, "class_names": names}}, indent=2))
+        """Saves the resolved settings as `config.json` in the run's folder, and prints those that are no defaults."""
+        os.makedirs(self.folder, exist_ok=True)
+        path = os.path.join(self.folder, "config.json")
+        write_json(path, self.config)
+        say(f"settings that differ from the defaults (all of them: {path}):")
+        for section, settings in changed_settings(self.config).items():
+            if section == "features":  # in few words
+                if settings.get("class_names"):
+                    settings["class_names"] = f"{len(settings['class_names'])} names"
+                if settings.get("vae"):
+                    settings["vae"] = settings["vae"]["name"] or "known"
+            shown = (
+                f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+            )
+            say(f"  {section}: {', '.join(shown)}")
         for note in filter(None, [*self.notes, *self.dataset.notes, ineffective_settings(self.config["objective"])]):
             say(f"note: {note}")
         parameters = sum(math.prod(whole_shape(parameter)) for parameter in self.model.parameters())
@@ -236,8 +249,6 @@ class Session:
             f"{counted(self.world_size, 'process', 'processes')}; {counted(len(self.dataset), 'sample')} in "
             f"{self.dataset.features_dir}; training to step {self.last_step:,}; output in {self.folder}"
         )
-        os.makedirs(self.folder, exist_ok=True)
-        write_json(os.path.join(self.folder, "config.json"), self.config)
         self._save_environment()
         if self.checkpoint is not None:
             say(f"resumed {self.checkpoint.source} at step {self.first_step}")
@@ -336,18 +347,50 @@ class Session:
             "watch": self.numbers.state_dict(),
         }
 
-    def close(self, how_to_go_on):
-        """Waits for the last checkpoint, ends the log and says where all is; a stopped run ends with `how_to_go_on`."""
+    def close(self, resume=()):
+        """Waits for the last checkpoint, ends the log, and says where all is and what can be done with it.
+
+        Args:
+            resume: the flags by which this command goes on, for a run that was stopped.
+        """
         place = self._checkpoints
         if self.log is not None:
             self.saver.finish()
             self.log.close()
         if self.stopping.stopped:
-            self.stopping.leave(f"after step {self.step} of {self.last_step}, saved in {place}; {how_to_go_on}")
+            how = f"; the same command goes on with {shlex.join(resume)}" if resume else ""
+            given = sys.argv[: -len(resume)] if resume and sys.argv[-len(resume) :] == resume else sys.argv
+            command = [] if "PADDLE_TRAINER_ID" in os.environ else next_commands([*given, *resume])
+            done = f"after step {self.step} of {self.last_step}, saved in {place}"
+            self.stopping.leave("\n".join([done + how, *command]))
         if self.rank == 0 and self.first_step >= self.last_step:
             say(f"nothing to do: step {self.first_step} of {self.last_step} is reached by {self.checkpoint.source}")
         elif self.rank == 0:
             say(f"done: step {self.last_step}, checkpoints in {place}, VisualDL log in {self.log.visualdl_dir}")
+        if self.rank == 0:
+            self._say_next()
+
+    def _say_next(self):
+        """Prints how to draw images with the run, export it and report it."""
+        kind = MODEL_TYPES[self.config["model"]["type"]]
+        checkpoint = os.path.join(self.folder, self.outputs.checkpoints.format(step=self.last_step))
+        if self.first_step >= self.last_step:
+            checkpoint = self.checkpoint.source
+        converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
+        vae = self.outputs.vae if self.config["features"]["vae"] is None else None
+        folder = os.path.join(self.folder, "pipeline")
+        say_next(
+            [kind.demo, "--model_path", checkpoint, *(["--vae", vae] if vae else [])],
+            [
+                converter,
+                "--model_weights",
+                checkpoint,
+                "--checkpoint_path",
+                folder,
+                *(["--vae_model", vae] if vae else []),
+            ],
+            ["tools/report.py", self.folder],
+        )
 
 
 def build_session(config, data, folder, **options):

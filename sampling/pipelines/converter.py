@@ -6,6 +6,7 @@ from config.flags import CommandParser, check_paths, check_vae
 from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
+from runtime.console import say_next
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
 from sampling.flags import add_vae_flag
@@ -154,3 +155,5 @@ def convert(args, check, export, loader):
     for text in filter(None, [note, *vae_notes, *notes]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
+    demo = "infer_demo_sit.py" if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
+    say_next(*([script, "--model_path", args.output] for script in (demo, "web_demo.py")))

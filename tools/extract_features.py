@@ -8,8 +8,9 @@ FEATURES_PATH/NAME_classes.json           {"id2label": {"0": <class>, ...}}
 FEATURES_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURES_PATH
 FEATURES_PATH/NAME_manifest.json          what it was made of, counts, and which images could not be read
 
-Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped, an
-EXIF orientation is not applied. Of 16 bits the high byte is kept; a note tells of images that come out dark by it.
+Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped
+(unless --background names a colour to lay the image over), an EXIF orientation is not applied. Of 16 bits the high byte
+is kept. Notes tell of images that come out dark by it, and of transparent ones.
 Class folders named 0..N-1 keep their numbers as labels, other numbers are sorted as numbers, other names as text.
 Image i is the i-th by label, then by name (in a list: its i-th line); an image that can't be read leaves a gap. The
 noise of image i depends on (seed, i) alone.
@@ -30,7 +31,7 @@ from config.options import DEFAULT_VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import ON_ERROR, dim_note, unreadable_list
+from features.images import BACKGROUND, ON_ERROR, dim_note, parse_background, see_through_note, unreadable_list
 from features.layout import Layout
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 
@@ -42,6 +43,7 @@ def extract(args) -> None:
         if getattr(args, key) < least:
             raise ValueError(f"--{key} {getattr(args, key)}: expected at least {least}")
     check_seed("seed", args.seed)
+    background = parse_background(args.background)
     if args.data_path:  # what can be said before the slow imports
         find_archives(args.data_path)
         inside, outside = os.path.realpath(args.features_path), os.path.realpath(args.data_path)
@@ -64,6 +66,7 @@ def extract(args) -> None:
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
+    options["background"] = background
 
     layout = Layout(args.features_path, name)
     extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
@@ -93,6 +96,8 @@ def extract(args) -> None:
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
+        if extraction.source.see_through:
+            print(see_through_note(extraction.source.see_through), flush=True)
 
 
 def main(argv: list | None = None) -> None:
@@ -120,6 +125,7 @@ def main(argv: list | None = None) -> None:
         help="store the posterior's mean and std, 2C channels, so that training draws a fresh sample at each visit, "
         "instead of one sample",
     )
+    parser.add_argument("--background", **BACKGROUND)
     parser.add_argument("--on_error", **ON_ERROR)
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once (default 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="threads that read images (default 4)")

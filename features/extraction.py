@@ -33,7 +33,7 @@ from runtime.untrusted import read_json
 
 # Settings that decide what is written: what a message calls them, and their place in the manifest.
 DECISIVE = {
-    **{f"--{key}": (key,) for key in ("format", "image_size", "seed", "moments", "flip")},
+    **{f"--{key}": (key,) for key in ("format", "image_size", "seed", "moments", "flip", "background")},
     "sha256 of the VAE's weights": ("vae", "weights_sha256"),
     "shape of the VAE's latents": ("sample_shape",),
     **{f"{key} of the VAE": (key,) for key in SCALING_KEYS},
@@ -49,7 +49,7 @@ def make_settings(vae, vae_name, name, encoding, options):
     """Returns the manifest of the set `name`, as far as it does not depend on the images.
 
     `encoding` has `device`, `dtype` and `batch_size` of the arithmetic; `options` the flags `format`, `moments`,
-    `flip`, `image_size` and `seed`. ValueError for images of a size that is not for this VAE.
+    `flip`, `image_size`, `background` and `seed`. ValueError for images of a size that is not for this VAE.
     """
     factor, size, channels = downsampling(vae), options["image_size"], vae.config.latent_channels
     if size % factor:
@@ -188,6 +188,7 @@ class Extraction:
     def _take(self, source, saved):
         """Sets images and settings; ValueError if those in `saved`, a manifest or an earlier start's, are others."""
         self.source = source
+        source.background = self.settings["background"]
         self.settings |= {
             "num_images": len(source),
             "num_classes": len(source.classes),

@@ -34,7 +34,8 @@ class ImageSource:
         archives: the tar files, "" for `root` itself.
         arrays: `labels` (N,); `names`, one block of bytes instead of a million str objects, which `ends` (N,) cuts;
             `spans` (N, 3), archive, offset and size of each image, (0, 3) for files of their own.
-        dim: the images that were read and use little of their range, see `load_pixels`.
+        background: colour that transparent images are laid over; like the next, no part of the listing.
+        dim, see_through: images that were read and that the user should know of, see `load_pixels`.
     """
 
     kind: str
@@ -43,7 +44,9 @@ class ImageSource:
     notes: list
     archives: list
     arrays: dict
+    background: list | None = None
     dim: list = field(default_factory=list)
+    see_through: list = field(default_factory=list)
 
     @property
     def labels(self):
@@ -67,12 +70,13 @@ class ImageSource:
     def pixels(self, index, size):
         """Returns the centre-cropped image, uint8 (size, size, 3); arguments and errors of `load_pixels`."""
         path = os.path.join(self.root, self.name(index))
+        how = {"background": self.background, "dim": self.dim, "see_through": self.see_through}
         if not self.archives:
-            return load_pixels(path, size, dim=self.dim)
+            return load_pixels(path, size, **how)
         archive, offset, length = self.arrays["spans"][index].tolist()
         with open(os.path.join(self.root, self.archives[archive]).rstrip("/"), "rb") as file:
             data = os.pread(file.fileno(), length, offset)
-        return load_pixels(path, size, data, self.dim)
+        return load_pixels(path, size, data, **how)
 
     def digest(self):
         """Returns the sha256 of classes, names and labels: the same for a folder and the tar files it came out of."""

@@ -18,6 +18,24 @@ ON_ERROR = {  # the flag --on_error of commands that read images
     "default": "stop",
     "help": "at an image that can't be read: stop there, or skip it and list it at the end",
 }
+BACKGROUND = {  # the flag --background of commands that read images
+    "metavar": "COLOUR",
+    "help": "lay transparent images over this colour: white, black, or three numbers from 0 to 255 as 255,240,0 "
+    "(default: drop the alpha channel, as the official code does, so that hidden colours show)",
+}
+
+
+def parse_background(text: str | None) -> list | None:
+    """Returns the colour that --background names, `[red, green, blue]` in 0..255, or None as it is."""
+    if text is None:
+        return None
+    named = {"white": [255, 255, 255], "black": [0, 0, 0]}.get(text)
+    if named is None and not re.fullmatch("[0-9]{1,3}(,[0-9]{1,3}){2}", text):
+        raise ValueError(f"--background {text}: expected white, black, or three numbers from 0 to 255 as 255,240,0")
+    colour = named or [int(number) for number in text.split(",")]
+    if max(colour) > 255:
+        raise ValueError(f"--background {text}: expected numbers from 0 to 255")
+    return colour
 
 
 @functools.cache
@@ -149,12 +167,13 @@ class UnreadableImage(ValueError):
         return "{}: cannot be read as an image ({})".format(*self.args)
 
 
-def to_rgb(image):
+def to_rgb(image, background: list | None = None):
     """Returns an image of any mode as 8-bit RGB, as the official loaders do it with `convert("RGB")`.
 
-    An alpha channel is dropped, CMYK goes through Pillow's plain formula, EXIF orientation is not applied and of an
-    animation the first frame counts. Where Pillow would clip at 255 this differs: 16-bit grey keeps its high byte, as
-    Pillow does for 16-bit colour; floats and integers beyond 16 bits, whose range is not known, are a `ValueError`.
+    An alpha channel is dropped, or the image is laid over `background`, `[red, green, blue]`. CMYK goes through
+    Pillow's plain formula, EXIF orientation is not applied and of an animation the first frame counts. Where Pillow
+    would clip at 255 this differs: 16-bit grey keeps its high byte, as Pillow does for 16-bit colour; floats and
+    integers beyond 16 bits, whose range is not known, are a `ValueError`.
     """
     from PIL import Image
 
@@ -165,7 +184,17 @@ def to_rgb(image):
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("integers outside 0..65535, whose range is not known; save it with 8 or 16 bits")
         image = Image.fromarray((grey >> 8).astype("uint8"))
+    if background is not None and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("RGB")
+
+
+def is_see_through(image) -> bool:
+    """Returns whether a PIL image has a pixel that is not opaque: by an alpha channel, a palette or a key colour."""
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: numbers without an alpha channel
+        return False
+    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def center_crop(image, size: int):
@@ -207,16 +236,34 @@ def dim_note(dim: list) -> str:
     )
 
 
-def load_pixels(path: str, size: int, data: bytes | None = None, dim: list | None = None):
+def see_through_note(see_through: list) -> str:
+    """Returns a sentence on the transparent images that `load_pixels` read without a background."""
+    return (
+        f"{counted(len(see_through), 'image')} with transparent parts, whose hidden colours show: "
+        f"{some_of(sorted(see_through))}. --background white lays them over white"
+    )
+
+
+def load_pixels(
+    path: str,
+    size: int,
+    data: bytes | None = None,
+    dim: list | None = None,
+    background: list | None = None,
+    see_through: list | None = None,
+):
     """Reads one image, of a file or of `data`, the bytes of one, as uint8 [size, size, 3], centre-cropped.
 
-    `dim` gets the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16. UnreadableImage if
-    Pillow can't read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    `background`: see `to_rgb`; without it `see_through` gets the path of an image with transparent parts. `dim` gets
+    the path if the image has 16 or 32 bits a number and uses none of the upper 4 of 16. UnreadableImage if Pillow can't
+    read it, or it has more than 2 * `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     with opened(path, data) as file:
         # The mode tells of grey; colour is cut to its high bytes while the file is read.
         deep = file.mode.startswith("I") or any(";16" in str(tile[-1]) for tile in file.tile)
-        image = to_rgb(file)
+        image = to_rgb(file, background)
+        if see_through is not None and background is None and is_see_through(file):
+            see_through.append(path)
         if dim is not None and deep and max(high for _, high in image.getextrema()) < 16:
             dim.append(path)
         return np.asarray(center_crop(image, size))
@@ -240,6 +287,6 @@ def opened(path: str, data: bytes | None = None):
     raise UnreadableImage(path, reason)
 
 
-def load_image(path: str, size: int, dim: list | None = None):
-    """Reads one image as float32 [3, size, size] in [-1, 1], centre-cropped; arguments and errors of `load_pixels`."""
-    return load_pixels(path, size, dim=dim).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0
+def load_image(path: str, size: int, **options):
+    """Reads one image as float32 [3, size, size] in [-1, 1], centre-cropped; options and errors of `load_pixels`."""
+    return load_pixels(path, size, **options).astype("float32").transpose(2, 0, 1) / 127.5 - 1.0

@@ -19,6 +19,7 @@ from PIL import Image
 from support.pipelines import make_config, make_model, make_pipeline, state_of
 
 from evaluation.digits import METRICS, Digits, evaluate, judge, nearest_distance, pass_through_vae, read_digits, spread
+from features.autoencoder import load_vae
 from features.images import find_images, load_image
 from sampling.generator import load_generator
 from sampling.model_path import describe_model
@@ -159,6 +160,26 @@ def test_train_vae_learns_and_saves(few_digits, tmp_path, capsys):
         train_vae.main([*command, "--output", str(tmp_path / "vae")])
 
 
+def test_train_vae_fine_tunes_and_measures_what_it_held_out(few_digits, tmp_path, capsys):
+    command = ["--data_path", str(few_digits / "train"), "--init", str(VAE), "--output", str(tmp_path / "vae")]
+    train_vae.main([*command, "--max_steps", "1", "--batch_size", "2", "--crop", "16", "--save_dtype", "float16"])
+    said = capsys.readouterr().out
+    assert "72 training images: " in said
+    assert float(re.search("8 held-out images: PSNR ([0-9.]+) dB", said)[1]) > 28  # one step from 29.5 dB
+
+    settings = json.loads((tmp_path / "vae/training.json").read_text())
+    assert settings["init"]["name"] == str(VAE) and settings["training"]["lr"] == train_vae.FINE_TUNING["lr"]
+    tuned, before = load_vae(str(tmp_path / "vae")), load_vae(str(VAE))
+    assert 0 < np.abs(tuned.decoder.conv_in.weight.numpy() - before.decoder.conv_in.weight.numpy()).max() < 0.01
+    assert (tmp_path / "vae/model_state.pdparams").stat().st_size < 0.6 * (VAE / "model_state.pdparams").stat().st_size
+    command[-1] = str(tmp_path / "none")
+    for crop in ("12", "40"):
+        with pytest.raises(ValueError, match=f"--crop {crop}: expected a multiple of 8, at most --image_size 32"):
+            train_vae.main([*command, "--crop", crop])
+    with pytest.raises(ValueError, match="training.json: is of a network that was fine-tuned; give --init"):
+        train_vae.load_settings(str(tmp_path / "vae/training.json"))
+
+
 def test_train_vae_names_a_misspelt_key(few_digits, tmp_path):
     (tmp_path / "bad.json").write_text('{"vae": {}, "training": {"step": 3}}')
     command = ["--data", str(few_digits), "--config_file", str(tmp_path / "bad.json"), "--output", str(tmp_path / "x")]
@@ -172,8 +193,8 @@ def test_train_vae_names_a_misspelt_key(few_digits, tmp_path):
         ({}, ["--seed", "4294967296"], "--seed must be an integer from 0 to 4294967295, got 4294967296"),
         ({"seed": -1}, [], "own.json: training: seed must be an integer from 0 to 4294967295, got -1"),
         ({"steps": "many"}, [], 'own.json: training: steps must be a positive integer, got "many"'),
-        ({"steps": "many"}, ["--steps", "0"], "--steps must be a positive integer, got 0"),
-        ({}, ["--lr", "nan"], "--lr must be a number above 0, got nan"),
+        ({"steps": "many"}, ["--steps", "0"], "--max_steps must be a positive integer, got 0"),
+        ({}, ["--lr", "nan"], "--learning_rate must be a number above 0, got nan"),
     ],
 )
 def test_train_vae_refuses_settings_before_it_reads_images(training, flags, message, tmp_path):

@@ -92,6 +92,22 @@ def test_values_are_scaled_posterior_samples(images, extracted):
     assert np.abs(correlation).max() < 0.6
 
 
+def test_background_goes_to_the_latents_and_the_manifest(images, tmp_path, capsys):
+    only = tmp_path / "images/one"
+    only.mkdir(parents=True)
+    shutil.copy(images / "a_first/0.png", only)
+    command = arguments(only.parent, tmp_path / "out")
+    main(command)
+    assert "1 image with transparent parts, whose hidden colours show: " in capsys.readouterr().out
+    plain = load(tmp_path / "out")[0]
+    with pytest.raises(ValueError, match=r"--background was null, now it is \[255, 255, 255\]"):
+        main([*command, "--background", "white"])
+    main([*command, "--background", "white", "--name", "imagenet32w"])
+    assert "transparent" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/imagenet32w_manifest.json").read_text())["background"] == [255, 255, 255]
+    assert np.abs(load(tmp_path / "out", "imagenet32w")[0] - plain).max() > 0.1
+
+
 def test_result_depends_on_seed_but_not_on_batches_or_workers(images, extracted, tmp_path):
     features, labels = load(extracted)
     main(arguments(images, tmp_path, "--name", "one", "--batch_size", "1", "--num_workers", "1"))

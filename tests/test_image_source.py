@@ -13,7 +13,7 @@ from PIL import Image
 from support.golden import load_golden
 
 from features.image_source import ImageSource, encodable, open_source
-from features.images import center_crop, dim_note, load_pixels
+from features.images import center_crop, dim_note, load_pixels, parse_background, see_through_note
 
 
 def picture(width, height):
@@ -68,6 +68,36 @@ def test_colours_are_read_as_the_official_loader_does(tmp_path):
     assert np.array_equal(saved(tmp_path / "turned.png", rgb, exif=exif), plain)
     one = saved(tmp_path / "one.png", Image.new("RGB", (1, 1), (1, 2, 3)))
     assert one.shape == (8, 8, 3) and (one == [1, 2, 3]).all()
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_transparent_images_are_laid_over_a_background_or_told_of(tmp_path):
+    """All ways in which a file is transparent: an alpha channel, of colour or grey, a palette's, a key colour."""
+    rgba = Image.new("RGBA", (8, 8), (200, 100, 0, 0))
+    rgba.paste((10, 20, 30, 255), (0, 0, 8, 4))
+    rgba.putpixel((0, 7), (200, 100, 0, 51))
+    palette = rgba.convert("RGB").convert("P", palette=Image.ADAPTIVE)
+    rgba.save(tmp_path / "rgba.png")
+    rgba.convert("LA").save(tmp_path / "la.png")
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((7, 7)))
+    rgba.convert("RGB").save(tmp_path / "key.png", transparency=(200, 100, 0))
+    Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(tmp_path / "opaque.png")
+    see_through = []
+    for path in sorted(tmp_path.iterdir()):
+        plain = load_pixels(str(path), 8, see_through=see_through)
+        laid = load_pixels(str(path), 8, background=[0, 0, 255])
+        assert np.array_equal(laid[:4], plain[:4])
+        assert (laid[7, 7] == (plain[7, 7] if path.name == "opaque.png" else [0, 0, 255])).all()
+    assert [os.path.basename(path) for path in see_through] == ["key.png", "la.png", "p.png", "rgba.png"]
+    assert see_through_note(see_through).startswith("4 images with transparent parts")
+    assert (load_pixels(str(tmp_path / "rgba.png"), 8, background=[0, 0, 255])[7, 0] == [40, 20, 204]).all()
+
+
+def test_background_is_white_black_or_three_numbers():
+    assert [*map(parse_background, (None, "white", "black", "1,20,255"))] == [None, [255] * 3, [0] * 3, [1, 20, 255]]
+    for text in ("red", "1,2", "1,2,256", "-1,2,3", "#ffffff"):
+        with pytest.raises(ValueError, match=f"--background {text}: expected "):
+            parse_background(text)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])

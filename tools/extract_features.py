@@ -8,8 +8,9 @@ FEATURE_PATH/NAME_classes.json           {"id2label": {"0": <class>, ...}}
 FEATURE_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURE_PATH
 FEATURE_PATH/NAME_manifest.json          what it was made of, counts, and which images could not be read
 
-Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped, an
-EXIF orientation is not applied. Of 16 bits the high byte is kept; a note tells of images that come out dark by it.
+Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped
+(unless --background names a colour to lay the image over), an EXIF orientation is not applied. Of 16 bits the high byte
+is kept. Notes tell of images that come out dark by it, and of transparent ones.
 Class folders named 0..N-1 keep their numbers as labels, other numbers are sorted as numbers, other names as text.
 Image i is the i-th by label, then by name (in a list: its i-th line); an image that can't be read leaves a gap. The
 noise of image i depends on (seed, i) alone.
@@ -30,7 +31,16 @@ from config.options import DEFAULT_VAE, FLAG_SEED, INT_FROM_0, POSITIVE_INT, VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import ON_ERROR, dim_note, image_formats, unreadable_list, walk_files
+from features.images import (
+    BACKGROUND,
+    ON_ERROR,
+    dim_note,
+    image_formats,
+    parse_background,
+    see_through_note,
+    unreadable_list,
+    walk_files,
+)
 from features.layout import Layout
 from runtime.console import say_next
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
@@ -47,6 +57,7 @@ def holds_images(folder):
 
 def extract(args) -> None:
     # What can be said before the slow imports.
+    background = parse_background(args.background)
     check_vae(args.vae)
     check_paths(args, "data_path", "list")
     if os.path.exists(args.feature_path) and not os.path.isdir(args.feature_path):
@@ -85,6 +96,7 @@ def extract(args) -> None:
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
+    options["background"] = background
 
     layout = Layout(args.feature_path, name)
     extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
@@ -120,6 +132,8 @@ def extract(args) -> None:
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
+        if extraction.source.see_through:
+            print(see_through_note(extraction.source.see_through), flush=True)
 
 
 def main(argv: list | None = None) -> None:
@@ -151,6 +165,7 @@ def main(argv: list | None = None) -> None:
         help="store the posterior's mean and std, 2C channels, so that training draws a fresh sample at each visit, "
         "instead of one sample",
     )
+    parser.add_argument("--background", **BACKGROUND)
     parser.add_argument("--on_error", **ON_ERROR)
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images encoded at once")
     parser.add_argument("--num_workers", check=INT_FROM_0, default=4, help="threads that read images")

@@ -25,7 +25,7 @@ from sampling.labels import find_classes, find_labels, weights_labels
 from sampling.model_path import describe_model
 from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
-from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference
+from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference, sample_npz
 from tools.extract_features import main
 from training.setup import build_dataset, describe_data_changes, describe_features
 from weights.files import save_pdparams
@@ -376,6 +376,27 @@ def test_tools_take_autoencoder_and_names_from_the_checkpoint(kind, run, tmp_pat
     config.write_text(json.dumps({"model": json.loads((run[kind] / "config.json").read_text())["model"]}))
     convert(kind, run[kind] / "model_state.pdparams", tmp_path / "by_file", "--config_file", config)
     assert json.loads((tmp_path / "by_file" / "model_index.json").read_text())["id2label"]["1"] == "dog"
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_from_the_set_to_samples_nothing_is_given_twice(loop, run, tmp_path, run_loop, capsys, monkeypatch):
+    """No image size, autoencoder, class name or number of a checkpoint on the way."""
+    monkeypatch.chdir(tmp_path)
+    model = {**TINY_MODELS["DiT"], "sample_size": 4, "num_classes": 3, "num_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    options = {"output": tmp_path / "out", "steps": 11, "batch": 4, "save_every": 5}
+    flags = loop_arguments(loop, config=tmp_path / "config.json", features=run["set"], **options)
+    run_loop(loop, [flag for flag in flags if "=64" not in flag])
+    newest = str(checkpoint_path(loop, tmp_path / "out", 11))
+    capsys.readouterr()
+    draw("DiT", "out", tmp_path / "a.png", "--classes", "dog")
+    assert f"is taken, {os.path.relpath(newest)}" in capsys.readouterr().out
+    convert("DiT", "out", "pipe")
+    sample_npz.main(["--model_path", "pipe", "--num_images", "4", "--num_inference_steps", "2", "--output", "s.npz"])
+    assert json.loads((tmp_path / "s.json").read_text())["image_size"] == [8, 8]
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["id2label"]["1"] == "dog" and index["_features"]["image_size"] == 8
+    assert index["_features"]["vae"] == own_features(run)["vae"]
 
 
 def test_inference_export_and_names_by_flag(run, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Every option of a run, once: default, check, help, flag. Standard library only.
 
-The checks of JSON files (`config.schema`), both command lines (`config.flags`) and docs/options.md are made from the
+The checks of JSON files (`config.schema`), both command lines (`config.flags`) and docs/configs.md are made from the
 tables below: a new option is one entry here, and its use.
 """
 
@@ -43,7 +43,7 @@ class Option:
 
     default: Any  # taken where neither the command line nor the JSON gives a value
     check: Check
-    help: Any = ""  # one phrase, for `--help` and docs/options.md
+    help: Any = ""  # one phrase, for `--help` and docs/configs.md
     flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
     unset: Any = ""  # says what a default of None means
     training_only: bool = False  # it changes how a network is trained, but not what a sampler makes of the network

@@ -55,7 +55,7 @@ def build_parser():
         "--features", default="inception", help="inception (default), digits, or the path of a Paddle Inference program"
     )
     parser.add_argument(
-        "--inception", metavar="FILE", help="weights of the Inception (default: looked for, see README)"
+        "--inception", metavar="FILE", help="weights of the Inception (default: looked for, see docs/evaluation.md)"
     )
     parser.add_argument(
         "--preprocessing",

@@ -8,7 +8,7 @@ if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 config_file=${config_file:-${repo}config/LargeDiT_3B_patch2.json}
 default_output=./output_trainer/LargeDiT_3B_patch2_trainer
 logging_steps=${logging_steps:-1}
-resolution=${resolution:-${image_size:-256}}
+image_size=${image_size:-${resolution:-256}}
 amp_master_grad=${amp_master_grad:-1}
 
 . "${repo}tools/launch_common.sh"

@@ -1,7 +1,7 @@
-"""Command lines of both training loops, made from the tables of `config.options`. Standard library only.
+"""Command lines: the parser of every command, and that of both training loops, made from `config.options`.
 
-Parsed flags have the names of their options, which are the same in both loops. That of a config's key is None if it is
-not given: then the config's JSON decides, then the default of the key.
+Standard library only. Parsed flags of a loop have the names of their options, which are the same in both loops. That of
+a config's key is None if it is not given: then the config's JSON decides, then the default of the key.
 """
 
 import argparse
@@ -17,8 +17,130 @@ from config.schema import check_together, load_config
 LOOPS = PerLoop._fields
 
 
-class Parser(argparse.ArgumentParser):
-    """Parses and checks a loop's command line, "trainer" or "notrainer"; an error is one line, without the usage."""
+class CommandParser(argparse.ArgumentParser):
+    """Parses a command line so that what is one thing has one name in every command, and an error is one line.
+
+    - `add_argument("--output", aliases=("--checkpoint_path",))`: an alias parses, and does not show in --help. Other
+      names in `config.options.OTHER_NAMES` are aliases without being named. Two names with two values are refused.
+    - `action="store_true"` takes `--flip`, `--flip True`, `--flip=false` and `--no_flip`.
+    - Dashes and underscores are the same; `--path-type` is `--path_type`. Unless `allow_abbrev` is False, the
+      beginning of a flag stands for it.
+    - The default is shown at the end of the help, in [], unless the help itself ends so.
+    - A mistake is a `ValueError` of one line; an unknown flag is told what it may have been.
+    """
+
+    def __init__(self, *, allow_abbrev=True, formatter_class=argparse.RawDescriptionHelpFormatter, **words):
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class, **words)
+        self.register("action", None, _Store)
+        self.register("action", "store", _Store)
+        self.register("action", "store_true", _Switch)
+        self.abbreviates = allow_abbrev
+        self.given = {}  # {dest: {name as it was typed: value}}
+        self.typed = {}  # {flag: its name as it was typed}
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), None)
+            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown(flag.split("=")[0]))
+        return args
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else [*args]
+        self.given.clear()
+        self.typed.clear()
+        aliases = self._register_aliases()
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args(
+            [self._resolved(word, aliases) for word in words[:end]] + words[end:], namespace
+        )
+
+    def error(self, message):
+        message = re.sub(r"^argument (--\w+)", lambda found: f"argument {self.typed.get(found[1], found[1])}", message)
+        raise ValueError(f"command line: {message}; see --help")
+
+    def record(self, action, name, value):
+        """Keeps the value that a flag was given by one of its names, and refuses another one by another name."""
+        given = self.given.setdefault(action.dest, {})
+        for other, before in given.items():
+            if other != name and before != value:
+                self.error(f"{other} and {name} are one setting, and were given two values: give one")
+        given[name] = value
+
+    def _register_aliases(self):
+        """Lets every other name of a flag parse as the flag; returns those that may be abbreviated."""
+        known, aliases = self._option_string_actions, []
+        for action in self._actions:
+            names, hidden = action.option_strings, [*getattr(action, "aliases", ())]
+            others = (f"--{other}" for name in names for other in options.OTHER_NAMES.get(name.lstrip("-"), ()))
+            hidden += [other for other in others if known.get(other, action) is action]
+            aliases += hidden
+            if isinstance(action, _Switch):
+                action.opposites = {_negated(name) for name in (*names, *hidden)}
+            for name in (*hidden, *getattr(action, "opposites", ())):
+                assert known.setdefault(name, action) is action, f"{name} stands for two flags"
+        return aliases
+
+    def _resolved(self, word, aliases):
+        """Returns a word with the full name of its flag, as the parser knows it; any other word as it is."""
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            return word
+        name, known = f"--{flag[2:].replace('-', '_')}", self._option_string_actions
+        visible = [name for action in self._actions for name in action.option_strings]
+        for names in (visible, aliases) if self.abbreviates and name not in known else ():
+            found = {id(known[long]): long for long in names if long.startswith(name)}
+            if len(found) > 1:
+                self.error(f"{flag} may be {' or '.join(found.values())}")
+            name = next(iter(found.values()), name)
+            if found:
+                break
+        if name not in known:
+            return word
+        self.typed.update(dict.fromkeys(known[name].option_strings, name))
+        return name + equals + value
+
+    def _unknown(self, flag):
+        name, known = flag.lstrip("-").replace("-", "_"), self._option_string_actions
+        near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7)
+        meant = [f"--{this}" for this in options.MEANINGS.get(name, ()) if f"--{this}" in known]
+        meant = [known[other].option_strings[0] for other in meant or near if known[other].option_strings]
+        return f"unknown flag {flag}" + (f" (did you mean {meant[0]}?)" if meant else "")
+
+
+class _Store(argparse.Action):
+    def __init__(self, *, aliases=(), help=None, default=None, required=False, **words):
+        if help != argparse.SUPPRESS and default not in (None, "", argparse.SUPPRESS) and not required:
+            if not (help or "").endswith("]") and "%(default)" not in (help or ""):
+                help = f"{help or ''} [{_shown(default)}]".strip()
+        super().__init__(help=help, default=default, required=required, **words)
+        self.aliases = aliases
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is not None:
+            parser.record(self, option_string, values)
+        setattr(namespace, self.dest, values)
+
+
+class _Switch(_Store):
+    def __init__(self, *, default=False, **words):
+        super().__init__(nargs="?", const=True, type=options.str2bool, metavar="True|False", default=default, **words)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, values != (option_string in self.opposites), option_string)
+
+
+def _negated(name):
+    return f"--{name[5:]}" if name.startswith("--no_") else f"--no_{name[2:]}"
+
+
+def _shown(value):
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("%", "%%")  # argparse formats help
+
+
+class Parser(CommandParser):
+    """Parses and checks a loop's command line, "trainer" or "notrainer"."""
 
     def __init__(self, loop):
         how = in_loop(PerLoop("the PaddleNLP Trainer", "a hand-written loop"), loop)
@@ -29,48 +151,39 @@ class Parser(argparse.ArgumentParser):
             epilog=f"On several GPUs: python -m paddle.distributed.launch {devices} train_image_generation_{loop}.py "
             "... Environment: OMP_NUM_THREADS, FLAGS_use_stride_kernel, malloc's thresholds and, on processors that "
             "are not Intel's, MKL_DEBUG_CPU_TYPE are set for Paddle unless you have set them; see docs/performance.md.",
+            formatter_class=argparse.HelpFormatter,
             allow_abbrev=False,
         )
         self.options = {}  # (name, option) by flag
-        self.twins = {}  # the other loop's name of a setting: this loop's
-        (other,) = {*LOOPS} - {loop}
         for title, table in options.FLAG_GROUPS.items():
             group = self.add_argument_group(title)
             for name, option in table.items():
-                flag, theirs = option.flag_in(loop, name), option.flag_in(other, name)
-                if flag != theirs:
-                    twin = getattr(option, "twin", None)
-                    self.twins[theirs or twin] = flag or twin
-                if not flag:
+                if not (flag := option.flag_in(loop, name)):
                     continue
                 self.options[flag] = name, option
                 check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
                 shown = in_loop(option.unset, loop) if default is None else default
                 words = {"type": check.parse, "metavar": check.metavar, "choices": check.choices, "nargs": check.nargs}
-                words |= {"const": True} if check is options.BOOL else {}
-                words |= {"default": default} if isinstance(option, options.Flag) else {}
-                group.add_argument(f"--{flag}", dest=name, help=help if shown == "" else f"{help} [{shown}]", **words)
-
-    def error(self, message):
-        raise ValueError(f"command line: {message}; see --help")
+                words = {"action": "store_true"} if check is options.BOOL else words
+                words |= {"default": default if isinstance(option, options.Flag) else None}
+                words |= {"help": help if shown == "" else f"{help} [{shown}]"}
+                aliases = [f"--{other}" for other in option.other_names(loop, name)]
+                group.add_argument(f"--{flag}", dest=name, aliases=aliases, **words)
+        self.add_argument("--overriding", nargs=0, action=_Override, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        # The official SiT spells --path-type.
-        words = [re.sub(r"^--[\w-]+", lambda found: f"--{found[0][2:].replace('-', '_')}", word) for word in words]
-        args, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            flag = next((word for word in unknown if word.startswith("-")), None)
-            self.error(f"unexpected {unknown[0]!r}" if flag is None else self._unknown(flag.split("=")[0]))
+        args = super().parse_args(args, namespace)
         for flag, (name, option) in self.options.items():
             if getattr(args, name) != "None":
-                check_flag(flag, option, getattr(args, name))
+                check_flag(self.typed.get(f"--{flag}", flag).lstrip("-"), option, getattr(args, name))
         return args
 
-    def _unknown(self, flag):
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-        meant = [f"--{twin}"] if (twin := self.twins.get(flag.lstrip("-"))) else near
-        return f"unknown flag {flag}" + (f" (did you mean {meant[0]}?)" if meant else "")
+
+class _Override(argparse.Action):
+    """Lets the flags that follow win over those before, also by another name; a launch script's stand before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.given.clear()
 
 
 def read_flags(loop, words=None):

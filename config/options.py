@@ -15,6 +15,42 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
 MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
 
+# Names that other commands have for a flag: PaddleMIX's, those of the official DiT and SiT, earlier ones of this
+# project's tools. `config.flags.CommandParser` takes them wherever the flag is one, and does not show them.
+OTHER_NAMES = {
+    "feature_path": ("features_path",),
+    "image_size": ("resolution",),
+    "vae": ("vae_name_or_path", "vae_model"),
+    "model_path": ("model_weights", "model_file", "pipeline", "ckpt"),
+    "guidance_scale": ("cfg_scale",),
+    "num_inference_steps": ("num_sampling_steps",),
+    "seed": ("global_seed",),
+    "learning_rate": ("lr",),
+    "num_workers": ("dataloader_num_workers",),
+    "data_path": ("data",),
+    "epochs": ("num_train_epochs",),
+    "resume": ("resume_from_checkpoint",),
+    "logging_steps": ("log_every",),
+    "save_steps": ("ckpt_every",),
+}
+# What else a flag that is unknown to a command may have meant there; its value is another thing than the flag's.
+MEANINGS = {
+    **{other: (name,) for name, others in OTHER_NAMES.items() for other in others},
+    "batch_size": ("per_device_train_batch_size", "global_batch_size"),
+    "per_proc_batch_size": ("batch_size", "per_device_train_batch_size", "global_batch_size"),
+    "per_device_train_batch_size": ("batch_size", "global_batch_size"),
+    "global_batch_size": ("per_device_train_batch_size", "batch_size"),
+    "steps": ("max_steps", "num_inference_steps"),
+    "num_steps": ("num_inference_steps", "max_steps"),
+    "num_fid_samples": ("num_images",),
+    "weights": ("model_path",),
+    "checkpoint_path": ("output", "model_path"),
+    "checkpoint": ("model_path", "resume"),
+    "save_ema": ("key",),
+    "sampling_method": ("method",),
+    **dict.fromkeys(("output_dir", "results_dir", "sample_dir", "report", "json", "output_path"), ("output",)),
+}
+
 
 # ---- What an option is ----
 
@@ -46,12 +82,18 @@ class Option:
     help: Any = ""  # one phrase, for `--help` and docs/configs.md
     flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
     unset: Any = ""  # says what a default of None means
+    aliases: Any = ()  # hidden names of the flag, beside `OTHER_NAMES`; a `PerLoop` where the loops differ
     training_only: bool = False  # it changes how a network is trained, but not what a sampler makes of the network
 
     def flag_in(self, loop, name):
         """Returns the flag of the option `name` in a loop, "trainer" or "notrainer", without dashes; None: no flag."""
         flag = in_loop(self.flag, loop)
         return name if flag is True else flag
+
+    def other_names(self, loop, name):
+        """Returns the hidden names of the same flag, without dashes."""
+        flag = self.flag_in(loop, name)
+        return [] if flag is None else [*in_loop(self.aliases, loop), *OTHER_NAMES.get(flag, ())]
 
 
 @dataclass(frozen=True)
@@ -87,6 +129,11 @@ def _none_or_str(text):
     return None if text in ("None", "none", "") else text
 
 
+def vae_name(text):
+    """Reads an autoencoder's name, for argparse: `ema` and `mse` are Stable Diffusion's, as in the official DiT."""
+    return f"stabilityai/sd-vae-ft-{text}" if text in ("ema", "mse") else _none_or_str(text)
+
+
 def _labels(text):
     try:
         return [int(label) for label in text.split(",")]
@@ -116,6 +163,7 @@ def _all(accepts):
 BOOL = Check(lambda v: isinstance(v, bool), "true or false", str2bool, "True|False", nargs="?")
 TEXT = Check(lambda v: isinstance(v, str), "text", metavar="TEXT")
 PATH = TEXT._replace(parse=_none_or_str, metavar="PATH")
+VAE = PATH._replace(parse=vae_name)
 INT = Check(_is_int, "an integer", int, "N")
 POSITIVE_INT = Check(lambda v: _is_int(v) and v > 0, "a positive integer", int, "N")
 INT_FROM_0 = Check(lambda v: _is_int(v) and v >= 0, "an integer of 0 or more", int, "N")
@@ -246,8 +294,12 @@ AVERAGES_PRECISION_KEYS = {
     "ema_warmup": Option(False, BOOL, "let the decay grow from 0.1 in the first updates", True),
     "recompute": Option(False, BOOL, "recompute blocks in the backward pass: less memory, same gradients", True),
     "amp_dtype": Option("float32", one_of("float32", "float16", "bfloat16"), "precision; flags `--bf16`, `--fp16`"),
-    "amp_level": Option("O1", one_of("O1", "O2"), "O1: float32 weights; O2: half, float32 masters", "fp16_opt_level"),
-    "fused_attention": Option(False, BOOL, "fused attention where device and dtype allow it; same numbers", _FUSED),
+    "amp_level": Option(
+        "O1", one_of("O1", "O2"), "O1: float32 weights; O2: half, float32 masters", True, aliases=("fp16_opt_level",)
+    ),
+    "fused_attention": Option(
+        False, BOOL, "fused attention where device and dtype allow it; same numbers", True, aliases=(_FUSED,)
+    ),
 }
 _SCHEDULES = one_of("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 OPTIMIZER_KEYS = {  # the defaults are those of the official train.py
@@ -274,10 +326,10 @@ OPTIMIZER_KEYS = {  # the defaults are those of the official train.py
 }
 LENGTH_KEYS = {
     "max_steps": Option(-1, STEPS, "optimizer steps of the run; -1: count in epochs", True),
-    "epochs": Option(1400, ABOVE_0, "epochs, if `max_steps` is -1", PerLoop("num_train_epochs", "epochs")),
+    "epochs": Option(1400, ABOVE_0, "epochs, if `max_steps` is -1", True),
     "global_batch_size": Option(256, POSITIVE_INT, "samples of a step, over all ranks and micro-batches", NOTRAINER),
     "gradient_accumulation_steps": Option(1, POSITIVE_INT, "micro-batches a step", True),
-    "seed": Option(0, SEED, "seed of weights, data order and noise", PerLoop("seed", "global_seed")),
+    "seed": Option(0, SEED, "seed of weights, data order and noise", True),
 }
 TRAINING_KEYS = {**AVERAGES_PRECISION_KEYS, **OPTIMIZER_KEYS, **LENGTH_KEYS}
 
@@ -336,28 +388,27 @@ EVALUATION_KEYS = {
 
 # ---- The command line alone ----
 
-_IMAGE_SIZE = PerLoop("resolution", "image_size")
 RUN_FLAGS = {
     "do_train": Flag(None, BOOL, "train; the only mode, accepted for PaddleNLP's sake", TRAINER),
     "config_file": Flag("config/DiT_XL_patch2.json", TEXT, "JSON config"),
     "feature_path": Flag(
         PerLoop("./data/fastdit_imagenet256", "data/fastdit_imagenet256"), TEXT, "folder with the set of features"
     ),
-    "image_size": Flag(None, POSITIVE_INT, "picks imagenet{N}_features", _IMAGE_SIZE, "256, else the only set"),
+    "image_size": Flag(None, POSITIVE_INT, "picks imagenet{N}_features", unset="256, else the only set"),
     "output_dir": Flag(
         PerLoop("output_dir", "output_notrainer"),
         TEXT,
         PerLoop("the run's folder", "a folder of runs"),
-        PerLoop("output_dir", "results_dir"),
+        "output",
+        aliases=PerLoop(("output_dir",), ("results_dir",)),
     ),
     "overwrite_output_dir": Flag(
-        None, BOOL, "do not resume the run in output_dir: move it to output_dir/previous-DATE and start anew", TRAINER
+        None, BOOL, "do not resume the run in --output: move it to OUTPUT/previous-DATE and start anew", TRAINER
     ),
     "resume": Flag(
         None,
         PATH,
         "a checkpoint folder of either loop, a run's folder, an official train.py .pt; auto: the newest that is there",
-        PerLoop("resume_from_checkpoint", "resume"),
         unset=PerLoop("auto", "a new run"),
     ),
     "pretrained_model_path": Flag(
@@ -373,7 +424,7 @@ BATCH_FLAGS = {
     "per_device_train_batch_size": Flag(
         None, POSITIVE_INT, "samples of a micro-batch on a device", TRAINER, _MICRO_BATCH, twin="global_batch_size"
     ),
-    "num_workers": Flag(1, INT, "loader processes a device", PerLoop("dataloader_num_workers", "num_workers")),
+    "num_workers": Flag(1, INT, "loader processes a device"),
 }
 _AMP = "the config's amp_dtype"
 PRECISION_FLAGS = {
@@ -382,8 +433,8 @@ PRECISION_FLAGS = {
 }
 LOG_FLAGS = {
     "logging_dir": Flag(None, TEXT, "VisualDL log", unset="tb_log in the run's folder"),
-    "logging_steps": Flag(50, POSITIVE_INT, "steps between reports", PerLoop("logging_steps", "log_every")),
-    "save_steps": Flag(5000, POSITIVE_INT, "steps between checkpoints", PerLoop("save_steps", "ckpt_every")),
+    "logging_steps": Flag(50, POSITIVE_INT, "steps between reports"),
+    "save_steps": Flag(5000, POSITIVE_INT, "steps between checkpoints"),
     "save_total_limit": Flag(
         None, POSITIVE_INT, "keep the newest N checkpoints, and the best by evaluation", unset="all"
     ),
@@ -396,12 +447,11 @@ STOPPING_FLAGS = {
 }
 PREVIEW_FLAGS = {
     "image_logging_steps": Flag(-1, INT, "sample a grid from the EMA weights every N steps; -1: never"),
-    "vae_name_or_path": Flag(
-        None, PATH, "AutoencoderKL folder or hub name", unset=f"the features', else {DEFAULT_VAE}"
+    "vae": Flag(
+        None, VAE, "AutoencoderKL folder or hub name, or ema or mse", unset=f"the features', else {DEFAULT_VAE}"
     ),
-    "vae": Flag(None, TEXT, "the same, or ema or mse (stabilityai/sd-vae-ft-...)", NOTRAINER),
     "num_inference_steps": Flag(25, POSITIVE_INT, "steps of a preview"),
-    "cfg_scale": Flag(4.0, NUMBER, "guidance scale of a preview"),
+    "cfg_scale": Flag(4.0, NUMBER, "guidance scale of a preview", "guidance_scale"),
 }
 PARALLEL_FLAGS = {
     "dp_degree": Flag(None, INT, "data parallel; follows from the others", TRAINER, "all ranks"),

@@ -209,13 +209,10 @@ def test_regularizers_by_their_type(monkeypatch):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_other_loops_name_of_a_flag_is_told(loop):
-    twins = {
-        "resolution": "image_size",
-        "num_train_epochs": "epochs",
-        "per_device_train_batch_size": "global_batch_size",
-    }
+    twins = {"output_dir": "results_dir", "per_device_train_batch_size": "global_batch_size"}
     for names in twins.items():
         ours, theirs = names if loop == "trainer" else names[::-1]
+        ours = "output" if ours.endswith("dir") else ours
         with pytest.raises(ValueError, match=rf"unknown flag --{theirs} \(did you mean --{ours}\?\)"):
             Parser(loop).parse_args([f"--{theirs}=2"])
 

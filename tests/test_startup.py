@@ -64,7 +64,7 @@ MISTAKES = [  # script, flag, the line that names it
     ("trainer", "--seed=-1", "--seed must be an integer from 0 to 4294967295, got -1"),
     ("notrainer", f"--global_seed={10**22}", f"seed must be an integer from 0 to 4294967295, got {10**22}"),
     ("trainer", "--no_such_flag=1", "unknown flag --no_such_flag; see --help"),
-    ("trainer", "--image_size=64", "unknown flag --image_size (did you mean --resolution?)"),
+    ("trainer", "--results_dir=out", "unknown flag --results_dir (did you mean --output?)"),
     ("trainer", "--scale_loss=much", "argument --scale_loss: invalid float value: 'much'"),
     ("notrainer", "--save_step=5", "unknown flag --save_step"),
     ("notrainer", "word", "unexpected 'word'"),

@@ -35,11 +35,28 @@ not_used() {
     done
 }
 
-resolution=${resolution:-${image_size:-}}             # one setting, by the name of either loop's flag
-if [ -n "${image_size:-}" ] && [ "$image_size" != "$resolution" ]; then
-    echo "error: resolution=$resolution and image_size=$image_size are the same setting: give one" >&2
-    exit 2
-fi
+# one_setting VARIABLE OTHER...: takes a setting by any of these names; two of them with two values end with one line.
+one_setting() {
+    kept=$1
+    shift
+    for other in "$@"; do
+        eval "value=\${$kept:-} given=\${$other:-}"
+        if [ -n "$value" ] && [ -n "$given" ] && [ "$value" != "$given" ]; then
+            echo "error: $kept=$value and $other=$given are the same setting: give one" >&2
+            exit 2
+        fi
+        if [ -n "$given" ]; then eval "$kept=\$given"; fi
+    done
+}
+
+one_setting image_size resolution
+one_setting seed global_seed
+one_setting vae vae_name_or_path
+one_setting num_workers dataloader_num_workers
+one_setting learning_rate lr
+one_setting guidance_scale cfg_scale
+one_setting logging_steps log_every
+one_setting save_steps ckpt_every
 
 # Flags that a variable of the same name gives, or FLAG=VARIABLE. Not set: the config's `training` section decides
 # (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).

@@ -3,6 +3,7 @@
 
 . "${repo}tools/launch_common.sh"
 
+one_setting results_dir output
 if [ -n "${batch_size:-}" ]; then
     echo "error: batch_size is the Trainer's, per GPU; this loop takes global_batch_size" >&2
     exit 2
@@ -32,10 +33,11 @@ launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py
     --log_every "$logging_steps" \
     --ckpt_every "$save_steps" \
     --resume "$resume" \
-    ${resolution:+--image_size "$resolution"} \
+    ${image_size:+--image_size "$image_size"} \
+    ${guidance_scale:+--guidance_scale "$guidance_scale"} \
     ${seed:+--global_seed "$seed"} \
     ${num_inference_steps:+--num_inference_steps "$num_inference_steps"} \
     ${image_logging_steps:+--image_logging_steps "$image_logging_steps"} \
-    ${vae_name_or_path:+--vae_name_or_path "$vae_name_or_path"} \
+    ${vae:+--vae "$vae"} \
     ${save_total_limit:+--save_total_limit "$save_total_limit"} \
-    "$@"
+    ${1:+--overriding} "$@"

@@ -2,6 +2,7 @@
 
 . "${repo}tools/launch_common.sh"
 
+one_setting OUTPUT_DIR output
 not_used "it is the hand-written loop's; the Trainer takes batch_size, per GPU" global_batch_size
 not_used "it is the hand-written loop's; the Trainer takes TRAINING_MODEL_RESUME" resume
 if [ -z "${OUTPUT_DIR:-}" ]; then
@@ -37,7 +38,7 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --save_steps "$save_steps" \
     --save_total_limit "${save_total_limit:-50}" \
     --dataloader_num_workers "$num_workers" \
-    --vae_name_or_path "${vae_name_or_path:-None}" \
+    --vae_name_or_path "${vae:-None}" \
     --config_file "$config_file" \
     --num_inference_steps "${num_inference_steps:-25}" \
     --seed "$seed" \
@@ -46,8 +47,9 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --sharding_parallel_degree "$SHARDING_DEGREE" \
     ${sharding:+--sharding "$sharding"} \
     ${sharding_parallel_config:+--sharding_parallel_config "$sharding_parallel_config"} \
-    ${resolution:+--resolution "$resolution"} \
+    ${image_size:+--resolution "$image_size"} \
+    ${guidance_scale:+--guidance_scale "$guidance_scale"} \
     ${amp_master_grad:+--amp_master_grad "$amp_master_grad"} \
     --pipeline_parallel_degree 1 \
     --sep_parallel_degree 1 \
-    "$@"
+    ${1:+--overriding} "$@"

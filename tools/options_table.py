@@ -18,9 +18,10 @@ from runtime.process import run_cli
 MARKED = re.compile(r"(<!-- written by tools/options_table.py: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 INTRO = """# Every key and flag
 
-A flag on the command line wins over the config's JSON, the JSON over the default. Where the two loops differ, the
-Trainer stands first. [training.md](training.md#configs) explains how a config is read. This page is written by
-`python tools/options_table.py --write`.
+A flag on the command line wins over the config's JSON, the JSON over the default. A flag's other names, PaddleMIX's and
+those of the official DiT and SiT, stand behind it; they are accepted and not shown by `--help`. Where the two loops
+differ, the Trainer stands first. [training.md](training.md#configs) explains how a config is read. This page is written
+by `python tools/options_table.py --write`.
 
 """
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
@@ -35,7 +36,8 @@ def _row(name, option):
     flags, defaults, helps = [], [], []  # of the Trainer and the hand-written loop, once where they are the same
     for loop in options.PerLoop._fields:
         flag, default = option.flag_in(loop, name), options.in_loop(option.default, loop)
-        flags.append(flag and f"`--{flag}`")
+        others = "".join(f", `--{other}`" for other in option.other_names(loop, name))
+        flags.append(flag and f"`--{flag}`{others}")
         unset = options.in_loop(option.unset, loop) or "-"
         defaults.append(unset if default in (None, options.REQUIRED) else f"`{json.dumps(default)}`")
         helps.append(options.in_loop(option.help, loop))
@@ -73,16 +75,20 @@ def page():
 
 
 def twins():
-    """Returns a table of the settings whose flags the two loops name differently, as Markdown."""
-    rows = ["| Trainer | hand-written loop | what |\n| --- | --- | --- |\n"]
+    """Returns a table of the flags that have several names, or another meaning in each loop, as Markdown."""
+    rows = ["| flag | also accepted | what |\n| --- | --- | --- |\n"]
     known = {name: option for group in options.FLAG_GROUPS.values() for name, option in group.items()}
     for name, option in known.items():
         twin, what = getattr(option, "twin", None), _row(name, option)[-1]
         flags = [option.flag_in(loop, name) or twin for loop in options.PerLoop._fields]
+        others = [
+            ", ".join(f"`--{other}`" for other in option.other_names(loop, name)) for loop in options.PerLoop._fields
+        ]
         if twin is not None:
             what += f" / {_row(twin, known[twin])[-1]}"
-        if None not in flags and flags[0] != flags[1]:
-            rows.append(f"| `--{flags[0]}` | `--{flags[1]}` | {what} |\n")
+        if None not in flags and (flags[0] != flags[1] or any(others)):
+            flag = " / ".join(f"`--{flag}`" for flag in dict.fromkeys(flags))
+            rows.append(f"| {flag} | {' / '.join(filter(None, dict.fromkeys(others))) or '-'} | {what} |\n")
     return "".join(rows)
 
 

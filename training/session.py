@@ -60,7 +60,6 @@ class Outputs:
     @classmethod
     def from_flags(cls, args, **options):
         """Returns those of a command line, of either loop; `options` come on top."""
-        vae = getattr(args, "vae", None)
         return cls(
             save_every=args.save_steps,
             save_total_limit=args.save_total_limit,
@@ -69,7 +68,7 @@ class Outputs:
             visualdl_dir=args.logging_dir,
             show_bar=not args.disable_tqdm,
             preview_every=args.image_logging_steps,
-            vae=f"stabilityai/sd-vae-ft-{vae}" if vae in ("ema", "mse") else vae or args.vae_name_or_path,
+            vae=args.vae,
             num_inference_steps=args.num_inference_steps,
             cfg_scale=args.cfg_scale,
             **options,

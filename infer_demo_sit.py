@@ -12,13 +12,13 @@ folder is there, else SiT-XL-2-256x256.pdparams or .pt. One class gives one imag
 step besides.
 """
 
-import argparse
 import os
 
+from config.flags import CommandParser
 from config.options import SIT_VAE
 from runtime.process import run_cli
 from sampling.demo import add_flags, check_flags, draw
-from sampling.flags import add_transport_flags, check_transport_flags, transport_options
+from sampling.flags import add_transport_flags, add_vae_flag, check_transport_flags, transport_options
 from sampling.model_path import check_holds_no, describe_model
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
@@ -38,18 +38,22 @@ def find_model(path):
     raise ValueError(
         f"{paddle_file}: there is no such file here. Download the official {official} (github.com/willisma/SiT) and "
         "put it here as it is, or converted: python tools/convert_official_weights.py --config_file "
-        f"config/SiT_XL_patch2.json --weights {official} --output {paddle_file}. Or give --model_path"
+        f"config/SiT_XL_patch2.json --model_path {official} --output {paddle_file}. Or give --model_path"
     )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", help="pipeline folder, training checkpoint folder, or file of weights")
-    add_flags(parser, "SiT", guidance_channels="3 of 4 channels, all of any other number")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint folder, or file of weights"
+    )
+    add_flags(parser, "SiT", guidance_channels="3 of 4, as the official SiT does; all of any other number")
     add_transport_flags(parser, SDE_DEFAULTS)
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]")
-    weights.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {SIT_VAE}]")
+    weights.add_argument(
+        "--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]"
+    )
+    add_vae_flag(weights, f"{SIT_VAE}, as in the official SiT")
     weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
     check_transport_flags(args, SDE_DEFAULTS)

@@ -10,6 +10,10 @@ def main():
     from training.supervision.stopping import Stopping
 
     args, config = read_flags("notrainer")
+
+    from features.store import find_features
+
+    find_features(args.feature_path, args.image_size)  # a wrong path is said before Paddle is imported
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 

@@ -7,6 +7,7 @@ a config's key is None if it is not given: then the config's JSON decides, then 
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 
@@ -25,6 +26,7 @@ class CommandParser(argparse.ArgumentParser):
     - `action="store_true"` takes `--flip`, `--flip True`, `--flip=false` and `--no_flip`.
     - Dashes and underscores are the same; `--path-type` is `--path_type`. Unless `allow_abbrev` is False, the
       beginning of a flag stands for it.
+    - `add_argument("--seed", check=options.FLAG_SEED)`: a `config.options.Check` says what a value must be.
     - The default is shown at the end of the help, in [], unless the help itself ends so.
     - A mistake is a `ValueError` of one line; an unknown flag is told what it may have been.
     """
@@ -49,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else [*args]
         self.given.clear()
         self.typed.clear()
-        aliases = self._register_aliases()
+        aliases = self.register_aliases()
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args(
             [self._resolved(word, aliases) for word in words[:end]] + words[end:], namespace
@@ -67,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"{other} and {name} are one setting, and were given two values: give one")
         given[name] = value
 
-    def _register_aliases(self):
+    def register_aliases(self):
         """Lets every other name of a flag parse as the flag; returns those that may be abbreviated."""
         known, aliases = self._option_string_actions, []
         for action in self._actions:
@@ -109,16 +111,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _Store(argparse.Action):
-    def __init__(self, *, aliases=(), help=None, default=None, required=False, **words):
+    def __init__(self, *, aliases=(), check=None, help=None, default=None, required=False, **words):
         if help != argparse.SUPPRESS and default not in (None, "", argparse.SUPPRESS) and not required:
             if not (help or "").endswith("]") and "%(default)" not in (help or ""):
                 help = f"{help or ''} [{_shown(default)}]".strip()
+        if check is not None:
+            words = {"type": check.parse, "metavar": check.metavar, "choices": check.choices, **words}
         super().__init__(help=help, default=default, required=required, **words)
-        self.aliases = aliases
+        self.aliases, self.check = aliases, check
 
     def __call__(self, parser, namespace, values, option_string=None):
         if option_string is not None:
             parser.record(self, option_string, values)
+        if self.check is not None and not (values == "None" or self.check.accepts(values)):
+            parser.error(f"{option_string or self.dest} must be {self.check.expected}, got {values!r}")
         setattr(namespace, self.dest, values)
 
 
@@ -163,20 +169,12 @@ class Parser(CommandParser):
                 self.options[flag] = name, option
                 check, default, help = option.check, in_loop(option.default, loop), in_loop(option.help, loop)
                 shown = in_loop(option.unset, loop) if default is None else default
-                words = {"type": check.parse, "metavar": check.metavar, "choices": check.choices, "nargs": check.nargs}
-                words = {"action": "store_true"} if check is options.BOOL else words
+                words = {"action": "store_true"} if check is options.BOOL else {"check": check, "nargs": check.nargs}
                 words |= {"default": default if isinstance(option, options.Flag) else None}
                 words |= {"help": help if shown == "" else f"{help} [{shown}]"}
                 aliases = [f"--{other}" for other in option.other_names(loop, name)]
                 group.add_argument(f"--{flag}", dest=name, aliases=aliases, **words)
         self.add_argument("--overriding", nargs=0, action=_Override, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-    def parse_args(self, args=None, namespace=None):
-        args = super().parse_args(args, namespace)
-        for flag, (name, option) in self.options.items():
-            if getattr(args, name) != "None":
-                check_flag(self.typed.get(f"--{flag}", flag).lstrip("-"), option, getattr(args, name))
-        return args
 
 
 class _Override(argparse.Action):
@@ -189,7 +187,12 @@ class _Override(argparse.Action):
 def read_flags(loop, words=None):
     """Returns `(args, config)` of a loop's command line (None: this process's); ValueError for what is wrong in it."""
     args = Parser(loop).parse_args(words)
-    return args, resolve_training(args)
+    config = resolve_training(args)
+    check_vae(args.vae)
+    check_paths(args, "pretrained_model_path", *(["resume"] if args.resume != "auto" else []))
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise ValueError(f"--output {args.output_dir}: is a file; expected a folder")
+    return args, config
 
 
 def resolve_training(args):
@@ -228,6 +231,34 @@ def check_positive(args, *names):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"command line: --{name} must be above 0, got {value}")
+
+
+def add_device_flag(parser):
+    """Adds --device, of which nothing more is known before Paddle is imported; `runtime.process.resolve_device`."""
+    device = options.RUN_FLAGS["device"]
+    parser.add_argument("--device", check=device.check, default=device.default, help=device.help)
+
+
+def check_paths(args, *names):
+    """Raises `ValueError` for a flag among `names` that is given and names no file or folder."""
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and not os.path.exists(path):
+            raise ValueError(f"--{name} {path}: there is no such file or folder")
+
+
+def check_vae(name, flag="--vae"):
+    """Raises `ValueError` for an autoencoder that is neither a folder with its config nor can be a hub's; None passes.
+
+    Nothing is loaded: whether it is a good one, and whether the hub has it, turns out later.
+    """
+    if name is None:
+        return
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"{flag} {name}: no config.json in this folder; expected an AutoencoderKL")
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not os.path.isdir(name.split("/")[0])
+    if not (os.path.isdir(name) or is_name):
+        raise ValueError(f"{flag} {name}: there is no such folder; expected one with an AutoencoderKL, or a hub name")
 
 
 def check_flag(name, option, value):

@@ -6,6 +6,7 @@ tables below: a new option is one entry here, and its use.
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
+GUIDANCE_SCALE = 4.0  # of demos, as in the official sample.py
 MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
 
 # Names that other commands have for a flag: PaddleMIX's, those of the official DiT and SiT, earlier ones of this
@@ -170,6 +172,8 @@ INT_FROM_0 = Check(lambda v: _is_int(v) and v >= 0, "an integer of 0 or more", i
 INT_FROM_4 = Check(lambda v: _is_int(v) and v >= 4, "an integer of 4 or more", int, "N")
 STEPS = Check(lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs", int, "N")
 SEED = INT_FROM_0._replace(expected=f"an integer from 0 to {MAX_SEED}")  # `config.flags` checks the upper end
+FLAG_SEED = SEED._replace(accepts=lambda v: _is_int(v) and 0 <= v <= MAX_SEED)
+DEVICE = Check(lambda v: re.fullmatch(r"auto|cpu|gpu(:\d+)?", v) is not None, "auto, cpu, gpu or gpu:N", metavar="NAME")
 NUMBER = Check(_is_number, "a number", float, "X")
 ABOVE_0 = Check(lambda v: _is_number(v) and v > 0, "a number above 0", float, "X")
 FROM_0 = Check(lambda v: _is_number(v) and v >= 0, "a number of 0 or more", float, "X")
@@ -417,14 +421,14 @@ RUN_FLAGS = {
         "start a new run from these weights: a checkpoint (its averages), a .pdparams or an official .pt; a label "
         "table for other classes starts anew",
     ),
-    "device": Flag("auto", TEXT, "auto, cpu, gpu or gpu:N"),
+    "device": Flag("auto", DEVICE, "auto, cpu, gpu or gpu:N; auto: a GPU if there is one"),
 }
 _MICRO_BATCH = "the config's global_batch_size over devices and micro-batches"
 BATCH_FLAGS = {
     "per_device_train_batch_size": Flag(
         None, POSITIVE_INT, "samples of a micro-batch on a device", TRAINER, _MICRO_BATCH, twin="global_batch_size"
     ),
-    "num_workers": Flag(1, INT, "loader processes a device"),
+    "num_workers": Flag(1, INT_FROM_0, "loader processes a device"),
 }
 _AMP = "the config's amp_dtype"
 PRECISION_FLAGS = {

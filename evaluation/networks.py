@@ -42,6 +42,14 @@ def load_features(name, *, weights=None, preprocessing="adm"):
     return ProgramFeatures(name)
 
 
+def check_features(name, weights=None):
+    """Raises `ValueError` for features that `load_features` would not find; imports no Paddle."""
+    if name == "inception":
+        find_weights(weights)
+    elif name != "digits":
+        find_program(name)
+
+
 class ProgramFeatures:
     """A Paddle Inference program as a feature network.
 

@@ -16,7 +16,7 @@ MAX_LISTED = 20  # unreadable images named at the end of a command
 ON_ERROR = {  # the flag --on_error of commands that read images
     "choices": ("stop", "skip"),
     "default": "stop",
-    "help": "at an image that can't be read: stop there (default), or skip it and list it at the end",
+    "help": "at an image that can't be read: stop there, or skip it and list it at the end",
 }
 
 

@@ -3,7 +3,6 @@
 Nothing here imports Paddle before `draw` does: what a user gets wrong is said at once.
 """
 
-import argparse
 import io
 import os
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from config.flags import CommandParser
 from config.options import DEFAULT_VAE
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime
@@ -21,6 +21,7 @@ from sampling.flags import (
     add_diffusion_flags,
     add_loading_flags,
     add_sampling_flags,
+    add_vae_flag,
     check_guidance_flags,
     check_sampling_flags,
     note_unused,
@@ -37,7 +38,9 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
     add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
-    parser.add_argument("--output", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"PNG to write [result_{kind}_<class>.png, numbered if it is there]"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     add_loading_flags(parser, gpu_dtype)
 
@@ -45,6 +48,9 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
 def check_flags(args, min_steps=1):
     """Raises `ValueError` for values of `add_flags` that no model takes."""
     check_sampling_flags(args, min_steps)
+    for text in args.classes or ():
+        if re.fullmatch(r"-\d+", text):
+            raise ValueError(f"--classes {text}: expected names, or ids from 0")
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -158,14 +164,16 @@ class DiTDemo:
 
 def draw_dit(argv, demo):
     """Runs the demo of a DiT: reads the command line, draws the images, and saves them as a PNG."""
-    parser = argparse.ArgumentParser(description=demo.description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=demo.description)
     parser.add_argument(
-        "--model_path", help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder"
+        "--model_path",
+        metavar="PATH",
+        help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder",
     )
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     add_diffusion_flags(parser)
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
+    add_vae_flag(checkpoint, f"{DEFAULT_VAE}, as in the official DiT")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_flags(args)

@@ -3,20 +3,29 @@
 Nothing here imports Paddle before `open_generator` does: what a user gets wrong is said at once.
 """
 
-from config.flags import check_seed
+from config.flags import add_device_flag, check_vae
+from config.options import BELOW_1, FLAG_SEED, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, VAE, Check
 from runtime.process import resolve_device
 from sampling.model_path import check_guidance
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
 
+# What SiT's samplers are called; those of `transport`, which is not imported for --help.
+METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"), "sde": ("Euler", "Heun")}
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
-def add_sampling_flags(parser, *, guidance_channels, seed=0, num_steps=25, guidance_scale=4):
+
+def add_sampling_flags(
+    parser, *, guidance_channels, seed=0, num_steps=25, guidance_scale=f"{GUIDANCE_SCALE:g}, as the official sample.py"
+):
     """Adds the flags of steps, guidance and seed; the arguments are the defaults that --help names."""
-    parser.add_argument("--num_inference_steps", type=int, default=num_steps, help=f"[{num_steps}]")
+    parser.add_argument("--num_inference_steps", check=POSITIVE_INT, default=num_steps, help="steps of the sampler")
     parser.add_argument(
         "--guidance_scale",
         type=float,
+        metavar="X",
         help="1 for none, 0 for images without a class, negative: away from it "
         f"[{guidance_scale}; 1 without a null class]",
     )
@@ -26,16 +35,16 @@ def add_sampling_flags(parser, *, guidance_channels, seed=0, num_steps=25, guida
         help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
         f"[{guidance_channels}]",
     )
-    parser.add_argument("--seed", type=int, default=seed, help=f"of the noise, 0 to 4294967295 [{seed}]")
+    parser.add_argument("--seed", check=FLAG_SEED, default=seed, help="of the noise, 0 to 4294967295")
 
 
 def add_loading_flags(parser, gpu_dtype="float32"):
     """Adds the flags of the device, the dtype and the labels."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
+    add_device_flag(parser)
     default = "float32" if gpu_dtype == "float32" else f"{gpu_dtype} on a GPU, float32 on a CPU"
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"[{default}]")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"of the network [{default}]")
     parser.set_defaults(gpu_dtype=gpu_dtype, backend="eager")
-    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
+    parser.add_argument("--id2label", metavar="FILE", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
 
 
 def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
@@ -46,7 +55,14 @@ def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
         "--backend",
         choices=("eager", "inference"),
         default="eager",
-        help="inference: Paddle Inference, see tools/export_inference.py [eager]",
+        help="inference: Paddle Inference, see tools/export_inference.py",
+    )
+
+
+def add_vae_flag(parser, default):
+    """Adds --vae, with the default that --help names where a model's features name none."""
+    parser.add_argument(
+        "--vae", check=VAE, help=f"folder or hub name of its VAE, ema or mse [the features' own, else {default}]"
     )
 
 
@@ -56,22 +72,23 @@ def add_transport_flags(parser, sde_defaults, title=None):
     group.add_argument(
         "--guidance_interval", nargs=2, type=float, metavar=("LOWEST", "HIGHEST"), help="times, in [0, 1] [all]"
     )
-    group.add_argument("--sampler", choices=("ode", "sde"), default="sde", help="[sde]")
+    group.add_argument("--sampler", choices=("ode", "sde"), default="sde", help="the kind of sampler")
     group.add_argument(
-        "--method", help="ode: euler, midpoint, heun2, heun3, rk4, dopri5 [euler]; sde: Euler, Heun [Euler]"
+        "--method",
+        aliases=("--sampling_method",),
+        help="; ".join(f"{kind}: {', '.join(names)} [{names[0]}]" for kind, names in METHODS.items()),
     )
-    sde = parser.add_argument_group("for --sampler sde")
+    sde, forms = parser.add_argument_group("for --sampler sde"), "one of " + ", ".join(DIFFUSION_FORMS)
     shown = {name: f"[{value:g}]" if isinstance(value, float) else f"[{value}]" for name, value in sde_defaults.items()}
-    forms = "constant, SBDM, sigma, linear, decreasing or increasing-decreasing"
-    sde.add_argument("--diffusion_form", help=f"{forms} {shown['diffusion_form']}")
-    sde.add_argument("--diffusion_norm", type=float, help=shown["diffusion_norm"])
-    sde.add_argument("--last_step", help=f"Mean, Tweedie, Euler or None {shown['last_step']}")
-    sde.add_argument("--last_step_size", type=float, help=shown["last_step_size"])
+    form = Check((*DIFFUSION_FORMS, "inccreasing-decreasing").__contains__, forms, metavar="FORM")  # an official name
+    sde.add_argument("--diffusion_form", check=form, help=f"noise over time, {forms} {shown['diffusion_form']}")
+    sde.add_argument("--diffusion_norm", check=FROM_0, help=f"its magnitude {shown['diffusion_norm']}")
+    sde.add_argument("--last_step", choices=LAST_STEPS, help=f"the one without noise {shown['last_step']}")
+    sde.add_argument("--last_step_size", check=BELOW_1, help=f"its length in time {shown['last_step_size']}")
 
 
 def check_sampling_flags(args, min_steps=1):
     """Raises `ValueError` for values of `add_sampling_flags` that no model takes."""
-    check_seed("seed", args.seed)
     if args.num_inference_steps < min_steps:
         raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
 
@@ -81,6 +98,9 @@ def check_transport_flags(args, sde_defaults):
     given = [name for name in sde_defaults if getattr(args, name) is not None]
     if args.sampler == "ode" and given:
         raise ValueError(f"--{given[0]} is for --sampler sde")
+    if args.method is not None and args.method not in METHODS[args.sampler]:
+        accepted = ", ".join(METHODS[args.sampler])
+        raise ValueError(f"--method {args.method}: unknown for --sampler {args.sampler}; accepted: {accepted}")
     interval = args.guidance_interval
     if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(
@@ -109,8 +129,10 @@ def check_guidance_flags(args, model):
 
 
 def note_weights_flags(args, model):
-    """Says that --vae and --key have no effect on a model that brings its own."""
-    if model.holds_all:
+    """Says that --vae and --key have no effect on a model that brings its own; for others checks --vae."""
+    if not model.holds_all:
+        check_vae(args.vae)
+    else:
         given = [name for name in ("vae", "key") if getattr(args, name) is not None]
         note_unused(given, f"on {model.path}, which is no training checkpoint and brings its VAE and weights along")
 

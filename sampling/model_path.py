@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from config.options import POSITIVE_INT
+from config.options import GUIDANCE_SCALE, POSITIVE_INT
 from config.schema import MODEL_TYPES, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
@@ -76,7 +76,7 @@ def check_guidance(scale, has_null_class, path):
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
     if scale is None:
-        return 4.0 if has_null_class else 1.0
+        return GUIDANCE_SCALE if has_null_class else 1.0
     if scale != 1 and not has_null_class:
         raise ValueError(
             f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"

@@ -139,7 +139,9 @@ class TestOfficialConverter:
             text=True,
         )
         assert result.returncode == 2
-        assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'no.pt'}: there is no such file"
+        assert result.stderr.strip().splitlines()[-1] == (
+            f"error: --model_path {tmp_path / 'no.pt'}: there is no such file or folder"
+        )
         assert "Traceback" not in result.stderr
 
 
@@ -367,7 +369,7 @@ class TestPipelineConverter:
     @pytest.mark.parametrize(
         "flags, message",
         [
-            (["--scheduler", "ddmi"], "--scheduler ddmi: unknown; known: ddim, dpm"),
+            (["--scheduler", "ddmi"], "argument --scheduler: invalid choice: 'ddmi'"),
             (["--model_weights", "no_such.pdparams"], "no_such.pdparams: there is no such file"),
             (["--id2label", "no_such.json"], "no_such.json: no such file"),
             (["--config_file", str(ROOT / "config" / "DiT_S_patch8.json")], "these weights do not fit the config"),
@@ -663,10 +665,14 @@ class TestExtractWeights:
         assert set(state) == {"blocks.0.fc.weight", "blocks.0.fc.bias", "pos_embed"}
         assert state["blocks.0.fc.weight"][0] == expected and state["pos_embed"][0] == 3.0
 
-    def test_no_boolean(self, tmp_path, reference_file, capsys):
-        with pytest.raises(SystemExit):
-            self.run("--model_file", reference_file, "--checkpoint_path", tmp_path / "o", "--save_ema", "maybe")
-        assert "expected True or False, got 'maybe'" in capsys.readouterr().err
+    def test_averages_by_either_flag(self, tmp_path, reference_file):
+        words = ["--model_path", reference_file, "--output", tmp_path / "o.pdparams"]
+        with pytest.raises(ValueError, match="argument --save_ema: expected True or False, got 'maybe'"):
+            self.run(*words, "--save_ema", "maybe")
+        with pytest.raises(ValueError, match="--save_ema False and --key ema are one setting: give one"):
+            self.run(*words, "--save_ema", "False", "--key", "ema")
+        self.run(*words, "--key", "ema")
+        assert safe_load(tmp_path / "o.pdparams")["blocks.0.fc.weight"][0] == 10
 
     def test_dtype(self, tmp_path, reference_file):
         out = tmp_path / "out.pdparams"
@@ -682,7 +688,7 @@ class TestExtractWeights:
             assert all(np.array_equal(state[name], expected[name]) for name in expected)
 
     def test_mistakes(self, tmp_path, reference_file, checkpoint):
-        with pytest.raises(ValueError, match="--model_file is missing"):
+        with pytest.raises(ValueError, match="arguments are required: --model_path"):
             self.run("--checkpoint_path", tmp_path / "o.pdparams")
         with pytest.raises(ValueError, match="exists already"):
             self.run("--model_file", reference_file, "--checkpoint_path", reference_file)

@@ -416,7 +416,7 @@ def test_evaluation_names_mistakes(pipeline_folder, sit_folder, few_digits, tmp_
         ),
         (["--pipeline", str(pipeline_folder), "--digits", str(tmp_path)], "train: no such folder"),
         (["--pipeline", str(pipeline_folder), "--digits", str(few_digits), "--num_images", "7"], "multiple of 10"),
-        (["--pipeline", "p", "--digits", "d", "--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
+        (["--pipeline", "p", "--digits", "d", "--seed=-1"], "--seed must be an integer from 0 to 4294967295, got -1"),
         (["--pipeline", "p", "--digits", "d", "--grid", "grid"], "--grid grid: has no ending; expected .png"),
         (["--pipeline", "p", "--digits", "d", "--guidance_scale", "nan"], "--guidance_scale nan: expected a finite"),
         (

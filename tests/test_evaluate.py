@@ -48,6 +48,7 @@ def blocks(monkeypatch):
 
     def use(network):
         monkeypatch.setattr("evaluation.networks.load_features", lambda name, **options: network)
+        monkeypatch.setattr("evaluation.networks.check_features", lambda *_: None)
 
     use(Blocks())
     return use
@@ -253,7 +254,7 @@ MISTAKES = {
     "channels first": (save(arr_0=images(0).transpose(0, 3, 1, 2)), [], r"arr_0 is uint8 \(12, 3, 16, 16\); expected"),
     "one image": (save(arr_0=images(0)[:1]), [], "samples.npz: holds one image"),
     "no images": (save(arr_0=images(0)[:0]), [], r"arr_0 is \(0, 16, 16, 3\); expected"),
-    "not there": (None, ["--samples", "{}/gone"], "gone: no such file or folder"),
+    "not there": (None, ["--samples", "{}/gone"], "gone: there is no such file or folder"),
     "empty folder": (empty_folder, [], "reference: no images in this folder; expected .png, .jpg, .jpeg"),
     "sizes within a folder": (another_size_within, [], "zz.png: is of 32x16, 000.png of 16x16.*--image_size"),
     "broken image": (broken_image, [], "005.png: cannot be read as an image"),
@@ -313,7 +314,7 @@ MISTAKES = {
         ["--output", "{}/samples.npz", "--overwrite"],
         "--output .*samples.npz: is a file that is",
     ),
-    "batch size": (None, ["--batch_size", "0"], "--batch_size must be above 0"),
+    "batch size": (None, ["--batch_size", "0"], "--batch_size must be a positive integer, got 0"),
 }
 
 

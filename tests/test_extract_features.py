@@ -135,7 +135,7 @@ def no_vae(images, tmp_path):
 
 
 def bad_batch_size(images, tmp_path):
-    return arguments(images, tmp_path / "out", "--batch_size", "0"), "--batch_size 0"
+    return arguments(images, tmp_path / "out", "--batch_size", "0"), "--batch_size must be a positive integer, got 0"
 
 
 def features_among_the_classes(images, tmp_path):
@@ -144,7 +144,7 @@ def features_among_the_classes(images, tmp_path):
 
 
 def seed_beyond_the_range(images, tmp_path):
-    words = "--seed 4294967296: expected an integer from 0 to 4294967295"
+    words = "--seed must be an integer from 0 to 4294967295, got 4294967296"
     return arguments(images, tmp_path / "out", "--seed", "4294967296"), words
 
 
@@ -164,7 +164,7 @@ def test_mistakes_get_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "extract_features.py"), *arguments(tmp_path / "gone", tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and "gone: no such folder" in done.stderr
+    assert done.stderr.startswith("error: ") and "gone: there is no such file or folder" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

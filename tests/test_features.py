@@ -421,7 +421,7 @@ def test_an_autoencoder_that_is_gone_is_asked_for(run, tmp_path, monkeypatch):
     config = json.loads((checkpoint / "config.json").read_text())
     config["features"]["vae"]["name"] = str(tmp_path / "gone")
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="gone: there is no such folder; .*sha256 .* give it by --vae_model"):
+    with pytest.raises(ValueError, match="gone: there is no such folder; .*sha256 .* give it by --vae"):
         convert("DiT", checkpoint, tmp_path / "pipe")
     with pytest.raises(ValueError, match="give it by --vae$"):
         draw("DiT", checkpoint, tmp_path / "a.png")

@@ -1,8 +1,13 @@
 """Command lines: one name for one thing, its other names, both forms of switches, and one line for a mistake."""
 
+import importlib
+from argparse import SUPPRESS
+
 import pytest
+from support.commands import commands
 
 from config.flags import LOOPS, CommandParser, Parser
+from config.options import OTHER_NAMES
 
 
 def make_parser():
@@ -88,3 +93,98 @@ def test_flags_after_a_launch_scripts_own_win_by_any_name():
         Parser("trainer").parse_args([*words, "--seed", "6"])
     with pytest.raises(ValueError, match="command line: --global_seed must be an integer from 0"):
         Parser("trainer").parse_args(["--global_seed=-1"])
+
+
+# ---- The commands ----
+
+# Of every command: its canonical flags, and other names that it has to take, PaddleMIX's, the official codes', earlier
+# ones of its own.
+SAMPLING = {
+    "model_path": "ckpt",
+    "vae": "vae_name_or_path vae_model",
+    "guidance_scale": "cfg_scale",
+    "num_inference_steps": "num_sampling_steps",
+    "seed": "global_seed",
+    "key": "",
+    "output": "",
+}
+CONVERSION = {"model_path": "model_weights ckpt", "output": "checkpoint_path", "vae": "vae_model", "key": ""}
+COMMANDS = {
+    "infer_demo_dit": SAMPLING,
+    "infer_demo_sit": {**SAMPLING, "method": "sampling_method"},
+    "infer_demo_largedit_3b": SAMPLING,
+    "infer_demo_largedit_7b": SAMPLING,
+    "tools.check_features": {"feature_path": "features_path", "image_size": "resolution", "num_workers": "", "vae": ""},
+    "tools.check_flags": {},
+    "tools.convert_dit_to_ppdiffusers": {**CONVERSION, "image_size": "resolution"},
+    "tools.convert_sit_to_ppdiffusers": {**CONVERSION, "image_size": "resolution"},
+    "tools.convert_official_weights": {"model_path": "weights", "output": "", "key": ""},
+    "tools.evaluate": {"image_size": "resolution", "batch_size": "", "vae": "vae_model", "seed": "", "output": ""},
+    "tools.evaluate_digits": {"model_path": "pipeline", "output": "report", "guidance_scale": "cfg_scale"},
+    "tools.export_inference": {"model_path": "ckpt", "output": "", "vae": "vae_model", "key": ""},
+    "tools.extract_features": {
+        "feature_path": "features_path output",
+        "data_path": "data",
+        "image_size": "resolution",
+        "vae": "vae_name_or_path",
+        "num_workers": "dataloader_num_workers",
+    },
+    "tools.extract_weights": {"model_path": "model_file", "output": "checkpoint_path", "key": ""},
+    "tools.options_table": {},
+    "tools.pack_features": {"feature_path": "features_path", "image_size": "resolution", "output": ""},
+    "tools.plan_memory": {"config_file": "", "per_device_train_batch_size": ""},
+    "tools.prepare_digits": {"image_size": "resolution", "output": ""},
+    "tools.replay_step": {},
+    "tools.sample_npz": {
+        **SAMPLING,
+        "num_images": "num_fid_samples",
+        "batch_size": "per_proc_batch_size",
+        "png": "sample_dir",
+    },
+    "tools.train_digits_classifier": {"data_path": "data", "output": "", "seed": "global_seed"},
+    "train_image_generation_trainer": {"output": "output_dir", "resume": "resume_from_checkpoint", "vae": ""},
+    "train_image_generation_notrainer": {"output": "results_dir", "resume": "", "num_workers": "", "vae": ""},
+}
+
+
+class Parsing(Exception):
+    """Carries the parser of a command that begins to parse."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    def caught(parser, *_):
+        raise Parsing(parser)
+
+    def find(command):
+        with monkeypatch.context() as patch, pytest.raises(Parsing) as parsing:
+            patch.setattr(CommandParser, "parse_args", caught)
+            patch.setattr("sys.argv", [command])
+            importlib.import_module(command).main()
+        parser = parsing.value.args[0]
+        parser.register_aliases()
+        return parser
+
+    return find
+
+
+def test_the_table_has_every_command():
+    ours = {path for path in commands() if path.endswith(".py") and not path.startswith("benchmarks/")}
+    assert ours - {f"{name.replace('.', '/')}.py" for name in COMMANDS} <= {"tools/train_vae.py"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_commands_are_canonical_and_take_their_other_names(command, parser_of):
+    parser = parser_of(command)
+    known, shown = parser._option_string_actions, parser.format_help()
+    for name, others in COMMANDS[command].items():
+        assert f"--{name} " in shown
+        for other in others.split():
+            assert known[f"--{other}"] is known[f"--{name}"]
+    hidden = {name for name, action in known.items() if name not in action.option_strings}
+    assert not {f"--{name}" for names in OTHER_NAMES.values() for name in names} & known.keys() - hidden
+    assert "default" not in " ".join(action.help.replace("%(default)s", "") for action in parser._actions)
+    for action in parser._actions:  # both forms, and none of argparse's own switches
+        assert action.nargs != 0 or action.help in (SUPPRESS, "show this help message and exit")
+        if (action.metavar, action.nargs) == ("True|False", "?"):
+            assert known[f"--no_{action.option_strings[0][2:]}".replace("--no_no_", "--")] is action

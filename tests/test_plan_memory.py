@@ -378,7 +378,7 @@ ODD_WIDTH = {"type": "LargeDiT", "num_attention_heads": 4, "attention_head_dim":
         ({}, "--gradient_accumulation_steps 7", "256 is not divisible by 8 data-parallel ranks x 7"),
         ({}, "--pipeline_parallel_degree 2", "--pipeline_parallel_degree must be 1, got 2"),
         ({}, "--dp_degree 4", "the data-parallel degree is 8"),
-        ({}, "--world_size 0", "--world_size must be above 0, got 0"),
+        ({}, "--world_size 0", "--world_size must be a positive integer, got 0"),
         ({}, "--gpu_memory 0.0001 --reserve 0", "no setting fits into 0.0001 GiB"),
     ],
 )

@@ -646,10 +646,10 @@ class TestDemo:
             (["--num_inference_steps", "1"], "--num_inference_steps 1: expected 2 or more"),
             (["--dtype", "float16"], "--dtype float16: Paddle computes in float32 only on a CPU"),
             (["--classes", "unicorn"], "--classes unicorn: no such class"),
-            (["--method", "euler"], "unknown sampling_method of an SDE 'euler'; accepted: 'Euler', 'Heun'"),
+            (["--method", "euler"], "--method euler: unknown for --sampler sde; accepted: Euler, Heun"),
             (["--sampler", "ode", "--last_step", "Mean"], "--last_step is for --sampler sde"),
             (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
-            (["--last_step_size", "nan"], "last_step_size=nan: expected a number"),
+            (["--last_step_size", "nan"], "--last_step_size must be a number from 0 to below 1, got nan"),
         ],
     )
     def test_mistakes(self, models, tmp_path, flags, message):
@@ -664,7 +664,7 @@ class TestDemo:
         model += ["--config_file", str(models / "SiT.json")] if kind.endswith(".pdparams") else []
         for flags, message in (
             (["--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
-            (["--seed=-1"], "--seed -1: expected an integer from 0 to 4294967295"),
+            (["--seed=-1"], "--seed must be an integer from 0 to 4294967295, got -1"),
             (["--guidance_scale", "inf"], "--guidance_scale inf: expected a finite number"),
             (["--guidance_interval", "0.2", "nan"], "--guidance_interval 0.2 nan: expected two times"),
             (["--num_inference_steps", "1"], "--num_inference_steps 1: expected 2 or more"),
@@ -680,8 +680,8 @@ class TestDemo:
             monkeypatch.setattr(module, lambda *_: pytest.fail("weights are read"))
         model = ["--model_path", str(models / kind), "--device", "cpu"]
         model += ["--config_file", str(models / "SiT.json")] if kind.endswith(".pdparams") else []
-        with pytest.raises(ValueError, match="unknown diffusion_form 'none'"):
-            infer_demo_sit.main([*model, "--diffusion_form", "none"])
+        with pytest.raises(ValueError, match="last_step_size=0.9995: nothing is left of the interval"):
+            infer_demo_sit.main([*model, "--diffusion_form", "SBDM", "--last_step_size", "0.9995"])
 
     def test_numbers_that_are_not_finite(self, models, tmp_path):
         flags = ["--vae", DIGITS_VAE, "--classes", 1, "--num_inference_steps", 3]

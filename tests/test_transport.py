@@ -10,7 +10,17 @@ import pytest
 from support.golden import load_golden, official_network, relative_error
 
 from models.state import official_to_paddle
-from transport import DIFFUSION_FORMS, LAST_STEPS, ModelType, Sampler, WeightType, create_transport
+from sampling import flags
+from transport import (
+    DIFFUSION_FORMS,
+    LAST_STEPS,
+    ODE_METHODS,
+    SDE_METHODS,
+    ModelType,
+    Sampler,
+    WeightType,
+    create_transport,
+)
 from transport.integrators import FIXED_STEP
 
 PATHS = ("Linear", "GVP", "VP")
@@ -934,3 +944,9 @@ def test_no_step_waits_for_the_device(kind, method, monkeypatch):
     assert count == 0
     if (kind, method) == ("ode", "euler"):
         assert calls == [2, 4, 4, 4, 2, 2, 2, 2, 2, 2]  # both ends of the interval are on the grid, and count
+
+
+def test_flags_have_the_names_of_samplers():
+    assert flags.METHODS == {"ode": ODE_METHODS, "sde": SDE_METHODS}
+    assert {*flags.DIFFUSION_FORMS, "inccreasing-decreasing"} == {*DIFFUSION_FORMS}
+    assert {*flags.LAST_STEPS} == {*map(str, LAST_STEPS)}

@@ -9,7 +9,6 @@ Each problem is one line. The report, and the picture beside it, go to FEATURE_P
 there) unless --output names another file. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.
 """
 
-import argparse
 import collections
 import itertools
 import os
@@ -18,7 +17,8 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_positive
+from config.flags import CommandParser, add_device_flag, check_paths, check_vae
+from config.options import POSITIVE_INT, VAE
 from config.schema import load_config, manifest_features
 from features.autoencoder import LatentDecoder, open_vae
 from features.check import check_set, read_rows
@@ -100,23 +100,32 @@ def output_files(path, folder, name, overwrite):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--feature_path", required=True, help="folder that holds NAME_features/ or NAME_packed/")
-    parser.add_argument("--resolution", type=int, default=256, help="picks one of several sets, imagenet{N} [256]")
-    parser.add_argument("--config_file", help="config of the model to train: shape and classes [the manifest's]")
-    parser.add_argument("--vae", help="AutoencoderKL folder or hub name, to decode some samples")
-    parser.add_argument("--num_images", type=int, default=32, metavar="N", help="samples in the picture [32]")
-    parser.add_argument("--output", help="report to write, JSON; the picture beside it [FEATURE_PATH/NAME_check.json]")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
+    )
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="picks one of several sets, imagenet{N}")
+    parser.add_argument(
+        "--config_file", metavar="FILE", help="config of the model to train: shape and classes [the manifest's]"
+    )
+    parser.add_argument(
+        "--vae", check=VAE, help="AutoencoderKL folder or hub name, or ema or mse, to decode some samples"
+    )
+    parser.add_argument("--num_images", check=POSITIVE_INT, default=32, help="samples in the picture")
+    parser.add_argument(
+        "--output", metavar="FILE", help="report to write, JSON; the picture beside it [FEATURE_PATH/NAME_check.json]"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     parser.add_argument("--no_checksums", action="store_true", help="don't compare the files with their checksums")
     parser.add_argument("--allow_duplicates", action="store_true", help="equal latents of one class are no problem")
     parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes [all cores: %(default)s]"
+        "--num_workers", check=POSITIVE_INT, default=os.cpu_count() or 1, help="processes [all cores: %(default)s]"
     )
-    parser.add_argument("--device", default="auto", help="of --vae: auto, cpu, gpu or gpu:N [auto]")
+    add_device_flag(parser)
     args = parser.parse_args(argv)
-    check_positive(args, "num_workers", "num_images")
-    kind, name = find_features(args.feature_path, args.resolution)
+    check_vae(args.vae)
+    check_paths(args, "config_file")
+    kind, name = find_features(args.feature_path, args.image_size)
     model = load_config(args.config_file)["model"] if args.config_file else None
     output, picture = output_files(args.output, args.feature_path, name, args.overwrite)
     options = {key: getattr(args, key) for key in ("num_workers", "no_checksums", "allow_duplicates")}

@@ -10,7 +10,8 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import LOOPS, read_flags
+from config.flags import LOOPS, CommandParser, read_flags
+from features.store import find_features
 from runtime.process import run_cli
 from runtime.run_lock import check_experiment_idle, check_idle, experiment_name
 
@@ -18,7 +19,7 @@ SCRIPTS = {f"train_image_generation_{loop}.py": loop for loop in LOOPS}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("script", help=" or ".join(SCRIPTS))
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="as the script takes them")
     given = parser.parse_args()
@@ -26,6 +27,7 @@ def main():
     if loop is None:
         raise ValueError(f"{given.script}: expected {' or '.join(SCRIPTS)}")
     args, _ = read_flags(loop, given.flags)
+    find_features(args.feature_path, args.image_size)
     if loop == "trainer":
         check_idle(args.output_dir)
     else:

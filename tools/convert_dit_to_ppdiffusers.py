@@ -1,8 +1,8 @@
 """Export a DiT or a Large-DiT as a folder for `ppdiffusers.DiTPipeline`.
 
-    python tools/convert_dit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path DiT_pipeline
+    python tools/convert_dit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output DiT_pipeline
 
---model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, an official `.pt`
+--model_path is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, an official `.pt`
 / `.safetensors`, or a folder of an official Large-DiT's shards. The network is described by the checkpoint's own
 config.json, else by --config_file, else by --model_name and --image_size (a DiT of 1000 classes, 4 latent channels,
 learned variance). What is given beside a checkpoint must agree with its config.
@@ -21,13 +21,13 @@ from sampling.step_counts import SCHEDULERS, check_objective
 
 def main(argv=None):
     parser = make_parser("DiT", __doc__)
-    parser.add_argument("--scheduler", default="ddim", help="ddim or dpm (DPM-Solver++) [ddim]")
+    parser.add_argument("--scheduler", default="ddim", choices=tuple(SCHEDULERS), help="dpm: DPM-Solver++")
     parser.add_argument(
         "--timestep_embedding",
         default="fit",
         choices=("fit", "keep"),
         help="the stock transformer's timestep frequencies are not DiT's: fit the embedding to them, or keep DiT's "
-        "weights although the output is then another one; a Large-DiT needs no fit [fit]",
+        "weights although the output is then another one; a Large-DiT needs no fit",
     )
     parser.add_argument(
         "--stock_transformer",
@@ -36,8 +36,6 @@ def main(argv=None):
         "Paddle 3, instead of a mended copy that the folder brings along",
     )
     args = parser.parse_args(argv)
-    if args.scheduler not in SCHEDULERS:
-        raise ValueError(f"--scheduler {args.scheduler}: unknown; known: {', '.join(SCHEDULERS)}")
 
     def check(config):
         kind = config["model"]["type"]

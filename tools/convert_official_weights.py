@@ -1,24 +1,22 @@
 """Converts official checkpoints of DiT, SiT and Large-DiT to Paddle weights, or back (--reverse), without PyTorch.
 
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
-        --weights DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
+        --model_path DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
 
---weights is a plain state dict, or a checkpoint such as the official train.py's, whose averages (ema) are taken unless
---key names another set of weights in it. Of Large-DiT it may be the folder of a checkpoint, or one file of it:
+--model_path is a plain state dict, or a checkpoint such as the official train.py's, whose averages (ema) are taken
+unless --key names another set of weights in it. Of Large-DiT it may be the folder of a checkpoint, or one file of it:
 tensor-parallel shards (consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is
 executed. Names and shapes must be exactly those of the config's network. Names stay the official ones; Linear weights
 are turned from [out, in] to [in, out]; all weights are written as float32.
 
-With --reverse, --weights is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
+With --reverse, --model_path is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is
 what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
 """
 
-import argparse
-import os
-
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.flags import CommandParser, check_paths
 from config.schema import weights_config
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
@@ -26,32 +24,40 @@ from weights.output import check_output, is_safetensors, save_paddle
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_file", required=True, help="JSON of the network that the weights belong to")
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--weights", required=True, help=".pt, .pth, .safetensors, folder of shards; with --reverse .pdparams or folder"
+        "--config_file", required=True, metavar="FILE", help="JSON of the network that the weights belong to"
     )
     parser.add_argument(
-        "--output", required=True, help="file to write: .pdparams or .safetensors; with --reverse .pt or .safetensors"
+        "--model_path",
+        aliases=("--weights",),
+        required=True,
+        metavar="PATH",
+        help=".pt, .pth, .safetensors, folder of shards; with --reverse .pdparams or folder",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="file to write: .pdparams or .safetensors; with --reverse .pt or .safetensors",
     )
     parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
     check_output(args.output, args.overwrite, torch=args.reverse)
-    if not os.path.exists(args.weights):
-        raise ValueError(f"{args.weights}: there is no such file")
-    model = weights_config(args.weights, args.config_file, sections=("model",))["model"]
+    check_paths(args, "model_path", "config_file")
+    model = weights_config(args.model_path, args.config_file, sections=("model",))["model"]
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes, paddle_to_official
     from weights.files import save_safetensors, save_torch
     from weights.source import find_shards, read_weights
 
-    print(f"reading {args.weights}", flush=True)
+    print(f"reading {args.model_path}", flush=True)
     # safetensors say themselves which layout they are in.
-    layout = "auto" if is_safetensors(args.weights) else "paddle" if args.reverse else "torch"
-    state, source = read_weights(args.weights, key=args.key, layout=layout)
+    layout = "auto" if is_safetensors(args.model_path) else "paddle" if args.reverse else "torch"
+    state, source = read_weights(args.model_path, key=args.key, layout=layout)
     check_finite(state, source=source)
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
@@ -64,7 +70,7 @@ def main(argv=None):
     else:
         save_paddle(state, args.output)
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
-    if not args.reverse and model.get("qk_norm") and len(find_shards(args.weights, args.key)) > 1:
+    if not args.reverse and model.get("qk_norm") and len(find_shards(args.model_path, args.key)) > 1:
         print(
             "note: the official code normalises queries and keys over the heads of one rank, the merged network over "
             "all heads: with qk_norm its output is not quite that of the shards."

@@ -1,9 +1,9 @@
 """Export a SiT or a Large-SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
 
-    python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_pipeline
-    python tools/convert_sit_to_ppdiffusers.py --model_weights output/checkpoint-5000 --checkpoint_path SiT_dit --stock
+    python tools/convert_sit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output SiT_pipeline
+    python tools/convert_sit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output SiT_dit --stock
 
---model_weights is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, or an official
+--model_path is a training checkpoint folder (its averages and its own config.json), a `.pdparams`, or an official
 `.pt` / `.safetensors`. The network is described by the checkpoint's own config.json, else by --config_file, else by
 --model_name and --image_size (1000 classes, 4 latent channels, linear path, velocity prediction). What is given beside
 a checkpoint must agree with its config.

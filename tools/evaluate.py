@@ -24,14 +24,14 @@ compares the numbers of ADM's two files with the published ones.
 Many GPUs: python -m paddle.distributed.launch tools/evaluate.py ...; the ranks share the images.
 """
 
-import argparse
 import contextlib
 import os
 import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_positive, check_seed
+from config.flags import CommandParser, add_device_flag, check_paths, check_vae
+from config.options import FLAG_SEED, METRICS, POSITIVE_INT, VAE
 from features.images import encodable
 from runtime.files import check_output, sha256_of_file, write_json
 from runtime.process import configure_runtime, resolve_device, run_cli, say
@@ -45,38 +45,41 @@ TOLD = (
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", help=".npz or folder of the images to judge")
-    parser.add_argument("--reference", required=True, help=".npz or folder of real images, or .npz of their statistics")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--samples", metavar="PATH", help=".npz or folder of the images to judge")
     parser.add_argument(
-        "--metrics", nargs="+", help="some of fid sfid inception_score precision recall kid mind (default: all)"
+        "--reference",
+        required=True,
+        metavar="PATH",
+        help=".npz or folder of real images, or .npz of their statistics",
     )
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=f"some of {' '.join(METRICS)} [all]")
     parser.add_argument(
-        "--features", default="inception", help="inception (default), digits, or the path of a Paddle Inference program"
+        "--features", default="inception", help="inception, digits, or the path of a Paddle Inference program"
     )
-    parser.add_argument(
-        "--inception", metavar="FILE", help="weights of the Inception (default: looked for, see docs/evaluation.md)"
-    )
+    parser.add_argument("--inception", metavar="FILE", help="weights of the Inception [looked for, see docs/evaluation.md]")
     parser.add_argument(
         "--preprocessing",
         choices=("adm", "pytorch-fid"),
         default="adm",
-        help="how Inception gets images: as in ADM and TensorFlow (default), or as pytorch-fid resizes them",
+        help="how Inception gets images: as in ADM and TensorFlow, or as pytorch-fid resizes them",
     )
     parser.add_argument(
-        "--image_size", type=int, help="centre-crop images of another size to this side, as for training"
+        "--image_size", check=POSITIVE_INT, help="centre-crop images of another size to this side, as for training"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once (default 64)")
-    parser.add_argument("--device", default="auto", help="cpu, gpu, gpu:N or auto (default): a GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of KID's subsets and MIND's projections (default 0)")
-    parser.add_argument(
-        "--output", default="report.json", help="JSON to write, of --samples or --vae (default report.json)"
-    )
+    parser.add_argument("--batch_size", check=POSITIVE_INT, default=64, help="images at once")
+    add_device_flag(parser)
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of KID's subsets and MIND's projections")
+    parser.add_argument("--output", default="report.json", metavar="FILE", help="JSON to write, of --samples or --vae")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--save_statistics", metavar="FILE", help=".npz that gets the statistics of the reference's images"
     )
-    parser.add_argument("--vae", help="folder or hub name of an AutoencoderKL, whose reconstructions are the samples")
+    parser.add_argument(
+        "--vae",
+        check=VAE,
+        help="folder or hub name of an AutoencoderKL, or ema or mse, whose reconstructions are the samples",
+    )
     parser.add_argument(
         "--selfcheck", action="store_true", help="compare with ADM's published values; exit with 1 if not"
     )
@@ -85,10 +88,13 @@ def build_parser():
 
 def check(args):
     """Raises `ValueError` for flags that don't go together, and for files that would be overwritten."""
-    check_positive(args, "batch_size", "image_size")
-    check_seed("seed", args.seed)
+    check_paths(args, "samples", "reference", "inception")
+    for name in args.metrics or ():
+        if name not in METRICS:
+            raise ValueError(f"--metrics: {shortened(name)} is unknown; expected some of {', '.join(METRICS)}")
     if args.samples and args.vae:
         raise ValueError("--samples and --vae: give one; with --vae the samples are the reference's reconstructions")
+    check_vae(args.vae)
     if not (args.samples or args.vae or args.save_statistics):
         raise ValueError("nothing to do: give --samples, --vae or --save_statistics")
     if args.selfcheck and not args.samples:
@@ -186,22 +192,24 @@ def main(argv=None):
         raise ValueError("--metrics: names none; leave it out for all that are possible")
     check(args)
     configure_runtime()
-    import paddle
-
-    from evaluation.networks import load_features
+    from evaluation.networks import check_features, load_features
     from evaluation.report import PUBLISHED, compare_published, make_report, table
     from evaluation.run import cautions, compute_metrics, extract_set, open_reference
     from evaluation.sets import open_images
     from runtime.process import init_distributed
 
     # What is compared.
-    device = resolve_device(args.device)
-    paddle.set_device(device)
-    rank, _ = init_distributed()
     reference = open_reference(args.reference, image_size=args.image_size)
     samples = open_images(args.samples, image_size=args.image_size) if args.samples else None
     if args.save_statistics and not reference.images:
         raise ValueError(f"--save_statistics: {args.reference} holds statistics and no images")
+    check_features(args.features, args.inception)
+
+    import paddle
+
+    device = resolve_device(args.device)
+    paddle.set_device(device)
+    rank, _ = init_distributed()
     network = load_features(args.features, weights=args.inception, preprocessing=args.preprocessing)
     vae = None
     if args.vae:

@@ -6,14 +6,14 @@ the nearest training image, next to that of held-out digits; the spread of sampl
 one; FID, Inception Score, precision, recall, KID and MIND against the held-out digits on the classifier's features.
 """
 
-import argparse
 import os
 import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_seed
+from config.flags import CommandParser, check_paths
+from config.options import FLAG_SEED, POSITIVE_INT
 from evaluation.digits import METRICS, check_size, evaluate, read_digits
 from evaluation.run import METRIC_NAMES
 from features.autoencoder import downsampling
@@ -32,10 +32,12 @@ SCHEDULERS = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm"}
 def sampler_settings(args, model):
     """Returns the keywords of `Generator.sample` that choose the sampler; `ValueError` for another pipeline's flag."""
     if model.kind != "pipeline":
-        raise ValueError(f"--pipeline {args.pipeline}: is no pipeline folder; expected a DiTPipeline or a SiTPipeline")
+        raise ValueError(
+            f"--model_path {args.model_path}: is no pipeline folder; expected a DiTPipeline or a SiTPipeline"
+        )
     flag, owner = ("scheduler", "DiTPipeline") if model.pipeline == "SiTPipeline" else ("sampler", "SiTPipeline")
     if (value := getattr(args, flag)) is not None:
-        raise ValueError(f"--{flag} {value} is for a {owner}; {args.pipeline} is a {model.pipeline}")
+        raise ValueError(f"--{flag} {value} is for a {owner}; {args.model_path} is a {model.pipeline}")
     if model.pipeline == "SiTPipeline":
         form = {"diffusion_form": "sigma"} if args.sampler == "sde" else {}  # SiTPipeline's default
         return {"sampler": args.sampler or "ode", **form}
@@ -57,29 +59,39 @@ def show_metrics(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="exported DiTPipeline or SiTPipeline folder")
-    parser.add_argument("--scheduler", choices=("ddim", "dpm"), help="of a DiTPipeline (default: the folder's own)")
-    parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline (default ode)")
-    parser.add_argument("--digits", required=True, help="folder that tools/prepare_digits.py wrote")
-    parser.add_argument("--num_images", type=int, default=500, help="samples, evenly over the classes (default 500)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default 1, none)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the sampler (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples' noise (default 0)")
-    parser.add_argument("--grid", help="PNG to write, one row per class")
-    parser.add_argument("--report", help="JSON to write")
-    parser.add_argument("--min_accuracy", type=float, help="exit with 1 if the share of samples is below this")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--model_path", required=True, metavar="FOLDER", help="exported DiTPipeline or SiTPipeline folder"
+    )
+    parser.add_argument("--scheduler", choices=("ddim", "dpm"), help="of a DiTPipeline [the folder's own]")
+    parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline [ode]")
+    parser.add_argument("--digits", required=True, metavar="FOLDER", help="what tools/prepare_digits.py wrote")
+    parser.add_argument("--num_images", check=POSITIVE_INT, default=500, help="samples, evenly over the classes")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="classifier-free guidance [1: none, which shows the network by itself]",
+    )
+    parser.add_argument("--num_inference_steps", check=POSITIVE_INT, default=50, help="steps of the sampler")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the samples' noise")
+    parser.add_argument("--grid", metavar="FILE", help="PNG to write, one row per class")
+    parser.add_argument("--output", aliases=("--report",), metavar="FILE", help="JSON to write")
+    parser.add_argument(
+        "--min_accuracy", type=float, metavar="X", help="exit with 1 if the share of samples is below this"
+    )
     args = parser.parse_args(argv)
-    check_seed("seed", args.seed)
-    check_guidance(args.guidance_scale, True, args.pipeline)
+    check_guidance(args.guidance_scale, True, args.model_path)
     if args.grid:
         check_ending("grid", args.grid)
+    check_paths(args, "model_path", "digits")
     digits = {part: find_images(os.path.join(args.digits, part)) for part in ("train", "heldout")}
     samples, classes = digits["train"]
     num_classes = len(classes)
     if args.num_images < num_classes or args.num_images % num_classes:
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
-    model = describe_model(args.pipeline)
+    model = describe_model(args.model_path)
     sampler = sampler_settings(args, model)
 
     configure_runtime()
@@ -99,7 +111,7 @@ def main(argv=None):
         callback=show_steps("samples"),
         **sampler,
     )
-    for path in filter(None, (args.grid, args.report)):
+    for path in filter(None, (args.grid, args.output)):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if args.grid:
         columns = min(10, args.num_images // num_classes)
@@ -109,10 +121,10 @@ def main(argv=None):
     # Figures.
     train, heldout = (read_digits(found, side) for found, _ in digits.values())
     report = evaluate(images, labels, train, heldout, generator.vae)
-    names = ("pipeline", "digits", "guidance_scale", "num_inference_steps", "seed")
-    report["settings"] |= {name: getattr(args, name) for name in names} | sampler
-    if args.report:
-        write_json(args.report, report)
+    names = ("digits", "guidance_scale", "num_inference_steps", "seed")
+    report["settings"] |= {"pipeline": args.model_path, **{name: getattr(args, name) for name in names}, **sampler}
+    if args.output:
+        write_json(args.output, report)
     share = report["share_assigned_to_class_asked_for"]
     print(
         f"classifier on real held-out digits:      {report['classifier_accuracy_on_heldout']:.3f}\n"
@@ -122,8 +134,8 @@ def main(argv=None):
         f"{report['nearest_train_distance_of_heldout']:.4f}"
     )
     show_metrics(report)
-    for what in ("grid", "report"):
-        if path := getattr(args, what):
+    for what, path in (("grid", args.grid), ("report", args.output)):
+        if path:
             print(f"{what}: {path}")
     if args.min_accuracy is not None and share < args.min_accuracy:
         print(f"error: the share {share:.3f} is below --min_accuracy {args.min_accuracy}", file=sys.stderr)

@@ -10,25 +10,28 @@ precision is chosen by infer_demo_dit.py --dtype. Whoever runs it runs a program
 folders only from people you trust.
 """
 
-import argparse
-
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.flags import CommandParser
 from config.options import DEFAULT_VAE
 from runtime.process import configure_runtime, run_cli
-from sampling.flags import note_weights_flags
+from sampling.flags import add_vae_flag, note_weights_flags
 from sampling.model_path import check_no_file, describe_model
 from sampling.pipelines.folder import check_free
 from sampling.step_counts import describe_fit
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="pipeline folder, its hub name, or training checkpoint")
-    parser.add_argument("--output", required=True, help="folder to write, new or empty")
-    parser.add_argument("--id2label", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels')
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--model_path", required=True, metavar="PATH", help="pipeline folder, its hub name, or training checkpoint"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
+    parser.add_argument(
+        "--id2label", metavar="FILE", help='JSON {"id2label": {"0": "name", ...}} instead of the model\'s labels'
+    )
     checkpoint = parser.add_argument_group("for a training checkpoint")
-    checkpoint.add_argument("--vae", help=f"folder or hub name of its VAE [the features' own, else {DEFAULT_VAE}]")
+    add_vae_flag(checkpoint, f"{DEFAULT_VAE}, as in the official DiT")
     checkpoint.add_argument("--key", choices=("model", "ema"), help="which weights [ema]")
     args = parser.parse_args(argv)
     check_no_file(args.model_path)

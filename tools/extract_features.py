@@ -1,12 +1,12 @@
 """Encode images with a VAE into the features that both training loops read.
 
-FEATURES_PATH/NAME_features/<i>.npy       float32 [1, C, H/f, W/f], a posterior sample, scaled as the VAE's config says
-FEATURES_PATH/NAME_features_flip/<i>.npy  with --flip: the same of the mirrored image
-FEATURES_PATH/NAME_labels/<i>.npy         int64 [1]
-FEATURES_PATH/NAME_packed/                with --format packed: all of it in a few large files
-FEATURES_PATH/NAME_classes.json           {"id2label": {"0": <class>, ...}}
-FEATURES_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURES_PATH
-FEATURES_PATH/NAME_manifest.json          what it was made of, counts, and which images could not be read
+FEATURE_PATH/NAME_features/<i>.npy       float32 [1, C, H/f, W/f], a posterior sample, scaled as the VAE's config says
+FEATURE_PATH/NAME_features_flip/<i>.npy  with --flip: the same of the mirrored image
+FEATURE_PATH/NAME_labels/<i>.npy         int64 [1]
+FEATURE_PATH/NAME_packed/                with --format packed: all of it in a few large files
+FEATURE_PATH/NAME_classes.json           {"id2label": {"0": <class>, ...}}
+FEATURE_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURE_PATH
+FEATURE_PATH/NAME_manifest.json          what it was made of, counts, and which images could not be read
 
 Images are centre-cropped as ADM and DiT do for ImageNet, and otherwise read as there: an alpha channel is dropped, an
 EXIF orientation is not applied. Of 16 bits the high byte is kept; a note tells of images that come out dark by it.
@@ -19,34 +19,54 @@ After an interruption the same command goes on where it was, and ends with the s
 kind of device). An extraction is complete when its manifest is there.
 """
 
-import argparse
 import os
+import tarfile
 import warnings
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_seed
-from config.options import DEFAULT_VAE
+from config.flags import CommandParser, add_device_flag, check_paths, check_vae
+from config.options import DEFAULT_VAE, FLAG_SEED, INT_FROM_0, POSITIVE_INT, VAE
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, make_settings
 from features.image_source import find_archives
-from features.images import ON_ERROR, dim_note, unreadable_list
+from features.images import ON_ERROR, dim_note, image_formats, unreadable_list, walk_files
 from features.layout import Layout
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from sampling.pipelines.converter import downsampling
 
 configure_runtime()  # before Paddle is imported
 
 
+def holds_images(folder):
+    """Returns whether a file with the ending of an image lies anywhere below a folder."""
+    _, endings = image_formats()
+    return any(os.path.splitext(path)[1].lower() in endings for path in walk_files(folder, []))
+
+
 def extract(args) -> None:
-    for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
-        if getattr(args, key) < least:
-            raise ValueError(f"--{key} {getattr(args, key)}: expected at least {least}")
-    check_seed("seed", args.seed)
-    if args.data_path:  # what can be said before the slow imports
-        find_archives(args.data_path)
-        inside, outside = os.path.realpath(args.features_path), os.path.realpath(args.data_path)
+    # What can be said before the slow imports.
+    check_vae(args.vae)
+    check_paths(args, "data_path", "list")
+    if os.path.exists(args.feature_path) and not os.path.isdir(args.feature_path):
+        raise ValueError(f"--feature_path {args.feature_path}: is a file; expected a folder")
+    if args.name is not None and (os.sep in args.name or not args.name):
+        raise ValueError(f"--name {args.name}: expected the beginning of files' names, without {os.sep}")
+    if args.image_size % (factor := downsampling(args.vae, None)) and os.path.isdir(args.vae):
+        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
+    if args.data_path:
+        archives, _ = find_archives(args.data_path)
+        for path in archives:
+            if not tarfile.is_tarfile(path):
+                raise ValueError(f"{path}: not a tar file, or a damaged one")
+        if not archives and not args.list and not holds_images(args.data_path):
+            raise ValueError(
+                f"{args.data_path}: no images found; expected {args.data_path}/<class>/<image>, in a format that "
+                "Pillow reads"
+            )
+        inside, outside = os.path.realpath(args.feature_path), os.path.realpath(args.data_path)
         if not args.list and os.path.isdir(outside) and os.path.commonpath([inside, outside]) == outside:
-            raise ValueError(f"--features_path {args.features_path}: lies in {args.data_path}, where the images are")
+            raise ValueError(f"--feature_path {args.feature_path}: lies in {args.data_path}, where the images are")
     name = args.name or f"imagenet{args.image_size}"
 
     import paddle
@@ -65,7 +85,7 @@ def extract(args) -> None:
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
     options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
 
-    layout = Layout(args.features_path, name)
+    layout = Layout(args.feature_path, name)
     extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
     is_new = extraction.open(args.data_path, args.list)
     if rank == 0:
@@ -96,23 +116,27 @@ def extract(args) -> None:
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--data_path",
-        "--data",
+        metavar="PATH",
         help="image folder, one subfolder per class; or ImageNet's train tar; or a folder of one tar file per class",
     )
     parser.add_argument(
         "--list",
         metavar="FILE",
         help="text with a line path,label an image instead of classes by folder; labels are all numbers or all names; "
-        "paths are relative to --data_path (default: the list's folder), or names in a tar file",
+        "paths are relative to --data_path [the list's folder], or names in a tar file",
     )
-    parser.add_argument("--features_path", "--output", required=True, help="folder that gets the features")
-    parser.add_argument("--name", help="prefix of what is written (default imagenet<image_size>)")
-    parser.add_argument("--format", choices=("npy", "packed"), default="npy", help="a file pair an image (default npy)")
-    parser.add_argument("--image_size", type=int, default=256, help="side of the crops in pixels (default 256)")
-    parser.add_argument("--vae", default=DEFAULT_VAE, help="folder or hub name of an AutoencoderKL")
+    parser.add_argument(
+        "--feature_path", aliases=("--output",), required=True, metavar="FOLDER", help="folder that gets the features"
+    )
+    parser.add_argument("--name", help="prefix of what is written [imagenet<image_size>]")
+    parser.add_argument("--format", choices=("npy", "packed"), default="npy", help="npy: a file pair an image")
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="side of the crops in pixels")
+    parser.add_argument(
+        "--vae", check=VAE, default=DEFAULT_VAE, help="folder or hub name of an AutoencoderKL, or ema or mse"
+    )
     parser.add_argument("--flip", action="store_true", help="also store the latents of the mirrored images")
     parser.add_argument(
         "--moments",
@@ -121,19 +145,22 @@ def main(argv: list | None = None) -> None:
         "instead of one sample",
     )
     parser.add_argument("--on_error", **ON_ERROR)
-    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once (default 32)")
-    parser.add_argument("--num_workers", type=int, default=4, help="threads that read images (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the posterior samples (default 0)")
-    parser.add_argument("--device", default="auto", help="cpu, gpu, gpu:N or auto (default): a GPU if there is one")
+    parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images encoded at once")
+    parser.add_argument("--num_workers", check=INT_FROM_0, default=4, help="threads that read images")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the posterior samples")
+    add_device_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the VAE's arithmetic on a GPU (default float32); latents are stored as float32",
+        help="of the VAE's arithmetic on a GPU; latents are stored as float32 [float32]",
     )
-    parser.add_argument("--bf16", dest="dtype", action="store_const", const="bfloat16", help="--dtype bfloat16")
-    parser.add_argument("--fp16", dest="dtype", action="store_const", const="float16", help="--dtype float16")
+    parser.add_argument("--bf16", action="store_true", help="--dtype bfloat16")
+    parser.add_argument("--fp16", action="store_true", help="--dtype float16")
     args = parser.parse_args(argv)
+    asked = {*filter(None, (args.dtype, args.bf16 and "bfloat16", args.fp16 and "float16"))}
+    if len(asked) > 1:
+        parser.error("--dtype, --bf16 and --fp16 are one setting: give one")
+    args.dtype = asked.pop() if asked else "float32"
     if not args.data_path and not args.list:
         parser.error("give --data_path, --list, or both")
     try:

@@ -1,10 +1,10 @@
 """Takes the network's plain weights out of a training checkpoint.
 
-    python tools/extract_weights.py --model_file output/checkpoint-10000 --save_ema True --checkpoint_path DiT.pdparams
+    python tools/extract_weights.py --model_path output/checkpoint-10000 --key ema --output DiT.pdparams
 
---model_file is a training checkpoint folder of this project, or a `.pdparams` as PaddleMIX's DiT example saves it:
+--model_path is a training checkpoint folder of this project, or a `.pdparams` as PaddleMIX's DiT example saves it:
 names begin with `transformer.` (the network) and `model_ema.` (its averages, whose names have lost their dots); a VAE
-in it is left out. Of a file that holds several sets of weights by key, --save_ema True takes the averages. The file is
+in it is left out. Of a file that holds several sets of weights by key, --key ema takes the averages. The file is
 read without executing anything it holds.
 """
 
@@ -13,7 +13,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.options import str2bool
+from config.flags import CommandParser, check_paths
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle
 
@@ -46,37 +46,49 @@ def pick(state, save_ema, source):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_file", default="", help="training checkpoint: a folder, .pdparams or .safetensors")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights written [float32]")
-    parser.add_argument("--checkpoint_path", default="", help=".pdparams or .safetensors to write")
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--save_ema", type=str2bool, default=False, metavar="True|False", help="the averages, not the weights [False]"
+        "--model_path", required=True, metavar="PATH", help="training checkpoint: a folder, .pdparams or .safetensors"
     )
+    parser.add_argument(
+        "--output",
+        aliases=("--checkpoint_path",),
+        required=True,
+        metavar="FILE",
+        help=".pdparams or .safetensors to write",
+    )
+    parser.add_argument(
+        "--key",
+        choices=("model", "ema"),
+        help="the weights or their averages [model, as in PaddleMIX; other tools take ema]",
+    )
+    parser.add_argument("--save_ema", action="store_true", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
-    for name in ("model_file", "checkpoint_path"):
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is missing")
-    check_output(args.checkpoint_path, args.overwrite)
+    if None not in (args.key, args.save_ema) and args.save_ema != (args.key == "ema"):
+        parser.error(f"--save_ema {args.save_ema} and --key {args.key} are one setting: give one")
+    averages = args.key == "ema" or bool(args.save_ema)
+    check_output(args.output, args.overwrite)
+    check_paths(args, "model_path")
 
     configure_runtime()
     from models.state import check_finite
     from weights.files import is_averages, pick_weights, safe_load, safetensors_layout
     from weights.source import read_weights
 
-    if os.path.isdir(args.model_file):
-        state, source = read_weights(args.model_file, key="ema" if args.save_ema else "model")
+    if os.path.isdir(args.model_path):
+        state, source = read_weights(args.model_path, key="ema" if averages else "model")
     else:
-        source = args.model_file
+        source = args.model_path
         if is_safetensors(source) and safetensors_layout(source) != "paddle":
             raise ValueError(f"{source}: is in PyTorch's layout; use tools/convert_official_weights.py")
-        state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=args.save_ema)
+        state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=averages)
         if key is None or not is_averages(key):
-            state = pick(state, args.save_ema, source)
+            state = pick(state, averages, source)
     check_finite(state, source=source)
-    save_paddle(state, args.checkpoint_path, args.dtype)
-    print(f"{len(state)} tensors of {source} -> {args.checkpoint_path} ({args.dtype})")
+    save_paddle(state, args.output, args.dtype)
+    print(f"{len(state)} tensors of {source} -> {args.output} ({args.dtype})")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python tools/options_table.py --write        # or --check: exit code 2 if they are not current
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from _root import ROOT
 
 from config import options
+from config.flags import CommandParser
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
@@ -106,7 +106,7 @@ def pages():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="write the tables")
     what.add_argument("--check", action="store_true", help="only say whether they are current")

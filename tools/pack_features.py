@@ -7,29 +7,32 @@ under its name. The source's samples are only read. After a kill the same comman
 Packed as packed: --to packed on a packed set changes its dtype or the size of its shards.
 """
 
-import argparse
-
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_positive
+from config.flags import CommandParser
+from config.options import POSITIVE_INT
 from features.convert import convert_set
 from runtime.process import counted, run_cli
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--feature_path", required=True, help="folder that holds NAME_features/ or NAME_packed/")
-    parser.add_argument("--resolution", type=int, default=256, help="picks one of several sets, imagenet{N} [256]")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
+    )
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="picks one of several sets, imagenet{N}")
     parser.add_argument("--to", choices=("packed", "npy"), help="[the other one than the source's]")
-    parser.add_argument("--output", help="folder for the result [FEATURE_PATH_packed or FEATURE_PATH_npy]")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder for the result [FEATURE_PATH_packed or FEATURE_PATH_npy]"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the stored latents [the source's]")
     parser.add_argument(
-        "--shard_samples", type=int, metavar="N", help="samples a packed file, lost if killed in it [4 GiB of them]"
+        "--shard_samples", check=POSITIVE_INT, help="samples a packed file, lost if killed in it [4 GiB of them]"
     )
-    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="threads that read ahead [4]")
+    parser.add_argument("--num_workers", check=POSITIVE_INT, default=4, help="threads that read ahead")
     args = parser.parse_args(argv)
-    check_positive(args, "num_workers", "shard_samples")
-    num_samples, paths, rounding_error = convert_set(**vars(args))
+    options = vars(args)
+    num_samples, paths, rounding_error = convert_set(resolution=options.pop("image_size"), **options)
     print(f"{counted(num_samples, 'sample')}, compared bit for bit: {', '.join(paths)}")
     if rounding_error:
         print(f"note: stored as float16, the largest rounding error is {rounding_error:.2g}")

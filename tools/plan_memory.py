@@ -14,12 +14,12 @@ can't use of what it holds. Formulas, their sources, and measurements: docs/memo
 
 import argparse
 import dataclasses
-import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import Parser, check_positive, resolve_training
-from runtime.files import write_json
+from config.flags import Parser, resolve_training
+from config.options import ABOVE_0, FROM_0, POSITIVE_INT
+from runtime.files import check_output, write_json
 from runtime.process import counted, run_cli
 from training.parallel.degrees import resolve_degrees
 from training.parallel.memory_plan import Plan, Setting
@@ -41,18 +41,22 @@ def build_parser():
     # None: not given, so that --gpu_memory may try others.
     parser.set_defaults(tensor_parallel_degree=None, sharding=None)
     group = parser.add_argument_group("planning")
-    group.add_argument("--world_size", type=int, default=8, metavar="N", help="GPUs [8]")
-    group.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of a GPU: list what fits")
-    group.add_argument("--reserve", type=float, default=2.0, metavar="GIB", help="of it to leave free [2]")
-    group.add_argument("--top", type=int, default=10, metavar="N", help="ways to list [10]")
-    group.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    group.add_argument("--world_size", check=POSITIVE_INT, default=8, help="GPUs")
+    group.add_argument("--gpu_memory", check=ABOVE_0, metavar="GIB", help="memory of a GPU: list what fits")
+    group.add_argument("--reserve", check=FROM_0, default=2.0, metavar="GIB", help="of it to leave free")
+    group.add_argument("--top", check=POSITIVE_INT, default=10, help="ways to list")
+    group.add_argument(
+        "--json", metavar="FILE", help="write everything as JSON; --output is the Trainer's and ignored here"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an existing --json file")
     group = parser.add_argument_group("the machine, for the estimate of time (defaults: an A100's)")
-    group.add_argument("--gpu_tflops", type=float, help="peak TFLOP/s in the precision [312 in half, 19.5 in float32]")
-    group.add_argument("--efficiency", type=float, default=0.45, help="share of it that a step reaches [0.45]")
-    group.add_argument("--bandwidth", type=float, default=240.0, help="GB/s that a GPU sends inside a node [240]")
-    group.add_argument("--network", type=float, default=25.0, help="GB/s that it sends between nodes [25]")
-    group.add_argument("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs of a node [8]")
+    group.add_argument(
+        "--gpu_tflops", check=ABOVE_0, help="peak TFLOP/s in the precision [312 in half, 19.5 in float32]"
+    )
+    group.add_argument("--efficiency", check=ABOVE_0, default=0.45, help="share of it that a step reaches")
+    group.add_argument("--bandwidth", check=ABOVE_0, default=240.0, help="GB/s that a GPU sends inside a node")
+    group.add_argument("--network", check=ABOVE_0, default=25.0, help="GB/s that it sends between nodes")
+    group.add_argument("--gpus_per_node", check=POSITIVE_INT, default=8, help="GPUs of a node")
     return parser
 
 
@@ -165,10 +169,8 @@ def as_json(planned, machine):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    own = ("world_size", "gpu_memory", "top", "gpu_tflops", "efficiency", "bandwidth", "network", "gpus_per_node")
-    check_positive(args, *own)
-    if args.json and os.path.exists(args.json) and not args.overwrite:
-        raise ValueError(f"--json {args.json}: exists already; give another name, or --overwrite")
+    if args.json:
+        check_output(args.json, args.overwrite, "--json ")
     config = resolve_training(args)
     planned = Plan(config, setting_of(args, config))
     machine = Machine(args.gpu_tflops, args.efficiency, args.bandwidth, args.network, args.gpus_per_node)

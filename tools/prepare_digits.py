@@ -5,13 +5,14 @@ RGB, upscaled with Pillow's bicubic filter; <index> is the image's place in scik
 stratified, and the same in every run, so that no held-out image is ever trained on.
 """
 
-import argparse
 import contextlib
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.flags import CommandParser
+from config.options import POSITIVE_INT
 from features.images import walk_files
 from runtime.process import counted, run_cli
 from runtime.progress import tqdm
@@ -77,9 +78,9 @@ def prepare_digits(output: str, image_size: int = 32) -> int:
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder that gets train/ and heldout/")
-    parser.add_argument("--image_size", type=int, default=32, help="side of the PNGs in pixels (default 32)")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder that gets train/ and heldout/")
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=32, help="side of the PNGs in pixels")
     args = parser.parse_args(argv)
     written = prepare_digits(args.output, args.image_size)
     print(f"{args.output}: train/ and heldout/ are complete ({counted(written, 'image')} written)")

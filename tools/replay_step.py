@@ -5,11 +5,13 @@ weights, the samples and the random numbers that the run had: it shows each samp
 losses and gradients are not finite, and the first layer whose output is not.
 """
 
-import argparse
+import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.flags import CommandParser, add_device_flag
+from config.options import POSITIVE_INT
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 from runtime.untrusted import shortened
 
@@ -46,13 +48,14 @@ def print_gradients(gradients, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("dump", metavar="DUMP", help="folder of the step, RUN/bad_steps/STEP")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto]")
-    parser.add_argument("--show", type=int, default=10, metavar="N", help="samples and parameters to list [10]")
+    add_device_flag(parser)
+    parser.add_argument("--show", check=POSITIVE_INT, default=10, help="samples and parameters to list")
     args = parser.parse_args()
-    if args.show < 1:
-        raise ValueError(f"--show must be above 0, got {args.show}")
+    if not os.path.isfile(os.path.join(args.dump, "state.json")):
+        what = "not a dump of a step" if os.path.isdir(args.dump) else "no such folder"
+        raise ValueError(f"{args.dump}: {what}; expected RUN/bad_steps/STEP, which the run's error names")
 
     import paddle
 

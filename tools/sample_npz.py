@@ -16,13 +16,13 @@ Another processor may, and on one that is not Intel's the number of threads: fix
 tile is the batch: another --batch_size changes some pixels by the rounding errors of its kernels.
 """
 
-import argparse
 import os
 import platform
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.options import DEFAULT_VAE, SIT_VAE
+from config.flags import CommandParser
+from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
 from features.autoencoder import ROUNDINGS, LatentScaling
 from runtime.files import check_output
 from runtime.machine import set_mkl_reproducible
@@ -34,6 +34,7 @@ from sampling.flags import (
     add_loading_flags,
     add_sampling_flags,
     add_transport_flags,
+    add_vae_flag,
     check_guidance_flags,
     check_sampling_flags,
     check_transport_flags,
@@ -56,43 +57,51 @@ METHODS = {"ode": "euler", "sde": "Euler"}  # without --method
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="see above")
-    parser.add_argument("--output", required=True, help="npz to write; a JSON of its settings gets the same name")
-    parser.add_argument("--png", metavar="FOLDER", help="new folder for the images as 000000.png ... too")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--model_path", required=True, metavar="PATH", help="see above")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="npz to write; a JSON of its settings gets the same name"
+    )
+    parser.add_argument(
+        "--png", aliases=("--sample_dir",), metavar="FOLDER", help="new folder for the images as 000000.png ... too"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a set, or an unfinished one, of other settings"
     )
-    parser.add_argument("--num_images", type=int, default=50000, help="[50000]")
+    parser.add_argument(
+        "--num_images", aliases=("--num_fid_samples",), check=POSITIVE_INT, default=50000, help="images to draw"
+    )
     parser.add_argument(
         "--labels",
         choices=LABELS,
         default="random",
-        help="random: drawn evenly from the classes; balanced: in turn, counts differ by one at most [random]",
+        help="random: drawn evenly from the classes; balanced: in turn, counts differ by one at most",
     )
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or ids of those to draw [all]")
     add_sampling_flags(
         parser,
         guidance_channels="all of a DiT; of a SiT 3 of 4, all of any other number",
         num_steps=NUM_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=f"{GUIDANCE_SCALE}, as the official sample_ddp.py: lower than the demos', for FID",
     )
     words = "; ".join(f"{name}: {rounding.words}" for name, rounding in ROUNDINGS.items())
     parser.add_argument(
-        "--rounding", choices=tuple(ROUNDINGS), default="dit", help=f"of x in [-1, 1] to uint8: {words} [dit]"
+        "--rounding", choices=tuple(ROUNDINGS), default="dit", help=f"of x in [-1, 1] to uint8: {words}"
     )
-    parser.add_argument("--batch_size", type=int, help="images at once on a GPU [32]")
+    parser.add_argument(
+        "--batch_size", aliases=("--per_proc_batch_size",), check=POSITIVE_INT, help="images at once on a GPU [32]"
+    )
     parser.add_argument(
         "--tile",
-        type=int,
+        check=POSITIVE_INT,
         help=f"images that the network computes at once [{CPU_TILE} on a CPU, else --batch_size]",
     )
     add_loading_flags(parser)
     add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
     add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's]")
-    weights.add_argument("--vae", help=f"its VAE, folder or name [the features' own, else {DEFAULT_VAE}, {SIT_VAE}]")
+    weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
+    add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}: each as officially")
     weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
     parser.set_defaults(sampler=None)
     return parser.parse_args(argv)
@@ -101,9 +110,6 @@ def parse(argv):
 def check(args):
     """Returns the `Model` and the options of its sampler; ValueError, before Paddle is imported, for a mistake."""
     check_sampling_flags(args)
-    for name in ("num_images", "batch_size", "tile"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npz")
     check_output(args.output, True, "--output ")

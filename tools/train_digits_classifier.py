@@ -6,15 +6,14 @@ target is that of its parts. So corrupted digits have features of their own. OUT
 
 The classifier in assets/digits_classifier was made by
     python tools/prepare_digits.py --output digits
-    python tools/train_digits_classifier.py --data digits/train --heldout digits/heldout --output model.safetensors
+    python tools/train_digits_classifier.py --data_path digits/train --heldout digits/heldout --output model.safetensors
 """
-
-import argparse
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_seed
+from config.flags import CommandParser, check_paths
+from config.options import FLAG_SEED
 from evaluation.digits import shrink
 from features.images import find_images, load_pixels
 from runtime.files import check_output, whole_file
@@ -117,15 +116,18 @@ def train(inputs, targets, rng):
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="training digits, a folder by class")
-    parser.add_argument("--heldout", required=True, help="digits to measure the classifier on, a folder by class")
-    parser.add_argument("--output", required=True, help="safetensors file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the copies and the first weights (default 0)")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--data_path", required=True, metavar="FOLDER", help="training digits, a folder by class")
+    parser.add_argument(
+        "--heldout", required=True, metavar="FOLDER", help="digits to measure the classifier on, a folder by class"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the copies and the first weights")
     args = parser.parse_args(argv)
-    check_seed("seed", args.seed)
-    check_output(args.output, flag="--output ")
-    digits, heldout = load_digits(args.data), load_digits(args.heldout)
+    check_output(args.output, args.overwrite, "--output ")
+    check_paths(args, "data_path", "heldout")
+    digits, heldout = load_digits(args.data_path), load_digits(args.heldout)
 
     import paddle
 

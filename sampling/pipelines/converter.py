@@ -1,13 +1,14 @@
 """What the converters to pipeline folders share: the network's config, flags, and the order of things."""
 
-import argparse
 import os
 
-from config.options import DEFAULT_VAE, SIT_VAE, str2bool
+from config.flags import CommandParser, check_paths, check_vae
+from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
+from sampling.flags import add_vae_flag
 from sampling.labels import ROOT, find_labels
 from sampling.pipelines.folder import check_id2label, check_output
 
@@ -31,8 +32,8 @@ def find_config(args):
 
     What describes another network than the checkpoint's own config is a `ValueError`.
     """
-    config = weights_config(args.model_weights, args.config_file)
-    beside = os.path.join(args.model_weights, "config.json")
+    config = weights_config(args.model_path, args.config_file)
+    beside = os.path.join(args.model_path, "config.json")
     if config is None and os.path.isfile(beside):
         config = load_config(beside)
     if config is None:
@@ -44,16 +45,16 @@ def find_config(args):
         keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         given[f"--model_name {args.model_name}"] = {key: named[key] for key in keys}
     if args.image_size is not None:
-        size = args.image_size / downsampling(args.vae_model, config["features"]["vae"])
+        size = args.image_size / downsampling(args.vae, config["features"]["vae"])
         given[f"--image_size {args.image_size}"] = {"sample_size": int(size) if size % 1 == 0 else size}
     for flag, named in given.items():
         if listed := differences({key: config["model"][key] for key in named}, named):
-            raise ValueError(f"{args.model_weights}: its config describes another model than {flag}: {listed}")
+            raise ValueError(f"{args.model_path}: its config describes another model than {flag}: {listed}")
     return config
 
 
 def downsampling(vae, features):
-    """Returns the pixels along a latent's side: by --vae_model, if that is a folder, or the features' VAE; else 8."""
+    """Returns the pixels along a latent's side: by --vae, if that is a folder, or the features' VAE; else 8."""
     if vae is None:
         return (features or {}).get("downsampling") or 8
     path = os.path.join(vae, "config.json")
@@ -66,27 +67,30 @@ def make_parser(kind, description):
     """Returns a parser with the flags of both converters; kind is DiT or SiT."""
     weights, output = f"{kind}-XL-2-256x256.pdparams", f"{kind}_XL_2_256/"
     vae = {"DiT": DEFAULT_VAE, "SiT": SIT_VAE}[kind]
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
-    parser.add_argument("--model_name", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
-    parser.add_argument("--vae_model", help=f"folder or hub name [the features' own, else {vae}]")
-    parser.set_defaults(kind=kind, default_vae=vae)
-    parser.add_argument("--model_weights", default=weights, help=f"[{weights}]")
+    parser = CommandParser(description=description)
+    parser.add_argument("--model_path", default=weights, metavar="PATH", help="the weights, see above")
     parser.add_argument(
-        "--save", type=str2bool, default=True, metavar="True|False", help="False only checks the weights [True]"
+        "--output", aliases=("--checkpoint_path",), default=output, metavar="FOLDER", help="folder to write"
     )
-    parser.add_argument("--checkpoint_path", default=output, help=f"folder to write [{output}]")
-    parser.add_argument("--config_file", help="JSON of the network, instead of --model_name [the checkpoint's own]")
+    parser.add_argument("--image_size", check=POSITIVE_INT, help=f"pixels, with --model_name [{IMAGE_SIZE}]")
+    parser.add_argument("--model_name", metavar="NAME", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
+    add_vae_flag(parser, f"{vae}, as in the official {kind}")
+    parser.set_defaults(kind=kind, default_vae=vae)
+    parser.add_argument("--save", action="store_true", default=True, help="False only checks the weights")
+    parser.add_argument(
+        "--config_file", metavar="FILE", help="JSON of the network, instead of --model_name [the checkpoint's own]"
+    )
     parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument(
         "--id2label",
+        metavar="FILE",
         help='JSON {"id2label": {"0": "name", ...}} [the names of the features\' set; ImageNet\'s for 1000 without]',
     )
     parser.add_argument(
         "--weights_layout",
         default="auto",
         choices=("auto", "paddle", "torch"),
-        help="how the file stores Linear weights; auto goes by its ending, or what a .safetensors says [auto]",
+        help="how the file stores Linear weights; auto goes by its ending, or what a .safetensors says",
     )
     parser.add_argument(
         "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
@@ -103,35 +107,35 @@ def convert(args, check, export, loader):
         export: writes the folder and returns sentences for the user; called as `export_pipeline`.
         loader: the class that loads the folder.
     """
-    if not os.path.exists(args.model_weights):
-        raise ValueError(f"--model_weights {args.model_weights}: there is no such file or folder")
+    check_paths(args, "model_path", "config_file")
+    check_vae(args.vae)
     if args.config_file:  # one that no export takes is told so before it is compared with the weights' own
         check(load_config(args.config_file))
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
-    chosen = (args.vae_model, config["features"]["vae"])
-    choose_vae(*chosen, args.default_vae, "--vae_model")
+    chosen = (args.vae, config["features"]["vae"])
+    choose_vae(*chosen, args.default_vae, "--vae")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
-        check_output(args.checkpoint_path, args.overwrite)
+        check_output(args.output, args.overwrite)
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes
     from weights.source import read_weights
 
-    print(f"reading {args.model_weights}", flush=True)
-    state, source = read_weights(args.model_weights, key=args.key, layout=args.weights_layout)
+    print(f"reading {args.model_path}", flush=True)
+    state, source = read_weights(args.model_path, key=args.key, layout=args.weights_layout)
     check_finite(state, source=source)
     if not args.save:
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return
-    vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae_model")
+    vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae")
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
-    notes = export(config, state, vae, args.checkpoint_path, **options)
+    notes = export(config, state, vae, args.output, **options)
     for text in filter(None, [note, *vae_notes, *notes]):
         print(f"note: {text}")
-    print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")
+    print(f"{source} -> {args.output} ({loader}.from_pretrained)")

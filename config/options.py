@@ -1,6 +1,6 @@
 """Every option of a run, once: default, check, help, flag. Standard library only.
 
-The checks of JSON files (`config.schema`), both command lines (`config.flags`) and docs/options.md are made from the
+The checks of JSON files (`config.schema`), both command lines (`config.flags`) and docs/configs.md are made from the
 tables below: a new option is one entry here, and its use.
 """
 
@@ -81,7 +81,7 @@ class Option:
 
     default: Any  # taken where neither the command line nor the JSON gives a value
     check: Check
-    help: Any = ""  # one phrase, for `--help` and docs/options.md
+    help: Any = ""  # one phrase, for `--help` and docs/configs.md
     flag: Any = None  # its name on the command line, a `PerLoop` where the loops differ; True: the key's own
     unset: Any = ""  # says what a default of None means
     aliases: Any = ()  # hidden names of the flag, beside `OTHER_NAMES`; a `PerLoop` where the loops differ

@@ -1,4 +1,4 @@
-"""Writes the tables of options, docs/options.md and those of README.md, from config/options.py.
+"""Writes the tables of options, docs/configs.md and those in other pages, from config/options.py.
 
 python tools/options_table.py --write        # or --check: exit code 2 if they are not current
 """
@@ -14,19 +14,20 @@ from config.flags import CommandParser
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
-# What stands between these comments in README.md is the table of that name.
+# What stands between these comments in a page of docs/ is the table of that name.
 MARKED = re.compile(r"(<!-- written by tools/options_table.py: (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-INTRO = """# Every option
+INTRO = """# Every key and flag
 
 A flag on the command line wins over the config's JSON, the JSON over the default. A flag's other names, PaddleMIX's and
 those of the official DiT and SiT, stand behind it; they are accepted and not shown by `--help`. Where the two loops
-differ, the Trainer stands first. This file is written by `python tools/options_table.py --write`.
+differ, the Trainer stands first. [training.md](training.md#configs) explains how a config is read. This page is written
+by `python tools/options_table.py --write`.
 
 """
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
-# The options that most runs touch, for README.md.
+# The options that most runs touch, for docs/training.md.
 MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
 fused_attention max_grad_norm""".split()
 
@@ -53,7 +54,7 @@ def table(keys):
 
 
 def page():
-    """Returns docs/options.md."""
+    """Returns docs/configs.md."""
     parts = [INTRO]
     types = {}  # those that have the same keys share a table
     for name, kind in MODEL_TYPES.items():
@@ -93,11 +94,15 @@ def twins():
 
 def pages():
     """Returns the files with tables as they should be: `{path: text}`."""
-    path = Path(ROOT, "README.md")
     main = table({name: options.TRAINING_KEYS[name] for name in MAIN})
     tables = {"main": main, "data": table(options.DATA_KEYS), "twins": twins()}
-    readme = MARKED.sub(lambda found: found[1] + tables[found[2]] + found[3], path.read_text(encoding="utf-8"))
-    return {path: readme, Path(ROOT, "docs/options.md"): page()}
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(Path(ROOT, "docs").glob("*.md"))}
+    marked = {
+        path: MARKED.sub(lambda found: found[1] + tables[found[2]] + found[3], text)
+        for path, text in texts.items()
+        if MARKED.search(text)
+    }
+    return {**marked, Path(ROOT, "docs/configs.md"): page()}
 
 
 def main(argv=None):

@@ -1,6 +1,6 @@
 """Export of a DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
 
-What the stock classes do differently, and what the export does about it, stands in README.md. Beside that:
+What the stock classes do differently, and what the export does about it, stands in docs/inference.md. Beside that:
 
 * Without a null class (class_dropout_prob 0) the rows of the label table from there on are NaN: sample with
   `guidance_scale=1`; guidance, which such a network can't do, then shows at once.

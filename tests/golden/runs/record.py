@@ -9,7 +9,7 @@ So check bit for bit where you have recorded, before and after a change that mus
 runs differed by a last bit (6e-8) on a busy machine, for a reason that was not found: repeat such a check before you
 believe it. Other instruction sets were 6e-7 apart at most.
 
-It uses what the README documents and nothing else (commands, flags, config keys, files, `models`, `diffusion`,
+It uses what the pages document and nothing else (commands, flags, config keys, files, `models`, `diffusion`,
 `transport`), so that it outlives whatever happens behind these.
 """
 

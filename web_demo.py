@@ -13,7 +13,6 @@ The page is for this machine alone, unless --host says otherwise. It needs no ne
 files, and can read none of this machine's but the images that it drew. It has no password.
 """
 
-import argparse
 import contextlib
 import html
 import importlib.util
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 
-from config.flags import check_positive
+from config.flags import CommandParser, check_positive
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from sampling.studio import Progress, Studio, explain
@@ -52,7 +51,7 @@ CSS = """
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model_path", nargs="+", metavar="MODEL", help=f"the models to choose from [those in {RESULTS}/]"
     )

@@ -10,12 +10,12 @@ command that trains. With --gpu_memory it plans for another machine's GPUs.
 Whatever it chose may be changed in the file, or by a flag of the training scripts; docs/options.md has all keys.
 """
 
-import argparse
 import os
 import shlex
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.flags import CommandParser
 from config.schema import MODEL_TYPES
 from runtime.commands import python_command, shell_path
 from runtime.files import check_output, write_json
@@ -23,9 +23,7 @@ from runtime.process import configure_runtime, run_cli, say
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--feature_path", required=True, help="folder with the set of features")
     parser.add_argument("--image_size", type=int, metavar="N", help="picks imagenetN of several sets in the folder")
     parser.add_argument("--output", default="config/mine.json", help="the JSON file to write [config/mine.json]")

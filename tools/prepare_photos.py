@@ -5,13 +5,12 @@ sizes, half of them mirrored or with their colour channels in another order. OUT
 such squares of matplotlib's grace_hopper.jpg, in their own colours. The same flags give the same pictures.
 """
 
-import argparse
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_seed
+from config.flags import CommandParser, check_seed
 from features.images import center_crop
 from runtime.files import whole_folder
 from runtime.process import counted, run_cli
@@ -39,11 +38,11 @@ def varied(picture, rng):
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", required=True, help="new or empty folder that gets train/ and heldout/")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels (default 64)")
-    parser.add_argument("--num_images", type=int, default=1000, help="pictures to train on (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels")
+    parser.add_argument("--num_images", type=int, default=1000, help="pictures to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     args = parser.parse_args(argv)
     check_seed("seed", args.seed)
     if not 8 <= args.image_size <= 256:

@@ -5,7 +5,6 @@ random, the background is a gradient, and what a symbol's line encloses is tinte
 pictures; another seed draws others, for example to test on.
 """
 
-import argparse
 import colorsys
 import math
 import os
@@ -13,7 +12,7 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_seed
+from config.flags import CommandParser, check_seed
 from runtime.files import whole_folder
 from runtime.process import counted, run_cli
 from runtime.progress import tqdm
@@ -89,11 +88,11 @@ def draw(ink, inside, size: int, rng):
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", required=True, help="folder that gets the class folders")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels (default 64)")
-    parser.add_argument("--images_per_class", type=int, default=200, help="pictures of each symbol (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels")
+    parser.add_argument("--images_per_class", type=int, default=200, help="pictures of each symbol")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there and not empty")
     args = parser.parse_args(argv)
     if args.image_size < SMALLEST:

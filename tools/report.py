@@ -8,19 +8,17 @@ of which the newest is taken. The page is one file, opens without a network, and
 run's data lie and what command started it: look at it before you show it to others.
 """
 
-import argparse
 import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.flags import CommandParser
 from runtime.files import check_output, whole_file
 from runtime.process import run_cli, say
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="FILE", help="the page [RUN/report.html; an earlier page is replaced]")
     parser.add_argument(

@@ -13,7 +13,7 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import check_positive
+from config.flags import CommandParser, check_positive
 from config.options import DEFAULT_VAE, SIT_VAE
 from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
@@ -37,7 +37,7 @@ SDE_DEFAULTS = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": 
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model_path", required=True, help="see above")
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="names or ids [golden retriever; else the first ten]"

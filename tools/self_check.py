@@ -11,7 +11,6 @@ MKL_DEBUG_CPU_TYPE and OMP_NUM_THREADS.
 Exit code: 0 all is well, 1 there are problems.
 """
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -24,6 +23,7 @@ import time
 
 from _root import ROOT
 
+from config.flags import CommandParser
 from config.options import DEFAULT_VAE, SIT_VAE
 from runtime.machine import available_memory, has_bundled_mkl, read_processor
 from runtime.process import configure_runtime, counted, one_line, resolve_device, run_cli, say
@@ -243,7 +243,7 @@ def print_report(report):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
     parser.add_argument("--device", default="auto", help="of the training step: auto, cpu, gpu or gpu:N [auto]")
     args = parser.parse_args(argv)

@@ -21,14 +21,13 @@ The autoencoder in assets/digits_vae was made by
 that in assets/colour_vae as its README.md says.
 """
 
-import argparse
 import math
 import os
 
 import _root  # (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import check_flag
+from config.flags import CommandParser, check_flag
 from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option, or_null
 from config.schema import check_section
 from features.autoencoder import LatentScaling, downsampling, load_vae, weights_digest
@@ -197,8 +196,8 @@ def make_network(args, settings):
     return vae
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--data_path", "--data", required=True, help="image folder by class to train on")
     parser.add_argument("--heldout", help="image folder by class on which to measure (default: one in ten, held out)")
     parser.add_argument("--init", help=f"autoencoder to fine-tune (default {INIT}, without --config_file)")
@@ -214,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--save_dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="type of the numbers in the file; float16 halves it and changes nothing one can see (default float32)",
+        help="type of the numbers in the file; float16 halves it and changes nothing one can see",
     )
     return parser
 

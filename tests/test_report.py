@@ -53,7 +53,12 @@ def run(tmp_path):
         Image.fromarray(np.full((24, 24, 3), step, "uint8")).save(folder / f"images/{step:07d}.png")
     (folder / "images/0000060.png").write_bytes(b"\x89PNG, and no more")
     command = ["train_image_generation_trainer.py", "--output_dir", str(folder), "--feature_path", "a b"]
-    environment = {"command": command, "features": str(tmp_path / "gone_features"), "paddlepaddle": "3.3.1"}
+    environment = {
+        "command": command,
+        "folder": str(tmp_path),
+        "features": str(tmp_path / "gone_features"),
+        "paddlepaddle": "3.3.1",
+    }
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
@@ -84,7 +89,8 @@ def test_the_page_holds_the_run_and_nothing_that_is_fetched_or_executed(run, tmp
         assert text in page.text, text
     go_on = next(line for line in page.text.splitlines() if "train_image_generation_trainer.py" in line)
     words = shlex.split(go_on)
-    assert words[words.index("--feature_path") + 1] == "a b" and words[-1] == str(run)
+    assert words[words.index("--feature_path") + 1] == "a b" and words[-1] == run.name
+    assert words[:2] == ["cd", str(tmp_path)]
 
 
 def test_a_page_is_made_anew_and_other_files_are_kept(run):

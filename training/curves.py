@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 8, 26  # margins
+LEFT, RIGHT, TOP, BOTTOM = 54, 20, 8, 26  # margins
 MAX_POINTS = 600  # of a line
 MAX_MARKS = 25  # of a line whose points are marked, with their values
 

@@ -108,7 +108,7 @@ def gather(run, *, samples=(), feature_path=None):
         "environment": [
             (key.replace("_", " "), _text(value))
             for key, value in environment.items()
-            if key not in ("command", "features") and value is not None
+            if key not in ("command", "folder", "features") and value is not None
         ],
         "commands": _commands(run, config, environment, status, chosen),
         "notes": notes,
@@ -390,9 +390,10 @@ def _commands(run, config, environment, status, checkpoints):
     if status["kind"] == "stopped" and script.startswith("train_image_generation_"):
         own = "--resume" if "notrainer" in script else "--resume_from_checkpoint"
         flags = [shlex.quote(str(word)) for word in words[1:]]
+        folder = environment["folder"] if isinstance(environment.get("folder"), str) else None
         count = environment.get("processes", 1)
         launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", str(count)) if count != 1 else ()
-        command = python_command(script, *flags, own, shell_path(run), launcher=launcher)
+        command = python_command(script, *flags, own, shell_path(run, folder), launcher=launcher, folder=folder)
         commands.append(("go on with the run", command))
     if checkpoints:
         checkpoint = shell_path(checkpoints[-1])

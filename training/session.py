@@ -257,7 +257,8 @@ class Session:
         """Saves where and on what the run trains as `environment.json` in its folder, for tools/report.py."""
         device = paddle.get_device()
         features = encodable(os.path.abspath(self.dataset.features_dir))
-        found = {"command": [encodable(word) for word in sys.argv], "features": features, "device": device}
+        found = {"command": [encodable(word) for word in sys.argv], "folder": encodable(os.getcwd())}
+        found |= {"features": features, "device": device}
         if device.startswith("gpu"):
             found["gpu"] = paddle.device.cuda.get_device_name()
         found |= {"processes": self.world_size, "started_at_step": self.first_step, **describe_environment()}

@@ -143,7 +143,7 @@ def convert(args, check, export, loader):
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.checkpoint_path, **options)
     card = {"weights": args.model_weights, "vae": vae, "vae_name": vae_name, "notes": notes}
-    write_model_card(args.checkpoint_path, config, **card, samples=args.card_samples)
-    for text in filter(None, [note, *vae_notes, *notes]):
+    no_picture = write_model_card(args.checkpoint_path, config, **card, samples=args.card_samples)
+    for text in filter(None, [note, *vae_notes, *notes, no_picture]):
         print(f"note: {text}")
     print(f"{source} -> {args.checkpoint_path} ({loader}.from_pretrained)")

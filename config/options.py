@@ -413,7 +413,7 @@ PREVIEW_FLAGS = {
         NUMBER,
         "guidance scale of a preview, 1 for none; low, because the 4 of the official samples makes those of a young "
         "model burnt and alike",
-        aliases=("cfg_scale",),
+        aliases=("guidance_scale", "cfg_scale"),
     ),
 }
 PARALLEL_FLAGS = {

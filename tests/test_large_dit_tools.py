@@ -37,7 +37,7 @@ from sampling.demo import draw_dit
 from sampling.guidance import guided
 from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.pipelines.export import export_pipeline
-from sampling.pipelines.folder import CODE, TREE
+from sampling.pipelines.folder import CARD, CODE, TREE
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
 from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams, save_torch
@@ -399,9 +399,9 @@ def test_converter_replaces_a_pipeline_of_either_kind(models, tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         export(models["vae"], models["checkpoint"], out)
     export(models["vae"], models["checkpoint"], out, "--stock_transformer", "--overwrite")
-    assert tree_of(out) == sorted(TREE)
+    assert tree_of(out) == sorted([*TREE, CARD])
     export(models["vae"], models["checkpoint"], out, "--overwrite", "--scheduler", "dpm")
-    assert tree_of(out) == sorted([*TREE, CODE])
+    assert tree_of(out) == sorted([*TREE, CODE, CARD])
 
 
 def test_converters_mistakes(models, tmp_path):

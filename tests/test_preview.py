@@ -9,6 +9,7 @@ from PIL import Image
 from ppdiffusers import AutoencoderKL
 from support.runs import ROOT, loop_arguments, read_losses, write_config, write_features
 
+from config.flags import Parser
 from config.schema import resolve_config
 from models import build_model
 from objectives import build_objective
@@ -98,6 +99,15 @@ def test_rows_are_classes_that_are_trained(monkeypatch):
     assert labels(config, images_per_class=1, classes=["digit 9", "3"]) == [9, 3]
     with pytest.raises(ValueError, match="--preview_classes cat: no such class; expected an id 0..9 or a name such as"):
         labels(config, classes=["cat"])
+
+
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+def test_flags(loop):
+    """PaddleMIX's --cfg_scale is another name of the guidance scale."""
+    args = Parser(loop).parse_args(["--cfg_scale", "2", "--preview_classes", "0", "golden retriever"])
+    assert args.preview_guidance_scale == 2 and args.preview_classes == ["0", "golden retriever"]
+    with pytest.raises(ValueError, match="must be a number, got nan"):
+        Parser(loop).parse_args(["--preview_guidance_scale", "nan"])
 
 
 def test_no_preview_of_numbers_that_are_not_finite(tmp_path, run_loop, capsys, monkeypatch):

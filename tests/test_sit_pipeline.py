@@ -36,7 +36,7 @@ from sampling import SiTPipeline
 from sampling import demo as image_demo
 from sampling.guidance import guided
 from sampling.pipelines.export import export_pipeline
-from sampling.pipelines.folder import SAFE_TREE, TREE
+from sampling.pipelines.folder import CARD, SAFE_TREE, TREE
 from sampling.sit_pipeline import TransportScheduler
 from tools import convert_dit_to_ppdiffusers, convert_official_weights, convert_sit_to_ppdiffusers
 from transport import Sampler, create_transport
@@ -473,7 +473,7 @@ class TestConverter:
         out = tmp_path / "out"
         self.run("--stock", "--model_weights", tmp_path / "checkpoint-7", "--checkpoint_path", out)
         assert json.loads((out / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
-        assert tree_of(out) == sorted(TREE)
+        assert tree_of(out) == sorted([*TREE, CARD])
 
     def test_labels_and_save_false(self, tmp_path, capsys):
         write_checkpoint(tmp_path / "checkpoint-7", make_config("SiT"))

@@ -156,7 +156,7 @@ def main(argv=None):
             images = draw(args, generator, ids, scale, steps, own)
             picture = class_grid(images, classes, generator.labels, per_class)
             save_image(picture, files[scale, steps], args.overwrite)
-            cells.append(make_grid(images, columns))
+            cells.append(make_grid(images, columns, gap=2))
     if "sweep" in files:
         rows, tops = [f"guidance {scale:g}" for scale in scales], [counted(steps, "step") for steps in options]
         sweep = make_grid(cells, len(options), gap=8, row_labels=rows, column_labels=tops)

@@ -161,6 +161,8 @@ class Session:
                 classes=outputs.preview_classes,
                 images_per_class=outputs.preview_images_per_class,
             )
+        elif outputs.preview_classes:
+            self.notes.append("the classes of previews have no effect without image_logging_steps")
         if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
             try:
                 self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)

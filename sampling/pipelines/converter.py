@@ -151,8 +151,8 @@ def convert(args, check, export, loader):
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.output, **options)
     card = {"weights": args.model_path, "vae": vae, "vae_name": vae_name, "notes": notes}
-    write_model_card(args.output, config, **card, samples=args.card_samples)
-    for text in filter(None, [note, *vae_notes, *notes]):
+    no_picture = write_model_card(args.output, config, **card, samples=args.card_samples)
+    for text in filter(None, [note, *vae_notes, *notes, no_picture]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
     demo = "infer_demo_sit.py" if loader.endswith("SiTPipeline") else "infer_demo_dit.py"

@@ -13,7 +13,7 @@ from runtime.process import counted
 from runtime.untrusted import read_json, read_json_object, shortened
 from sampling.model_path import describe_model
 from sampling.pipelines.folder import CARD, CARD_MARK, SAMPLES
-from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, describe_fit, is_timestep_fit
+from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, check_scheduler, describe_fit, is_timestep_fit
 
 MAX_CLASSES = 50  # listed by name; the others are in model_index.json
 MAX_ROWS = 10  # classes in the picture of samples
@@ -27,12 +27,19 @@ def write_model_card(folder, config, *, weights, vae, vae_name, notes=(), sample
     Args:
         config: resolved, of the network. weights: the path that it was exported from.
         vae: the autoencoder, by `vae_name`. notes: sentences on what the pipeline does differently.
+
+    Returns None, or a sentence that says why there is no picture.
     """
-    if samples:
-        _draw_samples(folder, samples)
+    note = None
+    try:
+        if samples:
+            _draw_samples(folder, samples)
+    except ValueError as error:  # the pipeline itself is written
+        samples, note = 0, f"the model card has no picture: {error}"
     text = model_card(folder, config, weights=weights, vae=vae, vae_name=vae_name, notes=notes, has_samples=samples > 0)
     with whole_file(os.path.join(folder, CARD)) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
+    return note
 
 
 def model_card(folder, config, *, weights, vae, vae_name, notes=(), has_samples=False):
@@ -85,7 +92,12 @@ def _num_steps(folder, described):
         return 50
     kind = "dpm" if described.scheduler["_class_name"].startswith("DPM") else "ddim"
     exact = (_timestep_fit(folder) or {}).get(kind) or [25]
-    return min(25 if 25 in exact else max(exact), described.scheduler.get("num_train_timesteps", 1000))
+    steps = 25 if 25 in exact else max(exact)
+    try:
+        check_scheduler(described.scheduler, kind, steps)
+    except ValueError:  # a diffusion of few timesteps, all of which are valid
+        steps = described.scheduler["num_train_timesteps"]
+    return steps
 
 
 def _guidance(model):

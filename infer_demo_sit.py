@@ -5,8 +5,9 @@
     python infer_demo_sit.py --model_path output/checkpoint-5000 --vae assets/digits_vae --classes 3 7
 
 --model_path is a SiTPipeline folder (tools/convert_sit_to_ppdiffusers.py), a training checkpoint folder, whose averages
-are sampled, or a file of weights (.pdparams, or an official .pt) with --config_file. Without it: ./SiT_XL_2_256 if that
-folder is there, else SiT-XL-2-256x256.pdparams or .pt. One class gives one image, several a grid.
+are sampled, a run's folder, whose newest checkpoint is taken, or a file of weights (.pdparams, or an official .pt) with
+--config_file. Without it: ./SiT_XL_2_256 if that folder is there, else SiT-XL-2-256x256.pdparams or .pt. One class
+gives one image, several a grid.
 
 --num_inference_steps counts grid points, as the official num_steps: an ODE method makes one step less, the SDE its last
 step besides.

@@ -16,7 +16,7 @@ from features.statistics import channel_sums, statistics_entries
 from features.store import find_features, open_store, read_manifest
 from features.writers import PairWriter, write_checksums
 from runtime.files import sha256_of_file, whole_file, write_json
-from runtime.process import counted
+from runtime.process import counted, say
 from runtime.progress import tqdm
 from runtime.untrusted import read_json
 
@@ -39,6 +39,8 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
     if os.path.realpath(output) == os.path.realpath(feature_path):
         raise ValueError(f"--output {output}: is the source's folder; choose another")
     store = open_store(feature_path, source_kind, name)
+    if kind == "npy" and shard_samples:
+        say("note: --shard_samples has no effect on pairs of .npy files")
     _check_samples(store, kind)
     rounded_to = dtype or "float32"  # compared with what the user asked for: an unrequested rounding is an error
     dtype = dtype or ("float16" if store.dtype == "float16" else "float32")

@@ -4,10 +4,10 @@
     python tools/export_inference.py --model_path output/checkpoint-5000 --vae assets/digits_vae --output DiT_inference
     python infer_demo_dit.py --model_path DiT_inference --backend inference --classes 207
 
---model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, or a training checkpoint folder,
-whose averages are taken. The folder serves latents of one size, any batch size, CPU and GPU; weights are float32, half
-precision is chosen by infer_demo_dit.py --dtype. Whoever runs it runs a program of yours: as with any code, take such
-folders only from people you trust.
+--model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, a training checkpoint folder, whose
+averages are taken, or a run's folder, of its newest checkpoint. The folder serves latents of one size, any batch size,
+CPU and GPU; weights are float32, half precision is chosen by infer_demo_dit.py --dtype. Whoever runs it runs a program
+of yours: as with any code, take such folders only from people you trust.
 """
 
 import _root  # noqa: F401 (the project's root, on sys.path)

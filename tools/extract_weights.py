@@ -2,10 +2,10 @@
 
     python tools/extract_weights.py --model_path output/checkpoint-10000 --key ema --output DiT.pdparams
 
---model_path is a training checkpoint folder of this project, or a `.pdparams` as PaddleMIX's DiT example saves it:
-names begin with `transformer.` (the network) and `model_ema.` (its averages, whose names have lost their dots); a VAE
-in it is left out. Of a file that holds several sets of weights by key, --key ema takes the averages. The file is
-read without executing anything it holds.
+--model_path is a training checkpoint folder of this project, a run's folder (its newest checkpoint), or a `.pdparams`
+as PaddleMIX's DiT example saves it: names begin with `transformer.` (the network) and `model_ema.` (its averages, whose
+names have lost their dots); a VAE in it is left out. Of a file that holds several sets of weights by key, --key ema
+takes the averages. The file is read without executing anything it holds.
 """
 
 import argparse

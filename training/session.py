@@ -170,6 +170,8 @@ class Session:
                 raise ValueError(f"evaluation: {error}") from None
         elif config["evaluation"]["steps"] is None and config["evaluation"]["reference"] is not None:
             self.notes.append("the config's section evaluation has no effect without steps")
+        if outputs.vae is not None and self.preview is None and self.evaluation is None:
+            self.notes.append(f"the autoencoder {outputs.vae} is not used: no --image_logging_steps, no evaluation")
 
     def build_optimizer(self):
         """Builds `optimizer` and `lr_scheduler`, and returns the optimizer."""

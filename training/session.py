@@ -381,21 +381,13 @@ class Session:
         checkpoint = os.path.join(self.folder, self.outputs.checkpoints.format(step=self.last_step))
         if self.first_step >= self.last_step:
             checkpoint = self.checkpoint.source
+        draw = ["--model_path", checkpoint]
+        export = ["--model_weights", checkpoint, "--checkpoint_path", os.path.join(self.folder, "pipeline")]
+        vae = self.outputs.vae
+        if vae and self.config["features"]["vae"] is None:  # else they find the features' own
+            draw, export = [*draw, "--vae", vae], [*export, "--vae_model", vae]
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
-        vae = self.outputs.vae if self.config["features"]["vae"] is None else None
-        folder = os.path.join(self.folder, "pipeline")
-        say_next(
-            [kind.demo, "--model_path", checkpoint, *(["--vae", vae] if vae else [])],
-            [
-                converter,
-                "--model_weights",
-                checkpoint,
-                "--checkpoint_path",
-                folder,
-                *(["--vae_model", vae] if vae else []),
-            ],
-            ["tools/report.py", self.folder],
-        )
+        say_next([kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder])
 
 
 def build_session(config, data, folder, **options):

@@ -57,7 +57,7 @@ def build_parser():
     parser.add_argument(
         "--features", default="inception", help="inception, digits, or the path of a Paddle Inference program"
     )
-    parser.add_argument("--inception", metavar="FILE", help="weights of the Inception [looked for, see docs/evaluation.md]")
+    parser.add_argument("--inception", metavar="FILE", help="weights of the Inception [see docs/evaluation.md]")
     parser.add_argument(
         "--preprocessing",
         choices=("adm", "pytorch-fid"),

@@ -104,9 +104,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown(self, flag):
         name, known = flag.lstrip("-").replace("-", "_"), self._option_string_actions
+        if name in options.OF_THE_MODEL and "--model_path" in known:
+            return f"unknown flag {flag} (the model brings it along)"
         near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7)
         meant = [f"--{this}" for this in options.MEANINGS.get(name, ()) if f"--{this}" in known]
-        meant = [known[other].option_strings[0] for other in meant or near if known[other].option_strings]
+        for other in meant or near:
+            is_opposite = other in getattr(known[other], "opposites", ())
+            meant = [other if is_opposite else known[other].option_strings[0]]
         return f"unknown flag {flag}" + (f" (did you mean {meant[0]}?)" if meant else "")
 
 
@@ -123,7 +127,7 @@ class _Store(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if option_string is not None:
             parser.record(self, option_string, values)
-        if self.check is not None and not (values == "None" or self.check.accepts(values)):
+        if self.check is not None and values not in (None, "None") and not self.check.accepts(values):
             parser.error(f"{option_string or self.dest} must be {self.check.expected}, got {values!r}")
         setattr(namespace, self.dest, values)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
-GUIDANCE_SCALE = 4.0  # of demos, as in the official sample.py
+GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
 MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
 
 # Names that other commands have for a flag: PaddleMIX's, those of the official DiT and SiT, earlier ones of this
@@ -52,6 +52,8 @@ MEANINGS = {
     "sampling_method": ("method",),
     **dict.fromkeys(("output_dir", "results_dir", "sample_dir", "report", "json", "output_path"), ("output",)),
 }
+# Settings that the official samplers have a flag for, and that a model brings along here.
+OF_THE_MODEL = ("image_size", "num_classes")
 
 
 # ---- What an option is ----

@@ -143,7 +143,7 @@ class Extraction:
         saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
         if saved is None:
             for path in layout.existing():
-                raise ValueError(f"{path} belongs to another extraction; choose another --features_path or --name")
+                raise ValueError(f"{path} belongs to another extraction; choose another --feature_path or --name")
         source = ImageSource.load(layout.images, root) if saved == layout.settings else None
         if source is None or source.kind != "tar":  # whose headers take long to read
             source = open_source(data_path, list_file, source.classes if source else self._finished_classes())
@@ -198,7 +198,7 @@ class Extraction:
             if old != new:
                 raise ValueError(
                     f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
-                    f"{json.dumps(new)}; repeat its command to go on, or choose another --features_path or --name"
+                    f"{json.dumps(new)}; repeat its command to go on, or choose another --feature_path or --name"
                 )
 
     def _remove_state(self):
@@ -231,7 +231,7 @@ class Extraction:
             if left_out and not skip:
                 raise ValueError(
                     f"{source.name(min(left_out))}: could not be read, and an earlier start with --on_error skip left "
-                    "it out; give that again, or choose another --features_path or --name to start anew"
+                    "it out; give that again, or choose another --feature_path or --name to start anew"
                 )
             mine = [part for part in range(self.rank, len(parts), self.world) if part not in journal.parts]
             encoded = self._encode([batch for part in mine for batch in parts[part]], encoder, num_workers)

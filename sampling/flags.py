@@ -18,16 +18,27 @@ LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
 
 def add_sampling_flags(
-    parser, *, guidance_channels, seed=0, num_steps=25, guidance_scale=f"{GUIDANCE_SCALE:g}, as the official sample.py"
+    parser,
+    *,
+    guidance_channels,
+    seed=0,
+    num_steps=25,
+    guidance_scale=GUIDANCE_SCALE,
+    like="PaddleMIX's demos",
 ):
-    """Adds the flags of steps, guidance and seed; the arguments are the defaults that --help names."""
-    parser.add_argument("--num_inference_steps", check=POSITIVE_INT, default=num_steps, help="steps of the sampler")
+    """Adds the flags of steps, guidance and seed; the arguments are the defaults that --help names.
+
+    `like` says whose number of steps and guidance scale they are.
+    """
+    parser.add_argument(
+        "--num_inference_steps", check=POSITIVE_INT, default=num_steps, help=f"sampling steps [{num_steps}, as {like}]"
+    )
     parser.add_argument(
         "--guidance_scale",
         type=float,
         metavar="X",
         help="1 for none, 0 for images without a class, negative: away from it "
-        f"[{guidance_scale}; 1 without a null class]",
+        f"[{guidance_scale:g}, as {like}; 1 without a null class]",
     )
     parser.add_argument(
         "--guidance_channels",

@@ -7,12 +7,13 @@ import pytest
 from support.commands import commands
 
 from config.flags import LOOPS, CommandParser, Parser
-from config.options import OTHER_NAMES
+from config.options import OTHER_NAMES, VAE
 
 
 def make_parser():
     parser = CommandParser(prog="tool")
     parser.add_argument("--image_size", type=int, default=256, help="pixels")
+    parser.add_argument("--vae", check=VAE)
     group = parser.add_argument_group("output")
     group.add_argument("--output", aliases=("--checkpoint_path",), help="file to write [none]")
     group.add_argument("--flip", action="store_true", help="mirror")
@@ -38,6 +39,7 @@ def make_parser():
         ("--no_checksums", "no_checksums", True),
         ("--no", "no_checksums", True),
         ("--checksums", "no_checksums", False),
+        ("--vae None", "vae", None),  # as launch scripts do
     ],
 )
 def test_what_parses(words, name, expected):
@@ -55,6 +57,8 @@ def test_what_parses(words, name, expected):
         ("--imagesize 64", "unknown flag --imagesize (did you mean --image_size?)"),
         ("--chekpoint-path x", "unknown flag --chekpoint-path (did you mean --output?)"),
         ("--results_dir x", "unknown flag --results_dir (did you mean --output?)"),
+        ("--no_flp", "unknown flag --no_flp (did you mean --no_flip?)"),
+        ("--num-classes 10", "unknown flag --num-classes"),
         ("--nothing_like_it", "unknown flag --nothing_like_it"),
         ("word", "unexpected 'word'"),
     ],

@@ -123,7 +123,7 @@ def test_variables_and_further_flags(tmp_path):
     assert (value(words, "--master"), value(words, "--ips")) == ("10.0.0.1:8080", "10.0.0.1,10.0.0.2")
     assert (value(words, "--dp_degree"), value(words, "--sharding_parallel_degree")) == ("4", "2")
     assert value(words, "--output_dir") == "out put" and value(words, "--logging_dir") == "out put/tb_log"
-    assert words[-4:] == ["--device", "cpu", "--ema_decay", "0.99"]
+    assert words[-5:] == ["--overriding", "--device", "cpu", "--ema_decay", "0.99"]  # the last win, by any name
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,10 @@ def test_variables_that_every_script_takes(script, tmp_path):
     flag = "--resolution" if SCRIPTS[script][0] == "trainer" else "--image_size"
     for name in ("resolution", "image_size"):
         assert value(launch_line(script, tmp_path, **{name: "64"}), flag) == "64"
+    theirs = {"output": "OUTPUT_DIR" if flag == "--resolution" else "results_dir", "vae": "vae_name_or_path"}
+    theirs |= {"seed": "global_seed", "save_steps": "ckpt_every", "num_workers": "dataloader_num_workers"}
+    named = launch_line(script, tmp_path, **dict.fromkeys(theirs, "3"))
+    assert named == launch_line(script, tmp_path, **dict.fromkeys(theirs.values(), "3")) and named.count("3") == 5
     words = launch_line(script, tmp_path, num_inference_steps="7", disable_tqdm="False")
     assert (value(words, "--num_inference_steps"), value(words, "--disable_tqdm")) == ("7", "False")
 
@@ -215,6 +219,7 @@ def test_variables_that_every_script_takes(script, tmp_path):
         ("3_run_train_sit_notrainer.sh", {"TRAINING_MODEL_RESUME": "x"}, "this loop takes resume"),
         ("3_run_train_sit_notrainer.sh", {"MP_DEGREE": "2"}, "MP_DEGREE=2 is not used by this script"),
         ("3_run_train_sit_notrainer.sh", {"image_size": "64", "resolution": "32"}, "are the same setting: give one"),
+        (LARGE, {"output": "a", "OUTPUT_DIR": "b"}, "OUTPUT_DIR=b and output=a are the same setting: give one"),
     ],
 )
 def test_variables_of_other_scripts_are_named(script, variables, line, tmp_path):

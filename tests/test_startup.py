@@ -1,10 +1,12 @@
 """Commands answer `--help` at once, and importing the networks costs nothing beyond Paddle."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from support.commands import commands, help_command
 from support.runs import ROOT, command_environment, write_config
 
@@ -86,6 +88,80 @@ def test_mistakes_on_the_command_line_are_told_before_a_framework_is_imported(lo
     assert done.returncode == 2, (done.returncode, done.stderr)
     (error,) = done.stderr.splitlines()
     assert error.startswith("error: ") and line in error
+
+
+REFUSED = {  # command line: a part of what is said; in a folder with what the test below makes
+    "infer_demo_dit --model_path empty": "neither a DiTPipeline folder",
+    "infer_demo_dit --image-size 256": "unknown flag --image-size (the model brings it along)",
+    "infer_demo_dit --model_path gone/x/y": "there is no such folder",
+    "infer_demo_dit --output full/x.png": "exists already",
+    "infer_demo_dit --id2label gone.json": "gone.json: no such file",
+    "infer_demo_sit --model_path weights.pdparams --method rk4": "--method rk4: unknown for --sampler sde",
+    "infer_demo_sit --model_path weights.pdparams --vae gone": "--vae gone: there is no such folder",
+    "infer_demo_sit --model_path weights.pdparams --config_file gone.json": "gone.json: no such file",
+    "infer_demo_largedit_3b --device tpu": "--device must be auto, cpu, gpu or gpu:N, got 'tpu'",
+    "tools.check_features --feature_path gone": "gone: no such folder",
+    "tools.check_features --feature_path empty --vae empty": "no config.json in this folder",
+    "tools.check_features --feature_path empty --config_file gone": "--config_file gone: there is no such file",
+    "tools.pack_features --feature_path empty": "nor any other NAME_features/",
+    "tools.pack_features --feature_path empty --shard_samples 0": "--shard_samples must be a positive integer, got 0",
+    "tools.convert_dit_to_ppdiffusers --model_path gone": "--model_path gone: there is no such file",
+    "tools.convert_sit_to_ppdiffusers --model_path empty": "empty: not a training checkpoint",
+    "tools.convert_official_weights --config_file empty.json --model_path gone --output o.pt": "ends in .pdparams",
+    "tools.evaluate --samples gone --reference full": "--samples gone: there is no such file",
+    "tools.evaluate --samples empty --reference empty": "empty: no images in this folder",
+    "tools.evaluate --reference pictures --samples pictures --features gone": "features gone: expected inception",
+    "tools.evaluate --reference pictures --samples pictures --metrics lpips": "lpips is unknown",
+    "tools.evaluate --reference pictures --vae gone": "--vae gone: there is no such folder",
+    "tools.evaluate --reference pictures --samples pictures --output full/x.png": "exists already",
+    "tools.evaluate_digits --model_path empty --digits gone": "--digits gone: there is no such file",
+    "tools.export_inference --model_path empty --output full": "full: is there already",
+    "tools.export_inference --model_path gone --output new": "gone: there is no such folder",
+    "tools.extract_features --data_path gone --feature_path new": "--data_path gone: there is no such file",
+    "tools.extract_features --data_path empty --feature_path new": "empty: no images found",
+    "tools.extract_features --data_path pictures --feature_path full/x.png": "full/x.png: is a file",
+    "tools.extract_features --data_path pictures --feature_path new --name a/b": "--name a/b",
+    "tools.extract_features --data_path pictures --feature_path new --bf16 --fp16": "are one setting: give one",
+    "tools.extract_features --data_path empty.json --feature_path new": "empty.json: not a tar file",
+    "tools.extract_weights --model_path empty --output o.pdparams": "empty: not a training checkpoint",
+    "tools.plan_memory --json gone/x.json": "--json gone/x.json: there is no such folder",
+    "tools.prepare_digits --output full/x.png": "--output full/x.png is a file",
+    "tools.replay_step empty": "empty: not a dump of a step",
+    "tools.sample_npz --model_path empty --output new.npz": "neither a DiTPipeline or SiTPipeline folder",
+    "tools.sample_npz --model_path empty --output gone/new.npz": "--output gone/new.npz: there is no such folder",
+    "tools.train_digits_classifier --data_path gone --heldout gone --output new": "--data_path gone: there is no such",
+    "train_image_generation_trainer --feature_path gone": "gone: no such folder",
+    "train_image_generation_trainer --vae gone": "--vae gone: there is no such folder",
+    "train_image_generation_trainer --output full/x.png": "--output full/x.png: is a file",
+    "train_image_generation_notrainer --resume gone": "--resume gone: there is no such file",
+    "train_image_generation_notrainer --pretrained_model_path gone": "--pretrained_model_path gone: there is no such",
+}
+
+
+def test_what_no_command_can_do_is_said_before_a_framework_is_imported(tmp_path):
+    for name in ("empty", "full", "pictures"):
+        (tmp_path / name).mkdir()
+    for name in ("full/x.png", "weights.pdparams"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty.json").write_text("{}")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    code = (
+        "import importlib, json, sys\n"
+        "for line, words in json.loads(sys.argv[1]).items():\n"
+        "    sys.argv = line.split()\n"
+        "    try: importlib.import_module(sys.argv[0]).main()\n"
+        "    except ValueError as error: assert words in str(error), (line, str(error))\n"
+        "    else: assert False, line\n"
+        "    assert not {'paddle', 'ppdiffusers', 'paddlenlp'} & set(sys.modules), line"
+    )
+    config = f" --config_file {ROOT / 'config/DiT_S_patch4.json'}"
+    lines = {line + config * line.startswith("train_"): words for line, words in REFUSED.items()}
+    command = [sys.executable, "-c", code, json.dumps(lines)]
+    environment = {**command_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--format", choices=("npy", "packed"), default="npy", help="npy: a file pair an image")
     parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="side of the crops in pixels")
     parser.add_argument(
-        "--vae", check=VAE, default=DEFAULT_VAE, help="folder or hub name of an AutoencoderKL, or ema or mse"
+        "--vae",
+        check=VAE,
+        default=DEFAULT_VAE,
+        help="folder or hub name of an AutoencoderKL, or ema or mse, which encode alike",
     )
     parser.add_argument("--flip", action="store_true", help="also store the latents of the mirrored images")
     parser.add_argument(

@@ -82,7 +82,8 @@ def parse(argv):
         parser,
         guidance_channels="all of a DiT; of a SiT 3 of 4, all of any other number",
         num_steps=NUM_STEPS,
-        guidance_scale=f"{GUIDANCE_SCALE}, as the official sample_ddp.py: lower than the demos', for FID",
+        guidance_scale=GUIDANCE_SCALE,
+        like="the official sample_ddp.py",
     )
     words = "; ".join(f"{name}: {rounding.words}" for name, rounding in ROUNDINGS.items())
     parser.add_argument(

@@ -62,7 +62,7 @@ class Evaluation:
             objective.check_num_steps(settings["num_inference_steps"])
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE
-        wanted = {"default": default, "flag": "--vae_name_or_path", "channels": model["in_channels"]}
+        wanted = {"default": default, "flag": "--vae", "channels": model["in_channels"]}
         vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
         # As for a checkpoint: `sampling.generator.load_generator`.
         sampler = CheckpointSampler(config) if is_diffusion else objective

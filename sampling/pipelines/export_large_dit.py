@@ -1,8 +1,8 @@
 """Export of a Large-DiT as a folder that the stock `ppdiffusers.DiTPipeline` loads.
 
 Settings and weights are those of ppdiffusers' own Large-DiT transformer, `DiTLLaMA2DModel`, whose parameters have the
-official names. That class does not give the official network's numbers, see docs/inference.md. So the folder brings a
-subclass that mends it, a copy of `sampling/pipelines/large_dit_transformer.py`, and model_index.json names that one.
+official names. That class does not give the official network's numbers, see docs/inference.md. So the folder brings
+along a subclass that mends it, a copy of `sampling/pipelines/large_dit_transformer.py`, and model_index.json names it.
 
 The rest is as for a DiT (`sampling.pipelines.export_dit`). Timesteps need no fit: their frequencies are the official
 ones.

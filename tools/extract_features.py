@@ -117,10 +117,10 @@ def extract(args) -> None:
             classes = counted(manifest["num_classes"], "class", "classes")
             print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
             print(*places, layout.classes, layout.manifest, sep=", ")
-            place = ["--feature_path", args.features_path]
-            config = os.path.join(args.features_path, "config.json")
+            place = ["--feature_path", args.feature_path]
+            config = os.path.join(args.feature_path, "config.json")
             say_next(
-                ["tools/check_features.py", *place, "--vae", args.vae],
+                ["tools/check_features.py", *place, "--image_size", args.image_size, "--vae", args.vae],
                 ["tools/make_config.py", *place, "--image_size", args.image_size, "--output", config],
             )
     except FileNotFoundError:

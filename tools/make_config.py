@@ -7,7 +7,7 @@ Latent size, channels, classes and the number of samples come from the set, memo
 or its CPU. It prints each choice with its reason, the memory and the time that training is expected to take, and the
 command that trains. With --gpu_memory it plans for another machine's GPUs.
 
-Whatever it chose may be changed in the file, or by a flag of the training scripts; docs/options.md has all keys.
+Whatever it chose may be changed in the file, or by a flag of the training scripts; docs/configs.md has all keys.
 """
 
 import os
@@ -68,28 +68,23 @@ def training_commands(args, features, suggestion):
     launcher = launcher if setting.world_size > 1 else ()
     common = f"--config_file {shell_path(args.output)} --feature_path {shell_path(args.feature_path)}"
     preview = f"--image_logging_steps {max(1, min(5000, draw_every))}" if features.vae else ""  # the autoencoder's
+    flags = (
+        common,
+        f"--output {output}",
+        f"--logging_steps {log_every} --save_steps {save_every} --num_workers {workers}",
+        preview,
+        size and f"--image_size {size}",
+    )
     trainer = python_command(
         "train_image_generation_trainer.py",
-        common,
-        f"--output_dir {output}",
-        f"--logging_steps {log_every} --save_steps {save_every} --dataloader_num_workers {workers}",
-        preview,
-        size and f"--resolution {size}",
+        *flags,
         setting.sharding and f"--sharding {setting.sharding} --sharding_parallel_degree {setting.sharding_degree}",
         f"--tensor_parallel_degree {setting.tensor_parallel}" if setting.tensor_parallel > 1 else "",
         launcher=launcher,
     )
     if setting.sharding or setting.tensor_parallel > 1:  # which the hand-written loop has not
         return [trainer]
-    notrainer = python_command(
-        "train_image_generation_notrainer.py",
-        common,
-        f"--results_dir {output}",
-        f"--log_every {log_every} --ckpt_every {save_every} --num_workers {workers}",
-        preview,
-        size and f"--image_size {size}",
-        launcher=launcher,
-    )
+    notrainer = python_command("train_image_generation_notrainer.py", *flags, launcher=launcher)
     return [trainer, notrainer]
 
 

@@ -388,7 +388,8 @@ def _commands(run, config, environment, status, checkpoints):
     words = environment.get("command")
     script = os.path.basename(words[0]) if isinstance(words, list) and words and isinstance(words[0], str) else ""
     if status["kind"] == "stopped" and script.startswith("train_image_generation_"):
-        own = "--resume" if "notrainer" in script else "--resume_from_checkpoint"
+        given = (str(word).split("=")[0] for word in words)
+        own = next((flag for flag in given if flag in ("--resume", "--resume_from_checkpoint")), "--resume")
         flags = [shlex.quote(str(word)) for word in words[1:]]
         folder = environment["folder"] if isinstance(environment.get("folder"), str) else None
         count = environment.get("processes", 1)
@@ -400,7 +401,7 @@ def _commands(run, config, environment, status, checkpoints):
         samples, pipeline = (shell_path(os.path.join(run, name)) for name in ("samples.png", "pipeline"))
         commands.append(("draw samples", python_command(kind.demo, f"--model_path {checkpoint} --output {samples}")))
         export = f"tools/convert_{'dit' if kind.pipeline == 'DiTPipeline' else 'sit'}_to_ppdiffusers.py"
-        flags = f"--model_weights {checkpoint} --checkpoint_path {pipeline}"
+        flags = f"--model_path {checkpoint} --output {pipeline}"
         commands.append((f"export it as a {kind.pipeline}", python_command(export, flags)))
     again = python_command("tools/report.py", shell_path(run))
     return [*commands, ("make this page anew", again)]

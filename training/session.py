@@ -382,10 +382,10 @@ class Session:
         if self.first_step >= self.last_step:
             checkpoint = self.checkpoint.source
         draw = ["--model_path", checkpoint]
-        export = ["--model_weights", checkpoint, "--checkpoint_path", os.path.join(self.folder, "pipeline")]
+        export = ["--model_path", checkpoint, "--output", os.path.join(self.folder, "pipeline")]
         vae = self.outputs.vae
         if vae and self.config["features"]["vae"] is None:  # else they find the features' own
-            draw, export = [*draw, "--vae", vae], [*export, "--vae_model", vae]
+            draw, export = [*draw, "--vae", vae], [*export, "--vae", vae]
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
         say_next([kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder])
 

@@ -26,3 +26,9 @@ def python_command(script, *words, launcher=(), folder=None):
     same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
     python = "python" if same else shell_path(sys.executable, folder)
     return enter + " ".join([python, *launcher, shell_path(os.path.join(ROOT, script), folder), *filter(None, words)])
+
+
+def resume_flag(words):
+    """Returns the name by which a training command was given its `--resume`, so that a later one wins over it."""
+    given = (str(word).split("=")[0] for word in words)
+    return next((flag for flag in given if flag in ("--resume", "--resume_from_checkpoint")), "--resume")

@@ -20,7 +20,7 @@ from config.schema import MODEL_TYPES, load_config
 from features.layout import Layout
 from features.order import total_steps
 from features.store import open_store, read_manifest
-from runtime.commands import python_command, shell_path
+from runtime.commands import python_command, resume_flag, shell_path
 from runtime.process import counted, one_line
 from runtime.run_lock import check_idle, list_experiments
 from runtime.untrusted import read_json_object, shortened
@@ -388,13 +388,13 @@ def _commands(run, config, environment, status, checkpoints):
     words = environment.get("command")
     script = os.path.basename(words[0]) if isinstance(words, list) and words and isinstance(words[0], str) else ""
     if status["kind"] == "stopped" and script.startswith("train_image_generation_"):
-        given = (str(word).split("=")[0] for word in words)
-        own = next((flag for flag in given if flag in ("--resume", "--resume_from_checkpoint")), "--resume")
         flags = [shlex.quote(str(word)) for word in words[1:]]
         folder = environment["folder"] if isinstance(environment.get("folder"), str) else None
         count = environment.get("processes", 1)
         launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", str(count)) if count != 1 else ()
-        command = python_command(script, *flags, own, shell_path(run, folder), launcher=launcher, folder=folder)
+        command = python_command(
+            script, *flags, resume_flag(words), shell_path(run, folder), launcher=launcher, folder=folder
+        )
         commands.append(("go on with the run", command))
     if checkpoints:
         checkpoint = shell_path(checkpoints[-1])

@@ -24,6 +24,7 @@ from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
 from models.parallel import whole_shape
 from objectives import build_objective
+from runtime.commands import resume_flag
 from runtime.console import next_commands, say_next
 from runtime.files import write_json
 from runtime.machine import describe_environment
@@ -365,7 +366,8 @@ class Session:
         if self.stopping.stopped:
             how = f"; the same command goes on with {shlex.join(resume)}" if resume else ""
             given = sys.argv[: -len(resume)] if resume and sys.argv[-len(resume) :] == resume else sys.argv
-            command = [] if "PADDLE_TRAINER_ID" in os.environ else next_commands([*given, *resume])
+            again = [*given, resume_flag(given), *resume[1:]] if resume else given
+            command = [] if "PADDLE_TRAINER_ID" in os.environ else next_commands(again)
             done = f"after step {self.step} of {self.last_step}, saved in {place}"
             self.stopping.leave("\n".join([done + how, *command]))
         if self.rank == 0 and self.first_step >= self.last_step:

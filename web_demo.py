@@ -7,7 +7,7 @@
 Needs Gradio: bash tools/setup_env.sh --demo. Then open the address that is printed; Ctrl-C ends it.
 
 --model_path takes what infer_demo_dit.py and infer_demo_sit.py take: pipeline folders, training checkpoints, names on
-the hub. One model is in memory at a time and one drawing is made at a time: others wait in a queue and see their place.
+the hub; of another folder the models in it, of each run the newest checkpoint. One model is in memory at a time and one drawing is made at a time: others wait in a queue and see their place.
 
 The page is for this machine alone, unless --host says otherwise. It needs no network, sends nothing anywhere, takes no
 files, and can read none of this machine's but the images that it drew. It has no password.
@@ -16,7 +16,7 @@ files, and can read none of this machine's but the images that it drew. It has n
 import contextlib
 import html
 import importlib.util
-import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -29,6 +29,7 @@ from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from sampling.studio import Progress, Studio, explain
 from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
+from sampling.web_guard import Guard, is_local
 
 RESULTS = "outputs"  # where models are looked for without --model_path
 MAX_WAITING = 20  # drawings in the queue; more are refused
@@ -81,11 +82,10 @@ def main(argv=None):
         say("loading Gradio and the model ...")
         # Files that pages show are in this folder and nowhere else; Gradio's default is shared with other programs.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-        studio = Studio(args.device, args.dtype)
-        studio.load(choices[0])
         flags = {"device": None if args.device == "auto" else args.device, "dtype": args.dtype}
-        page = Page(choices, studio, args.max_images, flags, folder)
-        serve(page, args.host, server, folder)
+        with contextlib.closing(Studio(args.device, args.dtype)) as studio:
+            studio.load(choices[0])
+            serve(Page(choices, studio, args.max_images, flags, folder), args.host, server, folder)
 
 
 def listen(host, port):
@@ -99,13 +99,6 @@ def listen(host, port):
             f"--host {host}" if isinstance(error, (socket.gaierror, UnicodeError)) else f"--host {host} --port {port}"
         )
         raise ValueError(f"{flag}: {reason}; another --port, or 0 for a free one, may help") from None
-
-
-def is_local(host):
-    """Returns True for an address that only this machine reaches."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 class Page:
@@ -280,82 +273,22 @@ def show_progress(event):
     return f'<div class="status" role="status">{html.escape(event.text + counts)}<progress{value}></progress></div>'
 
 
-class Guard:
-    """An ASGI application that lets through to another what the page needs, and answers 404 to all else.
-
-    Gradio has many more doors than this page has use for: uploads, a proxy, calls by name. Files are served out of one
-    folder alone. Pages may load nothing from elsewhere. Where only this machine is listened to, a request must name
-    this machine, so that no other site's page reaches it under a name of its own (DNS rebinding).
-    """
-
-    GET = ("/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data", "/gradio_api/startup-events")
-    GET_BELOW = ("/assets/", "/static/", "/gradio_api/heartbeat/")
-    POST = tuple(f"/gradio_api/{name}" for name in ("queue/join", "run/predict", "cancel", "reset"))
-    FILE = "/gradio_api/file="
-    MAX_BODY = 1 << 18  # bytes of a request
-    HEADERS = {
-        "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-        "object-src 'none'; base-uri 'self'; form-action 'self'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-
-    def __init__(self, application, folder, local):
-        self.application, self.folder, self.local = application, os.path.realpath(folder), local
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan":
-            return await self.application(scope, receive, send)
-        if scope["type"] != "http":
-            return None
-        status = self.judge(scope)
-        if status:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-            return await send({"type": "http.response.body", "body": f"{status}\n".encode()})
-
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                added = [(name.lower().encode(), value.encode()) for name, value in self.HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", []), *added]}
-            await send(message)
-
-        return await self.application(scope, receive, send_with_headers)
-
-    def judge(self, scope):
-        """Returns 0 for a request that may pass, else the status of its answer."""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        name = headers.get("host", "").rpartition("]")[0].strip("[") or headers.get("host", "").partition(":")[0]
-        if self.local and not is_local(name):
-            return 403
-        path, method = scope["path"], scope["method"]
-        if method == "POST" and path in self.POST:
-            length = headers.get("content-length", "")
-            return 0 if length.isdecimal() and int(length) <= self.MAX_BODY else 413
-        if method not in ("GET", "HEAD"):
-            return 404
-        if path.startswith(self.FILE):
-            return 0 if self.may_read(path.removeprefix(self.FILE)) else 404
-        is_below = path.startswith(self.GET_BELOW) and ".." not in path
-        return 0 if path == "/" or path in self.GET or is_below else 404
-
-    def may_read(self, path):
-        """Returns True for a file of the folder."""
-        with contextlib.suppress(ValueError, OSError):
-            return os.path.isabs(path) and os.path.realpath(path).startswith(self.folder + os.sep)
-        return False
-
-
 def serve(page, host, server, folder):
     """Serves a `Page` at a socket until Ctrl-C or SIGTERM."""
     import fastapi
     import gradio as gr
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            logging.getLogger("uvicorn.error").disabled = True  # pages that are still open are no error
+            await super().shutdown(sockets)
+
     application = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     options = {"theme": page.theme, "css": CSS, "footer_links": [], "allowed_paths": [], "show_error": False}
     options.update(run_history=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=1)
     application = gr.mount_gradio_app(application, page.blocks, path="/", **options)
+    page.blocks.has_launched = page.blocks.is_running = True  # else Gradio copies any file that a request names
     guard = Guard(application, folder, is_local(host))
     config = uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
     port = server.getsockname()[1]
@@ -364,7 +297,7 @@ def serve(page, host, server, folder):
     shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
     say(f"open http://{shown}:{port} (Ctrl-C ends it)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn has taken leave, so that the folder goes too
-    uvicorn.Server(config).run(sockets=[server])
+    Server(config).run(sockets=[server])
 
 
 if __name__ == "__main__":

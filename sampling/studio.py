@@ -56,6 +56,12 @@ class Studio:
         self.device, self.dtype = device, dtype
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
         self._path, self._generator = None, None
+        self._closed = threading.Event()
+
+    def close(self):
+        """Ends what is drawn, at the network's next evaluation, so that the process can end."""
+        self._closed.set()
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     def load(self, choice):
         """Loads a model, and returns when it is there; raises as `load_generator`."""
@@ -99,9 +105,12 @@ class Studio:
         shown = {math.ceil(order.steps * i / SHOWN_STEPS) for i in range(1, SHOWN_STEPS + 1)}
         each = order.images_per_class
 
-        def network(x, t, y):
-            if cancelled.is_set():
+        def check():
+            if cancelled.is_set() or self._closed.is_set():
                 raise CancelledError
+
+        def network(x, t, y):
+            check()
             return generator.network(x, t, y)
 
         def watch(step, total, latents):
@@ -113,8 +122,7 @@ class Studio:
         images = drawer.sample(order.ids, callback=watch, **order.options)
         seconds, steps = time.monotonic() - start, {}
         for step, latents in kept.items():
-            if cancelled.is_set():
-                raise CancelledError
+            check()
             report(Progress("decoding the steps", len(steps) + 1, len(kept)))
             steps[step] = generator.decode(latents, "diffusers")
         options = order.choice.methods[order.method].options

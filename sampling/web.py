@@ -149,13 +149,16 @@ class Choice:
 
 
 def list_choices(paths, vae=None):
-    """Lists the `Choice` of each model path; `ValueError`, one line, for one that the page can't sample."""
+    """Lists the `Choice` of each model path; `ValueError`, one line, for one that the page can't sample.
+
+    A folder that is no model stands for those below it, see `find_models`.
+    """
     choices = []
-    for path in paths:
+    for path in (found for path in paths for found in find_models(path) or [path]):
         model = describe_model(path)
         model.check_backend("eager")
         fit = {}
-        file = inside(path, "transformer/config.json") if os.path.isdir(path) else ""
+        file = inside(model.path, "transformer/config.json") if os.path.isdir(model.path) else ""
         if model.pipeline == "DiTPipeline" and os.path.isfile(file):
             fit = read_json_object(file, infinity=True).get(FIT_KEY)
         is_fit = fit and is_timestep_fit(fit)

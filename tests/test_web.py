@@ -18,6 +18,7 @@ from sampling.grid import make_grid
 from sampling.model_path import Model
 from sampling.studio import Drawing, Progress, Studio, explain
 from sampling.web import Choice, find_models, list_choices, read_order
+from sampling.web_guard import Guard, is_plain
 
 DEMOS = {"infer_demo_dit.py": infer_demo_dit, "infer_demo_sit.py": infer_demo_sit}
 
@@ -157,6 +158,9 @@ def test_models_are_found_the_newest_of_each_run(tmp_path):
     (pipeline / "model_index.json").write_text("{}")
     found = [str(path.relative_to(tmp_path)) for path in map(type(tmp_path), find_models(tmp_path / "outputs"))]
     assert sorted(found) == ["outputs/a/checkpoint-10", "outputs/b/checkpoint-5", "outputs/pipeline"]
+    for given in ("outputs/a", "outputs/a/checkpoint-10"):
+        (choice,) = list_choices([str(tmp_path / given)])
+        assert choice.model.path == str(tmp_path / "outputs/a/checkpoint-10")
 
 
 def test_errors_are_a_line_for_the_page_and_a_trace_for_the_terminal(choices, capsys):
@@ -177,7 +181,7 @@ class TestGuard:
     def judge(folder, path, method="GET", host="127.0.0.1:7860", local=True, **headers):
         sent = {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}}
         scope = {"method": method, "path": path, "headers": [(k.encode(), v.encode()) for k, v in sent.items()]}
-        return web_demo.Guard(None, str(folder), local).judge(scope)
+        return Guard(None, str(folder), local).judge(scope)
 
     def test_what_the_page_needs_passes(self, tmp_path):
         (tmp_path / "image.png").write_bytes(b"")
@@ -216,6 +220,14 @@ class TestGuard:
         (tmp_path / "folder" / "link").symlink_to(tmp_path / "other")
         path = path.replace("FOLDER", str(tmp_path / "folder"))
         assert self.judge(tmp_path / "folder", path, method, **headers) == status
+
+    def test_no_request_names_a_file(self):
+        assert is_plain(b'{"data": [0, [3, 7], 2.5, "ddim", true, null], "fn_index": 1}')
+        assert is_plain(b'{"event_id": "x"}')
+        for data in ('[{"path": "x"}]', '[[{"path": "x"}]]', '[[["x"]]]', '{"path": "x"}'):
+            assert not is_plain(f'{{"data": {data}}}'.encode())
+        for body in (b"", b"[]", b"data", b'{"data": 3}', b'{"data": [{}], "data": []}'):
+            assert not is_plain(body)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from PIL import Image
 from support.pipelines import DIGITS_VAE, make_config, write_checkpoint
 from support.runs import ROOT, command_environment
 
+from runtime.process import EXIT_INTERRUPTED
+
 pytest.importorskip("gradio", reason="bash tools/setup_env.sh --demo installs it")
 playwright = pytest.importorskip("playwright.sync_api", reason="bash tools/setup_env.sh --demo installs it")
 
@@ -56,8 +58,10 @@ def server(tmp_path_factory):
     write_digits_pipeline(folder / "outputs/digits")  # written last: the page opens with it
     (folder / "secret.txt").write_text("secret of the working directory")
     command = [sys.executable, "-u", str(ROOT / "web_demo.py"), "--port", "0", "--device", "cpu", "--vae", DIGITS_VAE]
+    (folder / "temporary").mkdir()
+    environment = {**command_environment(), "TMPDIR": str(folder / "temporary")}
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=command_environment(), stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
     said = ""
     for _ in range(1800):
         said = (folder / "log").read_text()
@@ -65,9 +69,16 @@ def server(tmp_path_factory):
             break
         time.sleep(0.1)
     assert "open http://127.0.0.1:" in said, said
-    yield int(said.split("open http://127.0.0.1:")[1].split()[0]), folder
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    port = int(said.split("open http://127.0.0.1:")[1].split()[0])
+    yield port, folder
+    said = (folder / "log").read_text()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/gradio_api/heartbeat/page")  # a page that is still open
+    connection.getresponse()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == EXIT_INTERRUPTED
+    assert (folder / "log").read_text() == f"{said}interrupted\n"
+    assert list((folder / "temporary").glob("web_demo-*")) == []
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +241,9 @@ def test_two_at_once_wait_in_a_queue_and_cancel(open_page):
     assert wait_for(first, "Cancelled.")
     assert wait_for(second, "seed").startswith("16 images in ")
     assert first.inner_text("#status .status") == "Cancelled."
+    set_number(first, "Steps", 20)
     first.click("#draw")  # and again, to its end
-    wait_for(first, "drawing: ")
-    second.click("#draw")
     assert wait_for(first, "seed").startswith("32 images in ")
-    wait_for(second, "16 images in ")
 
 
 def test_on_a_phone(open_page):
@@ -305,11 +314,15 @@ def test_what_is_sent_past_the_page_is_checked_too(server):
 
     status, text = post("/gradio_api/run/predict", values)
     assert status >= 400 and "images in" not in text
-    file = {"path": str(folder / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
-    for place, value in ((0, "/etc/passwd"), (0, file), (1, [file]), (2, 10**9), (4, "x"), (8, -1)):
-        sent = [*values[:place], value, *values[place + 1 :]]
-        assert post("/gradio_api/queue/join", sent)[0] == 200
+    for path in (str(folder / "secret.txt"), "/etc/passwd", "http://127.0.0.1/"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}  # Gradio would copy it to where pages can read it
+        for data in ([file, *values[1:]], [values[0], [file], *values[2:]], [[[file]], *values[1:]]):
+            for door in ("queue/join", "run/predict"):
+                assert post(f"/gradio_api/{door}", data)[0] == 400
+    assert list((folder / "temporary").rglob("secret.txt")) == []
+    for place, value in ((0, "/etc/passwd"), (0, 2), (1, ["x"]), (2, 10**9), (3, "heun9"), (4, "x"), (8, -1)):
+        assert post("/gradio_api/queue/join", [*values[:place], value, *values[place + 1 :]])[0] == 200
         status, text = ask(port, "/gradio_api/queue/data?session_hash=someone")
         assert status == 200 and '"process_completed"' in text
-        for word in ("Traceback", "secret of", "root:", "images in", str(folder)):
-            assert word not in text.replace(json.dumps(file)[1:-1], ""), (value, text)
+        for word in ("Traceback", "root:", "images in", str(folder)):
+            assert word not in text, (value, text)

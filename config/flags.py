@@ -116,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
 
 class _Store(argparse.Action):
     def __init__(self, *, aliases=(), check=None, help=None, default=None, required=False, **words):
-        if help != argparse.SUPPRESS and default not in (None, "", [], argparse.SUPPRESS) and default is not False:
+        if help != argparse.SUPPRESS and default not in (None, "", [], argparse.SUPPRESS):
             if not required and not (help or "").endswith("]") and "%(default)" not in (help or ""):
                 help = f"{help or ''} [{_shown(default)}]".strip()
         if check is not None:

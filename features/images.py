@@ -21,7 +21,7 @@ ON_ERROR = {  # the flag --on_error of commands that read images
 BACKGROUND = {  # the flag --background of commands that read images
     "metavar": "COLOUR",
     "help": "lay transparent images over this colour: white, black, or three numbers from 0 to 255 as 255,240,0 "
-    "(default: drop the alpha channel, as the official code does, so that hidden colours show)",
+    "[drop the alpha channel, as the official code does, so that hidden colours show]",
 }
 
 

@@ -14,7 +14,7 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import CommandParser, check_positive
-from config.options import DEFAULT_VAE, SIT_VAE
+from config.options import DEFAULT_VAE, FLAG_SEED, SIT_VAE
 from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
 from sampling.demo import save_image, show_steps
@@ -23,6 +23,7 @@ from sampling.flags import (
     add_diffusion_flags,
     add_loading_flags,
     add_transport_flags,
+    add_vae_flag,
     check_sampling_flags,
     note_unused,
     note_weights_flags,
@@ -54,7 +55,7 @@ def parse(argv):
         choices=("3", "all"),
         help="latent channels that are guided [all of a DiT; of a SiT 3 of 4, all of any other number]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the noise")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images drawn at once [32]")
     parser.add_argument("--output", default="outputs/sample_grid", help="folder [outputs/sample_grid]")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
@@ -63,7 +64,7 @@ def parse(argv):
     add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's]")
-    weights.add_argument("--vae", help=f"its VAE, folder or name [the features' own, else {DEFAULT_VAE}, {SIT_VAE}]")
+    add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}")
     weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
     parser.set_defaults(sampler=None)
     return parser.parse_args(argv)

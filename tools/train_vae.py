@@ -62,7 +62,7 @@ TRAINING = {
 FINE_TUNING = {  # two to three minutes on a CPU
     "steps": 300, "batch_size": 8, "lr": 1e-3, "kl_weight": 1e-3, "crop": None, "seed": 0,
 }  # fmt: skip
-FLAGS = {"steps": ("--max_steps", "--steps"), "lr": ("--learning_rate", "--lr")}  # others are called as their keys
+FLAGS = {"steps": "max_steps", "lr": "learning_rate"}  # others are called as their keys
 INIT = "assets/colour_vae"  # unless a network's settings are given
 MEASURED = 2000  # training images at most, of which the scale of the latents is taken
 MEANING = (  # from this PSNR in dB on
@@ -90,7 +90,7 @@ def load_settings(path: str, **flags) -> dict:
 def check_flags(flags: dict) -> None:
     """Raises `ValueError` for a setting of the training that can't be; the message has the flag's name."""
     for name, value in flags.items():
-        check_flag(FLAGS.get(name, [f"--{name}"])[0][2:], TRAINING[name], value)
+        check_flag(FLAGS.get(name, name), TRAINING[name], value)
 
 
 def load_folder(root: str, size: int, lost: list | None = None, background: list | None = None):
@@ -198,17 +198,24 @@ def make_network(args, settings):
 
 def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--data_path", "--data", required=True, help="image folder by class to train on")
-    parser.add_argument("--heldout", help="image folder by class on which to measure (default: one in ten, held out)")
-    parser.add_argument("--init", help=f"autoencoder to fine-tune (default {INIT}, without --config_file)")
+    parser.add_argument("--data_path", required=True, help="image folder by class to train on")
+    parser.add_argument("--heldout", help="image folder by class on which to measure [one in ten, held out]")
+    parser.add_argument("--init", help=f"autoencoder to fine-tune [{INIT}, without --config_file]")
     parser.add_argument("--config_file", help="JSON with sections vae and training, of a new network")
     parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
-    parser.add_argument("--image_size", type=int, help="side of the crops in pixels (default: the network's)")
+    parser.add_argument("--image_size", type=int, help="side of the crops in pixels [the network's]")
     parser.add_argument("--background", **BACKGROUND)
     parser.add_argument("--on_error", **ON_ERROR)
     for name, option in TRAINING.items():
-        shown = f"{option.help} (default {option.default}, fine-tuning {FINE_TUNING[name]})"
-        parser.add_argument(*FLAGS.get(name, [f"--{name}"]), dest=name, type=option.check.parse, help=shown)
+        defaults = f" [{option.default}; fine-tuning: {FINE_TUNING[name]}]" if option.default is not None else ""
+        shown = option.help + defaults
+        parser.add_argument(
+            f"--{FLAGS.get(name, name)}",
+            dest=name,
+            aliases=("--steps",) * (name == "steps"),
+            type=option.check.parse,
+            help=shown,
+        )
     parser.add_argument(
         "--save_dtype",
         choices=("float32", "float16"),

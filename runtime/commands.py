@@ -8,19 +8,21 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def shell_path(path):
-    """Returns a path as a word of a command line: relative where it lies below the working folder, and quoted."""
+def shell_path(path, folder=None):
+    """Returns a path as a quoted word of a command line: relative if it lies below `folder`, the working folder."""
     absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute)
+    relative = os.path.relpath(absolute, folder)
     return shlex.quote(absolute if relative.split(os.sep)[0] == os.pardir else relative)
 
 
-def python_command(script, *words, launcher=()):
+def python_command(script, *words, launcher=(), folder=None):
     """Returns the command line that calls a script of the repository by this interpreter; empty words are left out.
 
     `words` and `launcher` (`-m MODULE ...`, before the script) are words for the shell: quote what a user has named.
+    With `folder` the command is one that starts there, because its words have paths that are relative to it.
     """
+    enter = f"cd {shlex.quote(folder)} && " if folder not in (None, os.getcwd()) else ""
     found = shutil.which("python")
     same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
-    python = "python" if same else shell_path(sys.executable)
-    return " ".join([python, *launcher, shell_path(os.path.join(ROOT, script)), *filter(None, words)])
+    python = "python" if same else shell_path(sys.executable, folder)
+    return enter + " ".join([python, *launcher, shell_path(os.path.join(ROOT, script), folder), *filter(None, words)])

@@ -187,20 +187,20 @@ train_vae() {
 }
 
 extract() { # extract FLAG...: those that differ between the data sets
-    "$python" "${repo}tools/extract_features.py" --features_path "$output/features" --image_size $image_size \
+    "$python" "${repo}tools/extract_features.py" --feature_path "$output/features" --image_size $image_size \
         --vae "$vae" --batch_size 50 --seed "$seed" --device $device "$@"
 }
 
 train_trainer() {
     "$python" "${repo}train_image_generation_trainer.py" --do_train \
-        --config_file "$config" --feature_path "$output/features" --output_dir "$output/train" ${length[@]+"${length[@]}"} \
+        --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
         --logging_steps 100 --save_steps $save_steps --dataloader_num_workers 0 \
-        --seed "$seed" --resolution $image_size --device $device --disable_tqdm False
+        --seed "$seed" --image_size $image_size --device $device --disable_tqdm False
 }
 
 train_notrainer() {
     "$python" "${repo}train_image_generation_notrainer.py" \
-        --config_file "$config" --feature_path "$output/features" --results_dir "$output/train" ${length[@]+"${length[@]}"} \
+        --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
         --log_every 100 --ckpt_every $save_steps --num_workers 0 --resume auto \
         --global_seed "$seed" --image_size $image_size --device $device
 }
@@ -245,14 +245,14 @@ case $model in
 DiT) converter=tools/convert_dit_to_ppdiffusers.py options=(--scheduler dpm) ;;
 SiT) converter=tools/convert_sit_to_ppdiffusers.py options=() ;;
 esac
-stage export "$python" "$repo$converter" --model_weights "$checkpoint" --vae_model "$vae" \
+stage export "$python" "$repo$converter" --model_path "$checkpoint" --vae "$vae" \
     --id2label "$output/features/imagenet${image_size}_classes.json" ${options[@]+"${options[@]}"} \
-    --checkpoint_path "$output/pipeline" --overwrite
+    --output "$output/pipeline" --overwrite
 
 evaluate() { # evaluate NAME OPTION...
     local name=$1
     shift
-    stage "$name" "$python" "${repo}tools/evaluate_digits.py" --pipeline "$output/pipeline" --digits "$output/digits" \
+    stage "$name" "$python" "${repo}tools/evaluate_digits.py" --model_path "$output/pipeline" --digits "$output/digits" \
         --num_images 500 --guidance_scale $guidance_scale --num_inference_steps $num_inference_steps \
         --seed "$seed" "$@"
 }

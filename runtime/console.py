@@ -78,16 +78,20 @@ def say_next(*commands):
             say(line)
 
 
+def says_next():
+    """Returns whether commands say what can be done next; `SAY_NEXT=0` is set by a script that does it itself."""
+    return os.environ.get("SAY_NEXT") != "0"
+
+
 def next_commands(*commands):
     """Returns lines `next: ...` of commands that can be pasted into the shell that this one was started from.
 
-    There are none with `SAY_NEXT=0` in the environment, by which a script that does the next step itself leaves them
-    out.
+    There are none where commands do not say it, see `says_next`.
 
     Args:
         commands: lists of words; the first is a Python script, by its path or that from the project's root.
     """
     lines = []
-    for script, *words in commands if os.environ.get("SAY_NEXT") != "0" else ():
+    for script, *words in commands if says_next() else ():
         lines.append("next: " + python_command(script, shlex.join(map(str, words))))
     return lines

@@ -18,6 +18,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.flags import CommandParser
 from config.schema import MODEL_TYPES
 from runtime.commands import python_command, shell_path
+from runtime.console import says_next
 from runtime.files import check_output, write_json
 from runtime.process import configure_runtime, run_cli, say
 
@@ -125,10 +126,9 @@ def main(argv=None):
     load_config(args.output)
     print_suggestion(features, device, suggestion)
     say(f"config: {args.output}")
-    first, *others = training_commands(args, features, suggestion)
-    say(f"next: {first}")
-    for other in others:
-        say(f"or, by the hand-written loop: {other}")
+    words = ("next", "or, by the hand-written loop")
+    for word, command in zip(words, training_commands(args, features, suggestion) if says_next() else (), strict=False):
+        say(f"{word}: {command}")
 
 
 if __name__ == "__main__":

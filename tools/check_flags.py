@@ -3,7 +3,7 @@
     python tools/check_flags.py train_image_generation_trainer.py --config_file config/DiT_XL_patch2.json ...
 
 A mistake is one line and exit code 2: an unknown flag, a wrong value or config, a run that is at work in the folder.
-Variables of the environment that have a setting's name, and are not what a flag is given, are named on stderr.
+Variables of the environment with the name of a setting that did not become it are named on stderr.
 """
 
 import argparse
@@ -21,25 +21,27 @@ from runtime.run_lock import check_experiment_idle, check_idle, experiment_name
 SCRIPTS = {f"train_image_generation_{loop}.py": loop for loop in LOOPS}
 
 
-def unused_variables(loop, words, environment):
-    """Lists a sentence for each variable with the name of a setting that the launch script has not made a flag of."""
+def unused_variables(loop, args, environment):
+    """Lists a sentence for each variable with the name of a setting that is not what the flag of that setting is given.
+
+    `args` are the parsed flags, of which the launch script has made some of variables.
+    """
     notes = []
     for name, option in [pair for table in FLAG_GROUPS.values() for pair in table.items()]:
-        flags = {one: option.flag_in(one, name) for one in LOOPS}
-        given = {value for flag in filter(None, flags.values()) for value in values_of(f"--{flag}", words)}
-        for variable in dict.fromkeys(filter(None, (name, *flags.values()))):
+        flag, given = option.flag_in(loop, name), getattr(args, name, None)
+        for variable in dict.fromkeys(filter(None, (name, *(option.flag_in(one, name) for one in LOOPS)))):
             value = environment.get(variable)
-            if value and value not in given:
-                how = f"give --{flags[loop]} as a flag" if flags[loop] else "it is the other loop's setting"
-                notes.append(f"{variable}={value} is not used: this script takes no such variable; {how}")
+            if value and not (flag and _is_value(value, option, given)):
+                why = f"give --{flag} as a flag" if given is None else f"--{flag} is {given}"
+                notes.append(f"{variable}={value} is not used: {why if flag else 'it is no setting of this loop'}")
     return notes
 
 
-def values_of(flag, words):
-    """Yields the values that a command line gives a flag."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word.partition("=")[0] == flag:
-            yield word.partition("=")[2] if "=" in word else following
+def _is_value(text, option, given):
+    try:
+        return option.check.parse(text) == given
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
 
 
 def main():
@@ -52,7 +54,7 @@ def main():
         raise ValueError(f"{given.script}: expected {' or '.join(SCRIPTS)}")
     args, _ = read_flags(loop, given.flags)
     find_features(args.feature_path, args.image_size)
-    for note in unused_variables(loop, given.flags, os.environ):
+    for note in unused_variables(loop, args, os.environ):
         print(f"note: {note}", file=sys.stderr)
     if loop == "trainer":
         check_idle(args.output_dir)

@@ -7,7 +7,8 @@
 Needs Gradio: bash tools/setup_env.sh --demo. Then open the address that is printed; Ctrl-C ends it.
 
 --model_path takes what infer_demo_dit.py and infer_demo_sit.py take: pipeline folders, training checkpoints, names on
-the hub; of another folder the models in it, of each run the newest checkpoint. One model is in memory at a time and one drawing is made at a time: others wait in a queue and see their place.
+the hub; of another folder the models in it, of each run the newest checkpoint. One model is in memory at a time, and
+one drawing is made at a time: others wait in a queue and see their place.
 
 The page is for this machine alone, unless --host says otherwise. It needs no network, sends nothing anywhere, takes no
 files, and can read none of this machine's but the images that it drew. It has no password.
@@ -163,7 +164,7 @@ class Page:
                 self.gallery = gr.Gallery(format="png", columns=4, height="auto", elem_id="gallery", **shown)
             with gr.Tab("Steps"):
                 self.strip = gr.Image(format="png", buttons=["fullscreen"], elem_id="steps", **shown)
-                gr.Markdown("From left to right: what the latents decode to on the way from noise. One class a row.")
+                gr.Markdown("What the latents decode to after so many steps, on the way from noise.")
         with gr.Row():
             self.png = gr.DownloadButton("Grid as PNG", interactive=False, min_width=120, elem_id="png")
             self.json = gr.DownloadButton("Settings as JSON", interactive=False, min_width=120, elem_id="json")
@@ -230,11 +231,12 @@ class Page:
         from sampling.grid import make_grid
 
         gr, names = self.gr, order.names
-        grid = make_grid(drawing.images, order.columns)
+        grid = make_grid(drawing.images, order.columns, **order.grid_labels)
         strip = None
         if drawing.steps:
-            rows = zip(*drawing.steps.values(), strict=True)  # by class
-            strip = make_grid([image for row in rows for image in row], len(drawing.steps))
+            rows = list(zip(*drawing.steps.values(), strict=True))  # by class
+            labels = {"row_labels": names[: len(rows)], "column_labels": list(map(str, drawing.steps))}
+            strip = make_grid([image for row in rows for image in row], len(drawing.steps), gap=4, **labels)
         folder = tempfile.mkdtemp(dir=self.folder)
         png, settings = (os.path.join(folder, name) for name in ("images.png", "settings.json"))
         grid.save(png)

@@ -154,7 +154,7 @@ def list_choices(paths, vae=None):
     A folder that is no model stands for those below it, see `find_models`.
     """
     choices = []
-    for path in (found for path in paths for found in find_models(path) or [path]):
+    for path in [found for given in paths for found in find_models(given) or [given]]:
         model = describe_model(path)
         model.check_backend("eager")
         fit = {}
@@ -218,6 +218,11 @@ class Order:
     def columns(self):
         """Returns how many images a row of the grid has: one row a class, if there are several images of each."""
         return self.images_per_class if self.images_per_class > 1 else min(len(self.classes), COLUMNS)
+
+    @property
+    def grid_labels(self):
+        """Returns the keywords of `make_grid` that name the classes: at each row, or above each image."""
+        return {"gap": 4, "row_labels" if self.images_per_class > 1 else "column_labels": self.names}
 
     @property
     def options(self):

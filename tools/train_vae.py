@@ -277,9 +277,10 @@ def main(argv: list | None = None) -> None:
 
     # Train, measure, save.
     train(vae, images, **settings["training"])
-    psnr, std = measure(vae, images[:: -(-len(images) // MEASURED)])
+    some = images[:: -(-len(images) // MEASURED)]
+    psnr, std = measure(vae, some)
     vae.register_to_config(scaling_factor=round(1.0 / std, 5))
-    print(f"{counted(len(images), 'training image')}: PSNR {psnr:.2f} dB, latents' std {std:.4f} before scaling")
+    print(f"{counted(len(some), 'training image')}: PSNR {psnr:.2f} dB, latents' std {std:.4f} before scaling")
     if len(heldout):
         psnr, _ = measure(vae, heldout)
         print(f"{counted(len(heldout), 'held-out image')}: PSNR {psnr:.2f} dB")

@@ -29,7 +29,8 @@ def unused_variables(loop, args, environment):
     notes = []
     for name, option in [pair for table in FLAG_GROUPS.values() for pair in table.items()]:
         flag, given = option.flag_in(loop, name), getattr(args, name, None)
-        for variable in dict.fromkeys(filter(None, (name, *(option.flag_in(one, name) for one in LOOPS)))):
+        names = (each for one in LOOPS for each in (option.flag_in(one, name), *option.other_names(one, name)))
+        for variable in dict.fromkeys(filter(None, (name, *names))):
             value = environment.get(variable)
             if value and not (flag and _is_value(value, option, given)):
                 why = f"give --{flag} as a flag" if given is None else f"--{flag} is {given}"

@@ -184,6 +184,8 @@ def make_network(args, settings):
     paddle.seed(settings["training"]["seed"])
     if "init" in settings:
         vae = load_vae(args.init)
+        for parameter in vae.parameters():
+            parameter.stop_gradient = False  # a loaded network is frozen
         settings["init"]["weights_sha256"] = weights_digest(vae)
         settings["vae"] = {key: value for key, value in vae.config.items() if not key.startswith("_")}
         print(f"fine-tunes {args.init}", flush=True)

@@ -12,6 +12,8 @@ import re
 import sys
 
 from config import options
+from config.checks import MAX_SEED, str2bool
+from config.names import MEANINGS, OF_THE_MODEL, OTHER_NAMES
 from config.options import PerLoop, in_loop
 from config.schema import check_together, load_config
 
@@ -22,11 +24,11 @@ class CommandParser(argparse.ArgumentParser):
     """Parses a command line so that what is one thing has one name in every command, and an error is one line.
 
     - `add_argument("--output", aliases=("--checkpoint_path",))`: an alias parses, and does not show in --help. Other
-      names in `config.options.OTHER_NAMES` are aliases without being named. Two names with two values are refused.
+      names in `config.names.OTHER_NAMES` are aliases without being named. Two names with two values are refused.
     - `action="store_true"` takes `--flip`, `--flip True`, `--flip=false` and `--no_flip`.
     - Dashes and underscores are the same; `--path-type` is `--path_type`. Unless `allow_abbrev` is False, the
       beginning of a flag stands for it.
-    - `add_argument("--seed", check=options.FLAG_SEED)`: a `config.options.Check` says what a value must be.
+    - `add_argument("--seed", check=FLAG_SEED)`: a `config.checks.Check` says what a value must be.
     - The default is shown at the end of the help, in [], unless the help itself ends so.
     - A mistake is a `ValueError` of one line; an unknown flag is told what it may have been.
     """
@@ -74,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
         known, aliases = self._option_string_actions, []
         for action in self._actions:
             names, hidden = action.option_strings, [*getattr(action, "aliases", ())]
-            others = (f"--{other}" for name in names for other in options.OTHER_NAMES.get(name.lstrip("-"), ()))
+            others = (f"--{other}" for name in names for other in OTHER_NAMES.get(name.lstrip("-"), ()))
             hidden += [other for other in others if known.get(other, action) is action]
             aliases += hidden
             if isinstance(action, _Switch):
@@ -104,10 +106,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown(self, flag):
         name, known = flag.lstrip("-").replace("-", "_"), self._option_string_actions
-        if name in options.OF_THE_MODEL and "--model_path" in known:
+        if name in OF_THE_MODEL and "--model_path" in known:
             return f"unknown flag {flag} (the model brings it along)"
         near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7)
-        meant = [f"--{this}" for this in options.MEANINGS.get(name, ()) if f"--{this}" in known]
+        meant = [f"--{this}" for this in MEANINGS.get(name, ()) if f"--{this}" in known]
         for other in meant or near:
             is_opposite = other in getattr(known[other], "opposites", ())
             meant = [other if is_opposite else known[other].option_strings[0]]
@@ -134,7 +136,7 @@ class _Store(argparse.Action):
 
 class _Switch(_Store):
     def __init__(self, *, default=False, **words):
-        super().__init__(nargs="?", const=True, type=options.str2bool, metavar="True|False", default=default, **words)
+        super().__init__(nargs="?", const=True, type=str2bool, metavar="True|False", default=default, **words)
 
     def __call__(self, parser, namespace, values, option_string=None):
         super().__call__(parser, namespace, values != (option_string in self.opposites), option_string)
@@ -217,16 +219,16 @@ def resolve_training(args):
     if args.bf16 is not None or args.fp16 is not None:
         training["amp_dtype"] = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     check_together(config, "command line")
-    if training["seed"] > options.MAX_SEED:
+    if training["seed"] > MAX_SEED:
         where = f"{args.config_file}: training" if getattr(args, "seed", None) is None else "command line"
-        raise ValueError(f"{where}: seed must be an integer from 0 to {options.MAX_SEED}, got {training['seed']}")
+        raise ValueError(f"{where}: seed must be an integer from 0 to {MAX_SEED}, got {training['seed']}")
     return config
 
 
 def check_seed(name, value):
     """Raises `ValueError` for a seed, the flag `--name`'s, that is not in the range that every command takes."""
-    if not 0 <= value <= options.MAX_SEED:
-        raise ValueError(f"--{name} {value}: expected an integer from 0 to {options.MAX_SEED}")
+    if not 0 <= value <= MAX_SEED:
+        raise ValueError(f"--{name} {value}: expected an integer from 0 to {MAX_SEED}")
 
 
 def check_positive(args, *names):

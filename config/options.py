@@ -4,70 +4,48 @@ The checks of JSON files (`config.schema`), both command lines (`config.flags`) 
 tables below: a new option is one entry here, and its use.
 """
 
-import argparse
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from config.checks import (
+    ABOVE_0,
+    BELOW_1,
+    BELOW_HALF,
+    BOOL,
+    CLASS_NAMES,
+    DEVICE,
+    FACTOR,
+    FROM_0,
+    INT,
+    INT_FROM_0,
+    INT_FROM_4,
+    LABELS,
+    LIST,
+    NUMBER,
+    OBJECT,
+    PATH,
+    POSITIVE_INT,
+    SEED,
+    STEPS,
+    TEXT,
+    VAE,
+    WORDS,
+    Check,
+    one_of,
+    or_null,
+    or_one_a_channel,
+    some_of,
+)
+from config.checks import MAX_SEED as MAX_SEED
+from config.names import OTHER_NAMES
 
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
 GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
-MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
-
-# Names that other commands have for a flag: PaddleMIX's, those of the official DiT and SiT, earlier ones of this
-# project's tools. `config.flags.CommandParser` takes them wherever the flag is one, and does not show them.
-OTHER_NAMES = {
-    "feature_path": ("features_path",),
-    "image_size": ("resolution",),
-    "vae": ("vae_name_or_path", "vae_model"),
-    "model_path": ("model_weights", "model_file", "pipeline", "ckpt"),
-    "guidance_scale": ("cfg_scale",),
-    "num_inference_steps": ("num_sampling_steps",),
-    "seed": ("global_seed",),
-    "learning_rate": ("lr",),
-    "num_workers": ("dataloader_num_workers",),
-    "data_path": ("data",),
-    "epochs": ("num_train_epochs",),
-    "resume": ("resume_from_checkpoint",),
-    "logging_steps": ("log_every",),
-    "save_steps": ("ckpt_every",),
-}
-# What else a flag that is unknown to a command may have meant there; its value is another thing than the flag's.
-MEANINGS = {
-    **{other: (name,) for name, others in OTHER_NAMES.items() for other in others},
-    "batch_size": ("per_device_train_batch_size", "global_batch_size"),
-    "per_proc_batch_size": ("batch_size", "per_device_train_batch_size", "global_batch_size"),
-    "per_device_train_batch_size": ("batch_size", "global_batch_size"),
-    "global_batch_size": ("per_device_train_batch_size", "batch_size"),
-    "steps": ("max_steps", "num_inference_steps"),
-    "num_steps": ("num_inference_steps", "max_steps"),
-    "num_fid_samples": ("num_images",),
-    "weights": ("model_path",),
-    "checkpoint_path": ("output", "model_path"),
-    "checkpoint": ("model_path", "resume"),
-    "save_ema": ("key",),
-    "sampling_method": ("method",),
-    **dict.fromkeys(("output_dir", "results_dir", "sample_dir", "report", "json", "output_path"), ("output",)),
-}
-# Settings that the official samplers have a flag for, and that a model brings along here.
-OF_THE_MODEL = ("image_size", "num_classes")
 
 
 # ---- What an option is ----
-
-
-class Check(NamedTuple):
-    """What a value must be, and how a command line spells it."""
-
-    accepts: Callable  # accepts(value) -> bool
-    expected: str  # "must be ..." in errors and in the docs
-    parse: Callable = str  # from a word of the command line; ValueError or ArgumentTypeError refuses it
-    metavar: str = None
-    choices: tuple = None
-    nargs: str = None  # argparse's
 
 
 class PerLoop(NamedTuple):
@@ -114,108 +92,6 @@ TRAINER, NOTRAINER = PerLoop(True, None), PerLoop(None, True)  # a flag of one l
 def in_loop(value, loop):
     """Returns the loop's own value of a `PerLoop`, and anything else as it is."""
     return getattr(value, loop) if isinstance(value, PerLoop) else value
-
-
-# ---- Checks ----
-
-
-def str2bool(text):
-    """Reads `True`, `yes`, `1`, `off`, ... as bool, for argparse, which makes one line of the error."""
-    lowered = text.lower()
-    if lowered in ("true", "t", "1", "yes", "y", "on"):
-        return True
-    if lowered in ("false", "f", "0", "no", "n", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-
-
-def _none_or_str(text):
-    return None if text in ("None", "none", "") else text
-
-
-def vae_name(text):
-    """Reads an autoencoder's name, for argparse: `ema` and `mse` are Stable Diffusion's, as in the official DiT."""
-    return f"stabilityai/sd-vae-ft-{text}" if text in ("ema", "mse") else _none_or_str(text)
-
-
-def _labels(text):
-    try:
-        return [int(label) for label in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected class labels such as 0,7,13, got {text!r}") from None
-
-
-def _is_int(value):
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_class_names(value):
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and key.isascii() and key.isdigit() and len(key) < 8 and str(int(key)) == key
-        for key, name in value.items()
-    )
-
-
-def _all(accepts):
-    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(accepts, value))
-
-
-BOOL = Check(lambda v: isinstance(v, bool), "true or false", str2bool, "True|False", nargs="?")
-TEXT = Check(lambda v: isinstance(v, str), "text", metavar="TEXT")
-PATH = TEXT._replace(parse=_none_or_str, metavar="PATH")
-VAE = PATH._replace(parse=vae_name)
-INT = Check(_is_int, "an integer", int, "N")
-POSITIVE_INT = Check(lambda v: _is_int(v) and v > 0, "a positive integer", int, "N")
-INT_FROM_0 = Check(lambda v: _is_int(v) and v >= 0, "an integer of 0 or more", int, "N")
-INT_FROM_4 = Check(lambda v: _is_int(v) and v >= 4, "an integer of 4 or more", int, "N")
-STEPS = Check(lambda v: _is_int(v) and (v == -1 or v > 0), "a positive integer, or -1 to count in epochs", int, "N")
-SEED = INT_FROM_0._replace(expected=f"an integer from 0 to {MAX_SEED}")  # `config.flags` checks the upper end
-FLAG_SEED = SEED._replace(accepts=lambda v: _is_int(v) and 0 <= v <= MAX_SEED)
-DEVICE = Check(lambda v: re.fullmatch(r"auto|cpu|gpu(:\d+)?", v) is not None, "auto, cpu, gpu or gpu:N", metavar="NAME")
-NUMBER = Check(_is_number, "a number", float, "X")
-ABOVE_0 = Check(lambda v: _is_number(v) and v > 0, "a number above 0", float, "X")
-FROM_0 = Check(lambda v: _is_number(v) and v >= 0, "a number of 0 or more", float, "X")
-BELOW_1 = Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1", float, "X")
-BELOW_HALF = Check(lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5", float, "X")
-FACTOR = Check(lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1", float, "X")
-WORDS = Check(_all(TEXT.accepts), "words", metavar="WORD", nargs="+")
-LABELS = Check(_all(INT_FROM_0.accepts), "a list of class labels", _labels, "L,L,...")
-LIST = Check(lambda v: isinstance(v, list), "a list of objects {...}")
-OBJECT = Check(lambda v: isinstance(v, dict), "an object {...}")
-CLASS_NAMES = Check(_is_class_names, 'names by label, {"0": "name", ...}')
-
-
-def one_of(*values):
-    """Returns the check of a choice among texts."""
-    return Check(lambda v: isinstance(v, str) and v in values, "one of " + ", ".join(values), choices=values)
-
-
-def some_of(*values):
-    """Returns the check of a list of different texts, one or more, among these."""
-    accepts = _all(lambda v: isinstance(v, str) and v in values)
-    return Check(lambda v: accepts(v) and len({*v}) == len(v), "a list, without repeats, of " + ", ".join(values))
-
-
-def or_null(check):
-    """Returns a check that accepts null too, on the command line `None` if it is a choice."""
-    return check._replace(
-        accepts=lambda v: v is None or check.accepts(v),
-        expected=check.expected + ", or null",
-        choices=check.choices and (*check.choices, "None"),
-    )
-
-
-def or_one_a_channel(check):
-    """Returns a check that accepts null and a list too, whose values belong to the channels of the latents."""
-    every = _all(check.accepts)
-    return check._replace(
-        accepts=lambda v: v is None or check.accepts(v) or every(v),
-        expected=check.expected + ", a list of one a channel, or null",
-    )
 
 
 # ---- The section `model` ----

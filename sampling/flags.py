@@ -3,8 +3,9 @@
 Nothing here imports Paddle before `open_generator` does: what a user gets wrong is said at once.
 """
 
+from config.checks import FLAG_SEED, Check
 from config.flags import add_device_flag, check_vae
-from config.options import BELOW_1, FLAG_SEED, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, VAE, Check
+from config.options import BELOW_1, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, VAE
 from runtime.process import resolve_device
 from sampling.model_path import check_guidance
 

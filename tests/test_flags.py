@@ -6,8 +6,9 @@ from argparse import SUPPRESS
 import pytest
 from support.commands import commands
 
+from config.checks import VAE
 from config.flags import LOOPS, CommandParser, Parser
-from config.options import OTHER_NAMES, VAE
+from config.names import OTHER_NAMES
 
 
 def make_parser():

@@ -126,7 +126,7 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "tools.extract_weights --model_path empty --output o.pdparams": "empty: not a training checkpoint",
     "tools.plan_memory --json gone/x.json": "--json gone/x.json: there is no such folder",
     "tools.prepare_digits --output full/x.png": "--output full/x.png is a file",
-    "tools.replay_step empty": "empty: not a dump of a step",
+    "tools.replay_step empty": "empty: not a whole dump of a step",
     "tools.sample_npz --model_path empty --output new.npz": "neither a DiTPipeline or SiTPipeline folder",
     "tools.sample_npz --model_path empty --output gone/new.npz": "--output gone/new.npz: there is no such folder",
     "tools.train_digits_classifier --data_path gone --heldout gone --output new": "--data_path gone: there is no such",

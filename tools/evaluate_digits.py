@@ -12,8 +12,9 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.checks import FLAG_SEED
 from config.flags import CommandParser, check_paths
-from config.options import FLAG_SEED, POSITIVE_INT
+from config.options import POSITIVE_INT
 from evaluation.digits import METRICS, check_size, evaluate, read_digits
 from evaluation.run import METRIC_NAMES
 from features.autoencoder import downsampling

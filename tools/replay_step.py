@@ -12,6 +12,7 @@ import numpy as np
 
 from config.flags import CommandParser, add_device_flag
 from config.options import POSITIVE_INT
+from runtime.files import MANIFEST
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 from runtime.untrusted import shortened
 
@@ -53,8 +54,8 @@ def main():
     add_device_flag(parser)
     parser.add_argument("--show", check=POSITIVE_INT, default=10, help="samples and parameters to list")
     args = parser.parse_args()
-    if not os.path.isfile(os.path.join(args.dump, "state.json")):
-        what = "not a dump of a step" if os.path.isdir(args.dump) else "no such folder"
+    if not os.path.isfile(os.path.join(args.dump, MANIFEST)):
+        what = f"not a whole dump of a step: it has no {MANIFEST}" if os.path.isdir(args.dump) else "no such folder"
         raise ValueError(f"{args.dump}: {what}; expected RUN/bad_steps/STEP, which the run's error names")
 
     import paddle

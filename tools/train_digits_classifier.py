@@ -12,8 +12,8 @@ The classifier in assets/digits_classifier was made by
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.checks import FLAG_SEED
 from config.flags import CommandParser, check_paths
-from config.options import FLAG_SEED
 from evaluation.digits import shrink
 from features.images import find_images, load_pixels
 from runtime.files import check_output, whole_file

@@ -20,7 +20,6 @@ TO_COME = (  # files, and flags of scripts, that the pages name already; a file 
     *("README_zh-CN.md", "docs/tutorial_zh-CN.md", "docs/faq_zh-CN.md"),
     *("web_demo.py", "tools/make_config.py", "tools/prepare_symbols.py", "tools/report.py", "tools/sample_grid.py"),
     *("assets/colour_vae", "notebooks/quickstart.ipynb", "docs/images/web_demo.png"),
-    *(f"docs/images/tutorial_{what}.png" for what in ("check", "previews", "report", "samples", "grid")),
     *("quickstart.sh --demo", "quickstart.sh --data", "tools/setup_env.sh --demo", "tools/train_vae.py --init"),
 )
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]

@@ -9,7 +9,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 bash tools/setup_env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # Paddle's own choice differs from machine to machine
 export HF_HUB_OFFLINE=1                        # no test needs the network
-[ "${1:-}" != --slow ] || exec .venv/bin/python -m pytest -m walkthrough "${@:2}"
+[ "${1:-}" != --slow ] || {
+    bash tools/setup_env.sh --demo # the browser test needs Gradio
+    exec .venv/bin/python -m pytest -m walkthrough "${@:2}"
+}
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 
 # All but the walkthroughs: two at a time, but those that start processes of their own one after the other.

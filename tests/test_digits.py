@@ -502,10 +502,11 @@ def test_quickstart_help():
 # A stand-in for Python: notes its words, and leaves the checkpoint that the next stage looks for.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >>commands.txt
+script=$1
 while [ $# -gt 1 ]; do
-    case "$1" in
-    --output_dir) folder=$2/checkpoint-2000 ;;
-    --results_dir) folder=$2/000-SiT/checkpoints/0002000 ;;
+    case "$script $1" in
+    *"_trainer.py --output") folder=$2/checkpoint-2000 ;;
+    *"_notrainer.py --output") folder=$2/000-SiT/checkpoints/0002000 ;;
     esac
     shift
 done
@@ -610,8 +611,8 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
     assert set(scripts[4:-1]) == {"tools/evaluate_digits.py"}
     assert f"--config_file config/{model}_digits.json" in lines[2]
     checkpoint = {"trainer": "checkpoint-2000", "notrainer": "000-SiT/checkpoints/0002000"}[loop]
-    assert f"--model_weights {output}/train/{checkpoint} " in lines[3]
-    assert f"--checkpoint_path {output}/pipeline" in lines[3] and ("--scheduler dpm" in lines[3]) == (model == "DiT")
+    assert f"--model_path {output}/train/{checkpoint} " in lines[3]
+    assert f"--output {output}/pipeline" in lines[3] and ("--scheduler dpm" in lines[3]) == (model == "DiT")
     samplers = {"DiT": [""], "SiT": ["--sampler ode ", "--sampler sde "]}[model]
     grids = [f"--grid {output}/grid.png --report {output}/report.json"]
     grids += [f"--grid {output}/grid-sde.png --report {output}/report-sde.json"]

@@ -16,12 +16,6 @@ from PIL import Image
 from support.commands import ROOT
 
 TWINS = ("README.md", "docs/tutorial.md", "docs/faq.md")  # these must have a Chinese page
-TO_COME = (  # files, and flags of scripts, that the pages name already; a file leaves this list when it is there
-    *("README_zh-CN.md", "docs/tutorial_zh-CN.md", "docs/faq_zh-CN.md"),
-    *("web_demo.py", "tools/make_config.py", "tools/prepare_symbols.py", "tools/report.py", "tools/sample_grid.py"),
-    *("assets/colour_vae", "notebooks/quickstart.ipynb", "docs/images/web_demo.png"),
-    *("quickstart.sh --demo", "quickstart.sh --data", "tools/setup_env.sh --demo", "tools/train_vae.py --init"),
-)
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 PAGE_NAMES = sorted(str(path.relative_to(ROOT)) for path in PAGES)
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
@@ -82,13 +76,13 @@ def commands_of(name):
 
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_links_lead_somewhere(name):
-    wrong, to_come = [], {(ROOT / path).resolve() for path in TO_COME}
+    wrong = []
     for target in LINK.findall(FENCE.sub("", text_of(name))):
         if re.match(r"\w+:", target):
             continue
         path, _, anchor = target.partition("#")
         path = ((ROOT / name).parent / path).resolve() if path else ROOT / name
-        if not path.exists() and path not in to_come:
+        if not path.exists():
             wrong.append(target)
         elif anchor and anchor not in anchors(path.relative_to(ROOT)):
             wrong.append(target)
@@ -135,12 +129,10 @@ def problem_of(words, monkeypatch):
     if place is None:
         return None if rest[:1] == ["-m"] else f"{' '.join(words)}: runs no script"
     script, flags = rest[place], [word for word in rest[place + 1 :] if word not in ("...", "&")]
-    if script in TO_COME or any(f"{script} {flag}" in TO_COME for flag in flags):
-        return None
     if not (ROOT / script).is_file():
         return f"{script}: no such file"
     named = [word for word in flags if re.match(r"(config|assets|tools|benchmarks)/\w", word)]
-    missing = [word for word in named if word not in TO_COME and not (ROOT / word).exists()]
+    missing = [word for word in named if not (ROOT / word).exists()]
     if missing:
         return f"{script}: no such file as {', '.join(missing)}"
     if script.endswith(".py"):
@@ -182,19 +174,12 @@ def test_a_wrong_command_is_found(monkeypatch):
 @pytest.mark.parametrize("name", TWINS)
 def test_both_languages_have_the_same_headings_commands_and_pictures(name):
     theirs = twin(name)
-    if theirs in TO_COME:
-        pytest.skip("its Chinese page is not written yet")
     assert [level for level, _ in headings(name)] == [level for level, _ in headings(theirs)]
     for language in ("bash", "python"):
         ours, others = ([re.sub(r"#.*", "", text).split() for text in blocks(n, language)] for n in (name, theirs))
         assert ours == others
     pictures = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
     assert pictures.findall(text_of(name)) == pictures.findall(text_of(theirs))
-
-
-def test_what_is_to_come_is_not_there_yet():
-    """Else it is not checked."""
-    assert not [path for path in TO_COME if (ROOT / path).exists()]
 
 
 def test_pictures_of_the_pages_are_small():
@@ -215,7 +200,6 @@ NOT_RUN = ("tools/setup_env.sh", "web_demo.py")  # installs packages; serves unt
 
 
 @pytest.mark.walkthrough
-@pytest.mark.skipif("web_demo.py" in TO_COME, reason="its tools are not there yet")
 def test_the_tutorial_works(tmp_path):
     for path in ROOT.iterdir():
         if path.name not in ("data", "outputs", ".git"):

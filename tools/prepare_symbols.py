@@ -31,7 +31,8 @@ SYMBOLS = {
 }
 SMALLEST = 16  # side in pixels at which the symbols can still be told apart
 FINER = 4  # symbols are drawn this many times larger, then scaled down: smooth edges
-LENGTH, TURN, MOVE = (0.64, 0.8), 12, 0.05  # range of the longer side, degrees, largest shift; 1 is the picture's side
+LENGTH, TURN, MOVE = (0.7, 0.8), 6, 0.02  # range of the longer side, degrees, largest shift; 1 is the picture's side
+HUES = 8  # of the backgrounds, evenly around the circle
 
 
 def load_glyphs(side: int) -> dict:
@@ -66,15 +67,15 @@ def draw(ink, inside, size: int, rng):
     from PIL import Image
 
     # A gradient between two neighbouring light hues.
-    hue, angle = rng.uniform(), rng.uniform(0, 2 * math.pi)
-    ends = [hsv(hue + step, rng.uniform(0.2, 0.5), rng.uniform(0.9, 1.0)) for step in (0, rng.choice([-1, 1]) * 0.12)]
+    hue, angle = rng.integers(HUES) / HUES + rng.uniform(-0.02, 0.02), rng.uniform(0, 2 * math.pi)
+    ends = [hsv(hue + step, rng.uniform(0.3, 0.4), rng.uniform(0.94, 1.0)) for step in (0, 0.12)]
     rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
     place = (0.5 + (columns * math.cos(angle) + rows * math.sin(angle)) / math.sqrt(2)).astype("float32")[..., None]
     picture = ends[0] * (1 - place) + ends[1] * place  # (size, size, 3)
 
     # The symbol: a strong colour from the other side of the circle, its inside a light tint.
-    other = hue + rng.uniform(0.35, 0.65)
-    line, tint = hsv(other, rng.uniform(0.75, 1.0), rng.uniform(0.4, 0.75)), hsv(other + 0.12, 0.3, 1.0)
+    other = hue + rng.uniform(0.47, 0.53)
+    line, tint = hsv(other, rng.uniform(0.85, 0.95), rng.uniform(0.5, 0.65)), hsv(other + 0.12, 0.3, 1.0)
     side = rng.uniform(*LENGTH) * size * FINER
     scale, turn = ink.width / side, math.radians(rng.uniform(-TURN, TURN))
     cos, sin = scale * math.cos(turn), scale * math.sin(turn)

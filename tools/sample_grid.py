@@ -13,8 +13,9 @@ import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from config.checks import FLAG_SEED
 from config.flags import CommandParser, check_positive
-from config.options import DEFAULT_VAE, FLAG_SEED, SIT_VAE
+from config.options import DEFAULT_VAE, SIT_VAE
 from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
 from sampling.demo import save_image, show_steps

@@ -47,7 +47,7 @@ class Preview:
         self.classes = self._choose_classes(classes, config)
         self.images_per_class, self.decoder = images_per_class, None
         if paddle.distributed.get_rank() == 0:
-            wanted = {"default": DEFAULT_VAE, "flag": "--vae_name_or_path", "channels": model["in_channels"]}
+            wanted = {"default": DEFAULT_VAE, "flag": "--vae", "channels": model["in_channels"]}
             vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
             for note in notes:
                 say(f"note: {note}")

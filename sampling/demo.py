@@ -8,8 +8,6 @@ import os
 import re
 from dataclasses import dataclass
 
-from PIL import Image
-
 from config.flags import CommandParser, check_positive
 from config.options import DEFAULT_VAE
 from runtime.files import check_output, whole_file
@@ -132,6 +130,8 @@ def show_steps(description="sampling"):
 
 def check_ending(flag, path):
     """Raises `ValueError` for an ending that no format of colour images has."""
+    from PIL import Image
+
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=_image_format(path))
     except (ValueError, OSError, KeyError):
@@ -144,6 +144,8 @@ def check_ending(flag, path):
 
 def _image_format(path):
     """Returns Pillow's name of the format that a file's ending stands for."""
+    from PIL import Image
+
     return Image.registered_extensions()[os.path.splitext(path)[1].lower()]
 
 

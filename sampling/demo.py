@@ -8,8 +8,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from config.flags import CommandParser, check_positive
-from config.options import DEFAULT_VAE
+from config.flags import CommandParser
+from config.options import DEFAULT_VAE, POSITIVE_INT
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime
 from runtime.progress import tqdm
@@ -39,8 +39,7 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     )
     parser.add_argument(
         "--images_per_class",
-        type=int,
-        metavar="N",
+        check=POSITIVE_INT,
         help="label the grid with the names of the classes, N images a row [a plain grid, one image a class]",
     )
     add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
@@ -59,7 +58,6 @@ def check_flags(args, min_steps=1):
     for text in args.classes or ():
         if re.fullmatch(r"-\d+", text):
             raise ValueError(f"--classes {text}: expected names, or ids from 0")
-    check_positive(args, "images_per_class")
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -190,7 +188,7 @@ def draw_dit(argv, demo):
     parser.add_argument(
         "--model_path",
         metavar="PATH",
-        help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder",
+        help="pipeline folder, its hub name, training checkpoint, run folder, or (inference) exported folder",
     )
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     add_diffusion_flags(parser)

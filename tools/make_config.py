@@ -26,7 +26,9 @@ from runtime.process import configure_runtime, run_cli, say
 def build_parser():
     parser = CommandParser(description=__doc__)
     parser.add_argument("--feature_path", required=True, metavar="FOLDER", help="folder with the set of features")
-    parser.add_argument("--image_size", type=int, metavar="N", help="picks imagenetN of several sets in the folder")
+    parser.add_argument(
+        "--image_size", type=int, metavar="N", help="picks imagenet{N} of several sets [256, else the only set]"
+    )
     parser.add_argument("--output", default="config/mine.json", metavar="FILE", help="the JSON file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group = parser.add_argument_group("the network")

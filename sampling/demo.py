@@ -84,10 +84,10 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
     note_weights_flags(args, model)
 
     configure_runtime()
-    from sampling.grid import class_grid, make_grid
-
     steps = args.num_inference_steps
     generator = open_generator(args, model, **options)
+    from sampling.grid import class_grid, make_grid  # after Paddle, so that its loading is said at once
+
     classes, per_class = generator.find_classes(args.classes), args.images_per_class or 1
     ids = [one for one in classes for _ in range(per_class)]
     for note in generator.describe(steps, **options):

@@ -186,9 +186,9 @@ def note_unused(names, why):
 
 def open_generator(args, model, **options):
     """Loads the `Generator` of a `Model` as the flags say, when its transport's `options` are checked."""
+    device = resolve_device(args.device)  # imports Paddle, before NumPy and others that take a moment
     from sampling.generator import check_settings, load_generator
 
-    device = resolve_device(args.device)
     dtype = args.dtype or ("float32" if device == "cpu" else args.gpu_dtype)
     check_settings(model, args.num_inference_steps, **options)
     return load_generator(model, device=device, dtype=dtype, vae=args.vae, backend=args.backend, key=args.key)

@@ -25,9 +25,10 @@ import sys
 import tempfile
 import time
 
-from config.flags import CommandParser, check_positive
+from config.flags import CommandParser, check_positive, check_vae
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
+from sampling.flags import note_unused
 from sampling.studio import Progress, Studio, explain
 from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
 from sampling.web_guard import Guard, is_local
@@ -69,12 +70,15 @@ def main(argv=None):
     check_positive(args, "max_images")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: expected a number from 0 to 65535")
-    choices = list_choices(args.model_path or find_models(RESULTS), args.vae)
+    check_vae(args.vae)
+    choices = list_choices(args.model_path or ([RESULTS] if find_models(RESULTS) else []), args.vae)
     if not choices:
         raise ValueError(
             f"{RESULTS}/: there is no model; train one (bash quickstart.sh), or give one by --model_path, such as "
             "facebook/DiT-XL-2-256"
         )
+    if args.vae is not None and all(choice.vae is None for choice in choices):
+        note_unused(["vae"], "on these models, which bring their own")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("Gradio is not installed: bash tools/setup_env.sh --demo")
 
@@ -296,7 +300,7 @@ def serve(page, host, server, folder):
     port = server.getsockname()[1]
     if not is_local(host):
         say(f"note: --host {host}: whoever reaches this machine can draw; there is no password", sys.stderr)
-    shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    shown = f"[{host if host != '::' else '::1'}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
     say(f"open http://{shown}:{port} (Ctrl-C ends it)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn has taken leave, so that the folder goes too
     Server(config).run(sockets=[server])

@@ -51,12 +51,13 @@ def test_moments_and_mirrored_latents_are_found_without_a_manifest(tmp_path):
     assert dataset.moments and dataset.flip
 
 
-def test_the_digits_get_the_config_that_was_tuned_for_them():
-    found = resolve_config(suggest(feature_set(1500, 4, 10), CPU, Wishes(), trial=False).config)
+@pytest.mark.parametrize(("samples", "side"), [(1500, 4), (2000, 8)], ids=["digits", "symbols"])
+def test_a_small_set_gets_what_the_digits_were_tuned_with(samples, side):
+    found = resolve_config(suggest(feature_set(samples, side, 10), CPU, Wishes(), trial=False).config)
     tuned = load_config(ROOT / "config/DiT_digits.json")
     quickstart = {"learning_rate": 2e-3, "max_steps": 2000, "global_batch_size": 64}
     assert found["training"] == {**tuned["training"], **quickstart}
-    assert (found["model"], found["objective"]) == (tuned["model"], tuned["objective"])
+    assert (found["model"], found["objective"]) == ({**tuned["model"], "sample_size": side}, tuned["objective"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from config.schema import MODEL_TYPES, own_config
 from features.autoencoder import LatentScaling, downsampling, weights_digest
 from runtime.files import whole_file
 from runtime.process import counted
-from runtime.untrusted import read_json, read_json_object, shortened
+from runtime.untrusted import read_json_object, shortened
 from sampling.model_path import describe_model
 from sampling.pipelines.folder import CARD, CARD_MARK, SAMPLES
 from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, check_scheduler, describe_fit, is_timestep_fit
@@ -155,7 +155,7 @@ def _training(config, weights):
         return "Not known: it was exported from a file of weights.\n"
     folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
     state = os.path.join(folder, "trainer_state.json")
-    state = read_json(state) if os.path.isfile(state) else {}
+    state = read_json_object(state) if os.path.isfile(state) else {}
     names = {
         "global_step": "steps",
         "samples_seen": "images seen",

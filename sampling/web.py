@@ -94,9 +94,9 @@ class Choice:
     def description(self):
         """Returns a line on the model."""
         kinds = {"checkpoint": "training checkpoint", "hub": "pipeline on the hub", "file": "file of weights"}
-        kind, network = self.model.kind, self.model.type or self.model.pipeline
+        kind, network = self.model.kind, self.model.type if self.model.config else self.model.pipeline
         guided = ", no guidance: it was trained without a null class" if not self.is_guided else ""
-        return f"{network}, {kinds.get(kind, kind)}, {counted(self.num_classes, 'class', 'classes')}{guided}"
+        return f"{network}, {kinds.get(kind, 'folder')}, {counted(self.num_classes, 'class', 'classes')}{guided}"
 
     @property
     def is_transport(self):

@@ -97,6 +97,18 @@ def test_one_network_at_a_time_and_a_closed_drawing_ends(choices, monkeypatch):
     assert loaded == [choice.model.path for choice in choices]
 
 
+def test_a_drawing_at_the_programs_end_is_no_error_of_the_program(choices, capsys):
+    studio = Studio("cpu")
+    events = studio.draw(order_of(choices, steps=500))
+    next(events)
+    studio.close()
+    for drawing in (events, studio.draw(order_of(choices))):
+        with pytest.raises(ValueError, match="web_demo.py was ended") as error:
+            list(drawing)
+        explain(error.value)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [

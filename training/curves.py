@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 20, 8, 26  # margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 8, 26  # margins
 MAX_POINTS = 600  # of a line
 LARGEST, MAX_STEP = 1e100, 2**53  # of what a chart holds
 MAX_MARKS = 25  # of a line whose points are marked, with their values
@@ -99,7 +99,7 @@ def make_chart(title, named, *, smooth=False, may_be_log=True, first=None, last=
     is_log = may_be_log and low > 0 and high / low > 50
     scale = math.log10 if is_log else float
     low, high = scale(low), scale(high)
-    pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    pad = 0.05 * (high - low) or abs(high) * 0.5 or 1.0  # a constant has few round numbers around it
     low, high = low - pad, high + pad
 
     def place(step, value):

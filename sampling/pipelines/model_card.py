@@ -162,7 +162,7 @@ def _training(config, weights):
         "num_samples": "images of the set",
         "epoch": "epochs",
     }
-    rows = [(name, f"{state[key]:,}") for key, name in names.items() if isinstance(state.get(key), (int, float))]
+    rows = [(name, f"{round(state[key], 1):,}") for key, name in names.items() if isinstance(state.get(key), (int, float))]
     for section, keys in (("training", options.TRAINING_KEYS), ("data", options.DATA_KEYS)):
         values = config[section].items()
         rows += [(key, value) for key, value in values if key in ALWAYS or value != keys[key].default]
@@ -179,7 +179,7 @@ def _classes(labels):
 
 def _autoencoder(vae, name):
     name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-    rows = [("name", name), ("sha256 of its weights", weights_digest(vae)), ("pixels to a latent", downsampling(vae))]
+    rows = [("name", name), ("sha256 of its weights", weights_digest(vae)), ("downsampling", downsampling(vae))]
     rows += [(key, value) for key, value in LatentScaling.of(vae.config).as_dict().items() if value is not None]
     return _table(rows)
 

@@ -19,6 +19,7 @@ import html
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -241,7 +242,10 @@ class Page:
             rows = list(zip(*drawing.steps.values(), strict=True))  # by class
             labels = {"row_labels": names[: len(rows)], "column_labels": list(map(str, drawing.steps))}
             strip = make_grid([image for row in rows for image in row], len(drawing.steps), gap=4, **labels)
-        folder = tempfile.mkdtemp(dir=self.folder)
+        for entry in os.scandir(self.folder):  # Gradio deletes its own copies
+            if entry.name.startswith("drawing-") and entry.stat().st_mtime < time.time() - KEEP_SECONDS:
+                shutil.rmtree(entry.path, ignore_errors=True)
+        folder = tempfile.mkdtemp(dir=self.folder, prefix="drawing-")
         png, settings = (os.path.join(folder, name) for name in ("images.png", "settings.json"))
         grid.save(png)
         write_json(settings, order.settings(**self.flags))

@@ -162,7 +162,8 @@ def _training(config, weights):
         "num_samples": "images of the set",
         "epoch": "epochs",
     }
-    rows = [(name, f"{round(state[key], 1):,}") for key, name in names.items() if isinstance(state.get(key), (int, float))]
+    known = {name: state[key] for key, name in names.items() if isinstance(state.get(key), (int, float))}
+    rows = [(name, f"{round(value, 1):,}") for name, value in known.items()]
     for section, keys in (("training", options.TRAINING_KEYS), ("data", options.DATA_KEYS)):
         values = config[section].items()
         rows += [(key, value) for key, value in values if key in ALWAYS or value != keys[key].default]

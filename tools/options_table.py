@@ -11,6 +11,7 @@ from _root import ROOT
 
 from config import options
 from config.flags import CommandParser
+from config.names import OTHER_NAMES
 from config.schema import MODEL_TYPES
 from runtime.process import run_cli
 
@@ -26,6 +27,7 @@ by `python tools/options_table.py --write`.
 """
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
+OTHERS = "Accepted by every command that has the flag, and not shown by `--help`."
 EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
 # The options that most runs touch, for docs/training.md.
 MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
@@ -71,6 +73,9 @@ def page():
     for title, keys in options.FLAG_GROUPS.items():
         if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:
             parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
+    names = {name: ", ".join(f"`--{other}`" for other in others) for name, others in OTHER_NAMES.items()}
+    rows = (f"| `--{name}` | {others} |\n" for name, others in names.items())
+    parts += [f"## Other names\n\n{OTHERS}\n\n| flag | also accepted |\n| --- | --- |\n", *rows]
     return "".join(parts).rstrip() + "\n"
 
 

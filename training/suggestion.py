@@ -190,9 +190,8 @@ def suggest(features, device, wishes, *, trial=True):
     data = {"validation_samples": choose("held out", held_out, why)}
     if features.flip:
         data["flip"] = choose("flip", True, "the set has mirrored latents")
-    data["in_memory"] = choose(
-        "in memory", small, f"the set takes {features.num_bytes / GIB:,.2f} GiB", "yes" if small else "no"
-    )
+    why = f"the set takes {math.ceil(features.num_bytes / 2**20):,} MiB"
+    data["in_memory"] = choose("in memory", small, why, "yes" if small else "no")
     gpu = device.kind == "gpu"
     why = {"float32": "a CPU has no faster one"}.get(device.precision, "matrix units, with float32 weights")
     training = {

@@ -22,12 +22,14 @@ from runtime.console import says_next
 from runtime.files import check_output, write_json
 from runtime.process import configure_runtime, run_cli, say
 
+OUTPUT = "outputs/mine.json"
+
 
 def build_parser():
     parser = CommandParser(description=__doc__)
     parser.add_argument("--feature_path", required=True, help="folder with the set of features")
     parser.add_argument("--image_size", type=int, metavar="N", help="picks imagenetN of several sets in the folder")
-    parser.add_argument("--output", default="config/mine.json", help="the JSON file to write [config/mine.json]")
+    parser.add_argument("--output", default=OUTPUT, help=f"the JSON file to write [{OUTPUT}]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group = parser.add_argument_group("the network")
     group.add_argument("--model", default="DiT", choices=MODEL_TYPES, help="its type [DiT]")
@@ -56,6 +58,8 @@ def check_args(args):
         raise ValueError(f"command line: {' and '.join(lengths)} say the same; give one")
     if args.gpu_memory is not None and args.gpu_memory <= args.reserve:
         raise ValueError(f"--gpu_memory {args.gpu_memory:g}: nothing is left beside --reserve {args.reserve:g}")
+    if args.output == OUTPUT:
+        os.makedirs(os.path.dirname(OUTPUT), exist_ok=True)
     check_output(args.output, args.overwrite, flag="--output ")
 
 

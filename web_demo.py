@@ -19,6 +19,7 @@ import html
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -26,9 +27,10 @@ import tempfile
 import time
 
 from config.checks import INT_FROM_0, POSITIVE_INT, VAE
-from config.flags import CommandParser, add_device_flag
+from config.flags import CommandParser, add_device_flag, check_vae
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
+from sampling.flags import note_unused
 from sampling.studio import Progress, Studio, explain
 from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
 from sampling.web_guard import Guard, is_local
@@ -74,12 +76,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: expected a number from 0 to 65535")
-    choices = list_choices(args.model_path or find_models(RESULTS), args.vae)
+    check_vae(args.vae)
+    choices = list_choices(args.model_path or ([RESULTS] if find_models(RESULTS) else []), args.vae)
     if not choices:
         raise ValueError(
             f"{RESULTS}/: there is no model; train one (bash quickstart.sh), or give one by --model_path, such as "
             "facebook/DiT-XL-2-256"
         )
+    if args.vae is not None and all(choice.vae is None for choice in choices):
+        note_unused(["vae"], "on these models, which bring their own")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("Gradio is not installed: bash tools/setup_env.sh --demo")
 
@@ -242,7 +247,10 @@ class Page:
             rows = list(zip(*drawing.steps.values(), strict=True))  # by class
             labels = {"row_labels": names[: len(rows)], "column_labels": list(map(str, drawing.steps))}
             strip = make_grid([image for row in rows for image in row], len(drawing.steps), gap=4, **labels)
-        folder = tempfile.mkdtemp(dir=self.folder)
+        for entry in os.scandir(self.folder):  # Gradio deletes its own copies
+            if entry.name.startswith("drawing-") and entry.stat().st_mtime < time.time() - KEEP_SECONDS:
+                shutil.rmtree(entry.path, ignore_errors=True)
+        folder = tempfile.mkdtemp(dir=self.folder, prefix="drawing-")
         png, settings = (os.path.join(folder, name) for name in ("images.png", "settings.json"))
         grid.save(png)
         write_json(settings, order.settings(**self.flags))
@@ -301,7 +309,7 @@ def serve(page, host, server, folder):
     port = server.getsockname()[1]
     if not is_local(host):
         say(f"note: --host {host}: whoever reaches this machine can draw; there is no password", sys.stderr)
-    shown = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    shown = f"[{host if host != '::' else '::1'}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
     say(f"open http://{shown}:{port} (Ctrl-C ends it)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # after uvicorn has taken leave, so that the folder goes too
     Server(config).run(sockets=[server])

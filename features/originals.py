@@ -30,7 +30,8 @@ def find_originals(report, indices, names, data_path=None):
         if not isinstance(size, int) or not isinstance(sha256, str):
             raise ValueError("no manifest that tells which images were encoded")
         if not asked:
-            if source.get("kind") != "folder" or manifest.get("num_images", MAX_LISTED) >= MAX_LISTED:
+            count = manifest.get("num_images")
+            if source.get("kind") != "folder" or not isinstance(count, int) or count >= MAX_LISTED:
                 raise ValueError("the images are many, or in no folder")
             if not isinstance(path, str) or not os.path.isdir(path):
                 raise ValueError(f"the images are not in {shortened(path, 300)} any more")

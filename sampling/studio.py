@@ -72,16 +72,21 @@ class Studio:
 
         When the iterator is closed before its end, the drawing ends at the network's next evaluation.
         """
-        events, cancelled = queue.Queue(), threading.Event()
-        work = self._worker.submit(self._draw, order, events.put, cancelled)
-        work.add_done_callback(lambda _: events.put(None))
+        events, cancelled, work = queue.Queue(), threading.Event(), None
         try:
+            work = self._worker.submit(self._draw, order, events.put, cancelled)
+            work.add_done_callback(lambda _: events.put(None))
             while (event := events.get()) is not None:
                 yield event
             yield work.result()
+        except Exception:
+            if self._closed.is_set():  # whatever it was, no program's error
+                raise ValueError("nothing is drawn any more: web_demo.py was ended") from None
+            raise
         finally:
             cancelled.set()
-            work.cancel()
+            if work is not None:
+                work.cancel()
 
     def _open(self, choice):
         if self._path != choice.model.path:

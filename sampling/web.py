@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 
 from config.options import MAX_SEED
 from config.schema import MODEL_TYPES
-from runtime.process import counted
+from runtime.process import counted, say
 from runtime.untrusted import inside, read_json_object, shortened
 from sampling.flags import OFFICIAL_SDE
 from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.model_path import Model, describe_model
 from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, is_timestep_fit
-from weights.runs import is_training_checkpoint
+from weights.runs import CONFIG, MODEL, damage, is_training_checkpoint
 
 MAX_STEPS = 500
 MAX_GUIDANCE = 20
@@ -94,9 +94,9 @@ class Choice:
     def description(self):
         """Returns a line on the model."""
         kinds = {"checkpoint": "training checkpoint", "hub": "pipeline on the hub", "file": "file of weights"}
-        kind, network = self.model.kind, self.model.type or self.model.pipeline
+        kind, network = self.model.kind, self.model.type if self.model.config else self.model.pipeline
         guided = ", no guidance: it was trained without a null class" if not self.is_guided else ""
-        return f"{network}, {kinds.get(kind, kind)}, {counted(self.num_classes, 'class', 'classes')}{guided}"
+        return f"{network}, {kinds.get(kind, 'folder')}, {counted(self.num_classes, 'class', 'classes')}{guided}"
 
     @property
     def is_transport(self):
@@ -151,36 +151,51 @@ class Choice:
 def list_choices(paths, vae=None):
     """Lists the `Choice` of each model path; `ValueError`, one line, for one that the page can't sample.
 
-    A folder that is no model stands for those below it, see `find_models`.
+    A folder that is no model stands for those below it, see `find_models`; of these, what can't be sampled is said and
+    left out.
     """
     choices = []
-    for path in [found for given in paths for found in find_models(given) or [given]]:
-        model = describe_model(path)
-        model.check_backend("eager")
-        fit = {}
-        file = inside(model.path, "transformer/config.json") if os.path.isdir(model.path) else ""
-        if model.pipeline == "DiTPipeline" and os.path.isfile(file):
-            fit = read_json_object(file, infinity=True).get(FIT_KEY)
-        is_fit = fit and is_timestep_fit(fit)
-        choices.append(Choice(model, None if model.holds_all else vae, fit if is_fit else {}))
+    for given in paths:
+        found = find_models(given)
+        for path in found or [given]:
+            try:
+                choices.append(_describe_choice(path, vae))
+            except ValueError as error:
+                if found in ([], [given]):
+                    raise
+                say(f"note: left out: {error}")
     return choices
 
 
+def _describe_choice(path, vae):
+    model = describe_model(path)
+    model.check_backend("eager")
+    fit = {}
+    file = inside(model.path, "transformer/config.json") if os.path.isdir(model.path) else ""
+    if model.pipeline == "DiTPipeline" and os.path.isfile(file):
+        fit = read_json_object(file, infinity=True).get(FIT_KEY)
+    is_fit = fit and is_timestep_fit(fit)
+    return Choice(model, None if model.holds_all else vae, fit if is_fit else {})
+
+
 def find_models(root):
-    """Lists the pipeline folders and the newest checkpoint of each run below a folder, those written last first."""
+    """Lists the pipeline folders and the newest checkpoint of each run below a folder, those written last first.
+
+    A checkpoint that is not known to be whole is taken only where a run has no other.
+    """
     found = {}
     for folder, names, files in os.walk(root):
         is_deep = os.path.relpath(folder, root).count(os.sep) >= MAX_DEPTH
         names[:] = [] if is_deep else sorted(name for name in names if not name.startswith("."))
         if "model_index.json" in files:
-            found[folder] = (0, folder)
+            found[folder] = (True, 0, folder)
             names.clear()
         elif "config.json" in files and is_training_checkpoint(folder):
             step = int("0" + "".join(re.findall(r"\d+", os.path.basename(folder))[-1:]))
-            run = os.path.dirname(folder)
-            found[run] = max(found.get(run, (-1, "")), (step, folder))
+            run, is_whole = os.path.dirname(folder), damage(folder, required=(CONFIG, MODEL)) is None
+            found[run] = max(found.get(run, (False, -1, "")), (is_whole, step, folder))
             names.clear()
-    paths = [path for _, path in found.values()]
+    paths = [path for *_, path in found.values()]
     return sorted(paths, key=os.path.getmtime, reverse=True)[:MAX_FOUND]
 
 

@@ -22,6 +22,7 @@ class Guard:
     - Pages may load nothing from elsewhere (`Content-Security-Policy`).
     - Where only this machine is listened to, a request must name this machine, so that no other site's page reaches it
       under a name of its own (DNS rebinding).
+    - Other sites' pages can't order drawings either: a browser says where a request comes from.
 
     Args:
         folder: whose files are served. local: whether only this machine is listened to.
@@ -79,6 +80,8 @@ class Guard:
             return 403
         path, method = scope["path"], scope["method"]
         if method == "POST" and path in self.POST:
+            if headers.get("sec-fetch-site", "same-origin") != "same-origin":
+                return 403
             length = headers.get("content-length", "")
             return 0 if length.isdecimal() and int(length) <= self.MAX_BODY else 413
         if method not in ("GET", "HEAD"):

@@ -51,9 +51,11 @@ def test_moments_and_mirrored_latents_are_found_without_a_manifest(tmp_path):
     assert dataset.moments and dataset.flip
 
 
-def test_the_digits_get_the_config_that_was_tuned_for_them():
-    found = resolve_config(suggest(feature_set(1500, 4, 10), CPU, Wishes(), trial=False).config)
-    tuned = load_config(ROOT / "config/DiT_digits.json")
+@pytest.mark.parametrize(("name", "samples"), [("DiT_digits", 1500), ("DiT_symbols", 2000), ("SiT_symbols", 2000)])
+def test_the_sets_of_the_pages_get_their_own_configs(name, samples):
+    tuned = load_config(ROOT / f"config/{name}.json")
+    features = feature_set(samples, tuned["model"]["sample_size"], 10)
+    found = resolve_config(suggest(features, CPU, Wishes(model=tuned["model"]["type"]), trial=False).config)
     quickstart = {"learning_rate": 2e-3, "max_steps": 2000, "global_batch_size": 64}
     assert found["training"] == {**tuned["training"], **quickstart}
     assert (found["model"], found["objective"]) == (tuned["model"], tuned["objective"])

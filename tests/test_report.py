@@ -138,6 +138,17 @@ def test_a_resumed_run_has_one_curve(run):
     assert [(step, value) for *_, step, value in chart.lines[0].marks] == [(10, "9"), (20, "5")]
 
 
+def test_rows_that_no_run_writes_are_no_error(run):
+    (run / "best.json").write_text('{"step": 1, "checkpoint": "x", "metric": "fid", "value": 1e999, "evaluation": {}}')
+    for values in ('"x"', "1e308", "-1e308", "1" + "0" * 400, "1e-320", "null"):
+        row = '{{"step": {}, "loss": {}, "epoch": {}, "steps_per_second": {}}}\n'
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            rows = [row.format(step, *[value] * 3) for step, value in ((1, "2.5"), (2, values), (10**30, "1"))]
+            (run / name).write_text("".join(rows))
+        (chart, *_) = gather(str(run))["charts"]
+        assert chart.lines[0].last == "2.5"
+
+
 def test_curves_break_where_a_number_is_missing_and_stay_inside():
     rows = [{"step": step, "loss": None if step == 30 else 10.0**-step} for step in range(0, 60, 10)]
     chart = make_chart("loss", {"loss": series(rows, "loss")})
@@ -147,6 +158,8 @@ def test_curves_break_where_a_number_is_missing_and_stay_inside():
     assert make_chart("loss", {"loss": [(1, None)]}) is None
     assert make_chart("flat", {"flat": [(5, 0.0)]}).y_ticks
     assert nice_ticks(0, 2000, 5) == [0, 500, 1000, 1500, 2000]
+    short = make_chart("loss", {"loss": [(0, 1.0), (2, 2.0)]})
+    assert [text for _, text in short.x_ticks] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name, message", [("nothing", "no such folder"), (".", "no run of either training loop")])

@@ -1,6 +1,7 @@
 """What web_demo.py offers, checks and draws, without a browser: see tests/test_web_demo.py for the page itself."""
 
 import dataclasses
+import json
 import math
 import shlex
 import threading
@@ -96,6 +97,18 @@ def test_one_network_at_a_time_and_a_closed_drawing_ends(choices, monkeypatch):
     assert loaded == [choice.model.path for choice in choices]
 
 
+def test_a_drawing_at_the_programs_end_is_no_error_of_the_program(choices, capsys):
+    studio = Studio("cpu")
+    events = studio.draw(order_of(choices, steps=500))
+    next(events)
+    studio.close()
+    for drawing in (events, studio.draw(order_of(choices))):
+        with pytest.raises(ValueError, match="web_demo.py was ended") as error:
+            list(drawing)
+        explain(error.value)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [
@@ -149,7 +162,7 @@ def test_defaults_suit_the_model():
         order_of([plain], classes=[1], method="euler")
 
 
-def test_models_are_found_the_newest_of_each_run(tmp_path):
+def test_models_are_found_the_newest_of_each_run(tmp_path, capsys):
     for run, step in (("a", 9), ("a", 10), ("b", 5)):
         write_checkpoint(tmp_path / "outputs" / run / f"checkpoint-{step}", make_config())
     (tmp_path / "outputs" / "a" / "checkpoint-11").mkdir()  # not whole
@@ -161,6 +174,14 @@ def test_models_are_found_the_newest_of_each_run(tmp_path):
     for given in ("outputs/a", "outputs/a/checkpoint-10"):
         (choice,) = list_choices([str(tmp_path / given)])
         assert choice.model.path == str(tmp_path / "outputs/a/checkpoint-10")
+    assert len(list_choices([str(tmp_path / "outputs")])) == 2  # the pipeline of no known class is left out
+    assert "note: left out: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pipeline: is a None"):
+        list_choices([str(pipeline)])
+    whole = tmp_path / "outputs/a/checkpoint-9"
+    files = {file.name: {"size": file.stat().st_size, "sha256": ""} for file in whole.iterdir()}
+    (whole / "manifest.json").write_text(json.dumps({"files": files}))  # while the newest one has no manifest
+    assert str(tmp_path / "outputs/a/checkpoint-9") in find_models(tmp_path / "outputs")
 
 
 def test_errors_are_a_line_for_the_page_and_a_trace_for_the_terminal(choices, capsys):
@@ -194,6 +215,8 @@ class TestGuard:
         ):
             assert self.judge(tmp_path, path) == 0
         assert self.judge(tmp_path, "/gradio_api/queue/join", "POST", content_length="100") == 0
+        sent = {"content_length": "100", "sec_fetch_site": "same-origin"}
+        assert self.judge(tmp_path, "/gradio_api/queue/join", "POST", **sent) == 0
         for host in ("localhost:7860", "[::1]:7860", "127.0.0.1"):
             assert self.judge(tmp_path, "/", host=host) == 0
         assert self.judge(tmp_path, "/", host="gpu7.example.org", local=False) == 0
@@ -212,6 +235,7 @@ class TestGuard:
             ("/gradio_api/queue/join", "POST", {"content_length": str(10**9)}, 413),
             ("/gradio_api/queue/join", "POST", {"transfer_encoding": "chunked"}, 413),
             ("/", "GET", {"host": "evil.example.org"}, 403),
+            ("/gradio_api/queue/join", "POST", {"content_length": "100", "sec_fetch_site": "cross-site"}, 403),
         ],
     )
     def test_all_else_is_refused(self, path, method, headers, status, tmp_path):
@@ -237,6 +261,7 @@ class TestGuard:
         ([], r"outputs/: there is no model; train one \(bash quickstart.sh\), or give one by --model_path"),
         (["--port", "70000"], "--port .*70000"),
         (["--max_images", "0"], "--max_images"),
+        (["--vae", "nowhere"], "--vae nowhere: there is no such folder"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(flags, line, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from runtime.console import says_next
 from runtime.files import check_output, write_json
 from runtime.process import configure_runtime, run_cli, say
 
+OUTPUT = "outputs/mine.json"
+
 
 def build_parser():
     parser = CommandParser(description=__doc__)
@@ -29,7 +31,7 @@ def build_parser():
     parser.add_argument(
         "--image_size", type=int, metavar="N", help="picks imagenet{N} of several sets [256, else the only set]"
     )
-    parser.add_argument("--output", default="config/mine.json", metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--output", default=OUTPUT, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group = parser.add_argument_group("the network")
     group.add_argument("--model", default="DiT", choices=MODEL_TYPES, help="its type")
@@ -60,6 +62,8 @@ def check_args(args):
         raise ValueError(f"command line: {' and '.join(lengths)} say the same; give one")
     if args.gpu_memory is not None and args.gpu_memory <= args.reserve:
         raise ValueError(f"--gpu_memory {args.gpu_memory:g}: nothing is left beside --reserve {args.reserve:g}")
+    if args.output == OUTPUT:
+        os.makedirs(os.path.dirname(OUTPUT), exist_ok=True)
     check_output(args.output, args.overwrite, flag="--output ")
 
 

@@ -42,7 +42,7 @@ def main(argv=None):
     page = render_report(run, samples=args.samples, feature_path=args.feature_path)
     with whole_file(output) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page)
-    say(f"{output}: {len(page.encode('utf-8', 'backslashreplace')) / 2**20:.1f} MiB, opens in any browser")
+    say(f"{output}: {os.path.getsize(output) / 2**10:,.0f} KiB, opens in any browser")
 
 
 if __name__ == "__main__":

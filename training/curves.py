@@ -4,15 +4,16 @@ import dataclasses
 import math
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 20, 8, 26  # margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 8, 26  # margins
 MAX_POINTS = 600  # of a line
+LARGEST, MAX_STEP = 1e100, 2**53  # of what a chart holds
 MAX_MARKS = 25  # of a line whose points are marked, with their values
 
 
 def last_branch(rows):
     """Lists the rows of the steps that the run stands on: a resumed run replaces those that it does again."""
     kept = []
-    for row in rows:
+    for row in (row for row in rows if 0 <= row["step"] <= MAX_STEP):
         while kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
         kept.append(row)
@@ -20,12 +21,15 @@ def last_branch(rows):
 
 
 def series(rows, key):
-    """Lists `(step, value)` of the finite numbers under a key; None as the value of others, where a line breaks."""
-    return [(row["step"], number if _is_number(number := row.get(key)) else None) for row in rows]
+    """Lists `(step, value)` of the numbers under a key; None as the value of what is none, where a line breaks."""
+    return [(row["step"], number if is_number(number := row.get(key)) else None) for row in rows]
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value):
+    """Returns whether a value is a number that can be drawn: finite, and not beyond what any run measures."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return value == 0 or 1 / LARGEST <= abs(value) <= LARGEST
 
 
 def smoothed(points):
@@ -95,7 +99,7 @@ def make_chart(title, named, *, smooth=False, may_be_log=True, first=None, last=
     is_log = may_be_log and low > 0 and high / low > 50
     scale = math.log10 if is_log else float
     low, high = scale(low), scale(high)
-    pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    pad = 0.05 * (high - low) or abs(high) * 0.5 or 1.0  # a constant has few round numbers around it
     low, high = low - pad, high + pad
 
     def place(step, value):
@@ -113,7 +117,7 @@ def make_chart(title, named, *, smooth=False, may_be_log=True, first=None, last=
     return Chart(
         title,
         [_line(name, points, color, faint, place) for name, points, color, faint in lines],
-        [(place(tick, 10**low if is_log else low)[0], f"{tick:,.0f}") for tick in nice_ticks(x_low, x_high, 6)],
+        [(place(tick, values[0])[0], f"{tick:,.0f}") for tick in nice_ticks(x_low, x_high, 6) if tick % 1 == 0],
         [(place(x_low, tick)[1], f"{tick:g}") for tick in y_ticks],
         is_log,
     )

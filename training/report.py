@@ -26,7 +26,7 @@ from runtime.run_lock import check_idle, list_experiments
 from runtime.untrusted import read_json_object, shortened
 from training.checkpoints.best import read_best
 from training.checkpoints.find import ENVIRONMENT
-from training.curves import last_branch, make_chart, series
+from training.curves import is_number, last_branch, make_chart, series
 from training.metrics import EVALUATIONS, read_rows
 from training.parallel.memory_plan import Sizes
 from weights.runs import STATE, damage, find_checkpoints, step_of
@@ -84,7 +84,9 @@ def gather(run, *, samples=(), feature_path=None):
         environment = read_json_object(os.path.join(run, ENVIRONMENT))
     names = {"train": "metrics.jsonl", "validation": "validation.jsonl", "evaluation": EVALUATIONS}
     rows = {kind: last_branch(read_rows(os.path.join(run, name)) or []) for kind, name in names.items()}
-    checkpoints, best = _checkpoints(run), read_best(run)
+    best = read_best(run)
+    best = best if best is not None and is_number(best["value"]) else None
+    checkpoints = _checkpoints(run, best)
     status, steps = _status(run, config, rows["train"], checkpoints)
     data, classes = _data(config, environment, feature_path, notes)
     usable = [row["path"] for row in checkpoints if row["usable"]]
@@ -138,9 +140,9 @@ def _title(config):
 # ---- Where the run stands ----
 
 
-def _checkpoints(run):
-    best, rows = read_best(run), []
-    for path in find_checkpoints(run)[::-1]:
+def _checkpoints(run, best):
+    rows = []
+    for path in find_checkpoints(run, restore=False)[::-1]:  # it may go on while this reads
         wrong, folder = damage(path), os.path.relpath(path, run)
         sizes = [entry.stat().st_size for entry in os.scandir(path) if entry.is_file()]
         is_best = best is not None and folder == best["checkpoint"]
@@ -200,11 +202,12 @@ def _tiles(rows, best):
             hours, minutes = divmod(round(seconds / 60), 60)
             shown = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
             tiles.append(("training", shown, "without saving and drawing"))
-        if isinstance(train[-1].get("epoch"), (int, float)):
+        if is_number(train[-1].get("epoch")):
             tiles.append(("epochs", f"{train[-1]['epoch']:.1f}", "passes over the set"))
     for row in rows["validation"][-1:]:
         key = "ema_loss" if "ema_loss" in row else "loss"
-        tiles.append(("validation loss", f"{row.get(key, float('nan')):.4f}", "averaged weights" * (key == "ema_loss")))
+        shown = f"{row[key]:.4f}" if is_number(row.get(key)) else "not finite"
+        tiles.append(("validation loss", shown, "averaged weights" * (key == "ema_loss")))
     if best is not None:
         tiles.append((f"best {best['metric']}", f"{best['value']:.4g}", f"step {best['step']:,}"))
     return tiles
@@ -391,7 +394,8 @@ def _commands(run, config, environment, status, checkpoints):
         flags = [shlex.quote(str(word)) for word in words[1:]]
         folder = environment["folder"] if isinstance(environment.get("folder"), str) else None
         count = environment.get("processes", 1)
-        launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", str(count)) if count != 1 else ()
+        launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", shlex.quote(str(count)))
+        launcher = launcher if count != 1 else ()
         command = python_command(
             script, *flags, resume_flag(words), shell_path(run, folder), launcher=launcher, folder=folder
         )

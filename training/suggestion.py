@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from config.schema import MODEL_TYPES, resolve_config
-from features.store import find_features, open_store, read_manifest
+from features.store import find_features, open_store, read_description, read_manifest
 from models.sizes import SIZES, size_keys
 from runtime.machine import available_memory
 from runtime.process import counted
@@ -67,8 +67,7 @@ def describe_set(feature_path, image_size=None):
     num_classes = manifest.get("num_classes")
     if not isinstance(num_classes, int) or num_classes < 1:
         num_classes = int(store.labels.max()) + 1
-    vae = manifest.get("vae") if isinstance(manifest.get("vae"), dict) else {}
-    vae = [path for path in (vae.get("path"), vae.get("name")) if isinstance(path, str) and os.path.isdir(path)]
+    vae = (read_description(feature_path, name)["vae"] or {}).get("name")
     return FeatureSet(
         name,
         samples=len(store),
@@ -77,7 +76,7 @@ def describe_set(feature_path, image_size=None):
         num_classes=num_classes,
         flip=store.has_flip,
         num_bytes=(1 + store.has_flip) * len(store) * 4 * math.prod(store.row_shape),
-        vae=vae[0] if vae else None,
+        vae=vae if vae and os.path.isdir(vae) else None,
     )
 
 
@@ -191,9 +190,8 @@ def suggest(features, device, wishes, *, trial=True):
     data = {"validation_samples": choose("held out", held_out, why)}
     if features.flip:
         data["flip"] = choose("flip", True, "the set has mirrored latents")
-    data["in_memory"] = choose(
-        "in memory", small, f"the set takes {features.num_bytes / GIB:,.2f} GiB", "yes" if small else "no"
-    )
+    why = f"the set takes {math.ceil(features.num_bytes / 2**20):,} MiB"
+    data["in_memory"] = choose("in memory", small, why, "yes" if small else "no")
     gpu = device.kind == "gpu"
     why = {"float32": "a CPU has no faster one"}.get(device.precision, "matrix units, with float32 weights")
     training = {

@@ -60,17 +60,17 @@ def list_checkpoints(folder, *, restore=True):
     return sorted((path for path in paths if holds(path, MODEL, OPTIMIZER, STATE)), key=step_of)
 
 
-def find_checkpoints(folder, experiment_name=None):
-    """Lists the checkpoints of a folder, newest first; damaged ones too.
+def find_checkpoints(folder, experiment_name=None, *, restore=True):
+    """Lists the checkpoints of a folder, newest first; damaged ones too. `restore`: see `list_checkpoints`.
 
     The folder may be a checkpoint itself; one of `checkpoint-N` (the Trainer's output_dir); an experiment's with
     `checkpoints/`; or one of experiments `NNN-NAME`, only those of `experiment_name` if that is given.
     """
     if is_checkpoint(folder):
         return [folder]
-    found = _of_run(folder)
+    found = _of_run(folder, restore=restore)
     for _, experiment in list_experiments(folder, experiment_name) if not found else []:
-        found += list_checkpoints(os.path.join(experiment, "checkpoints"))
+        found += list_checkpoints(os.path.join(experiment, "checkpoints"), restore=restore)
     return found[::-1]
 
 

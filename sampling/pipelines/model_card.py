@@ -10,7 +10,7 @@ from config.schema import MODEL_TYPES, own_config
 from features.autoencoder import LatentScaling, downsampling, weights_digest
 from runtime.files import whole_file
 from runtime.process import counted
-from runtime.untrusted import read_json, read_json_object, shortened
+from runtime.untrusted import read_json_object, shortened
 from sampling.model_path import describe_model
 from sampling.pipelines.folder import CARD, CARD_MARK, SAMPLES
 from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, check_scheduler, describe_fit, is_timestep_fit
@@ -155,14 +155,15 @@ def _training(config, weights):
         return "Not known: it was exported from a file of weights.\n"
     folder = weights if os.path.isdir(weights) else os.path.dirname(weights)
     state = os.path.join(folder, "trainer_state.json")
-    state = read_json(state) if os.path.isfile(state) else {}
+    state = read_json_object(state) if os.path.isfile(state) else {}
     names = {
         "global_step": "steps",
         "samples_seen": "images seen",
         "num_samples": "images of the set",
         "epoch": "epochs",
     }
-    rows = [(name, f"{state[key]:,}") for key, name in names.items() if isinstance(state.get(key), (int, float))]
+    known = {name: state[key] for key, name in names.items() if isinstance(state.get(key), (int, float))}
+    rows = [(name, f"{round(value, 1):,}") for name, value in known.items()]
     for section, keys in (("training", options.TRAINING_KEYS), ("data", options.DATA_KEYS)):
         values = config[section].items()
         rows += [(key, value) for key, value in values if key in ALWAYS or value != keys[key].default]
@@ -179,7 +180,7 @@ def _classes(labels):
 
 def _autoencoder(vae, name):
     name = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-    rows = [("name", name), ("sha256 of its weights", weights_digest(vae)), ("pixels to a latent", downsampling(vae))]
+    rows = [("name", name), ("sha256 of its weights", weights_digest(vae)), ("downsampling", downsampling(vae))]
     rows += [(key, value) for key, value in LatentScaling.of(vae.config).as_dict().items() if value is not None]
     return _table(rows)
 

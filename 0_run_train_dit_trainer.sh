@@ -6,6 +6,6 @@ repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
 if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
 config_file=${config_file:-${repo}config/DiT_XL_patch2.json}
-default_output=./output_trainer/DiT_XL_patch2_trainer
+default_output=./output_trainer/DiT_XL_patch2_trainer # as PaddleMIX's
 
 . "${repo}tools/launch_trainer.sh"

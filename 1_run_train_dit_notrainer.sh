@@ -6,6 +6,6 @@ repo=$(CDPATH='' cd "$(dirname "$0")" && pwd -P)/
 if [ "$repo" = "$(pwd -P)/" ]; then repo=; fi # relative paths are the caller's
 
 config_file=${config_file:-${repo}config/DiT_XL_patch2.json}
-default_output=./output_notrainer/DiT_XL_patch2_notrainer
+default_output=./output_notrainer/DiT_XL_patch2_notrainer # as PaddleMIX's
 
 . "${repo}tools/launch_notrainer.sh"

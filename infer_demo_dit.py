@@ -2,7 +2,7 @@
 
     python infer_demo_dit.py                                        # the public DiT-XL/2: a golden retriever
     python infer_demo_dit.py --model_path DiT_pipeline --classes 207 "Siberian husky" --num_inference_steps 50
-    python infer_demo_dit.py --model_path output/checkpoint-5000 --vae assets/digits_vae --classes 3 7
+    python infer_demo_dit.py --model_path outputs/trainer/checkpoint-5000 --vae assets/digits_vae --classes 3 7
 
 --model_path is a DiTPipeline folder (tools/convert_dit_to_ppdiffusers.py), its name on the hub, a training checkpoint
 folder, whose averages are sampled, or a run's folder, whose newest checkpoint is taken. Without it: ./DiT_XL_2_256 if

@@ -2,7 +2,7 @@
 
     python infer_demo_sit.py                                    # the public SiT-XL/2: a golden retriever, by the SDE
     python infer_demo_sit.py --model_path SiT_pipeline --sampler ode --method heun2 --classes 207 "Siberian husky"
-    python infer_demo_sit.py --model_path output/checkpoint-5000 --vae assets/digits_vae --classes 3 7
+    python infer_demo_sit.py --model_path outputs/trainer/checkpoint-5000 --vae assets/digits_vae --classes 3 7
 
 --model_path is a SiTPipeline folder (tools/convert_sit_to_ppdiffusers.py), a training checkpoint folder, whose averages
 are sampled, a run's folder, whose newest checkpoint is taken, or a file of weights (.pdparams, or an official .pt) with
@@ -19,13 +19,11 @@ from config.flags import CommandParser
 from config.options import SIT_VAE
 from runtime.process import run_cli
 from sampling.demo import add_flags, check_flags, draw
-from sampling.flags import add_transport_flags, add_vae_flag, check_transport_flags, transport_options
+from sampling.flags import DEMO_SDE, add_transport_flags, add_vae_flag, check_transport_flags, transport_options
 from sampling.model_path import check_holds_no, describe_model
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
 PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "SiT_XL_patch2.json")
-# Defaults of PaddleMIX's SiT demo, for the SDE only.
-SDE_DEFAULTS = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.4}
 
 
 def find_model(path):
@@ -46,10 +44,10 @@ def find_model(path):
 def main(argv=None):
     parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint folder, or file of weights"
+        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint, run folder, or file of weights"
     )
     add_flags(parser, "SiT", guidance_channels="3 of 4, as the official SiT does; all of any other number")
-    add_transport_flags(parser, SDE_DEFAULTS)
+    add_transport_flags(parser, DEMO_SDE)
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument(
         "--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]"
@@ -57,7 +55,7 @@ def main(argv=None):
     add_vae_flag(weights, f"{SIT_VAE}, as in the official SiT")
     weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
-    check_transport_flags(args, SDE_DEFAULTS)
+    check_transport_flags(args, DEMO_SDE)
     check_flags(args, min_steps=2)
 
     path = find_model(args.model_path)
@@ -66,7 +64,7 @@ def main(argv=None):
     )
     if model.kind == "pipeline":
         check_holds_no(path, model.pipeline, vae=args.vae, key=args.key)
-    draw("SiT", args, model, **transport_options(args, SDE_DEFAULTS))
+    draw("SiT", args, model, **transport_options(args, DEMO_SDE))
 
 
 if __name__ == "__main__":

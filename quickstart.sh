@@ -194,15 +194,15 @@ extract() { # extract FLAG...: those that differ between the data sets
 train_trainer() {
     "$python" "${repo}train_image_generation_trainer.py" --do_train \
         --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
-        --logging_steps 100 --save_steps $save_steps --dataloader_num_workers 0 \
+        --logging_steps 100 --save_steps $save_steps --num_workers 0 \
         --seed "$seed" --image_size $image_size --device $device --disable_tqdm False
 }
 
 train_notrainer() {
     "$python" "${repo}train_image_generation_notrainer.py" \
         --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
-        --log_every 100 --ckpt_every $save_steps --num_workers 0 --resume auto \
-        --global_seed "$seed" --image_size $image_size --device $device
+        --logging_steps 100 --save_steps $save_steps --num_workers 0 --resume auto \
+        --seed "$seed" --image_size $image_size --device $device
 }
 
 case $data in
@@ -258,11 +258,11 @@ evaluate() { # evaluate NAME OPTION...
 }
 case "$data $model" in
 "digits DiT")
-    evaluate evaluation --grid "$output/grid.png" --report "$output/report.json"
+    evaluate evaluation --grid "$output/grid.png" --output "$output/report.json"
     ;;
 "digits SiT")
-    evaluate "samples ODE" --sampler ode --grid "$output/grid.png" --report "$output/report.json"
-    evaluate "samples SDE" --sampler sde --grid "$output/grid-sde.png" --report "$output/report-sde.json"
+    evaluate "samples ODE" --sampler ode --grid "$output/grid.png" --output "$output/report.json"
+    evaluate "samples SDE" --sampler sde --grid "$output/grid-sde.png" --output "$output/report-sde.json"
     ;;
 *)
     stage samples "$python" "$demo_script" --model_path "$output/pipeline" "${drawing[@]}" \

@@ -95,7 +95,7 @@ def train(args, config, stopping):
         if session.after_step(step):
             break
 
-    session.close(resume=["--resume", folder])
+    session.close(resume=folder)
 
 
 if __name__ == "__main__":

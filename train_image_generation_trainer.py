@@ -65,7 +65,7 @@ def train(args, config, stopping):
     )
     if session.first_step < session.last_step:
         LatentDiffusionTrainer(session, training_args).train()
-    session.close(resume=["--resume_from_checkpoint", "auto"])
+    session.close(resume="auto")
 
 
 if __name__ == "__main__":

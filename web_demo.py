@@ -2,7 +2,7 @@
 
     python web_demo.py                                           # what was trained or exported below outputs/
     python web_demo.py --model_path DiT_pipeline SiT_pipeline    # these two
-    python web_demo.py --model_path outputs/run/checkpoint-5000 --vae assets/digits_vae
+    python web_demo.py --model_path outputs/trainer/checkpoint-5000 --vae assets/digits_vae
 
 Needs Gradio: bash tools/setup_env.sh --demo. Then open the address that is printed; Ctrl-C ends it.
 
@@ -26,7 +26,8 @@ import sys
 import tempfile
 import time
 
-from config.flags import CommandParser, check_positive, check_vae
+from config.checks import INT_FROM_0, POSITIVE_INT, VAE
+from config.flags import CommandParser, add_device_flag, check_vae
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from sampling.flags import note_unused
@@ -59,16 +60,20 @@ def main(argv=None):
     parser.add_argument(
         "--model_path", nargs="+", metavar="MODEL", help=f"the models to choose from [those in {RESULTS}/]"
     )
-    parser.add_argument("--vae", help="folder or hub name of the VAE of training checkpoints [the features' own]")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all [127.0.0.1: this machine]"
+        "--vae", check=VAE, help="folder or hub name of the VAE of training checkpoints, ema or mse [the features' own]"
     )
-    parser.add_argument("--port", type=int, default=7860, help="0 for a free one [7860]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N [auto: a GPU if there is one]")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0: all [127.0.0.1: this machine]",
+    )
+    parser.add_argument("--port", check=INT_FROM_0, default=7860, help="0 for a free one")
+    add_device_flag(parser)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="half precision on a GPU [float32]")
-    parser.add_argument("--max_images", type=int, default=32, help="images drawn at once, at most [32]")
+    parser.add_argument("--max_images", check=POSITIVE_INT, default=32, help="images drawn at once, at most")
     args = parser.parse_args(argv)
-    check_positive(args, "max_images")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: expected a number from 0 to 65535")
     check_vae(args.vae)

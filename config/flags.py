@@ -225,12 +225,6 @@ def resolve_training(args):
     return config
 
 
-def check_seed(name, value):
-    """Raises `ValueError` for a seed, the flag `--name`'s, that is not in the range that every command takes."""
-    if not 0 <= value <= MAX_SEED:
-        raise ValueError(f"--{name} {value}: expected an integer from 0 to {MAX_SEED}")
-
-
 def check_positive(args, *names):
     """Raises `ValueError` for a flag among `names` that is given and not a positive number."""
     for name in names:

@@ -275,9 +275,7 @@ EVALUATION_KEYS = {
 RUN_FLAGS = {
     "do_train": Flag(None, BOOL, "train; the only mode, accepted for PaddleNLP's sake", TRAINER),
     "config_file": Flag("config/DiT_XL_patch2.json", TEXT, "JSON config"),
-    "feature_path": Flag(
-        PerLoop("./data/fastdit_imagenet256", "data/fastdit_imagenet256"), TEXT, "folder with the set of features"
-    ),
+    "feature_path": Flag("./data/fastdit_imagenet256", TEXT, "folder with the set of features"),
     "image_size": Flag(None, POSITIVE_INT, "picks imagenet{N}_features", unset="256, else the only set"),
     "output_dir": Flag(
         PerLoop("outputs/trainer", "outputs/notrainer"),

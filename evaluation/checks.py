@@ -1,7 +1,6 @@
-"""What the metrics accept, and products at the speed of scipy's BLAS."""
+"""What the metrics accept, and products at the speed of scipy's BLAS, which is imported at the first: it takes long."""
 
 import numpy as np
-from scipy.linalg import blas
 
 BLOCK = 2048  # rows of a set that are worked on at once
 
@@ -59,6 +58,8 @@ def product(a, b):
 
     numpy's own BLAS may know nothing of the processor, as in the releases before 2.0, and takes five times as long.
     """
+    from scipy.linalg import blas
+
     gemm = blas.sgemm if a.dtype == np.float32 else blas.dgemm
     return gemm(1.0, b.T, a.T, trans_a=True).T
 
@@ -68,6 +69,8 @@ def gram(a, factor=1.0, out=None):
 
     Above it are zeros, or what is there in `out`, the C-ordered array to write to.
     """
+    from scipy.linalg import blas
+
     syrk = blas.ssyrk if a.dtype == np.float32 else blas.dsyrk
     out = np.zeros((len(a), len(a)), a.dtype) if out is None else out
     return syrk(factor, a.T, trans=True, c=out.T, overwrite_c=True).T

@@ -8,8 +8,9 @@ import tempfile
 
 import numpy as np
 
-from models.state import check_finite, check_state, listed
+from models.state import check_finite, check_state
 from runtime.files import sha256_of_file
+from runtime.untrusted import listed
 from weights.files import load_weights
 
 VARIABLE = "FID_INCEPTION_WEIGHTS"

@@ -5,8 +5,6 @@ image. Whatever is drawn depends on `seed` alone. A `ValueError` of one line nam
 """
 
 import numpy as np
-from scipy import linalg
-from scipy.linalg import lapack
 
 from evaluation.checks import blocks, check_count, check_covariance, checked, gram, product
 from evaluation.neighbours import Balls
@@ -24,6 +22,8 @@ def _pair(x, y, names, least=1):
 
 def _factor(sigma):
     """Returns B `(rank, D)` with `B.T @ B` = sigma, without the directions in which sigma is 0 but for rounding."""
+    from scipy.linalg import eigh, lapack
+
     # A Cholesky factor with pivots takes 0.24 s at D = 2048 on one core, `eigh` 1.9 s by its fastest driver ("evd").
     upper, pivots, rank, _ = lapack.dpstrf(sigma)
     factor = np.zeros((rank, len(sigma)))
@@ -32,21 +32,23 @@ def _factor(sigma):
     if not rank or np.abs(product(columns, columns) - sigma).max() < 1e-11 * sigma.max():
         return factor
     # Rounding, as of statistics in float32, has made an eigenvalue negative: the nearest covariance counts.
-    values, vectors = linalg.eigh(sigma, driver="evd", check_finite=False)
+    values, vectors = eigh(sigma, driver="evd", check_finite=False)
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return np.ascontiguousarray((vectors[:, kept] * np.sqrt(values[kept])).T)
 
 
 def _nuclear_norm(a, tolerance):
     """Returns the sum of a matrix's singular values, to `tolerance`."""
+    from scipy.linalg import eigh, svdvals
+
     if 0 in a.shape:
         return 0.0
     gram_matrix = gram(a if len(a) <= a.shape[1] else np.ascontiguousarray(a.T))
-    squares = linalg.eigh(gram_matrix, eigvals_only=True, driver="evr", check_finite=False)
+    squares = eigh(gram_matrix, eigvals_only=True, driver="evr", check_finite=False)
     rounding = np.finfo(np.float64).eps * squares[-1]
     roots = np.sqrt(np.maximum(squares, rounding))
     if (rounding / roots).sum() > tolerance:  # small ones have drowned in the squares of the large
-        return linalg.svdvals(a, check_finite=False).sum()
+        return svdvals(a, check_finite=False).sum()
     return roots.sum()
 
 

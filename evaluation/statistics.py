@@ -1,7 +1,6 @@
 """Mean and covariance of features that come in batches, on one rank or several."""
 
 import numpy as np
-from scipy.linalg import blas
 
 from evaluation.checks import blocks, checked
 
@@ -25,6 +24,8 @@ class Statistics:
 
     def add(self, features):
         """Adds rows `(n, D)`; `ValueError` if they have another length, or NaN or infinity in them."""
+        from scipy.linalg import blas
+
         features = checked(features, "features", "(N, D)", least=0)
         if features.shape[1] != self.dim:
             raise ValueError(f"features: rows of {features.shape[1]} numbers; expected {self.dim}")

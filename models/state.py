@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from runtime.untrusted import shortened
+from runtime.untrusted import listed, shortened
 
 # Of DistributedDataParallel and AveragedModel, torch.compile, a network inside another module, Paddle's DataParallel.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
@@ -118,8 +118,3 @@ def without_rounding(table, exact):
     A table that differs by the rounding of float32 alone, as averages do, stays as it is.
     """
     return exact if is_rounded(table, exact) and np.abs(table - exact).max() > 1e-5 else table
-
-
-def listed(names, limit=3):
-    """Returns the first of some names as text, each short and on one line."""
-    return ", ".join(map(shortened, names[:limit])) + (", ..." if len(names) > limit else "")

@@ -30,5 +30,5 @@ def python_command(script, *words, launcher=(), folder=None):
 
 def resume_flag(words):
     """Returns the name by which a training command was given its `--resume`, so that a later one wins over it."""
-    given = (str(word).split("=")[0] for word in words)
+    given = (str(word).split("=")[0].replace("-", "_").replace("__", "--", 1) for word in words)
     return next((flag for flag in given if flag in ("--resume", "--resume_from_checkpoint")), "--resume")

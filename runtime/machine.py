@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -31,10 +30,12 @@ def _processor_fields(path="/proc/cpuinfo"):
 
 def describe_environment():
     """Returns what a run's numbers and speed may depend on, JSON values: versions, system, processor, threads."""
+    from importlib import metadata  # slow to import, and this module is at each start of .venv's Python
+
     versions = {}
     for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     return {
         "python": platform.python_version(),
         **versions,

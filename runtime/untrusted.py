@@ -22,6 +22,11 @@ def shortened(value, limit=80):
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def listed(names, limit=3):
+    """Returns the first of some names as text, each short and on one line."""
+    return ", ".join(map(shortened, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
 def open_regular(path):
     """Opens a regular file to read bytes; ValueError for a folder, a pipe or a device, which may never end."""
     try:

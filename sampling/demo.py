@@ -8,10 +8,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from PIL import Image
-
-from config.flags import CommandParser, check_positive
-from config.options import DEFAULT_VAE
+from config.flags import CommandParser
+from config.options import DEFAULT_VAE, POSITIVE_INT
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime
 from runtime.progress import tqdm
@@ -41,8 +39,7 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
     )
     parser.add_argument(
         "--images_per_class",
-        type=int,
-        metavar="N",
+        check=POSITIVE_INT,
         help="label the grid with the names of the classes, N images a row [a plain grid, one image a class]",
     )
     add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
@@ -61,7 +58,6 @@ def check_flags(args, min_steps=1):
     for text in args.classes or ():
         if re.fullmatch(r"-\d+", text):
             raise ValueError(f"--classes {text}: expected names, or ids from 0")
-    check_positive(args, "images_per_class")
     if args.output is not None:
         check_output(args.output, args.overwrite, "--output ")
         check_ending("output", args.output)
@@ -88,10 +84,10 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
     note_weights_flags(args, model)
 
     configure_runtime()
-    from sampling.grid import class_grid, make_grid
-
     steps = args.num_inference_steps
     generator = open_generator(args, model, **options)
+    from sampling.grid import class_grid, make_grid  # after Paddle, so that its loading is said at once
+
     classes, per_class = generator.find_classes(args.classes), args.images_per_class or 1
     ids = [one for one in classes for _ in range(per_class)]
     for note in generator.describe(steps, **options):
@@ -132,6 +128,8 @@ def show_steps(description="sampling"):
 
 def check_ending(flag, path):
     """Raises `ValueError` for an ending that no format of colour images has."""
+    from PIL import Image
+
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=_image_format(path))
     except (ValueError, OSError, KeyError):
@@ -144,6 +142,8 @@ def check_ending(flag, path):
 
 def _image_format(path):
     """Returns Pillow's name of the format that a file's ending stands for."""
+    from PIL import Image
+
     return Image.registered_extensions()[os.path.splitext(path)[1].lower()]
 
 
@@ -188,7 +188,7 @@ def draw_dit(argv, demo):
     parser.add_argument(
         "--model_path",
         metavar="PATH",
-        help="pipeline folder, its hub name, training checkpoint folder, or (inference) exported folder",
+        help="pipeline folder, its hub name, training checkpoint, run folder, or (inference) exported folder",
     )
     add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     add_diffusion_flags(parser)

@@ -16,6 +16,9 @@ GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
 METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"), "sde": ("Euler", "Heun")}
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
+# The SDE's settings where none are given, of the demos as in PaddleMIX's SiT demo; of all else as in the official code.
+DEMO_SDE = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.4}
+OFFICIAL_SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
 
 
 def add_sampling_flags(
@@ -90,7 +93,11 @@ def add_transport_flags(parser, sde_defaults, title=None):
         aliases=("--sampling_method",),
         help="; ".join(f"{kind}: {', '.join(names)} [{names[0]}]" for kind, names in METHODS.items()),
     )
-    sde, forms = parser.add_argument_group("for --sampler sde"), "one of " + ", ".join(DIFFUSION_FORMS)
+    like = "PaddleMIX's demo" if sde_defaults == DEMO_SDE else "the official SiT"
+    sde, forms = (
+        parser.add_argument_group(f"for --sampler sde; defaults as in {like}"),
+        "one of " + ", ".join(DIFFUSION_FORMS),
+    )
     shown = {name: f"[{value:g}]" if isinstance(value, float) else f"[{value}]" for name, value in sde_defaults.items()}
     form = Check((*DIFFUSION_FORMS, "inccreasing-decreasing").__contains__, forms, metavar="FORM")  # an official name
     sde.add_argument("--diffusion_form", check=form, help=f"noise over time, {forms} {shown['diffusion_form']}")
@@ -179,9 +186,9 @@ def note_unused(names, why):
 
 def open_generator(args, model, **options):
     """Loads the `Generator` of a `Model` as the flags say, when its transport's `options` are checked."""
+    device = resolve_device(args.device)  # imports Paddle, before NumPy and others that take a moment
     from sampling.generator import check_settings, load_generator
 
-    device = resolve_device(args.device)
     dtype = args.dtype or ("float32" if device == "cpu" else args.gpu_dtype)
     check_settings(model, args.num_inference_steps, **options)
     return load_generator(model, device=device, dtype=dtype, vae=args.vae, backend=args.backend, key=args.key)

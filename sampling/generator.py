@@ -1,6 +1,6 @@
 """Generators: a network and what turns noise into its latents, with one way to draw images for every kind of model.
 
-    generator = load_generator("output/checkpoint-5000")
+    generator = load_generator("outputs/trainer/checkpoint-5000")
     images = generator.sample(["golden retriever", 207], seed=0, num_inference_steps=50)  # uint8 (2, H, W, 3)
 
 The noise of image i is a function of the seed and of i's place among the classes.

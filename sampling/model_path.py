@@ -4,15 +4,13 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from config.options import GUIDANCE_SCALE, POSITIVE_INT
+from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
 from config.schema import MODEL_TYPES, exported_features, load_config, weights_config
 from runtime.untrusted import inside, read_json, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
-from sampling.pipelines.pretrained import is_id2label
 from sampling.step_counts import check_num_steps, check_scheduler
-from weights.runs import is_training_checkpoint, resolve_run
-from weights.source import checkpoint_hint
+from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common.
 PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
@@ -149,7 +147,7 @@ def _describe_folder(path, pipeline, labels):
         scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
     own = index.get("id2label") or {}
-    if is_id2label(own):
+    if CLASS_NAMES.accepts(own):
         own = {int(key): label for key, label in own.items()}
         labels = labels or own
         if num_classes is None:

@@ -24,10 +24,10 @@ from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
 
 from config.schema import MODEL_TYPES
 from models import MODELS, SiT, get_2d_sincos_pos_embed
-from models.state import listed, without_rounding
+from models.state import without_rounding
 from objectives.transport import sample_transport
 from runtime.process import is_terminal
-from runtime.untrusted import inside
+from runtime.untrusted import inside, listed
 from sampling.generator import Generator, in_float32, latent_sizes, layer_digests, load_network
 from sampling.pipelines.folder import (
     check_id2label,

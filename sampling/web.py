@@ -21,6 +21,7 @@ from config.options import MAX_SEED
 from config.schema import MODEL_TYPES
 from runtime.process import counted, say
 from runtime.untrusted import inside, read_json_object, shortened
+from sampling.flags import OFFICIAL_SDE
 from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.model_path import Model, describe_model
 from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, is_timestep_fit
@@ -52,9 +53,8 @@ def _ode(label, method, steps):
 
 
 def _sde(label, method, steps):
-    noise = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
-    flags = [word for name, value in noise.items() for word in (f"--{name}", str(value))]
-    options = {"sampler": "sde", "method": method, **noise}
+    flags = [word for name, value in OFFICIAL_SDE.items() for word in (f"--{name}", str(value))]
+    options = {"sampler": "sde", "method": method, **OFFICIAL_SDE}
     return Method(label, options, ("--sampler", "sde", "--method", method, *flags), steps, min_steps=2)
 
 

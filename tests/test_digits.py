@@ -614,8 +614,8 @@ def test_quickstart_runs_the_stages_of_the_model(model, loop, tmp_path):
     assert f"--model_path {output}/train/{checkpoint} " in lines[3]
     assert f"--output {output}/pipeline" in lines[3] and ("--scheduler dpm" in lines[3]) == (model == "DiT")
     samplers = {"DiT": [""], "SiT": ["--sampler ode ", "--sampler sde "]}[model]
-    grids = [f"--grid {output}/grid.png --report {output}/report.json"]
-    grids += [f"--grid {output}/grid-sde.png --report {output}/report-sde.json"]
+    grids = [f"--grid {output}/grid.png --output {output}/report.json"]
+    grids += [f"--grid {output}/grid-sde.png --output {output}/report-sde.json"]
     assert len(lines) == 5 + len(samplers)
     assert lines[-1].startswith(f"tools/report.py {output}/train ")
     for line, sampler, grid in zip(lines[4:-1], samplers, grids, strict=False):

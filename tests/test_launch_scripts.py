@@ -214,9 +214,9 @@ def test_variables_that_every_script_takes(script, tmp_path):
     [
         ("0_run_train_dit_trainer.sh", {"global_batch_size": "8"}, "global_batch_size=8 is not used by this script"),
         ("2_run_train_sit_trainer.sh", {"resume": "None"}, "the Trainer takes TRAINING_MODEL_RESUME"),
-        (LARGE, {"results_dir": "x"}, "the Trainer takes OUTPUT_DIR, the folder of the run itself"),
+        (LARGE, {"results_dir": "x"}, "the Trainer takes output, the folder of the run itself"),
         ("1_run_train_dit_notrainer.sh", {"batch_size": "8"}, "this loop takes global_batch_size"),
-        ("1_run_train_dit_notrainer.sh", {"OUTPUT_DIR": "x"}, "this loop takes results_dir, a folder of runs"),
+        ("1_run_train_dit_notrainer.sh", {"OUTPUT_DIR": "x"}, "this loop takes output, a folder of runs"),
         ("3_run_train_sit_notrainer.sh", {"TRAINING_MODEL_RESUME": "x"}, "this loop takes resume"),
         ("3_run_train_sit_notrainer.sh", {"MP_DEGREE": "2"}, "MP_DEGREE=2 is not used by this script"),
         ("3_run_train_sit_notrainer.sh", {"image_size": "64", "resolution": "32"}, "are the same setting: give one"),

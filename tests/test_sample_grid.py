@@ -45,7 +45,7 @@ def test_a_setting_has_the_same_images_in_every_picture(checkpoint, tmp_path, ca
         (["--guidance_scales", 1, "nan"], "--guidance_scale nan: expected a finite number"),
         (["--classes", "cat"], "--classes cat: no such class"),
         (["--scheduler", "dpm"], "--scheduler is for a DiT"),
-        (["--images_per_class", 0], "--images_per_class must be above 0"),
+        (["--images_per_class", 0], "--images_per_class must be a positive integer"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path, flags, words):

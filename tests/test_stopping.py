@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from support.runs import (
     write_config,
 )
 
+from config.flags import Parser
 from runtime.process import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
 from training.supervision.stopping import AGREE_EVERY, Stopping
 
@@ -94,10 +96,15 @@ def test_max_hours_stops_in_time_with_a_checkpoint(loop, features, tmp_path, run
     config = write_config(tmp_path / "Tiny.json")
     arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=500)
     with pytest.raises(SystemExit) as end:
-        run_loop(loop, [*arguments, "--max_hours=0.000001"])  # over before training starts: one step
+        run_loop(loop, [*arguments, "--resume-from-checkpoint=auto", "--max_hours=0.000001"])  # over at once: one step
     assert end.value.code == EXIT_STOPPED
     assert list(read_losses(tmp_path / "out")) == [1] and checkpoint_path(loop, tmp_path / "out", 1).is_dir()
-    assert "stopped by --max_hours 1e-06 after step 1 of 500" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "stopped by --max_hours 1e-06 after step 1 of 500" in out
+    command = next(line for line in out.splitlines() if line.startswith("next: "))
+    again = Parser(loop).parse_args(shlex.split(command)[3:])
+    run = "auto" if loop == "trainer" else str(checkpoint_path(loop, tmp_path / "out", 1).parents[1])
+    assert (again.resume, again.max_steps) == (run, 500)
 
 
 def test_limits_that_make_no_sense_are_refused():

@@ -160,7 +160,12 @@ def main(argv=None):
     parser.add_argument(
         "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
     )
-    parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="picks one of several sets, imagenet{N}")
+    parser.add_argument(
+        "--image_size",
+        check=POSITIVE_INT,
+        default=256,
+        help="picks imagenet{N} of several sets [256, else the only set]",
+    )
     parser.add_argument(
         "--config_file", metavar="FILE", help="config of the model to train: shape and classes [the manifest's]"
     )

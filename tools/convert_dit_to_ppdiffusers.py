@@ -1,6 +1,6 @@
 """Export a DiT or a Large-DiT as a folder for `ppdiffusers.DiTPipeline`.
 
-    python tools/convert_dit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output DiT_pipeline
+    python tools/convert_dit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output DiT_pipeline
 
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, an official `.pt` / `.safetensors`, or a folder of an official Large-DiT's shards. The

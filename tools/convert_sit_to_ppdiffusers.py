@@ -1,7 +1,7 @@
 """Export a SiT or a Large-SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
 
-    python tools/convert_sit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output SiT_pipeline
-    python tools/convert_sit_to_ppdiffusers.py --model_path output/checkpoint-5000 --output SiT_dit --stock
+    python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_pipeline
+    python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_dit --stock
 
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, or an official `.pt` / `.safetensors`. The network is described by the checkpoint's own

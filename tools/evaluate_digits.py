@@ -65,7 +65,9 @@ def main(argv=None):
         "--model_path", required=True, metavar="FOLDER", help="exported DiTPipeline or SiTPipeline folder"
     )
     parser.add_argument("--scheduler", choices=("ddim", "dpm"), help="of a DiTPipeline [the folder's own]")
-    parser.add_argument("--sampler", choices=("ode", "sde"), help="of a SiTPipeline [ode]")
+    parser.add_argument(
+        "--sampler", choices=("ode", "sde"), help="of a SiTPipeline [ode, which needs fewer steps than the sde]"
+    )
     parser.add_argument("--digits", required=True, metavar="FOLDER", help="what tools/prepare_digits.py wrote")
     parser.add_argument("--num_images", check=POSITIVE_INT, default=500, help="samples, evenly over the classes")
     parser.add_argument(

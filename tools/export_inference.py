@@ -1,7 +1,7 @@
 """Export a DiT or a Large-DiT for Paddle Inference: programs and weights, for infer_demo_dit.py --backend inference.
 
     python tools/export_inference.py --model_path DiT_pipeline --output DiT_inference
-    python tools/export_inference.py --model_path output/checkpoint-5000 --vae assets/digits_vae --output DiT_inference
+    python tools/export_inference.py --model_path outputs/trainer/checkpoint-5000 --output DiT_inference
     python infer_demo_dit.py --model_path DiT_inference --backend inference --classes 207
 
 --model_path is a DiTPipeline folder (also an exported SiT's), its name on the hub, a training checkpoint folder, whose

@@ -20,6 +20,7 @@ After an interruption the same command goes on where it was, and ends with the s
 kind of device). An extraction is complete when its manifest is there.
 """
 
+import argparse
 import os
 import tarfile
 import warnings
@@ -180,8 +181,8 @@ def main(argv: list | None = None) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the VAE's arithmetic on a GPU; latents are stored as float32 [float32]",
     )
-    parser.add_argument("--bf16", action="store_true", help="--dtype bfloat16")
-    parser.add_argument("--fp16", action="store_true", help="--dtype float16")
+    parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fp16", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     asked = {*filter(None, (args.dtype, args.bf16 and "bfloat16", args.fp16 and "float16"))}
     if len(asked) > 1:

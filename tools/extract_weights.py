@@ -1,6 +1,6 @@
 """Takes the network's plain weights out of a training checkpoint.
 
-    python tools/extract_weights.py --model_path output/checkpoint-10000 --key ema --output DiT.pdparams
+    python tools/extract_weights.py --model_path outputs/trainer/checkpoint-10000 --key ema --output DiT.pdparams
 
 --model_path is a training checkpoint folder of this project, a run's folder (its newest checkpoint), or a `.pdparams`
 as PaddleMIX's DiT example saves it: names begin with `transformer.` (the network) and `model_ema.` (its averages, whose
@@ -33,7 +33,7 @@ def pick(state, save_ema, source):
         return network or state
     if not averages:
         raise ValueError(f"{source}: holds no averages (no name begins with {AVERAGES}); for a checkpoint folder of "
-                         "this project give the folder, or its ema_state.pdparams without --save_ema")  # fmt: skip
+                         "this project give the folder, or its ema_state.pdparams without --key ema")  # fmt: skip
     # LitEma registers its buffers under the parameters' names without dots; what is not trained it does not hold.
     found = {}
     for name, value in network.items():

@@ -12,7 +12,7 @@ not_used "it is the Trainer's; this loop takes resume" TRAINING_MODEL_RESUME=Non
 not_used "it is the Trainer's; this loop is data parallel only" sharding sharding_parallel_config amp_master_grad \
     MP_DEGREE=1 SHARDING_DEGREE=1 "DP_DEGREE=$((TRAINERS_NUM * TRAINING_GPUS_PER_NODE))"
 if [ -z "${results_dir:-}" ]; then
-    not_used "it is the Trainer's; this loop takes results_dir, a folder of runs" OUTPUT_DIR
+    not_used "it is the Trainer's; this loop takes output, a folder of runs" OUTPUT_DIR
 fi
 results_dir=${results_dir:-$default_output}
 feature_path=${feature_path:-./data/fastdit_imagenet256}

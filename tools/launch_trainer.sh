@@ -6,7 +6,7 @@ one_setting OUTPUT_DIR output
 not_used "it is the hand-written loop's; the Trainer takes batch_size, per GPU" global_batch_size
 not_used "it is the hand-written loop's; the Trainer takes TRAINING_MODEL_RESUME" resume
 if [ -z "${OUTPUT_DIR:-}" ]; then
-    not_used "it is the hand-written loop's; the Trainer takes OUTPUT_DIR, the folder of the run itself" results_dir
+    not_used "it is the hand-written loop's; the Trainer takes output, the folder of the run itself" results_dir
 fi
 OUTPUT_DIR=${OUTPUT_DIR:-$default_output}
 TRAINING_MODEL_RESUME=${TRAINING_MODEL_RESUME:-None}  # a checkpoint; None: the newest in OUTPUT_DIR, if there is one

@@ -27,13 +27,17 @@ OUTPUT = "outputs/mine.json"
 
 def build_parser():
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--feature_path", required=True, help="folder with the set of features")
-    parser.add_argument("--image_size", type=int, metavar="N", help="picks imagenetN of several sets in the folder")
-    parser.add_argument("--output", default=OUTPUT, help=f"the JSON file to write [{OUTPUT}]")
+    parser.add_argument("--feature_path", required=True, metavar="FOLDER", help="folder with the set of features")
+    parser.add_argument(
+        "--image_size", type=int, metavar="N", help="picks imagenet{N} of several sets [256, else the only set]"
+    )
+    parser.add_argument("--output", default=OUTPUT, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group = parser.add_argument_group("the network")
-    group.add_argument("--model", default="DiT", choices=MODEL_TYPES, help="its type [DiT]")
-    group.add_argument("--size", help="XS, S, B, L or XL; of a LargeDiT XS, S, B, 600M, 3B or 7B [by set and device]")
+    group.add_argument("--model", default="DiT", choices=MODEL_TYPES, help="its type")
+    group.add_argument(
+        "--size", metavar="NAME", help="XS, S, B, L or XL; of a LargeDiT XS, S, B, 600M, 3B or 7B [by set and device]"
+    )
     group.add_argument("--patch", type=int, metavar="N", help="side of a patch [2; 1 or 4 where that fits better]")
     group = parser.add_argument_group("batch and length; at most one of the last three")
     group.add_argument("--batch_size", type=int, metavar="N", help="samples of a step, over all GPUs [by the set]")

@@ -20,7 +20,12 @@ def main(argv=None):
     parser.add_argument(
         "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
     )
-    parser.add_argument("--image_size", check=POSITIVE_INT, default=256, help="picks one of several sets, imagenet{N}")
+    parser.add_argument(
+        "--image_size",
+        check=POSITIVE_INT,
+        default=256,
+        help="picks imagenet{N} of several sets [256, else the only set]",
+    )
     parser.add_argument("--to", choices=("packed", "npy"), help="[the other one than the source's]")
     parser.add_argument(
         "--output", metavar="FOLDER", help="folder for the result [FEATURE_PATH_packed or FEATURE_PATH_npy]"

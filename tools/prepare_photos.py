@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import CommandParser, check_seed
+from config.checks import FLAG_SEED, POSITIVE_INT
+from config.flags import CommandParser
 from features.images import center_crop
 from runtime.files import whole_folder
 from runtime.process import counted, run_cli
@@ -40,16 +41,15 @@ def varied(picture, rng):
 
 def main(argv: list | None = None) -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="new or empty folder that gets train/ and heldout/")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels")
-    parser.add_argument("--num_images", type=int, default=1000, help="pictures to train on")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="new or empty folder that gets train/ and heldout/"
+    )
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=64, help="side of the PNGs in pixels")
+    parser.add_argument("--num_images", check=POSITIVE_INT, default=1000, help="pictures to train on")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of all that is random")
     args = parser.parse_args(argv)
-    check_seed("seed", args.seed)
     if not 8 <= args.image_size <= 256:
         raise ValueError(f"--image_size {args.image_size}: expected 8 to 256")
-    if args.num_images < 1:
-        raise ValueError(f"--num_images {args.num_images}: expected at least 1")
     if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
         raise ValueError(f"--output {args.output}: expected a new or empty folder")
 

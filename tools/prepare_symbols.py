@@ -12,7 +12,8 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import CommandParser, check_seed
+from config.checks import FLAG_SEED, POSITIVE_INT
+from config.flags import CommandParser
 from runtime.files import whole_folder
 from runtime.process import counted, run_cli
 from runtime.progress import tqdm
@@ -90,17 +91,14 @@ def draw(ink, inside, size: int, rng):
 
 def main(argv: list | None = None) -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="folder that gets the class folders")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the PNGs in pixels")
-    parser.add_argument("--images_per_class", type=int, default=200, help="pictures of each symbol")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder that gets the class folders")
+    parser.add_argument("--image_size", check=POSITIVE_INT, default=64, help="side of the PNGs in pixels")
+    parser.add_argument("--images_per_class", check=POSITIVE_INT, default=200, help="pictures of each symbol")
+    parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of all that is random")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there and not empty")
     args = parser.parse_args(argv)
     if args.image_size < SMALLEST:
         raise ValueError(f"--image_size {args.image_size}: expected at least {SMALLEST}")
-    if args.images_per_class < 1:
-        raise ValueError(f"--images_per_class {args.images_per_class}: expected at least 1")
-    check_seed("seed", args.seed)
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise ValueError(f"--output {args.output} is a file; expected a folder")
     if os.path.isdir(args.output) and os.listdir(args.output) and not args.overwrite:

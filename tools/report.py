@@ -24,7 +24,9 @@ def build_parser():
     parser.add_argument(
         "--samples", nargs="+", default=[], metavar="PNG", help="pictures to show, beside RUN/samples*.png"
     )
-    parser.add_argument("--feature_path", help="folder with the run's set of features [where it was then]")
+    parser.add_argument(
+        "--feature_path", metavar="FOLDER", help="folder with the run's set of features [where it was then]"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is no such page")
     return parser
 

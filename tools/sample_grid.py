@@ -1,6 +1,6 @@
 """Draw one model by several guidance scales and numbers of steps, from the same noise, as labelled pictures.
 
-    python tools/sample_grid.py --model_path output/checkpoint-5000 --classes 3 7 \\
+    python tools/sample_grid.py --model_path outputs/trainer/checkpoint-5000 --classes 3 7 \\
         --guidance_scales 1 1.5 4 --num_inference_steps 10 25 50
 
 --model_path is what the demos take. --output, a folder, gets sweep.png, with a row for each guidance scale, a column
@@ -14,12 +14,13 @@ import os
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.checks import FLAG_SEED
-from config.flags import CommandParser, check_positive
-from config.options import DEFAULT_VAE, SIT_VAE
+from config.flags import CommandParser
+from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
 from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
 from sampling.demo import save_image, show_steps
 from sampling.flags import (
+    DEMO_SDE,
     GUIDANCE_CHANNELS,
     add_diffusion_flags,
     add_loading_flags,
@@ -35,21 +36,24 @@ from sampling.labels import find_classes
 from sampling.model_path import check_guidance, describe_model
 
 SCALES, STEPS = [1.0, 1.5, 4.0], [10, 25, 50]
-SDE_DEFAULTS = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
 
 
 def parse(argv):
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--model_path", required=True, help="see above")
+    parser.add_argument("--model_path", required=True, metavar="PATH", help="see above")
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="names or ids [golden retriever; else the first ten]"
     )
-    parser.add_argument("--images_per_class", type=int, default=1, metavar="N", help="[1]")
+    parser.add_argument("--images_per_class", check=POSITIVE_INT, default=1, help="images in each row of a class")
     parser.add_argument(
-        "--guidance_scales", nargs="+", type=float, metavar="X", help="rows [1 1.5 4; 1 without a null class]"
+        "--guidance_scales",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="rows of the sweep [1 1.5 4; 1 without a null class]",
     )
     parser.add_argument(
-        "--num_inference_steps", nargs="+", type=int, default=STEPS, metavar="N", help="columns [10 25 50]"
+        "--num_inference_steps", nargs="+", type=int, default=STEPS, metavar="N", help="columns of the sweep"
     )
     parser.add_argument(
         "--guidance_channels",
@@ -57,14 +61,14 @@ def parse(argv):
         help="latent channels that are guided [all of a DiT; of a SiT 3 of 4, all of any other number]",
     )
     parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the noise")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images drawn at once [32]")
-    parser.add_argument("--output", default="outputs/sample_grid", help="folder [outputs/sample_grid]")
+    parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images drawn at once")
+    parser.add_argument("--output", default="outputs/sample_grid", metavar="FOLDER", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     add_loading_flags(parser)
     add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
-    add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
+    add_transport_flags(parser, DEMO_SDE, "for a SiT or a Large-SiT")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", help="JSON of a file's network [its checkpoint's]")
+    weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
     add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}")
     weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
     parser.set_defaults(sampler=None)
@@ -73,7 +77,6 @@ def parse(argv):
 
 def check(args):
     """Returns the `Model`, the scales, and `{num_steps: options of Generator.sample}`; ValueError for a mistake."""
-    check_positive(args, "images_per_class", "batch_size")
     model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
     model.check_backend(args.backend)
     can_guide = model.has_null_class is not False
@@ -87,7 +90,7 @@ def check(args):
     for steps in args.num_inference_steps:
         own = argparse.Namespace(**{**vars(args), "num_inference_steps": steps})
         check_sampling_flags(own)
-        options[steps] = sampler_options(own, model, SDE_DEFAULTS)
+        options[steps] = sampler_options(own, model, DEMO_SDE)
         options[steps].pop("guidance_interval", None)
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)

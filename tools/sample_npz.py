@@ -1,6 +1,6 @@
 """Draw many images of a model into an npz for tools/evaluate.py or ADM's evaluator.py: by default 50,000.
 
-    python tools/sample_npz.py --model_path output/checkpoint-400000 --output samples.npz
+    python tools/sample_npz.py --model_path outputs/trainer/checkpoint-400000 --output samples.npz
     python -m paddle.distributed.launch tools/sample_npz.py --model_path DiT_XL_2_256 --guidance_scale 1.5 ...
 
 --model_path is what the demos take: a training checkpoint folder, whose averages are sampled; a run's folder, whose
@@ -31,6 +31,7 @@ from runtime.process import configure_runtime, counted, init_distributed, resolv
 from runtime.progress import tqdm
 from sampling.flags import (
     GUIDANCE_CHANNELS,
+    OFFICIAL_SDE,
     add_diffusion_flags,
     add_loading_flags,
     add_sampling_flags,
@@ -50,9 +51,8 @@ from sampling.png_folder import PngFolder
 from sampling.sample_sets import SampleSet, differences
 from sampling.step_counts import FLOW_SCHEDULER
 
-# Defaults of the official sample_ddp.py: 250 steps, DiT's guidance, SiT's SDE.
+# Defaults of the official sample_ddp.py: 250 steps, DiT's guidance.
 NUM_STEPS, GUIDANCE_SCALE = 250, 1.5
-SDE_DEFAULTS = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
 METHODS = {"ode": "euler", "sde": "Euler"}  # without --method
 
 
@@ -99,7 +99,7 @@ def parse(argv):
     )
     add_loading_flags(parser)
     add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
-    add_transport_flags(parser, SDE_DEFAULTS, "for a SiT or a Large-SiT")
+    add_transport_flags(parser, OFFICIAL_SDE, "for a SiT or a Large-SiT")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
     add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}: each as officially")
@@ -116,7 +116,7 @@ def check(args):
     check_output(args.output, True, "--output ")
     model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
     model.check_backend(args.backend)
-    options = sampler_options(args, model, SDE_DEFAULTS)
+    options = sampler_options(args, model, OFFICIAL_SDE)
     if args.classes and model.num_classes is not None:
         check_repeats(find_classes(args.classes, model.labels, model.num_classes))
     check_guidance_flags(args, model)

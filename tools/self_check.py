@@ -23,7 +23,7 @@ import time
 
 from _root import ROOT
 
-from config.flags import CommandParser
+from config.flags import CommandParser, add_device_flag
 from config.options import DEFAULT_VAE, SIT_VAE
 from runtime.machine import available_memory, has_bundled_mkl, read_processor
 from runtime.process import configure_runtime, counted, one_line, resolve_device, run_cli, say
@@ -245,7 +245,7 @@ def print_report(report):
 def main(argv=None):
     parser = CommandParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
-    parser.add_argument("--device", default="auto", help="of the training step: auto, cpu, gpu or gpu:N [auto]")
+    add_device_flag(parser)
     args = parser.parse_args(argv)
     configure_runtime()
     with contextlib.redirect_stdout(sys.stderr):  # so that nothing that an import prints comes between the JSON

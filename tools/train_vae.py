@@ -200,12 +200,16 @@ def make_network(args, settings):
 
 def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--data_path", required=True, help="image folder by class to train on")
-    parser.add_argument("--heldout", help="image folder by class on which to measure [one in ten, held out]")
-    parser.add_argument("--init", help=f"autoencoder to fine-tune [{INIT}, without --config_file]")
-    parser.add_argument("--config_file", help="JSON with sections vae and training, of a new network")
-    parser.add_argument("--output", required=True, help="new or empty folder for the trained autoencoder")
-    parser.add_argument("--image_size", type=int, help="side of the crops in pixels [the network's]")
+    parser.add_argument("--data_path", required=True, metavar="FOLDER", help="image folder by class to train on")
+    parser.add_argument(
+        "--heldout", metavar="FOLDER", help="image folder by class on which to measure [one in ten, held out]"
+    )
+    parser.add_argument("--init", metavar="FOLDER", help=f"autoencoder to fine-tune [{INIT}, without --config_file]")
+    parser.add_argument("--config_file", metavar="FILE", help="JSON with sections vae and training, of a new network")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="new or empty folder for the trained autoencoder"
+    )
+    parser.add_argument("--image_size", check=POSITIVE_INT, help="side of the crops in pixels [the network's]")
     parser.add_argument("--background", **BACKGROUND)
     parser.add_argument("--on_error", **ON_ERROR)
     for name, option in TRAINING.items():
@@ -216,6 +220,7 @@ def build_parser() -> CommandParser:
             dest=name,
             aliases=("--steps",) * (name == "steps"),
             type=option.check.parse,
+            metavar=option.check.metavar,
             help=shown,
         )
     parser.add_argument(

@@ -353,20 +353,22 @@ class Session:
             "watch": self.numbers.state_dict(),
         }
 
-    def close(self, resume=()):
+    def close(self, resume=""):
         """Waits for the last checkpoint, ends the log, and says where all is and what can be done with it.
 
         Args:
-            resume: the flags by which this command goes on, for a run that was stopped.
+            resume: the value of --resume with which this command goes on, for a run that was stopped.
         """
         place = self._checkpoints
         if self.log is not None:
             self.saver.finish()
             self.log.close()
         if self.stopping.stopped:
-            how = f"; the same command goes on with {shlex.join(resume)}" if resume else ""
-            given = sys.argv[: -len(resume)] if resume and sys.argv[-len(resume) :] == resume else sys.argv
-            again = [*given, resume_flag(given), *resume[1:]] if resume else given
+            again, how = sys.argv, ""
+            if resume:
+                flags = [resume_flag(sys.argv), resume]
+                again = [*(sys.argv[:-2] if sys.argv[-2:] == flags else sys.argv), *flags]
+                how = f"; the same command goes on with {shlex.join(flags)}"
             command = [] if "PADDLE_TRAINER_ID" in os.environ else next_commands(again)
             done = f"after step {self.step} of {self.last_step}, saved in {place}"
             self.stopping.leave("\n".join([done + how, *command]))

@@ -17,8 +17,8 @@ import zipfile
 import numpy as np
 from safetensors import safe_open
 
-from models.state import is_state, listed, plain_names
-from runtime.untrusted import open_regular, shortened
+from models.state import is_state, plain_names
+from runtime.untrusted import listed, open_regular, shortened
 from weights.records import Records, contiguous_stride, elements, read_elements, widened
 from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
 

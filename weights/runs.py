@@ -4,18 +4,18 @@ A run's folder is the Trainer's `output_dir`, with `checkpoint-N` in it, or the 
 `results_dir/NNN-NAME`, with `checkpoints/N`. Paddle is not imported.
 """
 
+import glob
 import hashlib
 import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from models.state import listed
 from runtime.files import MANIFEST, restore_replaced
 from runtime.process import say
 from runtime.progress import tqdm
 from runtime.run_lock import list_experiments
-from runtime.untrusted import read_json
+from runtime.untrusted import listed, read_json
 
 CONFIG, MODEL = "config.json", "model_state.pdparams"
 OPTIMIZER, STATE = "optimizer.pdopt", "trainer_state.json"
@@ -26,6 +26,13 @@ _CHECKPOINT_NAME = re.compile(r"^(?:checkpoint-)?(\d+)$")
 def is_training_checkpoint(path):
     """Returns whether `path` is a folder that a training loop saved: config.json beside model_state.pdparams."""
     return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, MODEL))
+
+
+def checkpoint_hint(folder):
+    """Returns "; did you mean ...?" with the newest training checkpoint below a folder; empty if there is none."""
+    found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
+    found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
+    return f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""
 
 
 def is_checkpoint(folder):

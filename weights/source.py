@@ -1,25 +1,17 @@
 """Weights for sampling, conversion and a run's start, from wherever a user has them, in the Paddle layout."""
 
-import glob
 import os
 import re
 
 from models.state import turn_linear
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
-from weights.runs import is_training_checkpoint, resolve_run
+from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 from weights.shards import merge_shards
 
 _ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch")}
 # A file that the official Large-DiT's train.py writes on one tensor-parallel rank: weights or averages, rank, ranks.
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
-
-
-def checkpoint_hint(folder):
-    """Returns "; did you mean ...?" with the newest training checkpoint below a folder; empty if there is none."""
-    found = glob.glob(os.path.join(glob.escape(folder), "**", "trainer_state.json"), recursive=True)
-    found = [os.path.dirname(name) for name in found if is_training_checkpoint(os.path.dirname(name))]
-    return f"; did you mean {max(found, key=os.path.getmtime)}?" if found else ""
 
 
 def read_weights(path, *, key=None, layout="auto"):

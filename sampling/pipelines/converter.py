@@ -3,7 +3,7 @@
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
-from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
+from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
@@ -99,9 +99,8 @@ def make_parser(kind, description):
     )
     parser.add_argument(
         "--card_samples",
-        type=int,
+        check=INT_FROM_0,
         default=0,
-        metavar="N",
         help="draw N images of up to ten classes into the model card, README.md of the folder [0: no picture]",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
@@ -125,8 +124,6 @@ def convert(args, check, export, loader):
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae, config["features"]["vae"])
     vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae")
-    if args.card_samples < 0:
-        raise ValueError(f"--card_samples {args.card_samples}: expected 0 or more")
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])

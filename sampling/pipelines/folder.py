@@ -1,4 +1,7 @@
-"""Pipeline folders: what they hold, their labels, and how one is written without ever standing there half finished."""
+"""Pipeline folders: what they hold, their labels, and how one is written without ever standing there half finished.
+
+NumPy is imported where a folder is written, not before, so that what a user gets wrong is said at once.
+"""
 
 import contextlib
 import inspect
@@ -6,11 +9,8 @@ import os
 import shutil
 
 from config.schema import exported_features
-from features.autoencoder import LatentScaling, describe_vae, downsampling
 from runtime.files import MAX_NAME, whole_folder, write_json
 from runtime.untrusted import read_json_object, shortened
-from weights.files import save_pdparams, save_safetensors
-from weights.pretrained import read_settings
 
 # Names of ppdiffusers, the second with safe_serialization.
 WEIGHTS, SAFE_WEIGHTS = "model_state.pdparams", "diffusion_paddle_model.safetensors"
@@ -55,6 +55,8 @@ def read_index(path, components, pipeline=None):
 
 def read_component(path, class_name, function):
     """Returns the settings of a component, keywords of `function`; `ValueError` as `read_settings`, or for others."""
+    from weights.pretrained import read_settings
+
     if not os.path.isfile(path):  # else its folder would be taken for a name on the hub
         raise ValueError(f"{path}: no such file")
     settings, _ = read_settings(*os.path.split(path), class_names=(class_name,))
@@ -114,6 +116,8 @@ def check_free(output_dir):
 
 def check_vae(vae, in_channels):
     """Raises ValueError unless the VAE decodes latents of that many channels, scaled in a way that we know."""
+    from features.autoencoder import LatentScaling
+
     if vae.config.latent_channels != in_channels:
         raise ValueError(
             f"the VAE has {vae.config.latent_channels} latent channels, the network's in_channels is {in_channels}"
@@ -123,6 +127,8 @@ def check_vae(vae, in_channels):
 
 def complete_features(features, vae, vae_name, sample_size):
     """Returns a run's `features` section for an exported model, with image size and the autoencoder that it gets."""
+    from features.autoencoder import describe_vae, downsampling
+
     size = features["image_size"] or sample_size * downsampling(vae)
     return {**features, "image_size": size, "vae": describe_vae(vae, vae_name)}
 
@@ -159,6 +165,8 @@ def write_pipeline(
         features: of `complete_features`, None if nothing is known.
     """
     from ppdiffusers.version import VERSION
+
+    from weights.files import save_pdparams, save_safetensors
 
     (package, class_name, settings), (scheduler_package, scheduler) = transformer, scheduler
     index = {

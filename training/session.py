@@ -238,6 +238,7 @@ class Session:
         say(f"settings that differ from the defaults (all of them: {path}):")
         for section, settings in changed_settings(self.config).items():
             if section == "features":  # in few words
+                settings = {key: value for key, value in settings.items() if not key.startswith("channel_")}
                 if settings.get("class_names"):
                     settings["class_names"] = f"{len(settings['class_names'])} names"
                 if settings.get("vae"):

@@ -6,7 +6,14 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 import paddle
 
 from objectives import DiffusionObjective
-from sampling.step_counts import FLOW_SCHEDULER, SCHEDULERS, check_objective, check_scheduler, describe_fit
+from sampling.step_counts import (
+    FLOW_SCHEDULER,
+    SCHEDULERS,
+    check_num_steps,
+    check_objective,
+    check_scheduler,
+    describe_fit,
+)
 
 DDIM_SETTINGS = {"timestep_spacing": "leading", "set_alpha_to_one": True}  # of the official "ddimN"
 
@@ -141,3 +148,19 @@ class CheckpointSampler(DiffusionObjective):
             return run_scheduler(make_scheduler(self._section, "dpm"), denoiser, noise, num_steps, **options)
         options.update(method=method or "ddim", spacing="even" if method == "ddpm" else "leading")
         return super().sample(denoiser, noise, num_steps=num_steps, **options)
+
+
+def sampler_in_training(objective, config, num_steps):
+    """Returns what samples a network that is trained: the same as samples its checkpoints, DDIM for a diffusion.
+
+    Args:
+        objective: the run's. config: the run's, resolved.
+
+    Raises:
+        ValueError: a number of steps that it does not take.
+    """
+    if config["objective"]["type"] != "diffusion":
+        objective.check_num_steps(num_steps)
+        return objective
+    check_num_steps(num_steps, config["objective"]["diffusion_steps"], "stride")
+    return CheckpointSampler(config)

@@ -72,14 +72,14 @@ def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
     config = resolve_config({"model": {**LATENT4, "in_channels": in_channels, "learn_sigma": False}})
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=in_channels)
     monkeypatch.setattr("features.autoencoder.load_vae", lambda path: vae)
-    preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=1, guidance_scale=4.0)
+    preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=2, guidance_scale=4.0)
     seen = {}
 
     def sample(denoiser, noise, **options):
         seen["output"] = denoiser(noise, paddle.zeros([noise.shape[0]]))
         return noise
 
-    monkeypatch.setattr(preview.objective, "sample", sample)
+    monkeypatch.setattr(preview.sampler, "sample", sample)
     preview.sample(lambda x, t, y: (y != 10).astype("float32").reshape([-1, 1, 1, 1]).expand_as(x))
     assert seen["output"].mean([0, 2, 3]).tolist() == [4.0] * guided_channels + [1.0] * (in_channels - guided_channels)
 
@@ -132,7 +132,7 @@ def test_a_resumed_run_shows_its_earlier_previews(loop, tmp_path, run_loop, monk
     config = tmp_path / "preview.json"
     config.write_text(json.dumps({"model": LATENT4}))
     vae_flag = "--vae" if loop == "notrainer" else "--vae_name_or_path"
-    flags = ["--image_logging_steps=1", f"{vae_flag}={ROOT / 'assets/digits_vae'}", "--num_inference_steps=1"]
+    flags = ["--image_logging_steps=1", f"{vae_flag}={ROOT / 'assets/digits_vae'}", "--num_inference_steps=2"]
     flags.append("--resume=auto" if loop == "notrainer" else "--resume_from_checkpoint=auto")
     shown = {}
     for steps in (12, 13, 14):

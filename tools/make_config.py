@@ -70,7 +70,7 @@ def check_args(args):
 def training_commands(args, features, suggestion):
     """Returns the command lines that train with the config, the recommended one first."""
     setting, steps = suggestion.planned.setting, suggestion.steps
-    output = shlex.quote(f"outputs/{os.path.splitext(os.path.basename(args.output))[0]}")
+    output = f"outputs/{os.path.splitext(os.path.basename(args.output))[0]}"
     log_every, save_every, draw_every = max(1, min(50, steps // 40)), max(1, min(5000, steps // 4)), steps // 8
     workers, size = 0 if suggestion.config["data"]["in_memory"] else 4, args.image_size
     launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", str(setting.world_size))
@@ -79,7 +79,6 @@ def training_commands(args, features, suggestion):
     preview = f"--image_logging_steps {max(1, min(5000, draw_every))}" if features.vae else ""  # the autoencoder's
     flags = (
         common,
-        f"--output {output}",
         f"--logging_steps {log_every} --save_steps {save_every} --num_workers {workers}",
         preview,
         size and f"--image_size {size}",
@@ -87,14 +86,15 @@ def training_commands(args, features, suggestion):
     trainer = python_command(
         "train_image_generation_trainer.py",
         *flags,
+        f"--output {shlex.quote(output)}",
         setting.sharding and f"--sharding {setting.sharding} --sharding_parallel_degree {setting.sharding_degree}",
         f"--tensor_parallel_degree {setting.tensor_parallel}" if setting.tensor_parallel > 1 else "",
         launcher=launcher,
     )
     if setting.sharding or setting.tensor_parallel > 1:  # which the hand-written loop has not
         return [trainer]
-    notrainer = python_command("train_image_generation_notrainer.py", *flags, launcher=launcher)
-    return [trainer, notrainer]
+    runs = f"--output {shlex.quote(f'{output}-notrainer')}"  # a folder of runs, so not the Trainer's
+    return [trainer, python_command("train_image_generation_notrainer.py", *flags, runs, launcher=launcher)]
 
 
 def duration(seconds):

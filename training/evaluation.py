@@ -21,8 +21,7 @@ from runtime.files import sha256_of_file
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
 from sampling.many import choose_labels, choose_tile, draw_images
-from sampling.schedulers import CheckpointSampler
-from sampling.step_counts import check_num_steps
+from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
 from training.checkpoints.best import is_best, read_best
 from training.parallel.shares import LocalShard
@@ -56,16 +55,11 @@ class Evaluation:
         is_diffusion = config["objective"]["type"] == "diffusion"
         self.steps, self.metrics, self.batch_size = settings["steps"], settings["metrics"], settings["batch_size"]
         self.sampling = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
-        if is_diffusion:
-            check_num_steps(settings["num_inference_steps"], config["objective"]["diffusion_steps"], "stride")
-        else:
-            objective.check_num_steps(settings["num_inference_steps"])
+        sampler = sampler_in_training(objective, config, settings["num_inference_steps"])
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE
         wanted = {"default": default, "flag": "--vae", "channels": model["in_channels"]}
         vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
-        # As for a checkpoint: `sampling.generator.load_generator`.
-        sampler = CheckpointSampler(config) if is_diffusion else objective
         channels = None if is_diffusion else "auto"
         self.generator = Generator(None, sampler, vae=vae, guided_channels=channels, **latent_sizes(model))
         classes = config["data"]["classes"] or model["num_classes"]

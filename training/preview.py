@@ -12,6 +12,7 @@ from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
 from sampling.grid import class_grid
 from sampling.labels import find_classes, weights_labels
+from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
 from training.parallel.shares import LocalShard
 
@@ -42,7 +43,7 @@ class Preview:
         images_per_class=2,
     ):
         model = config["model"]
-        objective.check_num_steps(num_inference_steps)
+        self.sampler = sampler_in_training(objective, config, num_inference_steps)
         self.names, _ = weights_labels(None, config)
         self.classes = self._choose_classes(classes, config)
         self.images_per_class, self.decoder = images_per_class, None
@@ -52,7 +53,7 @@ class Preview:
             for note in notes:
                 say(f"note: {note}")
             self.decoder = LatentDecoder(vae)
-        self.objective, self.sizes = objective, latent_sizes(model)
+        self.sizes = latent_sizes(model)
         scale = guidance_scale if model["class_dropout_prob"] > 0 else 1.0
         self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
         self.labels = np.repeat(self.classes, images_per_class)
@@ -70,7 +71,7 @@ class Preview:
 
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
-        generator, noise = Generator(model, self.objective, **self.sizes), paddle.to_tensor(self.noise)
+        generator, noise = Generator(model, self.sampler, **self.sizes), paddle.to_tensor(self.noise)
         # A network that is trained leaves little memory: few images at once.
         how = {"seed": None, "batch_size": self.BATCH_SIZE, "output": "latents", **self.settings}
         return generator.sample(self.labels, noise=noise, **how)

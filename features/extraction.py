@@ -202,7 +202,7 @@ class Extraction:
             if old != new:
                 raise ValueError(
                     f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
-                    f"{json.dumps(new)}; repeat its command to go on, or choose another --feature_path or --name"
+                    f"{json.dumps(new)}; repeat its command to go on, or begin anew in another --feature_path"
                 )
 
     def _remove_state(self):

@@ -240,7 +240,7 @@ def see_through_note(see_through: list) -> str:
     """Returns a sentence on the transparent images that `load_pixels` read without a background."""
     return (
         f"{counted(len(see_through), 'image')} with transparent parts, whose hidden colours show: "
-        f"{some_of(sorted(see_through))}. --background white lays them over white"
+        f"{some_of(sorted(see_through))}. --background white lays them over white, in a new --feature_path"
     )
 
 

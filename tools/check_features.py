@@ -35,6 +35,7 @@ from sampling.labels import read_labels
 
 SHOWN = 10  # problems of a kind on the console; the report has all
 MAX_ROWS = 10  # classes in the picture
+BLURRED = 25  # dB, of a PSNR
 
 
 def print_report(report):
@@ -108,6 +109,8 @@ def save_picture(report, path, *, vae, num_images, device, data_path=None):
             print(
                 f"decoded against originals: PSNR {quality.mean():.1f} dB on average, {quality.min():.1f} dB at worst"
             )
+            if quality.mean() < BLURRED:
+                print("note: below 25 dB pictures are blurred; tools/train_vae.py can fit an autoencoder to them")
     for each in filter(None, [note, *notes]):
         print(f"note: {each}")
     place = np.cumsum(samples.reshape(-1) >= 0) - 1

@@ -2,7 +2,7 @@
 
 . "${repo}tools/launch_common.sh"
 
-one_setting OUTPUT_DIR output
+one_setting OUTPUT_DIR output output_dir
 not_used "it is the hand-written loop's; the Trainer takes batch_size, per GPU" global_batch_size
 not_used "it is the hand-written loop's; the Trainer takes TRAINING_MODEL_RESUME" resume
 if [ -z "${OUTPUT_DIR:-}" ]; then

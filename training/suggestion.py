@@ -49,6 +49,9 @@ class FeatureSet:
     vae: str | None = None  # folder of its autoencoder, if that is on this machine
 
 
+MORE = "more is better: --hours, --epochs"
+
+
 def describe_set(feature_path, image_size=None):
     """Returns the `FeatureSet` in a folder; ValueError if there is none, or its latents are not square."""
     kind, name = find_features(feature_path, image_size)
@@ -312,6 +315,10 @@ def _steps(samples, batch, device, wishes, seconds):
         number = steps * batch / samples
         return f"{number:,.{0 if number >= 10 else 1}f} epochs"
 
+    def advice(steps):
+        few = steps * batch / samples > 200
+        return "few images: if the held-out loss rises, take an earlier checkpoint" if few else MORE
+
     if wishes.max_steps is not None:
         return wishes.max_steps, f"as asked; {epochs(wishes.max_steps)}"
     if wishes.epochs is not None:
@@ -321,10 +328,11 @@ def _steps(samples, batch, device, wishes, seconds):
         return steps, f"what {wishes.hours:g} hours allow; {epochs(steps)}"
     if device.kind == "cpu":
         steps = 2_000 if samples < FEW else 5_000 if samples < SOME else 10_000
-        return steps * max(1, 64 // batch), f"{epochs(steps * max(1, 64 // batch))}; more is better: --hours, --epochs"
+        steps *= max(1, 64 // batch)
+        return steps, f"{epochs(steps)}; {advice(steps)}"
     steps = 10_000 if samples < FEW else 20_000 if samples < SOME else 100_000 if samples < MANY else 400_000
-    note = "; the papers' final models take 7 M" if steps == 400_000 else "; more is better: --hours, --epochs"
-    return steps, epochs(steps) + note
+    note = "the papers' final models take 7 M" if steps == 400_000 else advice(steps)
+    return steps, f"{epochs(steps)}; {note}"
 
 
 def _schedule(steps, sizes, size, choose):

@@ -325,6 +325,7 @@ def test_a_signal_to_a_launch_script_is_the_training_processes(shell, signum, na
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # else nothing is told of one that nohup ignores
     )
     assert process.stdout.readline() == "trains\n"
     assert process.stderr.readline() == f"starting 1 process(es); their logs: {log.parent}/workerlog.*\n"

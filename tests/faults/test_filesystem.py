@@ -97,7 +97,7 @@ def test_a_preview_that_cannot_be_written_does_not_end_training(features, tmp_pa
     run_loop("trainer", loop_arguments("trainer", config=config, features=features, output=output, steps=1))
     (output / "images").write_text("in the way")
     arguments = loop_arguments("trainer", config=config, features=features, output=output, steps=2)
-    arguments += ["--image_logging_steps=2", "--num_inference_steps=1"]
+    arguments += ["--image_logging_steps=2", "--num_inference_steps=2"]
     run_loop("trainer", [*arguments, f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"])
     assert f"warning: {output}/images/0000002.png is not saved: " in capsys.readouterr().out
     assert (output / "checkpoint-2").is_dir() and (output / "images").read_text() == "in the way"

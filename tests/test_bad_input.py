@@ -130,7 +130,11 @@ def test_mistake_under_the_launcher(features, tmp_path):
         ("trainer", ["--save_steps=0"], "--save_steps must be a positive integer, got 0"),
         ("trainer", ["--no_such_flag=1"], "command line: unknown flag --no_such_flag"),
         ("trainer", ["--warmup_ratio=0.5"], "command line: unknown flag --warmup_ratio"),
-        ("notrainer", ["--image_logging_steps=1", "--num_inference_steps=2000"], "--num_inference_steps 2000: expected 1 to 1000"),
+        (
+            "notrainer",
+            ["--image_logging_steps=1", "--num_inference_steps=2000"],
+            "--num_inference_steps 2000: expected 1 to 1000",
+        ),
         ("notrainer", ["--pretrained_model_path=/no/such.pdparams"], "/no/such.pdparams: there is no such file"),
         ("trainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),
         ("notrainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),

@@ -5,7 +5,7 @@ Nothing here imports Paddle before `open_generator` does: what a user gets wrong
 
 from config.checks import FLAG_SEED, Check
 from config.flags import add_device_flag, check_vae
-from config.options import BELOW_1, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, VAE
+from config.options import BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
 from runtime.process import resolve_device
 from sampling.model_path import check_guidance, check_holds_no
 
@@ -104,6 +104,18 @@ def add_transport_flags(parser, sde_defaults, title=None):
     sde.add_argument("--diffusion_norm", check=FROM_0, help=f"its magnitude {shown['diffusion_norm']}")
     sde.add_argument("--last_step", choices=LAST_STEPS, help=f"the one without noise {shown['last_step']}")
     sde.add_argument("--last_step_size", check=BELOW_1, help=f"its length in time {shown['last_step_size']}")
+
+
+def add_model_flags(parser, sde_defaults):
+    """Adds the flags of a command that samples every kind of model; `sampler_options` reads those of its sampler."""
+    add_loading_flags(parser)
+    add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
+    add_transport_flags(parser, sde_defaults, "for a SiT or a Large-SiT")
+    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
+    weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
+    add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}: each as officially")
+    weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
+    parser.set_defaults(sampler=None)
 
 
 def check_sampling_flags(args, min_steps=1):

@@ -15,17 +15,14 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.checks import FLAG_SEED
 from config.flags import CommandParser
-from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
+from config.options import POSITIVE_INT
 from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
 from sampling.demo import save_image, show_steps
 from sampling.flags import (
     DEMO_SDE,
     GUIDANCE_CHANNELS,
-    add_diffusion_flags,
-    add_loading_flags,
-    add_transport_flags,
-    add_vae_flag,
+    add_model_flags,
     check_sampling_flags,
     note_unused,
     note_weights_flags,
@@ -64,14 +61,7 @@ def parse(argv):
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images drawn at once")
     parser.add_argument("--output", default="outputs/sample_grid", metavar="FOLDER", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    add_loading_flags(parser)
-    add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
-    add_transport_flags(parser, DEMO_SDE, "for a SiT or a Large-SiT")
-    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
-    add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}")
-    weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
-    parser.set_defaults(sampler=None)
+    add_model_flags(parser, DEMO_SDE)
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,7 @@ import platform
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import CommandParser
-from config.options import DEFAULT_VAE, POSITIVE_INT, SIT_VAE
+from config.options import POSITIVE_INT
 from features.autoencoder import ROUNDINGS, LatentScaling
 from runtime.files import check_output
 from runtime.machine import set_mkl_reproducible
@@ -32,11 +32,8 @@ from runtime.progress import tqdm
 from sampling.flags import (
     GUIDANCE_CHANNELS,
     OFFICIAL_SDE,
-    add_diffusion_flags,
-    add_loading_flags,
+    add_model_flags,
     add_sampling_flags,
-    add_transport_flags,
-    add_vae_flag,
     check_guidance_flags,
     check_sampling_flags,
     note_unused,
@@ -97,14 +94,7 @@ def parse(argv):
         check=POSITIVE_INT,
         help=f"images that the network computes at once [{CPU_TILE} on a CPU, else --batch_size]",
     )
-    add_loading_flags(parser)
-    add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
-    add_transport_flags(parser, OFFICIAL_SDE, "for a SiT or a Large-SiT")
-    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
-    add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}: each as officially")
-    weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
-    parser.set_defaults(sampler=None)
+    add_model_flags(parser, OFFICIAL_SDE)
     return parser.parse_args(argv)
 
 

@@ -43,6 +43,7 @@ REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
 GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
+GENTLE_GUIDANCE_SCALE = 1.5  # of a model that is young, or saw few images: 4 burns its images
 
 
 # ---- What an option is ----
@@ -340,7 +341,7 @@ PREVIEW_FLAGS = {
     ),
     "preview_images_per_class": Flag(2, POSITIVE_INT, "images in each row of a preview"),
     "preview_guidance_scale": Flag(
-        1.5,
+        GENTLE_GUIDANCE_SCALE,
         NUMBER,
         "guidance scale of a preview, 1 for none; low, because the 4 of the official samples makes those of a young "
         "model burnt and alike",

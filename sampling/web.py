@@ -10,14 +10,13 @@ list that was given at the start, never a path.
 """
 
 import dataclasses
-import math
 import os
 import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 
-from config.options import MAX_SEED
+from config.options import GENTLE_GUIDANCE_SCALE, GUIDANCE_SCALE, MAX_SEED, NUMBER
 from config.schema import MODEL_TYPES
 from runtime.process import counted, say
 from runtime.untrusted import inside, read_json_object, shortened
@@ -32,7 +31,6 @@ MAX_GUIDANCE = 20
 MAX_LABEL = 60  # letters of a class's name on the page
 MAX_FOUND, MAX_DEPTH = 50, 6  # models that are looked for, and folders below one another
 COLUMNS = 8  # of a grid with one image a class
-PLAIN_GUIDANCE, IMAGENET_GUIDANCE = 1.5, 4.0  # 4 burns the images of a model that saw few images, or is young
 DEMOS = {kind.pipeline: kind.demo for kind in MODEL_TYPES.values()}
 
 
@@ -140,7 +138,7 @@ class Choice:
         """Returns a guidance scale that burns no images."""
         if not self.is_guided:
             return 1.0
-        return IMAGENET_GUIDANCE if self.num_classes >= 1000 else PLAIN_GUIDANCE
+        return GUIDANCE_SCALE if self.num_classes >= 1000 else GENTLE_GUIDANCE_SCALE
 
     @property
     def first_classes(self):
@@ -313,8 +311,7 @@ def read_order(choices, values, max_images):
 
 
 def _number(name, value, lowest, highest):
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not lowest <= value <= highest:
+    if not NUMBER.accepts(value) or not lowest <= value <= highest:
         raise ValueError(f"{name} {shortened(value, 20)}: expected a number from {lowest} to {highest}")
     return float(value)
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import paddle
 
-from config.options import DEFAULT_VAE
+from config.options import DEFAULT_VAE, GENTLE_GUIDANCE_SCALE
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
@@ -38,7 +38,7 @@ class Preview:
         *,
         vae,
         num_inference_steps=25,
-        guidance_scale=1.5,
+        guidance_scale=GENTLE_GUIDANCE_SCALE,
         classes=None,
         images_per_class=2,
     ):

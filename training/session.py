@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import paddle
 
+from config.options import GENTLE_GUIDANCE_SCALE
 from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
 from models.parallel import whole_shape
@@ -64,7 +65,7 @@ class Outputs:
     num_inference_steps: int = 25
     preview_classes: list | None = None
     preview_images_per_class: int = 2
-    preview_guidance_scale: float = 1.5
+    preview_guidance_scale: float = GENTLE_GUIDANCE_SCALE
 
     @classmethod
     def from_flags(cls, args, **options):

@@ -17,7 +17,6 @@ from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, check_scheduler, descr
 
 MAX_CLASSES = 50  # listed by name; the others are in model_index.json
 MAX_ROWS = 10  # classes in the picture of samples
-GUIDANCE_SCALE = 1.5
 ALWAYS = ("learning_rate", "global_batch_size", "seed")  # training settings that are shown even if they are defaults
 
 
@@ -101,7 +100,7 @@ def _num_steps(folder, described):
 
 
 def _guidance(model):
-    return GUIDANCE_SCALE if model["class_dropout_prob"] > 0 else 1.0
+    return options.GENTLE_GUIDANCE_SCALE if model["class_dropout_prob"] > 0 else 1.0
 
 
 def _usage(name, folder, described, model):
@@ -196,7 +195,7 @@ def _draw_samples(folder, per_class):
     images = generator.sample(
         [one for one in classes for _ in range(per_class)],
         num_inference_steps=_num_steps(folder, describe_model(folder)),
-        guidance_scale=1.0 if generator.null_class is None else GUIDANCE_SCALE,
+        guidance_scale=1.0 if generator.null_class is None else options.GENTLE_GUIDANCE_SCALE,
         batch_size=16,
     )
     picture = class_grid(images, classes, generator.labels, per_class)

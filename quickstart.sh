@@ -182,7 +182,8 @@ SiT) demo_script=${repo}infer_demo_sit.py num_inference_steps=50 drawing=(--samp
 esac
 
 train_vae() {
-    rm -rf "$output/vae" # of an interrupted one
+    [ ! -e "$output/vae" ] || echo "an interrupted training of the autoencoder can't go on: it starts anew"
+    rm -rf "$output/vae"
     "$python" "${repo}tools/train_vae.py" --data_path "$data" --output "$output/vae" --image_size 64 --on_error skip \
         --background white --init "${repo}assets/colour_vae" --seed "$seed"
 }

@@ -112,7 +112,8 @@ class FeatureDataset:
         fitting = {"in_channels": shape[0] // (1 + self.moments), "sample_size": shape[1]}
         ours = dict(zip(fitting, self.sample_shape, strict=False))
         changes = [f'"{key}": {value}' for key, value in fitting.items() if value != ours[key]]
-        return f"; for this set write {', '.join(changes)} in its section model" if changes else ""
+        made = "or have a config made by tools/make_config.py"
+        return f"; for this set write {', '.join(changes)} in its section model, {made}" if changes else ""
 
     def _check_labels(self, labels, indices):
         wrong = (labels < 0) | (labels >= self.num_classes)

@@ -149,6 +149,20 @@ class CheckpointSampler(DiffusionObjective):
         options.update(method=method or "ddim", spacing="even" if method == "ddpm" else "leading")
         return super().sample(denoiser, noise, num_steps=num_steps, **options)
 
+    def note(self, num_steps, method=None):
+        """Returns a sentence if the first steps of "ddpm" would magnify the network's errors, else None.
+
+        At the last timesteps of squaredcos_cap_v2 an image has next to no weight beside the noise, so that a small
+        error in the noise is a large one in the image that is predicted from it.
+        """
+        section = self._section
+        if method != "ddpm" or section["noise_schedule"] != "squaredcos_cap_v2" or section["predict_xstart"]:
+            return None
+        return (
+            "ddpm: the first steps of squaredcos_cap_v2, the model's noise schedule, magnify the network's errors, and "
+            "images may be burnt; ddim and dpm draw good ones"
+        )
+
 
 def sampler_in_training(objective, config, num_steps):
     """Returns what samples a network that is trained: the same as samples its checkpoints, DDIM for a diffusion.

@@ -143,7 +143,7 @@ COMMANDS = {
     "tools.prepare_photos": {"image_size": "resolution", "output": "", "seed": "global_seed"},
     "tools.prepare_symbols": {"image_size": "resolution", "output": "", "seed": "global_seed"},
     "tools.replay_step": {},
-    "tools.report": {"feature_path": "features_path", "output": ""},
+    "tools.report": {"model_path": "ckpt", "feature_path": "features_path", "output": ""},
     "tools.sample_grid": {"model_path": "ckpt", "vae": "vae_name_or_path", "key": "", "output": "", "seed": ""},
     "tools.sample_npz": {
         **SAMPLING,

@@ -47,6 +47,15 @@ def test_steps_in_which_an_exported_network_is_not_exact_are_a_warning_once(mode
         generator.sample([3], **{**options, "num_inference_steps": 6}, method="dpm")
 
 
+@pytest.mark.parametrize("schedule, notes", [("squaredcos_cap_v2", 1), ("linear", 0)])
+def test_ddpm_of_a_cosine_schedule_is_a_note(schedule, notes, tmp_path):
+    config = make_config(sample_size=4, objective={"type": "diffusion", "noise_schedule": schedule})
+    write_checkpoint(tmp_path / "dit", config)
+    generator = load_generator(str(tmp_path / "dit"))
+    assert len(generator.describe(5, method="ddpm")) == notes
+    assert generator.describe(5) == generator.describe(5, method="dpm") == []
+
+
 # Each kind of model and sampler, and how many steps its callback counts of 5.
 CASES = [
     ("dit", {}, 5),

@@ -96,7 +96,7 @@ def test_the_page_holds_the_run_and_nothing_that_is_fetched_or_executed(run, tmp
 def test_a_page_is_made_anew_and_other_files_are_kept(run):
     report.main([str(run)])
     write_rows(run / "metrics.jsonl", [(100, 0.01)], mode="a")
-    report.main([str(run)])
+    report.main(["--model_path", str(run)])
     assert "finished: step 100 of 100" in Page(run / "report.html").text
     other = run / "mine.html"
     other.write_text("mine")
@@ -166,3 +166,9 @@ def test_curves_break_where_a_number_is_missing_and_stay_inside():
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         report.main([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("words, message", [([], "expected RUN"), (["a", "--model_path", "b"], "give one RUN")])
+def test_a_page_is_of_one_run(words, message):
+    with pytest.raises(ValueError, match=f"command line: {message}"):
+        report.main(words)

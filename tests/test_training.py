@@ -519,8 +519,10 @@ def test_transport_settings_from_json_and_from_flags(loop, features, tmp_path, r
     assert {key: saved[key] for key in settings} == settings
     capsys.readouterr()
     arguments = loop_arguments(loop, config=configs["default"], features=features, output=tmp_path / "note", steps=1)
-    run_loop(loop, [*arguments, "--loss_weight=likelihood", "--train_eps=0.1"])
-    assert "note: loss_weight, train_eps has no effect on velocity prediction" in capsys.readouterr().out
+    run_loop(loop, [*arguments, "--loss_weight=likelihood", "--train_eps=0.1", "--warmup_steps=1"])
+    said = capsys.readouterr().out
+    assert "note: loss_weight, train_eps has no effect on velocity prediction" in said
+    assert "note: warmup_steps 1: the learning rate still rises at the last step, 1" in said
 
 
 def test_visualdl_shows_one_curve_after_a_resume(features, tmp_path, run_loop):

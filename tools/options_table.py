@@ -28,6 +28,12 @@ by `python tools/options_table.py --write`.
 AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 OTHERS = "Accepted by every command that has the flag, and not shown by `--help`."
+OTHERS_OF_ONE = """Single commands take further ones: `--checkpoint_path` for `--output` in the converters and
+`extract_weights.py`; `--weights` for `--model_path` in `convert_official_weights.py`; `--output` for
+`--feature_path` in `extract_features.py`; `--num_fid_samples`, `--per_proc_batch_size` and `--sample_dir` for
+`--num_images`, `--batch_size` and `--png` in `sample_npz.py`; `--report` for `--output` in `evaluate_digits.py`;
+`--steps` for `--max_steps` in `train_vae.py`; `--sampling_method` for `--method` wherever a SiT is sampled.
+"""
 EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
 # The options that most runs touch, for docs/training.md.
 MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
@@ -76,6 +82,7 @@ def page():
     names = {name: ", ".join(f"`--{other}`" for other in others) for name, others in OTHER_NAMES.items()}
     rows = (f"| `--{name}` | {others} |\n" for name, others in names.items())
     parts += [f"## Other names\n\n{OTHERS}\n\n| flag | also accepted |\n| --- | --- |\n", *rows]
+    parts += [f"\n{OTHERS_OF_ONE}"]
     return "".join(parts).rstrip() + "\n"
 
 

@@ -19,7 +19,8 @@ from runtime.process import run_cli, say
 
 def build_parser():
     parser = CommandParser(description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of the run")
+    parser.add_argument("--model_path", metavar="RUN", help="the same")
     parser.add_argument("--output", metavar="FILE", help="the page [RUN/report.html; an earlier page is replaced]")
     parser.add_argument(
         "--samples", nargs="+", default=[], metavar="PNG", help="pictures to show, beside RUN/samples*.png"
@@ -32,11 +33,14 @@ def build_parser():
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.model_path is None):
+        parser.error("give one RUN" if args.run else "expected RUN, the folder of a run")
 
     from training.report import find_run, is_own_page, render_report
 
-    run = find_run(args.run)
+    run = find_run(args.run or args.model_path)
     output = args.output or os.path.join(run, "report.html")
     check_output(output, args.overwrite or is_own_page(output), flag="--output " if args.output else "")
     page = render_report(run, samples=args.samples, feature_path=args.feature_path)

@@ -26,7 +26,7 @@ from features.images import encodable
 from models.parallel import whole_shape
 from objectives import build_objective
 from runtime.commands import resume_flag
-from runtime.console import next_commands, say_next
+from runtime.console import next_commands, say_next, says_next
 from runtime.files import write_json
 from runtime.machine import describe_environment
 from runtime.paddle_private import inner_optimizer, master_weights, tensor_parallel_group
@@ -136,6 +136,9 @@ class Session:
         self.first_step = self.step = self.sampler.first_step
         self.last_step = self.sampler.last_step
         self.notes = [self.precision.note, *degrees.notes]
+        if training["warmup_steps"] >= self.last_step > 0:
+            rises = f"the learning rate still rises at the last step, {self.last_step}"
+            self.notes.append(f"warmup_steps {training['warmup_steps']}: {rises}")
 
         # Network, objective, averages: before AMP O2 casts the weights.
         group = tensor_parallel_group() if degrees.tensor > 1 else None
@@ -367,7 +370,7 @@ class Session:
             self.log.close()
         if self.stopping.stopped:
             again, how = sys.argv, ""
-            if resume:
+            if resume and says_next():
                 flags = [resume_flag(sys.argv), resume]
                 again = [*(sys.argv[:-2] if sys.argv[-2:] == flags else sys.argv), *flags]
                 how = f"; the same command goes on with {shlex.join(flags)}"

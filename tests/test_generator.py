@@ -51,7 +51,7 @@ def test_steps_in_which_an_exported_network_is_not_exact_are_a_warning_once(mode
 def test_ddpm_of_a_cosine_schedule_is_a_note(schedule, notes, tmp_path):
     config = make_config(sample_size=4, objective={"type": "diffusion", "noise_schedule": schedule})
     write_checkpoint(tmp_path / "dit", config)
-    generator = load_generator(str(tmp_path / "dit"))
+    generator = load_generator(str(tmp_path / "dit"), vae=DIGITS_VAE)
     assert len(generator.describe(5, method="ddpm")) == notes
     assert generator.describe(5) == generator.describe(5, method="dpm") == []
 

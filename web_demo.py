@@ -32,6 +32,7 @@ from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from sampling.flags import note_unused
 from sampling.studio import Progress, Studio, explain
+from sampling.translations import ZH_CN
 from sampling.web import MAX_GUIDANCE, MAX_STEPS, find_models, list_choices, read_choice, read_order
 from sampling.web_guard import Guard, is_local
 
@@ -119,14 +120,14 @@ class Page:
         import gradio as gr
 
         self.gr, self.choices, self.studio, self.max_images = gr, choices, studio, max_images
+        self.text = gr.I18n(en={text: text for text in ZH_CN}, **{"zh-CN": ZH_CN})  # chosen by the browser
         self.flags, self.folder = flags, folder
         font = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
         mono = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
         self.theme = gr.themes.Default(font=font, font_mono=mono, primary_hue="blue", neutral_hue="slate")
         cache = (KEEP_SECONDS // 4, KEEP_SECONDS)
-        title = "Draw images"
-        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=cache) as self.blocks:
-            gr.Markdown(f"## {title}\nChoose a model, classes and settings, then press Draw.")
+        with gr.Blocks(title="Draw images", analytics_enabled=False, delete_cache=cache) as self.blocks:
+            gr.Markdown(self.text("## Draw images\nChoose a model, classes and settings, then press Draw."))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self.add_fields(choices[0])
@@ -139,28 +140,30 @@ class Page:
         """Adds what a user chooses, with the defaults of a model."""
         gr, first = self.gr, self.defaults(choice)
         names = [(one.name, i) for i, one in enumerate(self.choices)]
-        self.model = gr.Dropdown(names, value=0, label="Model")
+        self.model = gr.Dropdown(names, value=0, label=self.text("Model"))
         self.about = gr.HTML(first["about"], elem_id="about")
-        self.classes = gr.Dropdown(multiselect=True, label="Classes", info="Type to search", **first["classes"])
+        self.classes = gr.Dropdown(
+            multiselect=True, label=self.text("Classes"), info=self.text("Type to search"), **first["classes"]
+        )
         self.each = gr.Slider(
-            1, self.max_images, value=min(4, self.max_images // 4) or 1, step=1, label="Images per class"
+            1, self.max_images, value=min(4, self.max_images // 4) or 1, step=1, label=self.text("Images per class")
         )
         with gr.Row():
-            self.method = gr.Dropdown(label="Sampler", min_width=150, **first["method"])
-            self.steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", min_width=150, **first["steps"])
-        hint = "1: none. More: clearer, but more alike; burnt, if it is too much"
-        self.scale = gr.Slider(0, MAX_GUIDANCE, step=0.1, label="Guidance", info=hint, **first["scale"])
+            self.method = gr.Dropdown(label=self.text("Sampler"), min_width=150, **first["method"])
+            self.steps = gr.Slider(1, MAX_STEPS, step=1, label=self.text("Steps"), min_width=150, **first["steps"])
+        hint = self.text("1: none. More: clearer, but more alike; burnt, if it is too much")
+        self.scale = gr.Slider(0, MAX_GUIDANCE, step=0.1, label=self.text("Guidance"), info=hint, **first["scale"])
         with gr.Row(**first["interval"]) as self.interval:
             limits = {"step": 0.05, "min_width": 150}  # `read_order` has the others, and says them in the page
-            self.low = gr.Number(0, label="Guided from", info="time; 0: noise", **limits)
-            self.high = gr.Number(1, label="to", info="time; 1: image", **limits)
+            self.low = gr.Number(0, label=self.text("Guided from"), info=self.text("time; 0: noise"), **limits)
+            self.high = gr.Number(1, label=self.text("to"), info=self.text("time; 1: image"), **limits)
         with gr.Row(equal_height=True):
-            self.seed = gr.Number(0, label="Seed", precision=0, scale=3, min_width=150)
-            self.dice = gr.Button("Random", size="sm", scale=1, min_width=90)
-        self.shows = gr.Checkbox(True, label="Show the steps on the way")
+            self.seed = gr.Number(0, label=self.text("Seed"), precision=0, scale=3, min_width=150)
+            self.dice = gr.Button(self.text("Random"), size="sm", scale=1, min_width=90)
+        self.shows = gr.Checkbox(True, label=self.text("Show the steps on the way"))
         with gr.Row():
-            self.start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
-            self.stop = gr.Button("Cancel", scale=1, min_width=90, elem_id="cancel")
+            self.start = gr.Button(self.text("Draw"), variant="primary", scale=3, min_width=120, elem_id="draw")
+            self.stop = gr.Button(self.text("Cancel"), scale=1, min_width=90, elem_id="cancel")
 
     def add_results(self):
         """Adds what a user gets."""
@@ -168,18 +171,20 @@ class Page:
         self.status = gr.HTML(show_status("Nothing is drawn yet."), elem_id="status")
         shown = {"elem_classes": "pictures", "show_label": False, "interactive": False}
         with gr.Tabs():
-            with gr.Tab("Grid"):
+            with gr.Tab(self.text("Grid")):
                 self.grid = gr.Image(format="png", buttons=["fullscreen"], elem_id="grid", **shown)
-            with gr.Tab("Single images"):
+            with gr.Tab(self.text("Single images")):
                 self.gallery = gr.Gallery(format="png", columns=4, height="auto", elem_id="gallery", **shown)
-            with gr.Tab("Steps"):
+            with gr.Tab(self.text("On the way")):
                 self.strip = gr.Image(format="png", buttons=["fullscreen"], elem_id="steps", **shown)
-                gr.Markdown("What the latents decode to after so many steps, on the way from noise.")
+                gr.Markdown(self.text("What the latents decode to after so many steps, on the way from noise."))
         with gr.Row():
-            self.png = gr.DownloadButton("Grid as PNG", interactive=False, min_width=120, elem_id="png")
-            self.json = gr.DownloadButton("Settings as JSON", interactive=False, min_width=120, elem_id="json")
+            self.png = gr.DownloadButton(self.text("Grid as PNG"), interactive=False, min_width=120, elem_id="png")
+            self.json = gr.DownloadButton(
+                self.text("Settings as JSON"), interactive=False, min_width=120, elem_id="json"
+            )
         shown = {"interactive": False, "buttons": ["copy"], "max_lines": 8, "elem_id": "command"}
-        self.command = gr.Textbox(label="The same in a terminal", **shown)
+        self.command = gr.Textbox(label=self.text("The same in a terminal"), **shown)
 
     def connect(self):
         """Says what follows when a component is used. No function can be called by name from outside."""
@@ -301,7 +306,7 @@ def serve(page, host, server, folder):
 
     application = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     options = {"theme": page.theme, "css": CSS, "footer_links": [], "allowed_paths": [], "show_error": False}
-    options.update(run_history=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=1)
+    options.update(i18n=page.text, run_history=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=1)
     application = gr.mount_gradio_app(application, page.blocks, path="/", **options)
     page.blocks.has_launched = page.blocks.is_running = True  # else Gradio copies any file that a request names
     guard = Guard(application, folder, is_local(host))

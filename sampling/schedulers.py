@@ -159,8 +159,8 @@ class CheckpointSampler(DiffusionObjective):
         if method != "ddpm" or section["noise_schedule"] != "squaredcos_cap_v2" or section["predict_xstart"]:
             return None
         return (
-            "ddpm: the first steps of squaredcos_cap_v2, the model's noise schedule, magnify the network's errors, and "
-            "images may be burnt; ddim and dpm draw good ones"
+            "ddpm: the first steps of squaredcos_cap_v2, the model's noise schedule, magnify the network's errors; "
+            f"images are burnt in fewer than all {section['diffusion_steps']} steps; take ddim or dpm"
         )
 
 

@@ -22,6 +22,7 @@ from support.pipelines import DIGITS_VAE, make_config, write_checkpoint
 from support.runs import ROOT, command_environment
 
 from runtime.process import EXIT_INTERRUPTED
+from sampling.translations import ZH_CN
 
 pytest.importorskip("gradio", reason="bash tools/setup_env.sh --demo installs it")
 playwright = pytest.importorskip("playwright.sync_api", reason="bash tools/setup_env.sh --demo installs it")
@@ -174,7 +175,7 @@ def test_draw_and_download(open_page, tmp_path):
     page.get_by_role("tab", name="Single images").click()
     page.wait_for_selector("#gallery img")
     assert page.locator("#gallery .caption-label").all_inner_texts()[::4] == list(NAMES[:4])
-    page.get_by_role("tab", name="Steps").click()
+    page.get_by_role("tab", name="On the way").click()
     page.wait_for_selector("#steps img")
     assert image_of(page, "#steps img", tmp_path).shape[1] >= 8 * 32 > pixels.shape[1]  # 8 columns, not 4
 
@@ -253,6 +254,19 @@ def test_on_a_phone(open_page):
     page.wait_for_selector("#grid img")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     screenshot(page, "web_demo_phone.png")
+
+
+def test_in_chinese(open_page):
+    page = open_page(locale="zh-CN")
+    page.get_by_role("button", name="生成", exact=True).click()
+    wait_for(page, "seed")
+    page.wait_for_selector("#grid img")
+    screenshot(page, "web_demo_zh-CN.png")
+    shown = page.inner_text("body")
+    page.get_by_role("tab", name="中间步骤").click()
+    shown += page.inner_text("body")
+    lines = [line.lstrip("# ") for text in ZH_CN.values() for line in text.split("\n")]
+    assert [line for line in lines if line not in shown] == []
 
 
 def ask(port, path, method="GET", body=None, **headers):

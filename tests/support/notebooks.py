@@ -2,14 +2,19 @@
 
     python tests/support/notebooks.py NOTEBOOK [NAME=VALUE ...] [--store]
 
-NAME=VALUE replaces a variable of the cell that is tagged "parameters". `--store` writes the outputs into the notebook.
+NAME=VALUE replaces a variable of the cell that is tagged "parameters". `--store` writes the outputs into the notebook:
+of a progress bar its end, pictures in 64 colours, no paths of this machine.
 """
 
 import ast
 import base64
+import io
 import json
+import re
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def output_of(shown):
@@ -43,12 +48,27 @@ def run(notebook, **variables):
     return notebook
 
 
+def tidy(output):
+    """Makes an output one that can be stored in a repository."""
+    from PIL import Image
+
+    if lines := output.get("text"):
+        text = "".join(lines).replace("\r\n", "\n").replace(f"{ROOT}/", "")
+        output["text"] = re.sub(r"[^\n]*\r", "", text).splitlines(True)
+    if png := output.get("data", {}).get("image/png"):
+        few, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(64), io.BytesIO()
+        few.save(file, "PNG", optimize=True)
+        output["data"] = {"image/png": base64.b64encode(file.getvalue()).decode()}
+
+
 if __name__ == "__main__":
     path, *words = sys.argv[1:]
     found = json.loads(Path(path).read_text())
     given = dict(word.split("=", 1) for word in words if "=" in word)
     done = run(found, **{name: ast.literal_eval(value) for name, value in given.items()})
     if "--store" in words:
+        for output in (output for cell in done["cells"] for output in cell.get("outputs", ())):
+            tidy(output)
         Path(path).write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     shown = [output for cell in done["cells"] for output in cell.get("outputs", ())]
     print(f"{path}: all cells ran, {sum('image/png' in output.get('data', ()) for output in shown)} pictures")

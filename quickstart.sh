@@ -175,6 +175,7 @@ stage() { # stage NAME COMMAND...: run it unless it is complete, note how long i
 # Two minutes of training that make good samples; the model, its EMA and the schedule are in the config.
 device=cpu batch_size=64 max_steps=2000 learning_rate=2e-3
 save_steps=500       # where training goes on after a crash; Ctrl-C saves
+preview_steps=500    # samples on the way, for the report
 guidance_scale=1.0   # none: guidance makes the samples of a class alike
 case $model in
 DiT) demo_script=${repo}infer_demo_dit.py num_inference_steps=25 drawing=(--scheduler dpm) ;;
@@ -196,14 +197,14 @@ extract() { # extract FLAG...: those that differ between the data sets
 train_trainer() {
     "$python" "${repo}train_image_generation_trainer.py" --do_train \
         --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
-        --logging_steps 100 --save_steps $save_steps --num_workers 0 \
+        --logging_steps 100 --save_steps $save_steps --image_logging_steps $preview_steps --num_workers 0 \
         --seed "$seed" --image_size $image_size --device $device --disable_tqdm False
 }
 
 train_notrainer() {
     "$python" "${repo}train_image_generation_notrainer.py" \
         --config_file "$config" --feature_path "$output/features" --output "$output/train" ${length[@]+"${length[@]}"} \
-        --logging_steps 100 --save_steps $save_steps --num_workers 0 --resume auto \
+        --logging_steps 100 --save_steps $save_steps --image_logging_steps $preview_steps --num_workers 0 --resume auto \
         --seed "$seed" --image_size $image_size --device $device
 }
 
@@ -249,7 +250,7 @@ SiT) converter=tools/convert_sit_to_ppdiffusers.py options=() ;;
 esac
 stage export "$python" "$repo$converter" --model_path "$checkpoint" --vae "$vae" \
     --id2label "$output/features/imagenet${image_size}_classes.json" ${options[@]+"${options[@]}"} \
-    --output "$output/pipeline" --overwrite
+    --output "$output/pipeline" --card_samples 2 --overwrite
 
 evaluate() { # evaluate NAME OPTION...
     local name=$1
@@ -292,6 +293,6 @@ SiT) echo "pipeline:     $output/pipeline (sampling.SiTPipeline.from_pretrained)
 esac
 echo "checkpoint:   $checkpoint"
 if [ -n "$demo" ]; then open_demo; fi
-printf 'next: %q %q --model_path %q\n' "$python" "$demo_script" "$output/pipeline"
+printf 'next: %q %q --model_path %q --guidance_scale 1.5 --images_per_class 4\n' "$python" "$demo_script" "$output/pipeline"
 echo "next: $(this_command --demo)"
 printf 'next: %q --logdir %q --language en\n' "${repo}.venv/bin/visualdl" "$output/train"

@@ -41,6 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         self.abbreviates = allow_abbrev
         self.given = {}  # {dest: {name as it was typed: value}}
         self.typed = {}  # {flag: its name as it was typed}
+        self.unknown = []  # flags that are none here
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -53,6 +54,7 @@ class CommandParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else [*args]
         self.given.clear()
         self.typed.clear()
+        self.unknown.clear()
         aliases = self.register_aliases()
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args(
@@ -60,6 +62,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        if message.startswith("the following arguments are required") and self.unknown:
+            message = self._unknown(self.unknown[0])  # a misspelt one, as it may be
         message = re.sub(r"^argument (--\w+)", lambda found: f"argument {self.typed.get(found[1], found[1])}", message)
         raise ValueError(f"command line: {message}; see --help")
 
@@ -100,6 +104,7 @@ class CommandParser(argparse.ArgumentParser):
             if found:
                 break
         if name not in known:
+            self.unknown.append(flag)
             return word
         self.typed.update(dict.fromkeys(known[name].option_strings, name))
         return name + equals + value

@@ -46,6 +46,20 @@ GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
 GENTLE_GUIDANCE_SCALE = 1.5  # of a model that is young, or saw few images: 4 burns its images
 
 
+def starting_guidance_scale(num_classes, has_null_class=True):
+    """Returns the guidance scale for a model's first images: gentle, but for ImageNet's; 1 without a null class."""
+    if not has_null_class:
+        return 1.0
+    return GUIDANCE_SCALE if num_classes >= 1000 else GENTLE_GUIDANCE_SCALE
+
+
+def first_images_flags(model):
+    """Lists the words of a demo's command line for the first images of a network, a resolved `model` section."""
+    scale = starting_guidance_scale(model["num_classes"], model["class_dropout_prob"] > 0)
+    rows = [] if model["num_classes"] >= 1000 else ["--images_per_class", "4"]  # of the first ten classes
+    return ["--guidance_scale", f"{scale:g}", *rows]
+
+
 # ---- What an option is ----
 
 

@@ -72,6 +72,13 @@ def test_mistakes_are_one_line(words, line):
     assert ("did you mean" in text) == ("did you mean" in line)
 
 
+def test_a_misspelt_flag_that_is_required_is_told_so():
+    parser = CommandParser()
+    parser.add_argument("--feature_path", required=True)
+    with pytest.raises(ValueError, match=r"unknown flag --feature_pth \(did you mean --feature_path\?\)"):
+        parser.parse_args(["--feature_pth", "x"])
+
+
 def test_help_shows_each_flag_once_with_its_default():
     shown = make_parser().format_help()
     assert "pixels [256]" in shown and "mirror [False]" in shown and "file to write [none]" in shown

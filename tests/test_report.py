@@ -97,7 +97,9 @@ def test_a_page_is_made_anew_and_other_files_are_kept(run):
     report.main([str(run)])
     write_rows(run / "metrics.jsonl", [(100, 0.01)], mode="a")
     report.main(["--model_path", str(run)])
-    assert "finished: step 100 of 100" in Page(run / "report.html").text
+    text = Page(run / "report.html").text
+    assert "finished: step 100 of 100" in text
+    assert "train_image_generation_trainer.py --output_dir" in text and "--resume" not in text
     other = run / "mine.html"
     other.write_text("mine")
     with pytest.raises(ValueError, match="exists already"):

@@ -133,7 +133,7 @@ def main(argv=None):
     files = output_files(args, scales, options)
 
     configure_runtime()
-    from sampling.grid import class_grid, make_grid
+    from sampling.grid import class_grid, class_labels, make_grid
 
     first = next(iter(options))
     generator = open_generator(
@@ -146,12 +146,13 @@ def main(argv=None):
         print(f"note: {note}", flush=True)
     os.makedirs(args.output, exist_ok=True)
     cells, columns = [], per_class if per_class > 1 else min(len(ids), max(4, round(len(ids) ** 0.5)))
+    named = {"row_labels" if per_class > 1 else "column_labels": class_labels(classes, generator.labels)}
     for scale in scales:
         for steps, own in options.items():
             images = draw(args, generator, ids, scale, steps, own)
             picture = class_grid(images, classes, generator.labels, per_class)
             save_image(picture, files[scale, steps], args.overwrite)
-            cells.append(make_grid(images, columns, gap=2))
+            cells.append(make_grid(images, columns, gap=2, **named))
     if "sweep" in files:
         rows, tops = [f"guidance {scale:g}" for scale in scales], [counted(steps, "step") for steps in options]
         sweep = make_grid(cells, len(options), gap=8, row_labels=rows, column_labels=tops)

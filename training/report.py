@@ -9,6 +9,7 @@ import contextlib
 import glob
 import io
 import json
+import math
 import os
 import shlex
 import time
@@ -189,12 +190,13 @@ def _status(run, config, rows, checkpoints):
 def _tiles(rows, best):
     train, tiles = rows["train"], []
     if train:
-        losses = [value for _, value in series(train, "loss") if value is not None][-10:]
+        losses = [value for _, value in series(train, "loss") if value is not None]
         speeds = [value for _, value in series(train, "samples_per_second") if value is not None]
         steps = [0, *(row["step"] for row in train)]
         rates = [value for _, value in series(train, "steps_per_second")]
         seconds = sum((b - a) / rate for a, b, rate in zip(steps, steps[1:], rates, strict=False) if rate)
         if losses:
+            losses = losses[-min(10, math.ceil(len(losses) / 10)) :]
             tiles.append(("loss", f"{np.mean(losses):.4f}", f"mean of the last {counted(len(losses), 'report')}"))
         if speeds:
             tiles.append(("samples a second", f"{np.median(speeds):,.1f}", "median of all reports"))
@@ -386,26 +388,28 @@ def _look_at_set(place):
 
 
 def _commands(run, config, environment, status, checkpoints):
-    """Lists `(what it does, command line)`: how to go on, to sample and to export."""
-    commands, kind = [], MODEL_TYPES[config["model"]["type"]]
+    """Lists `(what it does, command line)`: to go on, to sample, to export, and what the run was started with."""
+    commands, last, kind = [], [], MODEL_TYPES[config["model"]["type"]]
     words = environment.get("command")
     script = os.path.basename(words[0]) if isinstance(words, list) and words and isinstance(words[0], str) else ""
-    if status["kind"] == "stopped" and script.startswith("train_image_generation_"):
+    if script.startswith("train_image_generation_"):
         flags = [shlex.quote(str(word)) for word in words[1:]]
         folder = environment["folder"] if isinstance(environment.get("folder"), str) else None
         count = environment.get("processes", 1)
         launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", shlex.quote(str(count)))
         launcher = launcher if count != 1 else ()
-        command = python_command(
-            script, *flags, resume_flag(words), shell_path(run, folder), launcher=launcher, folder=folder
-        )
-        commands.append(("go on with the run", command))
+        goes_on = status["kind"] == "stopped"
+        resume = (resume_flag(words), shell_path(run, folder)) if goes_on else ()
+        command = python_command(script, *flags, *resume, launcher=launcher, folder=folder)
+        (commands if goes_on else last).append(("go on with the run" if goes_on else "the run itself", command))
     if checkpoints:
         checkpoint = shell_path(checkpoints[-1])
         samples, pipeline = (shell_path(os.path.join(run, name)) for name in ("samples.png", "pipeline"))
-        commands.append(("draw samples", python_command(kind.demo, f"--model_path {checkpoint} --output {samples}")))
+        how = " ".join(options.first_images_flags(config["model"]))
+        draw = f"--model_path {checkpoint} {how} --output {samples}"
+        commands.append(("draw samples", python_command(kind.demo, draw)))
         export = f"tools/convert_{'dit' if kind.pipeline == 'DiTPipeline' else 'sit'}_to_ppdiffusers.py"
         flags = f"--model_path {checkpoint} --output {pipeline}"
         commands.append((f"export it as a {kind.pipeline}", python_command(export, flags)))
     again = python_command("tools/report.py", shell_path(run))
-    return [*commands, ("make this page anew", again)]
+    return [*commands, ("make this page anew", again), *last]

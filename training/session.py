@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import paddle
 
-from config.options import GENTLE_GUIDANCE_SCALE
+from config.options import GENTLE_GUIDANCE_SCALE, first_images_flags
 from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
 from models.parallel import whole_shape
@@ -390,7 +390,7 @@ class Session:
         checkpoint = os.path.join(self.folder, self.outputs.checkpoints.format(step=self.last_step))
         if self.first_step >= self.last_step:
             checkpoint = self.checkpoint.source
-        draw = ["--model_path", checkpoint]
+        draw = ["--model_path", checkpoint, *first_images_flags(self.config["model"])]
         export = ["--model_path", checkpoint, "--output", os.path.join(self.folder, "pipeline")]
         vae = self.outputs.vae
         if vae and self.config["features"]["vae"] is None:  # else they find the features' own

@@ -3,7 +3,7 @@
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
-from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE
+from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
@@ -153,4 +153,5 @@ def convert(args, check, export, loader):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
     demo = "infer_demo_sit.py" if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
-    say_next(*([script, "--model_path", args.output] for script in (demo, "web_demo.py")))
+    place = ["--model_path", args.output]
+    say_next([demo, *place, *first_images_flags(config["model"])], ["web_demo.py", *place])

@@ -96,7 +96,8 @@ class CommandParser(argparse.ArgumentParser):
             return word
         name, known = f"--{flag[2:].replace('-', '_')}", self._option_string_actions
         visible = [name for action in self._actions for name in action.option_strings]
-        for names in (visible, aliases) if self.abbreviates and name not in known else ():
+        is_short = self.abbreviates and name not in known and name[2:] not in OF_THE_MODEL
+        for names in (visible, aliases) if is_short else ():
             found = {id(known[long]): long for long in names if long.startswith(name)}
             if len(found) > 1:
                 self.error(f"{flag} may be {' or '.join(found.values())}")
@@ -111,9 +112,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown(self, flag):
         name, known = flag.lstrip("-").replace("-", "_"), self._option_string_actions
-        if name in OF_THE_MODEL and "--model_path" in known:
-            return f"unknown flag {flag} (the model brings it along)"
-        near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7)
+        for source, what in (("--model_path", "the model"), ("--config_file", "the config's section model")):
+            if name in OF_THE_MODEL and source in known:
+                return f"unknown flag {flag} ({what} brings it along)"
+        near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=0.7) if name not in MEANINGS else []
         meant = [f"--{this}" for this in MEANINGS.get(name, ()) if f"--{this}" in known]
         for other in meant or near:
             is_opposite = other in getattr(known[other], "opposites", ())
@@ -198,6 +200,8 @@ class _Override(argparse.Action):
 def read_flags(loop, words=None):
     """Returns `(args, config)` of a loop's command line (None: this process's); ValueError for what is wrong in it."""
     args = Parser(loop).parse_args(words)
+    if getattr(args, "do_train", None) is False:
+        raise ValueError("command line: --do_train False: this script does nothing else; leave the flag out")
     config = resolve_training(args)
     check_vae(args.vae)
     check_paths(args, "pretrained_model_path", *(["resume"] if args.resume != "auto" else []))

@@ -31,9 +31,13 @@ MEANINGS = {
     "weights": ("model_path",),
     "checkpoint_path": ("output", "model_path"),
     "checkpoint": ("model_path", "resume"),
+    "ckpt": ("model_path", "pretrained_model_path"),
+    "pretrained_model_name_or_path": ("pretrained_model_path", "model_path"),
+    "sample_every": ("image_logging_steps",),
+    "prediction_type": (),  # not what a SiT's --prediction is
     "save_ema": ("key",),
     "sampling_method": ("method",),
     **dict.fromkeys(("output_dir", "results_dir", "sample_dir", "report", "json", "output_path"), ("output",)),
 }
-# Settings that the official samplers have a flag for, and that a model brings along here.
-OF_THE_MODEL = ("image_size", "num_classes")
+# Settings that the official scripts have a flag for, and that a model or a config brings along here.
+OF_THE_MODEL = ("model", "image_size", "num_classes")

@@ -275,10 +275,25 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
     return own or config
 
 
-def ineffective_settings(objective):
-    """Says which given settings the official transport, and ours with it, ignores; None if there are none."""
-    if objective["type"] != "transport" or objective["prediction"] != "velocity":
-        return None
-    names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
-    given = ", ".join(name for name in names if objective[name] is not None)
-    return f"{given} has no effect on velocity prediction with the path {objective['path_type']}" if given else None
+def ineffective_settings(config):
+    """Lists sentences on the settings of a resolved config that differ from the defaults and have no effect."""
+    objective, training, data, notes = config["objective"], config["training"], config["data"], []
+    if objective["type"] == "transport" and objective["prediction"] == "velocity":  # as the official transport has it
+        names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
+        if given := [name for name in names if objective[name] is not None]:
+            path = objective["path_type"]
+            notes.append(f"{', '.join(given)} has no effect on velocity prediction with the path {path}")
+    schedule = training["lr_scheduler_type"]
+    cases = (
+        (not training["use_ema"], training, ("ema_decay", "ema_warmup"), "without use_ema"),
+        (schedule != "polynomial", training, ("lr_end", "power"), f"on the schedule {schedule}"),
+        (schedule != "cosine", training, ("num_cycles",), f"on the schedule {schedule}"),
+        (training["max_steps"] > 0, training, ("epochs",), "beside max_steps"),
+        (not data["validation_samples"], data, ("validation_steps",), "without validation_samples"),
+    )
+    keys = {**options.TRAINING_KEYS, **options.DATA_KEYS}
+    for is_so, section, names, why in cases:
+        given = [name for name in names if is_so and section[name] != keys[name].default]
+        if given:
+            notes.append(f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect {why}")
+    return notes

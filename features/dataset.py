@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from features.layout import Layout
-from features.store import MemoryStore, find_features, open_store, read_manifest
+from features.store import MemoryStore, find_features, open_store, read_manifest, size_note
 from runtime.process import counted
 
 _FLIP, _NOISE, _FIXED_NOISE, _HELD_OUT = range(4)  # draws that must not repeat one another
@@ -69,12 +69,8 @@ class FeatureDataset:
         self._indices = self._classes = self._stored = None
         manifest = read_manifest(feature_path, name)
         self._check_shape(manifest.get("moments"))
-        made_of = manifest.get("image_size")
-        if resolution and made_of and made_of != resolution:
-            self.notes.append(f"image size {resolution}: the set {name} in {feature_path} is of images of {made_of}")
-        elif resolution and not made_of and name != f"imagenet{resolution}":
-            other = f"no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
-            self.notes.append(f"image size {resolution}: {other}")
+        if note := size_note(feature_path, name, resolution):
+            self.notes.append(note)
         if flip and not self.store.has_flip:
             raise ValueError(f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip")
         if kind == "packed":

@@ -59,6 +59,18 @@ def find_features(feature_path, resolution):
     return ("packed" if "packed" in found[name] else "pairs"), name
 
 
+def size_note(feature_path, name, resolution):
+    """Returns a sentence if the set that was found is not of the size that was asked for, else None."""
+    if not resolution:
+        return None
+    made_of = read_manifest(feature_path, name).get("image_size")
+    if made_of and made_of != resolution:
+        return f"image size {resolution}: the set {name} in {feature_path} is of images of {made_of}"
+    if not made_of and name != f"imagenet{resolution}":
+        return f"image size {resolution}: no imagenet{resolution} in {feature_path}; its only set, {name}, is taken"
+    return None
+
+
 def _unpacking(feature_path):
     """Returns the end of a message on missing features: how to unpack them, if they lie there in a tar file."""
     path = os.fspath(feature_path).rstrip("/")

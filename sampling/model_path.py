@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
 from config.schema import MODEL_TYPES, exported_features, load_config, weights_config
-from runtime.untrusted import inside, read_json, shortened
+from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
@@ -99,6 +99,9 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
+        part = read_json_object(os.path.join(path, "config.json"), infinity=True).get("_class_name")
+        if part is not None:
+            raise ValueError(f"{path}: is a part of a pipeline, {shortened(part)}; expected the pipeline's folder")
         config = load_config(os.path.join(path, "config.json"))
         return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
     if os.path.isfile(path):

@@ -124,6 +124,7 @@ def test_mistake_under_the_launcher(features, tmp_path):
             ["--sharding_parallel_config=split_params"],
             "sharding_parallel_config: unknown setting 'split_params'; known: disable_stage1_reduce_avg",
         ),
+        ("trainer", ["--do_train=False"], "--do_train False: this script does nothing else"),
         ("trainer", ["--use_fp8=True"], "use_fp8 must be False"),
         ("trainer", ["--sharding_parallel_degree=2"], "sharding_parallel_degree 2 does not divide the 1 processes"),
         ("trainer", ["--sharding=stage9"], "sharding must be '' or stage1, stage2, stage3, got 'stage9'"),

@@ -8,7 +8,7 @@ from support.runs import ROOT
 
 from config.flags import LOOPS, Parser, resolve_training
 from config.options import ABOVE_0, AUXILIARY_TYPES, Option
-from config.schema import load_config, resolve_config
+from config.schema import ineffective_settings, load_config, resolve_config
 from objectives.regularizers import REGULARIZERS
 from tools.options_table import pages
 
@@ -215,6 +215,28 @@ def test_the_other_loops_name_of_a_flag_is_told(loop):
         ours = "output" if ours.endswith("dir") else ours
         with pytest.raises(ValueError, match=rf"unknown flag --{theirs} \(did you mean --{ours}\?\)"):
             Parser(loop).parse_args([f"--{theirs}=2"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"use_ema": False, "ema_decay": 0.5}, "ema_decay has no effect without use_ema"),
+        ({"ema_decay": 0.5}, None),
+        (
+            {"lr_scheduler_type": "cosine", "power": 2.0, "lr_end": 0},
+            "lr_end and power have no effect on the schedule c",
+        ),
+        ({"lr_scheduler_type": "polynomial", "num_cycles": 2.0}, "num_cycles has no effect on the schedule polynomial"),
+        ({"lr_scheduler_type": "polynomial", "power": 2.0}, None),
+        ({"max_steps": 5, "epochs": 3}, "epochs has no effect beside max_steps"),
+        ({"epochs": 3}, None),
+        ({"validation_steps": 5}, "validation_steps has no effect without validation_samples"),
+    ],
+)
+def test_settings_without_effect_are_said(settings, note):
+    section = "data" if "validation_steps" in settings else "training"
+    notes = ineffective_settings(resolve_config({"model": SMALL, section: settings}))
+    assert [text[: len(note or "")] for text in notes] == ([note] if note else [])
 
 
 def test_tables_in_the_docs_are_current():

@@ -72,6 +72,16 @@ def test_mistakes_are_one_line(words, line):
     assert ("did you mean" in text) == ("did you mean" in line)
 
 
+def test_official_flags_of_what_a_model_or_a_config_brings_along():
+    parser = CommandParser()
+    parser.add_argument("--model_path")
+    for words in ("--model DiT-XL/2 --ckpt a", "--num-classes 10"):
+        with pytest.raises(ValueError, match=r"unknown flag --(model|num-classes) \(the model brings it along\)"):
+            parser.parse_args(words.split())
+    with pytest.raises(ValueError, match=r"unknown flag --model \(the config's section model brings it along\)"):
+        Parser("notrainer").parse_args(["--model", "DiT-XL/2"])
+
+
 def test_a_misspelt_flag_that_is_required_is_told_so():
     parser = CommandParser()
     parser.add_argument("--feature_path", required=True)

@@ -10,7 +10,7 @@ import paddle
 import pytest
 from PIL import Image
 from support.golden import GOLDEN, relative_error
-from support.pipelines import make_config, make_model, make_vae, state_of
+from support.pipelines import DIGITS_VAE, make_config, make_model, make_vae, state_of
 
 import infer_demo_dit
 import infer_demo_largedit_3b
@@ -266,6 +266,7 @@ class TestDemo:
         "flags, message",
         [
             (["--model_path", "no-such-owner/no-such-model"], "Without a network, give a folder by --model_path"),
+            (["--model_path", DIGITS_VAE], "digits_vae: is a part of a pipeline, AutoencoderKL; expected"),
             (["--model_path", "no-such-folder"], "no-such-folder: there is no such folder$"),
             (["--model_path", "output/checkpoint-5/"], "output/checkpoint-5/: there is no such folder$"),
             (["--model_path", str(GOLDEN / "checkpoint-5")], "checkpoint-5: there is no such folder$"),

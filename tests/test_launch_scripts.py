@@ -104,6 +104,18 @@ def test_defaults_are_paddlemix(script, shell, tmp_path):
         assert value(words, "--resume") == "auto"
 
 
+@pytest.mark.parametrize("script", ["0_run_train_dit_trainer.sh", "1_run_train_dit_notrainer.sh"])
+def test_a_config_of_ones_own_decides_what_it_sets(script, tmp_path):
+    batch = "--global_batch_size" if "notrainer" in script else "--per_device_train_batch_size"
+    (tmp_path / "own.json").write_text('{"training": {"max_steps": 20, "global_batch_size": 4, "seed": 3}}')
+    words = launch_line(script, tmp_path, config_file=str(tmp_path / "own.json"))
+    assert not {"--max_steps", batch, "--seed", "--global_seed"} & {*words}
+    words = launch_line(script, tmp_path, config_file=str(tmp_path / "own.json"), max_steps="5")
+    assert value(words, "--max_steps") == "5"
+    words = launch_line(script, tmp_path, arguments=["--num_train_epochs", "2"])
+    assert "--max_steps" not in words and batch in words
+
+
 def test_variables_and_further_flags(tmp_path):
     words = launch_line(
         "0_run_train_dit_trainer.sh",

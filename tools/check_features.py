@@ -26,7 +26,7 @@ from evaluation.reconstruction import psnr
 from features.autoencoder import LatentDecoder, choose_vae, open_vae
 from features.check import check_set, read_rows
 from features.originals import find_originals
-from features.store import find_features, read_description
+from features.store import find_features, read_description, size_note
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
 from sampling.flags import note_unused
@@ -166,7 +166,6 @@ def main(argv=None):
     parser.add_argument(
         "--image_size",
         check=POSITIVE_INT,
-        default=256,
         help="picks imagenet{N} of several sets [256, else the only set]",
     )
     parser.add_argument(
@@ -194,7 +193,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_vae(args.vae)
     check_paths(args, "config_file")
-    kind, name = find_features(args.feature_path, args.image_size)
+    kind, name = find_features(args.feature_path, args.image_size or 256)
+    if note := size_note(args.feature_path, name, args.image_size):
+        print(f"note: {note}", flush=True)
     model = load_config(args.config_file)["model"] if args.config_file else None
     output, picture = output_files(args.output, args.feature_path, name, args.overwrite)
     options = {key: getattr(args, key) for key in ("num_workers", "no_checksums", "allow_duplicates")}

@@ -58,6 +58,22 @@ one_setting guidance_scale cfg_scale
 one_setting logging_steps log_every
 one_setting save_steps ckpt_every
 
+# config_has KEY...: whether the config's JSON sets one of these keys. Then the script's own default gives way to it.
+config_has() {
+    for key in "$@"; do
+        if grep -qs "\"$key\"[[:space:]]*:" "$config_file"; then return 0; fi
+    done
+    return 1
+}
+
+# takes_default_steps FLAGS...: whether the script's max_steps counts: neither the config nor a flag says how long to train.
+takes_default_steps() {
+    if config_has max_steps epochs; then return 1; fi
+    for word in "$@"; do
+        case "$word" in --epochs* | --num_train_epochs*) return 1 ;; esac
+    done
+}
+
 # Flags that a variable of the same name gives, or FLAG=VARIABLE. Not set: the config's `training` section decides
 # (config/*_XL_patch2.json: EMA, bfloat16 O1, recompute, fused attention).
 CONFIG_FLAGS="gradient_accumulation_steps learning_rate weight_decay lr_scheduler_type warmup_steps max_grad_norm use_ema

@@ -16,9 +16,9 @@ if [ -z "${results_dir:-}" ]; then
 fi
 results_dir=${results_dir:-$default_output}
 feature_path=${feature_path:-./data/fastdit_imagenet256}
-global_batch_size=${global_batch_size:-256}
+if ! config_has global_batch_size; then global_batch_size=${global_batch_size:-256}; fi
+if takes_default_steps "$@"; then max_steps=${max_steps:-7000000}; fi
 num_workers=${num_workers:-8}
-max_steps=${max_steps:-7000000}
 logging_steps=${logging_steps:-50}
 save_steps=${save_steps:-5000}
 resume=${resume:-auto}                                # auto: the newest checkpoint of this config in results_dir
@@ -28,9 +28,9 @@ launch "${LOG_DIR:-$results_dir/launch_log}" train_image_generation_notrainer.py
     --config_file "$config_file" \
     --feature_path "$feature_path" \
     --results_dir "$results_dir" \
-    --global_batch_size "$global_batch_size" \
+    ${global_batch_size:+--global_batch_size "$global_batch_size"} \
     --num_workers "$num_workers" \
-    --max_steps "$max_steps" \
+    ${max_steps:+--max_steps "$max_steps"} \
     --log_every "$logging_steps" \
     --ckpt_every "$save_steps" \
     --resume "$resume" \

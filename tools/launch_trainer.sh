@@ -17,13 +17,13 @@ SHARDING_DEGREE=${SHARDING_DEGREE:-1}                 # sharding_parallel_degree
 DP_DEGREE=${DP_DEGREE:-$((DATA_RANKS / SHARDING_DEGREE))}
 
 feature_path=${feature_path:-./data/fastdit_imagenet256}
-batch_size=${batch_size:-32}                          # per GPU
+if ! config_has global_batch_size; then batch_size=${batch_size:-32}; fi # per GPU
+if takes_default_steps "$@"; then max_steps=${max_steps:-7000000}; fi
+if ! config_has seed; then seed=${seed:-0}; fi
 num_workers=${num_workers:-8}
-max_steps=${max_steps:-7000000}
 logging_steps=${logging_steps:-50}
 save_steps=${save_steps:-5000}
 image_logging_steps=${image_logging_steps:--1}
-seed=${seed:-0}
 
 if [ "$TRAINING_MODEL_RESUME" = None ] || [ "$TRAINING_MODEL_RESUME" = auto ]; then resumes "$@"; fi
 launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
@@ -31,8 +31,8 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --feature_path "$feature_path" \
     --output_dir "$OUTPUT_DIR" \
     --resume_from_checkpoint "$TRAINING_MODEL_RESUME" \
-    --per_device_train_batch_size "$batch_size" \
-    --max_steps "$max_steps" \
+    ${batch_size:+--per_device_train_batch_size "$batch_size"} \
+    ${max_steps:+--max_steps "$max_steps"} \
     --image_logging_steps "$image_logging_steps" \
     --logging_dir "$OUTPUT_DIR/tb_log" \
     --logging_steps "$logging_steps" \
@@ -42,7 +42,7 @@ launch "${LOG_DIR:-$OUTPUT_DIR/launch_log}" train_image_generation_trainer.py \
     --vae_name_or_path "${vae:-None}" \
     --config_file "$config_file" \
     --num_inference_steps "${num_inference_steps:-25}" \
-    --seed "$seed" \
+    ${seed:+--seed "$seed"} \
     --dp_degree "$DP_DEGREE" \
     --tensor_parallel_degree "$MP_DEGREE" \
     --sharding_parallel_degree "$SHARDING_DEGREE" \

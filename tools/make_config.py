@@ -124,9 +124,13 @@ def main(argv=None):
     configure_runtime()
 
     from config.schema import load_config
+    from features.store import size_note
     from training.suggestion import Wishes, describe_set, find_device, suggest
 
     features = describe_set(args.feature_path, args.image_size)
+    if note := size_note(args.feature_path, features.name, args.image_size):
+        say(f"note: {note}")
+        args.image_size = None  # not to be carried on
     device = find_device(features.samples, world_size=args.world_size, gpu_memory=args.gpu_memory, reserve=args.reserve)
     names = ("model", "size", "patch", "batch_size", "max_steps", "epochs", "hours")
     suggestion = suggest(features, device, Wishes(**{name: getattr(args, name) for name in names}))

@@ -166,8 +166,13 @@ class Session:
                 classes=outputs.preview_classes,
                 images_per_class=outputs.preview_images_per_class,
             )
-        elif outputs.preview_classes:
-            self.notes.append("the classes of previews have no effect without image_logging_steps")
+        else:
+            names = ("preview_classes", "preview_images_per_class", "preview_guidance_scale")
+            self.notes += [
+                f"{name} has no effect without image_logging_steps"
+                for name in names
+                if getattr(outputs, name) != getattr(Outputs, name)
+            ]
         if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
             try:
                 self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)
@@ -251,7 +256,7 @@ class Session:
                 f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
             )
             say(f"  {section}: {', '.join(shown)}")
-        for note in filter(None, [*self.notes, *self.dataset.notes, ineffective_settings(self.config["objective"])]):
+        for note in filter(None, [*self.notes, *self.dataset.notes, *ineffective_settings(self.config)]):
             say(f"note: {note}")
         parameters = sum(math.prod(whole_shape(parameter)) for parameter in self.model.parameters())
         say(

@@ -192,9 +192,11 @@ def _draw_samples(folder, per_class):
     generator = load_generator(folder)
     count = min(MAX_ROWS, generator.num_classes)
     classes = [round(i * (generator.num_classes - 1) / max(1, count - 1)) for i in range(count)]
+    num_steps = _num_steps(folder, describe_model(folder))
+    generator.describe(num_steps)  # what it would warn of, the export has said
     images = generator.sample(
         [one for one in classes for _ in range(per_class)],
-        num_inference_steps=_num_steps(folder, describe_model(folder)),
+        num_inference_steps=num_steps,
         guidance_scale=1.0 if generator.null_class is None else options.GENTLE_GUIDANCE_SCALE,
         batch_size=16,
     )

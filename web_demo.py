@@ -49,7 +49,7 @@ CSS = """
 .status progress {width: 100%; height: .6em}
 .status .note {opacity: .8; font-size: .9em; margin-top: .3em}
 .single input {text-overflow: ellipsis; margin-right: 28px !important}
-#dice {align-self: flex-end; margin-bottom: var(--spacing-lg); height: 42px}
+#dice {align-self: flex-end; margin-bottom: 11px; height: 42px}
 #about {font-size: .9em; opacity: .8}
 .pixels img {image-rendering: pixelated}
 #grid .image-frame, #steps .image-frame {width: 100% !important}

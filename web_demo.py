@@ -39,6 +39,7 @@ from sampling.web_guard import Guard, is_local
 RESULTS = "outputs"  # where models are looked for without --model_path
 MAX_WAITING = 20  # drawings in the queue; more are refused
 KEEP_SECONDS = 3600  # of the images that were drawn
+MAX_PIXELATED = 64  # pixels a side: smaller images are enlarged without smoothing
 FIELDS = ("model", "classes", "images_per_class", "method", "steps", "guidance_scale", "interval_low", "interval_high")
 FIELDS += ("seed", "show_steps")  # of `read_order`, in the order of the page
 CSS = """
@@ -47,8 +48,10 @@ CSS = """
 .status.error {background: #fdecea; color: #8a1c12; border-color: #e5a49d}
 .status progress {width: 100%; height: .6em}
 .status .note {opacity: .8; font-size: .9em; margin-top: .3em}
+.single input {text-overflow: ellipsis; margin-right: 28px !important}
+#dice {align-self: flex-end; margin-bottom: 11px; height: 42px}
 #about {font-size: .9em; opacity: .8}
-.pictures img {image-rendering: pixelated}
+.pixels img {image-rendering: pixelated}
 #grid .image-frame, #steps .image-frame {width: 100% !important}
 #grid .image-frame img, #steps .image-frame img {width: 100% !important; max-height: 70vh; object-fit: contain}
 #gallery .grid-wrap {max-height: none}
@@ -140,7 +143,7 @@ class Page:
         """Adds what a user chooses, with the defaults of a model."""
         gr, first = self.gr, self.defaults(choice)
         names = [(one.name, i) for i, one in enumerate(self.choices)]
-        self.model = gr.Dropdown(names, value=0, label=self.text("Model"))
+        self.model = gr.Dropdown(names, value=0, label=self.text("Model"), elem_classes="single")
         self.about = gr.HTML(first["about"], elem_id="about")
         self.classes = gr.Dropdown(
             multiselect=True, label=self.text("Classes"), info=self.text("Type to search"), **first["classes"]
@@ -149,17 +152,18 @@ class Page:
             1, self.max_images, value=min(4, self.max_images // 4) or 1, step=1, label=self.text("Images per class")
         )
         with gr.Row():
-            self.method = gr.Dropdown(label=self.text("Sampler"), min_width=150, **first["method"])
-            self.steps = gr.Slider(1, MAX_STEPS, step=1, label=self.text("Steps"), min_width=150, **first["steps"])
+            shown = {"label": self.text("Sampler"), "elem_classes": "single"}
+            self.method = gr.Dropdown(min_width=170, **shown, **first["method"])
+            self.steps = gr.Slider(maximum=MAX_STEPS, step=1, label=self.text("Steps"), min_width=170, **first["steps"])
         hint = self.text("1: none. More: clearer, but more alike; burnt, if it is too much")
         self.scale = gr.Slider(0, MAX_GUIDANCE, step=0.1, label=self.text("Guidance"), info=hint, **first["scale"])
         with gr.Row(**first["interval"]) as self.interval:
             limits = {"step": 0.05, "min_width": 150}  # `read_order` has the others, and says them in the page
             self.low = gr.Number(0, label=self.text("Guided from"), info=self.text("time; 0: noise"), **limits)
-            self.high = gr.Number(1, label=self.text("to"), info=self.text("time; 1: image"), **limits)
-        with gr.Row(equal_height=True):
+            self.high = gr.Number(1, label=self.text("Guided until"), info=self.text("time; 1: image"), **limits)
+        with gr.Row():
             self.seed = gr.Number(0, label=self.text("Seed"), precision=0, scale=3, min_width=150)
-            self.dice = gr.Button(self.text("Random"), size="sm", scale=1, min_width=90)
+            self.dice = gr.Button(self.text("Random"), size="md", scale=1, min_width=90, elem_id="dice")
         self.shows = gr.Checkbox(True, label=self.text("Show the steps on the way"))
         with gr.Row():
             self.start = gr.Button(self.text("Draw"), variant="primary", scale=3, min_width=120, elem_id="draw")
@@ -169,7 +173,7 @@ class Page:
         """Adds what a user gets."""
         gr = self.gr
         self.status = gr.HTML(show_status("Nothing is drawn yet."), elem_id="status")
-        shown = {"elem_classes": "pictures", "show_label": False, "interactive": False}
+        shown = {"show_label": False, "interactive": False}
         with gr.Tabs():
             with gr.Tab(self.text("Grid")):
                 self.grid = gr.Image(format="png", buttons=["fullscreen"], elem_id="grid", **shown)
@@ -203,13 +207,13 @@ class Page:
 
     def defaults(self, choice):
         """Returns the properties of the components that depend on the model, by name."""
-        names = [(name, i) for i, name in choice.labels.items()]
+        names = [(text, i) for i, text in choice.entries.items()]
         key, method = next(iter(choice.methods.items()))
         return {
             "about": html.escape(choice.description),
             "classes": {"choices": names, "value": choice.first_classes},
             "method": {"choices": [(one.label, key) for key, one in choice.methods.items()], "value": key},
-            "steps": {"value": method.steps},
+            "steps": {"minimum": method.min_steps, "value": method.steps},
             "scale": {"value": choice.guidance_scale, "interactive": choice.is_guided},
             "interval": {"visible": choice.is_transport and choice.is_guided},
         }
@@ -221,9 +225,9 @@ class Page:
         return [about, *(gr.update(**properties) for properties in others), 0, 1]
 
     def choose_method(self, index, key):
-        """Returns the default number of steps of another sampler."""
+        """Returns the least and the default number of steps of another sampler."""
         method = read_choice(self.choices, index).methods.get(key)
-        return self.gr.skip() if method is None else method.steps
+        return self.gr.skip() if method is None else self.gr.update(minimum=method.min_steps, value=method.steps)
 
     def draw(self, *values):
         """Yields what changes on the page while an order is drawn: the status alone, at last all results."""
@@ -243,31 +247,34 @@ class Page:
         """Returns the results of a drawing, by component."""
         from PIL import Image
 
-        from sampling.grid import make_grid
+        from sampling.grid import GAP, class_grid, class_labels, make_grid
 
-        gr, names = self.gr, order.names
-        grid = make_grid(drawing.images, order.columns, **order.grid_labels)
+        gr, labels = self.gr, order.choice.known_labels
+        grid = class_grid(drawing.images, order.classes, labels, order.images_per_class)
         strip = None
         if drawing.steps:
             rows = list(zip(*drawing.steps.values(), strict=True))  # by class
-            labels = {"row_labels": names[: len(rows)], "column_labels": list(map(str, drawing.steps))}
-            strip = make_grid([image for row in rows for image in row], len(drawing.steps), gap=4, **labels)
+            texts = {"row_labels": class_labels(order.classes[: len(rows)], labels)}
+            texts["column_labels"] = list(map(str, drawing.steps))
+            strip = make_grid([image for row in rows for image in row], len(drawing.steps), gap=GAP, **texts)
         for entry in os.scandir(self.folder):  # Gradio deletes its own copies
             if entry.name.startswith("drawing-") and entry.stat().st_mtime < time.time() - KEEP_SECONDS:
                 shutil.rmtree(entry.path, ignore_errors=True)
+        is_small = max(drawing.images.shape[1:3]) <= MAX_PIXELATED
+        shown = {"elem_classes": ["pixels"] if is_small else []}
         folder = tempfile.mkdtemp(dir=self.folder, prefix="drawing-")
         png, settings = (os.path.join(folder, name) for name in ("images.png", "settings.json"))
         grid.save(png)
         write_json(settings, order.settings(**self.flags))
-        captions = [name for name in names for _ in range(order.images_per_class)]
+        captions = [name for name in order.names for _ in range(order.images_per_class)]
         pictures = [(Image.fromarray(image), name) for image, name in zip(drawing.images, captions, strict=True)]
         count, speed = len(drawing.images), f"{drawing.seconds:.1f} s"
         said = f"{count} {'image' if count == 1 else 'images'} in {speed}, seed {order.seed}."
         return {
             self.status: show_status(said, notes=drawing.notes),
-            self.grid: grid,
-            self.gallery: gr.update(value=pictures, columns=order.columns, selected_index=None),
-            self.strip: strip,
+            self.grid: gr.update(value=grid, **shown),
+            self.gallery: gr.update(value=pictures, columns=order.columns, selected_index=None, **shown),
+            self.strip: gr.update(value=strip, **shown),
             self.png: gr.update(value=png, interactive=True),
             self.json: gr.update(value=settings, interactive=True),
             self.command: order.command(**self.flags),

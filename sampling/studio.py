@@ -10,7 +10,9 @@ Paddle is imported when a model is loaded.
 import dataclasses
 import gc
 import math
+import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -131,7 +133,8 @@ class Studio:
             report(Progress("decoding the steps", len(steps) + 1, len(kept)))
             steps[step] = generator.decode(latents, "diffusers")
         options = order.choice.methods[order.method].options
-        return Drawing(images, steps, generator.describe(order.steps, **options), seconds)
+        notes = [hide_paths(note, order.choice) for note in generator.describe(order.steps, **options)]
+        return Drawing(images, steps, notes, seconds)
 
 
 _WORDS = {"--num_inference_steps": "steps", "--scheduler": "sampler", "--guidance_scale": "guidance"}  # of the page
@@ -147,4 +150,31 @@ def explain(error, order=None):
         return "an error in the program: the terminal where web_demo.py runs says more"
     for flag, word in _WORDS.items():
         text = text.replace(flag, word)
-    return text.replace(order.choice.model.path, order.choice.name) if order else text
+    return hide_paths(text, order.choice if order else None)
+
+
+_START = r"(?<![\w./~-])"  # of a path: "outputs/run" and "https://host" hold no absolute one
+_ABSOLUTE = r"""/(?!/)[^\s:;,'"()]+"""
+
+
+def hide_paths(text, choice=None):
+    """Returns a text for the page without absolute paths: a model's is its name, another one is its last part.
+
+    What is in the working directory is named from there.
+    """
+    shown = {}
+    if choice is not None:
+        name, path = choice.name, choice.model.path
+        shown = {name: name, **dict.fromkeys((path, os.path.abspath(path), os.path.realpath(path)), name)}
+        if choice.vae is not None and os.path.isdir(choice.vae):  # its path may have spaces
+            paths = (choice.vae, os.path.abspath(choice.vae), os.path.realpath(choice.vae))
+            shown.update(dict.fromkeys(paths, os.path.basename(paths[1])))
+    if (here := os.path.abspath(os.curdir)) != os.sep:
+        shown[here + os.sep] = ""
+    known = [re.escape(path) for path in sorted(shown, key=len, reverse=True)]
+
+    def replace(match):
+        path = match.group()
+        return shown[path] if path in shown else os.path.basename(path.rstrip("/"))
+
+    return re.sub(f"{_START}(?:{'|'.join([*known, _ABSOLUTE])})", replace, text)

@@ -10,9 +10,10 @@ ZH_CN = {
     "Sampler": "采样器",
     "Steps": "步数",
     "Guidance": "引导强度",
-    "1: none. More: clearer, but more alike; burnt, if it is too much": "1 为不引导；越大越清晰，也越雷同；过大会过曝",
+    "1: none. More: clearer, but more alike; burnt, if it is too much": "1 表示不引导；越大越符合类别，"
+    "多样性也越低；过大会导致颜色过饱和",
     "Guided from": "引导起点",
-    "to": "引导终点",
+    "Guided until": "引导终点",
     "time; 0: noise": "时间；0 为噪声",
     "time; 1: image": "时间；1 为图像",
     "Seed": "随机种子",
@@ -23,7 +24,8 @@ ZH_CN = {
     "Grid": "网格图",
     "Single images": "单张图",
     "On the way": "中间步骤",
-    "What the latents decode to after so many steps, on the way from noise.": "若干步后的 latent 解码得到的图像。",
+    "What the latents decode to after so many steps, on the way from noise.": "采样过程中各步 latent 解码后的图像，"
+    "列标题为步数。",
     "Grid as PNG": "下载网格图（PNG）",
     "Settings as JSON": "下载参数（JSON）",
     "The same in a terminal": "等价的命令行",

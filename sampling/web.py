@@ -3,7 +3,7 @@
     choices = list_choices(["output/pipeline"])
     values = {"model": 0, "classes": [3, 7], "images_per_class": 2, "method": "dpm", ...}  # see `read_order`
     order = read_order(choices, values, max_images=32)  # `sampling.studio` draws it
-    order.command()  # python infer_demo_dit.py --model_path output/pipeline --classes 3 3 7 7 ...
+    order.command()  # python infer_demo_dit.py --model_path output/pipeline --classes 3 7 --images_per_class 2 ...
 
 Neither Paddle nor a web framework is imported. Whatever a browser sends is checked here: a model is a number in the
 list that was given at the start, never a path.
@@ -29,6 +29,7 @@ from weights.runs import CONFIG, MODEL, damage, is_training_checkpoint
 MAX_STEPS = 500
 MAX_GUIDANCE = 20
 MAX_LABEL = 60  # letters of a class's name on the page
+MANY_CLASSES = 100  # from so many on their ids are shown, to be searched for
 MAX_FOUND, MAX_DEPTH = 50, 6  # models that are looked for, and folders below one another
 COLUMNS = 8  # of a grid with one image a class
 DEMOS = {kind.pipeline: kind.demo for kind in MODEL_TYPES.values()}
@@ -112,14 +113,28 @@ class Choice:
         return self.model.num_classes or 1000
 
     @property
+    def known_labels(self):
+        """Returns `{id: name}` of the classes whose names are known, as the demo scripts show them."""
+        known = self.model.labels
+        return read_labels(IMAGENET_LABELS) if not known and self.model.kind == "hub" else known
+
+    @property
     def labels(self):
         """Returns `{id: name}` of every class, each name once."""
-        known = self.model.labels
-        if not known and self.model.kind == "hub":
-            known = read_labels(IMAGENET_LABELS)
+        known = self.known_labels
         names = {i: shortened(known.get(i) or i, MAX_LABEL) for i in range(self.num_classes)}
         seen = Counter(names.values())
         return {i: name if seen[name] == 1 else f"{name} ({i})" for i, name in names.items()}
+
+    @property
+    def entries(self):
+        """Returns `{id: text}` of every class for a list to choose from: where there are many, with the id."""
+        labels = self.labels
+        if self.num_classes < MANY_CLASSES:
+            return labels
+        return {
+            i: name if name == str(i) or name.endswith(f" ({i})") else f"{name} ({i})" for i, name in labels.items()
+        }
 
     @property
     def methods(self):
@@ -130,7 +145,11 @@ class Choice:
             return FLOW
         takes_ddpm = self.model.config is not None
         methods = {key: method for key, method in DIFFUSION.items() if key != "ddpm" or takes_ddpm}
-        exact = {key: dataclasses.replace(methods[key], steps=counts[0]) for key, counts in self.fit.items() if counts}
+        exact = {}
+        for key, counts in self.fit.items():
+            if counts:  # of these the one nearest to the usual number
+                steps = min(counts, key=lambda count, usual=methods[key].steps: abs(count - usual))
+                exact[key] = dataclasses.replace(methods[key], steps=steps)
         return {**exact, **{key: method for key, method in methods.items() if key not in exact}}
 
     @property
@@ -233,11 +252,6 @@ class Order:
         return self.images_per_class if self.images_per_class > 1 else min(len(self.classes), COLUMNS)
 
     @property
-    def grid_labels(self):
-        """Returns the keywords of `make_grid` that name the classes: at each row, or above each image."""
-        return {"gap": 4, "row_labels" if self.images_per_class > 1 else "column_labels": self.names}
-
-    @property
     def options(self):
         """Returns the keywords of `Generator.sample`."""
         options = {"seed": self.seed, "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
@@ -246,10 +260,15 @@ class Order:
         return {**options, **self.choice.methods[self.method].options}
 
     def command(self, **flags):
-        """Returns the command line of the demo script that draws the same images; `flags` are its others, or None."""
+        """Returns the command line of the demo script that draws the same images; `flags` are its others, or None.
+
+        Several images of each class are also the same labelled grid.
+        """
         choice, words = self.choice, []
         words += ["python", DEMOS[choice.model.pipeline], "--model_path", choice.name]
-        words += ["--classes", *map(str, self.ids), *choice.methods[self.method].flags]
+        words += ["--classes", *map(str, self.classes)]
+        words += ["--images_per_class", str(self.images_per_class)] if self.images_per_class > 1 else []
+        words += choice.methods[self.method].flags
         words += ["--num_inference_steps", str(self.steps), "--guidance_scale", f"{self.guidance_scale:g}"]
         if self.guidance_interval is not None:
             words += ["--guidance_interval", *(f"{time:g}" for time in self.guidance_interval)]
@@ -310,14 +329,18 @@ def read_order(choices, values, max_images):
     return Order(choice, classes, each, key, steps, scale, interval, seed, shows)
 
 
+def _given(name, value):
+    return name if value is None else f"{name} {shortened(value, 20)}"  # None: an emptied field
+
+
 def _number(name, value, lowest, highest):
     if not NUMBER.accepts(value) or not lowest <= value <= highest:
-        raise ValueError(f"{name} {shortened(value, 20)}: expected a number from {lowest} to {highest}")
+        raise ValueError(f"{_given(name, value)}: expected a number from {lowest} to {highest}")
     return float(value)
 
 
 def _integer(name, value, lowest, highest):
     is_integer = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     if not is_integer or not lowest <= value <= highest:
-        raise ValueError(f"{name} {shortened(value, 20)}: expected an integer from {lowest} to {highest}")
+        raise ValueError(f"{_given(name, value)}: expected an integer from {lowest} to {highest}")
     return int(value)

@@ -14,10 +14,11 @@ from support.pipelines import DIGITS_VAE, make_config, write_checkpoint
 import infer_demo_dit
 import infer_demo_sit
 import web_demo
+from features.autoencoder import describe_vae, load_vae
 from sampling import generator as generators
-from sampling.grid import make_grid
+from sampling.grid import class_grid, make_grid
 from sampling.model_path import Model
-from sampling.studio import Drawing, Progress, Studio, explain
+from sampling.studio import Drawing, Progress, Studio, explain, hide_paths
 from sampling.web import Choice, find_models, list_choices, read_order
 from sampling.web_guard import Guard, is_plain
 
@@ -59,9 +60,10 @@ def test_the_command_line_draws_the_same_images(choices, values, tmp_path):
     python, script, *flags = shlex.split(order.command(device="cpu"))
     assert python == "python"
     DEMOS[script].main([*flags, "--output", str(tmp_path / "image.png")])
-    assert np.array_equal(
-        np.asarray(Image.open(tmp_path / "image.png")), np.asarray(make_grid(drawing.images, len(order.ids)))
-    )
+    grid = make_grid(drawing.images, len(order.ids))
+    if order.images_per_class > 1:  # the page's own grid
+        grid = class_grid(drawing.images, order.classes, order.choice.known_labels, order.images_per_class)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), np.asarray(grid))
     assert said[0] == Progress("loading the model") and drawing.steps == {}
 
 
@@ -125,9 +127,10 @@ def test_a_drawing_at_the_programs_end_is_no_error_of_the_program(choices, capsy
         ({"method": "heun2"}, r"sampler heun2: this model has DPM-Solver\+\+, DDIM, DDPM"),
         ({"method": ["ddpm"]}, r"sampler \['ddpm'\]: this model has"),
         ({"steps": 501}, "steps 501: expected an integer from 1 to 500"),
-        ({"steps": None}, "steps None: expected"),
+        ({"steps": None}, "^steps: expected an integer from 1 to 500"),
         ({**SIT, "steps": 1}, "steps 1: expected an integer from 2 to 500"),
         ({"method": "ddim", "steps": 37}, "no integer stride takes exactly 37"),
+        ({"guidance_scale": None}, "^guidance: expected a number"),
         ({"guidance_scale": math.nan}, "guidance nan: expected a number from 0 to 20"),
         ({"guidance_scale": 1e9}, "guidance 1000000000.0: expected"),
         ({**SIT, "interval_low": 0.8, "interval_high": 0.2}, "guidance interval 0.8 to 0.2: expected the lower"),
@@ -153,13 +156,23 @@ def test_defaults_suit_the_model():
     assert (small.first_classes, imagenet.first_classes) == ([0, 1, 2], [207])
     assert small.guidance_scale < imagenet.guidance_scale == 4
     assert list(small.methods) == ["dpm", "ddim"]  # DDPM is for checkpoints
-    narrow = choice(num_classes=3, fit={"ddim": [20, 50], "dpm": []})
-    assert next(iter(narrow.methods.items()))[0] == "ddim" and narrow.methods["ddim"].steps == 20
+    narrow = choice(num_classes=3, fit={"ddim": [10, 20, 25, 50], "dpm": []})
+    assert [(key, method.steps) for key, method in narrow.methods.items()] == [("ddim", 50), ("dpm", 25)]
+    assert choice(num_classes=3, fit={"ddim": [10, 20, 40], "dpm": [20, 50]}).methods["dpm"].steps == 20
     assert list(choice(scheduler="EDMEulerScheduler").methods) == ["own"]
     plain = choice("SiTPipeline", num_classes=3, has_null_class=False)
     assert plain.guidance_scale == 1
     with pytest.raises(ValueError, match="trained without a null class"):
         order_of([plain], classes=[1], method="euler")
+
+
+def test_many_classes_are_found_by_their_ids():
+    def choice(num_classes):
+        labels = {0: "cat", 1: "cat", 7: "dog"}
+        return Choice(Model("pipeline", "folder", "DiTPipeline", num_classes=num_classes, labels=labels))
+
+    assert [choice(100).entries[i] for i in (0, 1, 2, 7)] == ["cat (0)", "cat (1)", "2", "dog (7)"]
+    assert choice(100).labels[7] == choice(99).entries[7] == "dog"
 
 
 def test_models_are_found_the_newest_of_each_run(tmp_path, capsys):
@@ -195,6 +208,30 @@ def test_errors_are_a_line_for_the_page_and_a_trace_for_the_terminal(choices, ca
         assert "secret" not in explain(error, order)
     assert "secret" in capsys.readouterr().err
     assert "draw fewer" in explain(RuntimeError("(External) ResourceExhaustedError: Out of memory error on GPU 0"))
+
+
+def test_the_page_says_no_absolute_path(choices, tmp_path, monkeypatch):
+    vae = tmp_path / "folder of VAEs" / "vae256"
+    vae.mkdir(parents=True)
+    here, choice = tmp_path / "here", dataclasses.replace(choices[0], vae=str(vae))
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for text, shown in (
+        (f"VAE {vae}: made with /opt/a/colour_vae, not {vae}", "VAE vae256: made with colour_vae, not vae256"),
+        (f"'{tmp_path}/x.json' ({here}/outputs/y)", "'x.json' (outputs/y)"),
+        (f"{choice.name}/config.json: no", f"{choice.name}/config.json: no"),  # as it is listed
+        ("facebook/DiT and https://example.org/a/b: 1/2", "facebook/DiT and https://example.org/a/b: 1/2"),
+    ):
+        assert hide_paths(text, choice) == shown
+    assert explain(FileNotFoundError(2, "No such file", "/opt/a/b.json")) == "b.json: No such file"
+
+
+def test_the_notes_of_a_drawing_say_no_absolute_path(choices, tmp_path):
+    (choice,) = list_choices([choices[0].model.path], DIGITS_VAE)
+    made_with = describe_vae(load_vae(DIGITS_VAE), f"{tmp_path}/colour_vae")
+    choice.model.config["features"]["vae"] = {**made_with, "weights_sha256": "0" * 64}
+    *_, drawing = Studio("cpu").draw(order_of([choice]))
+    assert "colour_vae" in " ".join(drawing.notes) and "/" not in " ".join(drawing.notes)
 
 
 class TestGuard:

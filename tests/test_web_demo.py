@@ -1,13 +1,14 @@
-"""web_demo.py as people use it: a real process, real Chromium, a trained SiT of the digits and a random DiT.
+"""web_demo.py as people use it: a real process, real Chromium, a trained SiT of the digits and two random DiTs.
 
 Needs `bash tools/setup_env.sh --demo` and Chromium (apt-get install chromium); CHROMIUM names another binary. With
-WEB_DEMO_SCREENSHOTS=1 the pictures of the pages are taken anew: docs/images/web_demo.png and web_demo_phone.png.
+WEB_DEMO_SCREENSHOTS=1 the pictures of the pages are taken anew: docs/images/web_demo*.png.
 """
 
 import contextlib
 import http.client
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,7 @@ def write_digits_pipeline(folder):
 def server(tmp_path_factory):
     """The port and the working directory of a web_demo.py that found its models by itself."""
     folder = tmp_path_factory.mktemp("server")
+    write_checkpoint(folder / "outputs/large/checkpoint-20", make_config("DiT", sample_size=12, num_classes=100))
     write_checkpoint(folder / "outputs/run/checkpoint-20", make_config("DiT", sample_size=4))
     write_digits_pipeline(folder / "outputs/digits")  # written last: the page opens with it
     (folder / "secret.txt").write_text("secret of the working directory")
@@ -153,10 +155,16 @@ def screenshot(page, name):
     if SCREENSHOTS:
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)  # until images and styles have settled
-        page.screenshot(path=ROOT / "docs/images" / name, full_page=True)
+        path = ROOT / "docs/images" / name
+        page.screenshot(path=path, full_page=True)
+        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
-def test_draw_and_download(open_page, tmp_path):
+def rendering(page, element):
+    return page.locator(element).first.evaluate("element => getComputedStyle(element).imageRendering")
+
+
+def test_draw_and_download(server, open_page, tmp_path):
     page = open_page()
     assert page.get_by_label("Model", exact=True).input_value() == "outputs/digits"
     page.click("#draw")
@@ -170,7 +178,13 @@ def test_draw_and_download(open_page, tmp_path):
     assert grid.suffix == ".png" and pixels.std() > 50 and np.array_equal(image_of(page, "#grid img", tmp_path), pixels)
     command = page.locator("#command textarea").input_value()
     assert settings["command"] == command and settings["classes"] == dict(zip("0123", NAMES, strict=False))
-    assert command.startswith("python infer_demo_sit.py --model_path outputs/digits --classes 0 0 0 0 1 1 1 1 ")
+    python, script, *flags = shlex.split(command)
+    assert f"{script} {' '.join(flags)} ".startswith(
+        "infer_demo_sit.py --model_path outputs/digits --classes 0 1 2 3 --images_per_class 4 --sampler ode "
+    )
+    run = [sys.executable, str(ROOT / script), *flags, "--output", str(tmp_path / "terminal.png")]
+    subprocess.run(run, cwd=server[1], env=command_environment(), check=True, capture_output=True)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "terminal.png")), pixels)
 
     page.get_by_role("tab", name="Single images").click()
     page.wait_for_selector("#gallery img")
@@ -178,6 +192,9 @@ def test_draw_and_download(open_page, tmp_path):
     page.get_by_role("tab", name="On the way").click()
     page.wait_for_selector("#steps img")
     assert image_of(page, "#steps img", tmp_path).shape[1] >= 8 * 32 > pixels.shape[1]  # 8 columns, not 4
+    assert (
+        rendering(page, "#grid img") == rendering(page, "#gallery img") == rendering(page, "#steps img") == "pixelated"
+    )
 
 
 def test_change_of_model_sampler_and_seed(open_page, tmp_path):
@@ -197,13 +214,39 @@ def test_change_of_model_sampler_and_seed(open_page, tmp_path):
         wait_for(page, f"seed {seed}.")
         page.wait_for_selector("#grid img")
         command = page.locator("#command textarea").input_value()
-        assert "infer_demo_dit.py --model_path outputs/run/checkpoint-20 --classes 0 0 1 1 2 2 3 3" in command
+        assert (
+            "infer_demo_dit.py --model_path outputs/run/checkpoint-20 --classes 0 1 2 3 --images_per_class 2 "
+            in command
+        )
         assert f"--scheduler ddim --num_inference_steps 50 --guidance_scale 1.5 --seed {seed} " in command
         images.append(image_of(page, "#grid img", tmp_path))
     assert np.array_equal(images[0], images[2]) and not np.array_equal(images[0], images[1])
     before = page.get_by_label("Seed", exact=True).input_value()
     page.get_by_role("button", name="Random").click()
     page.wait_for_function(f"document.querySelector('input[aria-label=\"Seed\"]').value != '{before}'")
+
+
+def test_large_images_are_smooth_and_many_classes_are_found_by_id(open_page):
+    page = open_page()
+    steps = page.get_by_label("number input for Steps", exact=True)
+    assert steps.get_attribute("min") == "2"  # of an ODE
+    page.click("#draw")
+    wait_for(page, "seed")
+    choose(page, "Model", "outputs/large/checkpoint-20")
+    page.wait_for_function("document.querySelector('#about').innerText.includes('100 classes')")
+    assert steps.get_attribute("min") == "1"
+    classes = page.get_by_label("Classes", exact=True)
+    classes.fill("42")
+    page.get_by_role("option", name="42").click()
+    set_number(page, "Steps", 1)
+    set_number(page, "Images per class", 1)
+    page.click("#draw")
+    assert wait_for(page, "5 images").startswith("5 images in ")
+    page.wait_for_function("getComputedStyle(document.querySelector('#grid img')).imageRendering == 'auto'")
+    assert (
+        "--classes 0 1 2 3 42 --scheduler dpm --num_inference_steps 1 "
+        in page.locator("#command textarea").input_value()
+    )
 
 
 def test_an_error_is_a_line_and_the_next_drawing_works(open_page):
@@ -218,6 +261,10 @@ def test_an_error_is_a_line_and_the_next_drawing_works(open_page):
     page.get_by_label("Seed", exact=True).press("Tab")
     page.click("#draw")
     page.wait_for_function("document.querySelector('#status').innerText.includes('seed -1: expected an integer')")
+    page.get_by_label("Seed", exact=True).fill("")
+    page.get_by_label("Seed", exact=True).press("Tab")
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('seed: expected an integer')")
     page.get_by_label("Seed", exact=True).fill("1")
     page.get_by_label("Seed", exact=True).press("Tab")
     page.click("#draw")
@@ -334,7 +381,7 @@ def test_what_is_sent_past_the_page_is_checked_too(server):
             for door in ("queue/join", "run/predict"):
                 assert post(f"/gradio_api/{door}", data)[0] == 400
     assert list((folder / "temporary").rglob("secret.txt")) == []
-    for place, value in ((0, "/etc/passwd"), (0, 2), (1, ["x"]), (2, 10**9), (3, "heun9"), (4, "x"), (8, -1)):
+    for place, value in ((0, "/etc/passwd"), (0, 3), (1, ["x"]), (2, 10**9), (3, "heun9"), (4, "x"), (8, -1)):
         assert post("/gradio_api/queue/join", [*values[:place], value, *values[place + 1 :]])[0] == 200
         status, text = ask(port, "/gradio_api/queue/data?session_hash=someone")
         assert status == 200 and '"process_completed"' in text

@@ -16,7 +16,7 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 
-from config.options import GENTLE_GUIDANCE_SCALE, GUIDANCE_SCALE, MAX_SEED, NUMBER
+from config.options import MAX_SEED, NUMBER, starting_guidance_scale
 from config.schema import MODEL_TYPES
 from runtime.process import counted, say
 from runtime.untrusted import inside, read_json_object, shortened
@@ -155,9 +155,7 @@ class Choice:
     @property
     def guidance_scale(self):
         """Returns a guidance scale that burns no images."""
-        if not self.is_guided:
-            return 1.0
-        return GUIDANCE_SCALE if self.num_classes >= 1000 else GENTLE_GUIDANCE_SCALE
+        return starting_guidance_scale(self.num_classes, self.is_guided)
 
     @property
     def first_classes(self):

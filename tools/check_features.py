@@ -193,7 +193,7 @@ def main(argv=None):
     add_device_flag(parser)
     args = parser.parse_args(argv)
     check_vae(args.vae)
-    check_paths(args, "config_file")
+    check_paths(args, "config_file", "data_path")
     kind, name = find_features(args.feature_path, args.image_size)
     model = load_config(args.config_file)["model"] if args.config_file else None
     output, picture = output_files(args.output, args.feature_path, name, args.overwrite)

@@ -42,7 +42,7 @@ DECISIVE = {
     "--batch_size": ("encoding", "batch_size"),
     "sha256 of the images' names and labels": ("source", "sha256"),
 }
-OF_THE_VAE = ("vae", "sample_shape", *SCALING_KEYS)
+OF_THE_VAE = ("sample_shape", *SCALING_KEYS)
 GOES_ON = "what is done is kept, the same command goes on from there"
 
 
@@ -96,12 +96,15 @@ def check_settings(saved, settings):
         old, new = _at(earlier, place), _at(settings, place, _UNKNOWN)
         if new is _UNKNOWN or old == new:
             continue
-        if place[0] in OF_THE_VAE:  # its name says more than its sha256
-            names = [_at(each, ("vae", "name")) for each in (earlier, settings)]
-            what, old, new = ("--vae", *names) if all(names) and names[0] != names[1] else (what, old, new)
+        names = [_at(each, ("vae", "name")) for each in (earlier, settings)]
+        differ, of = all(names) and names[0] != names[1], ""
+        if differ and place[0] == "vae":  # names say more than two sha256
+            what, old, new = "--vae", *names
+        elif differ and place[0] in OF_THE_VAE:
+            of = f" (of {names[0]} and {names[1]})"
         raise ValueError(
             f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
-            f"{json.dumps(new)}; repeat its command to go on, or begin anew in another --feature_path"
+            f"{json.dumps(new)}{of}; repeat its command to go on, or begin anew in another --feature_path"
         )
 
 
@@ -109,6 +112,7 @@ _UNKNOWN = object()
 
 
 def _at(settings, place, default=None):
+    """Returns the value at a place of `DECISIVE`."""
     for key in place:
         settings = settings.get(key, default) if isinstance(settings, dict) else default
     return settings

@@ -162,7 +162,7 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "tools.extract_features --data_path pictures --feature_path new --name a/b": "--name a/b",
     "tools.extract_features --data_path pictures --feature_path new --bf16 --fp16": "are one setting: give one",
     "tools.extract_features --data_path empty.json --feature_path new": "empty.json: not a tar file",
-    "tools.extract_features --data_path pictures --feature_path other --vae DIGITS_VAE": '--vae was "another"',
+    "tools.extract_features --data_path pictures --feature_path other --vae DIGITS_VAE": "(of another and",
     "tools.extract_features --data_path pictures --feature_path other --flip": "--flip was false, now it is true",
     "tools.extract_weights --model_path empty --output o.pdparams": "empty: not a training checkpoint",
     "tools.plan_memory --json gone/x.json": "--json gone/x.json: there is no such folder",

@@ -10,10 +10,6 @@ def main():
     from training.supervision.stopping import Stopping
 
     args, config = read_flags("notrainer")
-
-    from features.store import find_features
-
-    find_features(args.feature_path, args.image_size)  # a wrong path is said before Paddle is imported
     with Stopping(max_hours=args.max_hours, hang_timeout=args.hang_timeout) as stopping:
         train(args, config, stopping)
 
@@ -21,25 +17,30 @@ def main():
 def train(args, config, stopping):
     import contextlib
 
+    from runtime.process import init_distributed, launched_rank, resolve_device, seed_step
+    from training import setup
+    from training.early import check_start
+
+    # Data: a seeded endless stream, of which every rank takes its rows of each global batch. They are opened before
+    # Paddle is imported, which takes seconds, so that what does not fit them is said at once.
+    settings = config["training"]
+    rank, world_size = launched_rank()
+    data = setup.open_data(config, args.feature_path, args.image_size, rank=rank, world_size=world_size)
+    check_start(args, config)
+
     import paddle
     from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
     from features.loader import FeatureLoader
     from objectives import Batch, Rows
-    from runtime.process import init_distributed, resolve_device, seed_step
     from runtime.run_lock import RunLock
-    from training import setup
     from training.checkpoints.experiment import open_experiment
     from training.session import Outputs, build_session
 
     # Device, process group, precision.
-    settings = config["training"]
     paddle.set_device(resolve_device(args.device))
-    rank, world_size = init_distributed()
+    init_distributed()
     precision = setup.setup_precision(settings, paddle.get_device())
-
-    # Data: a seeded endless stream, of which every rank takes its rows of each global batch.
-    data = setup.open_data(config, args.feature_path, args.image_size, rank=rank, world_size=world_size)
 
     # Checkpoint to resume, and the experiment's folder.
     lock = RunLock()  # of the run's folder, until this function is left

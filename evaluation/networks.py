@@ -31,10 +31,7 @@ def load_features(name, *, weights=None, preprocessing="adm"):
     """
     if name == "inception":
         return Inception.from_file(find_weights(weights), preprocessing)
-    if weights is not None:
-        raise ValueError(f"weights {weights}: only the features 'inception' take a file of weights, not {name!r}")
-    if preprocessing != "adm":
-        raise ValueError(f"preprocessing {preprocessing!r}: only the features 'inception' have a choice, not {name!r}")
+    check_features(name, weights, preprocessing)
     if name == "digits":
         from evaluation.digits import Digits
 
@@ -42,11 +39,16 @@ def load_features(name, *, weights=None, preprocessing="adm"):
     return ProgramFeatures(name)
 
 
-def check_features(name, weights=None):
-    """Raises `ValueError` for features that `load_features` would not find; imports no Paddle."""
+def check_features(name, weights=None, preprocessing="adm"):
+    """Raises `ValueError` for features that `load_features` would not find or take; imports no Paddle."""
     if name == "inception":
         find_weights(weights)
-    elif name != "digits":
+        return
+    if weights is not None:
+        raise ValueError(f"weights {weights}: only the features 'inception' take a file of weights, not {name!r}")
+    if preprocessing != "adm":
+        raise ValueError(f"preprocessing {preprocessing!r}: only the features 'inception' have a choice, not {name!r}")
+    if name != "digits":
         find_program(name)
 
 

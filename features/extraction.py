@@ -42,6 +42,7 @@ DECISIVE = {
     "--batch_size": ("encoding", "batch_size"),
     "sha256 of the images' names and labels": ("source", "sha256"),
 }
+OF_THE_VAE = ("sample_shape", *SCALING_KEYS)
 GOES_ON = "what is done is kept, the same command goes on from there"
 
 
@@ -72,6 +73,49 @@ def make_settings(vae, vae_name, name, encoding, options):
         },
         "encoding": encoding,
     }
+
+
+def check_earlier(layout, settings):
+    """Returns the file with the settings of an earlier start or a complete extraction; None without one.
+
+    ValueError if the folder holds another extraction. `settings` may be a part of them: the others are not compared.
+    """
+    saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
+    if saved is None:
+        for path in layout.existing():
+            raise ValueError(f"{path} belongs to another extraction; choose another --feature_path or --name")
+        return None
+    check_settings(saved, settings)
+    return saved
+
+
+def check_settings(saved, settings):
+    """Raises ValueError if settings, or a part of them, are not those of the file `saved`."""
+    earlier = read_json(saved)
+    for what, place in DECISIVE.items():
+        old, new = _at(earlier, place), _at(settings, place, _UNKNOWN)
+        if new is _UNKNOWN or old == new:
+            continue
+        names = [_at(each, ("vae", "name")) for each in (earlier, settings)]
+        differ, of = all(names) and names[0] != names[1], ""
+        if differ and place[0] == "vae":  # names say more than two sha256
+            what, old, new = "--vae", *names
+        elif differ and place[0] in OF_THE_VAE:
+            of = f" (of {names[0]} and {names[1]})"
+        raise ValueError(
+            f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
+            f"{json.dumps(new)}{of}; repeat its command to go on, or begin anew in another --feature_path"
+        )
+
+
+_UNKNOWN = object()
+
+
+def _at(settings, place, default=None):
+    """Returns the value at a place of `DECISIVE`."""
+    for key in place:
+        settings = settings.get(key, default) if isinstance(settings, dict) else default
+    return settings
 
 
 class Journal:
@@ -143,10 +187,7 @@ class Extraction:
         layout, root = self.layout, source_root(data_path, list_file)
         if self.rank > 0:
             return self._join(root)
-        saved = next(filter(os.path.exists, (layout.manifest, layout.settings)), None)
-        if saved is None:
-            for path in layout.existing():
-                raise ValueError(f"{path} belongs to another extraction; choose another --feature_path or --name")
+        saved = check_earlier(layout, self.settings)
         source = ImageSource.load(layout.images, root) if saved == layout.settings else None
         if source is None or source.kind != "tar":  # whose headers take long to read
             source = open_source(data_path, list_file, source.classes if source else self._finished_classes())
@@ -194,16 +235,8 @@ class Extraction:
             "num_classes": len(source.classes),
             "source": {"kind": source.kind, "path": encodable(source.root), "sha256": source.digest()},
         }
-        earlier = read_json(saved) if saved else self.settings
-        for what, place in DECISIVE.items():
-            old, new = earlier, self.settings
-            for key in place:
-                old, new = old.get(key) if isinstance(old, dict) else None, new[key]
-            if old != new:
-                raise ValueError(
-                    f"{saved}: belongs to another extraction: {what} was {json.dumps(old)}, now it is "
-                    f"{json.dumps(new)}; repeat its command to go on, or begin anew in another --feature_path"
-                )
+        if saved is not None:
+            check_settings(saved, self.settings)
 
     def _remove_state(self):
         """Ends the work state, at once for a rank that comes late."""

@@ -130,6 +130,11 @@ def is_saving():
     return any(thread.name == SAVING_THREAD for thread in threading.enumerate())
 
 
+def launched_rank():
+    """Returns `(rank, world_size)` that the launcher gave this process, without Paddle; `(0, 1)` without a launcher."""
+    return int(os.environ.get("PADDLE_TRAINER_ID", "0")), _launched_processes()
+
+
 def _launched_processes():
     return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 

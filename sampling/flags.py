@@ -7,7 +7,7 @@ from config.checks import FLAG_SEED, Check
 from config.flags import add_device_flag, check_vae
 from config.options import BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
 from runtime.process import resolve_device
-from sampling.model_path import check_guidance, check_holds_no
+from sampling.model_path import check_dtype, check_guidance, check_holds_no
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
@@ -122,6 +122,8 @@ def check_sampling_flags(args, min_steps=1):
     """Raises `ValueError` for values of `add_sampling_flags` that no model takes."""
     if args.num_inference_steps < min_steps:
         raise ValueError(f"--num_inference_steps {args.num_inference_steps}: expected {min_steps} or more")
+    if args.backend == "eager":
+        check_dtype(args.device, args.dtype)  # as far as the device is said
 
 
 def check_transport_flags(args, sde_defaults):
@@ -181,9 +183,13 @@ def check_guidance_flags(args, model):
 
 
 def note_weights_flags(args, model):
-    """Says that --vae and --key have no effect on a model that brings its own; for others checks --vae."""
+    """Says that --vae and --key have no effect on a model that brings its own; for others checks both."""
     if not model.holds_all:
         check_vae(args.vae)
+        if args.key is not None:
+            from weights.source import locate_weights
+
+            locate_weights(model.path, key=args.key)
     else:
         given = [name for name in ("vae", "key") if getattr(args, name) is not None]
         note_unused(given, f"on {model.path}, which is no training checkpoint and brings its VAE and weights along")

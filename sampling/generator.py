@@ -20,7 +20,7 @@ from models.state import check_finite, check_state, expected_shapes
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
-from sampling.model_path import Model, check_guidance, describe_model
+from sampling.model_path import Model, check_dtype, check_guidance, describe_model
 from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
 from transport import Sampler
@@ -199,10 +199,10 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
     if device is not None:
         paddle.set_device(resolve_device(device))
     device, dtype = paddle.get_device(), dtype or "float32"
+    if backend == "eager":
+        check_dtype(device, dtype)
     if backend == "inference":
         generator = _load_programs(model, device, dtype, vae, key)
-    elif device == "cpu" and dtype != "float32":
-        raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
     elif not model.holds_all:
         generator = _load_weights(model, dtype, vae, key)
     elif model.pipeline == "DiTPipeline":

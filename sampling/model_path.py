@@ -71,6 +71,12 @@ class Model:
         )
 
 
+def check_dtype(device, dtype):
+    """Raises `ValueError` for a type that Paddle does not compute in on a device, in eager mode."""
+    if device == "cpu" and dtype not in (None, "float32"):
+        raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
+
+
 def check_guidance(scale, has_null_class, path):
     """Returns a guidance scale, for None 4 or 1 where there is no null class; `ValueError` for another one there."""
     if scale is not None and not math.isfinite(scale):

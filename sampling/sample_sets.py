@@ -73,20 +73,33 @@ class SampleSet:
         output: path of the npz.
         settings: of `num_images`, `image_size` (H, W), `tile`, and whatever else decides what the images are, flat, as
             JSON has it; `NOT_DECISIVE` keys may say more.
+        partial: the settings are some of all, with which the set can only be checked.
     """
 
-    def __init__(self, output, settings):
+    def __init__(self, output, settings, *, partial=False):
         self.path = os.path.realpath(output)
         self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.shown, self.report = output, report_path(self.path)
         folder, name = os.path.split(self.path)
         self.parts = os.path.join(folder, f".{name}.parts")
         self._saved, self._joined, self._ready = (self._part(name) for name in ("settings.json", "npz", "json"))
-        self.shards = shard_bounds(settings["num_images"], settings["tile"])
+        self.partial = partial
+        self.shards = [] if partial else shard_bounds(settings["num_images"], settings["tile"])
         self._lock = RunLock()
 
     def open(self, overwrite=False):
-        """Begins or goes on, as one process of all; returns False if the set is complete already.
+        """Begins or goes on, as one process of all; returns False if the set is complete already; see `check`."""
+        if self.check(overwrite):
+            self._lock.take(self.parts)
+            return False
+        self._lock.take(self.parts)
+        if not self._is_unfinished():
+            self._clear()
+            write_json(self._saved, self.settings)
+        return True
+
+    def check(self, overwrite=False):
+        """Returns whether the set is complete already; writes nothing.
 
         ValueError if another run is at work on it; if there is a set, or an unfinished one, with other settings, and no
         `overwrite`; or a file that is none of this project's.
@@ -94,26 +107,26 @@ class SampleSet:
         check_idle(self.parts)
         is_ours = self._is_unfinished()
         if not is_ours and os.path.exists(self._saved) and not overwrite:
-            changed = differences(read_json_object(self._saved), self.settings)
+            changed = self._changed(read_json_object(self._saved))
             raise ValueError(
                 f"{self.shown}: an unfinished run has other settings: {changed[0]}; repeat its command to go on, or "
                 "give --overwrite to start anew"
             )
         if os.path.exists(self.path) and not overwrite and not (is_ours and self._is_moved()):
             self._check_finished()
-            self._lock.take(self.parts)
-            return False
+            return True
         check_output(self.report, overwrite or os.path.exists(self.path), f"--output {self.shown} comes with ")
-        self._lock.take(self.parts)
-        if not self._is_unfinished():
-            self._clear()
-            write_json(self._saved, self.settings)
-        return True
+        return False
+
+    def _changed(self, saved):
+        """Lists how saved settings differ from these, as far as these are known."""
+        known = {key: value for key, value in saved.items() if key in self.settings} if self.partial else saved
+        return differences(known, self.settings)
 
     def _is_unfinished(self):
         """Returns whether there is an unfinished run with these settings."""
         with contextlib.suppress(ValueError):  # of a file that is damaged
-            return os.path.exists(self._saved) and not differences(read_json_object(self._saved), self.settings)
+            return os.path.exists(self._saved) and not self._changed(read_json_object(self._saved))
         return False
 
     def _is_moved(self):
@@ -126,7 +139,7 @@ class SampleSet:
         if not os.path.isfile(self.report):
             raise ValueError(f"{self.shown}: exists already, without the {self.report} of a finished run; {hint}")
         finished = read_json_object(self.report)
-        if changed := differences(finished, self.settings):
+        if changed := self._changed(finished):
             raise ValueError(f"{self.shown}: is complete, with other settings: {changed[0]}; {hint}")
         if (size := os.path.getsize(self.path)) != finished.get("bytes"):
             wanted = shortened(finished.get("bytes"))

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 from support.commands import commands, help_command
-from support.runs import ROOT, command_environment, write_config
+from support.runs import ROOT, TINY_MODELS, command_environment, write_config, write_features
 
 from runtime.console import say_next
 from runtime.process import EXIT_UNREAD
@@ -134,10 +134,13 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "infer_demo_sit --model_path weights.pdparams --method rk4": "--method rk4: unknown for --sampler sde",
     "infer_demo_sit --model_path weights.pdparams --vae gone": "--vae gone: there is no such folder",
     "infer_demo_sit --model_path weights.pdparams --config_file gone.json": "gone.json: no such file",
+    "infer_demo_sit --model_path weights.pdparams --device cpu --dtype bfloat16": "float32 only on a CPU",
+    "infer_demo_dit --device cpu --dtype float16": "--dtype float16: Paddle computes in float32 only on a CPU",
     "infer_demo_largedit_3b --device tpu": "--device must be auto, cpu, gpu or gpu:N, got 'tpu'",
     "tools.check_features --feature_path gone": "gone: no such folder",
     "tools.check_features --feature_path empty --vae empty": "no config.json in this folder",
     "tools.check_features --feature_path empty --config_file gone": "--config_file gone: there is no such file",
+    "tools.check_features --feature_path set --data_path gone": "--data_path gone: there is no such file",
     "tools.pack_features --feature_path empty": "nor any other NAME_features/",
     "tools.pack_features --feature_path empty --shard_samples 0": "--shard_samples must be a positive integer, got 0",
     "tools.convert_dit_to_ppdiffusers --model_path gone": "--model_path gone: there is no such file",
@@ -149,6 +152,7 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "tools.evaluate --reference pictures --samples pictures --metrics lpips": "lpips is unknown",
     "tools.evaluate --reference pictures --vae gone": "--vae gone: there is no such folder",
     "tools.evaluate --reference pictures --samples pictures --output full/x.png": "exists already",
+    "tools.evaluate --reference pictures --samples pictures --features digits --preprocessing pytorch-fid": "'digits'",
     "tools.evaluate_digits --model_path empty --digits gone": "--digits gone: there is no such file",
     "tools.export_inference --model_path empty --output full": "full: is there already",
     "tools.export_inference --model_path gone --output new": "gone: there is no such folder",
@@ -158,27 +162,54 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "tools.extract_features --data_path pictures --feature_path new --name a/b": "--name a/b",
     "tools.extract_features --data_path pictures --feature_path new --bf16 --fp16": "are one setting: give one",
     "tools.extract_features --data_path empty.json --feature_path new": "empty.json: not a tar file",
+    "tools.extract_features --data_path pictures --feature_path other --vae DIGITS_VAE": "(of another and",
+    "tools.extract_features --data_path pictures --feature_path other --flip": "--flip was false, now it is true",
     "tools.extract_weights --model_path empty --output o.pdparams": "empty: not a training checkpoint",
     "tools.plan_memory --json gone/x.json": "--json gone/x.json: there is no such folder",
     "tools.prepare_digits --output full/x.png": "--output full/x.png is a file",
     "tools.replay_step empty": "empty: not a whole dump of a step",
     "tools.sample_npz --model_path empty --output new.npz": "neither a DiTPipeline or SiTPipeline folder",
     "tools.sample_npz --model_path empty --output gone/new.npz": "--output gone/new.npz: there is no such folder",
+    "tools.sample_npz --model_path run --output new.npz --device cpu --dtype float16": "float32 only on a CPU",
+    "tools.sample_npz --model_path run --output new.npz --key nope": "has no weights under the key 'nope'",
+    "tools.sample_npz --model_path run --output done.npz": "complete, with other settings: --num_images was 3, now",
     "tools.train_digits_classifier --data_path gone --heldout gone --output new": "--data_path gone: there is no such",
+    "tools.train_vae --data_path pictures --output new --image_size 63": "--image_size 63: expected a multiple of 8",
+    "tools.train_vae --data_path pictures --output new --crop 7": "--crop 7: expected a multiple of 8",
     "train_image_generation_trainer --feature_path gone": "gone: no such folder",
     "train_image_generation_trainer --vae gone": "--vae gone: there is no such folder",
     "train_image_generation_trainer --output full/x.png": "--output full/x.png: is a file",
     "train_image_generation_notrainer --resume gone": "--resume gone: there is no such file",
     "train_image_generation_notrainer --pretrained_model_path gone": "--pretrained_model_path gone: there is no such",
+    "train_image_generation_trainer --feature_path set": "the config's model takes float latents of shape (4, 32, 32)",
+    "train_image_generation_notrainer --feature_path set --config_file few.json": "config's num_classes is 1: write",
+    "train_image_generation_trainer FITTING --flip": "no mirrored latents are there",
+    "train_image_generation_notrainer FITTING --preview_classes cat1 --image_logging_steps 3": "cat1: no such class",
+    "train_image_generation_notrainer FITTING --validation_samples 6": "expected 0..5, the set has 6",
+    "train_image_generation_trainer FITTING --sharding stage9": "--sharding must be '' or stage1",
+    "train_image_generation_trainer FITTING --tensor_parallel_degree 2": "does not divide the 1 processes",
+    "train_image_generation_trainer FITTING --resume run": "run: holds another run's model: type SiT there, DiT here",
+    "train_image_generation_notrainer FITTING --pretrained_model_path run": "run: holds another run's model: type SiT",
+    "train_image_generation_notrainer FITTING --pretrained_model_path empty.json": "whose layout is it?",
 }
 
 
 def test_what_no_command_can_do_is_said_before_a_framework_is_imported(tmp_path):
-    for name in ("empty", "full", "pictures"):
+    for name in ("empty", "full", "pictures", "other", "run"):
         (tmp_path / name).mkdir()
-    for name in ("full/x.png", "weights.pdparams"):
+    for name in ("full/x.png", "weights.pdparams", "done.npz", "run/model_state.pdparams", "run/trainer_state.json"):
         (tmp_path / name).write_text("x")
+    write_features(tmp_path / "set", count=6)
+    write_config(tmp_path / "fitting.json")
+    write_config(tmp_path / "run" / "config.json", "SiT")
+    (tmp_path / "few.json").write_text(json.dumps({"model": {**TINY_MODELS["DiT"], "num_classes": 1}}))
+    counts = {"num_classes": 10, "class_counts": [1] * 6 + [0] * 4}
+    (tmp_path / "set" / "imagenet64_manifest.json").write_text(json.dumps(counts))
     (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "done.json").write_text('{"version": 1, "num_images": 3}')
+    made = {"format": "npy", "image_size": 256, "seed": 0, "moments": False, "flip": False, "background": None}
+    made |= {"scaling_factor": 9.0, "vae": {"name": "another"}}
+    (tmp_path / "other" / "imagenet256_manifest.json").write_text(json.dumps(made))
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
     code = (
@@ -191,8 +222,11 @@ def test_what_no_command_can_do_is_said_before_a_framework_is_imported(tmp_path)
         "    heavy = {'paddle', 'ppdiffusers', 'paddlenlp'} | ({'numpy'} if line.startswith('infer_') else set())\n"
         "    assert not heavy & set(sys.modules), line"
     )
-    config = f" --config_file {ROOT / 'config/DiT_S_patch4.json'}"
-    lines = {line + config * line.startswith("train_"): words for line, words in REFUSED.items()}
+    words = {"FITTING": "--feature_path set --config_file fitting.json", "DIGITS_VAE": str(ROOT / "assets/digits_vae")}
+    config, lines = f" --config_file {ROOT / 'config/DiT_S_patch4.json'}", {}
+    for line, said in REFUSED.items():
+        line = " ".join(words.get(word, word) for word in line.split())
+        lines[line + config * (line.startswith("train_") and "--config_file" not in line)] = said
     command = [sys.executable, "-c", code, json.dumps(lines)]
     environment = {**command_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

@@ -192,7 +192,7 @@ def main(argv=None):
     add_device_flag(parser)
     args = parser.parse_args(argv)
     check_vae(args.vae)
-    check_paths(args, "config_file")
+    check_paths(args, "config_file", "data_path")
     kind, name = find_features(args.feature_path, args.image_size or 256)
     if note := size_note(args.feature_path, name, args.image_size):
         print(f"note: {note}", flush=True)

@@ -208,7 +208,7 @@ def main(argv=None):
     reference = open_reference(args.reference, image_size=args.image_size, sample_size=sample_size)
     if args.save_statistics and not reference.images:
         raise ValueError(f"--save_statistics: {args.reference} holds statistics and no images")
-    check_features(args.features, args.inception)
+    check_features(args.features, args.inception, args.preprocessing)
 
     import paddle
 

@@ -30,13 +30,15 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from config.checks import FLAG_SEED
 from config.flags import CommandParser, add_device_flag, check_paths, check_vae
 from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, VAE
+from config.schema import SCALING_KEYS
 from features.autoencoder import LatentEncoder, load_vae
-from features.extraction import GOES_ON, Extraction, make_settings
+from features.extraction import GOES_ON, Extraction, check_earlier, make_settings
 from features.image_source import find_archives
 from features.images import (
     BACKGROUND,
     ON_ERROR,
     dim_note,
+    encodable,
     image_formats,
     parse_background,
     see_through_note,
@@ -45,7 +47,8 @@ from features.images import (
 )
 from features.layout import Layout
 from runtime.console import say_next
-from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from runtime.process import configure_runtime, counted, launched_rank, resolve_device, run_cli
+from runtime.untrusted import read_json_object
 from sampling.pipelines.converter import downsampling
 
 configure_runtime()  # before Paddle is imported
@@ -81,7 +84,16 @@ def extract(args) -> None:
         inside, outside = os.path.realpath(args.feature_path), os.path.realpath(args.data_path)
         if not args.list and os.path.isdir(outside) and os.path.commonpath([inside, outside]) == outside:
             raise ValueError(f"--feature_path {args.feature_path}: lies in {args.data_path}, where the images are")
-    name = args.name or f"imagenet{args.image_size}"
+    layout = Layout(args.feature_path, args.name or f"imagenet{args.image_size}")
+    rank, world = launched_rank()
+    options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
+    options["background"] = background
+    if rank == 0:
+        known = {"vae": {"name": encodable(args.vae)}, "encoding": {"batch_size": args.batch_size}}
+        if os.path.isdir(args.vae):
+            vae = read_json_object(os.path.join(args.vae, "config.json"))
+            known |= {key: vae[key] for key in SCALING_KEYS if key in vae}
+        check_earlier(layout, {**options, **known})
 
     import paddle
 
@@ -93,15 +105,10 @@ def extract(args) -> None:
     paddle.set_device(device)
     if device != "cpu":
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
-    rank, world = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
     precision = resolve_precision(args.dtype, "O1", device=device)
     vae = load_vae(args.vae)
     encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
-    options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
-    options["background"] = background
-
-    layout = Layout(args.feature_path, name)
-    extraction = Extraction(layout, make_settings(vae, args.vae, name, encoding, options), rank, world)
+    extraction = Extraction(layout, make_settings(vae, args.vae, layout.name, encoding, options), rank, world)
     is_new = extraction.open(args.data_path, args.list)
     if rank == 0:
         complete = None if is_new else f"{layout.manifest}: complete since an earlier start, nothing to do"

@@ -27,7 +27,7 @@ from config.options import POSITIVE_INT
 from features.autoencoder import ROUNDINGS, LatentScaling
 from runtime.files import check_output
 from runtime.machine import set_mkl_reproducible
-from runtime.process import configure_runtime, counted, init_distributed, resolve_device, run_cli
+from runtime.process import configure_runtime, counted, init_distributed, launched_rank, resolve_device, run_cli
 from runtime.progress import tqdm
 from sampling.flags import (
     GUIDANCE_CHANNELS,
@@ -121,42 +121,51 @@ def check_repeats(classes):
             raise ValueError(f"--classes: names class {one} twice; expected different ones")
 
 
+def known_settings(args, model, options):
+    """Returns what is known of `make_settings` before the model is loaded."""
+    if model.pipeline == "SiTPipeline":
+        sampler = {**options, "method": options["method"] or METHODS[options["sampler"]]}
+    else:
+        kind = model.scheduler.get("_class_name")
+        sampler = {"scheduler": args.scheduler or (kind if kind == FLOW_SCHEDULER else "ddim")}
+    given = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    return {
+        "version": 1,
+        "num_images": args.num_images,
+        "labels": args.labels,
+        "seed": args.seed,
+        **sampler,
+        "num_inference_steps": args.num_inference_steps,
+        **given,
+        "rounding": args.rounding,
+        "backend": args.backend,
+        "dtype": args.dtype or "float32",
+        "objective": model.config["objective"] if model.config else model.scheduler,
+    }
+
+
 def make_settings(args, model, generator, classes, options, sampling, tile):
     """Returns all that decides what the images are, and what else a reader of a number will ask; see `SampleSet`."""
     import numpy
     import paddle
 
     weights_sha256, vae_sha256 = generator.digests()
-    if model.pipeline == "SiTPipeline":
-        sampler = {**options, "method": options["method"] or METHODS[options["sampler"]]}
-    else:
-        kind = model.scheduler.get("_class_name")
-        sampler = {"scheduler": args.scheduler or (kind if kind == FLOW_SCHEDULER else "ddim")}
     is_guided = sampling["guidance_scale"] != 1
     channels = generator.count_guided(sampling["guidance_channels"])
     return {
-        "version": 1,
-        "num_images": args.num_images,
+        **known_settings(args, model, options),
         "image_size": list(generator.image_size),
-        "labels": args.labels,
         "classes": classes if args.classes else None,
         "num_classes": len(classes),
-        "seed": args.seed,
-        **sampler,
-        "num_inference_steps": args.num_inference_steps,
         "guidance_scale": sampling["guidance_scale"],
         "guidance_channels": ("all" if channels is None else channels) if is_guided else None,
         "guidance_interval": sampling["guidance_interval"] if is_guided else None,
-        "rounding": args.rounding,
         "rounding_formula": ROUNDINGS[args.rounding].words,
-        "backend": args.backend,
         "device": paddle.get_device().split(":")[0],
-        "dtype": args.dtype or "float32",
         "tile": tile,
         "weights_sha256": weights_sha256,
         "vae_sha256": vae_sha256,
         "vae_scaling": LatentScaling.of(generator.vae.config).as_dict(),
-        "objective": model.config["objective"] if model.config else model.scheduler,
         "model": {"path": os.path.abspath(model.path), "kind": model.kind, "type": model.type, "key": args.key},
         "vae": generator.vae_name or f"of {model.path}",
         "versions": {"paddle": paddle.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
@@ -184,6 +193,8 @@ def main(argv=None):
     args = parse(argv)
     model, options = check(args)
     interval = options.pop("guidance_interval", None)
+    if launched_rank()[0] == 0:
+        SampleSet(args.output, known_settings(args, model, options), partial=True).check(args.overwrite)
 
     configure_runtime()
     set_mkl_reproducible()

@@ -30,7 +30,7 @@ import numpy as np
 from config.flags import CommandParser, check_flag
 from config.options import ABOVE_0, FROM_0, MAX_SEED, OBJECT, POSITIVE_INT, REQUIRED, SEED, Option, or_null
 from config.schema import check_section
-from features.autoencoder import LatentScaling, downsampling, load_vae, weights_digest
+from features.autoencoder import LatentScaling, load_vae, weights_digest
 from features.images import (
     BACKGROUND,
     ON_ERROR,
@@ -258,6 +258,13 @@ def read_network_settings(args) -> dict:
         raise ValueError(f"--image_size {args.image_size}: expected at least 1")
     if args.image_size != size:
         settings["vae"]["sample_size"] = args.image_size
+    blocks = settings["vae"].get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 1  # AutoencoderKL's own has one
+    if args.image_size % factor:
+        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}")
+    crop = settings["training"]["crop"] or args.image_size
+    if crop % factor or crop > args.image_size:
+        raise ValueError(f"--crop {crop}: expected a multiple of {factor}, at most --image_size {args.image_size}")
     return settings
 
 
@@ -275,11 +282,6 @@ def main(argv: list | None = None) -> None:
         heldout, images = images[9::10], np.delete(images, np.s_[9::10], axis=0)
 
     vae = make_network(args, settings)
-    factor, crop = downsampling(vae), settings["training"]["crop"] or args.image_size
-    if args.image_size % factor:
-        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}")
-    if crop % factor or crop > args.image_size:
-        raise ValueError(f"--crop {crop}: expected a multiple of {factor}, at most --image_size {args.image_size}")
     vae.register_to_config(sample_size=args.image_size)
 
     # Train, measure, save.

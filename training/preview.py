@@ -11,9 +11,10 @@ from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
 from sampling.grid import class_grid
-from sampling.labels import find_classes, weights_labels
+from sampling.labels import weights_labels
 from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
+from training.early import choose_classes
 from training.parallel.shares import LocalShard
 
 
@@ -23,13 +24,13 @@ class Preview:
     Args:
         vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
         guidance_scale: without a null class there is no guidance.
-        classes: names or ids, a row each; None for up to `NUM_CLASSES` of those that are trained, evenly spaced.
+        classes: names or ids, a row each; None for up to `PREVIEW_CLASSES` of those that are trained, evenly spaced.
 
     Raises:
         ValueError: no such autoencoder, one of other latents, no such class, or a number of steps that can't be.
     """
 
-    NUM_CLASSES, BATCH_SIZE = 10, 8
+    BATCH_SIZE = 8
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Preview:
         model = config["model"]
         self.sampler = sampler_in_training(objective, config, num_inference_steps)
         self.names, _ = weights_labels(None, config)
-        self.classes = self._choose_classes(classes, config)
+        self.classes = choose_classes(classes, self.names, config)
         self.images_per_class, self.decoder = images_per_class, None
         if paddle.distributed.get_rank() == 0:
             wanted = {"default": DEFAULT_VAE, "flag": "--vae", "channels": model["in_channels"]}
@@ -59,15 +60,6 @@ class Preview:
         self.labels = np.repeat(self.classes, images_per_class)
         shape = [len(self.labels), model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(0).standard_normal(shape).astype("float32")
-
-    def _choose_classes(self, wanted, config):
-        """Returns the ids of the rows, int64."""
-        num_classes = config["model"]["num_classes"]
-        if wanted is not None:
-            return np.array(find_classes(wanted, self.names, num_classes, flag="--preview_classes"), "int64")
-        trained = np.unique(config["data"]["classes"] or sorted(self.names) or range(num_classes))
-        places = np.linspace(0, len(trained) - 1, min(self.NUM_CLASSES, len(trained))).round().astype("int64")
-        return trained[places]
 
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""

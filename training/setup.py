@@ -1,4 +1,7 @@
-"""Builds the parts of a run that both loops have: precision, network, averages, data, and notes about them."""
+"""Builds the parts of a run that both loops have: precision, network, averages, data, and notes about them.
+
+Data are opened without Paddle, so that what does not fit the config is said at once.
+"""
 
 import json
 import os
@@ -6,7 +9,6 @@ import random
 from collections import namedtuple
 
 import numpy as np
-import paddle
 
 from config.options import POSITIVE_INT
 from features.autoencoder import vae_differences
@@ -18,7 +20,6 @@ from runtime.precision import resolve_precision
 from runtime.process import counted
 from runtime.untrusted import shortened
 from sampling.labels import read_labels
-from training.averages import EMA
 
 MAX_NAMES_BYTES = 1 << 20  # of class names in a config.json, which is read up to 4 MiB
 
@@ -33,6 +34,8 @@ def setup_precision(training, device):
 
 def build_network(config, tensor_group=None):
     """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop."""
+    import paddle
+
     training = config["training"]
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
@@ -48,6 +51,8 @@ def build_network(config, tensor_group=None):
 
 def build_averages(training, model, *, on_host=False):
     """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
+    from training.averages import EMA
+
     options = {"decay": training["ema_decay"], "warmup": training["ema_warmup"], "on_host": on_host}
     return [EMA(model, **options)] if training["use_ema"] else []
 

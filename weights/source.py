@@ -14,6 +14,24 @@ _ENDINGS = {".pdparams": "paddle", ".pdopt": "paddle", **dict.fromkeys((".pt", "
 SHARD = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.pth")
 
 
+def locate_weights(path, *, key=None, layout="auto"):
+    """Returns `(files, key, layout)` of the weights that `read_weights` would read, and raises what it would for them.
+
+    Only names, and the head of a `.safetensors` file, are looked at.
+    """
+    path = os.fspath(path)
+    if shards := find_shards(path, key):
+        return shards, None, "torch"
+    if os.path.isdir(path):
+        return [_file_in_checkpoint(path, key)], None, "paddle"
+    ending = os.path.splitext(path)[1].lower()
+    if layout == "auto":
+        layout = safetensors_layout(path) if ending == ".safetensors" else _ENDINGS.get(ending)
+    if layout is None:
+        raise ValueError(f"{path}: whose layout is it? Expected .pdparams, .pt, .pth or .safetensors, or say which")
+    return [path], key, layout
+
+
 def read_weights(path, *, key=None, layout="auto"):
     """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
@@ -28,20 +46,9 @@ def read_weights(path, *, key=None, layout="auto"):
 
     Raises ValueError, one line that names path: not there, unreadable, no such key, or no weights.
     """
-    path = os.fspath(path)
-    if shards := find_shards(path, key):
-        path, layout = shards[0], "torch"
-        weights = merge_shards(shards) if len(shards) > 1 else load_weights(path)
-        path += f" and its {len(shards) - 1} other shards" if len(shards) > 1 else ""
-    else:
-        if os.path.isdir(path):
-            path, key, layout = _file_in_checkpoint(path, key), None, "paddle"
-        ending = os.path.splitext(path)[1].lower()
-        if layout == "auto":
-            layout = safetensors_layout(path) if ending == ".safetensors" else _ENDINGS.get(ending)
-        if layout is None:
-            raise ValueError(f"{path}: whose layout is it? Expected .pdparams, .pt, .pth or .safetensors, or say which")
-        weights = load_weights(path, key or "auto")
+    files, key, layout = locate_weights(path, key=key, layout=layout)
+    weights = merge_shards(files) if len(files) > 1 else load_weights(files[0], key or "auto")
+    path = files[0] + (f" and its {len(files) - 1} other shards" if len(files) > 1 else "")
     for name, value in weights.items():  # in place, so that no second set of weights is held
         value = turn_linear(name, value) if layout == "torch" else value
         weights[name] = value.astype("float32", copy=False)

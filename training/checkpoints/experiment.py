@@ -8,12 +8,11 @@ import time
 
 import paddle
 
-from config.schema import differences
 from runtime.collective import run_on_rank_0
 from runtime.files import clear_leftovers
 from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
-from training.checkpoints.find import ENVIRONMENT
+from training.checkpoints.find import ENVIRONMENT, check_run
 from training.checkpoints.read import load_checkpoint
 from weights.runs import find_checkpoints, list_checkpoints, step_of
 
@@ -118,9 +117,8 @@ def open_checkpoint(path, config, experiment_name=None, *, optional=False):
     checkpoint = load_checkpoint(path, experiment_name, optional=optional)
     if checkpoint is None:
         return None
-    for section in ("model", "objective") if checkpoint.config is not None else ():
-        if listed := differences(checkpoint.config[section], config[section]):
-            raise ValueError(f"{checkpoint.source}: holds another run's {section}: {listed}")
+    if checkpoint.config is not None:
+        check_run(checkpoint.source, checkpoint.config, config)
     progress = checkpoint.progress
     if "samples_seen" not in progress:  # of an official or an older one
         batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from config.schema import differences
 from runtime.files import MANIFEST
 from runtime.process import say
 from weights.runs import damage, find_checkpoints, holds, is_checkpoint
@@ -28,6 +29,13 @@ class Checkpoint:
     @property
     def optimizer(self):
         return self.read_optimizer()
+
+
+def check_run(source, theirs, config):
+    """Raises ValueError if `theirs`, the config of the checkpoint `source`, has another model or objective."""
+    for section in ("model", "objective"):
+        if listed := differences(theirs[section], config[section]):
+            raise ValueError(f"{source}: holds another run's {section}: {listed}")
 
 
 def pick_checkpoint(folder, experiment_name=None):

@@ -3,19 +3,17 @@
 import os
 
 import numpy as np
-import paddle
 
-from config.schema import differences, own_config, resolve_config, sampling_differences
+from config.schema import MODEL_TYPES, differences, own_config, resolve_config, sampling_differences
 from models.state import check_finite, is_state, official_to_paddle, plain_names, turn_linear, without_rounding
 from runtime.collective import run_on_rank_0
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
 from training.checkpoints.find import OBJECTIVE, Checkpoint
-from training.checkpoints.state import load_weights_into
 from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
 from weights.runs import CONFIG, MODEL, OPTIMIZER, STATE, resolve_run
-from weights.source import read_weights
+from weights.source import locate_weights, read_weights
 
 
 def load_checkpoint(path, experiment_name=None, *, optional=False):
@@ -120,7 +118,17 @@ def _number(value, below):
     return value
 
 
-@paddle.no_grad()
+def check_pretrained(path, config):
+    """Returns the path of weights to start from, of a run that of its newest checkpoint, before Paddle is imported.
+
+    ValueError for what is no file of weights, and for a checkpoint of another network than the config's.
+    """
+    path = resolve_run(path)
+    locate_weights(path)
+    _check_start(path, config)
+    return path
+
+
 def load_pretrained(path, model, *, config=None):
     """Starts a network from weights alone: of a checkpoint (its averages) or a run's newest, or a file of them.
 
@@ -130,8 +138,12 @@ def load_pretrained(path, model, *, config=None):
     Returns a sentence to print, also on how a checkpoint's own config differs from the run's `config`, if that is
     given. Raises ValueError for what is unreadable or not finite, and for weights of another architecture.
     """
+    import paddle
+
+    from training.checkpoints.state import load_weights_into
+
     path = resolve_run(path)
-    note = _check_start(path, config, hasattr(model, "pos_embed")) if config is not None else ""
+    note = _check_start(path, config) if config is not None else ""
     state, source = read_weights(path)
     parameters = dict(model.named_parameters())
     check_finite(state, source=source)
@@ -141,7 +153,8 @@ def load_pretrained(path, model, *, config=None):
     kept = table in state and table in parameters and list(state[table].shape) != list(parameters[table].shape)
     if kept:
         state[table] = parameters[table].numpy()  # tensor parallelism leaves it whole
-    load_weights_into(model, state, source)
+    with paddle.no_grad():
+        load_weights_into(model, state, source)
     return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
 
 
@@ -149,13 +162,13 @@ def load_pretrained(path, model, *, config=None):
 _FREE_AT_THE_START = ("num_classes", "class_dropout_prob", "learn_sigma", "multiple_of", "ffn_dim_multiplier")
 
 
-def _check_start(path, config, has_position_table):
+def _check_start(path, config):
     """Returns clauses on objective and latents of a checkpoint, if they are not the run's; refuses another network."""
     own = own_config(path)
     if own is None:
         return ""
-    # Without a position table, as with Large-DiT's rotary positions, weights fit images of any size.
-    sizes = () if has_position_table else ("sample_size",)
+    # With rotary positions in place of a position table, weights fit images of any size.
+    sizes = ("sample_size",) if MODEL_TYPES[config["model"]["type"]].family == "LargeDiT" else ()
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
     latents = {**own["features"], "class_names": None}

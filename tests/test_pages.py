@@ -229,6 +229,7 @@ def test_the_tutorial_works(tmp_path):
                 run([*words, *(more for script in words for more in SHORTER.get(script, "").split())])
     names = json.loads((tmp_path / "outputs/symbols_pipeline/model_index.json").read_text())["id2label"].values()
     assert "笑脸" in names and len(names) == 10
-    assert Image.open(tmp_path / "outputs/three.png").size == (3 * 64, 64)
+    width, height = Image.open(tmp_path / "outputs/three.png").size
+    assert width > 4 * 64 and height >= 3 * 64  # the names stand beside the rows
     assert Image.open(tmp_path / "outputs/smile.png").size == Image.open(tmp_path / "outputs/one.png").size == (64, 64)
     assert list((tmp_path / "outputs/symbols").glob("*.html"))

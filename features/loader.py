@@ -11,7 +11,7 @@ import numpy as np
 
 from features.read_ahead import map_ahead
 from features.store import READ_BYTES
-from runtime.process import local_processes, say, start_worker
+from runtime.process import launched_rank, local_processes, say, start_worker
 
 LOADER_DIED = (
     "a loader process died. Was the memory full, or /dev/shm, through which batches come? Give --num_workers 0 "
@@ -81,7 +81,7 @@ class FeatureLoader:
         needed = batches * (self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096)
         free = free_shared_memory()
         fits = free is None or needed <= free
-        if not fits and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        if not fits and launched_rank()[0] == 0:
             say(
                 f"note: /dev/shm has {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB were needed: loader "
                 "processes send batches through pipes, which takes longer; a larger /dev/shm (docker run --shm-size) "

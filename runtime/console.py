@@ -9,7 +9,7 @@ import sys
 import time
 
 from runtime.commands import python_command
-from runtime.process import is_terminal, say
+from runtime.process import is_terminal, launched_rank, say
 
 SLOW = ("paddle", "paddlenlp", "ppdiffusers")  # seconds each
 
@@ -26,7 +26,7 @@ class LoadingNotice:
     @classmethod
     def install(cls):
         """Lets this process say it from now on; does nothing on other ranks."""
-        if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        if launched_rank()[0] == 0:
             sys.meta_path.insert(0, cls())
 
     def find_spec(self, name, path=None, target=None):
@@ -73,7 +73,7 @@ class LoadingNotice:
 
 def say_next(*commands):
     """Prints `next_commands`, a line each, on rank 0."""
-    if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+    if launched_rank()[0] == 0:
         for line in next_commands(*commands):
             say(line)
 

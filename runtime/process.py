@@ -75,7 +75,7 @@ def run_cli(main):
         leave_distributed()
         _flush_output()
     except Exception as error:
-        launched = _launched_processes() > 1
+        launched = launched_rank()[1] > 1
         if isinstance(error, BrokenPipeError) and not launched and _is_unread(sys.stdout):
             exit_now(EXIT_UNREAD)
         if is_mistake(error) and os.environ.get("TRACEBACK") != "1":
@@ -132,11 +132,7 @@ def is_saving():
 
 def launched_rank():
     """Returns `(rank, world_size)` that the launcher gave this process, without Paddle; `(0, 1)` without a launcher."""
-    return int(os.environ.get("PADDLE_TRAINER_ID", "0")), _launched_processes()
-
-
-def _launched_processes():
-    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    return int(os.environ.get("PADDLE_TRAINER_ID", "0")), int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
 def leave_distributed(code=0):
@@ -144,7 +140,7 @@ def leave_distributed(code=0):
 
     No destructors run: those of a process group abort where the store of rank 0 is gone already.
     """
-    if _launched_processes() > 1:
+    if launched_rank()[1] > 1:
         import paddle.distributed as dist
 
         if dist.is_initialized():
@@ -209,7 +205,7 @@ def init_distributed():
     """Joins the process group of `paddle.distributed.launch`; returns `(rank, world_size)`."""
     import paddle.distributed as dist
 
-    if _launched_processes() > 1:
+    if launched_rank()[1] > 1:
         dist.init_parallel_env()
         dist.barrier()  # so that a rank that ends with an error now leaves nobody waiting for its connection
     return dist.get_rank(), dist.get_world_size()

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import safe_open
 
 from models.state import is_state, plain_names
+from runtime.process import launched_rank
 from runtime.untrusted import listed, open_regular, shortened
 from weights.records import Records, contiguous_stride, elements, read_elements, widened
 from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
@@ -207,7 +208,7 @@ def pick_weights(tree, path, key=None, *, averages=True):
         likely = [name for name in ("ema", *_WEIGHTS) if name in choice]
         key = likely[0] if likely else choice[0] if len(choice) == 1 else None
         surprising = len(nested) > 1 and key is not None and set(nested) != {"model", "ema"}
-        if surprising and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        if surprising and launched_rank()[0] == 0:
             print(f"note: {path} holds the sets of weights {known}; {shortened(key)} is taken")
     if key is not None:
         if key in tree:

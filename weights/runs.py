@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from runtime.files import MANIFEST, restore_replaced
-from runtime.process import say
+from runtime.process import launched_rank, say
 from runtime.progress import tqdm
 from runtime.run_lock import list_experiments
 from runtime.untrusted import listed, read_json
@@ -113,7 +113,7 @@ def resolve_run(path):
 
 
 def _say_once(text):
-    if int(os.environ.get("PADDLE_TRAINER_ID", 0)) == 0:
+    if launched_rank()[0] == 0:
         say(text)
 
 

@@ -248,6 +248,18 @@ def add_device_flag(parser):
     parser.add_argument("--device", check=device.check, default=device.default, help=device.help)
 
 
+def add_set_flags(parser):
+    """Adds --feature_path and --image_size, of a command on a set of features; see `features.store.find_features`."""
+    parser.add_argument(
+        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
+    )
+    parser.add_argument(
+        "--image_size",
+        check=options.POSITIVE_INT,
+        help="picks imagenet{N} of several sets [256, else the only set]",
+    )
+
+
 def check_paths(args, *names):
     """Raises `ValueError` for a flag among `names` that is given and names no file or folder."""
     for name in names:

@@ -19,7 +19,7 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
-from config.flags import CommandParser, add_device_flag, check_paths, check_vae
+from config.flags import CommandParser, add_device_flag, add_set_flags, check_paths, check_vae
 from config.options import POSITIVE_INT, VAE
 from config.schema import load_config
 from evaluation.reconstruction import psnr
@@ -160,14 +160,7 @@ def output_files(path, folder, name, overwrite):
 
 def main(argv=None):
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
-    )
-    parser.add_argument(
-        "--image_size",
-        check=POSITIVE_INT,
-        help="picks imagenet{N} of several sets [256, else the only set]",
-    )
+    add_set_flags(parser)
     parser.add_argument(
         "--config_file", metavar="FILE", help="config of the model to train: shape and classes [the manifest's]"
     )

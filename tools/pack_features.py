@@ -9,7 +9,7 @@ Packed as packed: --to packed on a packed set changes its dtype or the size of i
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.flags import CommandParser
+from config.flags import CommandParser, add_set_flags
 from config.options import POSITIVE_INT
 from features.convert import convert_set
 from runtime.process import counted, run_cli
@@ -17,15 +17,7 @@ from runtime.process import counted, run_cli
 
 def main(argv=None):
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
-    )
-    parser.add_argument(
-        "--image_size",
-        check=POSITIVE_INT,
-        default=256,
-        help="picks imagenet{N} of several sets [256, else the only set]",
-    )
+    add_set_flags(parser)
     parser.add_argument("--to", choices=("packed", "npy"), help="[the other one than the source's]")
     parser.add_argument(
         "--output", metavar="FOLDER", help="folder for the result [FEATURE_PATH_packed or FEATURE_PATH_npy]"
@@ -37,7 +29,7 @@ def main(argv=None):
     parser.add_argument("--num_workers", check=POSITIVE_INT, default=4, help="threads that read ahead")
     args = parser.parse_args(argv)
     options = vars(args)
-    num_samples, paths, rounding_error = convert_set(resolution=options.pop("image_size"), **options)
+    num_samples, paths, rounding_error = convert_set(resolution=options.pop("image_size") or 256, **options)
     print(f"{counted(num_samples, 'sample')}, compared bit for bit: {', '.join(paths)}")
     if rounding_error:
         print(f"note: stored as float16, the largest rounding error is {rounding_error:.2g}")

@@ -20,6 +20,11 @@ class Check(NamedTuple):
     nargs: str = None  # argparse's
 
 
+def no_effect(names, why):
+    """Lists the sentence that says which settings, if any, have no effect."""
+    return [f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no effect {why}"] if names else []
+
+
 def str2bool(text):
     """Reads `True`, `yes`, `1`, `off`, ... as bool, for argparse, which makes one line of the error."""
     lowered = text.lower()

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 from config import options
+from config.checks import no_effect
 from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -293,7 +294,5 @@ def ineffective_settings(config):
     )
     keys = {**options.TRAINING_KEYS, **options.DATA_KEYS}
     for is_so, section, names, why in cases:
-        given = [name for name in names if is_so and section[name] != keys[name].default]
-        if given:
-            notes.append(f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect {why}")
+        notes += no_effect([name for name in names if is_so and section[name] != keys[name].default], why)
     return notes

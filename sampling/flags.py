@@ -3,7 +3,7 @@
 Nothing here imports Paddle before `open_generator` does: what a user gets wrong is said at once.
 """
 
-from config.checks import FLAG_SEED, Check
+from config.checks import FLAG_SEED, Check, no_effect
 from config.flags import add_device_flag, check_vae
 from config.options import BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
 from runtime.process import resolve_device
@@ -197,9 +197,8 @@ def note_weights_flags(args, model):
 
 def note_unused(names, why):
     """Says in one line which flags, if any, have no effect."""
-    if names:
-        flags = " and ".join(f"--{name}" for name in names)
-        print(f"note: {flags} {'has' if len(names) == 1 else 'have'} no effect {why}", flush=True)
+    for sentence in no_effect([f"--{name}" for name in names], why):
+        print(f"note: {sentence}", flush=True)
 
 
 def open_generator(args, model, **options):

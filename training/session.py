@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import paddle
 
+from config.checks import no_effect
 from config.options import GENTLE_GUIDANCE_SCALE, first_images_flags
 from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
@@ -168,11 +169,8 @@ class Session:
             )
         else:
             names = ("preview_classes", "preview_images_per_class", "preview_guidance_scale")
-            self.notes += [
-                f"{name} has no effect without image_logging_steps"
-                for name in names
-                if getattr(outputs, name) != getattr(Outputs, name)
-            ]
+            given = [name for name in names if getattr(outputs, name) != getattr(Outputs, name)]
+            self.notes += no_effect(given, "without image_logging_steps")
         if config["evaluation"]["steps"] is not None and self.first_step < self.last_step:
             try:
                 self.evaluation = Evaluation(self.objective, config, vae=outputs.vae)

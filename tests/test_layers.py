@@ -9,7 +9,7 @@ from support.runs import ROOT
 
 PACKAGES = (
     *("runtime", "config", "diffusion", "transport", "models", "objectives", "weights", "features", "sampling"),
-    *("evaluation", "training"),
+    *("evaluation", "training", "verification"),
 )
 SCRIPTS = {"tools", "benchmarks", "tests", *(path.stem for path in ROOT.glob("*.py"))}
 FRAMEWORKS = {"paddle", "paddlenlp", "ppdiffusers", "visualdl", "sklearn", "PIL"}
@@ -27,6 +27,7 @@ ALLOWED = {
 ALLOWED["sampling"] = {"paddle", *ALLOWED, "PIL", "ppdiffusers"}
 ALLOWED["evaluation"] = {*ALLOWED["sampling"], "sampling", "sklearn"}
 ALLOWED["training"] = {*ALLOWED["sampling"], "sampling", "evaluation", "visualdl"}
+ALLOWED["verification"] = {*ALLOWED["training"], "training"}
 ALONE = {"diffusion", "transport"}  # can be copied into another project: they import not even `runtime`
 
 PRODUCT = [*(path for folder in (*PACKAGES, "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]

@@ -1,10 +1,11 @@
-"""A check, and the verdict on it: one line and the figures behind it. Standard library only."""
+"""A check, and the verdict on it: one line and the figures behind it."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from runtime.process import one_line
+from runtime.process import one_line, resolve_device
 
 OK, WRONG, SKIPPED = "ok", "WRONG", "skipped"
 
@@ -13,17 +14,27 @@ OK, WRONG, SKIPPED = "ok", "WRONG", "skipped"
 class Settings:
     """What the checks are told.
 
-    device: as `paddle.set_device` takes it, "cpu", "gpu" or "gpu:N"; never "auto".
+    requested: `auto`, `cpu`, `gpu` or `gpu:N`.
     quick: leave out what takes more than some seconds.
     folder: an empty folder of this group, for files; it is removed afterwards.
     """
 
-    device: str
+    requested: str
     quick: bool
     folder: str
 
+    @functools.cached_property
+    def device(self):
+        """The device, never `auto`, which is Paddle's current one from now on; ValueError where there is none."""
+        import paddle
+
+        device = resolve_device(self.requested)
+        paddle.set_device(device)
+        return device
+
     @property
     def on_gpu(self):
+        """Whether the device is a GPU."""
         return self.device.startswith("gpu")
 
 
@@ -31,7 +42,7 @@ class Settings:
 class Check:
     """One question. `run()` returns the text of its verdict, or `(text, figures)`, figures being JSON values.
 
-    It raises `Wrong` where the answer is no, and `Skip` where this machine can't be asked. Any other error is wrong too.
+    It raises `Wrong` where the answer is no, and `Skip` where this machine can't be asked. Any other error is a no too.
     """
 
     name: str
@@ -96,8 +107,8 @@ def within(errors):
     figures = {what: {"error": float(error), "bound": float(bound)} for what, (error, bound) in errors.items()}
     beyond = {what: pair for what, pair in errors.items() if not pair[0] <= pair[1]}
     if beyond:
-        raise Wrong(", ".join(f"{what} {error:.2g}, at most {bound:.2g}" for what, (error, bound) in beyond.items()), figures)
+        text = ", ".join(f"{what} {error:.2g}, at most {bound:.2g}" for what, (error, bound) in beyond.items())
+        raise Wrong(text, figures)
     what, (error, bound) = max(errors.items(), key=lambda item: item[1][0] / item[1][1] if item[1][1] else 0)
     name = f"{what} " if len(errors) > 1 else ""
     return f"{name}{error:.2g}, at most {bound:.2g}", figures
-

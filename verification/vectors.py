@@ -104,7 +104,8 @@ def relative_error(actual, expected):
 class Pair:
     """A result beside the official one, and its tolerance (tests/golden/README.md).
 
-    measure: `array`, max|a - b| / max|b|; `entry`, the same entry by entry; `absolute`, max|a - b|.
+    measure: `array`, max|a - b| / max|b|; `entry`, the same entry by entry; `norm`, |a - b| / |b| of the Euclidean norm;
+        `absolute`, max|a - b|.
     float64_run: with `entry`, the official result in float64: room is given to what float32 can't resolve.
     """
 
@@ -122,6 +123,8 @@ class Pair:
         distance = np.abs(actual - expected)
         if self.measure == "array":
             return distance.max() / np.abs(expected).max()
+        if self.measure == "norm":
+            return np.linalg.norm(distance) / np.linalg.norm(expected)
         if self.measure == "absolute":
             return distance.max()
         room = np.zeros_like(expected) if self.float64_run is None else 10 * np.abs(expected - self.float64_run)

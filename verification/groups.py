@@ -18,6 +18,8 @@ from verification.verdicts import SKIPPED, WRONG, Verdict
 GROUPS = {
     "environment": False,
     "parity": False,
+    "half_precision": False,
+    "attention": False,
     "training_steps": False,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest

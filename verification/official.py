@@ -16,6 +16,7 @@ from models.large_dit import rotary_table
 from models.state import official_to_paddle
 from objectives import Batch, TransportObjective
 from objectives.regularizers import Regularizer
+from runtime.paddle_private import loss_scale
 from runtime.precision import Precision
 from training.averages import EMA
 from transport import Sampler, create_transport
@@ -101,9 +102,9 @@ def large_dit_parts():
 # Losses and gradients.
 
 
-def gradient_pairs(model, arrays, tolerance, prefix="grad"):
-    """The gradients that a model holds: the norm of each, and those that are stored as a whole. They are cleared."""
-    found = {name: None if p.grad is None else as_array(p.grad) for name, p in model.named_parameters()}
+def gradient_pairs(model, arrays, tolerance, prefix="grad", scale=1.0):
+    """The gradients that a model holds, over `scale`: the norm of each, and whole ones. They are cleared."""
+    found = {name: None if p.grad is None else as_array(p.grad) / scale for name, p in model.named_parameters()}
     norms = [0.0 if gradient is None else np.linalg.norm(gradient) for gradient in found.values()]
     pairs = {f"{prefix}_l2": Pair(norms, arrays[f"{prefix}_l2"], tolerance)}
     names = [key.removeprefix(f"{prefix}:") for key in arrays if key.startswith(f"{prefix}:")]
@@ -113,14 +114,11 @@ def gradient_pairs(model, arrays, tolerance, prefix="grad"):
     return pairs
 
 
-def backward(loss, model, precision):
-    """The backward pass as a loop's, through the loss scaler of float16; gradients are unscaled afterwards."""
+def backward(loss, precision):
+    """Does a loop's backward pass; returns the scale of the gradients, which float16 needs."""
     scaler = precision.scaler()
     scaler.scale(loss).backward()
-    if precision.dtype == "float16":
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.astype("float32") / float(scaler.state_dict()["scale"])
+    return float(loss_scale(scaler)) if scaler.is_enable() else 1.0
 
 
 def diffusion_losses(precision=FLOAT32):
@@ -145,9 +143,9 @@ def diffusion_gradients(precision=FLOAT32):
     x_start, noise, t, y = tensors(arrays, "x_start", "noise", "t", "y")
     with precision.autocast():
         losses = create_diffusion("").training_losses(model, x_start, t, {"y": y}, noise=noise)
-    backward(losses["loss"].mean(), model, precision)
+    scale = backward(losses["loss"].mean(), precision)
     loss = Pair(losses["loss"], arrays["loss"], 6e-5, "entry", arrays["loss_f64run"])
-    return {"loss": loss, **gradient_pairs(model, arrays, 6e-5)}
+    return {"loss": loss, **gradient_pairs(model, arrays, 6e-5, scale=scale)}
 
 
 def transport_gradients(precision=FLOAT32):
@@ -158,11 +156,11 @@ def transport_gradients(precision=FLOAT32):
     transport = create_transport()
     with precision.autocast():
         losses = transport.training_losses(model, x1, {"y": y}, x0=x0, t=u)
-    backward(losses["loss"].mean(), model, precision)
+    scale = backward(losses["loss"].mean(), precision)
     pairs = {
         "loss": Pair(losses["loss"], arrays["loss"], 2e-5, "entry"),
         "pred": Pair(losses["pred"], arrays["pred"], 2e-5),
-        **gradient_pairs(model, arrays, 2e-5),
+        **gradient_pairs(model, arrays, 2e-5, scale=scale),
     }
     plan = zip(("t", "xt", "ut"), transport.path_sampler.plan(u, x0, x1), strict=True)
     return pairs | {name: Pair(value, arrays[name], 2e-6) for name, value in plan}

@@ -44,7 +44,7 @@ OFFICIAL_TRAINING = {"learning_rate": 1e-4, "weight_decay": 0.0, "max_grad_norm"
 OFFICIAL_MODEL = {"type": "DiT", **TINY, "num_layers": 2, "attention_head_dim": 8}
 
 
-# Numbers of fewer bits: the largest relative errors with products (TF32) or all operators (the half precisions) rounded,
+# Numbers of fewer bits: the largest relative errors with products (TF32) or all operators (half precisions) rounded,
 # measured on a CPU (`emulation.emulated`); `ROOM` times as much is allowed, see `parity`. AdamW's first steps depend on
 # the sign of a gradient alone, so that a gradient near 0 changes its weight by a step more or less.
 COARSE = {
@@ -182,7 +182,7 @@ def given(kind):
     x, noise = (random.standard_normal((BATCH, 4, 8, 8)).astype("float32") for _ in range(2))
     y = random.randint(0, TINY["num_classes"], BATCH)
     # Not 0, where the likelihood's gradient is a cancellation in float32.
-    t = random.rand(BATCH).astype("float32") if kind == "SiT" else random.randint(1, 1000, BATCH)
+    t = random.rand(BATCH).astype("float32") if kind.endswith("SiT") else random.randint(1, 1000, BATCH)
     drawn = {"t": t, "noise": noise, "force_drop_ids": (np.arange(BATCH) == 3).astype("int64")}
     tensors = {name: paddle.to_tensor(value) for name, value in drawn.items()}
     return Batch(paddle.to_tensor(x), paddle.to_tensor(y)), tensors

@@ -104,8 +104,8 @@ def relative_error(actual, expected):
 class Pair:
     """A result beside the official one, and its tolerance (tests/golden/README.md).
 
-    measure: `array`, max|a - b| / max|b|; `entry`, the same entry by entry; `norm`, |a - b| / |b| of the Euclidean norm;
-        `absolute`, max|a - b|.
+    measure: `array`, max|a - b| / max|b|; `entry`, the same entry by entry; `norm`, by Euclidean norms; `absolute`,
+        max|a - b|.
     float64_run: with `entry`, the official result in float64: room is given to what float32 can't resolve.
     """
 

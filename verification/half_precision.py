@@ -114,10 +114,10 @@ def check_dtypes(run, half):
     """Returns how many weights of a run are cast, and what has a dtype that it should not have, in words."""
     masters = master_weights(run.optimizer)
     cast = {name: parameter for name, parameter in run.model.named_parameters() if parameter.dtype == half}
-    float32 = {f"master of {name}": masters.get(parameter.name) for name, parameter in cast.items()}
+    float32 = {name: p for name, p in run.model.named_parameters() if name == "pos_embed" or name not in cast}
+    float32 |= {f"master of {name}": masters.get(parameter.name) for name, parameter in cast.items()}
     float32 |= {f"average of {name}": value for name, value in run.ema.state_dict().items()}
     float32 |= {f"rotary table {i}": table for i, table in enumerate(getattr(run.model, "rotary", ()))}
-    float32 |= {name: p for name, p in run.model.named_parameters() if name == "pos_embed" or name not in cast}
     dtypes = {name: None if value is None else value.dtype for name, value in float32.items()}
     problems = [f"{name} is {dtype}, not float32" for name, dtype in dtypes.items() if dtype != paddle.float32]
     return len(cast), problems if cast else ["no weight was cast"]

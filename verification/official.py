@@ -231,9 +231,8 @@ def distributions():
     for clip in (0, 1):
         out = diffusion.p_mean_variance(model, x, t, clip_denoised=bool(clip), model_kwargs={"y": y})
         found |= {f"p_{name}_clip{clip}": out[name] for name in ("mean", "variance", "log_variance", "pred_xstart")}
-    near, far = paddle.full_like(levels, -2.5), paddle.full_like(levels, -4.0)
-    found["disc_ll"] = discretized_gaussian_log_likelihood(levels, means=0.98 * levels + 0.01, log_scales=near)
-    found["disc_ll_far"] = discretized_gaussian_log_likelihood(levels, means=-levels, log_scales=far)
+    means, log_scales = 0.98 * levels + 0.01, paddle.full_like(levels, -2.5)
+    found["disc_ll"] = discretized_gaussian_log_likelihood(levels, means=means, log_scales=log_scales)
     return {name: Pair(value, arrays[name], 6e-5) for name, value in found.items()}
 
 

@@ -59,14 +59,13 @@ FLOAT32_BOUND = 2e-5
 def checks(settings):
     """Yields the checks of this group."""
     for mode in ("float32", "TF32") if settings.on_gpu else ("float32",):
-        yield Check(f"4 official steps of DiT, {mode}", partial(judge_steps, settings, official_errors, mode))
+        yield Check(f"4 official steps of DiT, {mode}", partial(judge_steps, official_errors, mode))
         for kind in () if settings.quick else OFFICIAL:
-            yield Check(f"{STEPS} steps of {kind}, {mode}", partial(judge_steps, settings, stored_errors, mode, kind))
+            yield Check(f"{STEPS} steps of {kind}, {mode}", partial(judge_steps, stored_errors, mode, kind))
 
 
-def judge_steps(settings, errors, mode, *arguments):
+def judge_steps(errors, mode, *arguments):
     """Judges steps in float32 or TF32; `errors` is one of the two functions below."""
-    settings.device  # noqa: B018 (it becomes Paddle's current one)
     with full_float32() if mode == "float32" else contextlib.nullcontext():
         return within(errors(mode, *arguments))
 

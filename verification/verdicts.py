@@ -107,8 +107,9 @@ def within(errors):
     figures = {what: {"error": float(error), "bound": float(bound)} for what, (error, bound) in errors.items()}
     beyond = {what: pair for what, pair in errors.items() if not pair[0] <= pair[1]}
     if beyond:
-        text = ", ".join(f"{what} {error:.2g}, at most {bound:.2g}" for what, (error, bound) in beyond.items())
-        raise Wrong(text, figures)
+        told = [f"{what} {error:.2g}, at most {bound:.2g}" for what, (error, bound) in [*beyond.items()][:4]]
+        told += [f"and {len(beyond) - 4} more"] if len(beyond) > 4 else []
+        raise Wrong(", ".join(told), figures)
     what, (error, bound) = max(errors.items(), key=lambda item: item[1][0] / item[1][1] if item[1][1] else 0)
     name = f"{what} " if len(errors) > 1 else ""
     return f"{name}{error:.2g}, at most {bound:.2g}", figures

@@ -3,7 +3,6 @@
 import numpy as np
 import paddle
 import pytest
-from paddle.nn import functional as F
 from support.golden import OFFICIAL, load_golden, official_network, relative_error
 from support.runs import TINY_MODELS
 
@@ -12,20 +11,8 @@ from models import build_model
 from models.hooks import Hook, Tap
 from models.state import official_to_paddle
 from objectives import Batch, build_objective
-from objectives.regularizers import REGULARIZERS, Regularizer
-
-
-class LayerSync(Regularizer):
-    """LayerSync: the tokens of one block are pulled towards those of a later one."""
-
-    name = "layer_sync"
-
-    def __init__(self, weight, layer, target_layer):
-        super().__init__([layer, target_layer], weight)
-
-    def loss(self, tokens, batch):
-        source, target = (tokens[layer] for layer in self.layers)
-        return -F.cosine_similarity(source, target.detach(), axis=-1).mean(-1)  # (N,)
+from objectives.regularizers import REGULARIZERS
+from verification.official import LayerSync
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,90 @@
+"""Do networks, objectives and samplers give the numbers of the official PyTorch code on this device?
+
+In float32, and on a GPU once more with TF32 (`TF32` says why the bounds are what they are).
+"""
+
+import contextlib
+from functools import partial
+
+from runtime.paddle_private import full_float32
+from verification import official
+from verification.vectors import OFFICIAL, judged
+from verification.verdicts import Check
+
+# The largest error of each case where products are rounded as TF32 does, measured on a CPU (`emulation.emulated`). The
+# hardware may truncate where the emulation rounds, which doubles the error at most, and adds in another order: `ROOM`
+# times as much is allowed. Float32 has a 500th of these errors, a wrong formula more. Cases that clip to [-1, 1] are
+# missing: there the network's error is multiplied by 157 before.
+TF32 = {
+    "DiT": 8.2e-4,
+    "SiT": 9.5e-4,
+    "LargeDiT": 7.9e-4,
+    "parts of LargeDiT": 5.4e-4,
+    "diffusion losses": 1.2e-4,
+    "diffusion gradients": 6.0e-4,
+    "DDPM": 9.6e-4,
+    "DDIM": 6.1e-4,
+    "transport gradients": 1.2e-3,
+    "regularizer": 9.0e-4,
+    "ODE": 1.5e-3,
+    "SDE": 5.1e-4,
+}
+ROOM = 4.0
+
+
+def checks(settings):
+    """Yields the checks of this group."""
+    for name, case in CASES.items():
+        yield Check(f"{name}, float32", partial(compare, settings, case))
+    if settings.on_gpu and not settings.quick:
+        for name, error in TF32.items():
+            yield Check(f"{name}, TF32", partial(compare, settings, CASES[name], ROOM * error))
+
+
+def compare(settings, case, bound=None):
+    """Judges a case in float32, or, with a bound, in Paddle's default, which is TF32 on a GPU that has it."""
+    settings.device  # noqa: B018 (it becomes Paddle's current one)
+    with full_float32() if bound is None else contextlib.nullcontext():
+        return judged(case(settings.quick), bound)
+
+
+def once(case, *arguments):
+    """Returns a case that is the same with `quick`."""
+    return lambda quick: case(*arguments)
+
+
+def network(kind):
+    """The forward pass and guidance of a network."""
+    return {**official.forward(kind), **official.guidance(kind)}
+
+
+def ode(quick):
+    """Every method of the ODE, guided, and two of them without guidance; with `quick` the first alone."""
+    runs = [(run, True) for run in official.ODE_RUNS] + [("euler", False), ("dopri5", False)]
+    pairs = {}
+    for run, guided in runs[:1] if quick else runs:
+        name = run if guided else f"{run} unguided"
+        pairs |= {f"{name} {what}": pair for what, pair in official.ode(run, guided).items()}
+    return pairs
+
+
+# Each is called with `quick` and returns `{what: Pair}`.
+CASES = {
+    **{kind: once(network, kind) for kind in OFFICIAL},
+    "parts of LargeDiT": once(official.large_dit_parts),
+    "embeddings": once(official.embeddings),
+    "diffusion schedule": once(official.schedule),
+    "diffusion losses": once(official.diffusion_losses),
+    "diffusion gradients": once(official.diffusion_gradients),
+    "diffusion distributions": once(official.distributions),
+    "DDPM": once(official.diffusion_sampler, "ddpm25_cfg4"),
+    "DDPM, clipped": once(official.diffusion_sampler, "ddpm25_nocfg_clip"),
+    "DDIM": once(official.diffusion_sampler, "ddim10"),
+    "DDIM, clipped, eta 0.5": once(official.diffusion_sampler, "ddim10_clip_eta05"),
+    "transport path": once(official.linear_path),
+    "transport gradients": once(official.transport_gradients),
+    "regularizer": once(official.regularized),
+    "ODE": ode,
+    "SDE": once(official.sde),
+    "averages": once(official.averages),
+}

@@ -17,6 +17,7 @@ from verification.verdicts import SKIPPED, WRONG, Verdict
 # Module of `verification`, in the order of the report, and whether --quick leaves it out.
 GROUPS = {
     "environment": False,
+    "loops": False,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

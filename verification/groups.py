@@ -18,6 +18,7 @@ from verification.verdicts import SKIPPED, WRONG, Verdict
 GROUPS = {
     "environment": False,
     "loops": False,
+    "parallel": True,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -42,9 +42,12 @@ def write_features(folder, count=40, shape=(4, 8, 8), num_classes=10, name="imag
     return folder
 
 
-def write_config(path, kind="DiT", objective=None, **training):
-    """Writes a config of a tiny model; returns its path as text."""
-    config = {"model": TINY_MODELS[kind], "training": {"ema_decay": 0.9, "learning_rate": 1e-3, **training}}
+def write_config(path, kind="DiT", objective=None, sizes=None, **training):
+    """Writes a config of a tiny model, with other `sizes` of it; returns its path as text."""
+    config = {
+        "model": {**TINY_MODELS[kind], **(sizes or {})},
+        "training": {"ema_decay": 0.9, "learning_rate": 1e-3, **training},
+    }
     if objective:
         config["objective"] = objective
     path.write_text(json.dumps(config))

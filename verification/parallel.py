@@ -92,7 +92,7 @@ class Launches:
         features = self._folder / "features"
         if not features.exists():
             write_features(features)
-        # Steps so large that the blocks, which begin as zeros, soon matter. On GPUs the network is wide, because stage 3
+        # Steps so large that the blocks, which begin as zeros, soon matter. On GPUs the network is wide, as stage 3
         # leaves parameters of up to 2 ** 20 numbers whole.
         sizes, training = {}, {"max_grad_norm": 0.3, "learning_rate": 1e-2}
         if self._settings.on_gpu:

@@ -262,3 +262,30 @@ def concat_over_group(x, group):
     from paddle.distributed.fleet.layers.mpu import mp_ops
 
     return mp_ops._c_concat(x, group=group)
+
+
+def keep_groups():
+    """Makes the process group, and a group of the same ranks, once a process; later trainings get the first ones."""
+    import paddle.distributed as dist
+    from paddle.distributed import parallel_helper
+
+    groups, new_group = {}, dist.new_group
+    init_parallel_env = functools.lru_cache(dist.init_parallel_env)
+
+    def kept(ranks=None, *args, **options):
+        key = tuple(sorted(ranks)) if ranks else None
+        if key not in groups:
+            groups[key] = new_group(ranks, *args, **options)
+        return groups[key]
+
+    dist.new_group, dist.init_parallel_env = kept, lambda *_: init_parallel_env()
+    parallel_helper._is_parallel_ctx_initialized = lambda: False  # else PaddleNLP keeps the degrees of the first
+
+
+def forget_degrees():
+    """Lets fleet take other parallel degrees than those of an earlier training of this process."""
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.base import topology
+
+    topology._HYBRID_PARALLEL_GROUP = None
+    fleet.fleet.__dict__.pop("_hcg", None)

@@ -19,6 +19,8 @@ GROUPS = {
     "environment": False,
     "parity": False,
     "training_steps": False,
+    "loops": False,
+    "parallel": True,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

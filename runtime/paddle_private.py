@@ -5,6 +5,7 @@ Paddle is imported inside the functions, so that this module costs a command's `
 
 import contextlib
 import functools
+import re
 
 
 def zero_if(flag, tensors):
@@ -46,6 +47,30 @@ def full_float32():
     finally:
         for (_, set_to), value in zip(switches, kept, strict=True):
             set_to(value)
+
+
+# What a GPU build of Paddle was made for.
+
+
+def nccl_version():
+    """Returns the version of NCCL that Paddle uses, such as "2.23.4"; None without NCCL."""
+    from paddle.base import core
+
+    if not hasattr(core, "nccl_version") or not (number := core.nccl_version()):
+        return None
+    step = 10000 if number >= 10000 else 1000  # 22304 is 2.23.4; before 2.9, 2708 is 2.7.8
+    return f"{number // step}.{number % step // 100}.{number % 100}"
+
+
+def compiled_architectures():
+    """Returns the compute capabilities that Paddle has machine code for, `[(8, 0), ...]`; empty where it is unknown."""
+    import paddle
+
+    if not paddle.is_compiled_with_cuda():
+        return []
+    if not hasattr(paddle.version, "cuda_archs"):
+        return [(6, 1), (7, 0), (7, 5), (8, 0), (8, 6)]  # of the wheel 2.6.2
+    return sorted(divmod(int(number), 10) for number in re.findall(r"\d+", str(paddle.version.cuda_archs())))
 
 
 # Optimizers and their wrappers.
@@ -237,3 +262,30 @@ def concat_over_group(x, group):
     from paddle.distributed.fleet.layers.mpu import mp_ops
 
     return mp_ops._c_concat(x, group=group)
+
+
+def keep_groups():
+    """Makes the process group, and a group of the same ranks, once a process; later trainings get the first ones."""
+    import paddle.distributed as dist
+    from paddle.distributed import parallel_helper
+
+    groups, new_group = {}, dist.new_group
+    init_parallel_env = functools.lru_cache(dist.init_parallel_env)
+
+    def kept(ranks=None, *args, **options):
+        key = tuple(sorted(ranks)) if ranks else None
+        if key not in groups:
+            groups[key] = new_group(ranks, *args, **options)
+        return groups[key]
+
+    dist.new_group, dist.init_parallel_env = kept, lambda *_: init_parallel_env()
+    parallel_helper._is_parallel_ctx_initialized = lambda: False  # else PaddleNLP keeps the degrees of the first
+
+
+def forget_degrees():
+    """Lets fleet take other parallel degrees than those of an earlier training of this process."""
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.base import topology
+
+    topology._HYBRID_PARALLEL_GROUP = None
+    fleet.fleet.__dict__.pop("_hcg", None)

@@ -37,8 +37,5 @@ def inception_weights(tmp_path_factory):
 
 
 @pytest.fixture
-def run_loop(monkeypatch):
-    def run(loop, arguments):
-        run_in_process(loop, [str(argument) for argument in arguments], monkeypatch)
-
-    return run
+def run_loop():
+    return run_in_process

@@ -32,11 +32,10 @@ def saved(features, tmp_path_factory):
     from support.runs import run_in_process
 
     outputs = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for loop in LOOPS:
-            folder = tmp_path_factory.mktemp(loop)
-            outputs[loop] = folder / "out"
-            run_in_process(loop, arguments_of(loop, folder, features), patch)
+    for loop in LOOPS:
+        folder = tmp_path_factory.mktemp(loop)
+        outputs[loop] = folder / "out"
+        run_in_process(loop, arguments_of(loop, folder, features))
     return outputs
 
 

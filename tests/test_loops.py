@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from support.evaluated import write_program, write_reference
 from support.runs import (
+    LOOPS,
     ROOT,
     TINY_MODELS,
     checkpoint_path,
@@ -22,7 +23,6 @@ from support.runs import (
 
 from weights.files import safe_load
 
-LOOPS = ("trainer", "notrainer")
 KINDS = tuple(TINY_MODELS)
 TRAINING = {"max_grad_norm": 0.3}  # every step is clipped
 
@@ -41,14 +41,13 @@ def assert_same(a, b, tolerance=0.0):
 def references(features, tmp_path_factory):
     """`{kind: {loop: output}}` of unbroken runs of ten steps, one process."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in KINDS:
-            folder = tmp_path_factory.mktemp(f"reference-{kind}")
-            found[kind] = {"config": write_config(folder / "Tiny.json", kind, **TRAINING)}
-            for loop in LOOPS:
-                run = {"config": found[kind]["config"], "features": features, "output": folder / loop}
-                run_in_process(loop, loop_arguments(loop, **run, steps=10, save_every=4), patch)
-                found[kind][loop] = folder / loop
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(f"reference-{kind}")
+        found[kind] = {"config": write_config(folder / "Tiny.json", kind, **TRAINING)}
+        for loop in LOOPS:
+            run = {"config": found[kind]["config"], "features": features, "output": folder / loop}
+            run_in_process(loop, loop_arguments(loop, **run, steps=10, save_every=4))
+            found[kind][loop] = folder / loop
     return found
 
 
@@ -272,11 +271,10 @@ def validated(features, judged, tmp_path_factory):
     """The held-out losses of a single process, by loop, and its `evaluations`."""
     folder = tmp_path_factory.mktemp("validated")
     losses = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for loop in LOOPS:
-            arguments = loop_arguments(loop, config=judged, features=features, output=folder / loop, steps=10)
-            run_in_process(loop, [*arguments, *VALIDATION], patch)
-            losses[loop] = read_rows(folder / loop)
+    for loop in LOOPS:
+        arguments = loop_arguments(loop, config=judged, features=features, output=folder / loop, steps=10)
+        run_in_process(loop, [*arguments, *VALIDATION])
+        losses[loop] = read_rows(folder / loop)
     losses["evaluations"] = read_rows(folder / "trainer", "evaluation.jsonl")
     return losses
 

@@ -13,12 +13,14 @@ import pytest
 from paddle.amp import grad_scaler
 from support.feature_sets import write_set
 from support.runs import (
+    LOOPS,
     ROOT,
     checkpoint_path,
     launch_loops,
     loop_arguments,
     read_losses,
     read_metrics,
+    resume_flag,
     run_in_process,
     write_config,
     write_features,
@@ -33,7 +35,6 @@ from runtime.precision import Precision
 from tools.pack_features import main as pack
 from training.checkpoints.saver import CheckpointSaver
 
-LOOPS = ("trainer", "notrainer")
 EPOCH, STEPS = 5, 10  # steps of 8 samples, 40 in an epoch beside 8 held-out ones
 MIDDLE = 3
 
@@ -49,10 +50,6 @@ CONFIG = {
 # And what happens between the steps.
 BETWEEN = ["--flip", "--posterior=sample", "--validation_samples=8", "--validation_steps=2"]
 BETWEEN += ["--image_logging_steps=4", "--num_inference_steps=2", f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"]
-
-
-def resume_flag(loop, path):
-    return f"--{'resume' if loop == 'notrainer' else 'resume_from_checkpoint'}={path}"
 
 
 def workers_flag(loop, workers):
@@ -73,19 +70,12 @@ def unbroken(moments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     config = write_config(folder / "Tiny.json", **CONFIG)
     outputs = {"config": config}
-    with pytest.MonkeyPatch.context() as patch:
-        for loop in LOOPS:
-            outputs[loop] = folder / loop
-            arguments = loop_arguments(
-                loop,
-                config=config,
-                features=moments,
-                output=outputs[loop],
-                steps=STEPS,
-                accumulation=2,
-                save_every=1,
-            )
-            run_in_process(loop, [*arguments, *BETWEEN], patch)
+    for loop in LOOPS:
+        outputs[loop] = folder / loop
+        arguments = loop_arguments(
+            loop, config=config, features=moments, output=outputs[loop], steps=STEPS, accumulation=2, save_every=1
+        )
+        run_in_process(loop, [*arguments, *BETWEEN])
     return outputs
 
 

@@ -11,6 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ["constraints.txt", "constraints-py313.txt"]
+PADDLE26 = "constraints-paddle26.txt"
+A100 = """case "$*" in -L) echo "GPU 0: NVIDIA A100" ;; *compute_cap*) echo 8.0 ;; esac"""
+H100 = A100.replace("A100", "H100").replace("8.0", "9.0")
+RTX5090 = A100.replace("A100", "RTX 5090").replace("8.0", "12.0")
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"])
 
 
@@ -30,7 +34,8 @@ def pin(file, name):
 def checkout(tmp_path):
     """A copy of what set-up reads, with no .venv, and an environment without a driver, PADDLE_* or PYTHON."""
     (tmp_path / "repo" / "tools").mkdir(parents=True)
-    for file in ["requirements.txt", "requirements-dev.txt", "tools/setup_env.sh", *PINS, "constraints-demo.txt"]:
+    requirements = ("requirements.txt", "requirements-dev.txt", "constraints-demo.txt")
+    for file in ("tools/setup_env.sh", *requirements, *PINS, PADDLE26):
         shutil.copy(ROOT / file, tmp_path / "repo" / file)
     (tmp_path / "bin").mkdir()
     nvidia_smi(tmp_path, "exit 9")
@@ -45,14 +50,15 @@ def nvidia_smi(checkout, body):
 
 
 def set_up(checkout, *arguments, **environment):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PADDLE_PACKAGE", "PADDLE_INDEX_URL")}
+    ours = ("PYTHON", "PADDLE_PACKAGE", "PADDLE_INDEX_URL", "VENV_DIR")
+    env = {k: v for k, v in os.environ.items() if k not in ours}
     env["PATH"] = f"{checkout / 'bin'}{os.pathsep}{env['PATH']}"
     env["PYTHON"] = sys.executable
     command = ["bash", str(checkout / "repo" / "tools" / "setup_env.sh"), *arguments]
     return subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("file", PINS)
+@pytest.mark.parametrize("file", [*PINS, PADDLE26])
 def test_every_direct_requirement_is_pinned(file):
     # pip itself is whatever the virtual environment came with.
     direct = (names("requirements.txt") | names("requirements-dev.txt")) - {"pip"}
@@ -83,6 +89,8 @@ def test_gpu_build_where_a_driver_answers(checkout):
     nvidia_smi(checkout, 'echo "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)"')
     out = set_up(checkout, "--print").stdout
     assert f"paddlepaddle-gpu=={pin(PINS[0], 'paddlepaddle')} from https://www.paddlepaddle.org.cn/" in out
+    nvidia_smi(checkout, RTX5090)
+    assert set_up(checkout, "--print").stdout.count("/stable/cu129/\n") == 1
     # A driver that is installed but finds no device is no driver.
     nvidia_smi(checkout, 'echo "No devices found."')
     assert "paddlepaddle-gpu" not in set_up(checkout, "--print").stdout
@@ -93,6 +101,27 @@ def test_environment_overrides_the_choice(checkout):
     assert "setup: paddlepaddle-gpu==3.2.0\n" in done.stdout
     done = set_up(checkout, "--print", PADDLE_PACKAGE="paddlepaddle-gpu==3.3.0", PADDLE_INDEX_URL="file:///wheels")
     assert "setup: paddlepaddle-gpu==3.3.0 from file:///wheels\n" in done.stdout
+
+
+def test_paddle_26_has_pins_of_its_own_and_comes_from_pypi(checkout):
+    nvidia_smi(checkout, A100)
+    out = set_up(checkout, "--print", PADDLE_PACKAGE="paddlepaddle-gpu==2.6.2").stdout
+    assert "setup: paddlepaddle-gpu==2.6.2\n" in out and PADDLE26 in out
+    assert pin(PADDLE26, "paddlepaddle") == "2.6.2" and pin(PADDLE26, "paddlenlp").startswith("2.")
+    nvidia_smi(checkout, H100)
+    refused = set_up(checkout, "--print", PADDLE_PACKAGE="paddlepaddle-gpu==2.6.2")
+    assert refused.returncode == 2 and "no code for this GPU's compute capability 9.0" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"), [(A100, "PADDLE_PACKAGE=paddlepaddle-gpu==2.6.2 bash"), (H100, "no code for this GPU's")]
+)
+def test_an_index_that_does_not_answer_is_told_before_anything_is_made(checkout, gpu, said):
+    nvidia_smi(checkout, gpu)
+    done = set_up(checkout, PADDLE_INDEX_URL="http://127.0.0.1:9/")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: http://127.0.0.1:9/ does not answer; ") and said in done.stderr
+    assert not (checkout / "repo" / ".venv").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +182,20 @@ def test_second_set_up_does_nothing_until_a_pin_changes(checkout, venv):
     assert len(calls.read_text().splitlines()) == 2
 
 
+def test_a_package_that_was_asked_for_stays(checkout, venv):
+    calls = checkout / "pip-calls"
+    assert set_up(checkout, PADDLE_PACKAGE="paddlepaddle==2.6.2").returncode == 0
+    assert calls.read_text().splitlines()[-1].endswith(" paddlepaddle==2.6.2")
+    before = calls.read_text()
+    nvidia_smi(checkout, A100)
+    assert (set_up(checkout).returncode, calls.read_text()) == (0, before)
+    asked = {"PADDLE_PACKAGE": "paddlepaddle-gpu==3.2.0", "PADDLE_INDEX_URL": "file:///wheels"}
+    assert set_up(checkout, **asked).returncode == 0
+    assert "from file:///wheels\n" in set_up(checkout, "--print").stdout
+    assert set_up(checkout, PADDLE_PACKAGE=f"paddlepaddle=={pin(PINS[0], 'paddlepaddle')}").returncode == 0
+    assert pin(PINS[0], "paddlepaddle") in (venv / "installed.txt").read_text().splitlines()[0]
+
+
 def test_the_demo_is_added_to_the_others_and_changes_none(checkout, venv):
     calls = checkout / "pip-calls"
     assert set_up(checkout).returncode == 0
@@ -189,15 +232,27 @@ def test_shell_script_parses(script):
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
 
 
-def test_run_tests_passes_its_arguments_on(checkout):
+@pytest.mark.parametrize(
+    ("arguments", "code", "lines"),
+    [
+        (["-k", "a b"], 5, [".venv -k a b"]),
+        (["--device", "gpu", "-x"], 5, [".venv -m gpu --device gpu -x"]),
+        (["--paddle", "2.6"], 5, [".venv-paddle26 -n 2 -m paddle26 and not", ".venv-paddle26 -m paddle26 and"]),
+        (["--paddle", "2.7"], 2, []),
+    ],
+)
+def test_run_tests_passes_its_arguments_on(checkout, arguments, code, lines):
     shutil.copy(ROOT / "run_tests.sh", checkout / "repo")
-    tools = checkout / "repo" / "tools"
-    (tools / "setup_env.sh").write_text("echo set-up ran\n")
-    (checkout / "repo" / ".venv" / "bin").mkdir(parents=True)
-    python = checkout / "repo" / ".venv" / "bin" / "python"
-    python.write_text('#!/bin/sh\necho "$@"\nexit 5\n')
-    python.chmod(0o755)
+    (checkout / "repo" / "tools" / "setup_env.sh").write_text("echo set-up of ${VENV_DIR:-.venv} ran >&2\n")
+    for folder in (".venv", ".venv-paddle26"):
+        python = checkout / "repo" / folder / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nshift 2\necho "{folder} $@"\nexit 5\n')
+        python.chmod(0o755)
     done = subprocess.run(
-        ["bash", "repo/run_tests.sh", "-k", "a b"], cwd=checkout, capture_output=True, text=True, timeout=60
+        ["bash", "repo/run_tests.sh", *arguments], cwd=checkout, capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stdout) == (5, "set-up ran\n-m pytest -k a b\n")
+    assert done.returncode == code
+    told = done.stdout.splitlines()
+    assert len(told) == len(lines) and all(line.startswith(start) for line, start in zip(told, lines, strict=True))
+    assert ("set-up of" in done.stderr) == bool(lines)

@@ -136,11 +136,10 @@ def find_best(output):
 def runs(place):
     """`{loop, or loop-plain: output}` of five steps, evaluated at every second and the last, or never."""
     outputs = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for loop in LOOPS:
-            outputs[loop], outputs[f"{loop}-plain"] = place / loop, place / f"{loop}-plain"
-            run_in_process(loop, arguments(place, loop, outputs[loop], save_every=2), patch)
-            run_in_process(loop, arguments(place, loop, outputs[f"{loop}-plain"], save_every=2, steps=None), patch)
+    for loop in LOOPS:
+        outputs[loop], outputs[f"{loop}-plain"] = place / loop, place / f"{loop}-plain"
+        run_in_process(loop, arguments(place, loop, outputs[loop], save_every=2))
+        run_in_process(loop, arguments(place, loop, outputs[f"{loop}-plain"], save_every=2, steps=None))
     return outputs
 
 

@@ -532,8 +532,7 @@ import importlib, json, sys
 from pathlib import Path
 from runtime.process import configure_runtime, leave_distributed
 configure_runtime()
-sys.path.insert(0, "tests")
-from support.run_loops import keep_groups
+from runtime.paddle_private import keep_groups
 from training.supervision.number_watch import BadStepError
 keep_groups()
 script = importlib.import_module("train_image_generation_trainer")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Resolve requirements.txt and requirements-dev.txt anew into constraints.txt (Python 3.10 to 3.12) and
-# constraints-py313.txt (Python 3.13), and what requirements-demo.txt adds into constraints-demo.txt.
+# Resolve requirements.txt and requirements-dev.txt anew into constraints.txt (Python 3.10 to 3.12),
+# constraints-py313.txt (Python 3.13) and constraints-paddle26.txt (Paddle 2.6, Python 3.10 to 3.12), and what
+# requirements-demo.txt adds into constraints-demo.txt.
 # Needs uv: pip install uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,6 +25,8 @@ compile() {
 compile constraints.txt --universal --python-version 3.10
 # paddlenlp and fast_dataindex still ask for numpy<=1.26.4, which has no wheel for Python 3.13.
 compile constraints-py313.txt --universal --python-version 3.13 --override tools/py313_overrides.txt
+paddle="paddlepaddle==2.6.2" # the newest whose GPU build is on PyPI
+compile constraints-paddle26.txt --universal --python-version 3.10 --override tools/paddle26_overrides.txt
 
 # The demo's packages change none of constraints.txt: what stands there is held, and left out of the file.
 {

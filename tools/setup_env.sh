@@ -6,13 +6,18 @@
 #     bash tools/setup_env.sh --print    only say what would be installed
 #
 # From the environment:
-#     PYTHON            the Python to make .venv with (3.10 to 3.13); default: python3, or the first that fits
-#     PADDLE_PACKAGE    default: paddlepaddle, or paddlepaddle-gpu where an NVIDIA driver answers, at the pinned version
-#     PADDLE_INDEX_URL  where paddlepaddle-gpu comes from; default: Paddle's own index, CUDA 12.6
+#     PYTHON            the Python to make .venv with (3.10 to 3.13; for Paddle 2.6 to 3.12); default: python3, or the
+#                       first that fits
+#     PADDLE_PACKAGE    default: paddlepaddle, or paddlepaddle-gpu where an NVIDIA driver answers, at the pinned version.
+#                       paddlepaddle==2.6.2 and paddlepaddle-gpu==2.6.2 have pins of their own. What was asked for once
+#                       stays until something else is asked for
+#     PADDLE_INDEX_URL  where paddlepaddle-gpu comes from; default: Paddle's own index, CUDA 12.6, or CUDA 12.9 for a GPU
+#                       of compute capability 10.0 or more; for 2.6: PyPI
+#     VENV_DIR          the folder of the environment; default: .venv
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv=${VENV_DIR:-.venv}
 stamp=$venv/installed.txt # what this script has put into .venv: written last
 
 say() { echo "setup: $*"; }
@@ -48,30 +53,52 @@ if [ "${1:-}" = --demo ]; then
     exit 0
 fi
 
+# Choose Paddle: what PADDLE_PACKAGE names, or has named before; else the CPU build, unless an NVIDIA driver answers.
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' |
+    sort -V | tail -1) || true # of the newest GPU, such as 8.6; empty where none is known
+capability_is_at_least() { [ -n "$capability" ] && [ "${capability%.*}" -ge "$1" ]; }
+asked=${PADDLE_PACKAGE:-}
+if [ -z "$asked" ] && [ -f $stamp ]; then # "# PACKAGE [from INDEX] (asked for)"
+    asked=$(sed -nE '1s/^# ([^ ]+)( from [^ ]+)? \(asked for\)$/\1/p' $stamp)
+    [ -z "$asked" ] || PADDLE_INDEX_URL=$(sed -nE '1s/^# [^ ]+( from ([^ ]+))? .*/\2/p' $stamp)
+fi
+constraints=constraints.txt newest_python=13
+case "$asked" in
+*==2.6.*) constraints=constraints-paddle26.txt newest_python=12 ;;
+esac
+if [ "$asked" = "${asked#paddlepaddle-gpu==2.6.}" ]; then
+    cuda=cu126
+    if capability_is_at_least 10; then cuda=cu129; fi
+    default_index=https://www.paddlepaddle.org.cn/packages/stable/$cuda/
+else
+    default_index="" # PyPI
+    ! capability_is_at_least 9 ||
+        fail "$asked has no code for this GPU's compute capability $capability: it ends at 8.9; take Paddle 3, see docs/install.md"
+fi
+
 # Choose the Python: the one .venv has, or $PYTHON, or the first of the usual names that Paddle has wheels for.
 supported() {
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+    "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest_python))" >/dev/null 2>&1
 }
+pythons="Python 3.10 to 3.$newest_python${asked:+, which $asked needs}"
 if [ -d $venv ]; then
     python=$venv/bin/python
-    supported $python || fail "$venv has no working Python 3.10 to 3.13: move it away and run this again"
+    supported $python || fail "$venv has no working $pythons: move it away and run this again"
 elif [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
-    supported "$python" || fail "PYTHON=$PYTHON: not a working Python 3.10 to 3.13"
+    supported "$python" || fail "PYTHON=$PYTHON: not a working $pythons"
 else
     for python in python3 python3.12 python3.11 python3.10 python3.13 none; do
         if supported $python; then break; fi
     done
-    [ $python != none ] || fail "no Python 3.10 to 3.13 found: install one (sudo apt-get install python3), or set PYTHON"
+    [ $python != none ] || fail "no $pythons found: install one (sudo apt-get install python3), or set PYTHON"
 fi
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-constraints=constraints.txt
 if [ "$version" = 3.13 ]; then constraints=constraints-py313.txt; fi
 
-# Choose Paddle: the CPU build, unless an NVIDIA driver answers.
 pinned=$(sed -n 's/^paddlepaddle==\([^ ;]*\).*/\1/p' $constraints)
-if [ -n "${PADDLE_PACKAGE:-}" ]; then
-    paddle=$PADDLE_PACKAGE
+if [ -n "$asked" ]; then
+    paddle=$asked
 elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
     paddle=paddlepaddle-gpu==$pinned
 else
@@ -79,7 +106,7 @@ else
 fi
 index=""
 case "$paddle" in
-paddlepaddle-gpu*) index=${PADDLE_INDEX_URL-https://www.paddlepaddle.org.cn/packages/stable/cu126/} ;;
+paddlepaddle-gpu*) index=${PADDLE_INDEX_URL-$default_index} ;;
 esac
 
 # The packages to install: every pin but Paddle's, and but those that ppdiffusers and paddlenlp ask for and never import
@@ -87,7 +114,7 @@ esac
 # libGL; opencv-python-headless is the same cv2 without windows.
 packages=$(sed -E -e '/^(#|paddlepaddle==|ligo-segments==|onnxoptimizer==|paddle2onnx==)/d' \
     -e 's/^opencv-python==/opencv-python-headless==/' $constraints)
-wanted="# $paddle ${index:+from $index}
+wanted="# $paddle${index:+ from $index}${asked:+ (asked for)}
 $packages"
 
 if [ "${1:-}" = --print ]; then
@@ -105,6 +132,18 @@ set_processor() {
 }
 installed() { [ -f $stamp ] && [ "$(cat $stamp)" = "$wanted" ] && set_processor; }
 if installed; then exit 0; fi
+
+# Ask Paddle's index for an answer before anything is changed: many networks do not reach it.
+case "$index" in
+http*)
+    "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)' "$index" 2>/dev/null || {
+        other="PyPI's newest, 2.6.2, has no code for this GPU's compute capability $capability"
+        capability_is_at_least 9 ||
+            other="PyPI has 2.6.2, which needs CUDA 11.8 and cuDNN 8.6: PADDLE_PACKAGE=paddlepaddle-gpu==2.6.2 bash $0"
+        fail "$index does not answer; set PADDLE_INDEX_URL to a mirror of it, or PADDLE_PACKAGE=paddlepaddle==$pinned for the CPU. $other"
+    }
+    ;;
+esac
 
 # One set-up at a time: a second call waits for the first, and finds its work done.
 if command -v flock >/dev/null; then
@@ -170,7 +209,7 @@ install() {
     fail "pip could not install everything: see above and $log; running this again goes on from there"
 }
 : >$log
-if [ -z "$index" ] && [ -z "${PADDLE_PACKAGE:-}" ]; then
+if [ -z "$index" ] && [ "$paddle" = "paddlepaddle==$pinned" ]; then
     install --no-deps -r $venv/packages.txt "$paddle"
 else
     install --no-deps -r $venv/packages.txt

@@ -21,6 +21,8 @@ GROUPS = {
     "half_precision": False,
     "attention": False,
     "training_steps": False,
+    "loops": False,
+    "parallel": True,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,15 +34,20 @@ def run_groups(device, *, quick=False, groups=None):
     Args:
         device: `auto`, `cpu`, `gpu` or `gpu:N`.
         quick: leave out the groups, and the checks of the others, that take longer.
-        groups: names of `GROUPS`; None: all of them.
+        groups: names of `GROUPS`; None: all of them. Without a device those after `environment` are skipped.
     """
+    without_device = False
     for group, is_long in GROUPS.items():
         if groups is not None and group not in groups:
             continue
         if quick and is_long:
             yield Verdict(group, "all", SKIPPED, "--quick")
+        elif without_device:
+            yield Verdict(group, "all", SKIPPED, "there is no device to ask")
         else:
-            yield from run_group(group, device, quick=quick)
+            for verdict in run_group(group, device, quick=quick):
+                without_device |= (verdict.group, verdict.check, verdict.status) == ("environment", "device", WRONG)
+                yield verdict
 
 
 def run_group(group, device, *, quick=False, timeout=TIMEOUT):
@@ -58,7 +65,7 @@ def run_group(group, device, *, quick=False, timeout=TIMEOUT):
         running = "start"
         try:
             for line in process.stdout:
-                told = json.loads(line)
+                told = json.loads(without_paths(line.decode()))
                 if "verdict" in told:
                     yield Verdict(**told["verdict"])
                 running = told.get("running", "after the check before")
@@ -68,8 +75,15 @@ def run_group(group, device, *, quick=False, timeout=TIMEOUT):
             _kill(process)  # what it has started, and itself if nobody reads on
             process.wait()
         if code:
-            text = f"took more than {timeout} s" if late.is_set() else _ending(code, errors)
+            text = f"took more than {timeout} s" if late.is_set() else without_paths(_ending(code, errors))
             yield Verdict(group, running, WRONG, text)
+
+
+def without_paths(text):
+    """Returns a text in which the folders of this project and of the user have short names."""
+    for folder, name in ((ROOT, "."), (sys.prefix, ".venv"), (os.path.expanduser("~"), "~")):
+        text = text.replace(folder, name) if len(folder) > 1 else text
+    return text
 
 
 def _kill(process):

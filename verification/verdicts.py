@@ -93,6 +93,8 @@ def judge(group, check):
         status, text = SKIPPED, str(reason)
     except Wrong as wrong:
         status, text, figures = WRONG, str(wrong), wrong.figures
+    except ValueError as error:  # a sentence, as those of the commands
+        status, text = WRONG, one_line(error)
     except Exception as error:  # an operator without a kernel, a driver that does not fit, no memory, ...
         status, text = WRONG, f"{type(error).__name__}: {one_line(error)}"
     return Verdict(group, check.name, status, text, round(time.perf_counter() - start, 2), figures)

@@ -19,6 +19,8 @@ GROUPS = {
     "environment": False,
     "loops": False,
     "parallel": True,
+    "speed": False,
+    "pipelines": False,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

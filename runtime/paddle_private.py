@@ -289,3 +289,32 @@ def forget_degrees():
 
     topology._HYBRID_PARALLEL_GROUP = None
     fleet.fleet.__dict__.pop("_hcg", None)
+
+
+# Memory.
+
+
+def allocated_bytes(which):
+    """Returns "current" or "peak" bytes that Paddle's allocator has given out on the current device."""
+    from paddle.base import core
+
+    kind, index = _memory_of_device()
+    return getattr(core, f"{kind}_memory_stat_{which}_value")("Allocated", index)
+
+
+def count_peak_anew():
+    """Lets the peak of `allocated_bytes` begin now; returns False before Paddle 3, which can't."""
+    from paddle.base import core
+
+    kind, index = _memory_of_device()
+    reset = getattr(core, f"{kind}_memory_stat_reset_peak_value", None)
+    if reset is not None:
+        reset("Allocated", index)
+    return reset is not None
+
+
+def _memory_of_device():
+    import paddle
+
+    kind, _, index = paddle.get_device().partition(":")
+    return ("host", 0) if kind == "cpu" else ("device", int(index))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from support.device import either
 from support.evaluated import write_program, write_reference
 from support.runs import (
     LOOPS,
@@ -33,6 +34,7 @@ def weights(loop, output, step, name="model_state.pdparams"):
 
 def assert_same(a, b, tolerance=0.0):
     assert a.keys() == b.keys()
+    tolerance = either(tolerance, 5e-3)  # of ten steps of 1e-3: AdamW makes steps of gradients that are rounding alone
     for key in a:
         np.testing.assert_allclose(a[key], b[key], rtol=tolerance, atol=tolerance, err_msg=str(key))
 
@@ -56,12 +58,18 @@ def reference(references):
     return references["DiT"]
 
 
+def same(losses, tolerance=0.0):
+    """What equals `{step: loss}`, to the bit on a CPU."""
+    return pytest.approx(losses, rel=either(tolerance, 1e-4), abs=0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_loops_agree_bit_for_bit(references, kind):
     reference = references[kind]
     losses = [read_losses(reference[loop]) for loop in LOOPS]
     assert list(losses[0]) == list(range(1, 11))
-    assert losses[0] == losses[1]
+    assert losses[0] == same(losses[1])
     assert len(set(losses[0].values())) == 10
     for name in ("model_state.pdparams", "ema_state.pdparams"):
         trainer, notrainer = (weights(loop, reference[loop], 10, name) for loop in LOOPS)
@@ -69,6 +77,7 @@ def test_loops_agree_bit_for_bit(references, kind):
     assert any((trainer[key] != weights("trainer", reference["trainer"], 4)[key]).any() for key in trainer)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("source", LOOPS)
 def test_resume_continues_with_the_same_losses(reference, features, tmp_path, run_loop, loop, source):
@@ -76,11 +85,12 @@ def test_resume_continues_with_the_same_losses(reference, features, tmp_path, ru
     resume = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
     run_loop(loop, [*arguments, resume, checkpoint_path(source, reference[source], 4)])
     expected = {step: loss for step, loss in read_losses(reference["trainer"]).items() if step > 4}
-    assert read_losses(tmp_path / "out") == expected
+    assert read_losses(tmp_path / "out") == same(expected)
     for name in ("model_state.pdparams", "ema_state.pdparams"):
         assert_same(weights(loop, tmp_path / "out", 10, name), weights("trainer", reference["trainer"], 10, name))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", LOOPS)
 def test_run_again_goes_on_where_it_stopped(reference, features, tmp_path, run_loop, loop):
     arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=4)
@@ -88,35 +98,36 @@ def test_run_again_goes_on_where_it_stopped(reference, features, tmp_path, run_l
     run_loop(loop, [*arguments, *extra])
     arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=10)
     run_loop(loop, [*arguments, *extra])
-    assert read_losses(tmp_path) == read_losses(reference[loop])
+    assert read_losses(tmp_path) == same(read_losses(reference[loop]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", LOOPS)
 def test_accumulation_gives_the_losses_of_whole_batches(reference, features, tmp_path, run_loop, loop):
     run_loop(
         loop,
         loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=10, accumulation=2),
     )
-    expected = read_losses(reference[loop])
-    for step, loss in read_losses(tmp_path).items():
-        assert loss == pytest.approx(expected[step], rel=1e-5)
+    assert read_losses(tmp_path) == same(read_losses(reference[loop]), 1e-5)
     assert_same(weights(loop, tmp_path, 10), weights(loop, reference[loop], 10), tolerance=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", LOOPS)
 def test_recompute_changes_nothing(reference, features, tmp_path, run_loop, loop):
     arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=3)
     run_loop(loop, [*arguments, "--recompute", "True"])
     expected = read_losses(reference[loop])
-    assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3)}
+    assert read_losses(tmp_path) == same({step: expected[step] for step in (1, 2, 3)})
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop, loop):
     arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path, steps=4)
     run_loop(loop, [*arguments, "--dataloader_num_workers=2" if loop == "trainer" else "--num_workers=2"])
     expected = read_losses(reference[loop])
-    assert read_losses(tmp_path) == {step: expected[step] for step in (1, 2, 3, 4)}
+    assert read_losses(tmp_path) == same({step: expected[step] for step in (1, 2, 3, 4)})
 
 
 # Real processes. A launch costs ten times as much as a training: one for each number of ranks does all trainings. Every

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import paddle
 import pytest
+from support.device import either
 from support.golden import OFFICIAL, golden_inputs, load_golden, official_network, relative_error
 from support.runs import TINY_MODELS
 
@@ -180,9 +181,9 @@ def test_same_gradients(change):
         out.square().mean().backward()
         outputs.append(out.numpy())
         gradients.append({name: p.grad.numpy() for name, p in model.named_parameters() if not p.stop_gradient})
-    assert relative_error(outputs[1], outputs[0]) < 1e-6
+    assert relative_error(outputs[1], outputs[0]) < either(1e-6, 1e-5)
     for name, gradient in gradients[0].items():
-        assert relative_error(gradients[1][name], gradient) < 1e-5, name
+        assert relative_error(gradients[1][name], gradient) < either(1e-5, 1e-4), name
 
 
 def test_recompute_draws_the_same_random_numbers():

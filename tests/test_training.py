@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from support import device
 from support.golden import GOLDEN, load_golden, relative_error
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, read_losses, write_config
 
@@ -40,6 +41,7 @@ class Toy(nn.Layer):
             parameter.set_value(arrays[f"{prefix}_{name}"])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("decay", [0.9999, 0.9])
 def test_ema_is_the_official_update(decay):
     arrays = load_golden("ema")
@@ -57,6 +59,7 @@ def test_ema_is_the_official_update(decay):
             assert value.dtype == paddle.float32
 
 
+@pytest.mark.gpu
 def test_ema_prefers_master_weights_and_warms_up():
     toy = Toy()
     ema = EMA(toy, decay=0.5)
@@ -169,6 +172,7 @@ def test_schedules_are_those_of_paddlenlp():
             theirs.step()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
 def test_clipping_and_schedule_in_the_loops(loop, features, tmp_path, run_loop):
     config = write_config(tmp_path / "Tiny.json")
@@ -197,6 +201,7 @@ TRAIN_CONFIG = {
 }
 
 
+@pytest.mark.gpu
 def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatch):
     from diffusion import create_diffusion
 
@@ -239,6 +244,7 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
                 assert relative_error(state[name], expected) < 6e-5, key
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
 def test_loops_resume_an_official_training_checkpoint(loop, features, tmp_path, run_loop):
     path = tmp_path / "DiT_official.json"
@@ -309,6 +315,22 @@ def test_half_precision_asked_for_on_a_cpu_trains_in_float32(loop, flags, featur
 
 
 # Checkpoints and output folders.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
+@pytest.mark.parametrize(("dtype", "level"), [("bfloat16", "O1"), ("bfloat16", "O2"), ("float16", "O1")])
+def test_half_precision_trains_as_float32_does(loop, dtype, level, features, tmp_path, run_loop):
+    if device.DEVICE == "cpu":
+        pytest.skip("on a CPU Paddle computes in float32")
+    if dtype == "bfloat16" and paddle.device.cuda.get_device_capability()[0] < 8:
+        pytest.skip("this GPU has no bfloat16")
+    losses = []
+    for amp in ({}, {"amp_dtype": dtype, "amp_level": level}):
+        config, output = write_config(tmp_path / "Tiny.json", **amp), tmp_path / (dtype if amp else "float32")
+        run_loop(loop, loop_arguments(loop, config=config, features=features, output=output, steps=6))
+        losses.append(read_losses(output))
+    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[1] != losses[0]
 
 
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
@@ -470,6 +492,7 @@ def test_incomplete_checkpoints_are_refused(missing, features, tmp_path, run_loo
         load_checkpoint(output / "checkpoint-2")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", ["trainer", "notrainer"])
 def test_nothing_reads_the_device_between_reports(loop, features, tmp_path, run_loop, monkeypatch):
     """Host syncs of ten more steps, reported once either way: none."""

@@ -23,6 +23,8 @@ GROUPS = {
     "training_steps": False,
     "loops": False,
     "parallel": True,
+    "speed": False,
+    "pipelines": False,
 }
 TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from support import device
+from verification import tiny_runs
 from verification.tiny_runs import (  # noqa: F401 (for the tests)
     LOOPS,
     ROOT,
@@ -13,7 +15,6 @@ from verification.tiny_runs import (  # noqa: F401 (for the tests)
     command_environment,
     free_port,
     launch_command,
-    loop_arguments,
     read_losses,
     read_metrics,
     resume_flag,
@@ -21,6 +22,11 @@ from verification.tiny_runs import (  # noqa: F401 (for the tests)
     write_config,
     write_features,
 )
+
+
+def loop_arguments(loop, **run):
+    """As `verification.tiny_runs.loop_arguments`, on the device of --device."""
+    return tiny_runs.loop_arguments(loop, **{"device": device.DEVICE, **run})
 
 
 def launch(ranks, script, arguments, log_dir, timeout=900):

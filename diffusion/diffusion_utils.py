@@ -24,6 +24,11 @@ def full_precision(function):
     return wrapper
 
 
+def normal_like(x):
+    """Returns standard normal noise of a tensor's shape and type."""
+    return paddle.randn(x.shape, dtype=x.dtype)
+
+
 def mean_flat(tensor):
     """Returns the mean over all dimensions but the first: `(N, ...)` -> `(N,)`."""
     return tensor.mean(axis=list(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
@@ -59,8 +64,9 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     """
     centered = x - means
     inv_std = paddle.exp(-log_scales)
-    cdf_upper = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
-    cdf_lower = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
+    half_bin = paddle.full_like(x, 1.0 / 255.0)  # a bare number is rounded to float32 by Paddle 2.6
+    cdf_upper = approx_standard_normal_cdf(inv_std * (centered + half_bin))
+    cdf_lower = approx_standard_normal_cdf(inv_std * (centered - half_bin))
 
     inside = cdf_upper - cdf_lower
     probability = paddle.where(x < -0.999, cdf_upper, paddle.where(x > 0.999, 1.0 - cdf_lower, inside))

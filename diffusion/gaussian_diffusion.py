@@ -14,7 +14,14 @@ from collections import deque
 
 import paddle
 
-from .diffusion_utils import at_least_float32, discretized_gaussian_log_likelihood, full_precision, mean_flat, normal_kl
+from .diffusion_utils import (
+    at_least_float32,
+    discretized_gaussian_log_likelihood,
+    full_precision,
+    mean_flat,
+    normal_kl,
+    normal_like,
+)
 from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType, check_timesteps  # noqa: F401 (so are these)
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F401 (here in the official code, too)
 
@@ -56,7 +63,7 @@ class GaussianDiffusion(GaussianProcess):
         check_timesteps(t, x_start)
         x_start = at_least_float32(x_start)
         if noise is None:
-            noise = paddle.randn_like(x_start)
+            noise = normal_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
 
         if self.loss_type.is_vb():
@@ -105,7 +112,7 @@ class GaussianDiffusion(GaussianProcess):
         terms = []
         for i in self._indices(progress):
             t = self._timesteps(i, x_start)
-            noise = paddle.randn_like(x_start)
+            noise = normal_like(x_start)
             x_t = self.q_sample(x_start, t, noise)
             out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
@@ -149,11 +156,11 @@ class GaussianDiffusion(GaussianProcess):
         """Draws x_{t-1}, one DDPM step: a dict of "sample" and "pred_xstart", of `x`'s shape.
 
         Arguments as in `p_mean_variance` and `condition_mean`. `draw_noise(x)` returns standard normal noise as `x`;
-        None draws it by `paddle.randn_like`.
+        None draws it by `paddle.randn`.
         """
         x = at_least_float32(x)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = paddle.randn_like(x) if draw_noise is None else draw_noise(x)
+        noise = normal_like(x) if draw_noise is None else draw_noise(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs)
         with paddle.amp.auto_cast(enable=False):
@@ -196,7 +203,7 @@ class GaussianDiffusion(GaussianProcess):
         x = at_least_float32(x)
         pred_xstart, eps = self._ddim_prediction(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         if draw_noise is None:
-            noise = paddle.randn_like(x)  # drawn for eta = 0 too, so that eta does not change the random stream
+            noise = normal_like(x)  # drawn for eta = 0 too, so that eta does not change the random stream
         else:
             noise = draw_noise(x) if eta > 0 else 0.0
         with paddle.amp.auto_cast(enable=False):

@@ -5,7 +5,7 @@ import enum
 import numpy as np
 import paddle
 
-from .diffusion_utils import at_least_float32, full_precision
+from .diffusion_utils import at_least_float32, full_precision, normal_like
 
 
 class ModelMeanType(enum.Enum):
@@ -136,7 +136,7 @@ class GaussianProcess:
     def q_sample(self, x_start, t, noise=None):
         """Draws from q(x_t | x_0), of `x_start`'s shape; `noise` (same shape) is drawn if not given."""
         if noise is None:
-            noise = paddle.randn_like(x_start)
+            noise = normal_like(x_start)
         if list(noise.shape) != list(x_start.shape):
             raise ValueError(f"noise has shape {list(noise.shape)}, x_start {list(x_start.shape)}: they must be equal")
         signal, sigma = self._extract(t, x_start, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")

@@ -68,7 +68,8 @@ class LossSecondMomentResampler(ScheduleSampler):
     @full_precision
     def weights(self):
         weights = paddle.sqrt((self._loss_history**2).mean(axis=1))  # (num_timesteps,)
-        weights = (1 - self.uniform_prob) * weights / weights.sum() + self.uniform_prob / self.num_timesteps
+        uniform = paddle.full_like(weights, self.uniform_prob / self.num_timesteps)  # Paddle 2.6 rounds a bare number
+        weights = (1 - self.uniform_prob) * weights / weights.sum() + uniform
         warmed_up = (self._loss_counts >= self.history_per_term).all()
         return paddle.where(warmed_up, weights, paddle.ones_like(weights))
 

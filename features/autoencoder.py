@@ -10,6 +10,7 @@ import numpy as np
 
 from config.options import ABOVE_0, REQUIRED, VAE_KEYS, Option
 from config.schema import SCALING_KEYS, check_section
+from runtime.paddle_private import cast_layer
 from runtime.untrusted import shortened
 
 
@@ -194,7 +195,7 @@ def fold_scaling(vae):
     settings.update(dict.fromkeys(SCALING_KEYS[1:]), use_quant_conv=True, use_post_quant_conv=True)
     folded = type(vae).from_config(settings)
     folded.set_state_dict({name: paddle.to_tensor(value) for name, value in state.items()})
-    folded.to(dtype=vae.dtype)
+    cast_layer(folded, vae.dtype)
     folded.eval()
     return folded
 

@@ -139,8 +139,10 @@ class FeatureLoader:
             return self._by_processes()
         import paddle
 
+        from runtime.paddle_private import from_host
+
         one_by_one = itertools.starmap(self._dataset.read, self.sampler.batches())
         batches = self._by_thread() if self._num_workers else one_by_one
         # On a CPU the tensors are the arrays, without another copy.
-        convert = paddle.from_dlpack if paddle.get_device() == "cpu" else paddle.to_tensor
+        convert = from_host if paddle.get_device() == "cpu" else paddle.to_tensor
         return ([convert(array) for array in batch] for batch in batches)

@@ -4,6 +4,8 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from runtime.paddle_private import fused_attention_fits
+
 from .parallel import column_linear, row_linear
 
 
@@ -14,7 +16,7 @@ def scaled_dot_product(q, k, v, *, fused):
     newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim allow. Same
     numbers up to rounding.
     """
-    if fused:
+    if fused and fused_attention_fits(q):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (z.transpose([0, 2, 1, 3]) for z in (q, k, v))  # (N, heads, T, head_dim)
     weights = F.softmax(paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True), axis=-1)  # (N, heads, T, T)

@@ -38,7 +38,8 @@ class LatentTransformer(ops.Layer):
       can't be guided;
     - learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021);
     - fused_attention: use Paddle's fused attention where device and dtype allow; same numbers;
-    - enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients;
+    - enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients; a
+      second pass through a kept graph is a crash of Paddle 2.6;
     - single_backward: the promise that each forward pass is followed by one first-order backward pass at most, to all
       parameters and inputs that want a gradient, as in a training step. Layers on a CPU, and recompute, then cost less;
       anything else of their graph (`paddle.grad` to some of these, a second pass, `create_graph`) is an error of

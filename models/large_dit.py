@@ -10,6 +10,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from runtime.paddle_private import swiglu
+
 from . import ops
 from .attention import scaled_dot_product
 from .base import LatentTransformer
@@ -100,7 +102,7 @@ class FeedForward(nn.Layer):
 
     def forward(self, x):
         x = share_input(x, self.group)
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class LargeDiTBlock(ops.Layer):

@@ -22,11 +22,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def swiglu(gate, x):
-    """Returns `silu(gate) * x`, by Paddle's fused kernel where this version of Paddle has it (all devices)."""
-    return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
-
-
 def rms_norm(x, weight, epsilon):
     """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type; in float32 in any case."""
     with paddle.amp.auto_cast(enable=False):

@@ -18,7 +18,8 @@ class DropsVariance:
 
         The times go to the timestep embedding unscaled.
         """
-        out = super().forward(x, t, y, force_drop_ids, hooks)  # (N, out_channels, H, W)
+        # Not a bare `super()`, which Paddle 2.6 can't trace.
+        out = super(DropsVariance, self).forward(x, t, y, force_drop_ids, hooks)  # noqa: UP008  (N, out_channels, H, W)
         return out[:, : self.in_channels]
 
 

@@ -108,8 +108,12 @@ def expected_shapes(model_config):
 
 
 def is_rounded(table, exact):
-    """Returns whether a table is the exact one to the rounding of a half precision: bfloat16, the coarser, has 2^-8."""
-    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-8 * np.abs(exact) + 1e-5).all())
+    """Returns whether a table is the exact one in half precision.
+
+    The coarser, bfloat16, is off by 2^-8 at most, and by 2^-7 where it was made by cutting digits off, as by Paddle 2.6
+    on a CPU.
+    """
+    return table.shape == exact.shape and bool((np.abs(table - exact) <= 2.0**-7 * np.abs(exact) + 1e-5).all())
 
 
 def without_rounding(table, exact):

@@ -1,6 +1,7 @@
 """Every private name of Paddle's, and whatever differs between Paddle's versions: it stands here and nowhere else.
 
-Paddle is imported inside the functions, so that this module costs a command's `--help` nothing.
+A function asks for the feature it needs, not for a version; "Paddle 2.6" is 2.6.2 with PaddleNLP 2.8.1. Paddle is
+imported inside the functions, so that this module costs a command's `--help` nothing.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ def full_float32():
     """
     from paddle.base import core
 
-    switches = [(core.get_cublas_switch, core.set_cublas_switch), (core.get_cudnn_switch, core.set_cudnn_switch)]
+    switches = []
+    if hasattr(core, "set_cublas_switch"):  # not so in a build of Paddle 2.6 for CPUs
+        switches = [(core.get_cublas_switch, core.set_cublas_switch), (core.get_cudnn_switch, core.set_cudnn_switch)]
     kept = [get() for get, _ in switches]
     try:
         for _, set_to in switches:
@@ -71,6 +74,95 @@ def compiled_architectures():
     if not hasattr(paddle.version, "cuda_archs"):
         return [(6, 1), (7, 0), (7, 5), (8, 0), (8, 6)]  # of the wheel 2.6.2
     return sorted(divmod(int(number), 10) for number in re.findall(r"\d+", str(paddle.version.cuda_archs())))
+
+
+# Tensors, types and kernels.
+
+
+def from_host(array):
+    """Returns a CPU tensor of a numpy array: the array's own memory, where Paddle can do that (2.6 copies)."""
+    import paddle
+
+    return getattr(paddle, "from_dlpack", paddle.to_tensor)(array)
+
+
+def swiglu(gate, x):
+    """Returns `silu(gate) * x`, by a fused kernel where Paddle has it (2.6 has not), of any device."""
+    from paddle.nn import functional as F
+
+    return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
+
+
+def fused_attention_fits(query):
+    """Returns whether `scaled_dot_product_attention` computes with such queries `(N, T, heads, head_dim)`.
+
+    Paddle 3 chooses a kernel by device, type and size. Paddle 2.6 takes FlashAttention for whatever lies on a GPU, and
+    fails where that has no kernel.
+    """
+    import paddle
+
+    if hasattr(paddle.nn.functional, "sdpa") or not paddle.get_device().startswith("gpu"):
+        return True
+    is_half = query.dtype in (paddle.float16, paddle.bfloat16)
+    return is_half and query.shape[-1] % 8 == 0 and paddle.device.cuda.get_device_capability() >= (8, 0)
+
+
+def cast_layer(layer, dtype):
+    """Does `layer.to(dtype=dtype)`, to half precision by rounding to nearest; on a CPU Paddle 2.6 cuts digits off."""
+    import numpy as np
+    import paddle
+
+    kind = str(dtype).removeprefix("paddle.")
+    # In float16 and in bfloat16 the nearest number to this one lies above it.
+    probe = paddle.to_tensor(np.float32([1 + 2**-8 + 2**-11 + 2**-12]), place=paddle.CPUPlace())
+    if kind in ("float16", "bfloat16") and float(probe.astype(kind).astype("float32") - probe) < 0:
+        for tensor in layer.state_dict(use_hook=False).values():
+            if tensor.dtype == paddle.float32 and tensor.place.is_cpu_place():
+                tensor.set_value(_rounded(tensor.numpy(), kind))
+    layer.to(dtype=dtype)
+
+
+def _rounded(array, dtype):
+    """Returns float32 numbers as the nearest ones of float16 or bfloat16, in float32 still; array: float32."""
+    import numpy as np
+
+    if dtype == "float16":
+        with np.errstate(over="ignore"):  # beyond 65504 is infinity
+            return array.astype("float16").astype("float32")
+    bits = array.view("uint32")  # of which bfloat16 has the upper half; the even one of two that are equally near
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(array), rounded.view("float32"), array)
+
+
+def check_program(path):
+    """Raises ValueError for a kind of program, by its suffix, that this Paddle would crash on."""
+    import paddle
+    from paddle import inference
+
+    if path.endswith(".json") and not hasattr(inference.Config, "enable_new_ir"):
+        raise ValueError(f"{path}: a program of Paddle 3, which Paddle {paddle.__version__} can't load; export it anew")
+
+
+def cpu_runs_bfloat16():
+    """Returns whether Paddle Inference can compute in bfloat16 on a CPU that has it; 2.6 fails in most networks."""
+    from paddle import inference
+
+    return hasattr(inference.Config, "enable_onednn_bfloat16")
+
+
+def run_predictor(predictor, inputs):
+    """Returns the list of outputs of a Paddle Inference predictor for a list of tensors, one for each of its inputs."""
+    import paddle
+    from paddle import inference
+
+    if "inputs: object" not in inference.Predictor.run.__doc__:
+        return predictor.run(inputs)
+    # Paddle 2.6's `run` of objects crashes the process.
+    for name, x in zip(predictor.get_input_names(), inputs, strict=True):
+        predictor.get_input_handle(name).share_external_data(x)
+    predictor.run()
+    handles = map(predictor.get_output_handle, predictor.get_output_names())
+    return [paddle.to_tensor(handle.copy_to_cpu()) for handle in handles]
 
 
 # Optimizers and their wrappers.
@@ -126,6 +218,8 @@ def adamw_accumulators(optimizer, parameters, names):
     """Returns `{accumulator: tensor}` of AdamW for each of `parameters`, made at 0 where there is none yet."""
     import paddle
 
+    if vars(optimizer).get("helper", optimizer) is None:  # Paddle 2.6 makes the state through it, at the first step
+        optimizer.helper = paddle.base.layer_helper.LayerHelper(type(optimizer).__name__)
     optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
     return [{name: optimizer._get_accumulator_master(name, parameter) for name in names} for parameter in parameters]
 
@@ -183,10 +277,23 @@ def found_overflow(scaler):
 
 def skipped_step(scaler):
     """Returns whether the loss scaler has left out the last optimizer step, because its gradients overflowed."""
-    return scaler._cache_found_inf
+    name = "_cache_found_inf" if hasattr(scaler, "_cache_found_inf") else "_cache_founf_inf"  # Paddle 2.6's spelling
+    return bool(getattr(scaler, name))
 
 
 # Fleet, collectives and networks.
+
+
+def trainer_arguments(arguments_class, values):
+    """Makes PaddleNLP's arguments of `{name: value}`; ValueError for a value that it does not take.
+
+    PaddleNLP 2.8 has no `ddp_find_unused_parameters`: there it is always False.
+    """
+    values = dict(values)
+    if "ddp_find_unused_parameters" not in arguments_class.__dataclass_fields__:
+        if values.pop("ddp_find_unused_parameters", False):
+            raise ValueError("--ddp_find_unused_parameters True: this PaddleNLP does not have it")
+    return arguments_class(**values)
 
 
 def tensor_parallel_group():
@@ -247,7 +354,7 @@ def operators():
 
 def keep_own_parameters_float32(layer):
     """Makes AMP O2 leave a layer's own parameters in float32; those of its sublayers are cast as usual."""
-    layer._cast_to_low_precision = False
+    layer._cast_to_low_precision = layer._cast_to_low_precison = False  # Paddle 2.6 asks for the second one
 
 
 def sum_gradient_over_group(x, group):

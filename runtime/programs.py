@@ -6,6 +6,7 @@ A program is code: one from somebody else can do on this machine whatever Paddle
 import os
 import warnings
 
+from runtime.paddle_private import check_program, run_predictor
 from runtime.untrusted import shortened
 
 # A program's file: of Paddle 3, and of Paddle 2; and the file of its weights.
@@ -48,6 +49,7 @@ class Program:
     def __init__(self, path, device, dtype="float32", *, by_onednn=True, failing="cannot run it"):
         from paddle import inference
 
+        check_program(path)
         self._path, self._failing = path, failing
         config = inference.Config(path, weights_of(path))
         config.disable_glog_info()
@@ -70,7 +72,7 @@ class Program:
         self.num_outputs = len(self._predictor.get_output_names())
 
     def __call__(self, *inputs):
-        return self._one_line(self._failing, self._predictor.run, [x.contiguous() for x in inputs])
+        return self._one_line(self._failing, run_predictor, self._predictor, [x.contiguous() for x in inputs])
 
     def _one_line(self, what, function, *inputs):
         import paddle

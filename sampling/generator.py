@@ -17,6 +17,7 @@ from config.options import DEFAULT_VAE, SIT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
+from runtime.paddle_private import cast_layer
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes
@@ -234,7 +235,7 @@ def from_weights(config, state, vae, *, dtype=None, source="weights"):
     network = load_network(config["model"], state, source)
     digests = partial(layer_digests, network, vae)
     if dtype is not None:
-        network.to(dtype=dtype)
+        cast_layer(network, dtype)
         network = in_float32(network)
     sizes = latent_sizes(config["model"])
     return Generator(network, sampler, vae=vae, guided_channels=None, digests=digests, **sizes)

@@ -8,6 +8,8 @@ ppdiffusers guides all latent channels. The published DiT figures belong to the 
 import numpy as np
 import paddle
 
+from transport.sampler import host_value
+
 
 def default_channels(in_channels):
     """Returns `channels` of `guided`: 3 of 4 as in the official code, else all; 3 of 16 would hardly guide anything."""
@@ -44,10 +46,10 @@ def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
 def _inside(interval, t):
     """Returns whether guidance is on at t `(N,)`, one time for the whole batch: both ends count, in t's precision.
 
-    A time that says its `host_value` (those of `transport.Sampler`) is not read back from the device.
+    A time of `transport.Sampler` is not read back from the device.
     """
     if interval is None:
         return True
-    value = getattr(t, "host_value", None)
+    value = host_value(t)
     value = float(t[0]) if value is None else value
     return np.float32(interval[0]) <= np.float32(value) <= np.float32(interval[1])

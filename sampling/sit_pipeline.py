@@ -26,6 +26,7 @@ from config.schema import MODEL_TYPES
 from models import MODELS, SiT, get_2d_sincos_pos_embed
 from models.state import without_rounding
 from objectives.transport import sample_transport
+from runtime.paddle_private import cast_layer
 from runtime.process import is_terminal
 from runtime.untrusted import inside, listed
 from sampling.generator import Generator, in_float32, latent_sizes, layer_digests, load_network
@@ -175,7 +176,9 @@ class SiTPipeline(DiffusionPipeline):
         scheduler, vae = TransportScheduler.from_folder(folder), load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         pipe.features = index_features(index, folder)
-        return pipe if paddle_dtype is None else pipe.to(dtype=paddle_dtype)
+        for part in (transformer, vae) if paddle_dtype is not None else ():
+            cast_layer(part, paddle_dtype)
+        return pipe
 
     @property
     def dtype(self):

@@ -176,7 +176,7 @@ def test_sampling_loops_are_the_official_ones(tiny, monkeypatch, name, respacing
     z, y = tensors(case, "z", "y")
     steps = len(case["timestep_map"])
     noise = case.get("noise_seq", np.ones([steps, *z.shape], "float32"))  # at eta = 0 it must not matter
-    rest = replay(monkeypatch, "randn_like", noise)
+    rest = replay(monkeypatch, "randn", noise)
     kind = "ddim" if respacing.startswith("ddim") else "p"
     arguments = {
         "noise": z,
@@ -194,7 +194,7 @@ def test_sampling_loops_are_the_official_ones(tiny, monkeypatch, name, respacing
         assert_close(outputs[i]["pred_xstart"], case[f"step{i}_pred_xstart"], loose)
     assert_close(outputs[-1]["sample"], case["final"], tol)
 
-    replay(monkeypatch, "randn_like", noise)
+    replay(monkeypatch, "randn", noise)
     final = getattr(diffusion, f"{kind}_sample_loop")(denoiser, z.shape, **arguments)
     assert (final == outputs[-1]["sample"]).all()
 
@@ -432,8 +432,8 @@ def test_the_bound_trains_the_variance_only():
     t = paddle.to_tensor([1, 9, 99, 999])
     losses = diffusion.training_losses(lambda x, t: output, paddle.randn([4, 2, 3, 3]), t)
     losses["vb"].sum().backward()
-    assert (output.grad[:, :2] == 0).all()
-    assert (output.grad[:, 2:] != 0).all()
+    for_mean, for_variance = np.split(output.grad.numpy(), 2, axis=1)
+    assert (for_mean == 0).all() and (for_variance != 0).all()
 
 
 def test_q_mean_variance_is_the_distribution_that_q_sample_draws_from():
@@ -563,7 +563,7 @@ def test_calc_bpd_loop_adds_up_its_pieces(monkeypatch):
     model = gaussian_denoiser(diffusion)
     x_start = (DATA_STD * paddle.randn([3, 2, 4, 4])).clip(-1, 1)
     noise = np.random.default_rng(0).standard_normal([6, 3, 2, 4, 4]).astype("float32")
-    replay(monkeypatch, "randn_like", noise)
+    replay(monkeypatch, "randn", noise)
     out = diffusion.calc_bpd_loop(model, x_start, clip_denoised=False)
     assert set(out) == {"total_bpd", "prior_bpd", "vb", "xstart_mse", "mse"}
     assert out["vb"].shape == out["xstart_mse"].shape == out["mse"].shape == [3, 6]
@@ -667,8 +667,6 @@ def test_hot_paths_never_wait_for_the_device(monkeypatch):
     for name in ("numpy", "item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(paddle.Tensor, name, wait)
     monkeypatch.setattr(paddle, "to_tensor", wait)
-    # Paddle's own reads the shape from a tensor that lies on the host.
-    monkeypatch.setattr(paddle, "randn_like", lambda x: paddle.randn(x.shape, dtype=x.dtype))
     work()
 
 

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from support.golden import GOLDEN
 from support.pipelines import make_config, make_model, make_vae, state_of, tree_of, write_checkpoint
+from support.versions import PADDLE_2
 
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
+from runtime.programs import PROGRAMS
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from tools import export_inference
@@ -99,6 +101,7 @@ def test_programs_whose_weights_are_not_finite_are_named(models, tmp_path):
 
 
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 (avx512_bf16 or AMX)")
+@pytest.mark.skipif(PADDLE_2, reason="Paddle 2.6 fails in most networks; it is refused")
 @pytest.mark.parametrize("kind", ["dit", "large_dit", "checkpoint"])
 def test_bfloat16_draws_nearly_that(models, kind):
     source, exported = models[kind]
@@ -170,14 +173,26 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def program_of(folder):
+    return next(path for name in PROGRAMS if (path := folder / "vae" / name).exists())
+
+
 def spoil(folder):
-    path = folder / "vae" / "model.json"
-    path.write_bytes(b"{" + path.read_bytes()[1:].replace(b"conv2d", b"c\nnv2d"))
+    path = program_of(folder)
+    path.write_bytes(path.read_bytes().replace(b"conv2d", b"c\nnv2d"))
+
+
+def spoil_an_old_one(folder):
+    if PADDLE_2:
+        pytest.skip("Paddle 2.6 crashes on a damaged program")
+    spoil(folder)
+    edit("sha256", None)(folder)
 
 
 def lead_out(folder):
-    (folder / "vae" / "model.json").unlink()
-    (folder / "vae" / "model.json").symlink_to(GOLDEN / "dit_tiny.pt")
+    path = program_of(folder)
+    path.unlink()
+    path.symlink_to(GOLDEN / "dit_tiny.pt")
 
 
 @pytest.mark.parametrize(
@@ -198,8 +213,10 @@ def lead_out(folder):
         (cut, r"model.pdiparams: has [\d,]+ bytes, inference.json says [\d,]+: the folder is not whole"),
         (lambda folder: (folder / "vae" / "model.pdiparams").unlink(), "model.pdiparams: is missing, inference.json"),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json: no such"),
-        (spoil, r"vae/model.json: Paddle [\d.]+ cannot load it: "),
-        (lead_out, "vae/model.json: leads out of the folder"),
+        (edit("sha256", []), r"sha256 is \[\], expected checksums"),
+        (spoil, r"vae/model\.\w+: is not the program whose sha256 inference.json has"),
+        (spoil_an_old_one, r"vae/model\.json: Paddle [\d.]+ cannot load it: "),
+        (lead_out, r"vae/model\.\w+: leads out of the folder"),
     ],
 )
 def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
@@ -244,7 +261,9 @@ def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
 
 def test_mistakes(models, tmp_path, monkeypatch):
     source, exported = models["dit"]
+    bfloat16 = ["--backend", "inference", "--dtype", "bfloat16"]
     for path, flags, message in (
+        *([(exported, bfloat16, "dtype bfloat16: .*; use float32")] if PADDLE_2 else []),
         (exported, [], "holds programs for Paddle Inference; if you trust whoever made them .* --backend inference"),
         (source, ["--dtype", "bfloat16"], "--dtype bfloat16: Paddle computes in float32 only on a CPU"),
         (exported, ["--backend", "inference", "--dtype", "float16"], "dtype float16: .* on a GPU only"),

@@ -13,8 +13,9 @@ from support.runs import ROOT
 from config.schema import load_config, resolve_config
 from models import LargeDiT, LargeSiT, build_model
 from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table
-from models.ops import Operators, swiglu
+from models.ops import Operators
 from models.state import expected_shapes, paddle_to_official
+from runtime.paddle_private import swiglu
 from tools import convert_official_weights
 from weights.files import load_weights
 

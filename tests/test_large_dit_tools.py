@@ -498,7 +498,7 @@ def test_ddpm_sampling(sizes):
         draws = iter(recorded_noise(3, 10, noise.shape))
         diffusion = create_diffusion("10")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(paddle, "randn_like", lambda x: paddle.concat([next(draws)] * 2))
+            patch.setattr(paddle, "randn", lambda shape, dtype: paddle.concat([next(draws)] * 2))
             both = diffusion.p_sample_loop(
                 model.forward_with_cfg,
                 [4, 4, 8, 8],

@@ -1,4 +1,4 @@
-"""Rules of the code that a reader can rely on: imports go down only, and Paddle's private names stand in one file."""
+"""Rules of the code: imports go down only, and one file knows Paddle's private names and its versions."""
 
 import ast
 import functools
@@ -180,3 +180,60 @@ def test_private_names_of_paddle_stand_in_one_file():
         return {name for name in used(path) if is_private(name)} - ours - OTHERS - set(sys.stdlib_module_names)
 
     assert_none([path for path in PRODUCT if path != ROOT / "runtime/paddle_private.py"], find)
+
+
+# -- Versions of Paddle -----------------------------------------------------------------------------------------------
+
+
+def of_frameworks(path):
+    """The names by which a file knows frameworks, their modules and what it imports of them."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else alias.name
+                if module.split(".")[0] in FRAMEWORKS | {"paddlenlp"}:
+                    yield alias.asname or alias.name.split(".")[0]
+
+
+def root(node):
+    while isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def questions(path):
+    """Where a file asks what a framework has, or does more with its version than telling it."""
+    frameworks = set(of_frameworks(path))
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            asks = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
+            if asks and root(node.args[0]) in frameworks:
+                yield f"line {node.lineno}: {node.func.id}"
+        elif isinstance(node, (ast.Compare, ast.Attribute, ast.Subscript)):
+            parts = ast.walk(node) if isinstance(node, ast.Compare) else [node.value]
+            if any(isinstance(part, ast.Attribute) and part.attr == "__version__" for part in parts):
+                yield f"line {node.lineno}: __version__"
+
+
+def test_one_file_knows_what_versions_of_paddle_differ_in():
+    assert_none([path for path in PRODUCT if path != ROOT / "runtime/paddle_private.py"], questions)
+
+
+def test_that_would_be_seen(tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text(
+        """
+import paddle
+from paddle.nn import functional as F
+
+if paddle.__version__ < "3":
+    pass
+if int(paddle.__version__.split(".")[0]) < 3:
+    pass
+hasattr(F, "swiglu")
+getattr(paddle.nn, "sdpa", None)
+f"{paddle.__version__} {getattr(paddle, 'rand')}"
+"""
+    )
+    lines = {5: "__version__", 7: "__version__", 9: "hasattr", 10: "getattr"}
+    assert {*questions(path)} == {f"line {line}: {what}" for line, what in lines.items()}

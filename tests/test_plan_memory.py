@@ -18,6 +18,7 @@ from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_optimizer_sta
 )
 from support.memory_runs import CASES, resolved
 from support.runs import ROOT, TINY, TINY_MODELS, command_environment, loop_arguments, run_script, write_config
+from support.versions import PADDLE_2
 
 from config.schema import load_config, resolve_config
 from models import build_model, cpu_ops
@@ -66,6 +67,9 @@ def test_parameters_come_in_the_networks_order_and_know_what_is_trained(kind):
 # Activations
 
 
+counts_peaks = pytest.mark.skipif(PADDLE_2, reason="Paddle 2.6 can't count a peak anew; what is planned is Paddle 3's")
+
+
 def allocated(which):
     return getattr(core, f"host_memory_stat_{which}_value")("Allocated", 0)
 
@@ -90,6 +94,7 @@ def measured_activations(config, batch, recompute):
     return forward, peak
 
 
+@counts_peaks
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
 @pytest.mark.parametrize(
     "kind, model",
@@ -123,6 +128,7 @@ def test_the_plan_is_within_4_percent_of_every_measured_run():
         assert Plan(*resolved(case)).peak / 2**20 == pytest.approx(measured, rel=0.04), case["name"]
 
 
+@counts_peaks
 def test_a_training_runs_peak_is_the_plans(features, run_loop, tmp_path, monkeypatch):
     """The loop's weights, gradients, moments, EMA, and a step. The host's copies of a checkpoint are left out."""
     path, peaks = write_config(tmp_path / "config.json", "LargeDiT"), []

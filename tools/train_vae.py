@@ -43,6 +43,7 @@ from features.images import (
     unreadable_list,
 )
 from runtime.files import write_json
+from runtime.paddle_private import cast_layer
 from runtime.process import configure_runtime, counted, run_cli
 from runtime.progress import tqdm
 from runtime.untrusted import read_json, read_json_object
@@ -295,7 +296,7 @@ def main(argv: list | None = None) -> None:
         print(f"{counted(len(heldout), 'held-out image')}: PSNR {psnr:.2f} dB")
     print(f"What comes back is {next(words for least, words in MEANING if psnr >= least or not least)}")
     if args.save_dtype == "float16":
-        vae.to(dtype="float16")
+        cast_layer(vae, "float16")
     vae.save_pretrained(args.output, safe_serialization=False)
     if background is not None:
         settings["background"] = background

@@ -7,6 +7,7 @@ from paddlenlp.trainer import TrainingArguments
 from paddlenlp.utils.log import logger
 
 from config.options import PASSED_ON
+from runtime.paddle_private import trainer_arguments
 from training.parallel.cpu import use_plain_collectives
 
 
@@ -43,7 +44,7 @@ def training_arguments(args, training, precision, degrees, *, batch_size):
         **{name: getattr(args, name) for name in PASSED_ON if getattr(args, name) is not None},
     }
     try:
-        made = TrainingArguments(**values)
+        made = trainer_arguments(TrainingArguments, values)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"command line: {error}") from None
     if made.amp_master_grad and made.fp16 and not made.use_hybrid_parallel:

@@ -4,7 +4,8 @@
 official SiT code; formulas: Ma et al. 2024 (arXiv:2401.08740), Sections 2 and 3, and Albergo et al. 2023.
 
 Times are tensors: `(N,)` in the methods that also take a batch `x` `(N, ...)`, any shape in the others. Coefficients
-that come back beside a batch have the shape `(N, 1, ..., 1)`. Computed in float32, or float64 for float64 batches.
+that come back beside a batch have the shape `(N, 1, ..., 1)`. Computed in float32, or float64 for float64 batches; so
+no number is added to a tensor unless float32 has it exactly, because Paddle 2.6 rounds it to that.
 """
 
 import math
@@ -130,7 +131,8 @@ class VPCPlan(ICPlan):
 
     def d_log_mean_coeff(self, t):
         """Returns the derivative of `log(alpha_t)`: `beta_t / 2`."""
-        return 0.5 * (1 - t) * (self.sigma_max - self.sigma_min) + 0.5 * self.sigma_min
+        slope = 0.5 * (1 - t) * (self.sigma_max - self.sigma_min)
+        return slope + paddle.full_like(t, 0.5 * self.sigma_min)
 
     def compute_alpha_t(self, t):
         alpha_t = paddle.exp(self.log_mean_coeff(t))

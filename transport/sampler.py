@@ -6,6 +6,7 @@ Each method of `Sampler` returns a function `sample(x, model, **model_kwargs)`; 
 import collections
 import math
 import numbers
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -288,14 +289,23 @@ def _check_num_steps(num_steps):
         raise ValueError(f"num_steps={num_steps!r}: expected an integer, at least 2 (both ends count)")
 
 
-def _times(t, x):
-    """Returns the time t for each sample of x, `(N,)`: filled on the device, no copy from the host.
+_host_values = {}  # by the id of a tensor of times that is alive; Paddle 2.6 gives tensors no attributes
 
-    Its attribute `host_value` is t, for a model that decides by the time and must not wait for the device.
-    """
+
+def _times(t, x):
+    """Returns the time t for each sample of x, `(N,)`: filled on the device, no copy from the host."""
     times = paddle.full([x.shape[0]], t, dtype=x.dtype)
-    times.host_value = t
+    _host_values[id(times)] = t
+    weakref.finalize(times, _host_values.pop, id(times), None)
     return times
+
+
+def host_value(times):
+    """Returns the one time that a tensor `(N,)` holds which a `Sampler` has given to a model; None of another tensor.
+
+    For a model that decides by the time and must not wait for the device.
+    """
+    return _host_values.get(id(times))
 
 
 def _collect(states, total, trajectory, progress):

@@ -69,8 +69,8 @@ class Transport:
     @full_precision
     def prior_logp(self, z):
         """Returns the log density of N(0, I) in nats, `(N, ...)` -> `(N,)`."""
-        size = math.prod(z.shape[1:])
-        return sum_flat(paddle.square(z)) * -0.5 - 0.5 * size * math.log(2 * math.pi)
+        square = sum_flat(paddle.square(z))
+        return square * -0.5 - paddle.full_like(square, 0.5 * math.prod(z.shape[1:]) * math.log(2 * math.pi))
 
     def check_interval(
         self, train_eps, sample_eps, *, diffusion_form="SBDM", sde=False, reverse=False, eval=False, last_step_size=0.0
@@ -109,7 +109,7 @@ class Transport:
     def sample(self, x1):
         """Draws noise, then times for data `x1` `(N, ...)`; returns `(t, x0, x1)`."""
         x1 = at_least_float32(x1)
-        x0 = paddle.randn_like(x1)
+        x0 = paddle.randn(x1.shape, dtype=x1.dtype)
         return self.sample_timesteps(x1.shape[0]).astype(x1.dtype), x0, x1
 
     def training_losses(self, model, x1, model_kwargs=None, x0=None, t=None):

@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from models.state import check_finite, check_state
+from runtime.paddle_private import cast_layer
 from runtime.process import one_line
 from runtime.untrusted import check_sizes, inside, read_json_object, shortened
 from weights.files import load_weights
@@ -159,7 +160,7 @@ def load_model(model_class, name_or_path, subfolder="", *, class_names=None, dty
         for name, parameter in expected.items():
             parameter.copy_(paddle.to_tensor(state.pop(name)).astype(parameter.dtype), False)
     if dtype is not None:
-        model.to(dtype=dtype)
+        cast_layer(model, dtype)
     model.eval()
     return model
 

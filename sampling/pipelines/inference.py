@@ -22,6 +22,7 @@ from models import LargeDiT
 from models.state import check_finite
 from runtime.files import sha256_of_file, whole_folder, write_json
 from runtime.machine import read_processor
+from runtime.paddle_private import cpu_runs_bfloat16
 from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
 from sampling.generator import Generator
@@ -94,6 +95,7 @@ def export_inference(generator, output_dir):
             **LatentScaling.of(generator.vae.config).as_dict(),
             "scheduler": type(scheduler).__name__,
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
+            "sha256": {name: sha256_of_file(os.path.join(folder, name)).hex() for name in files if is_program(name)},
             "id2label": {str(key): label for key, label in generator.labels.items()},
             "timestep_fit": generator.objective.timestep_fit,
         }
@@ -115,6 +117,8 @@ def check_dtype(device, dtype):
         raise ValueError("dtype float16: Paddle Inference has it on a GPU only; use float32 or bfloat16")
     if device == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16():
         raise ValueError("dtype bfloat16: this CPU does not have it (avx512_bf16 or AMX); use float32")
+    if device == "cpu" and dtype == "bfloat16" and not cpu_runs_bfloat16():
+        raise ValueError(f"dtype bfloat16: Paddle {paddle.__version__} fails to run it on a CPU; use float32")
 
 
 def _load_part(folder, part, manifest, device, dtype):
@@ -171,6 +175,11 @@ def _programs(part):
     return [f"{part}/{name}" for name in PROGRAMS]
 
 
+def is_program(name):
+    """Returns whether a file of a folder of `export_inference` is a program."""
+    return os.path.basename(name) in PROGRAMS
+
+
 def _read_manifest(folder):
     path = inside(folder, MANIFEST)
     manifest = read_json_object(path)
@@ -186,6 +195,7 @@ def _read_manifest(folder):
         "scaling_factor": (ABOVE_0.accepts, "a positive number"),
         "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
         "bytes": (lambda value: isinstance(value, dict) and all(map(INT.accepts, value.values())), "sizes"),
+        "sha256": (lambda value: value is None or isinstance(value, dict), "checksums"),  # None: of an older folder
         "id2label": (is_id2label, '{"0": "name", ...}'),
         "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
     }
@@ -203,4 +213,7 @@ def _read_manifest(folder):
         if found != expected:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise ValueError(f"{file}: {state}, {MANIFEST} says {expected:,}: the folder is not whole")
+    for name, expected in (manifest.get("sha256") or {}).items():  # Paddle 2.6 crashes on a damaged program
+        if sha256_of_file(inside(folder, name)).hex() != expected:
+            raise ValueError(f"{os.path.join(folder, name)}: is not the program whose sha256 {MANIFEST} has")
     return manifest

@@ -122,7 +122,7 @@ def other_epsilon_of_adamw(patch):
         (recompute_without_gradients, "attention", "recompute, SiT", "no gradient of blocks.0.adaLN_modulation"),
         (recompute_of_other_numbers, "attention", "recompute, LargeDiT", " in any use "),
         (cast_positions, "half_precision", "weights, bfloat16", "DiT: pos_embed is paddle.bfloat16, not float32"),
-        (rounded_times, "half_precision", "DiT forward, bfloat16", "out 0.098, at most 0.031"),
+        (rounded_times, "half_precision", "DiT, bfloat16", "out 0.098, at most 0.031"),
         (other_averages, "training_steps", "10 steps of SiT", "loss of the averages 0."),
         (other_epsilon_of_adamw, "training_steps", "10 steps of DiT", "loss 9.7e-05, at most 2e-05"),
     ],
@@ -153,7 +153,7 @@ def test_bounds_of_tf32_are_what_rounding_to_it_gives():
             error = max(pair.error() for pair in parity.CASES[name](True).values())
             assert error == pytest.approx(parity.TF32[name], rel=0.1), name
         for kind in vectors.OFFICIAL:
-            for what, (error, bound) in training_steps.stored_errors("TF32", kind).items():
+            for what, (error, bound) in training_steps.stored_errors(kind, "TF32").items():
                 assert error < 1.1 * bound / parity.ROOM, (kind, what)
         inputs = attention.attention_inputs(256, 72, "float32", wide=True)
         rounded = attention.attend(inputs, fused=False)
@@ -184,7 +184,7 @@ def as_if_gpu(settings, monkeypatch):
     ("group", "parts", "last"),
     [
         ("parity", ["DiT, TF32", "transport gradients, TF32"], "transport gradients, TF32"),
-        ("half_precision", ["DiT forward", "diffusion gradients", "10 steps of SiT"], "10 steps of SiT, float16 O2"),
+        ("half_precision", ["SiT, ", "diffusion gradients"], "10 steps of SiT, float16 O2"),
         ("attention", ["fused", "recompute, LargeSiT"], "recompute, LargeSiT, float16"),
         ("training_steps", ["TF32"], "10 steps of LargeDiT, TF32"),
     ],
@@ -197,7 +197,7 @@ def test_a_gpu_is_asked_more(group, parts, last, as_if_gpu):
 
 def test_a_gpu_without_bfloat16_or_float16_is_not_asked(as_if_gpu):
     as_if_gpu.capability = (7, 5)
-    bfloat16, _, float16, _ = verdicts("half_precision", as_if_gpu, "DiT guidance")[2:6]
+    bfloat16, _, float16, _ = verdicts("half_precision", as_if_gpu, "transport gradients")
     assert bfloat16.status == SKIPPED and float16.status == OK
     assert bfloat16.text.startswith(
         "amp_dtype bfloat16 needs a GPU of compute capability 8.0 or newer, this one has 7.5"

@@ -14,7 +14,7 @@ from runtime.precision import Precision, resolve_precision
 from verification import official, training_steps
 from verification.emulation import emulated
 from verification.parity import ROOM
-from verification.vectors import OFFICIAL, judged
+from verification.vectors import OFFICIAL
 from verification.verdicts import Check, Skip, Wrong, within
 
 # The largest error of each case in the emulation, measured on a CPU: bfloat16, float16. Allowed is `ROOM` times as
@@ -42,9 +42,9 @@ def checks(settings):
 def run_case(settings, dtype, level, case):
     """Judges a case in half precision on a GPU, or emulated."""
     if settings.on_gpu:
-        return case(dtype, precision_on_gpu(dtype, level))
+        return within(case(dtype, precision_on_gpu(dtype, level)))
     with emulated(dtype):
-        text, figures = case(dtype, official.FLOAT32)
+        text, figures = within(case(dtype, official.FLOAT32))
     return f"emulated on a CPU: {text}", figures
 
 
@@ -60,33 +60,35 @@ def precision_on_gpu(dtype, level):
     return precision
 
 
-def vectors(name, *arguments):
-    """Returns a case: a function of `official` with a precision, judged by the bound of `EMULATED`."""
-    bounds = dict(zip(DTYPES, EMULATED[name], strict=True))
-
-    def case(dtype, precision):
-        return judged(getattr(official, name)(*arguments, precision), ROOM * bounds[dtype])
-
-    return case
+def beside(pairs, name, dtype):
+    """Returns `{what: (error, bound)}` of the pairs of a function of `official`, by the bound of `EMULATED`."""
+    bound = ROOM * EMULATED[name][DTYPES.index(dtype)]
+    return {what: (pair.error(), bound) for what, pair in pairs.items()}
 
 
-def steps(errors, *arguments):
-    """Returns a case of training steps, judged by the bounds of `training_steps`."""
+def network(kind, dtype, precision):
+    """The forward pass with plain and fused attention, and guidance."""
+    fused = official.forward(kind, precision, fused_attention=True)
+    return {
+        **beside(official.forward(kind, precision), "forward", dtype),
+        **beside({f"{what}, fused": pair for what, pair in fused.items()}, "forward", dtype),
+        **beside(official.guidance(kind, precision), "guidance", dtype),
+    }
 
-    def case(dtype, precision):
-        return within(errors(dtype, *arguments, precision))
 
-    return case
+def objective(name, dtype, precision):
+    """Losses or gradients by a function of `official`."""
+    return beside(getattr(official, name)(precision), name, dtype)
 
 
+# Each is called with a dtype and a `Precision`, and returns `{what: (error, bound)}`.
 CASES = {
-    **{f"{kind} forward": vectors("forward", kind) for kind in OFFICIAL},
-    **{f"{kind} guidance": vectors("guidance", kind) for kind in OFFICIAL},
-    "diffusion losses": vectors("diffusion_losses"),
-    "diffusion gradients": vectors("diffusion_gradients"),
-    "transport gradients": vectors("transport_gradients"),
-    "4 official steps of DiT": steps(training_steps.official_errors),
-    **{f"10 steps of {kind}": steps(training_steps.stored_errors, kind) for kind in OFFICIAL},
+    **{kind: partial(network, kind) for kind in OFFICIAL},
+    "diffusion losses": partial(objective, "diffusion_losses"),
+    "diffusion gradients": partial(objective, "diffusion_gradients"),
+    "transport gradients": partial(objective, "transport_gradients"),
+    "4 official steps of DiT": training_steps.official_errors,
+    **{f"{training_steps.STEPS} steps of {kind}": partial(training_steps.stored_errors, kind) for kind in OFFICIAL},
 }
 
 

@@ -61,13 +61,13 @@ def checks(settings):
     for mode in ("float32", "TF32") if settings.on_gpu else ("float32",):
         yield Check(f"4 official steps of DiT, {mode}", partial(judge_steps, official_errors, mode))
         for kind in () if settings.quick else OFFICIAL:
-            yield Check(f"{STEPS} steps of {kind}, {mode}", partial(judge_steps, stored_errors, mode, kind))
+            yield Check(f"{STEPS} steps of {kind}, {mode}", partial(judge_steps, partial(stored_errors, kind), mode))
 
 
-def judge_steps(errors, mode, *arguments):
-    """Judges steps in float32 or TF32; `errors` is one of the two functions below."""
+def judge_steps(errors, mode):
+    """Judges steps in float32 or TF32: `errors(mode)` is called, which returns `{what: (error, bound)}`."""
     with full_float32() if mode == "float32" else contextlib.nullcontext():
-        return within(errors(mode, *arguments))
+        return within(errors(mode))
 
 
 def official_errors(mode, precision=FLOAT32):
@@ -80,7 +80,7 @@ def official_errors(mode, precision=FLOAT32):
     return {what: (pairs[what].error(), ROOM * bounds[what]) for what in counted}
 
 
-def stored_errors(mode, kind, precision=FLOAT32):
+def stored_errors(kind, mode, precision=FLOAT32):
     """Returns `{what: (error, bound)}` of ten steps beside the stored ones; mode as of `official_errors`."""
     stored, errors = json.loads(STORED.read_text(encoding="utf-8"))[kind], {}
     for name, values in ten_steps(kind, precision).items():

@@ -15,12 +15,11 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
-from models import cpu_ops, ops
+from models import cpu_ops, large_dit, ops
 from models.embeddings import PatchEmbed
 from runtime.paddle_private import replaced
 
 BITS = {"tf32": 10, "float16": 10, "bfloat16": 7}  # of the mantissa, besides the leading one
-_BETWEEN = ("gelu", "silu", "softmax", "swiglu")  # functions of `paddle.nn.functional` between the products
 
 
 def round_mantissa(x, bits):
@@ -81,7 +80,8 @@ def emulated(kind):
             (paddle, {"matmul": product(paddle.matmul)}),
             (PatchEmbed, {"forward": embed}),
             (cpu_ops, {"faster": lambda: False}),
-            (F, {name: between(getattr(F, name)) for name in _BETWEEN if hasattr(F, name)}),
+            (F, {name: between(getattr(F, name)) for name in ("gelu", "silu", "softmax")}),
+            (large_dit, {"swiglu": between(large_dit.swiglu)}),
             (operators, {name: between(getattr(operators, name)) for name in methods}),
         ):
             stack.enter_context(replaced(module, **functions))

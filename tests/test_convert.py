@@ -71,6 +71,7 @@ def config_file(tmp_path):
     return path
 
 
+@pytest.mark.paddle26
 class TestOfficialConverter:
     def run(self, *arguments):
         convert_official_weights.main([str(argument) for argument in arguments])
@@ -236,6 +237,7 @@ class TestTransformer:
             export_pipeline(config, state_of(make_model(config)), make_vae(3), tmp_path / "out")
 
 
+@pytest.mark.paddle26
 class TestPipeline:
     @pytest.mark.parametrize(
         "sizes, objective, steps, guidance_scale",
@@ -311,6 +313,7 @@ class TestPipelineConverter:
         expected = model_state if key == "model" else ema_state
         np.testing.assert_array_equal(exported["pos_embed.proj.weight"], expected["x_embedder.proj.weight"])
 
+    @pytest.mark.paddle26
     @pytest.mark.parametrize("layout", ["torch", "paddle"])
     def test_official_file_and_pdparams(self, tmp_path, vae_folder, layout):
         config = tmp_path / "DiT.json"

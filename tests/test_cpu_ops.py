@@ -18,6 +18,8 @@ from models.parallel import linear
 from objectives import Batch, build_objective
 from training.optimizer import build_lr_scheduler, build_optimizer
 
+pytestmark = pytest.mark.paddle26
+
 
 def leaf(*shape):
     tensor = paddle.randn(shape)

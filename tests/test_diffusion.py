@@ -31,6 +31,8 @@ from models import build_model
 from models.state import official_to_paddle
 from weights.files import load_weights
 
+pytestmark = pytest.mark.paddle26
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "type": "DiT", "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "num_attention_heads": 4,

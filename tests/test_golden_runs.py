@@ -11,6 +11,8 @@ import pytest
 from golden.runs import record
 from support.runs import ROOT
 
+pytestmark = pytest.mark.paddle26
+
 # Each model by one loop: that both give the same numbers is tests/test_loops.py's.
 LOOP = {"DiT": "trainer", "SiT": "notrainer", "LargeDiT": "notrainer", "LargeSiT": "trainer"}
 TOLERANCE = {"loss": 2e-4, "grad_norm": 1e-3}

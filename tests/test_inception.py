@@ -47,6 +47,7 @@ def assert_features(network, golden, prefix):
             assert error <= 1e-4, f"{name} at {size}: {error}"
 
 
+@pytest.mark.paddle26
 def test_features_are_those_of_torch_fidelity(inception, inception_weights, golden):
     assert_features(inception, golden, "")
     checksum = hashlib.sha256(inception_weights.read_bytes()).hexdigest()

@@ -59,6 +59,7 @@ def psnr(a, b):
 FLAGS = ["--seed", 5, "--num_inference_steps", 5, "--guidance_scale", 2, "--classes", 3, 7, 1]
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize("kind, channels", [*((kind, "all") for kind in KINDS), ("dit", "3"), ("checkpoint", "3")])
 def test_draws_what_eager_mode_draws(models, kind, channels):
     source, exported = models[kind]
@@ -195,6 +196,7 @@ def lead_out(folder):
     path.symlink_to(GOLDEN / "dit_tiny.pt")
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -259,6 +261,7 @@ def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
             infer_demo_dit.main(["--model_path", str(tmp_path / name), "--backend", "inference"])
 
 
+@pytest.mark.paddle26
 def test_mistakes(models, tmp_path, monkeypatch):
     source, exported = models["dit"]
     bfloat16 = ["--backend", "inference", "--dtype", "bfloat16"]

@@ -19,6 +19,8 @@ from runtime.paddle_private import swiglu
 from tools import convert_official_weights
 from weights.files import load_weights
 
+pytestmark = pytest.mark.paddle26
+
 _, _, TINY, TOLERANCE = OFFICIAL["LargeDiT"]
 # The official sizes: layers, width, whether the published weights (600M: the reference's network) have qk_norm.
 SIZES = {

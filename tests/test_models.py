@@ -12,6 +12,8 @@ from support.runs import TINY_MODELS
 from models import MODELS, DiT, SiT, build_model
 from models.embeddings import LabelEmbedder, TimestepEmbedder, get_2d_sincos_pos_embed
 
+pytestmark = pytest.mark.paddle26
+
 TINY = OFFICIAL["DiT"][2]
 
 

@@ -219,6 +219,7 @@ def test_generators_go_on_where_they_were(unbroken, moments, tmp_path, run_loop,
     assert drawn == whole[2:]
 
 
+@pytest.mark.paddle26
 def test_a_loss_scaler_goes_on_as_it_was(unbroken, moments, tmp_path, run_loop, monkeypatch):
     """Paddle's own, which it switches off on a CPU: here it doubles its scale every other step."""
     made = []

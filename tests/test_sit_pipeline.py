@@ -63,6 +63,7 @@ class TestFolder:
         index = json.loads((folder / "model_index.json").read_text())
         assert index["_class_name"] == "SiTPipeline" and index["id2label"] == LABELS
 
+    @pytest.mark.paddle26
     @pytest.mark.parametrize("sampler", ["ode", "sde"])
     def test_round_trip_gives_the_same_images(self, pipe, folder, sampler):
         again = SiTPipeline.from_pretrained(folder)
@@ -157,6 +158,7 @@ class TestFolder:
         pipe.save_pretrained(tmp_path / "out", overwrite=True)
         assert tree_of(tmp_path / "out") == sorted(TREE)
 
+    @pytest.mark.paddle26
     def test_loads_in_another_dtype(self, pipe, folder):
         assert SiTPipeline.from_pretrained(folder).dtype == paddle.float32
         half = SiTPipeline.from_pretrained(folder, paddle_dtype=paddle.float16)
@@ -358,6 +360,7 @@ def test_importing_the_package_stays_light():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.paddle26
 class TestStockFolder:
     """A SiT that stock ppdiffusers samples, and the reason for its scheduler."""
 

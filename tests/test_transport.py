@@ -23,6 +23,8 @@ from transport import (
 )
 from transport.integrators import FIXED_STEP
 
+pytestmark = pytest.mark.paddle26
+
 PATHS = ("Linear", "GVP", "VP")
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = (None, "velocity", "likelihood")

@@ -16,6 +16,8 @@ from runtime import paddle_private
 from runtime.programs import Program
 from transport import integrators
 
+pytestmark = pytest.mark.paddle26
+
 
 @pytest.mark.parametrize(
     "dtype, numbers",

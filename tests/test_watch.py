@@ -411,6 +411,7 @@ def make_scaler(monkeypatch):
     return make
 
 
+@pytest.mark.paddle26
 def test_overflow_of_the_loss_scale_is_no_bad_step(make_scaler):
     toy, scaler = Toy(), make_scaler(2.0**126)
     before = toy.state()
@@ -425,6 +426,7 @@ def test_overflow_of_the_loss_scale_is_no_bad_step(make_scaler):
     toy.watch.check()
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_overflow_at_the_smallest_loss_scale_is_a_bad_step(make_scaler, scale):
     toy, scaler = Toy(), make_scaler(scale)

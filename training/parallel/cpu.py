@@ -61,8 +61,10 @@ def use_plain_collectives():
     replace_tensor_parallel_operators(
         identity=_operator(_copy, _sum), all_reduce=_operator(_sum, _copy), concat=_operator(_concat, _own)
     )
-    # The wrappers' checks: a CPU passes for a custom device in the first, for a GPU in the second.
-    group_sharded.paddle = _instead(paddle, device=SimpleNamespace(get_all_custom_device_type=lambda: ["cpu"]))
+    # The wrappers' checks: a CPU passes for a GPU, but they keep "cpu" as their device.
+    group_sharded.paddle = _instead(paddle, get_device=lambda: "gpu:0")
+    for name in ("GroupShardedOptimizerStage2", "GroupShardedStage2", "GroupShardedStage3"):
+        setattr(group_sharded, name, _kept_on_cpu(getattr(group_sharded, name)))
     stage2.core = stage3.core = _instead(core, is_compiled_with_cuda=lambda: True)
     stage2.paddle = _instead(paddle, get_device=lambda: "cpu:0")
     # Fills the buffer in place; on a GPU it is filled on the host and moved.
@@ -73,6 +75,10 @@ def use_plain_collectives():
     # Stage 3 slices what has more than 100 elements: on a GPU it would be 2 ** 20, more than a test's whole network.
     dist.sharding.group_sharded_parallel = functools.partial(group_sharded.group_sharded_parallel, segment_size=100)
     give_groups_own_stores(_own_store)
+
+
+def _kept_on_cpu(wrapper):
+    return lambda *args, **options: wrapper(*args, **{**options, "device": "cpu"})
 
 
 def _instead(module, **attributes):

@@ -1,13 +1,17 @@
 """The groups of tools/self_check.py that train, launch, time and export: right on a CPU, and what they find."""
 
+import contextlib
 import json
 import shutil
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import paddle
 import pytest
 
-from verification import loops, parallel, pipelines, speed
+from verification import gpus, loops, parallel, pipelines, speed
 from verification.tiny_runs import TINY_MODELS
 from verification.verdicts import OK, SKIPPED, WRONG, Settings, judge
 
@@ -16,6 +20,32 @@ def verdicts(group, folder, quick=True):
     """`{check: Verdict}` of a group on a CPU, in this process."""
     settings = Settings("cpu", quick, str(folder))
     return {check.name: judge(group.__name__, check) for check in group.checks(settings)}
+
+
+class OnGPU(Settings):
+    """Settings of a GPU, which Paddle's CPU stands for."""
+
+    device, on_gpu = "cpu", True
+
+
+def verdicts_of_gpu(group, folder, quick=True):
+    """`{check: Verdict}` of a group that takes the CPU for a GPU: its ways are gone, not its kernels."""
+    return {check.name: judge(group.__name__, check) for check in group.checks(OnGPU("gpu", quick, str(folder)))}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes this the card of a machine with so many."""
+
+    def make(count=1, name="NVIDIA A100-SXM4-80GB", major=8, total_memory=80 * 2**30):
+        found = SimpleNamespace(name=name, major=major, minor=0, total_memory=total_memory)
+        monkeypatch.setattr(gpus, "card", lambda: found)
+        monkeypatch.setattr(speed, "card", lambda: found)
+        monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: count)
+        for module in (loops, parallel, pipelines):
+            monkeypatch.setattr(module, "exact", lambda settings: contextlib.nullcontext())
+
+    return make
 
 
 def statuses(found):
@@ -54,6 +84,17 @@ def test_a_run_that_ends_early_is_wrong(tmp_path, monkeypatch):
     assert found["DiT, float32: both loops"].text.startswith("expected finite losses of steps 1 to 10, got ")
 
 
+def test_a_gpu_trains_in_bfloat16_too(tmp_path, card):
+    card()
+    found = verdicts_of_gpu(loops, tmp_path)  # which is float32 here
+    assert statuses(found) == dict.fromkeys(found, OK) and len(found) == 9
+    assert found["DiT, bfloat16 O2: trainer resumed"].figures["loss"]["bound"] == loops.BOUNDS["bfloat16"][0]
+    card(major=7)
+    found = verdicts_of_gpu(loops, tmp_path / "again")
+    assert list(statuses(found).values()) == [OK] * 3 + [SKIPPED] * 6
+    assert found["DiT, bfloat16 O1: both loops"].text == "compute capability 7.0; bfloat16 needs 8.0"
+
+
 # Several processes.
 
 
@@ -69,8 +110,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 FAKE = """
 import json, os, sys
-runs = json.load(open(sys.argv[1]))
-log = sys.argv[2]
+runs, log = json.loads(sys.argv[1]), sys.argv[2]
 print("a launcher", flush=True)
 for loop, flags in runs:
     flags = dict(flag[2:].split("=", 1) for flag in flags)
@@ -97,12 +137,13 @@ ALL_HANG = """
 def launches(tmp_path, monkeypatch):
     """Runs the group with a launcher that writes metrics, after these words, and counts its starts."""
 
-    def run(words=""):
+    def run(words="", check=verdicts):
         started = []
 
         def command(ranks, script, arguments, log):
-            started.append(script)
-            return [sys.executable, "-c", FAKE.format(words), *map(str, arguments), str(log)]
+            started.append((ranks, script))
+            runs = [[script, arguments]] if "train" in script else json.loads(arguments[0].read_text())
+            return [sys.executable, "-c", FAKE.format(words), json.dumps(runs), str(log)]
 
         def alone(self):
             folder = tmp_path / "alone"
@@ -113,14 +154,14 @@ def launches(tmp_path, monkeypatch):
 
         monkeypatch.setattr(parallel, "launch_command", command)
         monkeypatch.setattr(parallel.Launches, "_run_alone", alone)
-        return verdicts(parallel, tmp_path, quick=False), started
+        return check(parallel, tmp_path, quick=False), started
 
     return run
 
 
 def test_other_losses_than_one_process_has_are_found(launches):
     found, started = launches()
-    assert started == ["verification/run_loops.py"]
+    assert started == [(2, "verification/run_loops.py")]
     assert statuses(found) == {**dict.fromkeys(parallel.CASES, OK), "tensor parallel": WRONG}
     assert found["tensor parallel"].text == "loss 0.001, at most 1e-05"
 
@@ -140,6 +181,23 @@ def test_a_launch_that_hangs_is_ended_and_told(launches, monkeypatch):
     first, *_, last = found.values()
     assert first.text == "the launch hung, and was ended after 1 s: launcher.log: a launcher"
     assert last.text == "two launches hung already" and first.seconds < 10
+
+
+@pytest.mark.parametrize("count", [2, 6, 16])
+def test_gpus_get_a_launch_of_the_real_command_each(launches, card, count):
+    card(count)
+    found, started = launches(check=verdicts_of_gpu)
+    ranks = {2: 2, 6: 4, 16: 8}[count]
+    scripts = ["train_image_generation_notrainer.py"] + 5 * ["train_image_generation_trainer.py"]
+    assert started == [(ranks, script) for script in scripts]
+    assert statuses(found) == {**dict.fromkeys(parallel.CASES, OK), "tensor parallel": WRONG}
+    assert found["sharding stage3"].text.startswith(f"{ranks} processes on {count} GPUs: loss 0")
+
+
+def test_one_gpu_can_not_train_in_parallel(launches, card):
+    card(1)
+    found, started = launches(check=verdicts_of_gpu)
+    assert started == [] and {(verdict.status, verdict.text) for verdict in found.values()} == {(SKIPPED, "one GPU")}
 
 
 # Speed and memory.
@@ -194,9 +252,26 @@ def test_what_does_not_fit_is_told_and_half_of_it_tried(tiny_preset, monkeypatch
     monkeypatch.setattr(speed, "measure", measure)
     found = verdicts(speed, tiny_preset)
     assert asked == [4, 2, 1] and found[STEP].status == OK and found[STEP].figures["batch"] == 1
-    assert found[STEP].text.endswith(
-        "batch 4 did not fit, planned were 0.0 GiB; batch 2 did not fit, planned were 0.0 GiB"
+    did_not_fit = [f"batch {batch} did not fit, planned were 0.0 GiB" for batch in (4, 2)]
+    assert found[STEP].text.split("; ")[1:] == did_not_fit
+
+
+@pytest.mark.parametrize(("quick", "major", "dtype"), [(True, 8, "bfloat16"), (False, 7, "float16")])
+def test_a_gpu_is_held_against_its_data_sheet(tmp_path, monkeypatch, card, quick, major, dtype):
+    card(major=major)
+    asked = []
+    monkeypatch.setattr(speed, "measure", lambda *given, **options: asked.append(given[:2]) or (0.5, 20 << 30))
+    monkeypatch.setattr(speed, "measure_product", lambda dtype, size: 200.0)
+    found = verdicts_of_gpu(speed, tmp_path, quick)
+    assert len(found) == 2 * len(asked) == (4 if quick else 10)
+    step = found[f"step, {dtype} O2, fused attention"]
+    assert step.status == OK and step.text.startswith(
+        "DiT_XL_patch2, batch 128: 0.500 s a step, 256 samples/s, 182 TFLOP"
     )
+    assert "(58% of the card's 312, 91% of a matrix product's 200 here)" in step.text
+    assert {config["training"]["amp_dtype"] for config, _ in asked} == {dtype}
+    memory = found[f"memory, {dtype} O1, attention and recompute as in the preset"]
+    assert memory.status == WRONG and memory.text.startswith("20.00 GiB at the peak, planned 16.")
 
 
 def test_an_error_is_told_once(tiny_preset, monkeypatch):
@@ -292,12 +367,7 @@ def test_exports_of_other_weights_are_found(tmp_path, monkeypatch):
         return config, {name: 1.001 * value if "mlp" in name else value for name, value in state.items()}, *rest
 
     def other_network(generator, *rest):
-        network = pipelines.make_model(pipelines.make_config(), seed=1)
-        return pipelines_copy(generator, network), *rest
-
-    def pipelines_copy(generator, network):
-        copied = type(generator)(**{**vars(generator), "network": network})
-        return copied
+        return replace(generator, network=pipelines.make_model(pipelines.make_config(), seed=1)), *rest
 
     monkeypatch.setattr(export, "export_pipeline", changed(export.export_pipeline, other_state))
     monkeypatch.setattr(inference, "export_inference", changed(inference.export_inference, other_network))

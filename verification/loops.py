@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from verification.gpus import exact, need_bfloat16
 from verification.tiny_runs import (
     LOOPS,
     checkpoint_path,
@@ -16,7 +17,7 @@ from verification.tiny_runs import (
     write_config,
     write_features,
 )
-from verification.verdicts import Check, Skip, Wrong, within
+from verification.verdicts import Check, Wrong, within
 
 STEPS, MIDDLE = 10, 5
 WEIGHTS = ("model_state.pdparams", "ema_state.pdparams")
@@ -75,17 +76,17 @@ class TinyRuns:
         return self._outputs[key]
 
     def _run(self, case, loop, output, extra):
-        from runtime.paddle_private import full_float32
-
         kind, dtype, level = case
         device, features = self._settings.device, self._folder / "features"
         if self._settings.on_gpu:
-            prepare_gpu(dtype, device)
+            use_deterministic_kernels()
+            if dtype == "bfloat16":
+                need_bfloat16()
         if not features.exists():
             write_features(features)
         config = write_config(self._folder / f"{kind}.json", kind, max_grad_norm=0.3, amp_dtype=dtype, amp_level=level)
         run = {"config": config, "features": features, "output": output, "device": device}
-        with full_float32() if self._settings.on_gpu else contextlib.nullcontext():
+        with exact(self._settings):
             run_in_process(loop, [*loop_arguments(loop, **run, steps=STEPS, save_every=MIDDLE), *extra])
         return output
 
@@ -119,13 +120,10 @@ def _distance(a, b):
     return math.sqrt(sum(float(np.square(np.float64(a[name]) - np.float64(b[name])).sum()) for name in a))
 
 
-def prepare_gpu(dtype, device):
-    """Chooses deterministic kernels where Paddle has the choice; `Skip` where a GPU lacks bfloat16."""
+def use_deterministic_kernels():
+    """Chooses a GPU's kernels that add in the same order in every run, where Paddle has the choice."""
     import paddle
 
     for flag in ("FLAGS_cudnn_deterministic", "FLAGS_embedding_deterministic"):
         with contextlib.suppress(ValueError):  # one that this Paddle does not know
             paddle.set_flags({flag: 1})
-    major, minor = paddle.device.cuda.get_device_capability(device)
-    if dtype == "bfloat16" and major < 8:
-        raise Skip(f"compute capability {major}.{minor}; bfloat16 needs 8.0")

@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from verification.gpus import exact
 from verification.tiny_runs import (
     ROOT,
     command_environment,
@@ -110,9 +111,7 @@ class Launches:
         return [loop, [*flags, *extra]]
 
     def _run_alone(self):
-        from runtime.paddle_private import full_float32
-
-        with full_float32() if self._settings.on_gpu else contextlib.nullcontext():
+        with exact(self._settings):
             run_in_process(*self._arguments("one process"))
         return self._output("one process")
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from verification.gpus import card, has_bfloat16
 from verification.tiny_runs import ROOT, write_features
 from verification.verdicts import Check, Skip, Wrong
 
@@ -91,9 +92,7 @@ class Speed:
         if not self._settings.on_gpu:
             yield Case("float32", "O1", False, False)
             return
-        import paddle
-
-        half = "bfloat16" if paddle.device.cuda.get_device_capability(self._settings.device)[0] >= 8 else "float16"
+        half = "bfloat16" if has_bfloat16() else "float16"
         yield Case(half, "O2", True, False)
         yield Case(half, "O1")
         for fused, recompute in ((True, True), (False, False), (False, True)):
@@ -163,18 +162,11 @@ class Speed:
         """Returns bytes that a run may take, presets, and batch sizes."""
         if not self._settings.on_gpu:
             return None, PRESETS[-1:], (4,)
-        import paddle
-
-        total = paddle.device.cuda.get_device_properties(self._settings.device).total_memory
-        return USABLE * total, PRESETS, BATCHES
+        return USABLE * card().total_memory, PRESETS, BATCHES
 
     def _peak(self):
         """Returns the TFLOP/s of the card by its data sheet; None for one that is not in the table, and for a CPU."""
-        if not self._settings.on_gpu:
-            return None
-        import paddle
-
-        return card_peak(paddle.device.cuda.get_device_properties(self._settings.device).name)
+        return card_peak(card().name) if self._settings.on_gpu else None
 
     def _measured_product(self, dtype):
         if self._product is None:

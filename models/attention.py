@@ -18,7 +18,11 @@ def scaled_dot_product(q, k, v, *, fused):
     """
     if fused and fused_attention_fits(q):
         return F.scaled_dot_product_attention(q, k, v)
-    q, k, v = (z.transpose([0, 2, 1, 3]) for z in (q, k, v))  # (N, heads, T, head_dim)
+    return _by_heads(*(z.transpose([0, 2, 1, 3]) for z in (q, k, v)))
+
+
+def _by_heads(q, k, v):
+    """Returns the attention `(N, T, heads, head_dim)` of q, k, v `(N, heads, T, head_dim)`, by the plain formula."""
     weights = F.softmax(paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True), axis=-1)  # (N, heads, T, T)
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3])
 
@@ -37,9 +41,10 @@ class Attention(nn.Layer):
 
     def forward(self, x):
         batch, tokens, _ = x.shape
-        # Split along the width, so that nothing has to transpose a 5-D tensor. With tensor parallelism these are the
-        # heads of this rank.
-        heads = [batch, tokens, -1, self.head_dim]
-        q, k, v = (z.reshape(heads) for z in self.qkv(x).split(3, axis=-1))  # 3 x (N, T, heads, head_dim)
-        out = scaled_dot_product(q, k, v, fused=self.fused)
+        # With tensor parallelism these are the heads of this rank.
+        heads = self.qkv(x).reshape([batch, tokens, -1, self.head_dim])  # (N, T, 3 heads, head_dim)
+        if self.fused:
+            out = scaled_dot_product(*heads.split(3, axis=2), fused=True)
+        else:  # q, k and v change their order of axes together
+            out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1))
         return self.proj(out.flatten(2))

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import select
@@ -62,6 +63,29 @@ def configure_runtime():
             m_trim_threshold, m_mmap_threshold, gigabyte = -1, -3, 1 << 30
             libc.mallopt(m_mmap_threshold, gigabyte)
             libc.mallopt(m_trim_threshold, gigabyte)
+
+
+@functools.cache
+def spare_small_blocks(count=256):
+    """Gives glibc's malloc `count` free blocks of each size up to 1 KiB, no two side by side; call before training.
+
+    Paddle aligns every buffer to a page, and malloc asks a free block to be a page larger. With the gap beside it a
+    freed buffer is that, unless a small object has moved into the gap: then no buffer of its size fits, and the
+    process grows by far more than its activations. With these blocks small objects find room elsewhere. They take 10
+    MB, and 20 ms to make.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 (what is not glibc keeps other lists)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        smallest, largest = 24, 1016  # bytes; there is a size every 16
+        blocks = []
+        for size in [*range(smallest, largest + 1, 16)] * count:
+            blocks.append(libc.malloc(size))
+            libc.malloc(smallest)  # stays, so that free neighbours do not become one block
+        for block in blocks:
+            libc.free(block)
 
 
 def run_cli(main):

@@ -1,7 +1,8 @@
-"""Settings before Paddle computes: the MKL of its CPU wheels is slow on processors that are not Intel's."""
+"""Settings before Paddle computes: the MKL of its CPU wheels is slow on processors that are not Intel's; the heap."""
 
 import importlib
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -88,3 +89,36 @@ def test_reproducible_products_are_for_intels_processors(vendor, given, expected
     (tmp_path / "cpuinfo").write_text(AMD.replace("AuthenticAMD", vendor))
     machine.set_mkl_reproducible(given, str(tmp_path / "cpuinfo"))
     assert given.get("MKL_CBWR") == expected
+
+
+HEAP = """
+import ctypes
+from runtime.process import configure_runtime, spare_small_blocks
+
+configure_runtime()
+spare_small_blocks()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.aligned_alloc.restype, libc.aligned_alloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
+libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+libc.free.argtypes = [ctypes.c_void_p]
+ends, buffers = [libc.sbrk(0)], [0] * 50
+for _ in range(2):
+    for i in range(len(buffers)):
+        buffers[i] = libc.aligned_alloc(4096, 3000000)
+        for j in range(10):
+            libc.malloc(40 + 16 * ((i + j) % 60))
+    for buffer in buffers:
+        libc.free(buffer)
+    ends.append(libc.sbrk(0))
+print((ends[2] - ends[1]) / (ends[1] - ends[0]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc's malloc")
+def test_small_objects_keep_no_freed_buffers_apart():
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", HEAP], env=environ, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(found.stdout) < 0.1  # by how much a second round of the same buffers makes the heap grow

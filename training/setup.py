@@ -17,7 +17,7 @@ from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_description, read_manifest
 from models import build_model
 from runtime.precision import resolve_precision
-from runtime.process import counted
+from runtime.process import counted, spare_small_blocks
 from runtime.untrusted import shortened
 from sampling.labels import read_labels
 
@@ -37,6 +37,7 @@ def build_network(config, tensor_group=None):
     import paddle
 
     training = config["training"]
+    spare_small_blocks()
     random.seed(training["seed"])
     np.random.seed(training["seed"] % 2**32)
     paddle.seed(training["seed"])

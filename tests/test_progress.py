@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import shlex
 import struct
 import termios
@@ -69,7 +70,8 @@ def test_a_terminal_gets_the_bar_with_loss_and_rate_and_no_lines(columns, tmp_pa
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     last = shown.replace("\n", "\r").split("\rtrain: ")[-1]
-    assert last.startswith("100%|█") and "3/3" in last and "step/s, loss 0.1667, " in last and "samples/s" in last
+    assert last.startswith("100%|█") and "3/3" in last and "samples/s" in last
+    assert re.search("(step/s|s/step), loss 0.1667, ", last)  # a busy machine is slower than a step a second
     assert "\ra line\r\n" in shown and "Train Loss" not in shown
 
 

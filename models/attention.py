@@ -41,8 +41,8 @@ class Attention(nn.Layer):
 
     def forward(self, x):
         batch, tokens, _ = x.shape
-        # With tensor parallelism these are the heads of this rank.
-        heads = self.qkv(x).reshape([batch, tokens, -1, self.head_dim])  # (N, T, 3 heads, head_dim)
+        qkv = self.qkv(x)  # (N, T, 3 D), with tensor parallelism of this rank's heads
+        heads = qkv.reshape([batch, tokens, qkv.shape[-1] // self.head_dim, self.head_dim])  # (N, T, 3 heads, head_dim)
         if self.fused:
             out = scaled_dot_product(*heads.split(3, axis=2), fused=True)
         else:  # q, k and v change their order of axes together

@@ -15,7 +15,7 @@ from config.schema import check_section, resolve_config
 from features.order import MicroBatchSampler, SampleStream, total_steps
 from models import build_model
 from runtime.precision import Precision, resolve_precision
-from training import EMA
+from training import EMA, flat
 from training.checkpoints.experiment import open_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.state import restore_model
@@ -72,6 +72,28 @@ def test_ema_prefers_master_weights_and_warms_up():
         decays.append(warm.current_decay())
         warm.update(toy)
     assert decays == [1 / 10, 2 / 11, 3 / 12]
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Joins tensors as on a GPU, but those of more than 16 elements stay alone."""
+    monkeypatch.setattr(flat, "pays", lambda: True)
+    monkeypatch.setattr(flat, "BUCKET_SIZE", 64)
+
+
+def test_joined_averages_are_those_of_each_parameter(joined):
+    alone, together = EMA(Toy(), decay=0.9, on_host=True), EMA(toy := Toy(), decay=0.9)
+    assert [names for names, _ in together._buckets] == [["w"], ["b", "frozen"]]
+    alone.set_state_dict(state := {key: value + 1.0 for key, value in toy.state_dict().items() if key != "buf"})
+    together.set_state_dict(state)
+    master = {toy.b.name: paddle.full([7], 3.0)}
+    for average in (alone, together):
+        for _ in range(3):
+            average.update(toy, master)
+    saved = together.state_dict()
+    for name, value in alone.state_dict().items():
+        np.testing.assert_array_equal(value, saved[name], err_msg=name)
+        assert saved[name].shape == value.shape
 
 
 # Order of the data.
@@ -201,7 +223,47 @@ TRAIN_CONFIG = {
 }
 
 
+<<<<<<< HEAD
 @pytest.mark.gpu
+=======
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_one_operator_updates_as_one_for_each_parameter(weight_decay):
+    training = resolve_config({"model": TRAIN_CONFIG})["training"]
+    training = {**training, "learning_rate": 1e-2, "weight_decay": weight_decay}
+    toys, rng = [Toy(), Toy()], np.random.default_rng(0)
+    toys[1].set_state_dict(toys[0].state_dict())
+    options = {"beta1": training["adam_beta1"], "beta2": training["adam_beta2"], "epsilon": training["adam_epsilon"]}
+    optimizers = [
+        build_optimizer(toys[0], training, build_lr_scheduler(training, 10)),
+        paddle.optimizer.AdamW(1e-2, parameters=[toys[1].w, toys[1].b], weight_decay=weight_decay, **options),
+    ]
+    for _ in range(4):
+        gradients = {"w": rng.normal(size=[5, 7]), "b": rng.normal(size=[7])}
+        for toy, optimizer in zip(toys, optimizers, strict=True):
+            for name, gradient in gradients.items():
+                (getattr(toy, name) * paddle.to_tensor(gradient, "float32")).sum().backward()
+            optimizer.step()
+            optimizer.clear_grad()
+    states = [optimizer_state(optimizer, toy) for optimizer, toy in zip(optimizers, toys, strict=True)]
+    for name in ("w", "b"):
+        np.testing.assert_array_equal(getattr(toys[0], name), getattr(toys[1], name))
+        for key, value in states[0][name].items():
+            np.testing.assert_array_equal(value, states[1][name][key], err_msg=f"{name} {key}")
+
+
+def test_the_norm_of_joined_gradients(joined):
+    gradients = [paddle.randn(shape) for shape in ([5, 7], [7], [3, 2, 2], [2], [16], [16], [16])]
+    gradients.append(paddle.randn([6]).astype("float16"))
+    kept = [gradient.numpy().copy() for gradient in gradients]
+    squares = flat.squared_norms(gradients)
+    assert len(squares) == 4 and {square.dtype for square in squares} == {paddle.float32}
+    expected = sum(np.square(gradient.astype("float64")).sum() for gradient in kept)
+    np.testing.assert_allclose(sum(map(float, squares)), expected, rtol=1e-6)
+    for gradient, before in zip(gradients, kept, strict=True):
+        np.testing.assert_array_equal(gradient, before)
+
+
+>>>>>>> speed
 def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatch):
     from diffusion import create_diffusion
 

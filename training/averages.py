@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 
 from models.state import check_state
+from training import flat
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -31,16 +32,24 @@ class EMA:
         self.num_updates = 0
         with paddle.no_grad():
             copies = ((key, value.astype("float32").clone().detach()) for key, value in model.named_parameters())
-            self.shadow = {key: copy.cpu() if on_host else copy for key, copy in copies}
+            self._keep({key: copy.cpu() if on_host else copy for key, copy in copies}, may_join=not on_host)
 
     @paddle.no_grad()
     def shard(self, shard):
         """Keeps the averages of this rank's `LocalShard` only; call it when the optimizer has its wrappers."""
-        self.shadow = {
-            name: paddle.to_tensor(shard.shard(name, value.numpy()))
-            for name, value in self.shadow.items()
-            if shard.owns(name)
-        }
+        own = [(name, value) for name, value in self.shadow.items() if shard.owns(name)]
+        self._keep({name: paddle.to_tensor(shard.shard(name, value.numpy())) for name, value in own})
+
+    def _keep(self, shadow, may_join=True):
+        """Takes averages by name; those of a bucket become views of one tensor, which `update` moves."""
+        self.shadow, names = shadow, list(shadow)
+        self._buckets = []  # (names, that tensor or None) each
+        for indices in flat.buckets(list(shadow.values())) if may_join else [[i] for i in range(len(names))]:
+            together, whole = [names[index] for index in indices], None
+            if len(together) > 1:
+                views, whole = flat.join([shadow[name] for name in together])
+                shadow.update(zip(together, views, strict=True))
+            self._buckets.append((together, whole))
 
     def key(self, what):
         """Returns the name of what a checkpoint holds of these averages, "ema_state" or "ema_updates"."""
@@ -58,10 +67,17 @@ class EMA:
             master_weights: the optimizer's float32 copies of half-precision weights (AMP O2), by `optimizer_key`.
         """
         decay, masters = self.current_decay(), master_weights or {}
-        for name, parameter in model.named_parameters():
-            if name in self.shadow:
-                value = masters.get(optimizer_key(parameter), local_tensor(parameter))
-                self.shadow[name].scale_(decay).add_(value.astype("float32") * (1.0 - decay))
+        values = {
+            name: masters.get(optimizer_key(parameter), local_tensor(parameter))
+            for name, parameter in model.named_parameters()
+            if name in self.shadow
+        }
+        for names, shadow in self._buckets:
+            value, *others = (values[name].astype("float32") for name in names)
+            if others:
+                value = flat.join([value, *others])[1]
+            shadow = self.shadow[names[0]] if shadow is None else shadow
+            shadow.scale_(decay).add_(value * (1.0 - decay))
         self.num_updates += 1
 
     def state_dict(self):

@@ -18,6 +18,7 @@ import numpy as np
 import paddle
 
 from runtime import paddle_private
+from training import flat
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
 
@@ -99,15 +100,17 @@ class GradientNorm:
         return params_grads
 
     def _squared_norm(self, gradients):
-        sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
+        alike = {}  # gradients by how they add to the norm
         for parameter, gradient in gradients:
-            split, weight = self.shard.norm_weight(parameter.name)
-            square = paddle_private.squared_norm(gradient.astype("float32"))
-            sums[split].append(square if weight == 1.0 else square * weight)
-        split, common = paddle.add_n(sums[True]), paddle.add_n(sums[False])
+            alike.setdefault(self.shard.norm_weight(parameter.name), []).append(gradient)
+        sums = {True: [paddle.zeros([1])], False: [paddle.zeros([1])]}  # by whether tensor parallelism split it
+        for (split, weight), same in alike.items():
+            sums[split] += [square if weight == 1.0 else square * weight for square in flat.squared_norms(same)]
+        total = paddle.add_n(sums[False])
         if self.shard.tensor_group is not None:
+            split = paddle.add_n(sums[True])
             paddle.distributed.all_reduce(split, group=self.shard.tensor_group)
-        total = split + common
+            total = split + total
         if self.shard.group is not None:
             paddle.distributed.all_reduce(total, group=self.shard.group)
         return total

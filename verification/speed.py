@@ -16,12 +16,10 @@ GIB = 2**30
 # data sheets give twice as much, with sparsity), summed in float32. The first row whose words are all there counts.
 PEAKS = {
     ("B200",): 2250.0,
-    ("H200", "NVL"): 835.0,
     ("H200",): 989.0,
     ("H100", "NVL"): 835.0,
     ("H100", "PCIe"): 756.0,
     ("H100",): 989.0,
-    ("H800", "PCIe"): 756.0,
     ("H800",): 989.0,
     ("H20",): 148.0,
     ("A100",): 312.0,

@@ -223,9 +223,6 @@ TRAIN_CONFIG = {
 }
 
 
-<<<<<<< HEAD
-@pytest.mark.gpu
-=======
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_operator_updates_as_one_for_each_parameter(weight_decay):
     training = resolve_config({"model": TRAIN_CONFIG})["training"]
@@ -263,7 +260,7 @@ def test_the_norm_of_joined_gradients(joined):
         np.testing.assert_array_equal(gradient, before)
 
 
->>>>>>> speed
+@pytest.mark.gpu
 def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatch):
     from diffusion import create_diffusion
 

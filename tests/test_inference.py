@@ -13,8 +13,10 @@ from support.pipelines import make_config, make_model, make_vae, state_of, tree_
 
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
+from sampling.generator import from_weights
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
+from sampling.pipelines.inference import export_inference as save_programs
 from tools import export_inference
 
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
@@ -269,3 +271,12 @@ def test_mistakes(models, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             export_inference.main([str(flag) for flag in flags])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_leaves_the_network_as_it_was(tmp_path):
+    """Although its program has a projection each for queries, keys and values."""
+    config = make_config()
+    generator = from_weights(config, state_of(make_model(config)), make_vae())
+    before = list(generator.network.state_dict())
+    save_programs(generator, tmp_path / "out")
+    assert list(generator.network.state_dict()) == before

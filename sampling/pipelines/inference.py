@@ -19,6 +19,7 @@ from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import SCALING_KEYS, exported_features
 from features.autoencoder import LatentScaling
 from models import LargeDiT
+from models.attention import separate_projections
 from models.state import check_finite
 from runtime.files import sha256_of_file, whole_folder, write_json
 from runtime.machine import read_processor
@@ -84,7 +85,8 @@ def export_inference(generator, output_dir):
             os.makedirs(os.path.join(folder, part))
             for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if buffers
                 layer.register_buffer(f"rotary_{index}", table, persistable=False)
-            save_program(layer, inputs, os.path.join(folder, part, "model"))
+            with separate_projections(layer):
+                save_program(layer, inputs, os.path.join(folder, part, "model"))
         scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         files = [os.path.join(part, name) for part in parts for name in sorted(os.listdir(os.path.join(folder, part)))]
         manifest = {

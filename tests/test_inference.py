@@ -14,6 +14,7 @@ from support.pipelines import make_config, make_model, make_vae, state_of, tree_
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
 from sampling.generator import from_weights
+from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from sampling.pipelines.inference import export_inference as save_programs
@@ -102,11 +103,25 @@ def test_programs_whose_weights_are_not_finite_are_named(models, tmp_path):
 
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 (avx512_bf16 or AMX)")
 @pytest.mark.parametrize("kind", ["dit", "large_dit", "checkpoint"])
-def test_bfloat16_draws_nearly_that(models, kind):
+def test_bfloat16_draws_nearly_that(models, kind, monkeypatch):
+    monkeypatch.setattr(inference, "is_bfloat16_slow", lambda: False)
     source, exported = models[kind]
     eager = draw(source, *FLAGS)
     image = draw(exported, "--backend", "inference", "--dtype", "bfloat16", *FLAGS)
     assert 35 < psnr(image, eager) < 75  # above that float32 was computed in
+
+
+def test_float32_takes_the_place_of_a_slower_bfloat16(models, monkeypatch, capsys):
+    flags = {"avx512_bf16", "avx512_fp16"}
+    monkeypatch.setattr(inference, "read_processor", lambda: ("GenuineIntel", flags))
+    source, exported = models["checkpoint"]
+    eager = draw(source, *FLAGS)
+    image = draw(exported, "--backend", "inference", "--dtype", "bfloat16", *FLAGS)
+    assert psnr(image, eager) > 75
+    assert "note: bfloat16: this CPU has no AMX" in capsys.readouterr().out
+    assert inference.is_bfloat16_slow()
+    flags.add("amx_bf16")
+    assert not inference.is_bfloat16_slow()
 
 
 def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch, capsys):

@@ -111,6 +111,15 @@ def cpu_has_bfloat16():
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
 
 
+def is_bfloat16_slow():
+    """Returns whether this CPU multiplies float32 faster than bfloat16: Golden Cove cores (avx512_fp16) without AMX.
+
+    Their VDPBF16PS does half as many multiplications a second as their FMA. Hypervisors often hide AMX.
+    """
+    flags = read_processor()[1]
+    return {"avx512_bf16", "avx512_fp16"} <= flags and "amx_bf16" not in flags
+
+
 def check_dtype(device, dtype):
     """Raises ValueError for a type that Paddle Inference does not compute in on that device."""
     if device == "cpu" and dtype == "float16":
@@ -134,8 +143,13 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     Args:
         device: "cpu", "gpu" or "gpu:N".
         dtype: of the network: float32, bfloat16 (on a CPU: one that has it), float16 (GPU). The VAE is in float32.
+            Where a CPU is slower in bfloat16, see `is_bfloat16_slow`, float32 takes its place, which a note says.
     """
     check_dtype(device, dtype)
+    notes = []
+    if device == "cpu" and dtype == "bfloat16" and is_bfloat16_slow():
+        dtype = "float32"
+        notes.append("bfloat16: this CPU has no AMX and multiplies float32 faster, so that the network is in float32")
     manifest = _read_manifest(folder)
     scheduler = load_scheduler(manifest["scheduler"], folder)
 
@@ -155,6 +169,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         labels={int(key): label for key, label in manifest["id2label"].items()},
         guided_channels=None,
         path=folder,
+        notes=notes,
         features=exported_features(manifest.get("features"), f"{os.path.join(folder, MANIFEST)}: features"),
         check_weights=lambda: _check_weights(folder),
         digests=lambda: [sha256_of_file(os.path.join(folder, part, WEIGHTS)).hex() for part in PARTS],

@@ -1,12 +1,14 @@
 """Multi-head self-attention, and the one place that chooses between the plain and the fused computation."""
 
+import contextlib
+
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
 from runtime.paddle_private import fused_attention_fits
 
-from .parallel import column_linear, row_linear
+from .parallel import column_linear, linear, row_linear
 
 
 def scaled_dot_product(q, k, v, *, fused):
@@ -48,3 +50,40 @@ class Attention(nn.Layer):
         else:  # q, k and v change their order of axes together
             out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1))
         return self.proj(out.flatten(2))
+
+
+class SeparateAttention(nn.Layer):
+    """A whole `Attention` with a projection each for q, k and v: the same numbers up to rounding, for programs.
+
+    oneDNN then reads the heads in place. The parts of a joint projection it copies, and transposes.
+    """
+
+    def __init__(self, attention):
+        super().__init__()
+        self.head_dim, self.fused, self.proj = attention.head_dim, attention.fused, attention.proj
+        joint = attention.qkv
+        width = joint.weight.shape[0]
+        self.projections = nn.LayerList(linear(width, width) for _ in range(3))
+        parts = zip(joint.weight.split(3, axis=1), joint.bias.split(3), strict=True)
+        for layer, (weight, bias) in zip(self.projections, parts, strict=True):
+            layer.weight.set_value(weight)
+            layer.bias.set_value(bias)
+
+    def forward(self, x):
+        heads = [0, 0, -1, self.head_dim]  # 0: as it is, so that no operator has to ask for the batch size
+        q, k, v = (layer(x).reshape(heads) for layer in self.projections)
+        return self.proj(scaled_dot_product(q, k, v, fused=self.fused).reshape([0, 0, -1]))
+
+
+@contextlib.contextmanager
+def separate_projections(network):
+    """Lets the blocks of a whole network compute by `SeparateAttention` within the block."""
+    blocks = [block for block in getattr(network, "blocks", ()) if isinstance(getattr(block, "attn", None), Attention)]
+    kept = [(block, block.attn) for block in blocks]
+    try:
+        for block, attention in kept:
+            block.attn = SeparateAttention(attention)
+        yield
+    finally:
+        for block, attention in kept:
+            block.attn = attention

@@ -15,8 +15,11 @@ from support.versions import PADDLE_2
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
 from runtime.programs import PROGRAMS
+from sampling.generator import from_weights
+from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
+from sampling.pipelines.inference import export_inference as save_programs
 from tools import export_inference
 
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
@@ -109,6 +112,20 @@ def test_bfloat16_draws_nearly_that(models, kind):
     eager = draw(source, *FLAGS)
     image = draw(exported, "--backend", "inference", "--dtype", "bfloat16", *FLAGS)
     assert 35 < psnr(image, eager) < 75  # above that float32 was computed in
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_slow"),
+    [
+        ({"avx512_bf16", "avx512_fp16"}, True),  # Golden Cove whose AMX is hidden
+        ({"avx512_bf16", "avx512_fp16", "amx_bf16"}, False),
+        ({"avx512_bf16"}, False),  # Zen 4
+    ],
+)
+def test_a_bfloat16_that_is_slower_than_float32_is_noted(monkeypatch, flags, is_slow):
+    monkeypatch.setattr(inference, "read_processor", lambda: ("GenuineIntel", flags))
+    assert inference.notes_on_dtype("cpu", "float32") == inference.notes_on_dtype("gpu", "bfloat16") == []
+    assert [note.startswith("bfloat16: ") for note in inference.notes_on_dtype("cpu", "bfloat16")] == [True] * is_slow
 
 
 def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch, capsys):
@@ -291,3 +308,12 @@ def test_mistakes(models, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             export_inference.main([str(flag) for flag in flags])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_leaves_the_network_as_it_was(tmp_path):
+    """Although its program has a projection each for queries, keys and values."""
+    config = make_config()
+    generator = from_weights(config, state_of(make_model(config)), make_vae())
+    before = list(generator.network.state_dict())
+    save_programs(generator, tmp_path / "out")
+    assert list(generator.network.state_dict()) == before

@@ -19,6 +19,7 @@ from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import SCALING_KEYS, exported_features
 from features.autoencoder import LatentScaling
 from models import LargeDiT
+from models.attention import separate_projections
 from models.state import check_finite
 from runtime.files import sha256_of_file, whole_folder, write_json
 from runtime.machine import read_processor
@@ -85,7 +86,8 @@ def export_inference(generator, output_dir):
             os.makedirs(os.path.join(folder, part))
             for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if buffers
                 layer.register_buffer(f"rotary_{index}", table, persistable=False)
-            save_program(layer, inputs, os.path.join(folder, part, "model"))
+            with separate_projections(layer):
+                save_program(layer, inputs, os.path.join(folder, part, "model"))
         scheduler.save_pretrained(os.path.join(folder, "scheduler"))
         files = [os.path.join(part, name) for part in parts for name in sorted(os.listdir(os.path.join(folder, part)))]
         manifest = {
@@ -109,6 +111,17 @@ def export_inference(generator, output_dir):
 def cpu_has_bfloat16():
     """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
+
+
+def notes_on_dtype(device, dtype):
+    """Returns a line for a CPU that multiplies float32 faster than bfloat16: Golden Cove (avx512_fp16) without AMX.
+
+    Its VDPBF16PS does half as many multiplications a second as its FMA. Hypervisors often hide AMX.
+    """
+    flags = read_processor()[1]
+    if device == "cpu" and dtype == "bfloat16" and {"avx512_bf16", "avx512_fp16"} <= flags and "amx_bf16" not in flags:
+        return ["bfloat16: this CPU shows no AMX; without it float32 is faster"]
+    return []
 
 
 def check_dtype(device, dtype):
@@ -157,6 +170,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
         labels={int(key): label for key, label in manifest["id2label"].items()},
         guided_channels=None,
         path=folder,
+        notes=notes_on_dtype(device, dtype),
         features=exported_features(manifest.get("features"), f"{os.path.join(folder, MANIFEST)}: features"),
         check_weights=lambda: _check_weights(folder),
         digests=lambda: [sha256_of_file(os.path.join(folder, part, WEIGHTS)).hex() for part in PARTS],

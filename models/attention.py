@@ -15,8 +15,8 @@ def scaled_dot_product(q, k, v, *, fused):
     """Returns the attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
 
     `fused` calls Paddle's `scaled_dot_product_attention`, which takes FlashAttention-2 (half precision on Ampere or
-    newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim allow. Same
-    numbers up to rounding.
+    newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim allow; with
+    Paddle 2.6 it is FlashAttention or the plain formula. Same numbers up to rounding.
     """
     if fused and fused_attention_fits(q):
         return F.scaled_dot_product_attention(q, k, v)

@@ -9,6 +9,15 @@ import functools
 import re
 
 
+def prepare_import():
+    """Does what must be done before Paddle is imported: loads the system's zlib.
+
+    Paddle 2.6 brings a zlib of its own, and exports it. If the system's is loaded together with Paddle, it calls
+    functions of the other one: compressing an image, or anything else, then crashes.
+    """
+    import zlib  # noqa: F401
+
+
 def zero_if(flag, tensors):
     """Fills floating tensors with zeros, in place, if a flag on the device, a bool tensor (1,), is set.
 

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 
+from runtime import paddle_private
 from runtime.machine import set_mkl_cpu_type
 from runtime.run_lock import close_inherited
 
@@ -54,6 +55,7 @@ def configure_runtime():
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")
     set_mkl_cpu_type()
+    paddle_private.prepare_import()
     # These two warnings of Paddle's import tell a user of this project nothing.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")

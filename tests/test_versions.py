@@ -1,5 +1,7 @@
 """What `runtime.paddle_private` and the mathematics do where Paddle 2.6 and Paddle 3 differ: the same on both."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import paddle
 import pytest
 from paddle import nn
 from paddle.nn import functional as F
+from support.runs import command_environment
 
 from diffusion import create_diffusion, create_named_schedule_sampler
 from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
@@ -96,6 +99,17 @@ def test_a_program_of_paddle_3_is_refused_by_paddle_2(monkeypatch, tmp_path):
         ValueError, match="model.json: a program of Paddle 3, which Paddle .* can't load; export it anew"
     ):
         Program(str(tmp_path / "model.json"), "cpu")
+
+
+def test_commands_can_compress():
+    """As an image is when it is saved."""
+    code = (
+        "from runtime.process import configure_runtime\nconfigure_runtime()\n"
+        "import paddle, zlib\nzlib.compress(bytes(range(256)) * 4000)"
+    )
+    environment = {**command_environment(), "GLOG_minloglevel": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # Numbers that Paddle 2.6 gets wrong without a word.

@@ -70,9 +70,10 @@ class SeparateAttention(nn.Layer):
             layer.bias.set_value(bias)
 
     def forward(self, x):
-        heads = [0, 0, -1, self.head_dim]  # 0: as it is, so that no operator has to ask for the batch size
+        _, tokens, width = x.shape
+        heads = [0, tokens, width // self.head_dim, self.head_dim]  # 0: as it is; else an operator asks for the size
         q, k, v = (layer(x).reshape(heads) for layer in self.projections)
-        return self.proj(scaled_dot_product(q, k, v, fused=self.fused).reshape([0, 0, -1]))
+        return self.proj(scaled_dot_product(q, k, v, fused=self.fused).reshape([0, tokens, width]))
 
 
 @contextlib.contextmanager

@@ -20,9 +20,8 @@ import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401 (the project's root, on sys.path)
-import numpy as np
 from support.memory_runs import CASES, resolved
-from support.runs import ROOT, command_environment, launch_command
+from support.runs import ROOT, command_environment, launch_command, write_features
 from tqdm import tqdm
 
 from runtime.files import write_json
@@ -34,7 +33,9 @@ def measure(case):
     """Returns the bytes that Paddle's allocator had given out at most in the fullest process of a training run."""
     config, setting = resolved(case)
     with tempfile.TemporaryDirectory() as folder:
-        _write_features(folder, config["model"], setting.global_batch)
+        model = config["model"]
+        shape = (model["in_channels"], model["sample_size"], model["sample_size"])
+        write_features(Path(folder), setting.global_batch, shape, name="imagenet1")
         training = {**config["training"], "amp_dtype": "float32", "max_steps": 3}
         training["global_batch_size"] = setting.global_batch
         write_json(os.path.join(folder, "config.json"), {**config, "training": training})
@@ -62,15 +63,6 @@ def _command(case, setting, folder):
     if setting.world_size > 1:
         return launch_command(setting.world_size, "benchmarks/memory.py", words, f"{folder}/log")
     return [sys.executable, __file__, *words]
-
-
-def _write_features(folder, model, count):
-    shape = (1, model["in_channels"], model["sample_size"], model["sample_size"])
-    for kind in ("features", "labels"):
-        os.makedirs(os.path.join(folder, f"imagenet1_{kind}"))
-    for index in range(count):
-        np.save(os.path.join(folder, "imagenet1_features", f"{index}.npy"), np.ones(shape, dtype="float32"))
-        np.save(os.path.join(folder, "imagenet1_labels", f"{index}.npy"), np.array([0]))
 
 
 def worker(path, loop, flags, emulate):

@@ -82,41 +82,23 @@ def _batch(case):
 
 def _paddle_step(case):
     """Returns `(step, forward, states)` of this project: the hand-written loop's step."""
-    from objectives import Batch, build_objective
-    from runtime.paddle_private import master_weights
-    from training import setup
-    from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_state
-    from training.supervision.number_watch import NumberWatch
+    from objectives import Batch
+    from verification.training_steps import Run
 
     config = _config(case)
-    settings = config["training"]
-    model, objective = setup.build_network(config), build_objective(config)
-    model.train()
-    (ema,), watch = setup.build_averages(settings, model), NumberWatch(settings)
-    schedule = build_lr_scheduler(settings, 1000)
-    optimizer = build_optimizer(model, settings, schedule, watch=watch)
-    optimizer_state(optimizer, model)
-    x, y = _batch(case)
-    numbers = iter(range(1, 1 << 30))
+    run, batch = Run(config["model"], config["training"]), Batch(*_batch(case))
 
     def forward():
-        return objective.training_losses(model, Batch(x, y))["loss"].mean()
+        return run.losses(batch)[1]
 
     def step():
         loss = forward()
         loss.backward()
         start = time.perf_counter()
-        watch.add(loss.detach())
-        watch.begin_update(next(numbers), 1e-4)
-        optimizer.step()
-        watch.end_update(objective)
-        optimizer.clear_grad()
-        schedule.step()
-        objective.end_step()
-        ema.update(model, master_weights(optimizer))
+        run.update(loss)
         return time.perf_counter() - start
 
-    return step, forward, _state_bytes(model)
+    return step, forward, _state_bytes(run.model)
 
 
 def _state_bytes(model):

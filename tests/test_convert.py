@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from support.golden import GOLDEN, relative_error
+from support.golden import GOLDEN, TINY, relative_error
 from support.pipelines import (
     ddim_latents,
     make_config,
@@ -66,8 +66,7 @@ def checkpoint(tmp_path):
 def config_file(tmp_path):
     """The flat config of the golden dit_tiny.pt."""
     path = tmp_path / "DiT_tiny.json"
-    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16}
-    path.write_text(json.dumps({**sizes, "num_classes": 10}))
+    path.write_text(json.dumps(TINY))
     return path
 
 
@@ -94,8 +93,7 @@ class TestOfficialConverter:
     @pytest.mark.parametrize("key", [None, "model", "ema"])
     def test_training_checkpoint(self, tmp_path, key):
         config = tmp_path / "DiT.json"
-        sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8}
-        config.write_text(json.dumps({"model": {"type": "DiT", "num_classes": 10, **sizes}}))
+        config.write_text(json.dumps({"model": {"type": "DiT", **TINY, "num_layers": 2, "attention_head_dim": 8}}))
         source = GOLDEN / "dit_tiny_train_ckpt.pt"
         flags = ["--key", key] if key else []
         self.run("--config_file", config, "--weights", source, "--output", tmp_path / "y.pdparams", *flags)

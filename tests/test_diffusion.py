@@ -2,15 +2,14 @@
 
 import contextlib
 import copy
-import functools
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from support.golden import judged, load_golden, official_network, replay, tensors
 from support.runs import ROOT, launch
 
 from diffusion import (
@@ -26,225 +25,60 @@ from diffusion import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
-from models import build_model
-from models.state import official_to_paddle
-from weights.files import load_weights
+from verification import official
+from verification.vectors import Pair
 
 pytestmark = pytest.mark.paddle26
-
-GOLDEN = Path(__file__).parent / "golden"
-TINY = {
-    "type": "DiT", "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 3, "num_attention_heads": 4,
-    "attention_head_dim": 16, "num_classes": 10,
-}  # fmt: skip
-
-
-@functools.cache
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: file[key] for key in file.files}
-
-
-def tensors(arrays, *names):
-    return [paddle.to_tensor(arrays[name]) for name in names]
-
-
-def dit(file, **keywords):
-    model = build_model({**TINY, **keywords})
-    state = official_to_paddle(load_weights(GOLDEN / file))
-    model.set_state_dict({name: paddle.to_tensor(value) for name, value in state.items()})
-    return model
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    model = dit("dit_tiny.pt")
-    model.eval()
-    return model
-
-
-def assert_close(actual, expected, tol):
-    """max |a - b| / max |b| <= 2 tol: the tolerance within one framework, twice across two."""
-    actual = np.asarray(actual, dtype=np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= 2 * tol * np.abs(expected).max()
-
-
-def assert_each_close(actual, expected, tol=3e-5, float64_run=None):
-    """The same for each entry; one that float32 can't resolve has room in proportion to its own rounding error."""
-    actual = np.asarray(actual, dtype=np.float64)
-    expected = expected.astype(np.float64)
-    room = tol * np.abs(expected) + 1e-12
-    if float64_run is not None:
-        room += 10 * np.abs(expected - float64_run)
-    assert actual.shape == expected.shape
-    assert (np.abs(actual - expected) <= 2 * room).all()
-
-
-def replay(monkeypatch, name, arrays):
-    """`paddle.<name>` returns the stored arrays, one a call. The iterator: what is left of them."""
-    rest = iter(arrays)
-    monkeypatch.setattr(paddle, name, lambda *args, **kwargs: paddle.to_tensor(next(rest)))
-    return rest
 
 
 # -- Parity with the official code ------------------------------------------------------------------------------------
 
 
-def test_schedule_tables_are_the_official_ones():
-    diffusion = create_diffusion("")
-    for name, expected in golden("diffusion_schedule").items():
-        actual = np.asarray(getattr(diffusion, name))
-        assert actual.dtype in (np.float64, np.int64)
-        np.testing.assert_allclose(actual.astype(expected.dtype), expected, rtol=1e-6, err_msg=name)
-    assert diffusion.num_timesteps == 1000
-    assert diffusion.model_mean_type == ModelMeanType.EPSILON
-    assert diffusion.model_var_type == ModelVarType.LEARNED_RANGE
-    assert diffusion.loss_type == LossType.MSE
-
-
-def test_training_losses_are_the_official_ones(tiny):
-    case = golden("diffusion_losses")
-    x_start, noise, t, y = tensors(case, "x_start", "noise", "t", "y")
-    diffusion = create_diffusion("")
-    assert_close(diffusion.q_sample(x_start, t, noise=noise), case["x_t"], 1e-6)
-    with paddle.no_grad():
-        losses = diffusion.training_losses(tiny, x_start, t, {"y": y}, noise=noise)
-    assert_each_close(losses["mse"], case["mse"])
-    assert_each_close(losses["vb"], case["vb"], float64_run=case["vb_f64run"])
-    assert_each_close(losses["loss"], case["loss"], float64_run=case["loss_f64run"])
-
-
-def test_gradients_are_the_official_ones(tiny):
-    case = golden("diffusion_grads")
-    x_start, noise, t, y = tensors(case, "x_start", "noise", "t", "y")
-    losses = create_diffusion("").training_losses(tiny, x_start, t, {"y": y}, noise=noise)
-    assert_each_close(losses["loss"], case["loss"], float64_run=case["loss_f64run"])
-    losses["loss"].mean().backward()
-    gradients = {name: parameter.grad for name, parameter in tiny.named_parameters()}
-    norms = [0.0 if grad is None else np.linalg.norm(grad.numpy()) for grad in gradients.values()]
-    assert_close(norms, case["grad_l2"], 3e-5)
-    names = [key.removeprefix("grad:") for key in case if key.startswith("grad:")]
-    official = official_to_paddle({name: case["grad:" + name] for name in names})
-    assert len(names) == 8
-    for name in names:
-        assert_close(gradients[name], official[name], 3e-5)
-    tiny.clear_gradients()
+@pytest.mark.parametrize(
+    "what",
+    [official.schedule, official.distributions, official.diffusion_losses],
+    ids=lambda what: what.__name__,
+)
+def test_numbers_are_the_official_ones(what):
+    judged(what())
 
 
 @paddle.no_grad()
-def test_distributions_are_the_official_ones(tiny):
-    case = golden("diffusion_functions")
+def test_terms_of_the_bound_are_the_official_ones():
+    case, diffusion = load_golden("diffusion_functions"), create_diffusion("")
     x, x_start, t, y = tensors(case, "x", "x_start", "t", "y")
-    diffusion = create_diffusion("")
-    posterior = diffusion.q_posterior_mean_variance(x_start, x, t)
-    for name, actual in zip(("mean", "var", "logvar"), posterior, strict=True):
-        assert_close(actual, case[f"q_post_{name}"], 3e-5)
-    for clip in (0, 1):
-        out = diffusion.p_mean_variance(tiny, x, t, clip_denoised=bool(clip), model_kwargs={"y": y})
-        for name in ("mean", "variance", "log_variance", "pred_xstart"):
-            assert_close(out[name], case[f"p_{name}_clip{clip}"], 3e-5)
-    vb = diffusion._vb_terms_bpd(tiny, x_start, x, t, clip_denoised=True, model_kwargs={"y": y})["output"]
-    assert_each_close(vb, case["vb_bpd_clip1"], float64_run=case["vb_bpd_clip1_f64run"])
-    assert_each_close(diffusion._prior_bpd(x_start), case["prior_bpd"])
-    assert_close(diffusion._predict_eps_from_xstart(x, t, x_start), case["eps_from_xstart"], 3e-5)
-
-    (levels,) = tensors(case, "disc_x")
-    near = discretized_gaussian_log_likelihood(
-        levels, means=0.98 * levels + 0.01, log_scales=paddle.full_like(levels, -2.5)
+    vb = diffusion._vb_terms_bpd(official_network("DiT"), x_start, x, t, model_kwargs={"y": y})["output"]
+    judged(
+        {
+            "vb": Pair(vb, case["vb_bpd_clip1"], 6e-5, "entry", case["vb_bpd_clip1_f64run"]),
+            "prior": Pair(diffusion._prior_bpd(x_start), case["prior_bpd"], 6e-5, "entry"),
+            "eps": Pair(diffusion._predict_eps_from_xstart(x, t, x_start), case["eps_from_xstart"], 6e-5),
+        }
     )
-    far = discretized_gaussian_log_likelihood(levels, means=-levels, log_scales=paddle.full_like(levels, -4.0))
-    assert_close(near, case["disc_ll"], 3e-5)
-    assert_close(far, case["disc_ll_far"], 3e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "respacing", "guided", "loop_keywords", "tol"),
-    [
-        ("ddpm25_cfg4", "25", True, {}, 3e-5),
-        ("ddpm25_nocfg_clip", "25", False, {}, 8e-5),
-        ("ddim10", "ddim10", True, {"eta": 0.0}, 3e-5),
-        ("ddim10_clip_eta05", "ddim10", False, {"eta": 0.5}, 9e-5),
-    ],
-)
-def test_sampling_loops_are_the_official_ones(tiny, monkeypatch, name, respacing, guided, loop_keywords, tol):
-    case = golden(name)
-    diffusion = create_diffusion(respacing)
-    assert diffusion.timestep_map == case["timestep_map"].tolist()
-    for table in ("betas", "alphas_cumprod"):
-        np.testing.assert_allclose(getattr(diffusion, table), case[table], rtol=1e-6)
-
-    z, y = tensors(case, "z", "y")
-    steps = len(case["timestep_map"])
-    noise = case.get("noise_seq", np.ones([steps, *z.shape], "float32"))  # at eta = 0 it must not matter
-    rest = replay(monkeypatch, "randn", noise)
-    kind = "ddim" if respacing.startswith("ddim") else "p"
-    arguments = {
-        "noise": z,
-        "clip_denoised": "clip" in name,
-        "model_kwargs": {"y": y, "cfg_scale": 4.0} if guided else {"y": y},
-        **loop_keywords,
-    }
-    denoiser = tiny.forward_with_cfg if guided else tiny.forward
-    outputs = list(getattr(diffusion, f"{kind}_sample_loop_progressive")(denoiser, z.shape, **arguments))
-    assert next(rest, None) is None  # one draw a step
-    assert len(outputs) == steps
-    for i in range(3):
-        assert_close(outputs[i]["sample"], case[f"step{i}_sample"], tol)
-        loose = {0: 8e-4, 1: 4e-4}.get(i, tol) if name == "ddpm25_nocfg_clip" else tol
-        assert_close(outputs[i]["pred_xstart"], case[f"step{i}_pred_xstart"], loose)
-    assert_close(outputs[-1]["sample"], case["final"], tol)
-
-    replay(monkeypatch, "randn", noise)
-    final = getattr(diffusion, f"{kind}_sample_loop")(denoiser, z.shape, **arguments)
-    assert (final == outputs[-1]["sample"]).all()
+@pytest.mark.parametrize("promised", [False, True], ids=["", "promised"])
+def test_gradients_are_the_official_ones(promised):
+    judged(official.diffusion_gradients(single_backward=promised))
 
 
-def test_spaced_timesteps_are_the_official_ones():
-    for key, expected in golden("space_timesteps").items():
-        steps, counts = 1000, key.removeprefix("map_")
-        if counts == "10_15_20_of300":
-            steps, counts = 300, [10, 15, 20]
-        elif counts == "10_20_30_of1000":
-            counts = "10,20,30"
-        assert sorted(space_timesteps(steps, counts)) == expected.tolist()
+@pytest.mark.parametrize("name", official.DIFFUSION_SAMPLERS)
+def test_sampling_loops_are_the_official_ones(name):
+    judged(official.diffusion_sampler(name))
 
 
-def test_four_training_steps_are_the_official_ones(monkeypatch):
-    case = golden("dit_train_steps")
-    model = dit("dit_train_init.pt", num_layers=2, attention_head_dim=8)
-    trained = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
-    optimizer = paddle.optimizer.AdamW(1e-4, parameters=trained, weight_decay=0.0)
-    ema = {name: value.numpy() for name, value in model.named_parameters()}
-    diffusion = create_diffusion("")
-
-    def check(prefix, state):
-        names = [key.removeprefix(prefix) for key in case if key.startswith(prefix)]
-        official = official_to_paddle({name: case[prefix + name] for name in names})
-        assert len(names) == 6
-        for name in names:
-            assert_close(state[name], official[name], 3e-5)
-
-    for i in range(4):
-        model.train()
-        x, t, y, noise = (paddle.to_tensor(case[name][i]) for name in ("x", "t", "y", "noise"))
-        replay(monkeypatch, "rand", [case["drop_rand"][i]])
-        losses = diffusion.training_losses(model, x, t, {"y": y}, noise=noise)
-        for name in ("loss", "mse", "vb"):
-            assert_each_close(losses[name], case[name][i])
-        losses["loss"].mean().backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        now = {name: value.numpy() for name, value in model.named_parameters()}
-        ema = {name: 0.9999 * ema[name] + (1 - 0.9999) * now[name] for name in ema}
-        if i in (1, 3):
-            check(f"p{i + 1}:", now)
-            check(f"ema{i + 1}:", ema)
-            model.eval()
-            x, t, y = (paddle.to_tensor(case[name]) for name in ("x", "t", "fwd_y"))
-            with paddle.no_grad():
-                assert_close(model(x[0], t[1], y), case[f"fwd_model{i + 1}"], 3e-5)
+@pytest.mark.parametrize(("kind", "options"), [("p", {}), ("ddim", {}), ("ddim", {"eta": 0.5})])
+def test_a_loop_draws_its_noise_once_a_step(kind, options, monkeypatch):
+    """As the official one does: at eta = 0 too, where it does not matter."""
+    diffusion, rng = create_diffusion("5", learn_sigma=False), np.random.default_rng(0)
+    z, *noise = rng.standard_normal([6, 2, 1, 4, 4]).astype("float32")
+    rest = replay(monkeypatch, "randn", [z, *noise])
+    drawn = getattr(diffusion, f"{kind}_sample_loop")(lambda x, t: 0.5 * x, z.shape, **options)
+    assert next(rest, None) is None
+    given = iter(noise)
+    options = {"noise": paddle.to_tensor(z), "draw_noise": lambda x: paddle.to_tensor(next(given)), **options}
+    steps = getattr(diffusion, f"{kind}_sample_loop_progressive")(lambda x, t: 0.5 * x, z.shape, **options)
+    np.testing.assert_array_equal([*steps][-1]["sample"], drawn)
 
 
 # -- Schedules --------------------------------------------------------------------------------------------------------
@@ -306,6 +140,8 @@ def test_settings_choose_the_official_kinds():
     assert create_diffusion("", predict_xstart=True).model_mean_type == ModelMeanType.START_X
     assert create_diffusion(None, diffusion_steps=50).num_timesteps == 50
     assert create_diffusion(25).timestep_map == create_diffusion("25").timestep_map
+    whole = create_diffusion("")
+    assert (whole.num_timesteps, whole.model_mean_type, whole.loss_type) == (1000, ModelMeanType.EPSILON, LossType.MSE)
 
 
 # -- Against the definitions, in float64 ------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
-from ppdiffusers import AutoencoderKL, DiTPipeline
+from ppdiffusers import DiTPipeline
+from support.pipelines import make_halving_vae as make_vae
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, write_config, write_features
 
 import infer_demo_dit
@@ -125,17 +126,6 @@ def test_odd_files_of_a_set(file, content, message, tmp_path):
 
 SHIFTED = {"latent_channels": 16, "shift_factor": 0.6, "scaling_factor": 1.5}
 STATISTICS = {"latents_mean": [0.5, -0.3, 0.1, 2.0], "latents_std": [2.0, 0.5, 1.0, 4.0], "scaling_factor": 0.8}
-
-
-def make_vae(folder=None, **settings):
-    """A tiny autoencoder of 2x smaller latents, random weights."""
-    paddle.seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, **blocks, **settings)
-    vae.eval()
-    if folder is not None:
-        vae.save_pretrained(str(folder), safe_serialization=False)
-    return vae
 
 
 def expected_latents(z, settings):

@@ -3,21 +3,20 @@
 import numpy as np
 import paddle
 import pytest
-from support.golden import OFFICIAL, load_golden, official_network, relative_error
+from support.golden import judged
 from support.runs import TINY_MODELS
 
 from config.schema import resolve_config
 from models import build_model
 from models.hooks import Hook, Tap
-from models.state import official_to_paddle
 from objectives import Batch, build_objective
 from objectives.regularizers import REGULARIZERS
-from verification.official import LayerSync
+from verification import official
 
 
 @pytest.fixture(autouse=True)
 def layer_sync(monkeypatch):
-    monkeypatch.setitem(REGULARIZERS, "layer_sync", LayerSync)
+    monkeypatch.setitem(REGULARIZERS, "layer_sync", official.LayerSync)
 
 
 def network(kind, **options):
@@ -98,34 +97,13 @@ def test_a_hook_may_reorder_and_drop_tokens(kind):
 
 
 def objective_of(kind, *auxiliary, **model):
-    config = resolve_config({"model": {**(OFFICIAL["SiT"][2] if kind == "golden" else TINY_MODELS[kind]), **model}})
+    config = resolve_config({"model": {**TINY_MODELS[kind], **model}})
     config["objective"]["auxiliary"] = list(auxiliary)
     return build_objective(config)
 
 
 def test_losses_and_gradients_with_a_regularizer_are_the_official_ones():
-    case = load_golden("regularized_sit")
-    model = official_network("SiT")
-    x, x0, t, y = (paddle.to_tensor(case[name]) for name in ("x1", "x0", "u", "y"))
-    objective = objective_of("golden", {"type": "layer_sync", "weight": 0.2, "layer": 0, "target_layer": 2})
-    taps = []
-
-    def tapped(*args, hooks, **options):
-        taps.extend(hooks)
-        return model(*args, hooks=hooks, **options)
-
-    losses = objective.training_losses(tapped, Batch(x, y), drawn={"t": t, "noise": x0})
-    assert set(losses) == {"loss", "layer_sync"}
-    assert relative_error(losses["layer_sync"], case["layer_sync"]) < 2e-5
-    np.testing.assert_allclose(losses["loss"], case["loss"] + 0.2 * case["layer_sync"], rtol=2e-5)
-    for layer, name in ((0, "tokens_1"), (2, "tokens_3")):
-        assert relative_error(taps[0].tokens[layer], case[name]) < 2e-5
-    found = gradients(model, losses["loss"].mean())
-    names = [key.removeprefix("layer_sync_grad:") for key in case if key.startswith("layer_sync_grad:")]
-    official = official_to_paddle({name: case[f"layer_sync_grad:{name}"] for name in names})
-    assert len(names) == 3
-    for name, value in official.items():
-        assert relative_error(found[name], value) < 2e-5, name
+    judged(official.regularized())
 
 
 def test_regularizers_are_added_by_weight_and_leave_the_rest_alone(kind):

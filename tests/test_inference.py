@@ -21,6 +21,7 @@ from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
 from sampling.pipelines.inference import export_inference as save_programs
 from tools import export_inference
+from verification.pipelines import psnr
 
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
 
@@ -52,11 +53,6 @@ def draw(path, *flags):
     arguments = ["--model_path", path, "--vae", path.parent / "vae", "--output", output, "--device", "cpu", *flags]
     infer_demo_dit.main([str(argument) for argument in arguments])
     return np.asarray(Image.open(output)).astype(int)
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio of 8-bit images, dB."""
-    return 10 * np.log10(255**2 / max(np.square(a - b).mean(), 1e-9))
 
 
 FLAGS = ["--seed", 5, "--num_inference_steps", 5, "--guidance_scale", 2, "--classes", 3, 7, 1]

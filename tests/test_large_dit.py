@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.nn import functional as F
-from support.golden import GOLDEN, OFFICIAL, golden_inputs, load_golden, official_network, relative_error
+from support.golden import GOLDEN, OFFICIAL, golden_inputs, judged, load_golden, official_network, relative_error
 from support.runs import ROOT
 
 from config.schema import load_config, resolve_config
@@ -17,6 +17,7 @@ from models.ops import Operators
 from models.state import expected_shapes, paddle_to_official
 from runtime.paddle_private import swiglu
 from tools import convert_official_weights
+from verification import official
 from weights.files import load_weights
 
 pytestmark = pytest.mark.paddle26
@@ -45,24 +46,7 @@ def random_model(**settings):
 
 
 def test_parts_are_the_official_ones():
-    arrays = load_golden("largedit_forward")
-    model = official_network("LargeDiT")
-    x, t, y = golden_inputs(arrays)
-    cos, sin = rotary_table(16, 16)
-    assert relative_error(cos, arrays["rope_cos"]) < TOLERANCE
-    assert relative_error(sin, arrays["rope_sin"]) < TOLERANCE
-    tokens, rope = paddle.to_tensor(arrays["tokens_in"]), [paddle.to_tensor(z).unsqueeze(1) for z in (cos, sin)]
-    conditioning = paddle.to_tensor(arrays["adaln_input"])
-    layer = model.layers[0]
-    for name, out in (
-        ("tokens_in", model.x_embedder(model.patchify(x))),
-        ("adaln_input", model.t_embedder(t) + model.y_embedder(y, False)),
-        ("block0_out", layer(tokens, conditioning, *rope)),
-        ("attn0_of_tokens", layer.attention(tokens, *rope)),
-        ("ffn0_of_tokens", layer.feed_forward(tokens)),
-        ("rmsnorm0_of_tokens", layer.attention_norm(tokens)),
-    ):
-        assert relative_error(out, arrays[name]) < TOLERANCE, name
+    judged(official.large_dit_parts())
 
 
 # -- Attention and feed-forward, against numpy ------------------------------------------------------------------------

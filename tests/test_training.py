@@ -5,9 +5,8 @@ import json
 import numpy as np
 import paddle
 import pytest
-from paddle import nn
 from support import device
-from support.golden import GOLDEN, load_golden, relative_error
+from support.golden import GOLDEN, judged, load_golden, relative_error, replay
 from support.runs import TINY_MODELS, checkpoint_path, loop_arguments, read_losses, write_config
 
 from config.options import TRAINING_KEYS
@@ -20,52 +19,30 @@ from training.checkpoints.experiment import open_checkpoint
 from training.checkpoints.read import load_checkpoint
 from training.checkpoints.state import restore_model
 from training.optimizer import build_lr_scheduler, build_optimizer, lr_factor, optimizer_state, set_optimizer_state
+from verification.official import Averaged as Toy
+from verification.official import averages
+from verification.training_steps import OFFICIAL_MODEL as TRAIN_CONFIG
+from verification.training_steps import official_steps
 from weights.runs import list_checkpoints
 
 # EMA.
 
 
-class Toy(nn.Layer):
-    """The network of the official EMA vectors: two parameters, a frozen one, a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = self.create_parameter([5, 7])
-        self.b = self.create_parameter([7], is_bias=True)
-        self.frozen = self.create_parameter([3])
-        self.frozen.stop_gradient = True
-        self.register_buffer("buf", paddle.zeros([2]))
-
-    def set(self, arrays, prefix):
-        for name, parameter in self.named_parameters():
-            parameter.set_value(arrays[f"{prefix}_{name}"])
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("decay", [0.9999, 0.9])
-def test_ema_is_the_official_update(decay):
-    arrays = load_golden("ema")
-    toy = Toy()
-    toy.set(arrays, "ema0")
-    ema = EMA(toy, decay=decay)
-    for step in range(1, 6):
-        toy.set(arrays, f"model{step}")
-        ema.update(toy)
-        state = ema.state_dict()
-        assert sorted(state) == ["b", "frozen", "w"]
-        for name, value in state.items():
-            expected = arrays[f"ema{step}_d{str(decay).replace('.', 'p')}_{name}"]
-            np.testing.assert_allclose(value, expected, atol=2e-7, rtol=0)
-            assert value.dtype == paddle.float32
+def test_ema_is_the_official_update():
+    judged(averages())
 
 
 @pytest.mark.gpu
 def test_ema_prefers_master_weights_and_warms_up():
     toy = Toy()
     ema = EMA(toy, decay=0.5)
+    assert sorted(ema.state_dict()) == ["b", "frozen", "w"]
     start = toy.b.numpy().copy()
     ema.update(toy, {toy.b.name: paddle.full([7], 3.0)})
-    np.testing.assert_allclose(ema.state_dict()["b"], 0.5 * start + 1.5)
+    average = ema.state_dict()["b"]
+    assert average.dtype == paddle.float32
+    np.testing.assert_allclose(average, 0.5 * start + 1.5)
     warm = EMA(toy, decay=0.9999, warmup=True)
     decays = []
     for _ in range(3):
@@ -210,17 +187,13 @@ def test_clipping_and_schedule_in_the_loops(loop, features, tmp_path, run_loop):
     assert 0 < norm <= 0.01 * (1 - 0.9**6) * 1.01
 
 
-# Official training checkpoints.
+# The official training loop, and its checkpoints.
 
-TRAIN_CONFIG = {
-    "type": "DiT",
-    "sample_size": 8,
-    "patch_size": 2,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "attention_head_dim": 8,
-    "num_classes": 10,
-}
+
+@pytest.mark.gpu
+@pytest.mark.paddle26
+def test_four_steps_are_the_official_ones():
+    judged(official_steps())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -283,8 +256,7 @@ def test_official_training_checkpoint_goes_on_with_the_official_steps(monkeypatc
     model.train()
     diffusion = create_diffusion("")
     for step in (2, 3):
-        drop = paddle.to_tensor(arrays["drop_rand"][step])
-        monkeypatch.setattr(paddle, "rand", lambda *args, drop=drop, **kwargs: drop)
+        replay(monkeypatch, "rand", [arrays["drop_rand"][step]])
         x0, t, y, noise = (paddle.to_tensor(arrays[key][step]) for key in ("x", "t", "y", "noise"))
         loss = diffusion.training_losses(model, x0, t, {"y": y}, noise=noise)["loss"]
         np.testing.assert_allclose(loss, arrays["loss"][step], rtol=6e-5)

@@ -136,9 +136,9 @@ def diffusion_losses(precision=FLOAT32):
     }
 
 
-def diffusion_gradients(precision=FLOAT32):
-    """Loss and gradients of DiT, as a loop computes them."""
-    arrays, model = load_golden("diffusion_grads"), official_network("DiT", single_backward=True)
+def diffusion_gradients(precision=FLOAT32, single_backward=True):
+    """Loss and gradients of DiT, as a loop computes them, or without its promise of a single backward pass."""
+    arrays, model = load_golden("diffusion_grads"), official_network("DiT", single_backward=single_backward)
     precision.decorate(model)
     x_start, noise, t, y = tensors(arrays, "x_start", "noise", "t", "y")
     with precision.autocast():
@@ -148,9 +148,9 @@ def diffusion_gradients(precision=FLOAT32):
     return {"loss": loss, **gradient_pairs(model, arrays, 6e-5, scale=scale)}
 
 
-def transport_gradients(precision=FLOAT32):
-    """Loss and gradients of SiT, as a loop computes them."""
-    arrays, model = load_golden("sit_transport_loss"), official_network("SiT", single_backward=True)
+def transport_gradients(precision=FLOAT32, single_backward=True):
+    """Loss and gradients of SiT; arguments as of `diffusion_gradients`."""
+    arrays, model = load_golden("sit_transport_loss"), official_network("SiT", single_backward=single_backward)
     precision.decorate(model)
     x1, x0, u, y = tensors(arrays, "x1", "x0", "u", "y")
     transport = create_transport()
@@ -231,8 +231,9 @@ def distributions():
     for clip in (0, 1):
         out = diffusion.p_mean_variance(model, x, t, clip_denoised=bool(clip), model_kwargs={"y": y})
         found |= {f"p_{name}_clip{clip}": out[name] for name in ("mean", "variance", "log_variance", "pred_xstart")}
-    means, log_scales = 0.98 * levels + 0.01, paddle.full_like(levels, -2.5)
-    found["disc_ll"] = discretized_gaussian_log_likelihood(levels, means=means, log_scales=log_scales)
+    for name, means, log_scale in (("disc_ll", 0.98 * levels + 0.01, -2.5), ("disc_ll_far", -levels, -4.0)):
+        log_scales = paddle.full_like(levels, log_scale)
+        found[name] = discretized_gaussian_log_likelihood(levels, means=means, log_scales=log_scales)
     return {name: Pair(value, arrays[name], 6e-5) for name, value in found.items()}
 
 
@@ -365,7 +366,8 @@ def averages():
         for step in range(1, 6):
             model.set(arrays, f"model{step}")
             ema.update(model)
-        for name, value in ema.state_dict().items():
+        averaged = ema.state_dict()
+        for name, _ in model.named_parameters():
             expected = arrays[f"ema5_d{str(decay).replace('.', 'p')}_{name}"]
-            pairs[f"{name} at {decay}"] = Pair(value, expected, 2e-7, "absolute")
+            pairs[f"{name} at {decay}"] = Pair(averaged[name], expected, 2e-7, "absolute")
     return pairs

@@ -91,17 +91,18 @@ def stored_errors(kind, mode, precision=FLOAT32):
 
 
 class Run:
-    """A training run as the loops build it, with the weights of a golden file, and given random numbers.
+    """A training run as the loops build it.
 
-    Attributes: model, ema, optimizer.
+    `weights` is a golden file; without it they are as the network begins. Attributes: model, ema, optimizer.
     """
 
-    def __init__(self, model, training, weights, precision=FLOAT32):
+    def __init__(self, model, training, weights=None, precision=FLOAT32):
         config = resolve_config({"model": model, "training": training}, source="self check")
         settings = config["training"]
         self.precision, self.objective = precision, build_objective(config)
         self.model = setup.build_network(config)
-        fill(self.model, weights)
+        if weights is not None:
+            fill(self.model, weights)
         self.model.train()
         (self.ema,), self.watch = setup.build_averages(settings, self.model), NumberWatch(settings)
         precision.decorate(self.model)
@@ -116,11 +117,20 @@ class Run:
 
         They are of before the update: float32 `(N,)`, and the norm of the gradients before clipping, a number.
         """
-        self.steps += 1
+        losses, loss = self.losses(batch, drawn)
+        self.scaler.scale(loss).backward()
+        self.update(loss)
+        return losses, self.optimizer.gradient_norm.take()
+
+    def losses(self, batch, drawn=None):
+        """Returns the losses by name, and their mean; None: the objective draws by itself."""
         with self.precision.autocast():
             losses = self.objective.training_losses(self.model, batch, drawn=drawn)
-            loss = losses["loss"].mean()
-        self.scaler.scale(loss).backward()
+            return losses, losses["loss"].mean()
+
+    def update(self, loss):
+        """Does what follows a backward pass."""
+        self.steps += 1
         self.watch.add(loss.detach())
         self.watch.begin_update(self.steps, self.optimizer.get_lr(), self.scaler)
         self.scaler.step(self.optimizer)
@@ -131,7 +141,6 @@ class Run:
         if self.precision.stepped(self.scaler):
             self.schedule.step()
         self.ema.update(self.model, master_weights(self.optimizer))
-        return losses, self.optimizer.gradient_norm.take()
 
     @paddle.no_grad()
     def loss_of_averages(self, batch, drawn):

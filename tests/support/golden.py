@@ -6,9 +6,11 @@ from verification.vectors import (
     TINY,
     golden_inputs,
     golden_network,
+    judged,
     load_golden,
     official_network,
     relative_error,
+    tensors,
 )
 
 __all__ = [
@@ -17,7 +19,19 @@ __all__ = [
     "TINY",
     "golden_inputs",
     "golden_network",
+    "judged",
     "load_golden",
     "official_network",
     "relative_error",
+    "replay",
+    "tensors",
 ]
+
+
+def replay(monkeypatch, name, arrays):
+    """`paddle.<name>` returns the stored arrays, one a call. The iterator: what is left of them."""
+    import paddle
+
+    rest = iter(arrays)
+    monkeypatch.setattr(paddle, name, lambda *args, **kwargs: paddle.to_tensor(next(rest)))
+    return rest

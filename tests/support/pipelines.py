@@ -33,6 +33,20 @@ def make_vae(latent_channels=4):
     return vae
 
 
+def make_halving_vae(folder=None, **settings):
+    """A tiny autoencoder of 2x smaller latents, random weights; it is saved if there is a folder."""
+    import paddle
+    from ppdiffusers import AutoencoderKL
+
+    paddle.seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, **blocks, **settings)
+    vae.eval()
+    if folder is not None:
+        vae.save_pretrained(str(folder), safe_serialization=False)
+    return vae
+
+
 def tree_of(folder):
     return sorted(
         os.path.relpath(os.path.join(root, name), folder) for root, _, names in os.walk(folder) for name in names

@@ -47,10 +47,8 @@ def configure_runtime():
     - `FLAGS_use_stride_kernel=0`: strided views make later operators copy element by element on a CPU.
     - `MKL_DEBUG_CPU_TYPE=5` on processors of other vendors than Intel, see `runtime.machine.set_mkl_cpu_type`.
     - glibc's malloc thresholds: large buffers are kept instead of being mapped and unmapped at each use.
-    - Python's zlib is loaded: after Paddle 2.6, which has another one inside, it would crash at its first use.
+    - Python's zlib is loaded before Paddle: see `runtime.paddle_private.prepare_import`.
     """
-    import zlib  # noqa: F401
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_processes())))
     os.environ.setdefault("FLAGS_use_stride_kernel", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")

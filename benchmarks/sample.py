@@ -9,8 +9,9 @@ the same turn, the median of the turns; diffusers has no SiT: there it is its Di
 
 - eager: this project's samplers on its own networks,
 - pipeline: ppdiffusers' DiTPipeline on the exported folder,
-- inference, inference bf16: the programs of tools/export_inference.py as infer_demo_dit.py samples them; PSNR: of their
-  latents (two images, 25 steps) against those of the same network in eager mode, the range of these as the peak,
+- inference, inference bf16: the programs of tools/export_inference.py, of a DiT's checkpoint, as infer_demo_dit.py
+  samples them; PSNR: of their latents (two images, 25 steps) against those of the same network in eager mode, the range
+  of these as the peak,
 - PyTorch, PyTorch bf16: diffusers' DiTPipeline (--torch_python: the Python of an environment with torch and diffusers).
 
 With --decode, one image through a decoder of Stable Diffusion's VAE size (random weights, 256 pixels) is timed too.
@@ -183,7 +184,9 @@ def inference(case, dtype):
     sources, pipes = {}, {}
     for kind in case["models"]:
         folder = os.path.join(case["folder"], f"{kind}_{dtype}")
-        sources[kind] = load_exportable(describe_model(os.path.join(case["folder"], f"{kind}_pipeline")))
+        pipeline = os.path.join(case["folder"], f"{kind}_pipeline")
+        path = os.path.join(case["folder"], kind) if kind == "DiT" else pipeline  # a SiT's is exported by way of it
+        sources[kind] = load_exportable(describe_model(path), vae=os.path.join(pipeline, "vae"))
         export_inference(sources[kind], folder)
         pipes[kind] = load_inference(folder, dtype=dtype)
 

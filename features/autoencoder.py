@@ -10,7 +10,7 @@ import numpy as np
 
 from config.options import ABOVE_0, REQUIRED, VAE_KEYS, Option
 from config.schema import SCALING_KEYS, check_section
-from runtime.paddle_private import cast_layer
+from runtime.precision import cast_layer
 from runtime.untrusted import shortened
 
 

@@ -116,33 +116,6 @@ def fused_attention_fits(query):
     return is_half and query.shape[-1] % 8 == 0 and paddle.device.cuda.get_device_capability() >= (8, 0)
 
 
-def cast_layer(layer, dtype):
-    """Does `layer.to(dtype=dtype)`, to half precision by rounding to nearest; on a CPU Paddle 2.6 cuts digits off."""
-    import numpy as np
-    import paddle
-
-    kind = str(dtype).removeprefix("paddle.")
-    # In float16 and in bfloat16 the nearest number to this one lies above it.
-    probe = paddle.to_tensor(np.float32([1 + 2**-8 + 2**-11 + 2**-12]), place=paddle.CPUPlace())
-    if kind in ("float16", "bfloat16") and float(probe.astype(kind).astype("float32") - probe) < 0:
-        for tensor in layer.state_dict(use_hook=False).values():
-            if tensor.dtype == paddle.float32 and tensor.place.is_cpu_place():
-                tensor.set_value(_rounded(tensor.numpy(), kind))
-    layer.to(dtype=dtype)
-
-
-def _rounded(array, dtype):
-    """Returns float32 numbers as the nearest ones of float16 or bfloat16, in float32 still; array: float32."""
-    import numpy as np
-
-    if dtype == "float16":
-        with np.errstate(over="ignore"):  # beyond 65504 is infinity
-            return array.astype("float16").astype("float32")
-    bits = array.view("uint32")  # of which bfloat16 has the upper half; the even one of two that are equally near
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isfinite(array), rounded.view("float32"), array)
-
-
 def check_program(path):
     """Raises ValueError for a kind of program, by its suffix, that this Paddle would crash on."""
     import paddle

@@ -17,7 +17,7 @@ from config.options import DEFAULT_VAE, SIT_VAE
 from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
-from runtime.paddle_private import cast_layer
+from runtime.precision import cast_layer
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
 from sampling.labels import find_classes

@@ -26,7 +26,7 @@ from config.schema import MODEL_TYPES
 from models import MODELS, SiT, get_2d_sincos_pos_embed
 from models.state import without_rounding
 from objectives.transport import sample_transport
-from runtime.paddle_private import cast_layer
+from runtime.precision import cast_layer
 from runtime.process import is_terminal
 from runtime.untrusted import inside, listed
 from sampling.generator import Generator, in_float32, latent_sizes, layer_digests, load_network

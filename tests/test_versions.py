@@ -16,6 +16,7 @@ from diffusion import create_diffusion, create_named_schedule_sampler
 from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
 from models.attention import scaled_dot_product
 from runtime import paddle_private
+from runtime.precision import cast_layer
 from runtime.programs import Program
 from transport import integrators
 
@@ -41,7 +42,7 @@ def test_weights_are_rounded_to_the_nearest_number_of_half_precision(dtype, numb
     numbers = np.float32([*numbers.items(), (-np.inf, -np.inf), (np.nan, np.nan)])
     layer = nn.Linear(len(numbers), 1)
     layer.weight.set_value(numbers[:, :1])
-    paddle_private.cast_layer(layer, dtype)
+    cast_layer(layer, dtype)
     assert dtype in str(layer.weight.dtype) and dtype in str(layer.bias.dtype)
     np.testing.assert_array_equal(layer.weight.astype("float32").numpy(), numbers[:, 1:])
 

@@ -43,7 +43,7 @@ from features.images import (
     unreadable_list,
 )
 from runtime.files import write_json
-from runtime.paddle_private import cast_layer
+from runtime.precision import cast_layer
 from runtime.process import configure_runtime, counted, run_cli
 from runtime.progress import tqdm
 from runtime.untrusted import read_json, read_json_object

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from models.state import check_finite, check_state
-from runtime.paddle_private import cast_layer
+from runtime.precision import cast_layer
 from runtime.process import one_line
 from runtime.untrusted import check_sizes, inside, read_json_object, shortened
 from weights.files import load_weights

@@ -14,7 +14,8 @@ case "${1:-}" in
 --paddle)
     [ "${2:-}" = 2.6 ] || { echo "error: run_tests.sh --paddle takes 2.6, got '${2:-}'" >&2 && exit 2; }
     lane="paddle26" && shift 2
-    export VENV_DIR=.venv-paddle26 PADDLE_PACKAGE="${PADDLE_PACKAGE:-paddlepaddle==2.6.2}"
+    case "${PADDLE_PACKAGE:-}" in *==2.6.*) ;; *) export PADDLE_PACKAGE=paddlepaddle==2.6.2 ;; esac
+    export VENV_DIR=.venv-paddle26
     ;;
 --device) lane="gpu" ;; # it is pytest's argument too: see tests/conftest.py
 esac

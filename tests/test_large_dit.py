@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.nn import functional as F
+from support.device import either
 from support.golden import GOLDEN, OFFICIAL, golden_inputs, judged, load_golden, official_network, relative_error
 from support.runs import ROOT
 
@@ -215,10 +216,10 @@ def test_same_gradients(change):
         out.square().mean().backward()
         outputs.append(out.numpy())
         gradients.append({name: p.grad.numpy() for name, p in model.named_parameters()})
-    assert relative_error(outputs[1], outputs[0]) < 1e-6
+    assert relative_error(outputs[1], outputs[0]) < either(1e-6, 1e-5)
     for name, gradient in gradients[0].items():
         assert gradient.any(), name
-        assert relative_error(gradients[1][name], gradient) < 2e-5, name
+        assert relative_error(gradients[1][name], gradient) < either(2e-5, 1e-4), name
 
 
 # -- For a transport --------------------------------------------------------------------------------------------------

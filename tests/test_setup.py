@@ -118,9 +118,10 @@ def test_paddle_26_has_pins_of_its_own_and_comes_from_pypi(checkout):
 )
 def test_an_index_that_does_not_answer_is_told_before_anything_is_made(checkout, gpu, said):
     nvidia_smi(checkout, gpu)
-    done = set_up(checkout, PADDLE_INDEX_URL="http://127.0.0.1:9/")
+    done = set_up(checkout, https_proxy="http://127.0.0.1:9", no_proxy="")  # where nobody listens
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: http://127.0.0.1:9/ does not answer; ") and said in done.stderr
+    assert done.stderr.startswith("error: https://www.paddlepaddle.org.cn/packages/stable/cu126/ does not answer; ")
+    assert said in done.stderr
     assert not (checkout / "repo" / ".venv").exists()
 
 
@@ -192,8 +193,18 @@ def test_a_package_that_was_asked_for_stays(checkout, venv):
     asked = {"PADDLE_PACKAGE": "paddlepaddle-gpu==3.2.0", "PADDLE_INDEX_URL": "file:///wheels"}
     assert set_up(checkout, **asked).returncode == 0
     assert "from file:///wheels\n" in set_up(checkout, "--print").stdout
+    assert "from file:///other\n" in set_up(checkout, "--print", PADDLE_INDEX_URL="file:///other").stdout
     assert set_up(checkout, PADDLE_PACKAGE=f"paddlepaddle=={pin(PINS[0], 'paddlepaddle')}").returncode == 0
     assert pin(PINS[0], "paddlepaddle") in (venv / "installed.txt").read_text().splitlines()[0]
+
+
+def test_an_index_that_was_asked_for_stays(checkout, venv):
+    nvidia_smi(checkout, A100)
+    assert set_up(checkout, PADDLE_INDEX_URL="file:///wheels").returncode == 0
+    before = (checkout / "pip-calls").read_text()
+    assert before.splitlines()[-1].endswith(f"paddlepaddle-gpu=={pin(PINS[0], 'paddlepaddle')}")
+    assert (set_up(checkout).returncode, (checkout / "pip-calls").read_text()) == (0, before)
+    assert "from file:///wheels\n" in set_up(checkout, "--print").stdout
 
 
 def test_the_demo_is_added_to_the_others_and_changes_none(checkout, venv):

@@ -42,7 +42,7 @@ def card(monkeypatch):
         monkeypatch.setattr(gpus, "card", lambda: found)
         monkeypatch.setattr(speed, "card", lambda: found)
         monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: count)
-        for module in (loops, parallel, pipelines):
+        for module in (loops, pipelines):
             monkeypatch.setattr(module, "exact", lambda settings: contextlib.nullcontext())
 
     return make
@@ -198,6 +198,17 @@ def test_one_gpu_can_not_train_in_parallel(launches, card):
     card(1)
     found, started = launches(check=verdicts_of_gpu)
     assert started == [] and {(verdict.status, verdict.text) for verdict in found.values()} == {(SKIPPED, "one GPU")}
+
+
+def test_the_gpu_is_free_for_launches(tmp_path, monkeypatch, card):
+    """The run of one process is another one; a card that is asked about alone is in no launch."""
+    card(2)
+    commands = []
+    monkeypatch.setattr(parallel.Launches, "_wait_for", lambda _, command, log: commands.append(command))
+    parallel.Launches(OnGPU("gpu", False, str(tmp_path)))._run_alone()
+    assert commands[0][1].endswith("train_image_generation_notrainer.py") and "--device=gpu" in commands[0]
+    one = {check.name: judge("parallel", check) for check in parallel.checks(OnGPU("gpu:1", False, str(tmp_path)))}
+    assert set(statuses(one).values()) == {SKIPPED}
 
 
 # Speed and memory.

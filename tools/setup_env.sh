@@ -58,9 +58,17 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/nul
     sort -V | tail -1) || true # of the newest GPU, such as 8.6; empty where none is known
 capability_is_at_least() { [ -n "$capability" ] && [ "${capability%.*}" -ge "$1" ]; }
 asked=${PADDLE_PACKAGE:-}
-if [ -z "$asked" ] && [ -f $stamp ]; then # "# PACKAGE [from INDEX] (asked for)"
-    asked=$(sed -nE '1s/^# ([^ ]+)( from [^ ]+)? \(asked for\)$/\1/p' $stamp)
-    [ -z "$asked" ] || PADDLE_INDEX_URL=$(sed -nE '1s/^# [^ ]+( from ([^ ]+))? .*/\2/p' $stamp)
+index_mark=${PADDLE_INDEX_URL+" (index asked for)"}
+was="" # the stamp's first line: "# PACKAGE[ from INDEX][ (asked for)][ (index asked for)]"
+if [ -f $stamp ]; then
+    was=$(head -n 1 $stamp)
+    if [ -z "$asked" ]; then
+        asked=$(sed -nE 's/^# ([^ ]+)( from [^ ]+)? \(asked for\).*/\1/p' <<<"$was")
+        if [ -z "$index_mark" ] && [ "$was" != "${was% (index asked for)}" ]; then
+            index_mark=" (index asked for)"
+            PADDLE_INDEX_URL=$(sed -nE 's/^# [^ ]+( from ([^ ]+))? .*/\2/p' <<<"$was")
+        fi
+    fi
 fi
 constraints=constraints.txt newest_python=13
 case "$asked" in
@@ -99,8 +107,10 @@ if [ "$version" = 3.13 ]; then constraints=constraints-py313.txt; fi
 pinned=$(sed -n 's/^paddlepaddle==\([^ ;]*\).*/\1/p' $constraints)
 if [ -n "$asked" ]; then
     paddle=$asked
-elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+elif nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; then
     paddle=paddlepaddle-gpu==$pinned
+    [ -z "$capability" ] || capability_is_at_least 7 ||
+        say "Paddle 3 may have no code for compute capability $capability; paddlepaddle-gpu==2.6.2 has it from 6.1 on"
 else
     paddle=paddlepaddle==$pinned
 fi
@@ -114,7 +124,8 @@ esac
 # libGL; opencv-python-headless is the same cv2 without windows.
 packages=$(sed -E -e '/^(#|paddlepaddle==|ligo-segments==|onnxoptimizer==|paddle2onnx==)/d' \
     -e 's/^opencv-python==/opencv-python-headless==/' $constraints)
-wanted="# $paddle${index:+ from $index}${asked:+ (asked for)}
+origin="# $paddle${index:+ from $index}${asked:+ (asked for)}$index_mark"
+wanted="$origin
 $packages"
 
 if [ "${1:-}" = --print ]; then
@@ -133,17 +144,22 @@ set_processor() {
 installed() { [ -f $stamp ] && [ "$(cat $stamp)" = "$wanted" ] && set_processor; }
 if installed; then exit 0; fi
 
-# Ask Paddle's index for an answer before anything is changed: many networks do not reach it.
-case "$index" in
-http*)
-    "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)' "$index" 2>/dev/null || {
-        other="PyPI's newest, 2.6.2, has no code for this GPU's compute capability $capability"
-        capability_is_at_least 9 ||
-            other="PyPI has 2.6.2, which needs CUDA 11.8 and cuDNN 8.6: PADDLE_PACKAGE=paddlepaddle-gpu==2.6.2 bash $0"
-        fail "$index does not answer; set PADDLE_INDEX_URL to a mirror of it, or PADDLE_PACKAGE=paddlepaddle==$pinned for the CPU. $other"
-    }
-    ;;
-esac
+# Ask Paddle's own index for an answer before anything is changed: many networks do not reach it.
+answers() {
+    "$python" - "$1" 2>/dev/null <<'END'
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=20)
+except urllib.error.HTTPError:
+    pass  # an answer
+END
+}
+if [ -n "$index" ] && [ "$index" = "$default_index" ] && ! answers "$index"; then
+    other="PyPI's newest, 2.6.2, has no code for this GPU's compute capability $capability"
+    capability_is_at_least 9 ||
+        other="PyPI has 2.6.2, which needs CUDA 11.8 and cuDNN 8.6: PADDLE_PACKAGE=paddlepaddle-gpu==2.6.2 bash $0"
+    fail "$index does not answer; set PADDLE_INDEX_URL to a mirror of it, or PADDLE_PACKAGE=paddlepaddle==$pinned for the CPU. $other"
+fi
 
 # One set-up at a time: a second call waits for the first, and finds its work done.
 if command -v flock >/dev/null; then
@@ -181,12 +197,11 @@ elif ! $venv/bin/python -c 'import pip' 2>/dev/null; then
 fi
 pip() { $venv/bin/python -m pip --disable-pip-version-check --no-input "$@"; }
 
-# The CPU and the GPU build are the same module under two names: never both.
-case "$paddle" in
-paddlepaddle-gpu*) other=paddlepaddle ;;
-*) other=paddlepaddle-gpu ;;
-esac
-if pip show -q $other 2>/dev/null; then pip uninstall -y -q paddlepaddle paddlepaddle-gpu 2>/dev/null; fi
+# The CPU and the GPU build are the same module under two names, and builds for several CUDAs have one version: a Paddle
+# from elsewhere is taken out first.
+if [ "$was" != "$origin" ] && pip show -q paddlepaddle paddlepaddle-gpu 2>/dev/null; then
+    pip uninstall -y -q paddlepaddle paddlepaddle-gpu 2>/dev/null
+fi
 rm -f $stamp
 
 # Show on one line of the terminal how far pip is.

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from config.options import DEFAULT_VAE, SIT_VAE
 from runtime.machine import available_memory, has_bundled_mkl, read_processor
 from runtime.process import one_line
+from verification.gpus import card
 from verification.groups import ROOT
 from verification.verdicts import Check, Skip, Wrong
 
@@ -65,7 +67,8 @@ def compare_pins(path):
         version = installed_version(pin.name)
         if version is None and pin.name in INSTEAD:
             version = installed_version(INSTEAD[pin.name])
-        if version is None or not pin.specifier.contains(version, prereleases=True):
+        # Paddle's own index has builds for other CUDAs as 2.6.2.post120.
+        if version is None or not pin.specifier.contains(re.sub(r"\.post\d+$", "", version), prereleases=True):
             found.append({"package": pin.name, "installed": version, "pinned": str(pin.specifier).lstrip("=")})
     return found
 
@@ -177,24 +180,20 @@ def query_driver():
 
 
 def check_compute_capability(settings):
-    """Compares the GPUs' compute capability with those that this build of Paddle has machine code for."""
-    import paddle
+    """Compares the GPU's compute capability with those that this build of Paddle has machine code for."""
 
     from runtime.paddle_private import compiled_architectures
 
     need_gpu(settings)
-    built_for = compiled_architectures()
-    figures = {"built_for": [f"{major}.{minor}" for major, minor in built_for]}
-    found = {paddle.device.cuda.get_device_capability(index) for index in range(paddle.device.cuda.device_count())}
-    figures["gpus"] = [f"{major}.{minor}" for major, minor in sorted(found)]
+    built_for, properties = compiled_architectures(), card()
+    major, minor = properties.major, properties.minor
+    figures = {"gpu": f"{major}.{minor}", "built_for": [f"{major}.{minor}" for major, minor in built_for]}
     if not built_for:
         raise Skip("this build of Paddle does not tell what it was built for")
-    for major, minor in found:
-        if not any(major == built_major and minor >= built_minor for built_major, built_minor in built_for):
-            raise Wrong(
-                f"no code for {major}.{minor}; this Paddle is built for {', '.join(figures['built_for'])}", figures
-            )
-    return f"{', '.join(figures['gpus'])}; built for {', '.join(figures['built_for'])}", figures
+    known = ", ".join(figures["built_for"])
+    if not any(major == built_major and minor >= built_minor for built_major, built_minor in built_for):
+        raise Wrong(f"no code for {figures['gpu']}; this Paddle is built for {known}", figures)
+    return f"{figures['gpu']}; built for {known}", figures
 
 
 def find_weights():

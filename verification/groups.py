@@ -26,7 +26,7 @@ GROUPS = {
     "speed": False,
     "pipelines": False,
 }
-TIMEOUT = 900  # seconds for a group; the launches of several processes take the longest
+TIMEOUT = 1800  # seconds for a group; six launches of many processes, each with a limit of its own, take the longest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

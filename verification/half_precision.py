@@ -50,7 +50,7 @@ def run_case(settings, dtype, level, case):
 
 def precision_on_gpu(dtype, level):
     """Returns the `Precision` of a run; raises `Skip` for a GPU without."""
-    capability = paddle.device.cuda.get_device_capability()
+    capability = paddle.device.cuda.get_device_capability(paddle.get_device())
     try:
         precision = resolve_precision(dtype, level, device=paddle.get_device(), compute_capability=capability)
     except ValueError as reason:

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
-from verification.gpus import exact
 from verification.tiny_runs import (
     ROOT,
     command_environment,
@@ -74,11 +74,15 @@ class Launches:
         return f"{ranks} processes{found}: {text}", {**figures, "world_size": ranks}
 
     def _ranks(self):
-        """Returns how many processes are launched, and words on the GPUs; `Skip` on a single one."""
-        if not self._settings.on_gpu:
-            return 2, ""
+        """Returns how many processes are launched, and words on the GPUs; `Skip` where there is no launch to do."""
         import paddle
 
+        if not self._settings.on_gpu:
+            if paddle.is_compiled_with_cuda():
+                raise Skip("a GPU build of Paddle launches processes on GPUs alone")
+            return 2, ""
+        if ":" in self._settings.requested:
+            raise Skip("one GPU is asked about; --device gpu is about all of them")
         count = paddle.device.cuda.device_count()
         if count < 2:
             raise Skip("one GPU")
@@ -111,8 +115,14 @@ class Launches:
         return [loop, [*flags, *extra]]
 
     def _run_alone(self):
-        with exact(self._settings):
-            run_in_process(*self._arguments("one process"))
+        """Trains in one process, and returns its output. On a GPU that is another one, which leaves it free again."""
+        loop, flags = self._arguments("one process")
+        if self._settings.on_gpu:
+            command = [sys.executable, str(ROOT / f"train_image_generation_{loop}.py"), *map(str, flags)]
+            if failure := self._wait_for(command, self._folder / "log of one process"):
+                raise Wrong(f"one process: {failure}")
+        else:
+            run_in_process(loop, flags)
         return self._output("one process")
 
     def _launch(self, names, ranks):

@@ -270,7 +270,8 @@ def measure_product(dtype, size):
 
 def is_out_of_memory(error):
     """Returns whether an error of Paddle's says that the device has no memory left."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def forget_memory():

@@ -67,8 +67,9 @@ def compare_pins(path):
         version = installed_version(pin.name)
         if version is None and pin.name in INSTEAD:
             version = installed_version(INSTEAD[pin.name])
-        # Paddle's own index has builds for other CUDAs as 2.6.2.post120.
-        if version is None or not pin.specifier.contains(re.sub(r"\.post\d+$", "", version), prereleases=True):
+        if pin.name == "paddlepaddle" and version:  # Paddle's own index has builds for other CUDAs as 2.6.2.post120
+            version = re.sub(r"\.post\d+$", "", version)
+        if version is None or not pin.specifier.contains(version, prereleases=True):
             found.append({"package": pin.name, "installed": version, "pinned": str(pin.specifier).lstrip("=")})
     return found
 

@@ -272,7 +272,7 @@ def squared_norm(tensor):
     return nn.clip._squared_l2_norm(tensor).reshape([1])
 
 
-def joined(tensors):
+def join(tensors):
     """Returns `(views, flat)`: copies of tensors of one type, shaped as they are, and the tensor that holds them."""
     import paddle
 

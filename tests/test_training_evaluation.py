@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.evaluated import write_program, write_reference
 from support.runs import (
+    LOOPS,
     ROOT,
     checkpoint_path,
     loop_arguments,
@@ -31,7 +32,6 @@ from training.checkpoints.saver import rotate_checkpoints
 from training.metrics import TrainingLog
 from training.supervision.stopping import Stopping
 
-LOOPS = ("trainer", "notrainer")
 MODEL = {
     "sample_size": 2,
     "patch_size": 2,

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 
 from models.state import check_state
+from runtime.paddle_private import join
 from training import flat
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
 
@@ -47,7 +48,7 @@ class EMA:
         for indices in flat.buckets(list(shadow.values())) if may_join else [[i] for i in range(len(names))]:
             together, whole = [names[index] for index in indices], None
             if len(together) > 1:
-                views, whole = flat.join([shadow[name] for name in together])
+                views, whole = join([shadow[name] for name in together])
                 shadow.update(zip(together, views, strict=True))
             self._buckets.append((together, whole))
 
@@ -75,7 +76,7 @@ class EMA:
         for names, shadow in self._buckets:
             value, *others = (values[name].astype("float32") for name in names)
             if others:
-                value = flat.join([value, *others])[1]
+                value = join([value, *others])[1]
             shadow = self.shadow[names[0]] if shadow is None else shadow
             shadow.scale_(decay).add_(value * (1.0 - decay))
         self.num_updates += 1

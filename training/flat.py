@@ -6,7 +6,7 @@ the update runs at the speed of the memory, and a copy would only slow it down.
 
 import paddle
 
-from runtime.paddle_private import joined, squared_norm
+from runtime.paddle_private import join, squared_norm
 
 # Elements of the tensors that are joined: 32 MiB in float32, which stay in the cache of a large GPU. A tensor of more
 # than a quarter of it fills the device by itself.
@@ -31,11 +31,6 @@ def buckets(tensors):
         bucket.append(index)
         room -= tensor.size
     return found
-
-
-def join(tensors):
-    """Returns `(views, flat)`: copies of float32 tensors, shaped as they are, and the tensor `(M,)` that holds them."""
-    return joined(tensors)
 
 
 def squared_norms(tensors):

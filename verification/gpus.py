@@ -1,7 +1,5 @@
 """What several groups ask of the GPU that Paddle computes on."""
 
-import contextlib
-
 from verification.verdicts import Skip
 
 
@@ -21,10 +19,3 @@ def need_bfloat16():
     """Raises `Skip` where the GPU has no bfloat16."""
     if not has_bfloat16():
         raise Skip(f"compute capability {card().major}.{card().minor}; bfloat16 needs 8.0")
-
-
-def exact(settings):
-    """Returns a context in which a GPU multiplies float32 numbers in float32, not in TF32."""
-    from runtime.paddle_private import full_float32
-
-    return full_float32() if settings.on_gpu else contextlib.nullcontext()

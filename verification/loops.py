@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from verification.gpus import exact, need_bfloat16
+from runtime.paddle_private import full_float32
+from verification.gpus import need_bfloat16
 from verification.tiny_runs import (
     LOOPS,
     checkpoint_path,
@@ -86,7 +87,7 @@ class TinyRuns:
             write_features(features)
         config = write_config(self._folder / f"{kind}.json", kind, max_grad_norm=0.3, amp_dtype=dtype, amp_level=level)
         run = {"config": config, "features": features, "output": output, "device": device}
-        with exact(self._settings):
+        with full_float32():
             run_in_process(loop, [*loop_arguments(loop, **run, steps=STEPS, save_every=MIDDLE), *extra])
         return output
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from verification.gpus import exact, need_bfloat16
+from runtime.paddle_private import full_float32
+from verification.gpus import need_bfloat16
 from verification.tiny_models import ddim_latents, make_config, make_model, state_of, stock_latents
 from verification.tiny_runs import ROOT
 from verification.verdicts import Check, Skip, Wrong, within
@@ -51,8 +52,11 @@ def relative_error(a, b):
 
 
 def psnr(a, b):
-    """Returns the peak signal-to-noise ratio of uint8 images, dB."""
-    return float(10 * np.log10(255**2 / max(np.square(np.float64(a) - b).mean(), 1e-9)))
+    """Returns the peak signal-to-noise ratio of uint8 images `(..., H, W, C)`, all of them as one picture, dB."""
+    from evaluation import reconstruction
+
+    pictures = (np.asarray(images).reshape(1, -1, *np.shape(images)[-2:]) for images in (a, b))
+    return float(reconstruction.psnr(*pictures)[0])
 
 
 def make_images():
@@ -151,7 +155,7 @@ def compare_stock(settings):
     config, model, vae = _tiny()
     folder = Path(settings.folder) / "pipeline"
     export_pipeline(config, state_of(model), vae, folder)
-    with exact(settings):
+    with full_float32():
         latents, noise = stock_latents(folder, 5, 2.0)
         expected = ddim_latents(config, model, noise, 5, 2.0)
     return within({"latents": (relative_error(latents, expected), bound)})
@@ -171,6 +175,8 @@ class Programs:
 
     def compare_images(self, dtype):
         """Compares the images that the program draws in half precision; `Skip` where the device has none."""
+        import paddle
+
         from sampling.pipelines.inference import check_dtype
 
         device = self._settings.device
@@ -181,7 +187,7 @@ class Programs:
         if self._settings.on_gpu and dtype == "bfloat16":
             need_bfloat16()
         expected, latents = self._expected(), self._draw(dtype)
-        images = [self._made[1].decode(_tensor(each), "diffusers") for each in (latents, expected)]
+        images = [self._made[1].decode(paddle.to_tensor(each), "diffusers") for each in (latents, expected)]
         found = psnr(*images)
         text, figures = f"images {found:.1f} dB, at least {HALF_PSNR}", {"psnr": found, "bound": HALF_PSNR}
         if not found >= HALF_PSNR:
@@ -189,14 +195,14 @@ class Programs:
         return text, figures
 
     def _expected(self):
-        with exact(self._settings):
+        with full_float32():
             return self._sample(self._export()[1])
 
     def _draw(self, dtype):
         from sampling.pipelines.inference import load_inference
 
         folder, _ = self._export()
-        with exact(self._settings):
+        with full_float32():
             return self._sample(load_inference(str(folder), device=self._settings.device, dtype=dtype))
 
     def _export(self):
@@ -216,12 +222,6 @@ class Programs:
     def _sample(generator):
         options = {"seed": 0, "num_inference_steps": 5, "guidance_scale": 2.0}
         return generator.sample([1, 2], **options, output="latents").numpy()
-
-
-def _tensor(array):
-    import paddle
-
-    return paddle.to_tensor(array)
 
 
 def compare_inception(settings):

@@ -8,28 +8,30 @@ from paddle.nn import functional as F
 
 from runtime.paddle_private import fused_attention_fits
 
+from . import ops
 from .parallel import column_linear, linear, row_linear
 
 
-def scaled_dot_product(q, k, v, *, fused):
+def scaled_dot_product(q, k, v, softmax, *, fused):
     """Returns the attention softmax(q k^T / sqrt(d)) v of q, k, v `(N, T, heads, head_dim)`; no mask, no dropout.
 
     `fused` calls Paddle's `scaled_dot_product_attention`, which takes FlashAttention-2 (half precision on Ampere or
     newer), the memory-efficient kernel (any GPU type) or the plain formula, as device, dtype and head_dim allow; with
-    Paddle 2.6 it is FlashAttention or the plain formula. Same numbers up to rounding.
+    Paddle 2.6 it is FlashAttention or the plain formula. `softmax(x)` over the last axis is the plain formula's.
+    Same numbers up to rounding.
     """
     if fused and fused_attention_fits(q):
         return F.scaled_dot_product_attention(q, k, v)
-    return _by_heads(*(z.transpose([0, 2, 1, 3]) for z in (q, k, v)))
+    return _by_heads(*(z.transpose([0, 2, 1, 3]) for z in (q, k, v)), softmax)
 
 
-def _by_heads(q, k, v):
+def _by_heads(q, k, v, softmax):
     """Returns the attention `(N, T, heads, head_dim)` of q, k, v `(N, heads, T, head_dim)`, by the plain formula."""
-    weights = F.softmax(paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True), axis=-1)  # (N, heads, T, T)
+    weights = softmax(paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True))  # (N, heads, T, T)
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3])
 
 
-class Attention(nn.Layer):
+class Attention(ops.Layer):
     """Self-attention over tokens `(N, T, D)` with one projection for q, k and v, biases throughout (timm's)."""
 
     def __init__(self, hidden_size, num_heads, *, fused=False, group=None):
@@ -46,13 +48,13 @@ class Attention(nn.Layer):
         qkv = self.qkv(x)  # (N, T, 3 D), with tensor parallelism of this rank's heads
         heads = qkv.reshape([batch, tokens, qkv.shape[-1] // self.head_dim, self.head_dim])  # (N, T, 3 heads, head_dim)
         if self.fused:
-            out = scaled_dot_product(*heads.split(3, axis=2), fused=True)
+            out = scaled_dot_product(*heads.split(3, axis=2), self.ops.softmax, fused=True)
         else:  # q, k and v change their order of axes together
-            out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1))
+            out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1), self.ops.softmax)
         return self.proj(out.flatten(2))
 
 
-class SeparateAttention(nn.Layer):
+class SeparateAttention(ops.Layer):
     """A whole `Attention` with a projection each for q, k and v: the same numbers up to rounding, for programs.
 
     oneDNN then reads the heads in place. The parts of a joint projection it copies, and transposes.
@@ -73,7 +75,7 @@ class SeparateAttention(nn.Layer):
         _, tokens, width = x.shape
         heads = [0, tokens, width // self.head_dim, self.head_dim]  # 0: as it is; else an operator asks for the size
         q, k, v = (layer(x).reshape(heads) for layer in self.projections)
-        return self.proj(scaled_dot_product(q, k, v, fused=self.fused).reshape([0, tokens, width]))
+        return self.proj(scaled_dot_product(q, k, v, self.ops.softmax, fused=self.fused).reshape([0, tokens, width]))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
+from runtime.paddle_private import softmax_by_onednn
+
 
 @functools.cache
 def faster():
@@ -55,6 +57,11 @@ def _filled(shape, value):
 def _over_tokens(x):
     """Sums `(N, T, D)` over the tokens: `(N, 1, D)`."""
     return paddle.matmul(_filled((x.shape[0], 1, x.shape[1]), 1.0), x)
+
+
+def repeat_table(table, batch):
+    """Repeats `(1, T, D)`, which wants no gradient, for every sample: `(N, T, D)`."""
+    return paddle.matmul(_filled((batch, 1), 1.0), table.reshape([1, -1])).reshape([batch, *table.shape[1:]])
 
 
 def _row_means(x):
@@ -136,6 +143,23 @@ class _GatedAdd(PyLayer):
         return _wanted(ctx, gradient.clone(), _over_tokens(gradient * h), for_h)
 
 
+class _Softmax(PyLayer):
+    @staticmethod
+    def forward(ctx, x):
+        y = softmax_by_onednn(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensor()
+        for_x = gradient * y
+        width = y.shape[-1]
+        sums = paddle.matmul(for_x, _filled((width, 1), 1.0))
+        return for_x.subtract_(_to_width(sums, width).multiply_(y))
+
+
+softmax = _Softmax.apply  # over the last axis
 gated_add = _GatedAdd.apply  # (x, gate, h) to x + gate * h: x and h (N, T, D), gate (N, 1, D)
 
 

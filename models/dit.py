@@ -130,7 +130,7 @@ class DiT(LatentTransformer):
     def forward(self, x, t, y, force_drop_ids=None, hooks=()):
         """Predicts noise (and variance) at timesteps t `(N,)` of the whole process, 0..999; see `LatentTransformer`."""
         x = self.x_embedder(x.astype(self.x_embedder.proj.weight.dtype))  # (N, T, D)
-        x = x + self.pos_embed.astype(x.dtype)
+        x = self.ops.add_table(x, self.pos_embed.astype(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
         x = self._run_blocks(self.blocks, x, (c,), hooks)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p * p * out_channels)

@@ -74,7 +74,7 @@ class GroupedQueryAttention(ops.Layer):
         # The layer norms of AMP give float32: attention is to run in the type of the projections.
         q, k = (self.ops.rotate(z, cos, sin).astype(v.dtype) for z in (q, k))
         k, v = (self._repeat(z, q.shape[2] // z.shape[2]) for z in (k, v))
-        out = scaled_dot_product(q, k, v, fused=self.fused)
+        out = scaled_dot_product(q, k, v, self.ops.softmax, fused=self.fused)
         return self.wo(out.flatten(2))
 
     @staticmethod

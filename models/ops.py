@@ -58,6 +58,17 @@ class Operators:
             return cpu_ops.adaptive_norm(x, shift, (1 + scale) * weight, epsilon=epsilon, center=False)
         return modulate(rms_norm(x, weight, epsilon), shift, scale)
 
+    def add_table(self, x, table):
+        """Returns `x + table`: x `(N, T, D)`, table `(1, T, D)`."""
+        if table.stop_gradient and self.fast(x, table):
+            table = cpu_ops.repeat_table(table, x.shape[0])
+        return x + table
+
+    def softmax(self, x):
+        """Returns the softmax of x over its last axis."""
+        fast = self.fast(x) and paddle.get_device() == "cpu"  # where Paddle calls oneDNN, wherever x lies
+        return cpu_ops.softmax(x) if fast else F.softmax(x, axis=-1)
+
     def gated_add(self, x, gate, h):
         """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""
         return cpu_ops.gated_add(x, gate, h) if self.fast(x, gate, h) else x + gate * h

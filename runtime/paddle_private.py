@@ -102,6 +102,15 @@ def swiglu(gate, x):
     return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
 
 
+def softmax_by_onednn(x):
+    """Returns the softmax over the last axis by oneDNN's kernel, on a CPU: Paddle's own uses one core."""
+    import paddle
+
+    y = paddle._legacy_C_ops.softmax(x, "axis", -1, "use_mkldnn", True)
+    y.get_tensor()._set_layout("NCHW")  # its numbers are in order, and some operators abort at oneDNN's mark
+    return y
+
+
 def fused_attention_fits(query):
     """Returns whether `scaled_dot_product_attention` computes with such queries `(N, T, heads, head_dim)`.
 
@@ -274,10 +283,8 @@ def squared_norm(tensor):
 
 def join(tensors):
     """Returns `(views, flat)`: copies of tensors of one type, shaped as they are, and the tensor that holds them."""
-    import paddle
-
     copy_data, set_constant, persist_output, constant, use_align = True, False, False, 0.0, False
-    return paddle._C_ops.coalesce_tensor(
+    return operators().coalesce_tensor(
         *(tensors, tensors[0].dtype, copy_data, set_constant, persist_output, constant, use_align, -1, -1, [], [])
     )
 
@@ -356,16 +363,6 @@ def give_groups_own_stores(make_store):
     if not hasattr(of_paddle, "make_store"):  # not replaced already
         new_process_group.make_store = make_store
         collective._new_process_group_impl = new_process_group
-
-
-@contextlib.contextmanager
-def replaced(module, **attributes):
-    """Replaces attributes of a module, or of any object, as long as the block runs."""
-    with contextlib.ExitStack() as undo:
-        for name, value in attributes.items():
-            undo.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
-        yield
 
 
 def operators():

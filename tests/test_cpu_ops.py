@@ -81,6 +81,19 @@ def test_gated_add(shape):
     assert_same(outputs(cpu_ops.gated_add, inputs), outputs(lambda x, gate, h: x + gate * h, inputs))
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 5, 5), (1, 1, 1, 64), (2, 7)])
+def test_softmax(shape):
+    x = leaf(*shape)
+    assert_same(outputs(lambda x: cpu_ops.softmax(9 * x), (x,)), outputs(lambda x: F.softmax(9 * x), (x,)))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_add_table(wants_gradient):
+    table, x = leaf(1, 5, 8), leaf(3, 5, 8)
+    table.stop_gradient = not wants_gradient
+    assert_same(outputs(Operators(single_backward=True).add_table, (x, table)), outputs(paddle.add, (x, table)))
+
+
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
 @pytest.mark.parametrize("shape", [(3, 5, 8), (6, 8), (2, 3, 4, 8)])
 def test_linear(shape, gelu):

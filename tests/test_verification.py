@@ -79,8 +79,8 @@ def gelu_by_erf(patch):
 def attention_scale(patch):
     original = attention.scaled_dot_product
 
-    def scaled(q, k, v, *, fused):
-        return original(q if fused else 1.01 * q, k, v, fused=fused)
+    def scaled(q, k, v, softmax, *, fused):
+        return original(q if fused else 1.01 * q, k, v, softmax, fused=fused)
 
     patch(attention, "scaled_dot_product", scaled)
 

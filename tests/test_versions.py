@@ -67,14 +67,14 @@ def test_fused_attention_is_plain_where_the_only_kernel_does_not_fit(monkeypatch
     if dtype != "float32":  # products of half precision are a GPU's
         assert paddle_private.fused_attention_fits(q.astype(dtype)) == fits
         return
-    expected = scaled_dot_product(q, q, q, fused=False)
-    np.testing.assert_array_equal(scaled_dot_product(q, q, q, fused=True), expected)
+    expected = scaled_dot_product(q, q, q, F.softmax, fused=False)
+    np.testing.assert_array_equal(scaled_dot_product(q, q, q, F.softmax, fused=True), expected)
 
 
 def test_fused_attention_is_paddles_own_on_a_cpu(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: "Paddle's")
     q = paddle.randn([1, 4, 2, 8])
-    assert scaled_dot_product(q, q, q, fused=True) == "Paddle's"
+    assert scaled_dot_product(q, q, q, F.softmax, fused=True) == "Paddle's"
 
 
 def test_an_argument_that_this_paddlenlp_lacks():

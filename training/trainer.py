@@ -4,7 +4,7 @@ from paddlenlp.trainer import PrinterCallback, Trainer, TrainerCallback
 
 from features.loader import FeatureLoader
 from objectives import Batch, Rows
-from runtime.paddle_private import replaced
+from runtime.patching import replaced
 from runtime.process import seed_step
 from training.parallel.stage3 import stage3_wrapper
 

@@ -5,12 +5,14 @@ from functools import partial
 
 import numpy as np
 import paddle
+from paddle.nn import functional as F
 
 from config.schema import resolve_config
 from models import build_model
 from models.attention import scaled_dot_product
 from objectives import build_objective
-from runtime.paddle_private import full_float32, operators, replaced
+from runtime.paddle_private import full_float32, operators
+from runtime.patching import replaced
 from runtime.precision import Precision
 from verification import official
 from verification.half_precision import precision_on_gpu
@@ -87,7 +89,7 @@ def attend(inputs, *, fused):
     qkv = [x.detach() for x in qkv]
     for x in qkv:
         x.stop_gradient = False
-    out = scaled_dot_product(*qkv, fused=fused)
+    out = scaled_dot_product(*qkv, F.softmax, fused=fused)
     gradients = paddle.grad([out], qkv, [gradient])
     return {"output": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 

@@ -17,7 +17,7 @@ from paddle.nn import functional as F
 
 from models import cpu_ops, large_dit, ops
 from models.embeddings import PatchEmbed
-from runtime.paddle_private import replaced
+from runtime.patching import replaced
 
 BITS = {"tf32": 10, "float16": 10, "bfloat16": 7}  # of the mantissa, besides the leading one
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.paddle_private import replaced
+from runtime.patching import replaced
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("trainer", "notrainer")

@@ -2,7 +2,7 @@
 
 from paddle.distributed import sharding
 
-from runtime.paddle_private import replaced
+from runtime.patching import replaced
 
 
 def stage3_wrapper(model):

@@ -9,7 +9,7 @@ that what else the machine does falls on all of them; ratios are formed turn by 
 - reference (--reference, DiT): the layout of PaddleMIX's example, written down here from its description: q, k and v by
   a transpose in five dimensions, gradients filled with zeros, a loss that the host reads in each step, Paddle's own
   settings of allocator and strides. Threads are those of the others,
-- PyTorch (--torch_python, DiT and SiT): diffusers' DiTTransformer2DModel of the same size.
+- PyTorch (--torch_python): diffusers' DiTTransformer2DModel of the same size; for LargeDiT, `torch_large_dit.py`.
 
 "above" is the peak of the resident memory during steps, less that before the network was made, less weights, gradients,
 moments and averages. "activations" are what Paddle's allocator has given out more after a forward pass than before it.
@@ -291,13 +291,17 @@ def _serve_products(shapes):
     _serve(products, 0, 0, {"flops": flops})
 
 
-def torch_worker(case):
-    import torch
+def _torch_network(case):
+    """Returns a PyTorch network, and a function `(latents, timesteps, classes)` to its output."""
+    layers, heads, head_dim = SIZES[case["size"]]
+    if case["type"] == "LargeDiT":
+        from benchmarks.torch_large_dit import LargeDiT
+
+        sizes = {"layers": layers, "heads": heads, "head_dim": head_dim, "sample_size": LATENT, "patch": case["patch"]}
+        model = LargeDiT(**sizes, channels=4, classes=CLASSES)
+        return model, model
     from diffusers import DiTTransformer2DModel
 
-    torch.set_num_threads(case["threads"])
-    baseline = memory("VmRSS")
-    layers, heads, head_dim = SIZES[case["size"]]
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -311,6 +315,15 @@ def torch_worker(case):
     model.train()
     if case["recompute"]:
         model.enable_gradient_checkpointing()
+    return model, lambda x, t, y: model(x, t, y).sample
+
+
+def torch_worker(case):
+    import torch
+
+    torch.set_num_threads(case["threads"])
+    baseline = memory("VmRSS")
+    model, network = _torch_network(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     ema = [parameter.detach().clone() for parameter in model.parameters()]
     x = torch.randn(case["batch"], 4, LATENT, LATENT)
@@ -334,7 +347,7 @@ def torch_worker(case):
         at = {name: table[t].view(-1, 1, 1, 1) for name, table in tables.items()}
         noise = torch.randn_like(x)
         noisy = at["signal"] * x + at["noise"] * noise
-        predicted, share = model(noisy, t, y).sample.chunk(2, dim=1)
+        predicted, share = network(noisy, t, y).chunk(2, dim=1)
         share = (share + 1) / 2
         log_variance = share * at["high"] + (1 - share) * at["low"]
         start = (noisy - at["noise"] * predicted.detach()) / at["signal"]
@@ -352,7 +365,7 @@ def torch_worker(case):
         t = torch.rand(case["batch"])
         noise = torch.randn_like(x)
         at = t.view(-1, 1, 1, 1)
-        out = model(at * x + (1 - at) * noise, t, y).sample[:, :4]
+        out = network(at * x + (1 - at) * noise, t, y)[:, :4]
         return ((out - (x - noise)) ** 2).mean()
 
     loss_of = transport_loss if case["type"] == "SiT" else diffusion_loss
@@ -382,7 +395,7 @@ def measure(case, args):
     parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
     if args.reference and case["type"] == "DiT":
         parts["reference"] = sys.executable
-    if args.torch_python and case["type"] in ("DiT", "SiT"):
+    if args.torch_python and not (case["recompute"] and case["type"] == "LargeDiT"):
         parts["torch"] = args.torch_python
     row = {**case, **_count(case, True), "gpu": _count(case, False)}
     workers = {}

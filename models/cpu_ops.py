@@ -147,7 +147,7 @@ class _Softmax(PyLayer):
     @staticmethod
     def forward(ctx, x):
         y = softmax_by_onednn(x)
-        ctx.save_for_backward(y)
+        ctx.save_for_backward(y.detach())  # y itself would hold its graph, and the graph y: no one would free them
         return y
 
     @staticmethod

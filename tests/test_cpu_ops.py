@@ -226,6 +226,18 @@ def test_a_kept_gradient_is_not_changed_afterwards():
     np.testing.assert_allclose(kept(cpu_ops.gated_add), kept(lambda *a: a[0] + a[1] * a[2]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_graph_without_a_backward_pass_is_freed(kind, monkeypatch):
+    from paddle.base import core
+
+    monkeypatch.setattr(cpu_ops, "faster", lambda: True)
+    _, loss, _ = trainable(kind, single_backward=True)
+    loss()  # makes what stays
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    loss()
+    assert core.host_memory_stat_current_value("Allocated", 0) == before
+
+
 def test_the_gelu_is_kept_only_where_a_block_is_recomputed_anyway(monkeypatch):
     from paddle.base import core
 

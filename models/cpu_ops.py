@@ -20,7 +20,7 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
-from runtime.paddle_private import softmax_by_onednn
+from runtime.paddle_private import by_onednn
 
 
 @functools.cache
@@ -146,7 +146,7 @@ class _GatedAdd(PyLayer):
 class _Softmax(PyLayer):
     @staticmethod
     def forward(ctx, x):
-        y = softmax_by_onednn(x)
+        y = by_onednn("softmax", x, axis=-1)
         ctx.save_for_backward(y.detach())  # y itself would hold its graph, and the graph y: no one would free them
         return y
 
@@ -159,7 +159,25 @@ class _Softmax(PyLayer):
         return for_x.subtract_(_to_width(sums, width).multiply_(y))
 
 
+class _Swiglu(PyLayer):
+    @staticmethod
+    def forward(ctx, gate, x):
+        _remember(ctx, gate, x)
+        ctx.save_for_backward(gate, x)
+        return by_onednn("swish", gate, beta=1.0).multiply_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, x = ctx.saved_tensor()
+        sigmoid = by_onednn("sigmoid", gate)
+        silu = gate * sigmoid
+        for_x = gradient * silu
+        slope = silu.subtract_(silu * sigmoid).add_(sigmoid)  # of silu
+        return _wanted(ctx, slope.multiply_(x).multiply_(gradient), for_x)
+
+
 softmax = _Softmax.apply  # over the last axis
+swiglu = _Swiglu.apply  # (gate, x) to silu(gate) * x
 gated_add = _GatedAdd.apply  # (x, gate, h) to x + gate * h: x and h (N, T, D), gate (N, 1, D)
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from runtime.paddle_private import swiglu
-
 from . import ops
 from .attention import scaled_dot_product
 from .base import LatentTransformer
@@ -86,7 +84,7 @@ class GroupedQueryAttention(ops.Layer):
         return x.unsqueeze(3).expand([batch, tokens, heads, times, head_dim]).flatten(2, 3)
 
 
-class FeedForward(nn.Layer):
+class FeedForward(ops.Layer):
     """SwiGLU (Shazeer 2020) on `(N, T, D)`: `w2(silu(w1 x) * w3 x)`.
 
     The inner width is 8/3 of the hidden width, times `ffn_dim_multiplier`, rounded up to a multiple of `multiple_of`.
@@ -102,7 +100,7 @@ class FeedForward(nn.Layer):
 
     def forward(self, x):
         x = share_input(x, self.group)
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(self.ops.swiglu(self.w1(x), self.w3(x)))
 
 
 class LargeDiTBlock(ops.Layer):

@@ -12,6 +12,8 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from runtime.paddle_private import swiglu
+
 from . import cpu_ops
 
 
@@ -42,6 +44,7 @@ class Operators:
         return (
             (self.single_backward or not paddle.is_grad_enabled())
             and paddle.in_dynamic_mode()
+            and paddle.get_device() == "cpu"  # where Paddle calls oneDNN
             and all(tensor.dtype == paddle.float32 and tensor.place.is_cpu_place() for tensor in tensors)
             and cpu_ops.faster()
         )
@@ -66,8 +69,11 @@ class Operators:
 
     def softmax(self, x):
         """Returns the softmax of x over its last axis."""
-        fast = self.fast(x) and paddle.get_device() == "cpu"  # where Paddle calls oneDNN, wherever x lies
-        return cpu_ops.softmax(x) if fast else F.softmax(x, axis=-1)
+        return cpu_ops.softmax(x) if self.fast(x) else F.softmax(x, axis=-1)
+
+    def swiglu(self, gate, x):
+        """Returns `silu(gate) * x`, of one shape."""
+        return cpu_ops.swiglu(gate, x) if self.fast(gate, x) else swiglu(gate, x)
 
     def gated_add(self, x, gate, h):
         """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""

@@ -102,11 +102,12 @@ def swiglu(gate, x):
     return F.swiglu(gate, x) if hasattr(F, "swiglu") else F.silu(gate) * x
 
 
-def softmax_by_onednn(x):
-    """Returns the softmax over the last axis by oneDNN's kernel, on a CPU: Paddle's own uses one core."""
+def by_onednn(operator, x, **attributes):
+    """Returns an operator's result by oneDNN's kernel, on a CPU: some of Paddle's own are slow, and use one core."""
     import paddle
 
-    y = paddle._legacy_C_ops.softmax(x, "axis", -1, "use_mkldnn", True)
+    attributes = (part for item in attributes.items() for part in item)
+    y = getattr(paddle._legacy_C_ops, operator)(x, *attributes, "use_mkldnn", True)
     y.get_tensor()._set_layout("NCHW")  # its numbers are in order, and some operators abort at oneDNN's mark
     return y
 

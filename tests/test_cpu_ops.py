@@ -87,6 +87,15 @@ def test_softmax(shape):
     assert_same(outputs(lambda x: cpu_ops.softmax(9 * x), (x,)), outputs(lambda x: F.softmax(9 * x), (x,)))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 7)])
+def test_swiglu(shape):
+    inputs = leaf(*shape), leaf(*shape)
+    assert_same(
+        outputs(lambda gate, x: cpu_ops.swiglu(9 * gate, x), inputs),
+        outputs(lambda gate, x: F.silu(9 * gate) * x, inputs),
+    )
+
+
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_add_table(wants_gradient):
     table, x = leaf(1, 5, 8), leaf(3, 5, 8)
@@ -115,6 +124,7 @@ def test_what_wants_no_gradient_gets_none():
     for frozen in range(3):
         for function, inputs in (
             (cpu_ops.gated_add, [leaf(2, 3, 4), leaf(2, 1, 4), leaf(2, 3, 4)]),
+            (lambda gate, x, h: cpu_ops.swiglu(gate, x) + h, [leaf(2, 4), leaf(2, 4), leaf(2, 4)]),
             (lambda *a: cpu_ops.linear(*a), [leaf(2, 4), leaf(4, 5), leaf(5)]),
             (lambda *a: cpu_ops.linear(*a, gelu=True), [leaf(2, 4), leaf(4, 5), leaf(5)]),
             (

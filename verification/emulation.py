@@ -15,7 +15,7 @@ import paddle
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
-from models import cpu_ops, large_dit, ops
+from models import cpu_ops, ops
 from models.embeddings import PatchEmbed
 from runtime.patching import replaced
 
@@ -81,7 +81,7 @@ def emulated(kind):
             (PatchEmbed, {"forward": embed}),
             (cpu_ops, {"faster": lambda: False}),
             (F, {name: between(getattr(F, name)) for name in ("gelu", "silu", "softmax")}),
-            (large_dit, {"swiglu": between(large_dit.swiglu)}),
+            (ops, {"swiglu": between(ops.swiglu)}),
             (operators, {name: between(getattr(operators, name)) for name in methods}),
         ):
             stack.enter_context(replaced(module, **functions))

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.turns import Worker, serve
 from config.schema import load_config
+from runtime.machine import cpu_has_bfloat16
 from runtime.process import configure_runtime, run_cli
 
 # Sampler: model, evaluations of a whole run (None: adaptive), the parts that have it, options of `objective.sample`.
@@ -304,6 +305,8 @@ def diffusers_network(size):
 def run(args):
     """Returns the figures of every turn, of every turn of decoding, and the PSNRs: see `report`."""
     parts = [part for part in SAMPLERS["ddim"][2] if args.torch_python or "PyTorch" not in part]
+    if not cpu_has_bfloat16():
+        parts = [part for part in parts if "bf16" not in part]
     kinds = [kind for kind in ("DiT", "SiT") if any(SAMPLERS[name][0] == kind for name in args.samplers)]
     case = {"size": args.size, "batch": args.batch_size, "threads": args.threads, "models": kinds}
     case["torch"] = diffusers_network(args.size)

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from runtime.paddle_private import swiglu
+from runtime import paddle_private
 
 from . import cpu_ops
 
@@ -73,7 +73,7 @@ class Operators:
 
     def swiglu(self, gate, x):
         """Returns `silu(gate) * x`, of one shape."""
-        return cpu_ops.swiglu(gate, x) if self.fast(gate, x) else swiglu(gate, x)
+        return cpu_ops.swiglu(gate, x) if self.fast(gate, x) else paddle_private.swiglu(gate, x)
 
     def gated_add(self, x, gate, h):
         """Returns `x + gate * h`: x and h `(N, T, D)`, gate `(N, 1, D)`."""

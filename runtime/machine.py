@@ -76,6 +76,11 @@ def set_mkl_reproducible(environ=os.environ, cpuinfo="/proc/cpuinfo"):
         environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+def cpu_has_bfloat16():
+    """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
+
+
 def available_memory():
     """Returns the bytes that this machine or container can still give to processes and page cache; None: unknown."""
     found = []

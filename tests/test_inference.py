@@ -14,11 +14,12 @@ from support.versions import PADDLE_2
 
 import infer_demo_dit
 from features.autoencoder import NotFiniteError
+from runtime.machine import cpu_has_bfloat16
 from runtime.programs import PROGRAMS
 from sampling.generator import from_weights
 from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
-from sampling.pipelines.inference import MANIFEST, cpu_has_bfloat16
+from sampling.pipelines.inference import MANIFEST
 from sampling.pipelines.inference import export_inference as save_programs
 from tools import export_inference
 from verification.pipelines import psnr

@@ -17,6 +17,7 @@ from paddle.nn import functional as F
 
 from models import cpu_ops, ops
 from models.embeddings import PatchEmbed
+from runtime import paddle_private
 from runtime.patching import replaced
 
 BITS = {"tf32": 10, "float16": 10, "bfloat16": 7}  # of the mantissa, besides the leading one
@@ -81,7 +82,7 @@ def emulated(kind):
             (PatchEmbed, {"forward": embed}),
             (cpu_ops, {"faster": lambda: False}),
             (F, {name: between(getattr(F, name)) for name in ("gelu", "silu", "softmax")}),
-            (ops, {"swiglu": between(ops.swiglu)}),
+            (paddle_private, {"swiglu": between(paddle_private.swiglu)}),
             (operators, {name: between(getattr(operators, name)) for name in methods}),
         ):
             stack.enter_context(replaced(module, **functions))

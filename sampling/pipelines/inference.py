@@ -22,7 +22,7 @@ from models import LargeDiT
 from models.attention import separate_projections
 from models.state import check_finite
 from runtime.files import sha256_of_file, whole_folder, write_json
-from runtime.machine import read_processor
+from runtime.machine import cpu_has_bfloat16, read_processor
 from runtime.paddle_private import cpu_runs_bfloat16
 from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
@@ -106,11 +106,6 @@ def export_inference(generator, output_dir):
             features = complete_features(features, generator.vae, generator.vae_name, generator.sample_size)
         manifest["features"] = known_features(features)
         write_json(os.path.join(folder, MANIFEST), manifest)
-
-
-def cpu_has_bfloat16():
-    """Returns whether this CPU multiplies bfloat16 (avx512_bf16, AMX): Paddle does not say if it takes float32."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor()[1])
 
 
 def notes_on_dtype(device, dtype):

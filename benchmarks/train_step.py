@@ -319,6 +319,7 @@ def _torch_network(case):
 
 
 def torch_worker(case):
+    import diffusers  # noqa: F401 (before the baseline)
     import torch
 
     torch.set_num_threads(case["threads"])

@@ -3,7 +3,8 @@
 Paddle's CPU kernels use all cores, and the vector units well, where both operands have the same shape. A broadcast
 operand `(N, 1, D)`, the sum that is its gradient, a bias's gradient and that of a layer norm cost ten times as much
 each: together more than the matrix products of a training step. Here the same formulas are written with operands of
-one shape, repeated and summed by products with ones; and as `PyLayer`s, so that the backward pass keeps less.
+one shape, repeated and summed by products with ones; and as `PyLayer`s, so that the backward pass keeps less. Softmax
+and SwiGLU, which Paddle computes on one core, are oneDNN's.
 
 Their backward pass is for a training step: one pass, first order, to all inputs that want a gradient. Paddle's
 `PyLayer` ends a second pass through a kept graph in a crash, and a `paddle.grad` to some of the inputs in an error.

@@ -54,7 +54,7 @@ class Attention(ops.Layer):
         return self.proj(out.flatten(2))
 
 
-class SeparateAttention(ops.Layer):
+class SeparateAttention(nn.Layer):
     """A whole `Attention` with a projection each for q, k and v: the same numbers up to rounding, for programs.
 
     oneDNN then reads the heads in place. The parts of a joint projection it copies, and transposes.
@@ -75,7 +75,7 @@ class SeparateAttention(ops.Layer):
         _, tokens, width = x.shape
         heads = [0, tokens, width // self.head_dim, self.head_dim]  # 0: as it is; else an operator asks for the size
         q, k, v = (layer(x).reshape(heads) for layer in self.projections)
-        return self.proj(scaled_dot_product(q, k, v, self.ops.softmax, fused=self.fused).reshape([0, tokens, width]))
+        return self.proj(scaled_dot_product(q, k, v, F.softmax, fused=self.fused).reshape([0, tokens, width]))
 
 
 @contextlib.contextmanager

@@ -60,14 +60,14 @@ def _over_tokens(x):
     return paddle.matmul(_filled((x.shape[0], 1, x.shape[1]), 1.0), x)
 
 
-def repeat_table(table, batch):
-    """Repeats `(1, T, D)`, which wants no gradient, for every sample: `(N, T, D)`."""
-    return paddle.matmul(_filled((batch, 1), 1.0), table.reshape([1, -1])).reshape([batch, *table.shape[1:]])
+def _over_width(x, factor=1.0):
+    """Sums `(..., D)` over the last axis, times a factor: `(..., 1)`."""
+    return paddle.matmul(x, _filled((x.shape[-1], 1), factor))
 
 
 def _row_means(x):
     """Returns the means of `(N, T, D)` over the last axis, `(N, T, 1)`."""
-    return paddle.matmul(x, _filled((x.shape[-1], 1), 1.0 / x.shape[-1]))
+    return _over_width(x, 1.0 / x.shape[-1])
 
 
 def _remember(ctx, *inputs):
@@ -84,8 +84,13 @@ def _to_tokens(row, tokens):
     return paddle.matmul(_filled((row.shape[0], tokens, 1), 1.0), row)
 
 
+def repeat_table(table, batch):
+    """Repeats `(1, T, D)`, which wants no gradient, for every sample: `(N, T, D)`."""
+    return _to_tokens(table.reshape([1, 1, -1]), batch).reshape([batch, *table.shape[1:]])
+
+
 def _to_width(column, width):
-    """Repeats `(N, T, 1)` over the width: `(N, T, D)`."""
+    """Repeats `(..., 1)` over the width: `(..., D)`."""
     return paddle.matmul(column, _filled((1, width), 1.0))
 
 
@@ -155,9 +160,7 @@ class _Softmax(PyLayer):
     def backward(ctx, gradient):
         (y,) = ctx.saved_tensor()
         for_x = gradient * y
-        width = y.shape[-1]
-        sums = paddle.matmul(for_x, _filled((width, 1), 1.0))
-        return for_x.subtract_(_to_width(sums, width).multiply_(y))
+        return for_x.subtract_(_to_width(_over_width(for_x), y.shape[-1]).multiply_(y))
 
 
 class _Swiglu(PyLayer):

@@ -1,10 +1,13 @@
 """Shared fixtures: golden vectors, tiny features, every model, and a loop in this process; the device of the tests."""
 
 import os
+import signal
 
 from runtime.process import configure_runtime, resolve_device
 
 configure_runtime()  # before Paddle is imported
+# A shell's background job ignores Ctrl-C, and so would what the tests start to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from support import device  # noqa: E402

@@ -61,7 +61,7 @@ def log(folder, steps=3):
 
 
 def read_to_the_end(terminal):
-    """What a terminal got whose other side is closed. One read returns what has arrived by then, perhaps a part."""
+    """Returns what a terminal got, its other side closed. One read gives what has arrived by then, perhaps a part."""
     parts = []
     with os.fdopen(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):  # Linux ends with EIO
         while part := file.read(65536):

@@ -137,7 +137,7 @@ def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop
 
 # Real processes. A launch costs ten times as much as a training: one for each number of ranks does all trainings. Every
 # case begins anew, and resumes what the case before it saved after four steps: what one way of parallel training began
-# goes on in any other. Two kinds have all layers and both objectives.
+# goes on in any other. Two kinds have most layers and both objectives; LightningDiT has the others, for some cases.
 class Case(NamedTuple):
     loop: str
     flags: tuple = ()
@@ -162,6 +162,7 @@ CASES = {
 }
 NAMES = list(CASES)
 PARALLEL_KINDS = ("DiT", "LargeSiT")
+LIGHTNING = ("trainer-tp", "trainer-sharding3", "trainer-tp-sharding3")
 VALIDATED = ("trainer-sharding3", "trainer-tp-dp", "notrainer-dp")
 VAE = f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"
 VALIDATION = ("--validation_samples=7", "--validation_steps=4", VAE)
@@ -212,6 +213,8 @@ def parallel_runs(features, judged, tmp_path_factory):
             if CASES[name].ranks != ranks:
                 continue
             runs += [arguments(name, kind, "anew") for kind in PARALLEL_KINDS]
+            if name in LIGHTNING:
+                runs.append(arguments(name, "LightningDiT", "anew"))
             if name in VALIDATED:
                 runs.append(arguments(name, "DiT", "validated", VALIDATION))
             for kind in PARALLEL_KINDS if index > 0 else ():
@@ -252,6 +255,12 @@ def paddle26(names):
 @pytest.mark.parametrize("case", paddle26(NAMES))
 def test_parallel_training_is_the_single_process_one(references, parallel_runs, case, kind):
     assert_same_run(parallel_runs(case, kind), CASES[case].loop, references[kind])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", paddle26(LIGHTNING))
+def test_parallel_training_of_lightning_dit_is_the_single_process_one(references, parallel_runs, case):
+    assert_same_run(parallel_runs(case, "LightningDiT"), CASES[case].loop, references["LightningDiT"])
 
 
 @pytest.mark.distributed

@@ -91,7 +91,9 @@ def test_lightning_dit_gets_its_own_papers_recipe(preset, side, channels):
         assert found["training"][key] == preset["training"][key], key
     small = suggest(feature_set(1500, 8, 10), CPU, Wishes(model="LightningDiT"), trial=False).config
     assert small["objective"] == made.config["objective"] and not small["model"]["learn_sigma"]
-    assert (small["training"]["adam_beta2"], small["training"]["lr_scheduler_type"]) == (0.95, "cosine")
+    assert {"adam_beta2": 0.95, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"}.items() <= small[
+        "training"
+    ].items()
 
 
 def test_a_smaller_gpu_gets_micro_batches_and_a_smaller_network():

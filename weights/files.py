@@ -32,12 +32,14 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older tha
 # ---- Reading ----
 
 
-def safe_load(path, *, tolerant=False):
+def safe_load(path, *, tolerant=False, wanted=None):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
     Returns its nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own shape.
     bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out. With `tolerant`
-    an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
+    an entry of the file's dict that holds anything else becomes the exception that says so (`readable`). With
+    `wanted`, a function of a name, every other named tensor of a PyTorch or safetensors file becomes an empty array;
+    its data are not read, as far as the format allows.
 
     Raises ValueError, one line that names the file: absent, truncated, of no known format, or asking for an import
     outside the short list that weights need.
@@ -51,11 +53,11 @@ def safe_load(path, *, tolerant=False):
             start = file.read(16)
             file.seek(0)
             if start.startswith(b"PK"):
-                return _read_torch_zip(file, tolerant)
+                return _read_torch_zip(file, tolerant, wanted)
             if start[8:9] == b"{" and start[5:8] == b"\0\0\0":
-                return _read_safetensors(path, file)
+                return _read_safetensors(path, file, wanted)
             if start[:1] in (b"\x80", b"(", b"}", b"]", b"c"):  # protocols 0 and 1 have no mark of their own
-                return _read_pickle(file, tolerant)
+                return _read_pickle(file, tolerant, wanted)
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
         raise _one_line(path, error) from None
     raise ValueError(f"{path}: not a weight file (expected .pt/.pth, .pdparams or .safetensors content)")
@@ -78,7 +80,7 @@ def _one_line(path, error):
     return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
 
 
-def _read_torch_zip(file, tolerant):
+def _read_torch_zip(file, tolerant, wanted):
     left = _size(file)
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -97,15 +99,34 @@ def _read_torch_zip(file, tolerant):
 
         big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
         program = Unpickler(io.BytesIO(member("data.pkl")))
-        tree, storages = program.load(), {}
-        for key, (dtype, numel) in program.storages.items():
-            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
-            if len(storages[key][0]) != numel:
+        tree = program.load()
+
+        def read_storage(key):
+            dtype, numel = program.storages[key]
+            data = elements(member(f"data/{key}"), dtype, big_endian)
+            if len(data) != numel:
                 raise ValueError(f"data/{key} is not {numel} elements of one type")
-    return Records(_size(file), storages).read(tree, tolerant)
+            return data, dtype
+
+        storages = _Storages(read_storage)
+        for key in program.storages if wanted is None else ():
+            storages[key]
+        return Records(_size(file), storages, wanted).read(tree, tolerant)
 
 
-def _read_pickle(file, tolerant):
+class _Storages(dict):
+    """Reads a storage when it is first asked for."""
+
+    def __init__(self, read):
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, key):
+        self[key] = self._read(key)
+        return self[key]
+
+
+def _read_pickle(file, tolerant, wanted):
     """Reads Paddle's pickle, or torch's of before zip: magic number, version, system, object, storages, their data."""
     program, storages = Unpickler(file), None
     tree = program.load()
@@ -121,13 +142,13 @@ def _read_pickle(file, tolerant):
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {shortened(key)} is not of the stated size")
             storages[key] = read_elements(file, numel, dtype, big_endian), dtype
-    tree = Records(_size(file), storages).read(tree, tolerant)
+    tree = Records(_size(file), storages, wanted).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
     return tree
 
 
-def _read_safetensors(path, file):
+def _read_safetensors(path, file, wanted):
     """Lets the official package check the header, and reads the data, as the package has no bfloat16 for numpy.
 
     Each tensor gets memory of its own, which can be given back.
@@ -144,6 +165,10 @@ def _read_safetensors(path, file):
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
+        if wanted is not None and not wanted(name):
+            file.seek(math.prod(shape) * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize, os.SEEK_CUR)
+            state[name] = np.zeros(0, "f4")
+            continue
         state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
@@ -176,7 +201,7 @@ _AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNOREC
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "params")
 
 
-def load_weights(path, key=None):
+def load_weights(path, key=None, wanted=None):
     """Reads one model's weights, {name: array}, in the layout that the file has (see `official_to_paddle`).
 
     What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
@@ -184,11 +209,12 @@ def load_weights(path, key=None):
 
     `key` tells which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
     "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model", "state_dict" and
-    the like, else the file's only state dict. None expects a plain state dict.
+    the like, else the file's only state dict. None expects a plain state dict. Tensors that are not `wanted` are empty
+    arrays, see `safe_load`.
 
     Raises ValueError, one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
     """
-    return pick_weights(safe_load(path, tolerant=True), path, key)[0]
+    return pick_weights(safe_load(path, tolerant=True, wanted=wanted), path, key)[0]
 
 
 def pick_weights(tree, path, key=None, *, averages=True):

@@ -7,11 +7,24 @@ import numpy as np
 import paddle
 import pytest
 import yaml
+from PIL import Image
 from support.golden import GOLDEN, relative_error
 from support.ldm_vae import LdmVae
+from support.pipelines import make_config
+from support.runs import loop_arguments
 
+import infer_demo_dit
 from features.autoencoder import downsampling
-from tools import convert_ldm_vae
+from tools import (
+    check_features,
+    convert_dit_to_ppdiffusers,
+    convert_ldm_vae,
+    export_inference,
+    extract_features,
+    sample_npz,
+)
+from tools import make_config as make_config_tool
+from verification.tiny_runs import run_in_process
 from weights.files import load_weights, save_safetensors, save_torch
 from weights.ldm_vae import is_part
 
@@ -265,3 +278,79 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         convert(WEIGHTS, tmp_path / "vae")
     assert os.listdir(tmp_path / "vae") == ["notes.txt"]
+
+
+# ---- A converted autoencoder from images to samples ----
+
+SIDE, CHANNELS = 32, 6  # of the images, of the latents
+
+
+@pytest.fixture(scope="module")
+def f16(tmp_path_factory):
+    """A folder with a converted autoencoder of 16x smaller latents, the features of some images, and a run on them."""
+    folder = tmp_path_factory.mktemp("f16")
+    ldm = LdmVae(ch_mult=[1, 1, 1, 1, 1], attn_levels=[4], z_channels=CHANNELS, embed_dim=CHANNELS)
+    save_torch(ldm.state, folder / "x.pt")
+    convert(folder / "x.pt", folder / "vae")
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (SIDE + i, SIDE, 3), dtype="uint8")
+            Image.fromarray(pixels).save(folder / "images" / str(label) / f"{i}.png")
+    flags = ["--data_path", folder / "images", "--feature_path", folder / "features", "--image_size", SIDE, "--moments"]
+    extract_features.main([*map(str, flags), "--vae", str(folder / "vae"), "--num_workers", "0", "--device", "cpu"])
+    config = make_config(in_channels=CHANNELS, sample_size=SIDE // 16, patch_size=1, num_classes=2)
+    (folder / "config.json").write_text(json.dumps(config))
+    run = {"config": folder / "config.json", "features": folder / "features", "output": folder / "run", "steps": 1}
+    arguments = [word for word in loop_arguments("trainer", **run) if "resolution" not in word]
+    run_in_process("trainer", [*arguments, "--image_logging_steps=1", "--num_inference_steps=2"])
+    return folder
+
+
+def size_of_picture(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_extraction_and_the_config_made_for_it(f16, tmp_path):
+    latents = np.load(f16 / "features" / f"imagenet{SIDE}_features" / "5.npy")
+    assert latents.shape == (1, 2 * CHANNELS, SIDE // 16, SIDE // 16)
+    make_config_tool.main(["--feature_path", str(f16 / "features"), "--output", str(tmp_path / "made.json")])
+    model = json.loads((tmp_path / "made.json").read_text())["model"]
+    assert (model["in_channels"], model["sample_size"]) == (CHANNELS, SIDE // 16)
+    check_features.main(["--feature_path", str(f16 / "features"), "--output", str(tmp_path / "check.json")])
+    with pytest.raises(ValueError, match="--image_size 40: expected a multiple of 16"):
+        flags = ["--data_path", f16 / "images", "--feature_path", tmp_path, "--image_size", 40, "--vae", f16 / "vae"]
+        extract_features.main([*map(str, flags)])
+
+
+@pytest.mark.parametrize("form", ["run", "pipeline", "stock", "programs"])
+def test_images_are_of_the_right_size(f16, tmp_path, form):
+    model = tmp_path / "model"
+    (picture,) = (f16 / "run").rglob("images/*.png")
+    if form == "run":
+        assert size_of_picture(picture)[1] >= 2 * SIDE  # a row a class
+        model = f16 / "run"
+    elif form == "programs":
+        export_inference.main(["--model_path", str(f16 / "run"), "--output", str(model)])
+    else:
+        convert_dit_to_ppdiffusers.main(
+            ["--model_path", str(f16 / "run"), "--output", str(model), "--image_size", str(SIDE)]
+        )
+        assert f"images of {SIDE}x{SIDE} pixels" in (model / "README.md").read_text()
+    if form == "stock":
+        from ppdiffusers import DiTPipeline
+
+        pipe = DiTPipeline.from_pretrained(str(model))
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe(class_labels=[1], num_inference_steps=2).images[0].size == (SIDE, SIDE)
+        return
+    flags = ["--model_path", model, "--classes", 1, "--num_inference_steps", 2, "--output", tmp_path / "image.png"]
+    flags += ["--backend", "inference"] * (form == "programs")
+    infer_demo_dit.main([*map(str, flags), "--device", "cpu"])
+    assert size_of_picture(tmp_path / "image.png") == (SIDE, SIDE)
+    if form == "run":
+        flags = ["--model_path", model, "--output", tmp_path / "x.npz", "--num_images", 2, "--num_inference_steps", 2]
+        sample_npz.main([*map(str, flags), "--device", "cpu"])
+        assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, SIDE, SIDE, 3)

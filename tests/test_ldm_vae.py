@@ -87,7 +87,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_layout(tmp_path, name):
+def test_every_layout(tmp_path, capsys, name):
     ldm = LdmVae(**VARIANTS[name])
     save_torch(ldm.state, tmp_path / "x.pt")
     config = {key: value for key, value in ldm.config.items() if key != "embed_dim"}
@@ -102,6 +102,7 @@ def test_every_layout(tmp_path, name):
     moments, decoded = outputs(vae, images, latents)
     assert relative_error(moments, ldm.encode(paddle.to_tensor(images)).numpy()) < 2e-5
     assert relative_error(decoded, ldm.decode(paddle.to_tensor(latents)).numpy()) < 2e-5
+    assert ("two residual blocks more" in capsys.readouterr().out) is (name == "more z_channels")
     assert vae.config.scaling_factor == 0.5
     assert downsampling(vae) == factor
 
@@ -237,6 +238,7 @@ CHANGES = {
     "double_z": (False, "double_z is False, expected True"),
     "attn_resolutions": ([16], r"attn_resolutions is \[16\] of resolution 64, expected \[32\]"),
     "resolution": (128, r"attn_resolutions is \[32\] of resolution 128, expected \[64\]"),
+    "resolution ": (None, r"attn_resolutions is \[32\], expected .* resolution beside it"),
     "attn_type": ("linear", "attn_type is linear, expected vanilla or none"),
     "tanh_out": (True, "tanh_out is True, expected False"),
     "target": ("taming.models.vqgan.VQModel", r"describes a VQ model \(taming"),
@@ -247,7 +249,7 @@ CHANGES = {
 def test_a_config_of_another_autoencoder(tmp_path, ldm, key):
     value, message = CHANGES[key]
     save_torch(ldm.state, tmp_path / "x.pt")
-    (tmp_path / "c.json").write_text(json.dumps(config_of(ldm, **{key: value})))
+    (tmp_path / "c.json").write_text(json.dumps(config_of(ldm, **{key.strip(): value})))
     with pytest.raises(ValueError, match=rf"c\.json: {message}"):
         convert(tmp_path / "x.pt", tmp_path / "vae", "--config", tmp_path / "c.json")
     assert not (tmp_path / "vae").exists()
@@ -261,6 +263,7 @@ def test_a_config_of_another_autoencoder(tmp_path, ldm, key):
         ("a: &a [1]\nb: *a", "it has an alias"),
         ("[" * 5000, "nested too deep"),
         ("- 1", "holds no settings by name"),
+        ("steps: 1", "has none of the settings of an LDM autoencoder"),
         ("#" * 300_000, "more than 256 KiB"),
     ],
 )

@@ -17,6 +17,7 @@ from config.options import ABOVE_0
 from runtime.console import say_next
 from runtime.files import named_errors, whole_folder, write_json
 from runtime.process import run_cli
+from runtime.untrusted import listed
 from sampling.pipelines.folder import check_free
 
 
@@ -61,11 +62,16 @@ def main(argv=None):
         write_json(os.path.join(folder, "config.json"), settings)
         save_pdparams(weights, os.path.join(folder, "model_state.pdparams"))
     factor, channels = 2 ** (len(sizes.widths) - 1), sizes.embed_dim
-    beside = f"; left out: {', '.join(f'{name} ({count})' for name, count in left_out.items())}" * bool(left_out)
+    beside = f"; left out: {listed([f'{name} ({count})' for name, count in left_out.items()], 6)}" * bool(left_out)
     print(
         f"{len(weights)} tensors, latents of {channels} channels, one for {factor} x {factor} pixels: "
         f"{source} -> {args.output}{beside}"
     )
+    if settings["layers_per_block"] > sizes.num_res_blocks:
+        print(
+            f"note: embed_dim {channels} is below z_channels {sizes.z_channels}: every level got two residual blocks "
+            "more, without which the borders of images would differ"
+        )
     size = resolution or 256
     words = ["--data_path", "IMAGES", "--image_size", size, "--feature_path", "features", "--vae", args.output]
     say_next(["tools/extract_features.py", *words])

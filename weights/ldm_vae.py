@@ -33,10 +33,9 @@ def own_weights(state, source):
     Of a whole latent diffusion model it is the `first_stage_model`. ValueError, one line that begins with `source`, for
     a VQ model and for tensors that no autoencoder has.
     """
-    first = "first_stage_model."
-    others = {}
+    first, others = "first_stage_model.", []
     if any(name.startswith(first) for name in state):
-        others = {name: None for name in state if not name.startswith(first)}
+        others = [name for name in state if not name.startswith(first)]
         state = {name.removeprefix(first): value for name, value in state.items() if name.startswith(first)}
     if any(name.startswith("quantize.") for name in state):
         raise ValueError(f"{source}: a VQ model (it has a codebook, quantize.*); expected an AutoencoderKL")
@@ -195,9 +194,10 @@ def check_config(config, sizes, source):
         "give_pre_end": False,
         "use_linear_attn": False,
     }
+    if not ours.keys() & given.keys():
+        raise ValueError(f"{source}: has none of the settings of an LDM autoencoder (ddconfig: {listed([*ours], 4)})")
     for name, own in ours.items():
-        value = list(given[name]) if isinstance(given.get(name), tuple) else given.get(name, own)
-        if value != own:
+        if (value := given.get(name, own)) != own:
             shown = [int(mult) if mult == int(mult) else mult for mult in own] if isinstance(own, list) else own
             raise ValueError(f"{source}: {name} is {shortened(value)}, expected {shown} as the weights are")
     _check_attention(given, sizes, source)
@@ -210,14 +210,16 @@ def _check_attention(given, sizes, source):
     if kind not in ("vanilla", "vanilla-xformers", "none"):
         raise ValueError(f"{source}: attn_type is {shortened(kind)}, expected vanilla or none")
     if "attn_type" in given and (kind != "none") not in sizes.mid_attention:
-        raise ValueError(f"{source}: attn_type is {kind}, but the weights have {'no' * (kind != 'none')} attention")
+        have = "have attention" if kind == "none" else "have none"
+        raise ValueError(f"{source}: attn_type is {kind}, but the weights {have}")
     where, resolution = given.get("attn_resolutions"), given.get("resolution")
     if resolution is not None and not (type(resolution) is int and 0 < resolution < 1 << 16):
         raise ValueError(f"{source}: resolution is {shortened(resolution)}, expected that of the images")
-    if where is None or resolution is None:
+    if where is None:
         return
-    if not isinstance(where, (list, tuple)):
-        raise ValueError(f"{source}: attn_resolutions is {shortened(where)}, expected a list of resolutions")
+    if not isinstance(where, list) or resolution is None:
+        expected = "expected a list of resolutions, and resolution beside it"
+        raise ValueError(f"{source}: attn_resolutions is {shortened(where)}, {expected}")
     lowest = len(sizes.widths) - 1
     down = [resolution >> level for level in range(lowest + 1)]
     up = [resolution >> lowest << lowest - level for level in range(lowest + 1)]

@@ -71,8 +71,12 @@ class LdmVae:
         return x + self._conv(f"{name}.proj_out", mixed, c, 1)
 
     def _norm(self, name, x):
-        weight = self._weight(f"{name}.weight", [x.shape[1]], 0.2, mean=1)
-        return F.group_norm(x, 32, 1e-6, weight, self._weight(f"{name}.bias", [x.shape[1]], 0.2))
+        weight = self._weight(f"{name}.weight", [x.shape[1], 1, 1], 0.2, mean=1)
+        bias = self._weight(f"{name}.bias", [x.shape[1], 1, 1], 0.2)
+        groups = x.reshape([x.shape[0], 32, -1])
+        centred = groups - groups.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return normed.reshape(x.shape) * weight + bias
 
     def _conv(self, name, x, width, size=3, stride=1):
         weight = self._weight(f"{name}.weight", [width, x.shape[1], size, size], (x.shape[1] * size**2) ** -0.5)
@@ -81,5 +85,6 @@ class LdmVae:
 
     def _weight(self, name, shape, std, mean=0):
         if name not in self.state:
-            self.state[name] = (self._rng.standard_normal(shape) * std + mean).astype("float32")
-        return paddle.to_tensor(self.state[name])
+            value = self._rng.standard_normal(shape) * std + mean
+            self.state[name] = value.reshape(-1 if len(shape) == 3 else shape).astype("float32")
+        return paddle.to_tensor(self.state[name]).reshape(shape)

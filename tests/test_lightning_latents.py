@@ -240,7 +240,11 @@ def test_tools_take_them(folder, tmp_path, capsys, monkeypatch):
     check_features.main([*place, "--output", str(tmp_path / "check.json"), "--vae", str(folder / "vae")])
     checked = json.loads((tmp_path / "check.json").read_text())
     assert checked["samples"] == 20 and checked["row_shape"] == [4, 4, 4] and checked["class_counts"] == [7, 7, 6]
-    assert not checked["problems"] and (tmp_path / "check.png").exists()
+    assert not checked["problems"]
+    # The picture is of latents as they are stored, whatever the scale beside an autoencoder's weights.
+    make_halving_vae(tmp_path / "plain", scaling_factor=1.0)
+    check_features.main([*place, "--output", str(tmp_path / "again.json"), "--vae", str(tmp_path / "plain")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "check.png").read_bytes()
     assert 2.5 < checked["latents"]["std"] < 3.5  # as they are stored: no problem where training normalises them
 
     monkeypatch.setattr(suggestion, "measure_step", lambda config, batch: 0.1)

@@ -4,7 +4,7 @@ The checks of JSON files (`config.schema`), both command lines (`config.flags`) 
 tables below: a new option is one entry here, and its use.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from config.checks import (
@@ -126,7 +126,21 @@ _CLASSES = {
     "class_dropout_prob": Option(0.1, BELOW_1, "share of labels dropped in training; 0: no null class, no guidance"),
     "learn_sigma": Option(True, BOOL, "twice the output channels: DiT learns the variance with them, SiT drops them"),
 }
-DIT_KEYS = {**_TRANSFORMER, "mlp_ratio": Option(4.0, ABOVE_0, "width of the MLP over the network's"), **_CLASSES}
+_MLP_RATIO = Option(4.0, ABOVE_0, "width of the MLP over the network's; of SwiGLU's 2/3 are taken")
+_SWITCHES = {
+    # Without it, LightningDiT's users report NaN after some 200 epochs.
+    "qk_norm": Option(False, BOOL, "norms of queries and keys in each head: long runs without may end in NaN"),
+    "swiglu": Option(False, BOOL, "SwiGLU in place of the MLP with GELU"),
+    "rope": Option(False, BOOL, "rotary positions of the grid, beside the table of positions"),
+    "rms_norm": Option(False, BOOL, "RMS norms with weights in place of layer norms without"),
+    "adaln_shift": Option(True, BOOL, "blocks are modulated by shifts, beside scales and gates"),
+}
+DIT_KEYS = {**_TRANSFORMER, "mlp_ratio": _MLP_RATIO, **_CLASSES, **_SWITCHES}
+LIGHTNING_DIT_KEYS = {
+    **DIT_KEYS,
+    "learn_sigma": replace(_CLASSES["learn_sigma"], default=False),
+    **{name: replace(_SWITCHES[name], default=True) for name in ("swiglu", "rope", "rms_norm")},
+}
 LARGE_DIT_KEYS = {
     **_TRANSFORMER,
     **_CLASSES,

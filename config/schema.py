@@ -16,10 +16,11 @@ from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 SECTIONS = ("model", "objective", "training", "data", "features", "evaluation")
-# Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, and Large-DiT's.
+# Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, Large-DiT's and LightningDiT's.
 ALIASES = {
     "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
     "n_layers": "num_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_kv_heads",
+    "use_qknorm": "qk_norm", "use_swiglu": "swiglu", "use_rope": "rope", "use_rmsnorm": "rms_norm",
 }  # fmt: skip
 
 
@@ -27,7 +28,7 @@ class ModelType(NamedTuple):
     """All that the project knows of a network by its `type`, beside its class in `models`."""
 
     keys: dict  # its options, the keyword arguments of the class
-    family: str  # the network itself; types of one family differ only in `drops_variance`
+    family: str  # the network itself; types of one family differ in `drops_variance` and in defaults
     drops_variance: bool  # of the channels that `learn_sigma` doubles, only the first half leaves the network
     objective: str  # the default type of the objective
     demo: str  # the script that samples it
@@ -39,6 +40,9 @@ MODEL_TYPES = {
     "SiT": ModelType(options.DIT_KEYS, "DiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
     "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
     "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
+    "LightningDiT": ModelType(
+        options.LIGHTNING_DIT_KEYS, "DiT", True, "transport", "infer_demo_lightningdit.py", "SiTPipeline"
+    ),
 }
 
 
@@ -103,13 +107,16 @@ def _conflicts(model, objective, training, data, evaluation):
         yield f"model: patch_size must divide sample_size {model['sample_size']}, got {model['patch_size']}"
     if kind.family == "DiT" and heads * head_dim % 4:  # two coordinates, each with sines and cosines
         yield f"model: num_attention_heads * attention_head_dim must be a multiple of 4, got {heads * head_dim}"
+    if model.get("rope") and head_dim % 4:  # the same of each head
+        yield f"model: attention_head_dim must be a multiple of 4 for 2-D rotary positions, got {head_dim}"
     if kind.family == "LargeDiT" and head_dim % 2:
         yield f"model: attention_head_dim must be even for rotary positions, got {head_dim}"
     if model.get("num_kv_heads") and heads % model["num_kv_heads"]:
         yield f"model: num_kv_heads must divide num_attention_heads {heads}, got {model['num_kv_heads']}"
     if model["learn_sigma"] and kind.drops_variance != (objective["type"] == "transport"):
-        twins = [name for name, other in MODEL_TYPES.items() if other.family == kind.family and other is not kind]
-        use = "".join(f"the model type {twin}, or " for twin in twins)
+        others = {name: other for name, other in MODEL_TYPES.items() if other.family == kind.family}
+        twins = [name for name, other in others.items() if other.drops_variance != kind.drops_variance]
+        use = f"the model type {twins[0]}, or " if twins else ""
         what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
         yield f"{what}; use {use}learn_sigma false"
     if objective.get("cosine_loss") and objective["prediction"] != "velocity":

@@ -1,4 +1,4 @@
-"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`; `build_model` makes one from the `model` section of a config.
+"""Networks: `DiT`, `SiT`, `LargeDiT`, `LargeSiT`, `LightningDiT`, which `build_model` makes from a config.
 
 Names are imported on first use, so that whoever needs `weights.files` alone does not wait for Paddle.
 """
@@ -14,6 +14,7 @@ _EXPORTS = {
     "LabelEmbedder": "models.embeddings",
     "LargeDiT": "models.large_dit",
     "LargeSiT": "models.large_dit",
+    "LightningDiT": "models.lightning_dit",
     "SiT": "models.sit",
     "TimestepEmbedder": "models.embeddings",
     "get_2d_sincos_pos_embed": "models.embeddings",
@@ -24,7 +25,7 @@ __all__ = ["MODELS", "build_model", *_EXPORTS]
 
 def __getattr__(name):
     if name == "MODELS":
-        value = {network: __getattr__(network) for network in ("DiT", "SiT", "LargeDiT", "LargeSiT")}
+        value = {network: __getattr__(network) for network in ("DiT", "SiT", "LargeDiT", "LargeSiT", "LightningDiT")}
     elif name in _EXPORTS:
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
     else:

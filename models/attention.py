@@ -9,6 +9,7 @@ from paddle.nn import functional as F
 from runtime.paddle_private import fused_attention_fits
 
 from . import ops
+from .norms import head_norm
 from .parallel import column_linear, linear, row_linear
 
 
@@ -34,24 +35,40 @@ def _by_heads(q, k, v, softmax):
 class Attention(ops.Layer):
     """Self-attention over tokens `(N, T, D)` with one projection for q, k and v, biases throughout (timm's)."""
 
-    def __init__(self, hidden_size, num_heads, *, fused=False, group=None):
+    def __init__(self, hidden_size, num_heads, *, qk_norm=False, rms_norm=False, fused=False, group=None):
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"the hidden width {hidden_size} is not divisible by {num_heads} attention heads")
         self.head_dim = hidden_size // num_heads
         self.fused = fused
         self.qkv = column_linear(hidden_size, 3 * hidden_size, segments=3, group=group)
+        if qk_norm:  # every rank has the weights, for its own heads
+            self.q_norm, self.k_norm = (head_norm(self.head_dim, rms_norm, group) for _ in range(2))
+        self.qk_norm = qk_norm
         self.proj = row_linear(hidden_size, hidden_size, group=group)
 
-    def forward(self, x):
+    def forward(self, x, *rotary):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x)  # (N, T, 3 D), with tensor parallelism of this rank's heads
         heads = qkv.reshape([batch, tokens, qkv.shape[-1] // self.head_dim, self.head_dim])  # (N, T, 3 heads, head_dim)
-        if self.fused:
+        if self.qk_norm or rotary:
+            q, k, v = heads.split(3, axis=2)
+            q, k = self.prepared(q, k, *rotary)
+            out = scaled_dot_product(q, k, v, self.ops.softmax, fused=self.fused)
+        elif self.fused:
             out = scaled_dot_product(*heads.split(3, axis=2), self.ops.softmax, fused=True)
         else:  # q, k and v change their order of axes together
             out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1), self.ops.softmax)
         return self.proj(out.flatten(2))
+
+    def prepared(self, q, k, *rotary):
+        """Returns queries and keys `(N, T, heads, head_dim)`, normed and turned by RoPE's tables, where that is on."""
+        kind = q.dtype
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = self.ops.rotate(q, *rotary), self.ops.rotate(k, *rotary)
+        return q.astype(kind), k.astype(kind)  # the layer norms of AMP give float32
 
 
 class SeparateAttention(nn.Layer):
@@ -63,6 +80,7 @@ class SeparateAttention(nn.Layer):
     def __init__(self, attention):
         super().__init__()
         self.head_dim, self.fused, self.proj = attention.head_dim, attention.fused, attention.proj
+        self.attention = (attention,)  # no sublayer of this one
         joint = attention.qkv
         width = joint.weight.shape[0]
         self.projections = nn.LayerList(linear(width, width) for _ in range(3))
@@ -71,10 +89,11 @@ class SeparateAttention(nn.Layer):
             layer.weight.set_value(weight)
             layer.bias.set_value(bias)
 
-    def forward(self, x):
+    def forward(self, x, *rotary):
         _, tokens, width = x.shape
         heads = [0, tokens, width // self.head_dim, self.head_dim]  # 0: as it is; else an operator asks for the size
         q, k, v = (layer(x).reshape(heads) for layer in self.projections)
+        q, k = self.attention[0].prepared(q, k, *rotary)
         return self.proj(scaled_dot_product(q, k, v, F.softmax, fused=self.fused).reshape([0, tokens, width]))
 
 

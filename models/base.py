@@ -127,13 +127,15 @@ class LatentTransformer(ops.Layer):
         x = x.transpose([0, 5, 1, 3, 2, 4])  # (N, out_channels, side, p, side, p)
         return x.reshape([batch, channels, side * p, side * p])
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_interval=None, cfg_interval_start=None, *, cfg_channels=3):
         """Returns `forward` with classifier-free guidance, both halves of the batch in one pass.
 
         Args:
             x: `(2N, C, H, W)`; the second half is ignored, as in the official code, and the first used twice.
             t, y: `(2N,)`; the labels are the classes, then the null class `num_classes`, N times.
             cfg_scale: guidance scale, 1 for none.
+            cfg_interval: guide only from the time `cfg_interval_start` on; before it, which `t[0]` tells, the output
+                with the class takes the place of the guided one (LightningDiT's).
             cfg_channels: how many leading channels are guided, and equal in both halves of the result: 3 as in the
                 official code, or None for all `in_channels`. The others (and the variance) are those of their half.
 
@@ -146,4 +148,6 @@ class LatentTransformer(ops.Layer):
         cond, uncond = self(paddle.concat([half, half]), t, y).split(2, axis=0)
         channels = self.in_channels if cfg_channels is None else min(cfg_channels, self.in_channels)
         guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
+        if cfg_interval:
+            guided = paddle.where(t[0] < cfg_interval_start, cond[:, :channels], guided)
         return paddle.concat([paddle.concat([guided, own[:, channels:]], axis=1) for own in (cond, uncond)])

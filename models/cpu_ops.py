@@ -71,12 +71,17 @@ def _row_means(x):
 
 
 def _remember(ctx, *inputs):
-    ctx.wanted = [not x.stop_gradient for x in inputs]
+    ctx.wanted = [x is not None and not x.stop_gradient for x in inputs]
+    ctx.given = [x is not None for x in inputs]
 
 
 def _wanted(ctx, *gradients):
-    """Returns gradients of the inputs that `_remember` was given, None where none is wanted, as a `PyLayer` has to."""
-    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True))
+    """Returns gradients of the inputs that `_remember` was given, None where none is wanted, as a `PyLayer` has to.
+
+    An input of None has no place among them.
+    """
+    found = zip(gradients, ctx.wanted, ctx.given, strict=True)
+    return tuple(gradient if wanted else None for gradient, wanted, given in found if given)
 
 
 def _to_tokens(row, tokens):
@@ -96,7 +101,8 @@ def _to_width(column, width):
 
 def _modulated(x, shift, factor):
     tokens = x.shape[1]
-    return _to_tokens(factor, tokens).multiply_(x).add_(_to_tokens(shift, tokens))
+    scaled = _to_tokens(factor, tokens).multiply_(x)
+    return scaled if shift is None else scaled.add_(_to_tokens(shift, tokens))
 
 
 class _AdaptiveNorm(PyLayer):
@@ -115,7 +121,8 @@ class _AdaptiveNorm(PyLayer):
     def backward(ctx, gradient):
         normal, inverse, factor = ctx.saved_tensor()
         _, tokens, width = gradient.shape
-        for_shift, for_factor = _over_tokens(gradient), _over_tokens(gradient * normal)
+        for_shift = _over_tokens(gradient) if ctx.wanted[1] else None
+        for_factor = _over_tokens(gradient * normal)
         for_x = _to_tokens(factor, tokens).multiply_(gradient)
         along = _to_width(_row_means(for_x * normal), width).multiply_(normal)
         if ctx.center:
@@ -125,7 +132,7 @@ class _AdaptiveNorm(PyLayer):
 
 
 def adaptive_norm(x, shift, factor, *, epsilon, center):
-    """Returns `normal(x) * factor + shift`: x `(N, T, D)`, shift and factor `(N, 1, D)`.
+    """Returns `normal(x) * factor + shift`: x `(N, T, D)`, shift (None: none) and factor `(N, 1, D)`.
 
     `normal` is the layer norm (`center`) or RMS norm without weights of its own.
     """

@@ -1,5 +1,6 @@
 """DiT: diffusion transformer with adaLN-Zero conditioning (Peebles and Xie, arXiv:2212.09748).
 
+Switches turn its block into LightningDiT's, part by part; see `lightning_dit`.
 Parameter names, shapes and initialisation are those of the official PyTorch code; Linear weights are stored `[in, out]`
 as Paddle does. The letters of shapes: see `base`.
 """
@@ -12,20 +13,17 @@ from runtime.paddle_private import keep_own_parameters_float32
 from . import ops
 from .attention import Attention
 from .base import LatentTransformer
-from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
+from .embeddings import (
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    get_2d_sincos_pos_embed,
+    rotary_table_2d,
+    rotary_tensors,
+)
+from .norms import adaptive_norm, modulations
 from .parallel import column_linear, linear, linear_of_gelu, prepare_group, row_linear
-
-
-class AdaptiveLayerNorm(ops.Layer):
-    """Layer norm without weights of its own, modulated: x `(N, T, D)`, shift and scale `(N, 1, D)` -> `(N, T, D)`."""
-
-    def forward(self, x, shift, scale):
-        return self.ops.adaptive_norm(x, shift, scale)
-
-
-def modulations(layer, c, count):
-    """Returns `layer`'s output of the conditioning `(N, E)`, in `count` tensors `(N, 1, D)`."""
-    return layer(c).unsqueeze(1).split(count, axis=-1)
+from .sizes import mlp_width
 
 
 class Mlp(nn.Layer):
@@ -40,29 +38,64 @@ class Mlp(nn.Layer):
         return linear_of_gelu(self.fc2, self.fc1(x))
 
 
-class DiTBlock(ops.Layer):
-    """Transformer block with adaptive layer norm: tokens `(N, T, D)`, conditioning `(N, D)` -> tokens."""
+class SwiGLU(ops.Layer):
+    """SwiGLU (Shazeer 2020) with biases on `(N, T, D)`: `w3(silu(gate) * h)`, gate and h the halves of `w12(x)`."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, *, fused_attention=False, group=None):
+    def __init__(self, hidden_size, inner_size, group=None):
         super().__init__()
-        self.norm1, self.norm2 = AdaptiveLayerNorm(), AdaptiveLayerNorm()
-        self.attn = Attention(hidden_size, num_heads, fused=fused_attention, group=group)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), group)
-        modulation = column_linear(hidden_size, 6 * hidden_size, gather=True, group=group)
+        self.w12 = column_linear(hidden_size, 2 * inner_size, segments=2, group=group)
+        self.w3 = row_linear(inner_size, hidden_size, group=group)
+
+    def forward(self, x):
+        gate, h = self.w12(x).split(2, axis=-1)  # (N, T, inner_size) each
+        return self.w3(self.ops.swiglu(gate, h))
+
+
+class DiTBlock(ops.Layer):
+    """Transformer block with adaptive norms: tokens `(N, T, D)`, conditioning `(N, D)`, RoPE's tables -> tokens.
+
+    Args:
+        mlp_size: inner width of the MLP.
+        fused_attention, group, and the switches: see `DiT`.
+    """
+
+    def __init__(
+        self,
+        hidden_size,
+        num_heads,
+        mlp_size,
+        *,
+        qk_norm=False,
+        swiglu=False,
+        rms_norm=False,
+        adaln_shift=True,
+        fused_attention=False,
+        group=None,
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = adaptive_norm(hidden_size, rms_norm), adaptive_norm(hidden_size, rms_norm)
+        self.attn = Attention(
+            hidden_size, num_heads, qk_norm=qk_norm, rms_norm=rms_norm, fused=fused_attention, group=group
+        )
+        self.mlp = (SwiGLU if swiglu else Mlp)(hidden_size, mlp_size, group)
+        self.modulated = 6 if adaln_shift else 4
+        modulation = column_linear(hidden_size, self.modulated * hidden_size, gather=True, group=group)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), modulation)
 
-    def forward(self, x, c):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulations(self.adaLN_modulation, c, 6)
-        x = self.ops.gated_add(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
+    def forward(self, x, c, *rotary):
+        parts = modulations(self.adaLN_modulation, c, self.modulated)
+        parts = parts if self.modulated == 6 else [None, *parts[:2], None, *parts[2:]]  # no shift
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        x = self.ops.gated_add(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa), *rotary))
         return self.ops.gated_add(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(ops.Layer):
     """Tokens `(N, T, D)`, conditioning `(N, condition_size or D)` -> patches `(N, T, p * p * out_channels)`."""
 
-    def __init__(self, hidden_size, patch_size, out_channels, condition_size=None):
+    def __init__(self, hidden_size, patch_size, out_channels, condition_size=None, *, rms_norm=False):
         super().__init__()
-        self.norm_final = AdaptiveLayerNorm()
+        self.norm_final = adaptive_norm(hidden_size, rms_norm)
         self.linear = linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), linear(condition_size or hidden_size, 2 * hidden_size))
 
@@ -76,7 +109,12 @@ class DiT(LatentTransformer):
 
     Args:
         num_attention_heads, attention_head_dim: their product is a multiple of 4.
-        mlp_ratio: hidden width of the MLP over the hidden width.
+        mlp_ratio: hidden width of the MLP over the hidden width; of SwiGLU's 2/3 are taken.
+        qk_norm: norms queries and keys within each head, which keeps long training stable.
+        swiglu: SwiGLU in place of the MLP with GELU.
+        rope: turns queries and keys by their place in the grid too, see `rotary_table_2d`.
+        rms_norm: RMS norms with weights in place of layer norms without.
+        adaln_shift: blocks are modulated by shifts beside scales and gates; the final layer always is.
     """
 
     def __init__(
@@ -91,6 +129,11 @@ class DiT(LatentTransformer):
         num_classes=1000,
         class_dropout_prob=0.1,
         learn_sigma=True,
+        qk_norm=False,
+        swiglu=False,
+        rope=False,
+        rms_norm=False,
+        adaln_shift=True,
         fused_attention=False,
         enable_recompute=False,
         single_backward=False,
@@ -108,10 +151,21 @@ class DiT(LatentTransformer):
         self.pos_embed.stop_gradient = True
         keep_own_parameters_float32(self)  # because no optimizer keeps a float32 master of pos_embed
         self.blocks = nn.LayerList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, fused_attention=fused_attention, group=group)
+            DiTBlock(
+                hidden_size,
+                num_attention_heads,
+                mlp_width(self.settings),
+                qk_norm=qk_norm,
+                swiglu=swiglu,
+                rms_norm=rms_norm,
+                adaln_shift=adaln_shift,
+                fused_attention=fused_attention,
+                group=group,
+            )
             for _ in range(num_layers)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, rms_norm=rms_norm)
+        self.rotary = rotary_tensors(rotary_table_2d(attention_head_dim, self.grid_size)) if rope else ()
         self.finish()
 
     @paddle.no_grad()
@@ -132,6 +186,6 @@ class DiT(LatentTransformer):
         x = self.x_embedder(x.astype(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         x = self.ops.add_table(x, self.pos_embed.astype(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
-        x = self._run_blocks(self.blocks, x, (c,), hooks)  # (N, T, D)
+        x = self._run_blocks(self.blocks, x, (c, *self.rotary), hooks)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p * p * out_channels)
         return self.unpatchify(x)

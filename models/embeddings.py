@@ -23,6 +23,38 @@ def get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=False, extra_tokens=
     return np.concatenate([np.zeros([extra_tokens if cls_token else 0, embed_dim]), table])
 
 
+def rotary_table(head_dim, num_tokens, theta=10000.0):
+    """Returns cosine and sine of RoPE's angles, float32 `(num_tokens, head_dim / 2)` each (Su et al. 2021).
+
+    The angle of pair i at token m is `m * theta ** (-2 i / head_dim)`; the official `precompute_freqs_cis`.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
+    angles = np.outer(np.arange(num_tokens, dtype="float32"), 1 / np.float32(theta) ** exponents)
+    return np.cos(angles), np.sin(angles)
+
+
+def rotary_table_2d(head_dim, grid_size, theta=10000.0):
+    """Returns the same of a grid's tokens, float32 `(grid_size**2, head_dim / 2)` each (EVA-02, LightningDiT).
+
+    The first half of a head turns by the token's row, the second half by its column, each by the angles of a head of
+    half the width.
+    """
+    if head_dim % 4 != 0:
+        raise ValueError(f"attention_head_dim must be a multiple of 4 for 2-D rotary positions, got {head_dim}")
+    rows, columns = np.indices([grid_size, grid_size]).reshape(2, -1)
+    tables = rotary_table(head_dim // 2, grid_size, theta)
+    return tuple(np.concatenate([table[rows], table[columns]], axis=1) for table in tables)
+
+
+def rotary_tensors(tables):
+    """Returns cosine and sine `(T, head_dim / 2)` as tensors `(T, 1, head_dim / 2)`, which blocks take.
+
+    They come in a tuple, so that they are no buffers: they stay float32 when the weights are cast, and out of the
+    checkpoint.
+    """
+    return tuple(paddle.to_tensor(table).unsqueeze(1) for table in tables)
+
+
 class PatchEmbed(nn.Layer):
     """Latents `(N, C, H, W)` to patch tokens `(N, T, D)`, T = (H / p) * (W / p), by a convolution of stride p."""
 

@@ -6,45 +6,18 @@ Linear layers without bias, grouped-query attention, and a conditioning width of
 see `base`.
 """
 
-import numpy as np
 import paddle
 from paddle import nn
 
 from . import ops
 from .attention import scaled_dot_product
 from .base import LatentTransformer
-from .dit import FinalLayer, modulations
-from .embeddings import LabelEmbedder, TimestepEmbedder
+from .dit import FinalLayer
+from .embeddings import LabelEmbedder, TimestepEmbedder, rotary_table, rotary_tensors
+from .norms import RMSNorm, modulations
 from .parallel import column_linear, layer_norm, linear, prepare_group, row_linear, share_input
 from .sit import DropsVariance
 from .sizes import MAX_CONDITION_SIZE, swiglu_width
-
-
-def rotary_table(head_dim, num_tokens, theta=10000.0):
-    """Returns cosine and sine of RoPE's angles, float32 `(num_tokens, head_dim / 2)` each (Su et al. 2021).
-
-    The angle of pair i at token m is `m * theta ** (-2 i / head_dim)`; the official `precompute_freqs_cis`.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype="float32") / np.float32(head_dim)
-    angles = np.outer(np.arange(num_tokens, dtype="float32"), 1 / np.float32(theta) ** exponents)
-    return np.cos(angles), np.sin(angles)
-
-
-class RMSNorm(ops.Layer):
-    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 whatever AMP says; x keeps its type.
-
-    With shift and scale `(N, 1, D)` x `(N, T, D)` is modulated after it.
-    """
-
-    def __init__(self, hidden_size, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = self.create_parameter([hidden_size], default_initializer=nn.initializer.Constant(1.0))
-
-    def forward(self, x, shift=None, scale=None):
-        if shift is None:
-            return ops.rms_norm(x, self.weight, self.eps)
-        return self.ops.adaptive_rms_norm(x, self.weight, shift, scale, epsilon=self.eps)
 
 
 class GroupedQueryAttention(ops.Layer):
@@ -179,9 +152,7 @@ class LargeDiT(LatentTransformer):
             for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, condition_size)
-        # In a tuple, so that it is no buffer: it stays float32 when the weights are cast, and out of the checkpoint.
-        table = rotary_table(attention_head_dim, self.grid_size**2)
-        self.rotary = tuple(paddle.to_tensor(part).unsqueeze(1) for part in table)  # 2 x (T, 1, head_dim / 2)
+        self.rotary = rotary_tensors(rotary_table(attention_head_dim, self.grid_size**2))
         self.finish()
 
     @paddle.no_grad()

@@ -18,13 +18,15 @@ from . import cpu_ops
 
 
 def modulate(x, shift, scale):
-    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`."""
+    """Returns `x * (1 + scale) + shift`: x `(N, T, D)`, shift and scale `(N, D)` or `(N, 1, D)`; shift None: none."""
+    if shift is None:
+        return x * (1 + (scale.unsqueeze(1) if scale.ndim == 2 else scale))
     if shift.ndim == 2:
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
     return x * (1 + scale) + shift
 
 
-def rms_norm(x, weight, epsilon):
+def normalize_rms(x, weight, epsilon):
     """Returns `x / sqrt(mean(x ** 2) + epsilon) * weight` over the last axis, of x's type; in float32 in any case."""
     with paddle.amp.auto_cast(enable=False):
         h = x.astype("float32")
@@ -40,7 +42,8 @@ class Operators:
     keep_gelu: bool = False  # for the backward pass, instead of computing it again there: blocks are recomputed anyway
 
     def fast(self, *tensors):
-        """Returns whether to compute with `cpu_ops`; tensors: all operands."""
+        """Returns whether to compute with `cpu_ops`; tensors: all operands, None for one that is not there."""
+        tensors = [tensor for tensor in tensors if tensor is not None]
         return (
             (self.single_backward or not paddle.is_grad_enabled())
             and paddle.in_dynamic_mode()
@@ -50,16 +53,23 @@ class Operators:
         )
 
     def adaptive_norm(self, x, shift, scale, *, epsilon=1e-6):
-        """Returns the modulated layer norm, without weights, of x `(N, T, D)`; shift and scale: `(N, 1, D)`."""
+        """Returns the modulated layer norm, without weights, of x `(N, T, D)`; shift (or None), scale: `(N, 1, D)`."""
         if self.fast(x, shift, scale):
             return cpu_ops.adaptive_norm(x, shift, 1 + scale, epsilon=epsilon, center=True)
         return modulate(F.layer_norm(x, x.shape[-1:], epsilon=epsilon), shift, scale)
 
     def adaptive_rms_norm(self, x, weight, shift, scale, *, epsilon):
-        """Returns the modulated RMS norm of x `(N, T, D)`; weight: `(D,)`; shift and scale: `(N, 1, D)`."""
+        """Returns the modulated RMS norm of x `(N, T, D)`; weight: `(D,)`; shift (or None), scale: `(N, 1, D)`."""
         if self.fast(x, shift, scale, weight):
             return cpu_ops.adaptive_norm(x, shift, (1 + scale) * weight, epsilon=epsilon, center=False)
-        return modulate(rms_norm(x, weight, epsilon), shift, scale)
+        return modulate(normalize_rms(x, weight, epsilon), shift, scale)
+
+    def rms_norm(self, x, weight, *, epsilon):
+        """Returns the RMS norm of x over its last axis; weight: of that width."""
+        if not self.fast(x, weight):
+            return normalize_rms(x, weight, epsilon)
+        rows, factor = x.reshape([1, -1, x.shape[-1]]), weight.reshape([1, 1, -1])
+        return cpu_ops.adaptive_norm(rows, None, factor, epsilon=epsilon, center=False).reshape(x.shape)
 
     def add_table(self, x, table):
         """Returns `x + table`: x `(N, T, D)`, table `(1, T, D)`."""

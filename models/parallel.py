@@ -170,14 +170,18 @@ def layer_norm(width, epsilon, *, group):
 
 
 class LayerNorm(ops.Layer, nn.LayerNorm):
-    """`nn.LayerNorm`, with right gradients where its weight is frozen."""
+    """`nn.LayerNorm`, with right gradients where its weight is frozen.
 
-    def __init__(self, width, epsilon):
+    `group`: ranks of which each norms other rows, so that the gradients of weight and bias are summed over them.
+    """
+
+    def __init__(self, width, epsilon, group=None):
         super().__init__(width, epsilon=epsilon)
-        self.epsilon = epsilon
+        self.epsilon, self.group = epsilon, group
 
     def forward(self, x):
-        return self.ops.layer_norm(x, self.weight, self.bias, epsilon=self.epsilon)
+        weight, bias = (share_input(part, self.group) for part in (self.weight, self.bias))
+        return self.ops.layer_norm(x, weight, bias, epsilon=self.epsilon)
 
 
 class SplitLayerNorm(nn.Layer):

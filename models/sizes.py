@@ -30,7 +30,8 @@ def mlp_width(model):
     """Returns the inner width of a block's MLP; model: the `model` section of a resolved config."""
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if "mlp_ratio" in model:
-        return int(hidden_size * model["mlp_ratio"])
+        width = int(hidden_size * model["mlp_ratio"])
+        return int(2 / 3 * width) if model.get("swiglu") else width
     return swiglu_width(hidden_size, model["multiple_of"], model["ffn_dim_multiplier"])
 
 

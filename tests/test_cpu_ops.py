@@ -12,7 +12,7 @@ from support.versions import PADDLE_2
 from config.schema import resolve_config
 from models import build_model, cpu_ops, ops
 from models.dit import Mlp
-from models.large_dit import rotary_table
+from models.embeddings import rotary_table
 from models.ops import Operators, modulate
 from models.parallel import linear
 from objectives import Batch, build_objective

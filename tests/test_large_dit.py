@@ -13,7 +13,9 @@ from support.runs import ROOT
 
 from config.schema import load_config, resolve_config
 from models import LargeDiT, LargeSiT, build_model
-from models.large_dit import FeedForward, GroupedQueryAttention, RMSNorm, rotary_table
+from models.embeddings import rotary_table
+from models.large_dit import FeedForward, GroupedQueryAttention
+from models.norms import RMSNorm
 from models.ops import Operators
 from models.state import expected_shapes, paddle_to_official
 from runtime.paddle_private import swiglu
@@ -305,7 +307,7 @@ def test_flat_files_of_paddlemix_and_official_names(tmp_path, kind):
         ({"norm_eps": 0}, "model: norm_eps must be a number above 0, got 0"),
         ({"dim": 64}, "model: dim and attention_head_dim say the same; give one"),
         ({"n_heads": 4}, "model: n_heads and num_attention_heads are the same; give one"),
-        ({"type": "DiT", "qk_norm": True}, "model: unknown key 'qk_norm'"),
+        ({"type": "DiT", "num_kv_heads": 2}, "model: unknown key 'num_kv_heads'"),
     ],
 )
 def test_mistakes_in_the_config(change, message):

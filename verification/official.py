@@ -11,8 +11,7 @@ from paddle.nn import functional as F
 
 from diffusion import create_diffusion, space_timesteps
 from diffusion.diffusion_utils import discretized_gaussian_log_likelihood
-from models.embeddings import TimestepEmbedder, get_2d_sincos_pos_embed
-from models.large_dit import rotary_table
+from models.embeddings import TimestepEmbedder, get_2d_sincos_pos_embed, rotary_table
 from models.state import official_to_paddle
 from objectives import Batch, TransportObjective
 from objectives.regularizers import Regularizer

@@ -28,6 +28,8 @@ TINY_MODELS = {
     "SiT": {"type": "SiT", **TINY},
     "LargeDiT": {"type": "LargeDiT", **TINY, "qk_norm": True, "multiple_of": 32},
     "LargeSiT": {"type": "LargeSiT", **TINY, "multiple_of": 32},
+    # The inner width of SwiGLU, 2/3 of 3 x 32, can be split over two ranks.
+    "LightningDiT": {"type": "LightningDiT", **TINY, "mlp_ratio": 3.0, "qk_norm": True},
 }
 
 

@@ -255,6 +255,19 @@ def test_tools_take_them(folder, tmp_path, capsys, monkeypatch):
     assert dataset.flip and dataset.normalization is not None
 
 
+def test_a_manifest_of_ones_own_tells_the_autoencoder(folder, tmp_path):
+    write_lightning(tmp_path / "set")
+    told = {"image_size": 8, "vae": {"name": str(folder / "vae")}}
+    (tmp_path / "set/latents_manifest.json").write_text(json.dumps(told))
+    (tmp_path / "set/latents_classes.json").write_text(json.dumps({"id2label": {"0": "cat"}}))
+    config = resolve_config({"model": {"type": "SiT", **SIZES, "num_classes": 3}})
+    build_dataset(config, tmp_path / "set", 8)
+    features = config["features"]
+    assert features["image_size"] == 8 and features["class_names"] == {"0": "cat"}
+    vae, notes = open_vae(None, features["vae"], default=None, flag="--vae", channels=4)
+    assert vae.config.scaling_factor == 1.0 and "scaling_factor 1.0, not 0.18215" in notes[0]
+
+
 def test_a_folder_without_statistics_gets_them_on_request(tmp_path, capsys):
     latents, mirrored = write_lightning(tmp_path / "set", statistics=False)
     flags = ["--feature_path", str(tmp_path / "set"), "--output", str(tmp_path / "check.json"), "--write_statistics"]

@@ -206,8 +206,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_both_loops_train_on_them(loop, folder, tmp_path, run_loop, capsys):
-    config = tmp_path / "SiT.json"
-    model = {"type": "SiT", **SIZES, "num_classes": 3}
+    config = tmp_path / "config.json"
+    model = {"type": "LightningDiT", **SIZES, "num_classes": 3}
     config.write_text(json.dumps({"model": model, "data": {"flip": True, "validation_samples": 4}}))
     flags = loop_arguments(loop, config=config, features=folder / "set", output=tmp_path / "out", steps=2)
     flags = [flag for flag in flags if not flag.endswith("=64")]

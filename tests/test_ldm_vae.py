@@ -249,7 +249,7 @@ CHANGES = {
 def test_a_config_of_another_autoencoder(tmp_path, ldm, key):
     value, message = CHANGES[key]
     save_torch(ldm.state, tmp_path / "x.pt")
-    (tmp_path / "c.json").write_text(json.dumps(config_of(ldm, **{key.strip(): value})))
+    (tmp_path / "c.json").write_text(json.dumps(config_of(ldm, **{key.strip(): value}), indent="\t"))
     with pytest.raises(ValueError, match=rf"c\.json: {message}"):
         convert(tmp_path / "x.pt", tmp_path / "vae", "--config", tmp_path / "c.json")
     assert not (tmp_path / "vae").exists()

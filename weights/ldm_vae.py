@@ -5,13 +5,14 @@ The official names: `encoder.down.L.block.B`, `encoder.down.L.attn.B`, `encoder.
 counts the decoder's blocks in the order in which they run.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from models.state import check_state
-from runtime.untrusted import listed, open_regular, shortened
+from runtime.untrusted import listed, open_regular, read_json_object, shortened
 
 MAX_YAML_BYTES = 1 << 18
 GROUPS = 32  # of every group norm, a constant of the official code
@@ -135,7 +136,9 @@ def sizes_of(state, source):
 
 
 def read_config(path):
-    """Reads an LDM config, YAML or JSON, which is YAML too; nothing in it is executed. ValueError as `read_json`."""
+    """Reads an LDM config, YAML or by its name JSON; nothing in it is executed. ValueError as `read_json`."""
+    if os.fspath(path).lower().endswith(".json"):
+        return read_json_object(path)
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -75,6 +75,43 @@ def test_adaptive_rms_norm(shape):
     )
 
 
+@pytest.fixture
+def both_forms(monkeypatch):
+    """`same(name, inputs, ...)` calls an operator of `Operators` in its two forms."""
+    monkeypatch.setattr(cpu_ops, "faster", lambda: True)
+    fast, plain = Operators(single_backward=True), Operators()
+
+    def same(name, *inputs, **options):
+        assert fast.fast(*inputs) and not plain.fast(*inputs)
+        leaves = [x for x in inputs if x is not None]
+
+        def call(operators):
+            def function(*leaves):
+                given = iter(leaves)
+                return getattr(operators, name)(*(x if x is None else next(given) for x in inputs), **options)
+
+            return function
+
+        assert_same(outputs(call(fast), leaves), outputs(call(plain), leaves))
+
+    return same
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_without_a_shift(shape, both_forms):
+    batch, _, width = shape
+    x, weight, scale = leaf(*shape), leaf(width), leaf(batch, 1, width)
+    both_forms("adaptive_norm", x, None, scale)
+    both_forms("adaptive_rms_norm", x, weight, None, scale, epsilon=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (1, 4, 1, 12), (6, 16)])
+def test_norms_within_heads(shape, both_forms):
+    x, weight, bias = 9 * leaf(*shape), leaf(shape[-1]), leaf(shape[-1])
+    both_forms("rms_norm", x, weight, epsilon=1e-6)
+    both_forms("layer_norm", x, weight, bias, epsilon=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_add(shape):
     inputs = leaf(*shape), leaf(shape[0], 1, shape[2]), leaf(*shape)

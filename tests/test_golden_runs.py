@@ -14,7 +14,13 @@ from support.runs import ROOT
 pytestmark = pytest.mark.paddle26
 
 # Each model by one loop: that both give the same numbers is tests/test_loops.py's.
-LOOP = {"DiT": "trainer", "SiT": "notrainer", "LargeDiT": "notrainer", "LargeSiT": "trainer"}
+LOOP = {
+    "DiT": "trainer",
+    "SiT": "notrainer",
+    "LargeDiT": "notrainer",
+    "LargeSiT": "trainer",
+    "LightningDiT": "notrainer",
+}
 TOLERANCE = {"loss": 2e-4, "grad_norm": 1e-3}
 SAMPLES = 5e-3
 

@@ -16,6 +16,7 @@ It uses what the pages document and nothing else (commands, flags, config keys, 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,13 @@ MODELS = {
     "SiT": {"type": "SiT", **TINY, "num_classes": 10},
     "LargeDiT": {"type": "LargeDiT", **TINY, "num_classes": 10, "multiple_of": 16, "qk_norm": True},
     "LargeSiT": {"type": "LargeSiT", **TINY, "num_classes": 10, "multiple_of": 16},
+    "LightningDiT": {"type": "LightningDiT", **TINY, "num_classes": 10, "qk_norm": True},
+}
+TRANSPORT = {"type": "transport"}
+OBJECTIVES = {  # of the others: diffusion
+    "SiT": TRANSPORT,
+    "LargeSiT": TRANSPORT,
+    "LightningDiT": {**TRANSPORT, "timestep_sampling": "logit-normal", "cosine_loss": True},
 }
 TRAINING = {
     "use_ema": True,
@@ -51,11 +59,11 @@ TRAINING = {
 
 def table_path(kind):
     """The table of a model, or of `SiTPipeline`: `LargeDiT` has large_dit.txt."""
-    return FOLDER / f"{kind.replace('Large', 'Large_').replace('Pipeline', '_Pipeline').lower()}.txt"
+    return FOLDER / f"{re.sub('(?<=.)(?=[DS]iT|Pipeline)', '_', kind).lower()}.txt"
 
 
 def objective(kind):
-    return "transport" if kind.endswith("SiT") else "diffusion"
+    return OBJECTIVES.get(kind, {"type": "diffusion"})
 
 
 def write_inputs(folder):
@@ -68,7 +76,7 @@ def write_inputs(folder):
         np.save(folder / "features" / "imagenet64_features" / f"{index}.npy", latent)
         np.save(folder / "features" / "imagenet64_labels" / f"{index}.npy", np.array([index % 10]))
     for kind, model in MODELS.items():
-        config = {"model": model, "objective": {"type": objective(kind)}, "training": TRAINING}
+        config = {"model": model, "objective": objective(kind), "training": TRAINING}
         (folder / f"{kind}.json").write_text(json.dumps(config, indent=2))
 
 
@@ -117,7 +125,7 @@ def draw_samples(folder):
     noise = paddle.to_tensor(np.random.RandomState(1).normal(size=(2, 4, 8, 8)).astype("float32"))
     noise = paddle.concat([noise, noise])
     guidance = {"y": paddle.to_tensor([3, 7, 10, 10]), "cfg_scale": 4.0}  # label 10: the null class
-    if objective(kind) == "diffusion":
+    if objective(kind)["type"] == "diffusion":
         diffusion = create_diffusion("10")
         options = {"noise": noise, "clip_denoised": False, "model_kwargs": guidance}
         samplers = {

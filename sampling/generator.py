@@ -276,7 +276,7 @@ def in_float32(network):
 
 def _load_weights(model, dtype, vae, key):
     """Returns the `Generator` of a training checkpoint or a file of weights; dtype as of `from_weights`."""
-    state, source = read_weights(model.path, key=key)
+    state, source = read_weights(model.path, key=key, model=model.config["model"])
     wanted = {"given": vae, "features": model.config["features"]["vae"], "flag": "--vae"}
     wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
     wanted["channels"] = model.config["model"]["in_channels"]

@@ -10,6 +10,7 @@ from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
+from weights.recognised import recognised_config, recognised_note
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common.
@@ -96,7 +97,8 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
-        config: JSON of the network of a file of weights. default_config: the same, where there is no other.
+        config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
+            LightningDiT is recognised by its shapes.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
@@ -112,11 +114,15 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
         return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
     if os.path.isfile(path):
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
-        if found is None:
-            if default_config is None:
-                raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
-            found, source = load_config(default_config), default_config
-        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label)
+        what, notes = f"{source}: describes", []
+        if found is None and default_config is None:
+            found, what = recognised_config(path), f"{path}: holds the weights of"
+            notes = [recognised_note(found["model"])]
+        elif found is None:
+            found, what = load_config(default_config), f"{default_config}: describes"
+        model = _describe_weights("file", path, found, what, pipeline, id2label)
+        model.notes += notes
+        return model
     check_holds_no(path, pipeline, config_file=config)
     labels = {} if id2label is None else read_labels(id2label)
     if os.path.isdir(path):

@@ -3,12 +3,12 @@
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
-from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
+from config.options import DEFAULT_VAE, DEFAULT_VAE_SHAPE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
 from config.schema import differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
 from runtime.process import configure_runtime
-from runtime.untrusted import read_json
+from runtime.untrusted import read_json_object
 from sampling.flags import add_vae_flag
 from sampling.labels import ROOT, find_labels
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
@@ -17,16 +17,19 @@ from weights.runs import resolve_run
 IMAGE_SIZE = 256  # pixels, of --model_name
 
 
-def named_config(kind, model_name, image_size):
-    """Returns the config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
+def named_config(kind, model_name, image_size, latents=DEFAULT_VAE_SHAPE):
+    """Returns the config of one of the paper's models for images of a size; `latents` as of `latent_shape`."""
     known = [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
     if model_name not in known:
         raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(known)}")
     _, size, patch_size = model_name.split("_")
-    if image_size < 1 or image_size % (8 * int(patch_size)):
-        raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
+    factor = latents["downsampling"]
+    if image_size < 1 or image_size % (factor * int(patch_size)):
+        expected = f"expected a multiple of {factor * int(patch_size)} for {model_name}"
+        raise ValueError(f"--image_size {image_size}: {expected}")
     config = load_config(os.path.join(ROOT, "config", f"{kind}_{size}_patch{patch_size}.json"))
-    return {**config, "model": {**config["model"], "sample_size": image_size // 8}}
+    shape = {"sample_size": image_size // factor, "in_channels": latents["latent_channels"]}
+    return {**config, "model": {**config["model"], **shape}}
 
 
 def find_config(args):
@@ -40,14 +43,14 @@ def find_config(args):
         config = load_config(beside)
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
-        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size)
+        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size, latent_shape(args.vae))
     given = {}
     if args.model_name is not None:
         named = named_config(args.kind, args.model_name, IMAGE_SIZE)["model"]
         keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         given[f"--model_name {args.model_name}"] = {key: named[key] for key in keys}
     if args.image_size is not None:
-        size = args.image_size / downsampling(args.vae, config["features"]["vae"])
+        size = args.image_size / latent_shape(args.vae, config["features"]["vae"])["downsampling"]
         given[f"--image_size {args.image_size}"] = {"sample_size": int(size) if size % 1 == 0 else size}
     for flag, named in given.items():
         if listed := differences({key: config["model"][key] for key in named}, named):
@@ -55,14 +58,19 @@ def find_config(args):
     return config
 
 
-def downsampling(vae, features):
-    """Returns the pixels along a latent's side: by --vae, if that is a folder, or the features' VAE; else 8."""
-    if vae is None:
-        return (features or {}).get("downsampling") or 8
-    path = os.path.join(vae, "config.json")
-    settings = read_json(path) if os.path.isfile(path) else None
-    blocks = settings.get("block_out_channels") if isinstance(settings, dict) else None
-    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
+def latent_shape(vae, features=None):
+    """Returns `latent_channels` and `downsampling`, the pixels along a latent's side, of --vae or of the features' VAE.
+
+    Nothing is downloaded for it: what they do not tell is that of the default autoencoders.
+    """
+    known = features or {}
+    if vae is not None:
+        path = os.path.join(vae, "config.json")
+        settings = read_json_object(path) if os.path.isfile(path) else {}
+        blocks, channels = settings.get("block_out_channels"), settings.get("latent_channels")
+        known = {"latent_channels": channels if type(channels) is int else None}
+        known["downsampling"] = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+    return {key: known.get(key) or default for key, default in DEFAULT_VAE_SHAPE.items()}
 
 
 def make_parser(kind, description):
@@ -123,7 +131,7 @@ def convert(args, check, export, loader):
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae, config["features"]["vae"])
-    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae")
+    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae", config["model"]["in_channels"])
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     check_id2label(labels, config["model"]["num_classes"])
@@ -142,7 +150,8 @@ def convert(args, check, export, loader):
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return
-    vae, vae_notes = open_vae(*chosen, default=args.default_vae, flag="--vae")
+    wanted = {"default": args.default_vae, "flag": "--vae", "channels": config["model"]["in_channels"]}
+    vae, vae_notes = open_vae(*chosen, **wanted, normalization=config["features"]["latent_normalization"])
     config["features"] = complete_features(config["features"], vae, vae_name, config["model"]["sample_size"])
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)

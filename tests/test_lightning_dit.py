@@ -257,7 +257,7 @@ def stretched(table, factor):
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        (None, {"rope": False}, "these weights do not fit the config: they have rotary positions, the config not"),
+        (None, {"rope": False}, "these weights do not fit the config: they have rope, which the config has not"),
         (None, {"num_attention_heads": 6, "attention_head_dim": 8}, r"\[16, 16\], expected \[16, 8\] by the config's"),
         (lambda table: stretched(table, 0.5), {}, "are not those of a network here, of theta 10000 and whole steps on"),
         (lambda table: table[:9], {}, r"feat_rope.freqs_cos is \[9, 16\], expected \[16, 16\]"),

@@ -43,7 +43,7 @@ def complete_manifest(folder, manifest):
 
 
 def read_statistics(folder, channels):
-    """Returns `(mean, std)`, each `(C,)`, of a folder's latents_stats.pt; ValueError if that is broken or of others."""
+    """Returns `(mean, std)`, each `(C,)`, of a folder's latents_stats.pt; ValueError if it is broken or misfits."""
     path, found = os.path.join(folder, STATISTICS), []
     content = safe_load(path)
     for key in ("mean", "std"):

@@ -97,7 +97,7 @@ def build_dataset(config, feature_path, resolution):
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     features["latent_normalization"] = dataset.normalization
     dataset.notes += [*filter(None, [note]), *notes]
-    changes = features_changes(config["features"], features)
+    changes = features_changes(config["features"], features) if any(config["features"].values()) else ""
     if not any(features.values()) and any(config["features"].values()):
         changes = "it has neither manifest nor class names"
     if changes:

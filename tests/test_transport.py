@@ -7,9 +7,10 @@ import math
 import numpy as np
 import paddle
 import pytest
-from support.golden import judged, load_golden, official_network, relative_error, replay, tensors
+from support.golden import GOLDEN, judged, load_golden, official_network, relative_error, replay, tensors
 
-from models import SiT
+from models import SiT, build_model
+from models.state import official_to_paddle
 from sampling import flags
 from transport import (
     DIFFUSION_FORMS,
@@ -20,9 +21,11 @@ from transport import (
     Sampler,
     WeightType,
     create_transport,
+    shift_time,
 )
 from transport.integrators import FIXED_STEP
 from verification import official
+from weights.files import load_weights
 
 pytestmark = pytest.mark.paddle26
 
@@ -112,6 +115,67 @@ def test_ode_is_the_official_one(guided, run, monkeypatch):
         np.testing.assert_allclose(seen[8:14], times[8:14], rtol=0.1)
     else:
         np.testing.assert_allclose(seen, times, atol=1e-6)
+
+
+# Guidance scale 3 from t = 0.11 on, or none.
+LIGHTNING_RUNS = {
+    "euler_cfg": (True, {"num_steps": 20, "timestep_shift": 0.3}),
+    "heun2_cfg": (True, {"num_steps": 12, "timestep_shift": 0.3}),
+    "euler_nocfg": (False, {"num_steps": 20, "timestep_shift": 0.3}),
+    "euler_noshift": (True, {"num_steps": 20}),
+    "euler_shift2": (False, {"num_steps": 10, "timestep_shift": 2.0}),
+}
+LIGHTNING_DIT = {
+    "type": "LightningDiT", "sample_size": 4, "patch_size": 1, "in_channels": 8, "num_layers": 2,
+    "num_attention_heads": 4, "attention_head_dim": 16, "num_classes": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", LIGHTNING_RUNS)
+def test_ode_with_a_shift_of_the_times_is_the_official_one(run):
+    arrays, model = load_golden("lightningdit_ode"), build_model(LIGHTNING_DIT)
+    state = official_to_paddle(load_weights(GOLDEN / "lightningdit_default.pt"))
+    model.set_state_dict({name: state[name] for name in model.state_dict()})
+    model.eval()
+    (is_guided, settings), method = LIGHTNING_RUNS[run], run.split("_")[0]
+    guidance = {"cfg_scale": 3.0, "cfg_interval": True, "cfg_interval_start": 0.11} if is_guided else {}
+    seen = []
+
+    def network(x, t, **keywords):
+        assert t.dtype == paddle.float32 and (t == t[0]).all()
+        seen.append(t[0].item())
+        return model.forward_with_cfg(x, t, **keywords) if is_guided else model(x, t, **keywords)
+
+    z, y = tensors(arrays, "z", "y")
+    states = Sampler(create_transport()).sample_ode(sampling_method=method, **settings)(z, network, y=y, **guidance)
+    np.testing.assert_allclose(seen, arrays[f"{run}_eval_t"], atol=1e-6)
+    assert relative_error(states[-1], arrays[f"{run}_final"]) < 2e-5
+    if f"{run}_traj" in arrays:
+        assert relative_error(states, arrays[f"{run}_traj"]) < 2e-5
+
+
+@pytest.mark.parametrize("shift", [0.3, 1, 2.5])
+def test_shifted_times(shift):
+    t = np.linspace(0, 1, 12)
+    expected = shift * t / (1 + (shift - 1) * t)
+    np.testing.assert_allclose(shift_time(paddle.to_tensor(t), shift), expected, rtol=1e-14)
+    assert (shift_time(0.0, shift), shift_time(1.0, shift)) == (0, 1)  # exactly
+    seen = []
+    sampler = Sampler(create_transport())
+    for reverse in (False, True):
+        sample = sampler.sample_ode(sampling_method="euler", num_steps=12, timestep_shift=shift, reverse=reverse)
+        sample(paddle.zeros([1, 2]), lambda x, t: seen.append(t.item()) or x)
+    np.testing.assert_allclose(seen, [*expected[:-1], *expected[:0:-1]], rtol=1e-6)
+
+
+def test_dopri5_reports_at_shifted_times():
+    sampler, z = Sampler(create_transport()), paddle.randn([2, 3])
+    plain, shifted = (
+        sampler.sample_ode(num_steps=5, rtol=1e-6, timestep_shift=shift)(z, lambda x, t: x) for shift in (0.0, 0.3)
+    )
+    times = shift_time(np.linspace(0, 1, 5), 0.3).reshape(-1, 1, 1)
+    np.testing.assert_allclose(shifted, z.numpy() * np.exp(times), rtol=1e-5)
+    np.testing.assert_array_equal(plain[-1], shifted[-1])
 
 
 def test_sde_is_the_official_one():
@@ -688,6 +752,8 @@ def test_wrong_transport(arguments, message):
         ("ode", {"num_steps": 2.5}, "num_steps=2.5: expected an integer"),
         ("ode", {"atol": 0}, "atol=0: expected a positive number"),
         ("ode", {"rtol": -1.0}, "rtol=-1.0: expected a positive number"),
+        ("ode", {"timestep_shift": -0.1}, "timestep_shift=-0.1: expected a number, at least 0"),
+        ("ode", {"timestep_shift": math.nan}, "timestep_shift=nan: expected a number, at least 0"),
         ("ode_likelihood", {"sampling_method": "heun"}, "unknown sampling_method of an ODE 'heun'"),
         ("ode_likelihood", {"num_steps": 0}, "num_steps=0: expected an integer, at least 2"),
         ("sde", {"sampling_method": "dopri5"}, "unknown sampling_method of an SDE 'dopri5'; accepted: 'Euler', 'Heun'"),
@@ -840,6 +906,10 @@ def test_sampling_by_name():
     assert len(sampler.make("sde", num_steps=4)(z, model)) == 4
     with pytest.raises(ValueError, match="unknown sampler 'odd'; accepted: 'ode', 'sde'"):
         sampler.make("odd")
+    with pytest.raises(
+        ValueError, match="unknown option of the sampler 'sde' 'timestep_shift'; accepted: .*'last_step'"
+    ):
+        sampler.make("sde", num_steps=4, timestep_shift=0.3)
 
 
 @pytest.mark.parametrize("kind, method", [("ode", "euler"), ("ode", "rk4"), ("sde", "Euler"), ("sde", "Heun")])

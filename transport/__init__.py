@@ -8,17 +8,8 @@ from .transport import ModelType, PathType, Transport, WeightType
 from .utils import check_choice, check_number, shift_time
 
 __all__ = ["DIFFUSION_FORMS", "LAST_STEPS", "ODE_METHODS", "SDE_METHODS", "TIMESTEP_SAMPLINGS", "create_transport"]
-__all__ += [
-    "GVPCPlan",
-    "ICPlan",
-    "ModelType",
-    "PathType",
-    "Sampler",
-    "Transport",
-    "VPCPlan",
-    "WeightType",
-    "shift_time",
-]
+__all__ += ["GVPCPlan", "ICPlan", "ModelType", "PathType", "Sampler", "Transport", "VPCPlan", "WeightType"]
+__all__ += ["shift_time"]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 

@@ -115,6 +115,11 @@ def or_null(check):
     )
 
 
+def null_or(check):
+    """Returns a check that accepts null in a file, for a choice that has another word for none on the command line."""
+    return or_null(check)._replace(choices=check.choices)
+
+
 def or_one_a_channel(check):
     """Returns a check that accepts null and a list too, whose values belong to the channels of the latents."""
     every = _all(check.accepts)

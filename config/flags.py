@@ -251,7 +251,10 @@ def add_device_flag(parser):
 def add_set_flags(parser):
     """Adds --feature_path and --image_size, of a command on a set of features; see `features.store.find_features`."""
     parser.add_argument(
-        "--feature_path", required=True, metavar="FOLDER", help="folder that holds NAME_features/ or NAME_packed/"
+        "--feature_path",
+        required=True,
+        metavar="FOLDER",
+        help="folder that holds NAME_features/ or NAME_packed/, or LightningDiT's *.safetensors",
     )
     parser.add_argument(
         "--image_size",

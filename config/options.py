@@ -31,6 +31,7 @@ from config.checks import (
     VAE,
     WORDS,
     Check,
+    null_or,
     one_of,
     or_null,
     or_one_a_channel,
@@ -42,6 +43,7 @@ from config.names import OTHER_NAMES
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
+DEFAULT_VAE_CHANNELS = {DEFAULT_VAE: 4, SIT_VAE: 4}  # so that others are refused before a download
 GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
 GENTLE_GUIDANCE_SCALE = 1.5  # of a model that is young, or saw few images: 4 burns its images
 
@@ -247,10 +249,18 @@ TRAINING_KEYS = {**AVERAGES_PRECISION_KEYS, **OPTIMIZER_KEYS, **LENGTH_KEYS}
 
 # ---- The sections `data` and `features` ----
 
-_POSTERIOR = one_of("sample", "mean")
+_POSTERIOR, _NORMALIZATION = one_of("sample", "mean"), null_or(one_of("none", "channel"))
 DATA_KEYS = {
     "flip": Option(False, BOOL, "take the stored mirrored latent half of the time (extracted with --flip)", True),
     "posterior": Option("sample", _POSTERIOR, "of moments: a fresh sample at each visit, or the mean", True),
+    "latent_normalization": Option(
+        None,
+        _NORMALIZATION,
+        "channel: take off each channel's mean, divide by its standard deviation; undone before decoding",
+        True,
+        "channel for LightningDiT's folders, whose latents are not scaled, else none",
+    ),
+    "latent_multiplier": Option(1.0, ABOVE_0, "factor of the latents after that", True),
     "classes": Option(None, or_null(LABELS), "train on these class labels only", True, "all"),
     "in_memory": Option(False, BOOL, "read all samples into memory at the start", True),
     "validation_samples": Option(0, INT_FROM_0, "hold out so many samples, and report their loss", True),
@@ -263,6 +273,7 @@ FEATURES_KEYS = {
     "channel_mean": Option(None, or_one_a_channel(NUMBER), "mean of each channel of the latents"),
     "channel_std": Option(None, or_one_a_channel(FROM_0), "standard deviation of each channel of the latents"),
     "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
+    "latent_normalization": Option(None, or_null(OBJECT), "what was done to the latents by `data`, as numbers"),
 }
 VAE_KEYS = {
     "name": Option(None, or_null(TEXT)),
@@ -273,6 +284,11 @@ VAE_KEYS = {
     "shift_factor": Option(None, or_null(NUMBER)),
     "latents_mean": Option(None, or_one_a_channel(NUMBER)),
     "latents_std": Option(None, or_one_a_channel(ABOVE_0)),
+}
+NORMALIZATION_KEYS = {
+    "mean": Option(None, or_one_a_channel(NUMBER)),
+    "std": Option(None, or_one_a_channel(ABOVE_0)),
+    "multiplier": Option(1.0, ABOVE_0),
 }
 
 

@@ -188,11 +188,15 @@ def resolve_config(raw, *, source="config"):
     return config
 
 
+_PARTS_OF_FEATURES = {"vae": options.VAE_KEYS, "latent_normalization": options.NORMALIZATION_KEYS}
+
+
 def resolve_features(given, where):
     """Returns a `features` section with every key, null where nothing is given; raises as `resolve_config` does."""
     features = check_section(options.FEATURES_KEYS, given, where)
-    if features["vae"] is not None:
-        features["vae"] = check_section(options.VAE_KEYS, features["vae"], f"{where}: vae")
+    for name, keys in _PARTS_OF_FEATURES.items():
+        if features[name] is not None:
+            features[name] = check_section(keys, features[name], f"{where}: {name}")
     return features
 
 
@@ -200,8 +204,9 @@ def exported_features(given, where):
     """Returns the `features` section that a JSON of an exported model carries; keys of later versions are left out."""
     given = given if isinstance(given, dict) else {}
     known = {name: given.get(name) for name in options.FEATURES_KEYS}
-    if isinstance(known["vae"], dict):
-        known["vae"] = {name: known["vae"].get(name) for name in options.VAE_KEYS}
+    for part, keys in _PARTS_OF_FEATURES.items():
+        if isinstance(known[part], dict):
+            known[part] = {name: known[part][name] for name in keys if name in known[part]}
     return resolve_features(known, where)
 
 

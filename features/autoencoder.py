@@ -4,11 +4,11 @@ import hashlib
 import os
 import re
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from config.options import ABOVE_0, REQUIRED, VAE_KEYS, Option
+from config.options import ABOVE_0, DEFAULT_VAE_CHANNELS, REQUIRED, VAE_KEYS, Option
 from config.schema import SCALING_KEYS, check_section
 from runtime.precision import cast_layer
 from runtime.untrusted import shortened
@@ -146,6 +146,19 @@ class LatentScaling:
         """Returns the standard deviation of latents `(N, C, h, w)` as networks see it: scaled, not shifted."""
         return std * self.scaling_factor / _per_channel(self.offset_and_std[1], std)
 
+    def normalized(self, normalization, channels):
+        """Returns the scaling of latents to which a normalisation of `features.normalization` was applied after this.
+
+        `((z - offset) * factor / std - mean) * multiplier / deviation`, with a mean and a deviation for each channel.
+        """
+        multiplier = normalization["multiplier"]
+        if normalization["mean"] is None:
+            return replace(self, scaling_factor=self.scaling_factor * multiplier)
+        mean, deviation = (np.array(normalization[key], "float64") for key in ("mean", "std"))
+        offset, std = (np.broadcast_to(np.array(value, "float64"), [channels]) for value in self.offset_and_std)
+        unit = std / self.scaling_factor  # of z, where the stored latent changes by 1
+        return LatentScaling(multiplier, None, (offset + mean * unit).tolist(), (deviation * unit).tolist())
+
     def denormalize(self, latents):
         """Returns the `z` that the autoencoder decodes, for latents `(N, C, h, w)` as networks see them."""
         offset, std = (_per_channel(value, latents) for value in self.offset_and_std)
@@ -221,17 +234,25 @@ def describe_vae(vae, name):
         "weights_sha256": weights_digest(vae),
         "latent_channels": vae.config.latent_channels,
         "downsampling": downsampling(vae),
-        **LatentScaling.of(vae.config).as_dict(),
+        **(getattr(vae, "own_scaling", None) or LatentScaling.of(vae.config)).as_dict(),
     }
 
 
-def choose_vae(given, features, default, flag):
+def choose_vae(given, features, default, flag, channels=None):
     """Returns `(name, note or None)`: the autoencoder asked for, else the features' own, else the default.
 
     `given` is the value of `flag`, or None; `features` the `vae` entry of a config's `features` section, or None.
-    ValueError if the features' own is a folder that is not there.
+    ValueError if the features' own is a folder that is not there, or the default one is not of the features' channels,
+    or of `channels`.
     """
     own = features["name"] if features else None
+    if given is None and own is None:
+        channels, theirs = channels or (features or {}).get("latent_channels"), DEFAULT_VAE_CHANNELS.get(default)
+        if None not in (channels, theirs) and channels != theirs:
+            raise ValueError(
+                f"the latents have {channels} channels, and their set does not tell its autoencoder; {default} has "
+                f"{theirs}: give the one that encoded them by {flag}"
+            )
     if given is not None or own is None:
         return given if given is not None else default, None
     if os.path.isdir(own) or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", own):
@@ -245,19 +266,25 @@ def choose_vae(given, features, default, flag):
     )
 
 
-def open_vae(given, features, *, default, flag, channels=None):
+def open_vae(given, features, *, default, flag, channels=None, normalization=None):
     """Loads the autoencoder for a model's latents, with the arguments of `choose_vae`; returns `(vae, notes)`.
 
-    Weights that are the features' own decode latents as those were scaled, whatever the config beside them says; a note
-    tells how others differ. ValueError if it can't be loaded, or its latents are not of the features' shape, or of
-    `channels`.
+    Weights that are the features' own, or that they do not tell, decode latents as those were scaled, whatever the
+    config beside them says; a note tells how others differ. A `normalization` of the latents, the entry
+    `latent_normalization` of the same section, becomes a part of the autoencoder's scaling: whoever decodes, exports
+    or describes it goes by that. ValueError if it can't be loaded, or its latents are not of the features' shape, or
+    of `channels`.
     """
-    name, note = choose_vae(given, features, default, flag)
+    name, note = choose_vae(given, features, default, flag, channels)
     vae = load_vae(name)
     notes = [*filter(None, (note, match_vae(vae, name, features, flag)))]
     theirs = vae.config.latent_channels
     if channels not in (None, theirs):
         raise ValueError(f"{flag} {name}: decodes {theirs} channels, the latents have {channels}")
+    if normalization is not None:
+        vae.own_scaling = LatentScaling.of(vae.config)  # what `describe_vae` tells
+        vae.register_to_config(**vae.own_scaling.normalized(normalization, theirs).as_dict())
+        LatentScaling.of(vae.config, channels=theirs, source="the features' latent_normalization")
     return vae, notes
 
 
@@ -274,7 +301,7 @@ def match_vae(vae, name, features, flag):
     changes = [f"{what} {theirs}, not {own}" for what, theirs, own in vae_differences(features, ours)]
     if not changes:
         return None
-    is_same = features["weights_sha256"] == ours["weights_sha256"]
+    is_same = features["weights_sha256"] in (None, ours["weights_sha256"])
     if is_same:
         vae.register_to_config(**{key: features[key] for key in SCALING_KEYS})
         LatentScaling.of(vae.config, channels=vae.config.latent_channels, source="the features' autoencoder")

@@ -16,11 +16,12 @@ import numpy as np
 from features.autoencoder import LatentScaling
 from features.image_source import MAX_LABEL
 from features.layout import Layout
+from features.normalization import choose_normalization
 from features.npy import load_npy
-from features.packed import PackedStore
+from features.packed import MappedStore
 from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
 from features.statistics import channel_statistics, channel_sums, statistics_entries
-from features.store import read_manifest
+from features.store import open_store, read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
 from runtime.progress import tqdm
@@ -37,7 +38,7 @@ _shared = []  # what a worker process was started with: the store, a report's fa
 class Report:
     """The result of `check_set`: `facts`, JSON values, `notes`, sentences, and `problems`, {"kind", "text"} each.
 
-    `store` is a `PackedStore` or `Pairs`, `samples` `(N,)` of `SAMPLE`: `(0,)`, with few facts, if there were none.
+    `store` is a `MappedStore` or `Pairs`, `samples` `(N,)` of `SAMPLE`: `(0,)`, with few facts, if there were none.
     """
 
     manifest: dict
@@ -77,7 +78,7 @@ def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, all
     facts = {"feature_path": feature_path, "name": name, "format": kind}
     report = Report(read_manifest(feature_path, name), layout, facts)
     try:
-        report.store = store = PackedStore(layout.packed) if kind == "packed" else Pairs(feature_path, name)
+        report.store = store = Pairs(feature_path, name) if kind == "pairs" else open_store(feature_path, kind, name)
         for path, other in getattr(store, "lonely", ()):
             report.add("pairs", path, f"has no counterpart in {other}")
         if not len(store) or store.row_shape is None:
@@ -132,7 +133,7 @@ def read_rows(store, indices, facts, hashing=False):
     labels, whole, problems, files = [None] * len(indices), np.ones(len(indices), bool), [], {}
     shape, dtype, reader = facts["row_shape"], facts["dtype"], NpyReader()
     rows = [np.empty((len(indices), *shape), "float32") for _ in range(1 + store.has_flip)]
-    if isinstance(store, PackedStore):
+    if isinstance(store, MappedStore):
         for twin, out in enumerate(rows):
             labels = store.read(indices, out, np.full(len(indices), bool(twin))).tolist()
         return rows, labels, whole, problems, files
@@ -210,7 +211,7 @@ def _expect(report, model):
     row_shape = store.row_shape if shape is None else (shape[0] * (1 + moments), *shape[1:])
     if num_classes is None:
         report.notes.append("the number of classes is not known: no --config_file, no manifest")
-    if report.facts["format"] == "packed" and row_shape != store.row_shape:
+    if report.facts["format"] != "pairs" and row_shape != store.row_shape:
         report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
         row_shape = store.row_shape
     dtype = manifest.get("dtype", store.dtype.name)
@@ -245,8 +246,15 @@ def _check_statistics(report, sums):
     if not count:
         return
     mean, channel_std = channel_statistics(sums[:3])
-    std = float(np.sqrt(np.mean(channel_std**2) + np.var(mean)))
+    std = _std(mean, channel_std)
     report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **statistics_entries(sums[:3])}
+    if report.manifest.get("latent_normalization") == "channel":  # of latents that are not scaled
+        normalization, _ = choose_normalization(None, 1.0, report.manifest, report.store, len(mean))
+        mean, divisor = mean - normalization["mean"], np.array(normalization["std"])
+        if not STD_RANGE[0] <= (std := _std(mean / divisor, channel_std / divisor)) <= STD_RANGE[1]:
+            text = f"normalised by its statistics, the latents' standard deviation is {std:.4g}, expected about 1"
+            report.add("scale", report.store.path, text)
+        return
     if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return
     text = f"the latents' standard deviation is {std:.4g}, expected about 1"
@@ -260,6 +268,11 @@ def _check_statistics(report, sums):
         if STD_RANGE[0] <= math.sqrt(np.mean(((high - low) / 2) ** 2) + np.var((low + high) / 2)) <= STD_RANGE[1]:
             text += f"; it looks as if the autoencoder's {name} {what}"
     report.add("scale", report.store.path, text)
+
+
+def _std(mean, channel_std):
+    """Returns the standard deviation of all values, of each channel's mean and standard deviation."""
+    return float(np.sqrt(np.mean(channel_std**2) + np.var(mean)))
 
 
 def _check_duplicates(report, allowed):

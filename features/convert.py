@@ -65,6 +65,8 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
         with whole_file(layout.classes) as path:
             shutil.copyfile(old_classes, path)
     num_classes = manifest.get("num_classes", int(labels.max()) + 1)
+    # Those that latents are normalised by stay what they are.
+    keeps = manifest.get("latent_normalization") == "channel" and "channel_mean" in manifest
     new = {
         "format": kind,
         "name": name,
@@ -74,7 +76,7 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
         "dtype": dtype,
         "flip": store.has_flip,
         "checksums": {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()},
-        **({} if sums is None else statistics_entries(sums)),
+        **({} if sums is None or keeps else statistics_entries(sums)),
     }
     write_json(layout.manifest, {"version": 1, **manifest, **new})
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from features.layout import Layout
+from features.normalization import choose_normalization, normalize
 from features.store import MemoryStore, find_features, open_store, read_manifest, size_note
 from runtime.process import counted
 
@@ -48,6 +49,8 @@ class FeatureDataset:
         flip: take the stored mirrored latent with probability 1/2.
         posterior: of a set with moments: "sample" draws `mean + std * noise` anew at every visit, "mean" is the mean.
         seed: of flips and posterior samples.
+        latent_normalization, latent_multiplier: as in a config's section `data`; None normalises LightningDiT's latents
+            alone. `normalization` then holds what is done, as numbers, see `features.normalization`.
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
     function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
@@ -58,7 +61,17 @@ class FeatureDataset:
     """
 
     def __init__(
-        self, feature_path, *, resolution=None, sample_shape, num_classes, flip=False, posterior="sample", seed=0
+        self,
+        feature_path,
+        *,
+        resolution=None,
+        sample_shape,
+        num_classes,
+        flip=False,
+        posterior="sample",
+        seed=0,
+        latent_normalization=None,
+        latent_multiplier=1.0,
     ):
         kind, name = find_features(feature_path, resolution)
         self.store = open_store(feature_path, kind, name)
@@ -69,16 +82,21 @@ class FeatureDataset:
         self._indices = self._classes = self._stored = None
         manifest = read_manifest(feature_path, name)
         self._check_shape(manifest.get("moments"))
+        self.normalization, note = choose_normalization(
+            latent_normalization, latent_multiplier, manifest, self.store, self.sample_shape[0]
+        )
+        self.notes += [note] if note else []
         if note := size_note(feature_path, name, resolution):
             self.notes.append(note)
         if flip and not self.store.has_flip:
             raise ValueError(f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip")
-        if kind == "packed":
+        if kind != "pairs":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
+        if kind == "packed":
             pairs = Layout(feature_path, name).features
             if os.path.isdir(pairs):
                 self.notes.append(f"{path} is read, not {pairs} beside it")
-        elif self.store.index_note:
+        elif getattr(self.store, "index_note", None):
             self.notes.append(self.store.index_note)
         self[0]
 
@@ -151,11 +169,14 @@ class FeatureDataset:
         rows = np.empty((len(stored), *self.store.row_shape), "float32")
         labels = self.store.read(stored, rows, mirrored)
         self._check_labels(labels, stored)
-        if not self.moments:
-            return rows, labels
+        latents = self._draw(rows, stored, positions) if self.moments else rows
+        return latents if self.normalization is None else normalize(latents, self.normalization), labels
+
+    def _draw(self, rows, stored, positions):
+        """Returns latents `(n, C, h, w)` of rows of moments: their means, or samples."""
         mean, std = np.split(rows, 2, axis=1)
         if self.posterior == "mean":
-            return np.ascontiguousarray(mean), labels
+            return np.ascontiguousarray(mean)
         noise = np.empty(mean.shape, "float32")
         if positions is None:
             places = stored if self._stored is None else self._stored[stored]
@@ -164,7 +185,7 @@ class FeatureDataset:
             _normals(_key(self.seed, _NOISE, 2), positions, noise)
         noise *= std
         noise += mean
-        return noise, labels
+        return noise
 
     # Parts of the set. Each returns another dataset and leaves this one as it is.
 

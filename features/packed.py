@@ -130,37 +130,32 @@ class ShardWriter(contextlib.ExitStack):
             self._write_headers()
 
 
-class PackedStore:
-    """The packed set in `folder`, read row by row in any order. Nothing is kept in memory but the labels.
+class MappedStore:
+    """Rows in memory-mapped files, read one by one in any order. Nothing is kept in memory but the labels.
 
-    Threads and forked processes may share it. ValueError names a file that is missing, truncated, or unlike the others.
+    `parts` yields `(labels (n,), {path: map (n, *row_shape)})` of each shard in order: its latents, and with `has_flip`
+    the mirrored twins. Threads and forked processes may share a store.
     """
 
     reads_in_processes = False
 
-    def __init__(self, folder):
-        self.path = folder
-        self.shards = [os.path.join(folder, shard_name(number)) for number in finished_shards(folder)]
-        if not self.shards:
-            raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
-        self.has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
-        _allow_open_files(3 * len(self.shards))
+    def __init__(self, path, parts, *, has_flip):
+        self.path, self.has_flip = path, has_flip
         labels, self._maps = [], []  # the latents of each shard, and behind them their mirrored twins
-        for shard in self.shards:
-            labels.append(_labels(shard))
-            if os.path.exists(os.path.join(shard, "flipped.npy")) != self.has_flip:
-                raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
-            if not labels[-1].size or -(2**31) <= labels[-1].min() <= labels[-1].max() < 2**31:
-                labels[-1] = labels[-1].astype("int32")  # a wrong label stays what it is
-            for name in shard_files(self.has_flip)[:-2]:
-                self._add(os.path.join(shard, name), len(labels[-1]))
+        for numbers, maps in parts:
+            if not numbers.size or -(2**31) <= numbers.min() <= numbers.max() < 2**31:
+                numbers = numbers.astype("int32")  # a wrong label stays what it is
+            labels.append(numbers)
+            for file, array in maps.items():
+                self._add(file, array, len(numbers))
         self._rows = [np.asarray(array) for array in self._maps]  # plain views, for speed
-        self._offsets = np.array([array.offset for array in self._maps])  # where the rows begin in their files
+        # Where the rows begin in the maps, which begin with a page of their files.
+        self._offsets = np.array([array.offset % mmap.ALLOCATIONGRANULARITY for array in self._maps])
         self.dtype, self.row_shape = self._rows[0].dtype, self._rows[0].shape[1:]
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
         if not self.labels.size:
-            raise ValueError(f"{folder}: no sample in it")
+            raise ValueError(f"{path}: no sample in it")
         self._starts = np.cumsum([0, *map(len, labels[:-1])])
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         self._touched = 0
@@ -170,9 +165,8 @@ class PackedStore:
         if self.num_bytes > MAX_CACHED_SHARE * (available_memory() or np.inf):
             self.read_exactly()
 
-    def _add(self, path, count):
-        """Maps a file of `count` rows."""
-        array = load_npy(path, mapped=True)
+    def _add(self, path, array, count):
+        """Takes a map of `count` rows."""
         first = self._maps[0] if self._maps else array
         if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
             raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
@@ -181,7 +175,7 @@ class PackedStore:
         if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
             raise ValueError(f"{path}: holds {_describe(array)}, the first shard {_describe(first)}")
         if len(array) != count:
-            raise ValueError(f"{path}: holds {counted(len(array), 'row')}, its labels.npy {count}")
+            raise ValueError(f"{path}: holds {counted(len(array), 'row')}, its {self.labels_name} {count}")
         self._maps.append(array)
 
     def __len__(self):
@@ -221,6 +215,33 @@ class PackedStore:
                 array._mmap.madvise(mmap.MADV_DONTNEED)
         return self.labels[indices].astype("int64")
 
+    def place(self, index):
+        """Returns `(shard, row)` of a sample, both counted from 0."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, int(index - self._starts[shard])
+
+
+class PackedStore(MappedStore):
+    """The packed set in `folder`; ValueError names a file that is missing, truncated, or unlike the others."""
+
+    labels_name = "labels.npy"
+
+    def __init__(self, folder):
+        self.shards = [os.path.join(folder, shard_name(number)) for number in finished_shards(folder)]
+        if not self.shards:
+            raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
+        has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
+        allow_open_files(3 * len(self.shards))
+        super().__init__(folder, (self._open(shard, has_flip) for shard in self.shards), has_flip=has_flip)
+
+    @staticmethod
+    def _open(shard, has_flip):
+        labels = _labels(shard)
+        if os.path.exists(os.path.join(shard, "flipped.npy")) != has_flip:
+            raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
+        paths = [os.path.join(shard, name) for name in shard_files(has_flip)[:-2]]
+        return labels, {path: load_npy(path, mapped=True) for path in paths}
+
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
         paths = [os.path.join(shard, "names.npy") for shard in self.shards]
@@ -233,8 +254,8 @@ class PackedStore:
 
     def source(self, index, kind="latents"):
         """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"{self.shards[shard]}/{kind}.npy row {index - self._starts[shard]}"
+        shard, row = self.place(index)
+        return f"{self.shards[shard]}/{kind}.npy row {row}"
 
 
 def _labels(shard):
@@ -251,13 +272,13 @@ def _describe(array):
 
 def take_rows(rows, indices, out):
     """Puts `rows[indices]` into `out`, where it can without a copy between."""
-    if out.dtype == rows.dtype and out.flags.c_contiguous:
+    if out.dtype == rows.dtype and out.flags.c_contiguous and rows.flags.aligned:  # else all rows would be copied
         np.take(rows, indices, axis=0, out=out, mode="clip")  # any mode but clip goes by way of a copy
     else:
         out[...] = rows[indices]
 
 
-def _allow_open_files(count):
+def allow_open_files(count):
     """Raises this process's limit if so many more files need it, because a memory map holds its file open."""
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -19,6 +19,12 @@ def channel_statistics(sums):
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
+def sample_statistics(sums):
+    """Returns the same for values that are a sample of more: `std` with n - 1 in place of n."""
+    mean, std = channel_statistics(sums)
+    return mean, std * np.sqrt(sums[2] / np.maximum(sums[2] - 1, 1))
+
+
 def statistics_entries(sums):
     """Returns the statistics of `channel_statistics` as entries of a set's manifest."""
     mean, std = channel_statistics(sums)

@@ -1,6 +1,7 @@
 """Where the samples of a feature set lie: finding a set in a folder, opening it, and holding it in memory.
 
-A set is stored as pairs of small files (`features.pairs`), or packed into a few large ones (`features.packed`).
+A set is stored as pairs of small files (`features.pairs`), packed into a few large ones (`features.packed`), or as
+LightningDiT stores it (`features.lightning`).
 """
 
 import glob
@@ -11,7 +12,9 @@ import shlex
 import numpy as np
 
 from config.schema import manifest_features
+from features import lightning
 from features.layout import Layout
+from features.lightning import LightningStore
 from features.packed import PackedStore, take_rows
 from features.pairs import PairStore
 from runtime.machine import available_memory
@@ -24,11 +27,12 @@ READ_BYTES = 1 << 22
 
 
 def find_features(feature_path, resolution):
-    """Returns `(kind, name)` of the set in a feature folder, kind "packed" or "pairs".
+    """Returns `(kind, name)` of the set in a feature folder, kind "packed", "pairs" or "lightning".
 
     The set `imagenet{resolution}` (None: `imagenet256`) if it is there, else the only one, or the only one whose
-    manifest tells of images of that size. A set that is there in both forms is read packed. ValueError if nothing fits,
-    more than one set does, or the set is not finished.
+    manifest tells of images of that size. A set that is there in both forms is read packed. A folder of safetensors
+    files and no such set is one of LightningDiT's. ValueError if nothing fits, more than one set does, or the set is
+    not finished.
     """
     found = {}  # {name: kinds}
     is_folder = os.path.isdir(feature_path)
@@ -39,11 +43,13 @@ def find_features(feature_path, resolution):
     preferred = f"imagenet{resolution or 256}"
     whole = sorted(name for name, kinds in found.items() if kinds != ["packed.partial"])
     whole = [preferred] if preferred in whole else whole
+    if not found and lightning.latent_files(feature_path):
+        return "lightning", lightning.NAME
     if not whole and found:
         partial = Layout(feature_path, min(found)).partial
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")
     if not whole:
-        lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it"
+        lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it, nor *.safetensors"
         lacks = lacks if is_folder else "no such folder; expected NAME_features/ and NAME_labels/ in it"
         raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1 and resolution:
@@ -84,15 +90,40 @@ def _unpacking(feature_path):
     return ""
 
 
+def store_path(feature_path, kind, name):
+    """Returns the `path` of a set's store."""
+    layout = Layout(feature_path, name)
+    return {"packed": layout.packed, "pairs": layout.features, "lightning": feature_path}[kind]
+
+
+def find_place(place):
+    """Returns `(feature_path, kind, name)` of the set whose store has this path; ValueError if none is there."""
+    folder, base = os.path.split(os.path.abspath(place))
+    name, _, kind = base.rpartition("_")
+    if os.path.isdir(place) and kind in ("packed", "features") and not lightning.latent_files(place):
+        return folder, "packed" if kind == "packed" else "pairs", name
+    if not lightning.latent_files(place):
+        raise ValueError(f"{place} is not there; --feature_path says where it is now")
+    return place, "lightning", lightning.NAME
+
+
 def open_store(feature_path, kind, name):
-    """Returns the `PackedStore` or `PairStore` of a set."""
-    return PackedStore(Layout(feature_path, name).packed) if kind == "packed" else PairStore(feature_path, name)
+    """Returns the `PackedStore`, `PairStore` or `LightningStore` of a set."""
+    if kind == "pairs":
+        return PairStore(feature_path, name)
+    return {"packed": PackedStore, "lightning": LightningStore}[kind](store_path(feature_path, kind, name))
 
 
 def read_manifest(feature_path, name):
-    """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken."""
-    path = Layout(feature_path, name).manifest
-    return read_json_object(path) if os.path.exists(path) else {}
+    """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken.
+
+    What a folder of LightningDiT's tells without one is added.
+    """
+    layout = Layout(feature_path, name)
+    manifest = read_json_object(layout.manifest) if os.path.exists(layout.manifest) else {}
+    others = os.path.isdir(layout.features) or os.path.isdir(layout.packed)
+    is_lightning = name == lightning.NAME and not others and lightning.latent_files(feature_path)
+    return lightning.complete_manifest(feature_path, manifest) if is_lightning else manifest
 
 
 def read_description(feature_path, name):

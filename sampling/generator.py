@@ -279,8 +279,9 @@ def _load_weights(model, dtype, vae, key):
     state, source = read_weights(model.path, key=key)
     wanted = {"given": vae, "features": model.config["features"]["vae"], "flag": "--vae"}
     wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
+    wanted["channels"] = model.config["model"]["in_channels"]
     name, _ = choose_vae(**wanted)
-    vae, notes = open_vae(**wanted, channels=model.config["model"]["in_channels"])
+    vae, notes = open_vae(**wanted, normalization=model.config["features"]["latent_normalization"])
     if model.pipeline == "DiTPipeline":
         generator = from_weights(model.config, state, vae, dtype=dtype, source=source)
     else:

@@ -25,10 +25,12 @@ from config.schema import load_config
 from evaluation.reconstruction import psnr
 from features.autoencoder import LatentDecoder, choose_vae, open_vae
 from features.check import check_set, read_rows
+from features.lightning import STATISTICS
 from features.originals import find_originals
 from features.store import find_features, read_description, size_note
 from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli
+from runtime.untrusted import read_json_object
 from sampling.flags import note_unused
 from sampling.grid import GAP, class_labels, make_grid
 from sampling.labels import read_labels
@@ -138,6 +140,22 @@ def own_vae(report):
     return None
 
 
+def write_statistics(report):
+    """Adds mean and standard deviation by channel to the set's manifest, which is made if there is none."""
+    if "latents" not in report.facts or {"latents", "finite", "moments", "pairs"} & {
+        p["kind"] for p in report.problems
+    }:
+        print("note: the statistics are not written, because not all latents are right")
+        return
+    path = report.layout.manifest
+    if os.path.exists(table := os.path.join(report.layout.features_path, STATISTICS)):
+        print(f"note: the statistics are not written, because the set has them in {table}")
+        return
+    manifest = read_json_object(path) if os.path.exists(path) else {"version": 1}
+    write_json(path, {**manifest, **{key: report.facts["latents"][key] for key in ("channel_mean", "channel_std")}})
+    print(f"statistics: {path}")
+
+
 def output_files(path, folder, name, overwrite):
     """Returns `(report, picture)`: the files asked for, else free ones `NAME_check` in the folder of the features.
 
@@ -177,6 +195,11 @@ def main(argv=None):
         "--output", metavar="FILE", help="report to write, JSON; the picture beside it [FEATURE_PATH/NAME_check.json]"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    parser.add_argument(
+        "--write_statistics",
+        action="store_true",
+        help="write mean and standard deviation by channel into NAME_manifest.json, for data.latent_normalization",
+    )
     parser.add_argument("--no_checksums", action="store_true", help="don't compare the files with their checksums")
     parser.add_argument("--allow_duplicates", action="store_true", help="equal latents of one class are no problem")
     parser.add_argument(
@@ -196,6 +219,8 @@ def main(argv=None):
     write_json(output, {**report.facts, "notes": report.notes, "problems": report.problems})
     print_report(report)
     print(f"report: {output}", flush=True)
+    if args.write_statistics:
+        write_statistics(report)
     if report.samples["usable"].any() and (args.vae or own_vae(report)):
         options = {"vae": args.vae, "data_path": args.data_path, "num_images": args.num_images}
         save_picture(report, picture, **options, device=args.device)

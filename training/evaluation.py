@@ -59,6 +59,7 @@ class Evaluation:
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE
         wanted = {"default": default, "flag": "--vae", "channels": model["in_channels"]}
+        wanted["normalization"] = config["features"]["latent_normalization"]
         vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
         channels = None if is_diffusion else "auto"
         self.generator = Generator(None, sampler, vae=vae, guided_channels=channels, **latent_sizes(model))

@@ -50,6 +50,7 @@ class Preview:
         self.images_per_class, self.decoder = images_per_class, None
         if paddle.distributed.get_rank() == 0:
             wanted = {"default": DEFAULT_VAE, "flag": "--vae", "channels": model["in_channels"]}
+            wanted["normalization"] = config["features"]["latent_normalization"]
             vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
             for note in notes:
                 say(f"note: {note}")

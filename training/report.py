@@ -20,7 +20,7 @@ from config import options
 from config.schema import MODEL_TYPES, load_config
 from features.layout import Layout
 from features.order import total_steps
-from features.store import open_store, read_manifest
+from features.store import find_features, find_place, open_store, read_manifest, store_path
 from runtime.commands import python_command, resume_flag, shell_path
 from runtime.process import counted, one_line
 from runtime.run_lock import check_idle, list_experiments
@@ -330,10 +330,8 @@ def _data(config, environment, feature_path, notes):
     features, rows, counts = config["features"], [], {}
     place = environment.get("features")
     if feature_path is not None:
-        from features.store import find_features
-
         kind, name = find_features(feature_path, features["image_size"])
-        place = os.path.join(feature_path, f"{name}_{'packed' if kind == 'packed' else 'features'}")
+        place = store_path(feature_path, kind, name)
     if features["image_size"]:
         rows.append(("images", f"{features['image_size']} x {features['image_size']} pixels"))
     if isinstance(place, str):
@@ -355,16 +353,12 @@ def _data(config, environment, feature_path, notes):
 
 def _look_at_set(place):
     """Returns `(rows, {label: images})` of the set whose latents lie in the folder `place`."""
-    feature_path, folder = os.path.split(os.path.abspath(place))
-    name, _, kind = folder.rpartition("_")
-    if not os.path.isdir(place) or kind not in ("packed", "features"):
-        raise ValueError(f"{place} is not there; --feature_path says where it is now")
-    store = open_store(feature_path, "packed" if kind == "packed" else "pairs", name)
-    manifest = read_manifest(feature_path, name)
+    feature_path, kind, name = find_place(place)
+    store, manifest = open_store(feature_path, kind, name), read_manifest(feature_path, name)
     counts = manifest.get("class_counts")
     if isinstance(counts, list) and all(isinstance(count, int) for count in counts):
         counts = dict(enumerate(counts))
-    elif kind == "packed" or len(store) <= MAX_LABEL_FILES:
+    elif kind != "pairs" or len(store) <= MAX_LABEL_FILES:
         counts = dict(zip(*(a.tolist() for a in np.unique(store.labels, return_counts=True)), strict=True))
     else:
         counts = {}

@@ -24,6 +24,7 @@ from config.checks import no_effect
 from config.options import GENTLE_GUIDANCE_SCALE, first_images_flags
 from config.schema import MODEL_TYPES, changed_settings, ineffective_settings
 from features.images import encodable
+from features.normalization import describe_normalization
 from models.parallel import whole_shape
 from objectives import build_objective
 from runtime.commands import resume_flag
@@ -250,6 +251,8 @@ class Session:
                     settings["class_names"] = f"{len(settings['class_names'])} names"
                 if settings.get("vae"):
                     settings["vae"] = settings["vae"]["name"] or "known"
+                if settings.get("latent_normalization"):
+                    settings["latent_normalization"] = describe_normalization(settings["latent_normalization"])
             shown = (
                 f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
             )
@@ -396,7 +399,7 @@ class Session:
         draw = ["--model_path", checkpoint, *first_images_flags(self.config["model"])]
         export = ["--model_path", checkpoint, "--output", os.path.join(self.folder, "pipeline")]
         vae = self.outputs.vae
-        if vae and self.config["features"]["vae"] is None:  # else they find the features' own
+        if vae and not (self.config["features"]["vae"] or {}).get("name"):  # else they find the features' own
             draw, export = [*draw, "--vae", vae], [*export, "--vae", vae]
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
         say_next([kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder])

@@ -13,6 +13,7 @@ import numpy as np
 from config.options import POSITIVE_INT
 from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
+from features.normalization import normalization_differences
 from features.order import MicroBatchSampler, total_steps
 from features.store import find_features, read_description, read_manifest
 from models import build_model
@@ -90,8 +91,11 @@ def build_dataset(config, feature_path, resolution):
         flip=data["flip"],
         posterior=data["posterior"],
         seed=config["training"]["seed"],
+        latent_normalization=data["latent_normalization"],
+        latent_multiplier=data["latent_multiplier"],
     )
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
+    features["latent_normalization"] = dataset.normalization
     dataset.notes += [*filter(None, [note]), *notes]
     changes = features_changes(config["features"], features)
     if not any(features.values()) and any(config["features"].values()):
@@ -154,6 +158,8 @@ def read_class_names(path, num_classes):
 def features_changes(theirs, ours):
     """Returns, in words, how two `features` sections differ in what matters to a network; empty if they don't."""
     changes = vae_differences(theirs["vae"], ours["vae"])
+    normalized = normalization_differences(*(each["latent_normalization"] for each in (theirs, ours)))
+    changes += [(what, shortened(there, 60), shortened(here, 60)) for what, there, here in normalized]
     names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
     renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]
     changes += [(f"class {label} is", shortened(classes[label]), shortened(names[label])) for label in renamed[:1]]

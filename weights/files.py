@@ -148,6 +148,26 @@ def _read_safetensors(path, file):
     return state
 
 
+def safetensors_places(path):
+    """Returns `{name: (type, shape, place)}` of a safetensors file: numpy's type, or "bfloat16", and where it begins.
+
+    The header is compared with the file's size; the data are not read. Raises as `safe_load`.
+    """
+    try:
+        with open_regular(path) as file, safe_open(path, framework="np") as header:
+            found, place = {}, 8 + struct.unpack("<Q", file.read(8))[0]
+            for name in header.offset_keys():  # one behind the other, without a gap
+                entry = header.get_slice(name)
+                if entry.get_dtype() not in _SAFETENSORS_TYPES:
+                    raise ValueError(f"{name[:80]!r} is of type {entry.get_dtype()}")
+                dtype, shape = _SAFETENSORS_TYPES[entry.get_dtype()], tuple(entry.get_shape())
+                found[name] = dtype, shape, place
+                place += math.prod(shape) * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize
+        return found
+    except Exception as error:  # whatever a broken or hostile file makes the package say
+        raise _one_line(path, error) from None
+
+
 def safetensors_layout(path):
     """Returns how a safetensors file stores Linear weights, "paddle" or "torch", by its metadata.
 

@@ -3,11 +3,13 @@
 import os
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from features.dataset import FeatureDataset
 from features.loader import FeatureLoader
 from features.order import MicroBatchSampler
 from tools.pack_features import main as pack
+from weights.files import save_torch
 
 SHAPE = (4, 8, 8)
 
@@ -60,3 +62,23 @@ def load(data, num_workers=0, **run):
     """Returns all micro-batches of a run, as arrays."""
     loader = FeatureLoader(data, sampler(data, **run), num_workers=num_workers)
     return [(x.numpy(), y.numpy()) for x, y in loader]
+
+
+def write_lightning(folder, counts=(5, 3), *, shape=(4, 4, 4), flip=True, dtype="float32", statistics=True, scale=3.0):
+    """Writes a folder as LightningDiT's extraction does, a file for each count; returns `(latents, mirrored)`."""
+    rng, total = np.random.default_rng(2), sum(counts)
+    rows = (scale * rng.standard_normal((2, total, *shape)) + 1).astype(dtype)
+    labels, start = np.arange(total) % 3, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, count in enumerate(counts):
+        part = slice(start, start + count)
+        tensors = {"latents": rows[0, part], "latents_flip": rows[1, part], "labels": labels[part]}
+        if not flip:
+            del tensors["latents_flip"]
+        save_file(tensors, folder / f"latents_rank{number:02d}_shard000.safetensors")
+        start += count
+    if statistics:
+        values = {"mean": np.arange(shape[0]) / 4, "std": scale * (1 + np.arange(shape[0]) / 4)}
+        named = {key: value.reshape(1, -1, 1, 1).astype("float32") for key, value in values.items()}
+        save_torch(named, folder / "latents_stats.pt")
+    return rows[0], rows[1]

@@ -13,7 +13,7 @@ from sampling.step_counts import check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common.
-PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
+PIPELINES = {kind.pipeline: kind for kind in reversed(MODEL_TYPES.values())}  # the first of each
 
 
 @dataclass
@@ -77,12 +77,12 @@ def check_dtype(device, dtype):
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
 
 
-def check_guidance(scale, has_null_class, path):
-    """Returns a guidance scale, for None 4 or 1 where there is no null class; `ValueError` for another one there."""
+def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
+    """Returns a guidance scale, for None the default or 1 without a null class; `ValueError` for another one there."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
     if scale is None:
-        return GUIDANCE_SCALE if has_null_class else 1.0
+        return default if has_null_class else 1.0
     if scale != 1 and not has_null_class:
         raise ValueError(
             f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"
@@ -90,18 +90,21 @@ def check_guidance(scale, has_null_class, path):
     return scale
 
 
-def describe_model(path, pipeline=None, *, id2label=None, config=None, default_config=None):
+def describe_model(
+    path, pipeline=None, *, id2label=None, config=None, default_config=None, latents_stats=None, latent_multiplier=None
+):
     """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other.
+        latents_stats, latent_multiplier: of weights, see `features.normalization.stated_normalization`.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
-    path = resolve_run(path)
+    path, stated = resolve_run(path), (latents_stats, latent_multiplier)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
@@ -109,14 +112,14 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
         if part is not None:
             raise ValueError(f"{path}: is a part of a pipeline, {shortened(part)}; expected the pipeline's folder")
         config = load_config(os.path.join(path, "config.json"))
-        return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
+        return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label, stated)
     if os.path.isfile(path):
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         if found is None:
             if default_config is None:
                 raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
             found, source = load_config(default_config), default_config
-        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label)
+        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label, stated)
     check_holds_no(path, pipeline, config_file=config)
     labels = {} if id2label is None else read_labels(id2label)
     if os.path.isdir(path):
@@ -189,8 +192,10 @@ def _pipeline_class(path, index, expected):
     raise ValueError(f"{path}: is a {shortened(kind)}; {f'use {known.demo}' if known else f'expected a {classes}'}")
 
 
-def _describe_weights(kind, path, config, what, pipeline, id2label):
+def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
+    from features.normalization import stated_normalization
+
     model, objective = config["model"], config["objective"]["type"]
     network = MODEL_TYPES[model["type"]]
     if pipeline not in (None, network.pipeline):
@@ -198,6 +203,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
     if objective != network.objective:
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
+    config["features"]["latent_normalization"] = stated_normalization(config, path, *stated)
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
     known["features"] = config["features"]

@@ -1,7 +1,10 @@
-"""Export a SiT or a Large-SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
+"""Export a SiT, Large-SiT or LightningDiT as a folder for `sampling.SiTPipeline`, a SiT also for stock ppdiffusers.
 
     python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_pipeline
     python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_dit --stock
+    python tools/convert_sit_to_ppdiffusers.py --model_path lightningdit-xl-imagenet256-800ep.pt --vae vavae \\
+        --config_file config/LightningDiT_XL_patch1_f16d32.json --latents_stats latents_stats.pt \\
+        --output LightningDiT_XL_1_256
 
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, or an official `.pt` / `.safetensors`. The network is described by the checkpoint's own

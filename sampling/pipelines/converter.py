@@ -4,12 +4,13 @@ import os
 
 from config.flags import CommandParser, check_paths, check_vae
 from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
-from config.schema import differences, load_config, weights_config
+from config.schema import MODEL_TYPES, differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
+from features.normalization import stated_normalization
 from runtime.console import say_next
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
-from sampling.flags import add_vae_flag
+from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
@@ -78,6 +79,7 @@ def make_parser(kind, description):
     parser.add_argument("--model_name", metavar="NAME", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
     add_vae_flag(parser, f"{vae}, as in the official {kind}")
     parser.set_defaults(kind=kind, default_vae=vae)
+    add_statistics_flags(parser)
     parser.add_argument("--save", action="store_true", default=True, help="False only checks the weights")
     parser.add_argument(
         "--config_file", metavar="FILE", help="JSON of the network, instead of --model_name [the checkpoint's own]"
@@ -126,6 +128,8 @@ def convert(args, check, export, loader):
     vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae", config["model"]["in_channels"])
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
+    stated = stated_normalization(config, args.model_path, args.latents_stats, args.latent_multiplier)
+    config["features"]["latent_normalization"] = stated
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
         check_output(args.output, args.overwrite)
@@ -153,6 +157,6 @@ def convert(args, check, export, loader):
     for text in filter(None, [note, *vae_notes, *notes, no_picture]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
-    demo = "infer_demo_sit.py" if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
+    demo = MODEL_TYPES[config["model"]["type"]].demo if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
     place = ["--model_path", args.output]
     say_next([demo, *place, *first_images_flags(config["model"])], ["web_demo.py", *place])

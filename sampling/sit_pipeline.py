@@ -168,7 +168,7 @@ class SiTPipeline(DiffusionPipeline):
         folder = os.fspath(folder)
         index = read_index(inside(folder, "model_index.json"), NAMES, pipeline=cls.__name__)
         kind = component_class(index, "transformer")
-        settings = read_component(inside(folder, "transformer/config.json"), kind, MODELS[kind])
+        settings = read_component(inside(folder, "transformer/config.json"), kind, MODEL_TYPES[kind].keys)
         (weights, *others), layout = find_weights(folder, "transformer")
         if others or layout != "paddle":
             raise ValueError(f"{weights}: expected one file in Paddle's layout, as save_pretrained writes it")

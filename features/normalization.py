@@ -11,8 +11,7 @@ import shlex
 import numpy as np
 
 from config.options import ABOVE_0, NUMBER
-from config.schema import own_config
-from features.lightning import MAX_ROWS, STATISTICS, read_statistics
+from features.lightning import MAX_ROWS, STATISTICS
 from runtime.process import counted
 
 
@@ -42,35 +41,6 @@ def choose_normalization(mode, multiplier, manifest, store, channels):
             expected = f"{check.expected} for each of {counted(channels, 'channel')}"
             raise ValueError(f"{store.path}: its channel_{key} can't normalise its latents: expected {expected}")
     return {**values, "multiplier": multiplier}, note
-
-
-def stated_normalization(config, path, statistics=None, multiplier=None):
-    """Returns the normalisation, or None, of the latents of the weights `path` with their config.
-
-    Args:
-        statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
-        multiplier: the same (--latent_multiplier); None for 1.
-
-    ValueError for flags beside a config that says it, and for a file of a LightningDiT without either: its images
-    would be wrong.
-    """
-    known = config["features"]["latent_normalization"]
-    if statistics is None and multiplier is None:
-        if config["model"]["type"] == "LightningDiT" and known is None and own_config(path) is None:
-            raise ValueError(
-                f"{path}: this file does not say how its latents were normalised; give --latents_stats {STATISTICS}, "
-                "for published weights that of huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2, or "
-                "--latents_stats none"
-            )
-        return known
-    if known is not None:
-        flag = "latent_multiplier" if statistics is None else "latents_stats"
-        raise ValueError(f"--{flag}: the config of {path} says how its latents were normalised; leave it out")
-    factor = 1.0 if multiplier is None else multiplier
-    if statistics in (None, "none"):
-        return None if factor == 1 else {"mean": None, "std": None, "multiplier": factor}
-    mean, std = read_statistics(statistics, config["model"]["in_channels"])
-    return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
 
 
 def normalize(latents, normalization):

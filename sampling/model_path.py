@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass, field
 
 from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
-from config.schema import MODEL_TYPES, exported_features, load_config, weights_config
+from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
-# The class of pipeline that model_index.json names: what its networks have in common.
-PIPELINES = {kind.pipeline: kind for kind in reversed(MODEL_TYPES.values())}  # the first of each
+# The class of pipeline that model_index.json names: what its networks have in common, and the demo that takes them all.
+PIPELINES = {kind.pipeline: kind for kind in (MODEL_TYPES["DiT"], MODEL_TYPES["SiT"])}
 
 
 @dataclass
@@ -99,7 +99,7 @@ def describe_model(
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other.
-        latents_stats, latent_multiplier: of weights, see `features.normalization.stated_normalization`.
+        latents_stats, latent_multiplier: of weights, see `stated_normalization`.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
@@ -130,6 +130,38 @@ def describe_model(
     if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
         raise ValueError(f"{path}: there is no such folder")
     return Model("hub", path, "DiTPipeline", labels=labels)
+
+
+def stated_normalization(config, path, statistics=None, multiplier=None):
+    """Returns the normalisation, as of `features.normalization`, or None, of the latents of the weights `path`.
+
+    Args:
+        config: of these weights, resolved.
+        statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
+        multiplier: the same (--latent_multiplier); None for 1.
+
+    ValueError for flags beside a config that says it, and for a file of a LightningDiT without either: its images
+    would be wrong.
+    """
+    known = config["features"]["latent_normalization"]
+    if statistics is None and multiplier is None:
+        if config["model"]["type"] == "LightningDiT" and known is None and own_config(path) is None:
+            raise ValueError(
+                f"{path}: this file does not say how its latents were normalised; give --latents_stats FILE, the "
+                "latents_stats.pt of its set (of published weights that of "
+                "huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2), or --latents_stats none"
+            )
+        return known
+    if known is not None:
+        flag = "latent_multiplier" if statistics is None else "latents_stats"
+        raise ValueError(f"--{flag}: the config of {path} says how its latents were normalised; leave it out")
+    factor = 1.0 if multiplier is None else multiplier
+    if statistics in (None, "none"):
+        return None if factor == 1 else {"mean": None, "std": None, "multiplier": factor}
+    from features.lightning import read_statistics
+
+    mean, std = read_statistics(statistics, config["model"]["in_channels"])
+    return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
 
 
 def check_holds_no(path, pipeline, **flags):
@@ -194,8 +226,6 @@ def _pipeline_class(path, index, expected):
 
 def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
-    from features.normalization import stated_normalization
-
     model, objective = config["model"], config["objective"]["type"]
     network = MODEL_TYPES[model["type"]]
     if pipeline not in (None, network.pipeline):

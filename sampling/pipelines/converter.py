@@ -6,12 +6,12 @@ from config.flags import CommandParser, check_paths, check_vae
 from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
 from config.schema import MODEL_TYPES, differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
-from features.normalization import stated_normalization
 from runtime.console import say_next
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json
 from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
+from sampling.model_path import stated_normalization
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
 

@@ -9,6 +9,7 @@ that what else the machine does falls on all of them; ratios are formed turn by 
 - reference (--reference, DiT): the layout of PaddleMIX's example, written down here from its description: q, k and v by
   a transpose in five dimensions, gradients filled with zeros, a loss that the host reads in each step, Paddle's own
   settings of allocator and strides. Threads are those of the others,
+- DiT: for LightningDiT, the step of a DiT of the same size,
 - PyTorch (--torch_python): diffusers' DiTTransformer2DModel of the same size; for LargeDiT, `torch_large_dit.py`.
 
 "above" is the peak of the resident memory during steps, less that before the network was made, less weights, gradients,
@@ -396,13 +397,15 @@ def measure(case, args):
     parts = {"ours": sys.executable, "plain": sys.executable, "products": sys.executable}
     if args.reference and case["type"] == "DiT":
         parts["reference"] = sys.executable
-    if args.torch_python and not (case["recompute"] and case["type"] == "LargeDiT"):
+    if case["type"] == "LightningDiT":
+        parts["DiT"] = sys.executable
+    elif args.torch_python and not (case["recompute"] and case["type"] == "LargeDiT"):
         parts["torch"] = args.torch_python
     row = {**case, **_count(case, True), "gpu": _count(case, False)}
     workers = {}
     try:
         for part, python in parts.items():
-            workers[part] = Worker(python, __file__, part, case)
+            workers[part] = Worker(python, __file__, part, {**case, "type": "DiT"} if part == "DiT" else case)
         turns = [{part: worker.ask(args.steps) for part, worker in workers.items()} for _ in range(args.turns)]
     finally:
         for worker in workers.values():
@@ -413,7 +416,7 @@ def measure(case, args):
     row.update({key: last["ours"][key] for key in ("above", "activations")}, flops=last["products"]["flops"])
     row["update_share"] = statistics.median(turn["ours"]["update_share"] for turn in turns)
     row["share_of_limit"] = statistics.median(t["products"]["seconds"] / t["ours"]["seconds"] for t in turns)
-    for part in ("plain", "reference", "torch"):
+    for part in ("plain", "reference", "torch", "DiT"):
         if part in parts:
             row[f"against_{part}"] = statistics.median(t["ours"]["seconds"] / t[part]["seconds"] for t in turns)
             row[f"memory_against_{part}"] = last["ours"]["above"] / last[part]["above"]
@@ -425,15 +428,15 @@ def measure(case, args):
 def _case(text, args, recompute, threads):
     kind, _, size = text.rpartition("-")
     letter, _, patch = size.partition("/")
-    if kind not in ("DiT", "SiT", "LargeDiT") or letter not in SIZES or patch not in ("2", "4", "8"):
-        raise ValueError(f"--models {text!r}: expected DiT-S/4, SiT-B/2, LargeDiT-S/4 and the like")
+    if kind not in ("DiT", "SiT", "LargeDiT", "LightningDiT") or letter not in SIZES or patch not in ("2", "4", "8"):
+        raise ValueError(f"--models {text!r}: expected DiT-S/4, SiT-B/2, LargeDiT-S/4, LightningDiT-S/4 and the like")
     case = {"type": kind, "size": letter, "patch": int(patch), "batch": args.batch_size}
     return {**case, "recompute": recompute, "threads": threads}
 
 
 HEADS = (
     "model | threads | recompute | step | samples/s | products / step | of the plain operators' time | "
-    "of PyTorch's time | of its memory | "
+    "of PyTorch's time | of its memory | of DiT's time | of its memory | "
     "of the reference's time | above | activations | update | operators: here, on a GPU, reference | reads"
 )
 
@@ -453,6 +456,8 @@ def _line(row):
         ratio("against_plain"),
         ratio("against_torch"),
         ratio("memory_against_torch"),
+        ratio("against_DiT"),
+        ratio("memory_against_DiT"),
         ratio("against_reference"),
         f"{row['above'] / 2**20:.0f} MiB",
         f"{row['activations'] / 2**20:.0f} MiB",
@@ -499,7 +504,7 @@ def main():
         nargs="+",
         default=["DiT-S/4"],
         metavar="MODEL",
-        help="DiT-S/4, SiT-B/2, LargeDiT-S/4, ... [DiT-S/4]",
+        help="DiT-S/4, SiT-B/2, LargeDiT-S/4, LightningDiT-S/4, ... [DiT-S/4]",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="[%(default)s]")
     parser.add_argument("--threads", nargs="+", type=int, default=[2], help="[2]")

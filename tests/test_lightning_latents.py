@@ -206,8 +206,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_both_loops_train_on_them(loop, folder, tmp_path, run_loop, capsys):
-    config = tmp_path / "SiT.json"
-    model = {"type": "SiT", **SIZES, "num_classes": 3}
+    config = tmp_path / "config.json"
+    model = {"type": "LightningDiT", **SIZES, "num_classes": 3}
     config.write_text(json.dumps({"model": model, "data": {"flip": True, "validation_samples": 4}}))
     flags = loop_arguments(loop, config=config, features=folder / "set", output=tmp_path / "out", steps=2)
     flags = [flag for flag in flags if not flag.endswith("=64")]
@@ -253,6 +253,19 @@ def test_tools_take_them(folder, tmp_path, capsys, monkeypatch):
     assert [made["model"][key] for key in ("in_channels", "sample_size", "num_classes")] == [4, 4, 3]
     dataset, _ = build_dataset(made, str(folder / "set"), None)
     assert dataset.flip and dataset.normalization is not None
+
+
+def test_a_manifest_of_ones_own_tells_the_autoencoder(folder, tmp_path):
+    write_lightning(tmp_path / "set")
+    told = {"image_size": 8, "vae": {"name": str(folder / "vae")}}
+    (tmp_path / "set/latents_manifest.json").write_text(json.dumps(told))
+    (tmp_path / "set/latents_classes.json").write_text(json.dumps({"id2label": {"0": "cat"}}))
+    config = resolve_config({"model": {"type": "SiT", **SIZES, "num_classes": 3}})
+    build_dataset(config, tmp_path / "set", 8)
+    features = config["features"]
+    assert features["image_size"] == 8 and features["class_names"] == {"0": "cat"}
+    vae, notes = open_vae(None, features["vae"], default=None, flag="--vae", channels=4)
+    assert vae.config.scaling_factor == 1.0 and "scaling_factor 1.0, not 0.18215" in notes[0]
 
 
 def test_a_folder_without_statistics_gets_them_on_request(tmp_path, capsys):

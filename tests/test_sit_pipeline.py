@@ -515,7 +515,7 @@ class TestConverter:
             convert_dit_to_ppdiffusers.main(["--model_weights", str(tmp_path / "sit"), *map(str, out)])
         with pytest.raises(ValueError, match="prediction 'score'"):
             self.run("--stock", "--model_weights", tmp_path / "sit", *out)
-        with pytest.raises(ValueError, match="the VAE has 3 latent channels"):
+        with pytest.raises(ValueError, match="--vae .*: decodes 3 channels, the latents have 4"):
             self.run("--model_weights", tmp_path / "sit", *out, vae=tmp_path / "vae")
         with pytest.raises(ValueError, match="pos_embed differs"):  # its table is not the plain one
             config = resolve_config({"model": TINY_PT})

@@ -74,6 +74,7 @@ def page():
     parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
     parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
     parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
+    parts += [f"Keys of `latent_normalization`:\n\n{table(options.NORMALIZATION_KEYS)}\n"]
     parts += [f"## `evaluation`\n\n{EVALUATION}\n\n{table(options.EVALUATION_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
     for title, keys in options.FLAG_GROUPS.items():

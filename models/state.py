@@ -61,7 +61,26 @@ def check_state(state, expected_shapes, *, source, what="the config"):
     }
     problems = [f"{len(found)} {kind}: {listed(found)}" for kind, found in kinds.items() if found]
     if problems:
+        theirs, ours = visible_switches({name: state[name].shape for name in state}), visible_switches(expected_shapes)
+        different = [switch for switch in theirs if ours and ours[switch] != theirs[switch]]
+        more, less = (", ".join(switch for switch in different if theirs[switch] is on) for on in (True, False))
+        problems[:0] = [f"they have {more}, which {what} has not"] if more else []
+        problems[:0] = [f"they lack {less}, which {what} has"] if less else []
         raise ValueError(f"{source}: these weights do not fit {what}: " + "; ".join(problems))
+
+
+def visible_switches(shapes):
+    """Returns those of DiT's switches that its parameters show, `{switch: bool}`; shapes: `{name: shape}`.
+
+    The layout of Linear weights is of no consequence. It is empty for other networks.
+    """
+    sizes = [shapes.get(f"blocks.0.{layer}.bias", ()) for layer in ("adaLN_modulation.1", "attn.proj")]
+    if not all(len(size) == 1 for size in sizes):
+        return {}
+    (modulation,), (width,) = sizes
+    parts = {"swiglu": "mlp.w12.weight", "qk_norm": "attn.q_norm.weight", "rms_norm": "norm1.weight"}
+    switches = {switch: f"blocks.0.{part}" in shapes for switch, part in parts.items()}
+    return {**switches, "adaln_shift": modulation == 6 * width}
 
 
 def check_finite(state, *, source):

@@ -281,7 +281,7 @@ def _load_weights(model, dtype, vae, key):
     wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
     wanted["channels"] = model.config["model"]["in_channels"]
     name, _ = choose_vae(**wanted)  # before weights are read, which takes longer
-    state, source = read_weights(model.path, key=key)
+    state, source = read_weights(model.path, key=key, model=model.config["model"])
     vae, notes = open_vae(**wanted, normalization=model.config["features"]["latent_normalization"])
     if model.pipeline == "DiTPipeline":
         generator = from_weights(model.config, state, vae, dtype=dtype, source=source)

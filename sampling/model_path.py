@@ -10,6 +10,7 @@ from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
+from weights.recognised import recognised_config, recognised_note
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common, and the demo that takes them all.
@@ -98,7 +99,8 @@ def describe_model(
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
-        config: JSON of the network of a file of weights. default_config: the same, where there is no other.
+        config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
+            LightningDiT is recognised by its shapes.
         latents_stats, latent_multiplier: of weights, see `stated_normalization`.
 
     Raises:
@@ -115,11 +117,15 @@ def describe_model(
         return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label, stated)
     if os.path.isfile(path):
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
-        if found is None:
-            if default_config is None:
-                raise ValueError(f"{path}: which network's weights are these? Give the JSON of its config")
-            found, source = load_config(default_config), default_config
-        return _describe_weights("file", path, found, f"{source}: describes", pipeline, id2label, stated)
+        what, notes = f"{source}: describes", []
+        if found is None and default_config is None:
+            found, what = recognised_config(path), f"{path}: holds the weights of"
+            notes = [recognised_note(found["model"])]
+        elif found is None:
+            found, what = load_config(default_config), f"{default_config}: describes"
+        model = _describe_weights("file", path, found, what, pipeline, id2label, stated)
+        model.notes += notes
+        return model
     check_holds_no(path, pipeline, config_file=config)
     labels = {} if id2label is None else read_labels(id2label)
     if os.path.isdir(path):

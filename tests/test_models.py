@@ -6,7 +6,16 @@ import numpy as np
 import paddle
 import pytest
 from support.device import either
-from support.golden import OFFICIAL, golden_inputs, judged, load_golden, official_network, relative_error, replay
+from support.golden import (
+    NETWORKS,
+    OFFICIAL,
+    golden_inputs,
+    judged,
+    load_golden,
+    official_network,
+    relative_error,
+    replay,
+)
 from support.runs import TINY_MODELS
 
 from models import DiT, SiT, build_model, cpu_ops
@@ -23,7 +32,7 @@ def golden_model(**overrides):
 
 
 @pytest.mark.parametrize("of_gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("kind", OFFICIAL)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_forward_is_the_official_one(kind, of_gpu, monkeypatch):
     """By a CPU's operators and plain attention, by a GPU's and fused attention."""
     if of_gpu:
@@ -31,7 +40,7 @@ def test_forward_is_the_official_one(kind, of_gpu, monkeypatch):
     judged(official.forward(kind, fused_attention=of_gpu))
 
 
-@pytest.mark.parametrize("kind", OFFICIAL)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_guidance_is_the_official_one(kind):
     judged(official.guidance(kind))
 

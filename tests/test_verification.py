@@ -61,12 +61,12 @@ def test_a_folder_without_the_vectors_is_told(settings, monkeypatch, tmp_path):
 
 def wrong_epsilon(patch):
     original = ops.Operators.adaptive_norm
-    patch(ops.Operators, "adaptive_norm", lambda self, *args: original(self, *args, epsilon=1e-5))
+    patch(ops.Operators, "adaptive_norm", lambda self, *args, epsilon: original(self, *args, epsilon=1e-5))
 
 
 def dropped_scale(patch):
     original = ops.Operators.adaptive_norm
-    patch(ops.Operators, "adaptive_norm", lambda self, x, shift, scale: original(self, x, shift, 0 * scale))
+    patch(ops.Operators, "adaptive_norm", lambda self, x, shift, scale, **_: original(self, x, shift, 0 * scale))
 
 
 def gelu_by_erf(patch):
@@ -157,7 +157,7 @@ def test_rounding_leaves_as_many_bits_as_the_type_has():
 def test_bounds_of_tf32_are_what_rounding_to_it_gives():
     """The figures that they are made of are the emulation's, to a tenth."""
     with emulated("tf32"):
-        for name in ("DiT", "SiT", "LargeDiT", "transport gradients", "DDPM"):
+        for name in (*vectors.NETWORKS, "transport gradients", "LightningDiT gradients", "DDPM"):
             error = max(pair.error() for pair in parity.CASES[name](True).values())
             assert error == pytest.approx(parity.TF32[name], rel=0.1), name
         for kind in vectors.OFFICIAL:
@@ -194,7 +194,7 @@ def as_if_gpu(settings, monkeypatch):
         ("parity", ["DiT, TF32", "transport gradients, TF32"], "transport gradients, TF32"),
         ("half_precision", ["SiT, ", "diffusion gradients"], "10 steps of SiT, float16 O2"),
         ("attention", ["fused", "recompute, LargeSiT"], "recompute, LargeSiT, float16"),
-        ("training_steps", ["TF32"], "10 steps of LargeDiT, TF32"),
+        ("training_steps", ["TF32"], "10 steps of LightningDiT, TF32"),
     ],
 )
 def test_a_gpu_is_asked_more(group, parts, last, as_if_gpu):

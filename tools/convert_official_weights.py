@@ -1,4 +1,4 @@
-"""Converts official checkpoints of DiT, SiT and Large-DiT to Paddle weights, or back (--reverse), without PyTorch.
+"""Converts official checkpoints of DiT, SiT, Large-DiT, LightningDiT to Paddle weights, or back, without PyTorch.
 
     python tools/convert_official_weights.py --config_file config/DiT_XL_patch2.json \\
         --model_path DiT-XL-2-256x256.pt --output DiT-XL-2-256x256.pdparams
@@ -6,8 +6,9 @@
 --model_path is a plain state dict, or a checkpoint such as the official train.py's, whose averages (ema) are taken
 unless --key names another set of weights in it. Of Large-DiT it may be the folder of a checkpoint, or one file of it:
 tensor-parallel shards (consolidated.NN-of-MM.pth, consolidated_ema.NN-of-MM.pth) are merged. Nothing in the file is
-executed. Names and shapes must be exactly those of the config's network. Names stay the official ones; Linear weights
-are turned from [out, in] to [in, out]; all weights are written as float32.
+executed. Names and shapes must be exactly those of the config's network. Without --config_file a LightningDiT is
+recognised by its shapes. Names stay the official ones; Linear weights are turned from [out, in] to [in, out]; all
+weights are written as float32.
 
 With --reverse, --model_path is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is
@@ -21,12 +22,15 @@ from config.schema import weights_config
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle
+from weights.recognised import recognised_config, recognised_note
 
 
 def main(argv=None):
     parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--config_file", required=True, metavar="FILE", help="JSON of the network that the weights belong to"
+        "--config_file",
+        metavar="FILE",
+        help="JSON of the network that the weights belong to [its checkpoint's; a LightningDiT's is recognised]",
     )
     parser.add_argument(
         "--model_path",
@@ -47,28 +51,34 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_output(args.output, args.overwrite, torch=args.reverse)
     check_paths(args, "model_path", "config_file")
-    model = weights_config(args.model_path, args.config_file, sections=("model",))["model"]
+    config = weights_config(args.model_path, args.config_file, sections=("model",))
+    if config is None:
+        config = recognised_config(args.model_path, args.key)
+        print(f"note: {args.model_path}: {recognised_note(config['model'])}")
+    model = config["model"]
 
     configure_runtime()
     from models.state import check_finite, check_state, expected_shapes, paddle_to_official
     from weights.files import save_safetensors, save_torch
+    from weights.rope_tables import with_rope_tables
     from weights.source import find_shards, read_weights
 
     print(f"reading {args.model_path}", flush=True)
     # safetensors say themselves which layout they are in.
     layout = "auto" if is_safetensors(args.model_path) else "paddle" if args.reverse else "torch"
-    state, source = read_weights(args.model_path, key=args.key, layout=layout)
+    tables = {}  # of rotary positions, which go along so that they come back the same
+    state, source = read_weights(args.model_path, key=args.key, layout=layout, model=model, tables=tables)
     check_finite(state, source=source)
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
-        official = paddle_to_official(state)
+        official = with_rope_tables(paddle_to_official(state), model, tables)
         with whole_file(args.output) as path:
             if is_safetensors(args.output):
                 save_safetensors(official, path, layout="torch")
             else:
                 save_torch(official, path)
     else:
-        save_paddle(state, args.output)
+        save_paddle({**state, **tables}, args.output)
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
     if not args.reverse and model.get("qk_norm") and len(find_shards(args.model_path, args.key)) > 1:
         print(

@@ -19,7 +19,16 @@ from runtime.paddle_private import loss_scale
 from runtime.precision import Precision
 from training.averages import EMA
 from transport import Sampler, create_transport
-from verification.vectors import OFFICIAL, Pair, as_array, golden_inputs, load_golden, official_network, tensors
+from verification.vectors import (
+    FORWARD,
+    NETWORKS,
+    Pair,
+    as_array,
+    golden_inputs,
+    load_golden,
+    official_network,
+    tensors,
+)
 
 FLOAT32 = Precision()
 DROPPED = 0.1  # labels are dropped where a random number in [0, 1) is below
@@ -30,11 +39,11 @@ DROPPED = 0.1  # labels are dropped where a random number in [0, 1) is below
 
 @paddle.no_grad()
 def forward(kind, precision=FLOAT32, **options):
-    """The forward pass, with `out_small`: of a network with a small residual stream, which shows the norms' epsilon."""
-    arrays, tolerance = load_golden(OFFICIAL[kind][1]), OFFICIAL[kind][3]
+    """The forward pass, also of networks with weights that show the norms' epsilon (`FORWARD`)."""
+    arrays, tolerance = load_golden(NETWORKS[kind][1]), NETWORKS[kind][3]
     pairs = {}
-    for what, scale in (("out", None), ("out_small", 0.01)):
-        model = official_network(kind, scale=scale, **options)
+    for what in filter(arrays.__contains__, FORWARD):
+        model = official_network(kind, FORWARD[what], **options)
         precision.decorate(model)
         with precision.autocast():
             pairs[what] = Pair(model(*golden_inputs(arrays)), arrays[what], tolerance)
@@ -43,8 +52,8 @@ def forward(kind, precision=FLOAT32, **options):
 
 @paddle.no_grad()
 def guidance(kind, precision=FLOAT32):
-    """Classifier-free guidance; what the second half of the batch holds must not matter."""
-    arrays, tolerance = load_golden(OFFICIAL[kind][1]), OFFICIAL[kind][3]
+    """Classifier-free guidance, and within an interval; what the second half of the batch holds must not matter."""
+    arrays, tolerance = load_golden(NETWORKS[kind][1]), NETWORKS[kind][3]
     model = official_network(kind)
     precision.decorate(model)
     x, t, y = golden_inputs(arrays, "cfg_")
@@ -55,7 +64,25 @@ def guidance(kind, precision=FLOAT32):
         for scale in (4, 1):
             name = f"cfg_out_{scale}"
             pairs[name] = Pair(model.forward_with_cfg(x, t, y, float(scale)), arrays[name], tolerance)
+        for name in [name for name in arrays if name.startswith("interval_out_")]:
+            (t,) = tensors(arrays, name.replace("_out_", "_t_"))
+            pairs[name] = Pair(model.forward_with_cfg(x, t, y, 4.0, True, 0.25), arrays[name], tolerance)
     return pairs
+
+
+def training_mode(kind, **options):
+    """The forward pass with dropped labels, and in evaluation the gradient of its sum over `probe` to the latents."""
+    arrays, tolerance = load_golden(NETWORKS[kind][1]), NETWORKS[kind][3]
+    if "probe" not in arrays:
+        return {}
+    model, (x, t, y) = official_network(kind, **options), golden_inputs(arrays)
+    x.stop_gradient = False
+    probe, drop = tensors(arrays, "probe", "drop_rand")
+    (model(x, t, y) * probe).sum().backward()
+    model.train()
+    with paddle.no_grad():
+        out = model(x, t, y, (drop < DROPPED).astype("int64"))
+    return {"grad_x": Pair(x.grad, arrays["grad_x"], tolerance), "out_train": Pair(out, arrays["out_train"], tolerance)}
 
 
 @paddle.no_grad()
@@ -163,6 +190,27 @@ def transport_gradients(precision=FLOAT32, single_backward=True):
     }
     plan = zip(("t", "xt", "ut"), transport.path_sampler.plan(u, x0, x1), strict=True)
     return pairs | {name: Pair(value, arrays[name], 2e-6) for name, value in plan}
+
+
+def lightning_gradients(precision=FLOAT32, single_backward=True):
+    """Loss and gradients of LightningDiT with the cosine term; arguments as of `diffusion_gradients`."""
+    arrays, model = (
+        load_golden("lightningdit_losses"),
+        official_network("LightningDiT", single_backward=single_backward),
+    )
+    precision.decorate(model)
+    x1, x0, normals, y = tensors(arrays, "x1", "x0", "normals", "y")
+    t = F.sigmoid(normals)
+    with precision.autocast():
+        losses = create_transport(cosine_loss=True).training_losses(model, x1, {"y": y}, x0=x0, t=t)
+    scale = backward(losses["loss"].mean(), precision)
+    losses["mse"] = losses["loss"] - losses["cos_loss"]
+    return {
+        "t": Pair(t, arrays["t"], 2e-6),
+        "pred": Pair(losses["pred"], arrays["pred"], 2e-5),
+        **{name: Pair(losses[name], arrays[name], 2e-5, "entry") for name in ("loss", "cos_loss", "mse")},
+        **gradient_pairs(model, arrays, 2e-5, scale=scale),
+    }
 
 
 class LayerSync(Regularizer):

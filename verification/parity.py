@@ -8,7 +8,7 @@ from functools import partial
 
 from runtime.paddle_private import full_float32
 from verification import official
-from verification.vectors import OFFICIAL, judged
+from verification.vectors import NETWORKS, judged
 from verification.verdicts import Check
 
 # The largest error of each case where products are rounded as TF32 does, measured on a CPU (`emulation.emulated`). The
@@ -19,12 +19,16 @@ TF32 = {
     "DiT": 8.2e-4,
     "SiT": 9.5e-4,
     "LargeDiT": 7.9e-4,
+    "LightningDiT": 7.6e-4,
+    "LightningDiT without qk_norm": 1.2e-3,
+    "LightningDiT without switches": 1.4e-3,
     "parts of LargeDiT": 5.4e-4,
     "diffusion losses": 1.2e-4,
     "diffusion gradients": 6.0e-4,
     "DDPM": 9.6e-4,
     "DDIM": 6.1e-4,
     "transport gradients": 1.2e-3,
+    "LightningDiT gradients": 1.6e-3,
     "regularizer": 9.0e-4,
     "ODE": 1.5e-3,
     "SDE": 5.1e-4,
@@ -53,8 +57,8 @@ def once(case, *arguments):
 
 
 def network(kind):
-    """The forward pass and guidance of a network."""
-    return {**official.forward(kind), **official.guidance(kind)}
+    """The forward pass, guidance and training mode of a network."""
+    return {**official.forward(kind), **official.guidance(kind), **official.training_mode(kind)}
 
 
 def ode(quick):
@@ -69,7 +73,7 @@ def ode(quick):
 
 # Each is called with `quick` and returns `{what: Pair}`.
 CASES = {
-    **{kind: once(network, kind) for kind in OFFICIAL},
+    **{kind: once(network, kind) for kind in NETWORKS},
     "parts of LargeDiT": once(official.large_dit_parts),
     "embeddings": once(official.embeddings),
     "diffusion schedule": once(official.schedule),
@@ -82,6 +86,7 @@ CASES = {
     "DDIM, clipped, eta 0.5": once(official.diffusion_sampler, "ddim10_clip_eta05"),
     "transport path": once(official.linear_path),
     "transport gradients": once(official.transport_gradients),
+    "LightningDiT gradients": once(official.lightning_gradients),
     "regularizer": once(official.regularized),
     "ODE": ode,
     "SDE": once(official.sde),

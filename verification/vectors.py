@@ -17,17 +17,49 @@ TINY = {
     "attention_head_dim": 16,
     "num_classes": 10,
 }
+LIGHTNING = {**TINY, "type": "LightningDiT", "num_layers": 2}
 # The official networks: file of weights, of vectors, config, and the tolerance of tests/golden/README.md, twice.
 OFFICIAL = {
     "DiT": ("dit_tiny.pt", "dit_forward", {"type": "DiT", **TINY}, 6e-5),
     "SiT": ("sit_tiny.pt", "sit_forward", {"type": "SiT", **TINY}, 2e-5),
     "LargeDiT": ("largedit_tiny.pt", "largedit_forward", {"type": "LargeDiT", **TINY, "num_layers": 2}, 6e-5),
+    "LightningDiT": (
+        "lightningdit_full.pt",
+        "lightningdit_forward_full",
+        {**LIGHTNING, "num_attention_heads": 3, "qk_norm": True},
+        2e-5,
+    ),
 }
-# The parameters that the `out_small` vectors scale by 0.01: a small residual stream shows the norms' epsilon.
+# The same with other switches: those of the published LightningDiT, and none.
+NETWORKS = {
+    **OFFICIAL,
+    "LightningDiT without qk_norm": (
+        "lightningdit_default.pt",
+        "lightningdit_forward_default",
+        {**LIGHTNING, "sample_size": 4, "patch_size": 1, "in_channels": 8},
+        2e-5,
+    ),
+    "LightningDiT without switches": (
+        "lightningdit_plain.pt",
+        "lightningdit_forward_plain",
+        {
+            **{**LIGHTNING, "attention_head_dim": 12, "mlp_ratio": 2.0, "learn_sigma": True},
+            **dict.fromkeys(("swiglu", "rope", "rms_norm", "adaln_shift"), False),
+        },
+        4e-5,
+    ),
+}
+# Arrays of the forward pass, and by what each multiplies the parameters whose names contain a part: of a small residual
+# stream, and of small queries and keys, the epsilon of the norms shows.
 RESIDUAL = (
-    *("x_embedder.", "pos_embed", ".attn.proj.", ".mlp.fc2."),
+    *("x_embedder.", "pos_embed", ".attn.proj.", ".mlp.fc2.", ".mlp.w3."),
     *(".attention.wo.", ".feed_forward.w2.", ".attention.wq.", ".attention.wk."),
 )
+FORWARD = {
+    "out": {},
+    "out_small": dict.fromkeys(RESIDUAL, 0.01),
+    "out_small_qk": {".attn.qkv.": 0.001, ".attn.proj.weight": 1000.0},
+}
 
 
 def golden_file(name):
@@ -43,35 +75,34 @@ def load_golden(name):
         return dict(arrays)
 
 
-def official_network(kind, scale=None, **overrides):
-    """Returns an official network of `OFFICIAL`; arguments as of `golden_network`."""
-    weights, _, config, _ = OFFICIAL[kind]
-    return golden_network(weights, config, scale, **overrides)
+def official_network(kind, scales=None, **overrides):
+    """Returns an official network of `NETWORKS`; arguments as of `golden_network`."""
+    weights, _, config, _ = NETWORKS[kind]
+    return golden_network(weights, config, scales, **overrides)
 
 
-def golden_network(weights, config, scale=None, **overrides):
-    """Returns the network of a golden `.pt` file in evaluation mode; `scale` multiplies what feeds the residual stream.
+def golden_network(weights, config, scales=None, **overrides):
+    """Returns the network of a golden `.pt` file in evaluation mode; `scales` as of `FORWARD`.
 
     `overrides` are further keywords of the network's constructor.
     """
     from models import build_model
 
     model = build_model(config, **overrides)
-    fill(model, weights, scale)
+    fill(model, weights, scales)
     model.eval()
     return model
 
 
-def fill(model, weights, scale=None):
-    """Gives a network the weights of a golden `.pt` file; `scale` as of `golden_network`."""
-    from models.state import official_to_paddle
-    from weights.files import load_weights
+def fill(model, weights, scales=None):
+    """Gives a network the weights of a golden `.pt` file; `scales` as of `FORWARD`."""
+    from weights.source import read_weights
 
-    state = official_to_paddle(load_weights(golden_file(weights)))
+    state, _ = read_weights(golden_file(weights), model=model.settings)
     assert list(state) == [name for name, _ in model.named_parameters()] == list(model.state_dict())
     for name, parameter in model.named_parameters():
-        small = scale is not None and any(part in name for part in RESIDUAL)
-        parameter.set_value(state[name] * np.float32(scale) if small else state[name])
+        factors = (factor for part, factor in (scales or {}).items() if part in name)
+        parameter.set_value(state[name] * np.float32(next(factors, 1.0)))
 
 
 def golden_inputs(arrays, prefix=""):

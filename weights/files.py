@@ -20,6 +20,7 @@ from safetensors import safe_open
 from models.state import is_state, plain_names
 from runtime.process import launched_rank
 from runtime.untrusted import listed, open_regular, shortened
+from weights import rope_tables
 from weights.records import Records, contiguous_stride, elements, read_elements, widened
 from weights.unpickle import STORAGE_TYPES, Refused, Unpickler
 
@@ -32,12 +33,15 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older tha
 # ---- Reading ----
 
 
-def safe_load(path, *, tolerant=False):
+def safe_load(path, *, tolerant=False, only=None, shapes_only=False):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
     Returns its nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own shape.
     bfloat16 becomes float32; an `argparse.Namespace` becomes a dict. Paddle's name table is left out. With `tolerant`
     an entry of the file's dict that holds anything else becomes the exception that says so (`readable`).
+
+    Of a `.pt` file the entries of its dict can be read one by one: `only` names the one that is wanted. With
+    `shapes_only` the arrays of a `.pt` or `.safetensors` file have their shapes alone, no numbers: they take no memory.
 
     Raises ValueError, one line that names the file: absent, truncated, of no known format, or asking for an import
     outside the short list that weights need.
@@ -51,9 +55,9 @@ def safe_load(path, *, tolerant=False):
             start = file.read(16)
             file.seek(0)
             if start.startswith(b"PK"):
-                return _read_torch_zip(file, tolerant)
+                return _read_torch_zip(file, tolerant, only, shapes_only)
             if start[8:9] == b"{" and start[5:8] == b"\0\0\0":
-                return _read_safetensors(path, file)
+                return _read_safetensors(path, file, shapes_only)
             if start[:1] in (b"\x80", b"(", b"}", b"]", b"c"):  # protocols 0 and 1 have no mark of their own
                 return _read_pickle(file, tolerant)
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
@@ -78,31 +82,59 @@ def _one_line(path, error):
     return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
 
 
-def _read_torch_zip(file, tolerant):
-    left = _size(file)
+def _read_torch_zip(file, tolerant, only, shapes_only):
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("a zip file without PyTorch's data.pkl")
-        prefix = pickles[0][: -len("data.pkl")]
+        members = _Members(archive, pickles[0][: -len("data.pkl")], _size(file))
+        program = Unpickler(io.BytesIO(members.bytes("data.pkl")))
+        tree, storages = program.load(), _Storages(members, program.storages)
+        if shapes_only:
+            storages = {key: _without_numbers(*storage) for key, storage in program.storages.items()}
+        if only is not None and isinstance(tree, dict):
+            tree = {name: value for name, value in tree.items() if name == only}
+        return Records(_size(file), storages).read(tree, tolerant)
 
-        def member(name):
-            # PyTorch stores its members as they are; several of them in one place would make much of a small file.
-            nonlocal left
-            record = archive.getinfo(prefix + name)
-            left -= record.file_size
-            if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or left < 0:
-                raise ValueError(f"{record.filename} is compressed or overlaps others, which PyTorch's never do")
-            return archive.read(record)
 
-        big_endian = f"{prefix}byteorder" in archive.NameToInfo and member("byteorder").strip() == b"big"
-        program = Unpickler(io.BytesIO(member("data.pkl")))
-        tree, storages = program.load(), {}
-        for key, (dtype, numel) in program.storages.items():
-            storages[key] = elements(member(f"data/{key}"), dtype, big_endian), dtype
-            if len(storages[key][0]) != numel:
-                raise ValueError(f"data/{key} is not {numel} elements of one type")
-    return Records(_size(file), storages).read(tree, tolerant)
+class _Members:
+    """The members of a torch file; PyTorch stores them as they are.
+
+    Several of them in one place would make much of a small file.
+    """
+
+    def __init__(self, archive, prefix, size):
+        self.archive, self.prefix, self.left = archive, prefix, size
+        name = f"{prefix}byteorder"
+        self.big_endian = name in archive.NameToInfo and self.bytes("byteorder").strip() == b"big"
+
+    def bytes(self, name):
+        record = self.archive.getinfo(self.prefix + name)
+        self.left -= record.file_size
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size or self.left < 0:
+            raise ValueError(f"{record.filename} is compressed or overlaps others, which PyTorch's never do")
+        return self.archive.read(record)
+
+
+class _Storages(dict):
+    """The storages of a torch file, each of which is read when it is wanted: `{key: (elements, dtype)}`."""
+
+    def __init__(self, members, described):
+        super().__init__()
+        self.members, self.described = members, described
+
+    def __missing__(self, key):
+        dtype, numel = self.described[key]
+        self[key] = elements(self.members.bytes(f"data/{key}"), dtype, self.members.big_endian), dtype
+        if len(self[key][0]) != numel:
+            raise ValueError(f"data/{key} is not {numel} elements of one type")
+        return self[key]
+
+
+def _without_numbers(dtype, numel):
+    """Returns what stands for a storage where shapes alone are wanted."""
+    dtype = "f4" if dtype == "bfloat16" else dtype
+    return np.broadcast_to(np.zeros(1, dtype), numel), dtype
 
 
 def _read_pickle(file, tolerant):
@@ -124,10 +156,14 @@ def _read_pickle(file, tolerant):
     tree = Records(_size(file), storages).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
+        if file.read(1) == b"\x80":  # what `save_pdparams` writes behind it
+            file.seek(-1, os.SEEK_CUR)
+            more = Records(_size(file), None).read(Unpickler(file).load(), tolerant)
+            tree.update({name: more[name] for name in rope_tables.NAMES if name in more})
     return tree
 
 
-def _read_safetensors(path, file):
+def _read_safetensors(path, file, shapes_only):
     """Lets the official package check the header, and reads the data, as the package has no bfloat16 for numpy.
 
     Each tensor gets memory of its own, which can be given back.
@@ -144,6 +180,9 @@ def _read_safetensors(path, file):
             raise ValueError(f"{name[:80]!r} is of type {code}")
         # Paddle's arrays have no type for bfloat16, so that ppdiffusers writes it as uint16.
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
+        if shapes_only:
+            state[name] = np.broadcast_to(np.zeros(1, "f4"), shape)
+            continue
         state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
 
@@ -208,7 +247,22 @@ def load_weights(path, key=None):
 
     Raises ValueError, one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
     """
-    return pick_weights(safe_load(path, tolerant=True), path, key)[0]
+    if _is_zip(path):  # of which no more is read than is wanted
+        _, key = pick_weights(safe_load(path, tolerant=True, shapes_only=True), path, key)
+    return pick_weights(safe_load(path, tolerant=True, only=key), path, key)[0]
+
+
+def load_shapes(path, key=None):
+    """Returns `{name: shape}` of the weights that `load_weights` would read; fast for a `.pt` or `.safetensors`."""
+    state, _ = pick_weights(safe_load(path, tolerant=True, shapes_only=True), path, key)
+    return {name: value.shape for name, value in state.items()}
+
+
+def _is_zip(path):
+    if not os.path.isfile(path):
+        return False  # `safe_load` says what it is
+    with open_regular(path) as file:
+        return file.read(2) == b"PK"
 
 
 def pick_weights(tree, path, key=None, *, averages=True):
@@ -262,7 +316,12 @@ def save_pdparams(state, path):
 
     `paddle.save` of tensors holds every weight four times at its peak; this holds one more tensor than `state`. Arrays
     of uint16 are read as bfloat16. `path` may be a binary file that is open for writing.
+
+    Tables of rotary positions (`rope_tables`) are no parameters of a network here. They stand in a second pickle behind
+    the first, which `safe_load` reads and `paddle.load` does not.
     """
+    tables = {name: state[name] for name in rope_tables.NAMES if name in state}
+    parameters = {name: value for name, value in state.items() if name not in tables}
 
     def entry(name, value):
         if isinstance(value, dict):
@@ -270,9 +329,10 @@ def save_pdparams(state, path):
         return name, np.asarray(value, order="C")
 
     with contextlib.nullcontext(path) if hasattr(path, "write") else open(path, "wb") as file:
-        pickler = pickle.Pickler(file, protocol=4)
-        pickler.fast = True  # no memo, which would keep the bytes of every tensor written so far
-        pickler.dump({name: entry(name, value) for name, value in state.items()})
+        for part in (parameters, tables) if tables else (parameters,):
+            pickler = pickle.Pickler(file, protocol=4)
+            pickler.fast = True  # no memo, which would keep the bytes of every tensor written so far
+            pickler.dump({name: entry(name, value) for name, value in part.items()})
 
 
 def save_safetensors(state, path, *, layout="paddle"):

@@ -6,6 +6,7 @@ import re
 from models.state import turn_linear
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
+from weights.rope_tables import split_rope_tables
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 from weights.shards import merge_shards
 
@@ -32,8 +33,10 @@ def locate_weights(path, *, key=None, layout="auto"):
     return [path], key, layout
 
 
-def read_weights(path, *, key=None, layout="auto"):
+def read_weights(path, *, key=None, layout="auto", model=None, tables=None):
     """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
+
+    The tables of rotary positions in official LightningDiT files are left out, see `rope_tables`.
 
     Args:
         path: a training checkpoint folder, or a run's (`resolve_run`), a `.pdparams` or `.safetensors` file, an
@@ -43,12 +46,17 @@ def read_weights(path, *, key=None, layout="auto"):
             the averages where there are any (see `load_weights`).
         layout: "paddle" or "torch": how the file stores Linear weights; "auto" goes by its ending, or by what a
             `.safetensors` file says of itself.
+        model: the `model` section of the config that they are for, if it is known: other rotary positions are refused.
+        tables: a dict, to which the tables that are left out are added.
 
     Raises ValueError, one line that names path: not there, unreadable, no such key, or no weights.
     """
     files, key, layout = locate_weights(path, key=key, layout=layout)
     weights = merge_shards(files) if len(files) > 1 else load_weights(files[0], key or "auto")
     path = files[0] + (f" and its {len(files) - 1} other shards" if len(files) > 1 else "")
+    weights, left_out = split_rope_tables(weights, source=path, model=model)
+    if tables is not None:
+        tables.update(left_out)
     for name, value in weights.items():  # in place, so that no second set of weights is held
         value = turn_linear(name, value) if layout == "torch" else value
         weights[name] = value.astype("float32", copy=False)

@@ -140,7 +140,7 @@ def convert(args, check, export, loader):
     from weights.source import read_weights
 
     print(f"reading {args.model_path}", flush=True)
-    state, source = read_weights(args.model_path, key=args.key, layout=args.weights_layout)
+    state, source = read_weights(args.model_path, key=args.key, layout=args.weights_layout, model=config["model"])
     check_finite(state, source=source)
     if not args.save:
         check_state(state, expected_shapes(config["model"]), source=source)

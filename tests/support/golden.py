@@ -2,6 +2,7 @@
 
 from verification.vectors import (
     GOLDEN,
+    NETWORKS,
     OFFICIAL,
     TINY,
     golden_inputs,
@@ -15,6 +16,7 @@ from verification.vectors import (
 
 __all__ = [
     "GOLDEN",
+    "NETWORKS",
     "OFFICIAL",
     "TINY",
     "golden_inputs",

@@ -114,7 +114,7 @@ def _move_earlier_run_aside(output_dir, checkpoint, overwrite):
 
 def open_checkpoint(path, config, experiment_name=None, *, optional=False):
     """Reads a checkpoint as `load_checkpoint` does; ValueError also if it holds another model or objective."""
-    checkpoint = load_checkpoint(path, experiment_name, optional=optional)
+    checkpoint = load_checkpoint(path, experiment_name, optional=optional, model=config["model"])
     if checkpoint is None:
         return None
     if checkpoint.config is not None:

@@ -12,19 +12,22 @@ from training.checkpoints import find
 from training.checkpoints.find import OBJECTIVE, Checkpoint
 from training.setup import features_changes
 from weights.files import load_weights, readable, safe_load
+from weights.rope_tables import split_rope_tables
 from weights.runs import CONFIG, MODEL, OPTIMIZER, STATE, resolve_run
 from weights.source import locate_weights, read_weights
 
 
-def load_checkpoint(path, experiment_name=None, *, optional=False):
+def load_checkpoint(path, experiment_name=None, *, optional=False, model=None):
     """Reads a checkpoint folder (or a run's folder: `pick_checkpoint`), or an official `train.py` file `.pt`.
+
+    `model` is the `model` section of the run's config, which an official file does not have; see `read_weights`.
 
     Every rank calls it; rank 0 chooses and checks. Raises ValueError, one line, for a damaged or unreadable file, or no
     checkpoint at all; if `optional`, that is None.
     """
     path = str(path)
     if os.path.isfile(path):
-        return _load_official(path)
+        return _load_official(path, model)
     folder = run_on_rank_0(lambda: find.pick_checkpoint(path, experiment_name))
     if folder is None:
         if optional:
@@ -60,7 +63,7 @@ def _read_optimizer(path):
     return state
 
 
-def _load_official(path):
+def _load_official(path, model):
     """Reads the official train.py's `{model, ema, opt, args}`, with torch.optim.AdamW's state by parameter index."""
     raw = safe_load(path, tolerant=True)
     held = raw if isinstance(raw, dict) else {}
@@ -74,7 +77,8 @@ def _load_official(path):
     for name, state in found.items():
         if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")
-        found[name] = official_to_paddle(plain_names(state))
+        state, _ = split_rope_tables(plain_names(state), source=path, model=model)
+        found[name] = official_to_paddle(state)
         check_finite(found[name], source=f"{path}: {name}")
     try:
         moments, step = _official_moments([*found["model"]], optimizer)
@@ -84,6 +88,8 @@ def _load_official(path):
     for kind in ("moment1", "moment2"):
         check_finite({name: entry[kind] for name, entry in moments.items()}, source=f"{path}: opt, {kind}")
     progress, args = {"global_step": step}, raw.get("args")
+    if isinstance(raw.get("config"), dict):  # LightningDiT's
+        args = raw["config"].get("train")
     batch = args.get("global_batch_size") if isinstance(args, dict) else None
     if type(batch) is int and batch > 0:
         progress["global_batch_size"] = batch
@@ -144,7 +150,7 @@ def load_pretrained(path, model, *, config=None):
 
     path = resolve_run(path)
     note = _check_start(path, config) if config is not None else ""
-    state, source = read_weights(path)
+    state, source = read_weights(path, model=getattr(model, "settings", None))
     parameters = dict(model.named_parameters())
     check_finite(state, source=source)
     if "pos_embed" in state and "pos_embed" in parameters:

@@ -5,7 +5,8 @@
     python infer_demo_lightningdit.py --model_path outputs/trainer/checkpoint-5000 --vae vavae --classes 3 7
 
 --model_path is a SiTPipeline folder (tools/convert_sit_to_ppdiffusers.py), a training checkpoint folder, whose averages
-are sampled, a run's folder, whose newest checkpoint is taken, or a file of weights (.pdparams, or an official .pt).
+are sampled, a run's folder, whose newest checkpoint is taken, or a file of weights (.pdparams, or an official .pt),
+whose network is recognised by the shapes.
 Without it: ./LightningDiT_XL_1_256 if that folder is there, else lightningdit-xl-imagenet256-800ep.pdparams or .pt,
 with ./vavae (tools/convert_ldm_vae.py) and latents_stats.pt. One class gives one image, several a grid.
 
@@ -28,13 +29,12 @@ from sampling.flags import LIGHTNING
 LOCAL_FOLDER, WEIGHTS = "./LightningDiT_XL_1_256", "lightningdit-xl-imagenet256-800ep"
 PUBLIC_WEIGHTS = (f"{WEIGHTS}.pdparams", f"{WEIGHTS}.pt")
 PUBLIC_VAE, PUBLIC_STATISTICS = "./vavae", "latents_stats.pt"
-PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "LightningDiT_XL_patch1_f16d32.json")
 _HUB, _VAE = "huggingface.co/hustvl", "vavae-imagenet256-f16d32-dinov2"
 # Where that comes from which is not there.
 SOURCES = {
     PUBLIC_WEIGHTS[1]: f"Download it from {_HUB}/{WEIGHTS} and put it here as it is, or converted: python "
-    f"tools/convert_official_weights.py --config_file config/{os.path.basename(PUBLIC_CONFIG)} --model_path "
-    f"{PUBLIC_WEIGHTS[1]} --output {PUBLIC_WEIGHTS[0]}. Or give --model_path",
+    f"tools/convert_official_weights.py --model_path {PUBLIC_WEIGHTS[1]} --output {PUBLIC_WEIGHTS[0]}. "
+    "Or give --model_path",
     PUBLIC_VAE: f"Download {_VAE}.pt from {_HUB}/{_VAE} and convert it: python tools/convert_ldm_vae.py --model_path "
     f"{_VAE}.pt --output {PUBLIC_VAE}. Or give --vae",
     PUBLIC_STATISTICS: f"Download it from {_HUB}/{_VAE}. Or give --latents_stats",
@@ -64,7 +64,7 @@ def main(argv=None):
             like="the official LightningDiT of 800 epochs",
             guidance_channels="3, as the official LightningDiT does",
             vae=f"{SIT_VAE} for 4 channels, {PUBLIC_VAE} for the public weights",
-            config=PUBLIC_CONFIG,
+            config=None,
             find=find_model,
         ),
     )

@@ -229,7 +229,7 @@ class TransportDemo:
     like: str  # whose number of steps and guidance scale they are
     guidance_channels: str  # the default, as --help names it
     vae: str  # the same
-    config: str  # JSON of a file of weights that has none
+    config: str | None  # JSON of a file of weights that has none; None: it is recognised by its shapes
     find: object  # `find(args)` gives --model_path, and what belongs to it, a value where there is none
 
 
@@ -243,8 +243,8 @@ def draw_transport(argv, demo):
     add_flags(parser, demo.kind, guidance_channels=demo.guidance_channels, like=demo.like, **numbers)
     add_transport_flags(parser, demo.defaults)
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    config = os.path.join("config", os.path.basename(demo.config))
-    weights.add_argument("--config_file", metavar="FILE", help=f"JSON of a file's network [its checkpoint's; {config}]")
+    known = "by its shapes" if demo.config is None else os.path.join("config", os.path.basename(demo.config))
+    weights.add_argument("--config_file", metavar="FILE", help=f"JSON of a file's network [its checkpoint's; {known}]")
     add_vae_flag(weights, demo.vae)
     add_statistics_flags(weights)
     weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")

@@ -10,7 +10,6 @@ from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
-from weights.recognised import recognised_config, recognised_note
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common, and the demo that takes them all.
@@ -119,6 +118,8 @@ def describe_model(
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         what, notes = f"{source}: describes", []
         if found is None and default_config is None:
+            from weights.recognised import recognised_config, recognised_note
+
             found, what = recognised_config(path), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]
         elif found is None:

@@ -160,6 +160,17 @@ def test_a_file_that_does_not_say_how_its_latents_were_normalised(models, tmp_pa
         describe_model(_written(four), config="four.json", latents_stats=str(STATISTICS))
 
 
+def test_an_official_file_needs_no_config(models, tmp_path):
+    """Its network is recognised, by the demo, tools and the converter."""
+    flags = ["--classes", 1, 7, "--num_inference_steps", 4]
+    own = ["--model_path", GOLDEN / "lightningdit_full.pt", "--vae", DIGITS_VAE, "--latents_stats", "none"]
+    first = draw(tmp_path / "a.png", *own, *flags)
+    convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "pipeline"])])
+    assert np.array_equal(first, draw(tmp_path / "b.png", "--model_path", tmp_path / "pipeline", *flags))
+    model = describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none")
+    assert model.config["model"]["qk_norm"] and model.config["model"]["num_attention_heads"] == 3
+
+
 def _written(config):
     save_pdparams(state_of(make_model(config)), "four.pdparams")
     with open("four.json", "w") as file:

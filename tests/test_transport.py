@@ -7,10 +7,9 @@ import math
 import numpy as np
 import paddle
 import pytest
-from support.golden import GOLDEN, judged, load_golden, official_network, relative_error, replay, tensors
+from support.golden import judged, load_golden, official_network, relative_error, replay, tensors
 
-from models import SiT, build_model
-from models.state import official_to_paddle
+from models import SiT
 from sampling import flags
 from transport import (
     DIFFUSION_FORMS,
@@ -25,7 +24,6 @@ from transport import (
 )
 from transport.integrators import FIXED_STEP
 from verification import official
-from weights.files import load_weights
 
 pytestmark = pytest.mark.paddle26
 
@@ -125,18 +123,11 @@ LIGHTNING_RUNS = {
     "euler_noshift": (True, {"num_steps": 20}),
     "euler_shift2": (False, {"num_steps": 10, "timestep_shift": 2.0}),
 }
-LIGHTNING_DIT = {
-    "type": "LightningDiT", "sample_size": 4, "patch_size": 1, "in_channels": 8, "num_layers": 2,
-    "num_attention_heads": 4, "attention_head_dim": 16, "num_classes": 10,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("run", LIGHTNING_RUNS)
 def test_ode_with_a_shift_of_the_times_is_the_official_one(run):
-    arrays, model = load_golden("lightningdit_ode"), build_model(LIGHTNING_DIT)
-    state = official_to_paddle(load_weights(GOLDEN / "lightningdit_default.pt"))
-    model.set_state_dict({name: state[name] for name in model.state_dict()})
-    model.eval()
+    arrays, model = load_golden("lightningdit_ode"), official_network("LightningDiT without qk_norm")
     (is_guided, settings), method = LIGHTNING_RUNS[run], run.split("_")[0]
     guidance = {"cfg_scale": 3.0, "cfg_interval": True, "cfg_interval_start": 0.11} if is_guided else {}
     seen = []

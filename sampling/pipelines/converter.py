@@ -1,5 +1,6 @@
 """What the converters to pipeline folders share: the network's config, flags, and the order of things."""
 
+import contextlib
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
@@ -33,12 +34,21 @@ def named_config(kind, model_name, image_size):
 def find_config(args):
     """Returns the resolved config of the network: the checkpoint's own, --config_file's, or --model_name's.
 
+    Without any of these a file of a LightningDiT is recognised by its shapes.
+
     What describes another network than the checkpoint's own config is a `ValueError`.
     """
     config = weights_config(args.model_path, args.config_file)
     beside = os.path.join(args.model_path, "config.json")
     if config is None and os.path.isfile(beside):
         config = load_config(beside)
+    if config is None and args.kind == "SiT" and args.model_name is None and os.path.isfile(args.model_path):
+        from weights.recognised import recognised_config, recognised_note
+
+        with contextlib.suppress(ValueError):  # of another network
+            config = recognised_config(args.model_path, args.key)
+            print(f"note: {recognised_note(config['model'])}", flush=True)
+            return config
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size)

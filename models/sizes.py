@@ -37,10 +37,9 @@ def mlp_width(model):
 
 def check_tensor_parallel(model, degree):
     """Raises `ValueError` if the `model` section of a resolved config can't be split over `degree` ranks."""
-    heads, is_ratio = model["num_attention_heads"], "mlp_ratio" in model
-    mlp = (
-        "MLP's width, hidden size * mlp_ratio," if is_ratio else "feed-forward width (multiple_of, ffn_dim_multiplier)"
-    )
+    heads, mlp = model["num_attention_heads"], "feed-forward width (multiple_of, ffn_dim_multiplier)"
+    if "mlp_ratio" in model:
+        mlp = f"MLP's width, hidden size * mlp_ratio{' * 2/3 (swiglu)' if model['swiglu'] else ''},"
     sizes = {"num_attention_heads": heads, "num_kv_heads": model.get("num_kv_heads") or heads}
     sizes[f"the {mlp}"] = mlp_width(model)
     for name, size in sizes.items():

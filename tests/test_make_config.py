@@ -20,8 +20,8 @@ GIB = 2**30
 CPU = Device("cpu", "CPU", 8 * GIB, machine=suggestion.Machine(tflops=0.1))
 
 
-def feature_set(samples, side, num_classes):
-    return FeatureSet("set", samples, 4, side, num_classes, False, 16 * samples * side * side)
+def feature_set(samples, side, num_classes, channels=4):
+    return FeatureSet("set", samples, channels, side, num_classes, False, 4 * channels * samples * side * side)
 
 
 def test_the_config_trains_and_its_commands_can_be_pasted(features, tmp_path, monkeypatch, capsys):
@@ -79,6 +79,19 @@ def test_imagenet_gets_the_papers_recipe(wishes, world_size, gpu_memory, preset)
     commands = make_config.training_commands(args, feature_set(1_281_167, 32, 1000), made)
     assert len(commands) == (1 if made.planned.setting.sharding else 2)
     assert ("--sharding stage1" in commands[0]) == (wishes != {})
+
+
+@pytest.mark.parametrize(("preset", "side", "channels"), [("patch1_f16d32", 16, 32), ("patch2", 32, 4)])
+def test_lightning_dit_gets_its_own_papers_recipe(preset, side, channels):
+    device = find_device(1_281_167, world_size=8, gpu_memory=80)
+    made = suggest(feature_set(1_281_167, side, 1000, channels), device, Wishes(model="LightningDiT"))
+    found, preset = resolve_config(made.config), load_config(ROOT / f"config/LightningDiT_XL_{preset}.json")
+    assert (found["model"], found["objective"]) == (preset["model"], preset["objective"])
+    for key in ("learning_rate", "adam_beta2", "global_batch_size", "max_steps", "lr_scheduler_type", "ema_decay"):
+        assert found["training"][key] == preset["training"][key], key
+    small = suggest(feature_set(1500, 8, 10), CPU, Wishes(model="LightningDiT"), trial=False).config
+    assert small["objective"] == made.config["objective"] and not small["model"]["learn_sigma"]
+    assert (small["training"]["adam_beta2"], small["training"]["lr_scheduler_type"]) == (0.95, "cosine")
 
 
 def test_a_smaller_gpu_gets_micro_batches_and_a_smaller_network():

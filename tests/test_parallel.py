@@ -28,6 +28,7 @@ SIZES = {"sample_size": 8, "patch_size": 2, "num_layers": 1, "num_attention_head
     [
         ({"type": "DiT", **SIZES}, 4, "num_attention_heads 6 is not divisible"),
         ({"type": "SiT", **SIZES, "mlp_ratio": 4.05}, 3, r"mlp_ratio, 194 is not divisible"),
+        ({"type": "LightningDiT", **SIZES}, 3, r"hidden size \* mlp_ratio \* 2/3 \(swiglu\), 128 is not divisible"),
         ({"type": "LargeDiT", **SIZES, "num_kv_heads": 2}, 3, "num_kv_heads 2 is not divisible"),
         ({"type": "LargeSiT", **SIZES, "multiple_of": 1}, 6, r"feed-forward width .* 128 is not divisible"),
     ],

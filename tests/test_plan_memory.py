@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from training.parallel.step_time import (
 CONFIGS = sorted((ROOT / "config").glob("*.json"))
 GIB = 2**30
 DIT_XL = load_config(ROOT / "config/DiT_XL_patch2.json")
+LIGHTNING_XL = load_config(ROOT / "config/LightningDiT_XL_patch1_f16d32.json")
 LARGE_3B = load_config(ROOT / "config/LargeDiT_3B_patch2.json")
 
 
@@ -62,6 +64,16 @@ def test_parameters_come_in_the_networks_order_and_know_what_is_trained(kind):
     config = config_of(kind)
     built = [(name, tuple(p.shape), not p.stop_gradient) for name, p in build_model(config).named_parameters()]
     assert [(p.name, p.shape, p.trainable) for p in Sizes(config).parameters] == built
+
+
+SWITCHES = ("qk_norm", "swiglu", "rope", "rms_norm", "adaln_shift")
+
+
+def test_parameters_of_every_combination_of_switches():
+    for values in itertools.product((False, True), repeat=len(SWITCHES)):
+        config = config_of("DiT", num_layers=1, **dict(zip(SWITCHES, values, strict=True)))
+        built = [(name, tuple(p.shape)) for name, p in build_model(config).named_parameters()]
+        assert [(p.name, p.shape) for p in Sizes(config).parameters] == built
 
 
 # Activations
@@ -104,11 +116,17 @@ def measured_activations(config, batch, recompute):
         ("SiT", {"sample_size": 32, "patch_size": 4, "mlp_ratio": 2.5}),
         ("LargeDiT", {"sample_size": 16, "num_attention_heads": 4, "num_kv_heads": 2, "num_layers": 3}),
         ("LargeSiT", {"sample_size": 16}),
+        ("LightningDiT", {"sample_size": 16, "in_channels": 16, "num_layers": 3}),
+        ("LightningDiT", {"sample_size": 16, "attention_head_dim": 32, "rms_norm": False, "adaln_shift": False}),
+        ("DiT", {"sample_size": 16, "num_layers": 3, "rms_norm": True, "qk_norm": True}),
+        ("SiT", {"sample_size": 16, "patch_size": 1, "swiglu": True, "adaln_shift": False}),
     ],
-    ids=["DiT", "DiT-no-variance", "SiT", "LargeDiT-qk_norm-GQA", "LargeSiT"],
+    ids="DiT DiT-no-variance SiT LargeDiT-qk_norm-GQA LargeSiT LightningDiT layer-norms RMS SwiGLU".split(),
 )
 def test_activations_are_what_paddle_allocates(kind, model, recompute, monkeypatch):
     config = config_of(kind, **model)
+    if kind == "LightningDiT":
+        config["objective"]["cosine_loss"] = True  # as in its presets
     kept, _, peak = activations(Sizes(config), Setting(batch=8, recompute=recompute, device="cpu"))
     monkeypatch.setattr(cpu_ops, "faster", lambda: False)
     measured_kept, measured_peak = measured_activations(config, 8, recompute)
@@ -122,7 +140,7 @@ MEASURED = [line.split("|") for line in (ROOT / "docs/memory.md").read_text().sp
 
 def test_the_plan_is_within_4_percent_of_every_measured_run():
     rows = {(model.strip(), case.strip()): float(peak) for _, model, case, _, _, peak, *_ in MEASURED[2:]}
-    assert len(rows) == len(CASES) == 30
+    assert len(rows) == len(CASES) == 36
     for case in CASES:
         measured = rows[case["model"]["type"], case["name"]]
         assert Plan(*resolved(case)).peak / 2**20 == pytest.approx(measured, rel=0.04), case["name"]
@@ -148,14 +166,18 @@ def test_a_training_runs_peak_is_the_plans(features, run_loop, tmp_path, monkeyp
         (LARGE_3B, {}, (96, 60, 60), (4, 6, 2)),
         # The norms' inputs, and the rotations and norms of a quarter of the keys.
         (LARGE_3B, {"qk_norm": True, "num_kv_heads": 8}, (98, 62, 59.5), (4, 6, 2)),
+        (LIGHTNING_XL, {}, (96, 64, 60), (4, 6, 2)),
+        (LIGHTNING_XL, {"qk_norm": True}, (112, 80, 76), (4, 6, 2)),
+        (LIGHTNING_XL, {"qk_norm": True, "rms_norm": False}, (96, 64, 52), (4, 6, 2)),
+        (DIT_XL, {"rope": True}, (88, 56, 48), (4, 6, 2)),
     ],
-    ids=["DiT", "LargeDiT", "LargeDiT-qk_norm-GQA"],
+    ids="DiT LargeDiT LargeDiT-qk_norm-GQA LightningDiT LightningDiT-qk_norm layer-norms-qk_norm DiT-rope".split(),
 )
 def test_a_block_keeps_what_the_tables_of_the_documentation_add_up_to(config, model, tokens_width, scores):
     """In bytes over N T D, and over N heads T^2; row statistics and conditioning are below 0.4."""
     sizes = Sizes({**config, "model": {**config["model"], **model}})
     unit = 4 * sizes.tokens * sizes.hidden
-    inner = sizes.mlp - sizes.hidden * (8 / 3 if sizes.large else 4)
+    inner = sizes.mlp - sizes.hidden * (8 / 3 if sizes.large or sizes.swiglu else 4)
     for mode, (precision, level) in enumerate((("float32", "O1"), ("bfloat16", "O1"), ("bfloat16", "O2"))):
         setting = Setting(batch=4, precision=precision, level=level)
         _, keeps, _ = activations(sizes, setting)

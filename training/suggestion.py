@@ -1,7 +1,7 @@
 """A config that fits a set of features and a device, with the reason of each choice. Needs no Paddle but for a trial.
 
-The rules are those of the papers for large sets (DiT: batch 256, a constant 1e-4, EMA 0.9999), and for small ones what
-the handwritten digits were tuned with (docs/performance.md): few steps, a high rate that falls, a shorter average.
+The rules are those of the papers for large sets (`RECIPES`), and for small ones what the handwritten digits were tuned
+with (docs/performance.md): few steps, a high rate that falls, a shorter average.
 """
 
 import contextlib
@@ -27,12 +27,39 @@ GIB = 2**30
 FEW, SOME, MANY = 5_000, 20_000, 200_000  # samples: where the choices change
 LONG_RUN = 50_000  # steps from which a run is one of the papers' kind
 SMALL_LATENTS = 8  # side up to which latents are small
+DEEP_LATENTS = (16, 16)  # side up to which, and channels from which on, a position has enough to be a token
 MAX_CPU_TOKENS = 64  # beyond that a step takes a CPU seconds
 TRIAL_SECONDS = 4.0  # longest estimate of a step that is tried out
 RATES = {"XS": 2e-3, "S": 5e-4, "B": 3e-4}  # peak learning rates of short runs; others 2e-4
 # Peaks of the matrix units in half precision, dense, from the makers' data sheets; the first name that fits counts.
 TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40": 181, "A10": 125, "L4": 121}
 TFLOPS |= {"4090": 165, "3090": 71, "V100": 125, "T4": 65}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a paper trains on a large set."""
+
+    batch: int = 256
+    steps: int = 400_000
+    note: str = "the papers' final models take 7 M"
+    rate: float = 1e-4
+    training: dict = dataclasses.field(default_factory=dict)  # more of the section, for sets of any size
+    objective: dict = dataclasses.field(default_factory=dict)
+    why: str = ""  # of `objective`
+
+
+RECIPES = {  # by the model's type; the others are trained as DiT is
+    "LightningDiT": Recipe(
+        batch=1024,
+        steps=80_000,
+        note="the paper's final model takes 1 M",
+        rate=2e-4,
+        training={"adam_beta2": 0.95},
+        objective={"timestep_sampling": "logit-normal", "cosine_loss": True},
+        why="; more of the times in the middle, and a cosine loss",
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +182,10 @@ class Wishes:
     epochs: float | None = None
     hours: float | None = None
 
+    @property
+    def recipe(self):
+        return RECIPES.get(self.model, Recipe())
+
 
 @dataclasses.dataclass
 class Suggestion:
@@ -218,7 +249,8 @@ def suggest(features, device, wishes, *, trial=True):
             busy = ", beside other programs at work" if os.getloadavg()[0] > 0.7 * (os.cpu_count() or 1) else ""
             seconds, source = measure_step(config, setting.batch), f"measured here in a short trial{busy}"
     steps = choose("steps", *_steps(samples, batch, device, wishes, seconds))
-    training.update(max_steps=steps, **_schedule(steps, planned.sizes, wishes.size or _size_of(model), choose))
+    schedule = _schedule(steps, planned.sizes, wishes.size or _size_of(model), wishes.recipe, choose)
+    training.update(max_steps=steps, **schedule, **wishes.recipe.training)
     data["validation_steps"] = max(1, min(5000, steps // 20))
     if planned.sizes.large:
         training["max_grad_norm"] = 2.0  # as the presets of Large-DiT
@@ -240,6 +272,8 @@ def _patch(features, device, wishes):
         return wishes.patch, "as asked"
     if side < 4 or side % 2 or (device.kind == "gpu" and side <= SMALL_LATENTS):
         return 1, f"latents of {side} x {side} are small: every position is a token"
+    if device.kind == "gpu" and side <= DEEP_LATENTS[0] and features.channels >= DEEP_LATENTS[1]:
+        return 1, f"every position is a token, which has {features.channels} channels; {side**2} tokens"
     if device.kind == "cpu" and (side // 2) ** 2 > MAX_CPU_TOKENS and side % 4 == 0:
         return 4, f"{(side // 4) ** 2} tokens; a CPU takes 5 times as long for the {(side // 2) ** 2} of patch 2"
     return 2, f"the papers' best; {(side // 2) ** 2} tokens"
@@ -250,7 +284,7 @@ def _batch(samples, device, wishes):
         if wishes.batch_size % device.count:
             raise ValueError(f"--batch_size {wishes.batch_size}: expected a multiple of the {device.count} GPUs")
         return wishes.batch_size, "as asked"
-    batch = 32 if samples < 500 else 64 if samples < SOME else 128 if samples < MANY else 256
+    batch = 32 if samples < 500 else 64 if samples < SOME else 128 if samples < MANY else wishes.recipe.batch
     few = f"small, because {counted(samples, 'sample')} are few"
     if device.kind == "cpu" and batch > 64:
         batch, few = 64, "small, because a CPU's step takes as long as its samples"
@@ -261,8 +295,8 @@ def _batch(samples, device, wishes):
 def _objective(features, wishes, choose):
     kind = MODEL_TYPES[wishes.model].objective
     if kind == "transport":
-        choose("objective", kind, f"{wishes.model} predicts velocities on straight paths")
-        return {"type": kind, "path_type": "Linear", "prediction": "velocity"}
+        choose("objective", kind, f"{wishes.model} predicts velocities on straight paths{wishes.recipe.why}")
+        return {"type": kind, "path_type": "Linear", "prediction": "velocity", **wishes.recipe.objective}
     small = features.side <= SMALL_LATENTS
     why = "the linear schedule drowns small latents in noise too early" if small else "the papers'"
     schedule = choose("noise schedule", "squaredcos_cap_v2" if small else "linear", why)
@@ -282,8 +316,9 @@ def _fit(features, device, wishes, patch, batch, choose):
     for size in candidates:
         model = {"type": wishes.model, "sample_size": features.side, "patch_size": patch}
         model |= {"in_channels": features.channels, **size_keys(family, size)}
-        model |= {"num_classes": features.num_classes, "class_dropout_prob": 0.1, "learn_sigma": True}
-        config = resolve_config({"model": model})
+        model |= {"num_classes": features.num_classes, "class_dropout_prob": 0.1}
+        model["learn_sigma"] = MODEL_TYPES[wishes.model].keys["learn_sigma"].default
+        config = resolve_config({"model": model, "objective": wishes.recipe.objective})
         level = "O2" if size in ("3B", "7B") else "O1"
         setting = Setting.of(
             config["training"], device=device.kind, world_size=device.count, precision=device.precision
@@ -330,15 +365,16 @@ def _steps(samples, batch, device, wishes, seconds):
         steps = 2_000 if samples < FEW else 5_000 if samples < SOME else 10_000
         steps *= max(1, 64 // batch)
         return steps, f"{epochs(steps)}; {advice(steps)}"
-    steps = 10_000 if samples < FEW else 20_000 if samples < SOME else 100_000 if samples < MANY else 400_000
-    note = "the papers' final models take 7 M" if steps == 400_000 else advice(steps)
-    return steps, f"{epochs(steps)}; {note}"
+    if samples >= MANY:
+        return wishes.recipe.steps, f"{epochs(wishes.recipe.steps)}; {wishes.recipe.note}"
+    steps = 10_000 if samples < FEW else 20_000 if samples < SOME else 100_000
+    return steps, f"{epochs(steps)}; {advice(steps)}"
 
 
-def _schedule(steps, sizes, size, choose):
+def _schedule(steps, sizes, size, recipe, choose):
     """Returns the keys of learning rate and average that follow from the number of steps."""
     if steps >= LONG_RUN:
-        rate = choose("learning rate", 1e-4, "constant, as in the papers")
+        rate = choose("learning rate", recipe.rate, "constant, as in the papers")
         decay = choose("EMA", 0.9999, "as in the papers")
         return {"learning_rate": rate, "lr_scheduler_type": "constant", "use_ema": True, "ema_decay": decay}
     warmup = min(1000, steps // 25)

@@ -74,7 +74,7 @@ def emulated(kind):
         return x.flatten(2).transpose([0, 2, 1])
 
     convolve, operators = product(F.conv2d), ops.Operators
-    methods = ("adaptive_norm", "adaptive_rms_norm", "gated_add", "layer_norm", "rotate")
+    methods = ("adaptive_norm", "adaptive_rms_norm", "gated_add", "layer_norm", "rms_norm", "rotate")
     with contextlib.ExitStack() as stack:
         for module, functions in (
             (F, {"linear": product(F.linear)}),

@@ -29,7 +29,7 @@ TINY_MODELS = {
     "LargeDiT": {"type": "LargeDiT", **TINY, "qk_norm": True, "multiple_of": 32},
     "LargeSiT": {"type": "LargeSiT", **TINY, "multiple_of": 32},
     # The inner width of SwiGLU, 2/3 of 3 x 32, can be split over two ranks.
-    "LightningDiT": {"type": "LightningDiT", **TINY, "mlp_ratio": 3.0, "qk_norm": True},
+    "LightningDiT": {"type": "LightningDiT", **TINY, "in_channels": 4, "mlp_ratio": 3.0, "qk_norm": True},
 }
 
 

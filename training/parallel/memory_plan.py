@@ -26,29 +26,36 @@ GRADIENT_BUFFER = 2**23
 SLICED_FROM = 2**20
 
 MODES = ("float32", "O1", "O2")  # the order of the numbers in a tuple
-# What a block of DiT and one of LargeDiT keep for their backward pass, in bytes, and what else differs between them.
+# What a block of DiT and one of LargeDiT keep for their backward pass, in bytes, and what else differs between them;
+# then what each of `SWITCHES` adds to DiT's.
+FAMILIES, SWITCHES = ("DiT", "LargeDiT"), ("rms_norm", "swiglu", "rope")
 _BLOCKS = {
-    "whole": ((32, 24, 16), (40, 28, 28)),  # of N T D: norms, modulated tokens, outputs of attention and MLP
-    "split": ((16, 8, 8), (20, 12, 12)),  # of N T D / p: queries, keys, values, their rotations, attention's output
-    "kv_heads": ((0, 0, 0), (4, 4, 4)),  # of N T D / p, times num_kv_heads / heads: rotations of keys
-    "qk_norm": ((0, 0, 0), (4, 4, 2)),  # of N T D / p for queries; for keys times num_kv_heads / heads
-    "mlp": ((8, 4, 4), (12, 6, 6)),  # of N T / p, times the MLP's width
-    "rows": (16, 8),  # of N T: statistics of the norms
-    "residual": ((4, 4, 2), (4, 2, 2)),  # of an element of the residual stream
-    "mlp_gradients": (1, 2),  # gradients of the MLP's inner width that the backward pass holds at once
-    "operators": ((64, 102, 64), (130, 166, 150)),  # forward and backward
+    # of N T D: norms, modulated tokens, outputs of attention and MLP
+    "whole": ((32, 24, 16), (40, 28, 28), (8, 8, 12), 0, 0),
+    # of N T D / p: queries, keys, values, their rotations, attention's output
+    "split": ((16, 8, 8), (20, 12, 12), 0, 0, (4, 4, 4)),
+    "kv_heads": ((0, 0, 0), (4, 4, 4), 0, 0, (4, 4, 4)),  # of N T D / p, times num_kv_heads / heads: rotations of keys
+    # with `qk_norm`, of N T D / p for queries; for keys times num_kv_heads / heads
+    "qk_norm": ((4, 4, 2), (4, 4, 2), (4, 4, 6), 0, 0),
+    "qk_norm_rows": (16, 0, -8, 0, 0),  # with `qk_norm`, of N T heads / p: statistics within a head
+    "mlp": ((8, 4, 4), (12, 6, 6), 0, (4, 2, 2), 0),  # of N T / p, times the MLP's width
+    "rows": (16, 8, -8, 0, 0),  # of N T: statistics of the norms
+    "head": ((12, 10, 6), (12, 10, 6), (4, 4, 6), 0, 0),  # of N T D: the final norm, its output, the modulated tokens
+    "residual": ((4, 4, 2), (4, 2, 2), 0, 0, 0),  # of an element of the residual stream
+    "mlp_gradients": (1, 2, 0, 1, 0),  # gradients of the MLP's inner width that the backward pass holds at once
+    "operators": ((64, 102, 64), (130, 166, 150), (18, 18, 27), 2, (35, 54, 54)),  # forward and backward
 }
+BLOCKS = {kind: tuple(row[index] for row in _BLOCKS.values()) for index, kind in enumerate((*FAMILIES, *SWITCHES))}
 Block = namedtuple("Block", _BLOCKS)
-BLOCKS = dict(zip(("DiT", "LargeDiT"), map(Block, *_BLOCKS.values()), strict=True))
 SPLIT_QK_NORM = 12  # instead of `qk_norm` if p > 1: the layer norm of a split width is made of float32 operators
 SCORES = (4, 6, 2)  # of N heads T^2 / p: softmax of plain attention; O1: float32, and a half copy for the product
 SCORE_GRADIENTS = (8, 6, 4)  # of N heads T^2 / p, in the backward pass of the softmax
-HEAD = (12, 10, 6)  # of N T D: the final norm's input and output, the modulated tokens
-HEAD_GRADIENTS = (4, 6, 2)  # of N T D
+HEAD_GRADIENTS = (8, 10, 4)  # of N T D
 CONDITIONING = (20, 18, 10)  # of N D, in each block and in the final layer: SiLU, scales, gates
 # float32 maps (N, C, H, W) of a loss, by whether the variance is learned: those that its backward pass needs, and those
 # that come and go. The variational bound is a long chain of elementwise operators.
 LOSS_MAPS = {True: (19.5, 16), False: (1, 5)}
+COSINE_MAPS = (2, 6)  # of those that come and go, a cosine's backward pass needs so many, and so many without channels
 
 
 class Parameter(namedtuple("Parameter", "name shape split trainable", defaults=(False, True))):
@@ -70,21 +77,26 @@ class Sizes:
 
     def __init__(self, config):
         model, family = config["model"], MODEL_TYPES[config["model"]["type"]].family
-        if family not in BLOCKS:
-            raise ValueError(f"what a {family} keeps in memory is not known here; known: {', '.join(BLOCKS)}")
-        self.large, self.block = family == "LargeDiT", BLOCKS[family]
+        if family not in FAMILIES:
+            raise ValueError(f"what a {family} keeps in memory is not known here; known: {', '.join(FAMILIES)}")
+        self.large, self.swiglu, self.rms_norm = family == "LargeDiT", model.get("swiglu"), model.get("rms_norm")
+        kinds = [family, *(name for name in SWITCHES if model.get(name))]
+        rows = zip(*(BLOCKS[kind] for kind in kinds), strict=True)
+        self.block = Block(*(sum(map(np.array, row)).tolist() for row in rows))
         self.layers = model["num_layers"]
         self.heads, self.head_dim = model["num_attention_heads"], model["attention_head_dim"]
         self.hidden = self.heads * self.head_dim
         self.kv_width = (model.get("num_kv_heads") or self.heads) * self.head_dim
         self.condition = min(self.hidden, MAX_CONDITION_SIZE) if self.large else self.hidden
         self.mlp = mlp_width(model)
-        self.qk_norm = model.get("qk_norm", False)
+        self.qk_norm = model["qk_norm"]
+        self.modulations = 6 if model.get("adaln_shift", True) else 4  # of a block
         self.patch, self.channels = model["patch_size"], model["in_channels"]
         self.tokens = (model["sample_size"] // self.patch) ** 2
         self.out_channels = self.channels * (2 if model["learn_sigma"] else 1)
         self.labels = model["num_classes"] + (model["class_dropout_prob"] > 0)
         self.transport = config["objective"]["type"] == "transport"
+        self.cosine_loss = config["objective"].get("cosine_loss", False)
 
     @functools.cached_property
     def parameters(self):
@@ -94,9 +106,10 @@ class Sizes:
         def add(name, *shape, **options):
             found.append(Parameter(name, shape, **options))
 
-        def layer(name, *widths, split=""):
+        def layer(name, *widths, split="", bias=True):
             add(f"{name}.weight", *widths, split=split != "")
-            add(f"{name}.bias", widths[-1], split=split == "columns")
+            if bias:
+                add(f"{name}.bias", widths[-1], split=split == "columns")
 
         if self.large:
             layer("x_embedder", self.patch**2 * self.channels, hidden)
@@ -119,11 +132,18 @@ class Sizes:
                 add(f"{block}.attention_norm.weight", hidden)
                 add(f"{block}.ffn_norm.weight", hidden)
             else:
+                for name in ("norm1", "norm2") if self.rms_norm else ():
+                    add(f"{block}.{name}.weight", hidden)
                 layer(f"{block}.attn.qkv", hidden, 3 * hidden, split="columns")
+                for name in ("q_norm", "k_norm") if self.qk_norm else ():  # within a head
+                    layer(f"{block}.attn.{name}", self.head_dim, bias=not self.rms_norm)
                 layer(f"{block}.attn.proj", hidden, hidden, split="rows")
-                layer(f"{block}.mlp.fc1", hidden, mlp, split="columns")
-                layer(f"{block}.mlp.fc2", mlp, hidden, split="rows")
-            layer(f"{block}.adaLN_modulation.1", self.condition, 6 * hidden, split="columns")
+                first, width, second = ("w12", 2 * mlp, "w3") if self.swiglu else ("fc1", mlp, "fc2")
+                layer(f"{block}.mlp.{first}", hidden, width, split="columns")
+                layer(f"{block}.mlp.{second}", mlp, hidden, split="rows")
+            layer(f"{block}.adaLN_modulation.1", self.condition, self.modulations * hidden, split="columns")
+        if self.rms_norm:
+            add("final_layer.norm_final.weight", hidden)
         layer("final_layer.linear", hidden, self.patch**2 * self.out_channels)
         layer("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
         return found
@@ -253,11 +273,12 @@ def activations(sizes, setting):
     maps = SINGLE * rows * sizes.patch**2 * sizes.channels
     conditioning = CONDITIONING[mode] * setting.batch * sizes.hidden
 
-    whole, qk_norm = block.whole[mode], 0
+    whole, qk_norm, head_rows = block.whole[mode], 0, 4 if fused else 0
     if degree > 1 and mode == 1 and not sizes.large:
         whole += 4  # the biases that follow the all-reduces are added in float32
     if sizes.qk_norm:
-        qk_norm = SPLIT_QK_NORM if degree > 1 else block.qk_norm[mode]
+        qk_norm = SPLIT_QK_NORM if degree > 1 and sizes.large else block.qk_norm[mode]
+        head_rows += block.qk_norm_rows
     casts = [0, 0]  # O1: half copies of the matrices, outside of the blocks and of one block
     for p in sizes.parameters if mode == 1 else ():
         if len(p.shape) > 1 and p.trainable and "embedding" not in p.name and p.block in (None, 0):
@@ -265,22 +286,25 @@ def activations(sizes, setting):
     attention = (block.split[mode] + qk_norm) * sizes.hidden + (block.kv_heads[mode] + qk_norm) * sizes.kv_width
     block_keeps = SCORE * SCORES[mode] * scores + CAST * casts[1]
     block_keeps += KEPT * (whole * width + rows * attention / degree + block.mlp[mode] * mlp)
-    block_keeps += KEPT * (block.rows * rows + (4 * heads if fused else 0) + conditioning)
+    block_keeps += KEPT * (block.rows * rows + head_rows * heads + conditioning)
     per_block = KEPT * block.residual[mode] * width if setting.recompute else block_keeps
     loss_keeps, loss_passing = LOSS_MAPS[sizes.out_channels > sizes.channels and not sizes.transport]
-    kept = sizes.layers * per_block + KEPT * (HEAD[mode] * width + conditioning) + CAST * casts[0]
+    if sizes.cosine_loss:
+        cosine = COSINE_MAPS[0] + COSINE_MAPS[1] / sizes.channels
+        loss_keeps, loss_passing = loss_keeps + cosine, loss_passing - cosine
+    kept = sizes.layers * per_block + KEPT * (block.head[mode] * width + conditioning) + CAST * casts[0]
     kept += LOSS * (loss_keeps + 2) * maps  # and the latents, clean and noisy
 
     # The moments that may hold most, by what they hold beyond `kept`.
     backward = -LOSS * loss_keeps * maps
-    in_block = backward - KEPT * HEAD[mode] * width + GRADIENT * block.residual[mode] * width
+    in_block = backward - KEPT * block.head[mode] * width + GRADIENT * block.residual[mode] * width
     if setting.recompute:
         in_block += block_keeps + KEPT * SINGLE * width  # its output too, and a copy of that one's gradient
     before_attention = KEPT * ((whole / 2 + item + item / degree) * width + block.mlp[mode] * mlp)
     moments = [
         LOSS * loss_passing * maps,
         backward + GRADIENT * HEAD_GRADIENTS[mode] * width,
-        in_block + GRADIENT * 2 * block.residual[mode] * width,
+        in_block + GRADIENT * 3 * block.residual[mode] * width,
         in_block + GRADIENT * item * (mlp + sizes.hidden * sizes.mlp / degree),
         in_block + GRADIENT * item * block.mlp_gradients * mlp - KEPT * item * width,
         in_block + GRADIENT * SCORE_GRADIENTS[mode] * scores - before_attention,

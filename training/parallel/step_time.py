@@ -49,7 +49,7 @@ def traffic(planned):
         item, residual = (4, 2, 2)[setting.mode], sizes.block.residual[setting.mode]
         tokens = setting.batch * sizes.tokens * sizes.hidden
         forward = 2 * ring_all_reduce(item * tokens, tensor)
-        forward += ring_gather(6 * item * setting.batch * sizes.hidden, tensor)
+        forward += ring_gather(sizes.modulations * item * setting.batch * sizes.hidden, tensor)
         backward = 2 * ring_all_reduce(residual * tokens, tensor)
         backward += ring_all_reduce(setting.weight_size * setting.batch * sizes.condition, tensor)
         sent = sizes.layers * ((2 if setting.recompute else 1) * forward + backward)

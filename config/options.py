@@ -43,7 +43,9 @@ from config.names import OTHER_NAMES
 REQUIRED = object()  # the default of a key that has none
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"  # of latents that nothing is known of
 SIT_VAE = "stabilityai/sd-vae-ft-ema"  # the same of a SiT's, as in the official code
-DEFAULT_VAE_CHANNELS = {DEFAULT_VAE: 4, SIT_VAE: 4}  # so that others are refused before a download
+DEFAULT_VAE_SHAPE = {"latent_channels": 4, "downsampling": 8}  # of both
+# So that others are refused before a download.
+DEFAULT_VAE_CHANNELS = dict.fromkeys((DEFAULT_VAE, SIT_VAE), DEFAULT_VAE_SHAPE["latent_channels"])
 GUIDANCE_SCALE = 4.0  # of demos, as in PaddleMIX's and the official sample.py
 GENTLE_GUIDANCE_SCALE = 1.5  # of a model that is young, or saw few images: 4 burns its images
 
@@ -114,9 +116,11 @@ def in_loop(value, loop):
 # ---- The section `model` ----
 
 _TRANSFORMER = {
-    "sample_size": Option(REQUIRED, POSITIVE_INT, "height and width of the latents, usually the image's over 8"),
+    "sample_size": Option(
+        REQUIRED, POSITIVE_INT, "height and width of the latents: the image's over the autoencoder's factor"
+    ),
     "patch_size": Option(REQUIRED, POSITIVE_INT, "height and width of a patch; divides `sample_size`"),
-    "in_channels": Option(4, POSITIVE_INT, "channels of the latents"),
+    "in_channels": Option(4, POSITIVE_INT, "channels of the latents, as many as the autoencoder's"),
     "num_layers": Option(REQUIRED, POSITIVE_INT, "transformer blocks"),
     "num_attention_heads": Option(REQUIRED, POSITIVE_INT, "heads of a block's attention"),
     "attention_head_dim": Option(REQUIRED, POSITIVE_INT, "width of a head; the network's width is heads x this"),

@@ -24,7 +24,7 @@ from support.runs import ROOT, command_environment
 
 from models import build_model
 from models.state import official_to_paddle, paddle_to_official
-from sampling.pipelines.converter import named_config
+from sampling.pipelines.converter import latent_shape, named_config
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.export_dit import transformer_config, transformer_state
 from sampling.pipelines.folder import TREE
@@ -398,6 +398,15 @@ class TestPipelineConverter:
         named = named_config(kind, f"{kind}_{size}_{patch_size}", 256)
         file = json.loads((ROOT / "config" / f"{kind}_{size}_patch{patch_size}.json").read_text())
         assert all(named[section].items() >= file[section].items() for section in ("model", "objective"))
+
+    def test_named_models_are_of_the_autoencoders_latents(self, tmp_path):
+        assert latent_shape(None) == latent_shape("owner/name") == {"latent_channels": 4, "downsampling": 8}
+        assert latent_shape(None, {"latent_channels": 32, "downsampling": None})["latent_channels"] == 32
+        (tmp_path / "config.json").write_text(json.dumps({"block_out_channels": [8] * 5, "latent_channels": 32}))
+        model = named_config("DiT", "DiT_S_2", 256, latent_shape(str(tmp_path)))["model"]
+        assert (model["in_channels"], model["sample_size"]) == (32, 16)
+        with pytest.raises(ValueError, match="--image_size 272: expected a multiple of 32 for DiT_S_2"):
+            named_config("DiT", "DiT_S_2", 272, latent_shape(str(tmp_path)))
 
     @pytest.mark.parametrize("name", ["DiT_S_3", "DiT_XXL_2", "DiT-XL-2", "SiT_XL_2"])
     def test_unknown_model_names(self, name):

@@ -141,6 +141,7 @@ COMMANDS = {
     "tools.check_flags": {},
     "tools.convert_dit_to_ppdiffusers": {**CONVERSION, "image_size": "resolution"},
     "tools.convert_sit_to_ppdiffusers": {**CONVERSION, "image_size": "resolution"},
+    "tools.convert_ldm_vae": {"model_path": "weights ckpt", "config_file": "config", "output": "", "key": ""},
     "tools.convert_official_weights": {"model_path": "weights", "output": "", "key": ""},
     "tools.evaluate": {"image_size": "resolution", "batch_size": "", "vae": "vae_model", "seed": "", "output": ""},
     "tools.evaluate_digits": {"model_path": "pipeline", "output": "report", "guidance_scale": "cfg_scale"},

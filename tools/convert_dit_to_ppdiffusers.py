@@ -5,8 +5,8 @@
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, an official `.pt` / `.safetensors`, or a folder of an official Large-DiT's shards. The
 network is described by the checkpoint's own config.json, else by --config_file, else by --model_name and --image_size
-(a DiT of 1000 classes, 4 latent channels, learned variance). What is given beside a checkpoint must agree with its
-config.
+(a DiT of 1000 classes, latents of --vae's channels and size, learned variance). What is given beside a checkpoint must
+agree with its config.
 
 What the stock pipeline does differently from this project is printed at the end. A Large-DiT's transformer/ also holds
 the code of its class.

@@ -7,9 +7,9 @@
 
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, or an official `.pt` / `.safetensors`. The network is described by the checkpoint's own
-config.json, else by --config_file, else by --model_name and --image_size (1000 classes, 4 latent channels, linear path,
-velocity prediction); a LightningDiT is recognised by its shapes. What is given beside a checkpoint must agree with its
-config.
+config.json, else by --config_file, else by --model_name and --image_size (1000 classes, latents of --vae's
+channels and size, linear path, velocity prediction); a LightningDiT is recognised by its shapes. What is given beside a
+checkpoint must agree with its config.
 
 SiTPipeline needs this project and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone
 and samples Euler steps of the ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.

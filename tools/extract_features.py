@@ -49,7 +49,7 @@ from features.layout import Layout
 from runtime.console import say_next
 from runtime.process import configure_runtime, counted, launched_rank, resolve_device, run_cli
 from runtime.untrusted import read_json_object
-from sampling.pipelines.converter import downsampling
+from sampling.pipelines.converter import latent_shape
 
 configure_runtime()  # before Paddle is imported
 
@@ -69,7 +69,7 @@ def extract(args) -> None:
         raise ValueError(f"--feature_path {args.feature_path}: is a file; expected a folder")
     if args.name is not None and (os.sep in args.name or not args.name):
         raise ValueError(f"--name {args.name}: expected the beginning of files' names, without {os.sep}")
-    if args.image_size % (factor := downsampling(args.vae, None)) and os.path.isdir(args.vae):
+    if args.image_size % (factor := latent_shape(args.vae)["downsampling"]) and os.path.isdir(args.vae):
         raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
     if args.data_path:
         archives, _ = find_archives(args.data_path)

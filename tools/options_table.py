@@ -29,10 +29,11 @@ AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 OTHERS = "Accepted by every command that has the flag, and not shown by `--help`."
 OTHERS_OF_ONE = """Single commands take further ones: `--checkpoint_path` for `--output` in the converters and
-`extract_weights.py`; `--weights` for `--model_path` in `convert_official_weights.py`; `--output` for
-`--feature_path` in `extract_features.py`; `--num_fid_samples`, `--per_proc_batch_size` and `--sample_dir` for
-`--num_images`, `--batch_size` and `--png` in `sample_npz.py`; `--report` for `--output` in `evaluate_digits.py`;
-`--steps` for `--max_steps` in `train_vae.py`; `--sampling_method` for `--method` wherever a SiT is sampled.
+`extract_weights.py`; `--weights` for `--model_path` in `convert_official_weights.py` and `convert_ldm_vae.py`, and
+`--config` for `--config_file` in the latter; `--output` for `--feature_path` in `extract_features.py`;
+`--num_fid_samples`, `--per_proc_batch_size` and `--sample_dir` for `--num_images`, `--batch_size` and `--png` in
+`sample_npz.py`; `--report` for `--output` in `evaluate_digits.py`; `--steps` for `--max_steps` in `train_vae.py`;
+`--sampling_method` for `--method` wherever a SiT is sampled.
 """
 EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
 # The options that most runs touch, for docs/training.md.

@@ -89,11 +89,11 @@ def describe_set(feature_path, image_size=None):
             f"{store.path}: holds latents of shape {store.row_shape}, expected square ones (C, side, side)"
         )
     moments = manifest.get("moments")
-    if moments is None and channels % 2 == 0 and channels > 4:
+    if moments is None and channels % 2 == 0:
         # As `features.dataset` finds it out: the second half can be standard deviations.
-        row = np.empty((1, *store.row_shape), "float32")
-        store.read(np.zeros(1, "int64"), row)
-        moments = bool((row[:, channels // 2 :] > 0).all())
+        rows = np.empty((min(len(store), 16), *store.row_shape), "float32")
+        store.read(np.arange(len(rows)), rows)
+        moments = bool((rows[:, channels // 2 :] > 0).all())
     num_classes = manifest.get("num_classes")
     if not isinstance(num_classes, int) or num_classes < 1:
         num_classes = int(store.labels.max()) + 1

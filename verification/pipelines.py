@@ -116,7 +116,7 @@ def extract(folder, device):
     """Writes the images and extracts their features, as tools/extract_features.py --moments does; returns them."""
     from PIL import Image
 
-    from features.autoencoder import LatentEncoder, load_vae
+    from features.autoencoder import LatentEncoder, downsampling, load_vae
     from features.dataset import FeatureDataset
     from features.extraction import Extraction, make_settings
     from features.layout import Layout
@@ -133,7 +133,7 @@ def extract(folder, device):
     extraction = Extraction(layout, make_settings(vae, str(VAE), layout.name, encoding, options), 0, 1)
     extraction.open(str(folder / "images"), None)
     extraction.run(LatentEncoder(vae, Precision(), seed=0, moments=True), num_workers=0, skip=False)
-    shape = (vae.config.latent_channels, SIDE // 8, SIDE // 8)
+    shape = (vae.config.latent_channels, SIDE // downsampling(vae), SIDE // downsampling(vae))
     dataset = FeatureDataset(str(folder / "features"), sample_shape=shape, num_classes=CLASSES)
     rows = np.empty((IMAGES, *dataset.store.row_shape), "float32")
     dataset.store.read(np.arange(IMAGES), rows, None)

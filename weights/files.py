@@ -33,7 +33,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch file older tha
 # ---- Reading ----
 
 
-def safe_load(path, *, tolerant=False, only=None, shapes_only=False):
+def safe_load(path, *, tolerant=False, only=None, shapes_only=False, wanted=None):
     """Reads a `.pt`/`.pth`, `.pdparams`/`.pdopt` or `.safetensors` file; nothing in it is executed.
 
     Returns its nested dict / list / tuple / numbers / str / None, with every tensor as a numpy array of its own shape.
@@ -42,6 +42,8 @@ def safe_load(path, *, tolerant=False, only=None, shapes_only=False):
 
     Of a `.pt` file the entries of its dict can be read one by one: `only` names the one that is wanted. With
     `shapes_only` the arrays of a `.pt` or `.safetensors` file have their shapes alone, no numbers: they take no memory.
+    With `wanted`, a function of a name, every other named tensor of a PyTorch or safetensors file becomes an empty
+    array; its data are not read, as far as the format allows.
 
     Raises ValueError, one line that names the file: absent, truncated, of no known format, or asking for an import
     outside the short list that weights need.
@@ -55,11 +57,11 @@ def safe_load(path, *, tolerant=False, only=None, shapes_only=False):
             start = file.read(16)
             file.seek(0)
             if start.startswith(b"PK"):
-                return _read_torch_zip(file, tolerant, only, shapes_only)
+                return _read_torch_zip(file, tolerant, only, shapes_only, wanted)
             if start[8:9] == b"{" and start[5:8] == b"\0\0\0":
-                return _read_safetensors(path, file, shapes_only)
+                return _read_safetensors(path, file, shapes_only, wanted)
             if start[:1] in (b"\x80", b"(", b"}", b"]", b"c"):  # protocols 0 and 1 have no mark of their own
-                return _read_pickle(file, tolerant)
+                return _read_pickle(file, tolerant, wanted)
     except Exception as error:  # whatever a broken or hostile file makes the parsers say
         raise _one_line(path, error) from None
     raise ValueError(f"{path}: not a weight file (expected .pt/.pth, .pdparams or .safetensors content)")
@@ -82,7 +84,7 @@ def _one_line(path, error):
     return ValueError(f"{path}: not a readable weight file, or truncated ({reason})")
 
 
-def _read_torch_zip(file, tolerant, only, shapes_only):
+def _read_torch_zip(file, tolerant, only, shapes_only, wanted):
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -94,7 +96,7 @@ def _read_torch_zip(file, tolerant, only, shapes_only):
             storages = {key: _without_numbers(*storage) for key, storage in program.storages.items()}
         if only is not None and isinstance(tree, dict):
             tree = {name: value for name, value in tree.items() if name == only}
-        return Records(_size(file), storages).read(tree, tolerant)
+        return Records(_size(file), storages, wanted).read(tree, tolerant)
 
 
 class _Members:
@@ -137,7 +139,7 @@ def _without_numbers(dtype, numel):
     return np.broadcast_to(np.zeros(1, dtype), numel), dtype
 
 
-def _read_pickle(file, tolerant):
+def _read_pickle(file, tolerant, wanted):
     """Reads Paddle's pickle, or torch's of before zip: magic number, version, system, object, storages, their data."""
     program, storages = Unpickler(file), None
     tree = program.load()
@@ -153,7 +155,7 @@ def _read_pickle(file, tolerant):
             if struct.unpack("<q", file.read(8)) != (numel,) or key in storages:
                 raise ValueError(f"its storage {shortened(key)} is not of the stated size")
             storages[key] = read_elements(file, numel, dtype, big_endian), dtype
-    tree = Records(_size(file), storages).read(tree, tolerant)
+    tree = Records(_size(file), storages, wanted).read(tree, tolerant)
     if storages is None and isinstance(tree, dict):
         tree.pop("StructuredToParameterName@@", None)
         if file.read(1) == b"\x80":  # what `save_pdparams` writes behind it
@@ -163,7 +165,7 @@ def _read_pickle(file, tolerant):
     return tree
 
 
-def _read_safetensors(path, file, shapes_only):
+def _read_safetensors(path, file, shapes_only, wanted):
     """Lets the official package check the header, and reads the data, as the package has no bfloat16 for numpy.
 
     Each tensor gets memory of its own, which can be given back.
@@ -182,6 +184,10 @@ def _read_safetensors(path, file, shapes_only):
         dtype = "bfloat16" if is_paddle and code == "U16" else _SAFETENSORS_TYPES[code]
         if shapes_only:
             state[name] = np.broadcast_to(np.zeros(1, "f4"), shape)
+            continue
+        if wanted is not None and not wanted(name):
+            file.seek(math.prod(shape) * np.dtype("u2" if dtype == "bfloat16" else dtype).itemsize, os.SEEK_CUR)
+            state[name] = np.zeros(0, "f4")
             continue
         state[name] = widened(read_elements(file, math.prod(shape), dtype).reshape(shape), dtype)
     return state
@@ -235,7 +241,7 @@ _AVERAGES = re.compile(r"(^|[^a-z])(ema|averages?|shadow)([^a-z]|$)", re.IGNOREC
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "network", "net", "params")
 
 
-def load_weights(path, key=None):
+def load_weights(path, key=None, wanted=None):
     """Reads one model's weights, {name: array}, in the layout that the file has (see `official_to_paddle`).
 
     What else the file holds, such as settings, may be of any type: it is left out, and nothing of it is run. What
@@ -243,13 +249,14 @@ def load_weights(path, key=None):
 
     `key` tells which weights of a checkpoint that holds several, such as "model" or "ema" of the official train.py.
     "auto" takes the averages where a key names them, such as "ema" or "state_dict_ema", else "model", "state_dict" and
-    the like, else the file's only state dict. None expects a plain state dict.
+    the like, else the file's only state dict. None expects a plain state dict. Tensors that are not `wanted` are empty
+    arrays, see `safe_load`.
 
     Raises ValueError, one line with the path: unreadable (see `safe_load`), no such key, or not a state dict.
     """
     if _is_zip(path):  # of which no more is read than is wanted
         _, key = pick_weights(safe_load(path, tolerant=True, shapes_only=True), path, key)
-    return pick_weights(safe_load(path, tolerant=True, only=key), path, key)[0]
+    return pick_weights(safe_load(path, tolerant=True, only=key, wanted=wanted), path, key)[0]
 
 
 def load_shapes(path, key=None):

@@ -19,11 +19,13 @@ class Records:
 
     `storages` are `{key: (elements, dtype)}` of a torch file, None for a paddle.save file, in which a pair (name,
     array) is a tensor, and uint16 is bfloat16. `file_size` bounds what is copied: a small file can't ask for much.
+    Of torch tensors in dicts whose name is not `wanted(name)` there are empty arrays.
     """
 
-    def __init__(self, file_size, storages):
+    def __init__(self, file_size, storages, wanted=None):
         # `done` is by the id of a node, which holds as long as the tree does: only nodes of it may go to `value`.
         self.left, self.storages, self.done = 4 * file_size + (1 << 26), storages, {}
+        self.wanted = wanted
 
     def read(self, tree, tolerant):
         """Returns `value(tree)`; where `tolerant`, an entry of a dict that has no value becomes the error."""
@@ -32,7 +34,7 @@ class Records:
         entries = {}
         for name in filter(lambda name: isinstance(name, _PLAIN), tree):
             try:
-                entries[name] = self.value(tree[name], 1)
+                entries[name] = self._entry(name, tree[name], 1)
             except Exception as error:
                 entries[name] = error.with_traceback(None)
         return entries
@@ -77,7 +79,14 @@ class Records:
                 _refuse(name, f"a {type(name).__name__} as a key")
         if getattr(node, "arguments", ()):
             raise ValueError("a dict as Python 2 writes it: save the file with Python 3")
-        return {name: self.value(value, depth) for name, value in node.items()}
+        return {name: self._entry(name, value, depth) for name, value in node.items()}
+
+    def _entry(self, name, node, depth):
+        """Returns the value of a dict's entry, which is an empty array for a torch tensor that is not wanted."""
+        if self.wanted is not None and isinstance(node, Call) and node.name.startswith("torch._utils."):
+            if not self.wanted(name):
+                return np.zeros(0, "f4")
+        return self.value(node, depth)
 
     def _tensor(self, call, depth):
         """Returns a view of a storage where the elements lie in order, else a copy.

@@ -4,12 +4,12 @@ import contextlib
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
-from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
+from config.options import DEFAULT_VAE, DEFAULT_VAE_SHAPE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
 from config.schema import MODEL_TYPES, differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
 from runtime.process import configure_runtime
-from runtime.untrusted import read_json
+from runtime.untrusted import read_json_object
 from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
 from sampling.model_path import stated_normalization
@@ -19,16 +19,19 @@ from weights.runs import resolve_run
 IMAGE_SIZE = 256  # pixels, of --model_name
 
 
-def named_config(kind, model_name, image_size):
-    """Returns the config of one of the paper's models for the 8x smaller latents of a Stable Diffusion VAE."""
+def named_config(kind, model_name, image_size, latents=DEFAULT_VAE_SHAPE):
+    """Returns the config of one of the paper's models for images of a size; `latents` as of `latent_shape`."""
     known = [f"{kind}_{size}_{patch_size}" for size in ("XL", "L", "B", "S") for patch_size in (2, 4, 8)]
     if model_name not in known:
         raise ValueError(f"--model_name {model_name}: unknown; known: {', '.join(known)}")
     _, size, patch_size = model_name.split("_")
-    if image_size < 1 or image_size % (8 * int(patch_size)):
-        raise ValueError(f"--image_size {image_size}: expected a multiple of {8 * int(patch_size)} for {model_name}")
+    factor = latents["downsampling"]
+    if image_size < 1 or image_size % (factor * int(patch_size)):
+        expected = f"expected a multiple of {factor * int(patch_size)} for {model_name}"
+        raise ValueError(f"--image_size {image_size}: {expected}")
     config = load_config(os.path.join(ROOT, "config", f"{kind}_{size}_patch{patch_size}.json"))
-    return {**config, "model": {**config["model"], "sample_size": image_size // 8}}
+    shape = {"sample_size": image_size // factor, "in_channels": latents["latent_channels"]}
+    return {**config, "model": {**config["model"], **shape}}
 
 
 def find_config(args):
@@ -51,14 +54,14 @@ def find_config(args):
             return config
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
-        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size)
+        return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size, latent_shape(args.vae))
     given = {}
     if args.model_name is not None:
         named = named_config(args.kind, args.model_name, IMAGE_SIZE)["model"]
         keys = ("type", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
         given[f"--model_name {args.model_name}"] = {key: named[key] for key in keys}
     if args.image_size is not None:
-        size = args.image_size / downsampling(args.vae, config["features"]["vae"])
+        size = args.image_size / latent_shape(args.vae, config["features"]["vae"])["downsampling"]
         given[f"--image_size {args.image_size}"] = {"sample_size": int(size) if size % 1 == 0 else size}
     for flag, named in given.items():
         if listed := differences({key: config["model"][key] for key in named}, named):
@@ -66,14 +69,19 @@ def find_config(args):
     return config
 
 
-def downsampling(vae, features):
-    """Returns the pixels along a latent's side: by --vae, if that is a folder, or the features' VAE; else 8."""
-    if vae is None:
-        return (features or {}).get("downsampling") or 8
-    path = os.path.join(vae, "config.json")
-    settings = read_json(path) if os.path.isfile(path) else None
-    blocks = settings.get("block_out_channels") if isinstance(settings, dict) else None
-    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
+def latent_shape(vae, features=None):
+    """Returns `latent_channels` and `downsampling`, the pixels along a latent's side, of --vae or of the features' VAE.
+
+    Nothing is downloaded for it: what they do not tell is that of the default autoencoders.
+    """
+    known = features or {}
+    if vae is not None:
+        path = os.path.join(vae, "config.json")
+        settings = read_json_object(path) if os.path.isfile(path) else {}
+        blocks, channels = settings.get("block_out_channels"), settings.get("latent_channels")
+        known = {"latent_channels": channels if type(channels) is int else None}
+        known["downsampling"] = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+    return {key: known.get(key) or default for key, default in DEFAULT_VAE_SHAPE.items()}
 
 
 def make_parser(kind, description):

@@ -66,9 +66,8 @@ class Model:
                 "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
             )
         what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
-        raise ValueError(
-            f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"
-        )
+        demo = MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
+        raise ValueError(f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by {demo}")
 
 
 def check_dtype(device, dtype):

@@ -250,7 +250,11 @@ def test_stock_ppdiffusers_has_no_switches(kind, convert, flags, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lightningdit_is_no_stock_pipeline(models, tmp_path):
+def test_a_lightningdit_is_no_stock_pipeline_and_no_program(models, tmp_path):
+    with pytest.raises(
+        ValueError, match="is a LightningDiT, which can't be exported .*; sample it by infer_demo_light"
+    ):
+        describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none").check_backend("inference")
     flags = [*map(str, file_flags(models)), "--output", str(tmp_path / "out"), "--stock"]
     with pytest.raises(ValueError, match="--stock is for a SiT; this model is a LightningDiT"):
         convert_sit_to_ppdiffusers.main(flags)

@@ -9,7 +9,7 @@ from config.checks import FLAG_SEED, Check, no_effect
 from config.flags import add_device_flag, check_vae
 from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
 from runtime.process import resolve_device
-from sampling.model_path import check_dtype, check_guidance, check_holds_no, describe_model
+from sampling.model_path import check_dtype, check_guidance, check_holds_no, check_normalization, describe_model
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
@@ -215,8 +215,11 @@ def transport_options(args, defaults):
 def describe_flags(args, pipeline=None, **options):
     """Returns the `Model` of --model_path, by the flags of its weights; arguments as of `describe_model`."""
     flags = {"id2label": args.id2label, "config": args.config_file}
-    flags |= {"latents_stats": args.latents_stats, "latent_multiplier": args.latent_multiplier}
-    return describe_model(args.model_path, pipeline, **flags, **options)
+    stated = {"latents_stats": args.latents_stats, "latent_multiplier": args.latent_multiplier}
+    model = describe_model(args.model_path, pipeline, **flags, **stated, **options)
+    if model.config is not None:
+        check_normalization(model.config, model.path, *stated.values())
+    return model
 
 
 def sampler_options(args, model, defaults):

@@ -146,17 +146,10 @@ def stated_normalization(config, path, statistics=None, multiplier=None):
         statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
         multiplier: the same (--latent_multiplier); None for 1.
 
-    ValueError for flags beside a config that says it, and for a file of a LightningDiT without either: its images
-    would be wrong.
+    ValueError for one of these beside a config that says it.
     """
     known = config["features"]["latent_normalization"]
     if statistics is None and multiplier is None:
-        if config["model"]["type"] == "LightningDiT" and known is None and own_config(path) is None:
-            raise ValueError(
-                f"{path}: this file does not say how its latents were normalised; give --latents_stats FILE, the "
-                "latents_stats.pt of its set (of published weights that of "
-                "huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2), or --latents_stats none"
-            )
         return known
     if known is not None:
         flag = "latent_multiplier" if statistics is None else "latents_stats"
@@ -168,6 +161,20 @@ def stated_normalization(config, path, statistics=None, multiplier=None):
 
     mean, std = read_statistics(statistics, config["model"]["in_channels"])
     return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
+
+
+def check_normalization(config, path, statistics, multiplier):
+    """Raises `ValueError` for a file of a LightningDiT of which nobody says how its latents were normalised.
+
+    Arguments as of `stated_normalization`. Its images would be wrong: the published ones are normalised.
+    """
+    is_said = statistics is not None or multiplier is not None or own_config(path) is not None
+    if config["model"]["type"] == "LightningDiT" and not is_said and not any(config["features"].values()):
+        raise ValueError(
+            f"{path}: this file does not say how its latents were normalised; give --latents_stats FILE, the "
+            "latents_stats.pt of its set (of published weights that of "
+            "huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2), or --latents_stats none"
+        )
 
 
 def check_holds_no(path, pipeline, **flags):

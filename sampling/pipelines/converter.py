@@ -12,7 +12,7 @@ from runtime.process import configure_runtime
 from runtime.untrusted import read_json_object
 from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
-from sampling.model_path import stated_normalization
+from sampling.model_path import check_normalization, stated_normalization
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
 
@@ -146,8 +146,9 @@ def convert(args, check, export, loader):
     vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae", config["model"]["in_channels"])
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
-    stated = stated_normalization(config, args.model_path, args.latents_stats, args.latent_multiplier)
-    config["features"]["latent_normalization"] = stated
+    stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
+    check_normalization(*stated)
+    config["features"]["latent_normalization"] = stated_normalization(*stated)
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
         check_output(args.output, args.overwrite)

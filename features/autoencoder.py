@@ -150,11 +150,14 @@ class LatentScaling:
         """Returns the scaling of latents to which a normalisation of `features.normalization` was applied after this.
 
         `((z - offset) * factor / std - mean) * multiplier / deviation`, with a mean and a deviation for each channel.
+        ValueError for those of another number of channels.
         """
         multiplier = normalization["multiplier"]
-        if normalization["mean"] is None:
+        after = {"scaling_factor": multiplier, **{f"latents_{key}": normalization[key] for key in ("mean", "std")}}
+        after = LatentScaling.of(after, channels=channels, source="the features' latent_normalization")
+        if after.latents_mean is None:
             return replace(self, scaling_factor=self.scaling_factor * multiplier)
-        mean, deviation = (np.array(normalization[key], "float64") for key in ("mean", "std"))
+        mean, deviation = (np.array(value, "float64") for value in after.offset_and_std)
         offset, std = (np.broadcast_to(np.array(value, "float64"), [channels]) for value in self.offset_and_std)
         unit = std / self.scaling_factor  # of z, where the stored latent changes by 1
         return LatentScaling(multiplier, None, (offset + mean * unit).tolist(), (deviation * unit).tolist())
@@ -284,7 +287,6 @@ def open_vae(given, features, *, default, flag, channels=None, normalization=Non
     if normalization is not None:
         vae.own_scaling = LatentScaling.of(vae.config)  # what `describe_vae` tells
         vae.register_to_config(**vae.own_scaling.normalized(normalization, theirs).as_dict())
-        LatentScaling.of(vae.config, channels=theirs, source="the features' latent_normalization")
     return vae, notes
 
 

@@ -44,7 +44,7 @@ def complete_manifest(folder, manifest):
 
 
 def read_statistics(path, channels):
-    """Returns `(mean, std)`, each `(C,)`, of a latents_stats.pt; ValueError if it is broken or of other channels."""
+    """Returns `(mean, std)`, each `(C,)`, of a latents_stats.pt; ValueError if it is broken or misfits."""
     content, found = safe_load(path), []
     for key in ("mean", "std"):
         value = content.get(key) if isinstance(content, dict) else None

@@ -117,7 +117,7 @@ def describe_model(
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         what, notes = f"{source}: describes", []
         if found is None and default_config is None:
-            from weights.recognised import recognised_config, recognised_note
+            from weights.recognised import recognised_config, recognised_note  # numpy, which demos don't wait for
 
             found, what = recognised_config(path), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import paddle
@@ -32,7 +33,7 @@ from training.checkpoints.read import load_pretrained
 from training.checkpoints.state import restore_model
 from transport import create_transport
 from verification import official
-from weights.files import load_weights, safe_load, save_torch
+from weights.files import load_weights, safe_load, save_pdparams, save_torch
 from weights.recognised import lightning_dit_config
 from weights.rope_tables import NAMES, rope_tables
 from weights.source import read_weights
@@ -219,13 +220,27 @@ def test_a_run_begins_with_an_official_file_or_resumes_it():
             np.testing.assert_array_equal(checkpoint.optimizer[name]["moment1"], moment, err_msg=name)
 
 
-@pytest.mark.parametrize("loop", ["trainer", "notrainer"])
-def test_loops_resume_an_official_file(loop, tmp_path, run_loop, config_of):
+def test_a_loop_resumes_an_official_file(tmp_path, run_loop, config_of):
     features = write_features(tmp_path / "features", count=16, shape=(4, 4, 4))
     run = {"config": str(config_of(TRAINED)), "features": features, "output": tmp_path / "out"}
     step = open_checkpoint(TRAIN_FILE, resolve_config({"model": TRAINED})).progress["global_step"]
+    loop = "notrainer"
     run_loop(loop, [*loop_arguments(loop, **run, steps=step + 1), resume_flag(loop, TRAIN_FILE)])
     assert list(read_losses(tmp_path / "out")) == [step + 1]
+
+
+def test_conversion_takes_little_more_memory_than_the_weights(tmp_path, config_of):
+    """Of XL/1, 2.7 GB, it was 1.14 times their size forth, 1.15 back, Paddle included, and of a checkpoint the same."""
+    model = {**FULL, "num_layers": 8, "attention_head_dim": 48}
+    config, forth, back = config_of(model), tmp_path / "forth.pdparams", tmp_path / "back.pt"
+    save_pdparams({name: np.ones(shape, "float32") for name, shape in expected_shapes(model).items()}, forth)
+    size = forth.stat().st_size
+    for flags in ({"weights": forth, "output": back}, {"weights": back, "output": tmp_path / "again.pdparams"}):
+        tracemalloc.start()
+        convert(*["--reverse"][: flags["output"] == back], config_file=config, **flags)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.2 * size, flags
 
 
 # -- Weights that do not fit, or whose config is not given ------------------------------------------------------------
@@ -242,7 +257,7 @@ def stretched(table, factor):
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        (None, {"rope": False}, "these weights do not fit the config: they have rotary positions, the config not"),
+        (None, {"rope": False}, "these weights do not fit the config: they have rope, which the config has not"),
         (None, {"num_attention_heads": 6, "attention_head_dim": 8}, r"\[16, 16\], expected \[16, 8\] by the config's"),
         (lambda table: stretched(table, 0.5), {}, "are not those of a network here, of theta 10000 and whole steps on"),
         (lambda table: table[:9], {}, r"feat_rope.freqs_cos is \[9, 16\], expected \[16, 16\]"),

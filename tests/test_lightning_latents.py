@@ -218,6 +218,7 @@ def test_both_loops_train_on_them(loop, folder, tmp_path, run_loop, capsys):
     assert saved["latent_normalization"] == tiny(folder / "set").normalization
     assert saved["vae"]["latent_channels"] == 4 and saved["vae"]["scaling_factor"] == 1.0
     said = capsys.readouterr().out
+    assert "describes another set" not in said
     assert "latent_normalization by channel" in said and f"--vae {folder / 'vae'}" in said.splitlines()[-2]
     assert list((tmp_path / "out").rglob("images/0000002.png"))
     assert list((tmp_path / "out").rglob("validation.jsonl"))

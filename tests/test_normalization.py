@@ -122,6 +122,11 @@ def test_scaling_and_normalisation_are_one_scaling(settings, normalization):
     np.testing.assert_allclose(both.denormalize(seen), z, atol=1e-5)
 
 
+def test_a_normalisation_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match="latent_normalization: latents_mean has 4 values, expected one for each of 3"):
+        LatentScaling.of({"scaling_factor": 0.2}).normalized({"mean": MEAN, "std": STD, "multiplier": 1.0}, 3)
+
+
 def decoded_by_hand(vae, latents, factor):
     z = (latents.numpy() / 0.5 * np.reshape(STD, (4, 1, 1)) + np.reshape(MEAN, (4, 1, 1))) / factor
     with paddle.no_grad():

@@ -74,8 +74,10 @@ def test_the_steps_lead_from_noise_to_the_images(choices):
         *_, drawing = studio.draw(order_of(choices, show_steps=True, **values))
         assert list(drawing.steps)[-1] == last and len(drawing.steps) == 8
         shown = drawing.steps[last]
-        assert np.array_equal(shown, drawing.images[::2])  # the first of each class
-        assert not np.array_equal(drawing.steps[min(drawing.steps)], shown)
+        # The first of each class. They are decoded in a smaller batch, which some processors round otherwise.
+        difference = shown.astype("int16") - drawing.images[::2]
+        assert np.abs(difference).max() <= 1
+        assert np.abs(drawing.steps[min(drawing.steps)].astype("int16") - shown).max() > 1
 
 
 def test_one_network_at_a_time_and_a_closed_drawing_ends(choices, monkeypatch):

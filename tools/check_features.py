@@ -142,9 +142,8 @@ def own_vae(report):
 
 def write_statistics(report):
     """Adds mean and standard deviation by channel to the set's manifest, which is made if there is none."""
-    if "latents" not in report.facts or {"latents", "finite", "moments", "pairs"} & {
-        p["kind"] for p in report.problems
-    }:
+    wrong = {"latents", "finite", "moments", "pairs"} & {problem["kind"] for problem in report.problems}
+    if wrong or "latents" not in report.facts:
         print("note: the statistics are not written, because not all latents are right")
         return
     path = report.layout.manifest

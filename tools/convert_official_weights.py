@@ -22,7 +22,6 @@ from config.schema import weights_config
 from runtime.files import whole_file
 from runtime.process import configure_runtime, run_cli
 from weights.output import check_output, is_safetensors, save_paddle
-from weights.recognised import recognised_config, recognised_note
 
 
 def main(argv=None):
@@ -53,12 +52,14 @@ def main(argv=None):
     check_paths(args, "model_path", "config_file")
     config = weights_config(args.model_path, args.config_file, sections=("model",))
     if config is None:
+        from weights.recognised import recognised_config, recognised_note
+
         config = recognised_config(args.model_path, args.key)
         print(f"note: {args.model_path}: {recognised_note(config['model'])}")
     model = config["model"]
 
     configure_runtime()
-    from models.state import check_finite, check_state, expected_shapes, paddle_to_official
+    from models.state import check_finite, check_state, expected_shapes, turn_linear
     from weights.files import save_safetensors, save_torch
     from weights.rope_tables import with_rope_tables
     from weights.source import find_shards, read_weights
@@ -71,7 +72,9 @@ def main(argv=None):
     check_finite(state, source=source)
     check_state(state, expected_shapes(model), source=source)
     if args.reverse:
-        official = with_rope_tables(paddle_to_official(state), model, tables)
+        for name, value in state.items():  # in place, so that no second set of weights is held
+            state[name] = turn_linear(name, value)
+        official = with_rope_tables(state, model, tables)
         with whole_file(args.output) as path:
             if is_safetensors(args.output):
                 save_safetensors(official, path, layout="torch")

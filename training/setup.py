@@ -97,10 +97,9 @@ def build_dataset(config, feature_path, resolution):
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     features["latent_normalization"] = dataset.normalization
     dataset.notes += [*filter(None, [note]), *notes]
-    changes = ""
-    if any(config["features"].values()):  # it describes a set
-        changes = features_changes(config["features"], features)
-        changes = changes if any(features.values()) else "it has neither manifest nor class names"
+    changes = features_changes(config["features"], features) if any(config["features"].values()) else ""
+    if not any(features.values()) and any(config["features"].values()):
+        changes = "it has neither manifest nor class names"
     if changes:
         dataset.notes.append(f"the config's section features describes another set; this one counts: {changes}")
     config["features"] = features

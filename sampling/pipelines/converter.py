@@ -143,7 +143,8 @@ def convert(args, check, export, loader):
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
     chosen = (args.vae, config["features"]["vae"])
-    vae_name, _ = choose_vae(*chosen, args.default_vae, "--vae", config["model"]["in_channels"])
+    channels = config["model"]["in_channels"]
+    vae_name = choose_vae(*chosen, args.default_vae, "--vae", channels)[0] if args.save else None
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
@@ -165,7 +166,7 @@ def convert(args, check, export, loader):
         check_state(state, expected_shapes(config["model"]), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return
-    wanted = {"default": args.default_vae, "flag": "--vae", "channels": config["model"]["in_channels"]}
+    wanted = {"default": args.default_vae, "flag": "--vae", "channels": channels}
     vae, vae_notes = open_vae(*chosen, **wanted, normalization=config["features"]["latent_normalization"])
     config["features"] = complete_features(config["features"], vae, vae_name, config["model"]["sample_size"])
     options = {"id2label": labels, "source": source}

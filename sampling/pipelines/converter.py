@@ -148,7 +148,8 @@ def convert(args, check, export, loader):
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
-    check_normalization(*stated)
+    if args.save:
+        check_normalization(*stated)
     config["features"]["latent_normalization"] = stated_normalization(*stated)
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:

@@ -66,6 +66,7 @@ def by_hand(models, num_steps, guidance, multiplier=1.0, statistics=STATISTICS, 
     return np.concatenate(list(images), axis=1).astype(int)
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -5,7 +5,15 @@ import shutil
 import numpy as np
 import paddle
 import pytest
-from support.runs import checkpoint_path, launch, loop_arguments, run_script, write_config, write_features
+from support.runs import (
+    checkpoint_path,
+    launch,
+    loop_arguments,
+    resume_flag,
+    run_script,
+    write_config,
+    write_features,
+)
 
 LOOPS = ("trainer", "notrainer")
 
@@ -139,8 +147,6 @@ def test_mistake_under_the_launcher(features, tmp_path):
         ("notrainer", ["--pretrained_model_path=/no/such.pdparams"], "/no/such.pdparams: there is no such file"),
         ("trainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),
         ("notrainer", ["--learning_rate=1e30", "--max_steps=8"], "step 2: the loss is (nan|inf).*have diverged"),
-        ("trainer", ["--resume_from_checkpoint=/no/such"], "/no/such: no training checkpoint there"),
-        ("notrainer", ["--resume=/no/such"], "/no/such: no training checkpoint there"),
         ("notrainer", ["--gradient_accumulation_steps=3"], "global batch size 8 is not divisible by 1 .* x 3"),
         ("notrainer", ["--device=tpu"], "device must be auto, cpu, gpu or gpu:N, got 'tpu'"),
         ("notrainer", ["--global_batch_size=0"], "command line: --global_batch_size must be a positive integer, got 0"),
@@ -153,6 +159,17 @@ def test_flags(features, tmp_path, run_loop, loop, flags, message):
     with pytest.raises(ValueError, match=message):
         run_loop(loop, [*arguments, *flags])
     assert not list(tmp_path.glob("out/**/model_state.pdparams"))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_checkpoint_that_is_not_there(features, tmp_path, run_loop, loop):
+    config = write_config(tmp_path / "Tiny.json")
+    arguments = loop_arguments(loop, config=config, features=features, output=tmp_path / "out", steps=2)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("gone", "there is no such file or folder"), ("empty", "no training checkpoint there")):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            run_loop(loop, [*arguments, resume_flag(loop, tmp_path / name)])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="a GPU build may see a GPU")

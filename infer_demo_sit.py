@@ -7,7 +7,7 @@
 --model_path is a SiTPipeline folder (tools/convert_sit_to_ppdiffusers.py), a training checkpoint folder, whose averages
 are sampled, a run's folder, whose newest checkpoint is taken, or a file of weights (.pdparams, or an official .pt) with
 --config_file. Without it: ./SiT_XL_2_256 if that folder is there, else SiT-XL-2-256x256.pdparams or .pt. One class
-gives one image, several a grid.
+gives one image, several a grid. infer_demo_lightningdit.py is the same with the defaults of LightningDiT.
 
 --num_inference_steps counts grid points, as the official num_steps: an ODE method makes one step less, the SDE its last
 step besides.
@@ -15,12 +15,10 @@ step besides.
 
 import os
 
-from config.flags import CommandParser
 from config.options import SIT_VAE
 from runtime.process import run_cli
-from sampling.demo import add_flags, check_flags, draw
-from sampling.flags import DEMO_SDE, add_transport_flags, add_vae_flag, check_transport_flags, transport_options
-from sampling.model_path import check_holds_no, describe_model
+from sampling.demo import TransportDemo, draw_transport
+from sampling.flags import DEMO
 
 LOCAL_FOLDER, PUBLIC_WEIGHTS = "./SiT_XL_2_256", ("SiT-XL-2-256x256.pdparams", "SiT-XL-2-256x256.pt")
 PUBLIC_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "SiT_XL_patch2.json")
@@ -42,29 +40,22 @@ def find_model(path):
 
 
 def main(argv=None):
-    parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint, run folder, or file of weights"
-    )
-    add_flags(parser, "SiT", guidance_channels="3 of 4, as the official SiT does; all of any other number")
-    add_transport_flags(parser, DEMO_SDE)
-    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
-    weights.add_argument(
-        "--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's; config/SiT_XL_patch2.json]"
-    )
-    add_vae_flag(weights, f"{SIT_VAE}, as in the official SiT")
-    weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
-    args = parser.parse_args(argv)
-    check_transport_flags(args, DEMO_SDE)
-    check_flags(args, min_steps=2)
+    def find(args):
+        args.model_path = find_model(args.model_path)
 
-    path = find_model(args.model_path)
-    model = describe_model(
-        path, "SiTPipeline", id2label=args.id2label, config=args.config_file, default_config=PUBLIC_CONFIG
+    draw_transport(
+        argv,
+        TransportDemo(
+            __doc__,
+            kind="SiT",
+            defaults=DEMO,
+            like="PaddleMIX's demos",
+            guidance_channels="3 of 4, as the official SiT does; all of any other number",
+            vae=f"{SIT_VAE}, as in the official SiT",
+            config=PUBLIC_CONFIG,
+            find=find,
+        ),
     )
-    if model.kind == "pipeline":
-        check_holds_no(path, model.pipeline, vae=args.vae, key=args.key)
-    draw("SiT", args, model, **transport_options(args, DEMO_SDE))
 
 
 if __name__ == "__main__":

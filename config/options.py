@@ -131,7 +131,7 @@ _CLASSES = {
     "learn_sigma": Option(True, BOOL, "twice the output channels: DiT learns the variance with them, SiT drops them"),
 }
 _MLP_RATIO = Option(4.0, ABOVE_0, "width of the MLP over the network's; of SwiGLU's 2/3 are taken")
-_SWITCHES = {
+SWITCHES = {
     # Without it, LightningDiT's users report NaN after some 200 epochs.
     "qk_norm": Option(False, BOOL, "norms of queries and keys in each head: long runs without may end in NaN"),
     "swiglu": Option(False, BOOL, "SwiGLU in place of the MLP with GELU"),
@@ -139,11 +139,11 @@ _SWITCHES = {
     "rms_norm": Option(False, BOOL, "RMS norms with weights in place of layer norms without"),
     "adaln_shift": Option(True, BOOL, "blocks are modulated by shifts, beside scales and gates"),
 }
-DIT_KEYS = {**_TRANSFORMER, "mlp_ratio": _MLP_RATIO, **_CLASSES, **_SWITCHES}
+DIT_KEYS = {**_TRANSFORMER, "mlp_ratio": _MLP_RATIO, **_CLASSES, **SWITCHES}
 LIGHTNING_DIT_KEYS = {
     **DIT_KEYS,
     "learn_sigma": replace(_CLASSES["learn_sigma"], default=False),
-    **{name: replace(_SWITCHES[name], default=True) for name in ("swiglu", "rope", "rms_norm")},
+    **{name: replace(SWITCHES[name], default=True) for name in ("swiglu", "rope", "rms_norm")},
 }
 LARGE_DIT_KEYS = {
     **_TRANSFORMER,

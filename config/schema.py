@@ -33,6 +33,7 @@ class ModelType(NamedTuple):
     objective: str  # the default type of the objective
     demo: str  # the script that samples it
     pipeline: str  # the class of its pipeline folder
+    guided_channels: int | str = "auto"  # that its samplers guide by default, see `sampling.guidance.default_channels`
 
 
 MODEL_TYPES = {
@@ -41,7 +42,7 @@ MODEL_TYPES = {
     "LargeDiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", False, "diffusion", "infer_demo_dit.py", "DiTPipeline"),
     "LargeSiT": ModelType(options.LARGE_DIT_KEYS, "LargeDiT", True, "transport", "infer_demo_sit.py", "SiTPipeline"),
     "LightningDiT": ModelType(
-        options.LIGHTNING_DIT_KEYS, "DiT", True, "transport", "infer_demo_lightningdit.py", "SiTPipeline"
+        options.LIGHTNING_DIT_KEYS, "DiT", True, "transport", "infer_demo_lightningdit.py", "SiTPipeline", 3
     ),
 }
 

@@ -36,16 +36,16 @@ def complete_manifest(folder, manifest):
     told = {"moments": False, "scaling_factor": 1.0, "latent_normalization": "channel", **manifest}
     vae = told.get("vae")
     told["vae"] = {"latent_channels": channels, **(vae if isinstance(vae, dict) else {})}
-    if os.path.exists(os.path.join(folder, STATISTICS)):
-        mean, std = read_statistics(folder, channels)
+    statistics = os.path.join(folder, STATISTICS)
+    if os.path.exists(statistics):
+        mean, std = read_statistics(statistics, channels)
         told |= {"channel_mean": mean.tolist(), "channel_std": std.tolist()}
     return told
 
 
-def read_statistics(folder, channels):
-    """Returns `(mean, std)`, each `(C,)`, of a folder's latents_stats.pt; ValueError if it is broken or misfits."""
-    path, found = os.path.join(folder, STATISTICS), []
-    content = safe_load(path)
+def read_statistics(path, channels):
+    """Returns `(mean, std)`, each `(C,)`, of a latents_stats.pt; ValueError if it is broken or misfits."""
+    content, found = safe_load(path), []
     for key in ("mean", "std"):
         value = content.get(key) if isinstance(content, dict) else None
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f":

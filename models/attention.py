@@ -80,7 +80,9 @@ class SeparateAttention(nn.Layer):
     def __init__(self, attention):
         super().__init__()
         self.head_dim, self.fused, self.proj = attention.head_dim, attention.fused, attention.proj
-        self.attention = (attention,)  # no sublayer of this one
+        self.attention = (attention,)  # no sublayer of this one, but its norms are: a program has their weights
+        if attention.qk_norm:
+            self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         joint = attention.qkv
         width = joint.weight.shape[0]
         self.projections = nn.LayerList(linear(width, width) for _ in range(3))

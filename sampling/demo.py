@@ -9,31 +9,38 @@ import re
 from dataclasses import dataclass
 
 from config.flags import CommandParser
-from config.options import DEFAULT_VAE, POSITIVE_INT
+from config.options import DEFAULT_VAE, GUIDANCE_SCALE, POSITIVE_INT
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.flags import (
     GUIDANCE_CHANNELS,
+    WEIGHTS_FLAGS,
+    TransportDefaults,
     add_diffusion_flags,
     add_loading_flags,
     add_sampling_flags,
+    add_statistics_flags,
+    add_transport_flags,
     add_vae_flag,
     check_guidance_flags,
     check_sampling_flags,
+    check_transport_flags,
+    describe_flags,
     note_unused,
     note_weights_flags,
     open_generator,
+    transport_options,
 )
 from sampling.labels import DEFAULT_CLASS, find_classes
-from sampling.model_path import check_no_file, describe_model
+from sampling.model_path import check_guidance, check_holds_no, check_no_file, describe_model
 
 OUTPUTS = "outputs"  # the folder of results in the current one, git-ignored
 
 
-def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
-    """Adds the flags of all demos; kind is that of the file names, guidance_channels of --help, the others defaults."""
+def add_flags(parser, kind, *, gpu_dtype="float32", **defaults):
+    """Adds the flags of all demos; kind is that of the file names, defaults are those of `add_sampling_flags`."""
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
@@ -42,7 +49,7 @@ def add_flags(parser, kind, *, guidance_channels, seed=0, gpu_dtype="float32"):
         check=POSITIVE_INT,
         help="label the grid with the names of the classes, N images a row [a plain grid, one image a class]",
     )
-    add_sampling_flags(parser, guidance_channels=guidance_channels, seed=seed)
+    add_sampling_flags(parser, **defaults)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -70,13 +77,14 @@ def check_flags(args, min_steps=1):
         raise ValueError(f"{what} can't be written to; give a file by --output")
 
 
-def draw(kind, args, model, *, guidance_interval=None, **options):
+def draw(kind, args, model, *, guidance_scale=GUIDANCE_SCALE, guidance_interval=None, **options):
     """Samples a `Model` and saves, as the flags of `add_flags` say, and says where the image is.
 
     Classes and guidance that the model lacks are a `ValueError`, and flags of no effect on it are named.
 
     Args:
-        kind: of the file names, such as DiT. guidance_interval, options: of `Generator.sample`.
+        kind: of the file names, such as DiT. guidance_scale: the default of a model that can be guided.
+        guidance_interval, options: of `Generator.sample`.
     """
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)
@@ -96,7 +104,9 @@ def draw(kind, args, model, *, guidance_interval=None, **options):
         ids,
         seed=args.seed,
         num_inference_steps=steps,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=check_guidance(
+            args.guidance_scale, generator.null_class is not None, generator.path, guidance_scale
+        ),
         guidance_channels=GUIDANCE_CHANNELS[args.guidance_channels],
         guidance_interval=guidance_interval,
         callback=show_steps(),
@@ -207,3 +217,44 @@ def draw_dit(argv, demo):
     model.check_backend(args.backend)
     model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
     draw(demo.kind, args, model, method=args.scheduler)
+
+
+@dataclass(frozen=True)
+class TransportDemo:
+    """What differs between the demos of networks of a transport."""
+
+    description: str  # of --help
+    kind: str  # of the PNG's name
+    defaults: TransportDefaults
+    like: str  # whose number of steps and guidance scale they are
+    guidance_channels: str  # the default, as --help names it
+    vae: str  # the same
+    config: str | None  # JSON of a file of weights that has none; None: it is recognised by its shapes
+    find: object  # `find(args)` gives --model_path, and what belongs to it, a value where there is none
+
+
+def draw_transport(argv, demo):
+    """Runs the demo of a network of a transport: reads the command line, draws the images, and saves them as a PNG."""
+    parser = CommandParser(description=demo.description)
+    parser.add_argument(
+        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint, run folder, or file of weights"
+    )
+    numbers = {"num_steps": demo.defaults.num_steps, "guidance_scale": demo.defaults.guidance_scale}
+    add_flags(parser, demo.kind, guidance_channels=demo.guidance_channels, like=demo.like, **numbers)
+    add_transport_flags(parser, demo.defaults)
+    weights = parser.add_argument_group("for a training checkpoint or a file of weights")
+    known = "by its shapes" if demo.config is None else os.path.join("config", os.path.basename(demo.config))
+    weights.add_argument("--config_file", metavar="FILE", help=f"JSON of a file's network [its checkpoint's; {known}]")
+    add_vae_flag(weights, demo.vae)
+    add_statistics_flags(weights)
+    weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
+    args = parser.parse_args(argv)
+    check_transport_flags(args, demo.defaults)
+    check_flags(args, min_steps=2)
+
+    demo.find(args)
+    model = describe_flags(args, "SiTPipeline", default_config=demo.config)
+    if model.kind == "pipeline":
+        check_holds_no(model.path, model.pipeline, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
+    options = transport_options(args, demo.defaults)
+    draw(demo.kind, args, model, guidance_scale=demo.defaults.guidance_scale, **options)

@@ -3,22 +3,47 @@
 Nothing here imports Paddle before `open_generator` does: what a user gets wrong is said at once.
 """
 
+from dataclasses import dataclass
+
 from config.checks import FLAG_SEED, Check, no_effect
 from config.flags import add_device_flag, check_vae
-from config.options import BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
+from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
 from runtime.process import resolve_device
-from sampling.model_path import check_dtype, check_guidance, check_holds_no
+from sampling.model_path import check_dtype, check_guidance, check_holds_no, check_normalization, describe_model
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
+DEFAULT_CHANNELS = "all of a DiT; of a SiT 3 of 4, all of any other number; 3 of a LightningDiT"
+
+# Flags of what a pipeline's folder brings along.
+WEIGHTS_FLAGS = ("vae", "key", "latents_stats", "latent_multiplier")
 
 # What SiT's samplers are called; those of `transport`, which is not imported for --help.
 METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"), "sde": ("Euler", "Heun")}
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
-# The SDE's settings where none are given, of the demos as in PaddleMIX's SiT demo; of all else as in the official code.
-DEMO_SDE = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.4}
-OFFICIAL_SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
+
+
+@dataclass(frozen=True)
+class TransportDefaults:
+    """What a transport is sampled by where flags don't say it."""
+
+    num_steps: int
+    guidance_scale: float
+    sde: dict  # settings of the SDE
+    like: str = "the official SiT"  # whose SDE it is
+    sampler: str = "sde"
+    guidance_interval: tuple | None = None
+    timestep_shift: float = 0.0  # of the ODE
+
+
+_SDE = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
+OFFICIAL = TransportDefaults(250, 1.5, _SDE)  # of SiT
+DEMO = TransportDefaults(
+    25, GUIDANCE_SCALE, {**_SDE, "diffusion_form": "linear", "last_step_size": 0.4}, "PaddleMIX's demo"
+)
+# Of the weights of 800 epochs.
+LIGHTNING = TransportDefaults(250, 6.7, _SDE, sampler="ode", guidance_interval=(0.125, 1.0), timestep_shift=0.3)
 
 
 def add_sampling_flags(
@@ -81,24 +106,46 @@ def add_vae_flag(parser, default):
     )
 
 
-def add_transport_flags(parser, sde_defaults, title=None):
-    """Adds the flags for a SiT or a Large-SiT, under a title; `sde_defaults` are those of the SDE's four, by name."""
-    group = parser if title is None else parser.add_argument_group(title)
-    group.add_argument(
-        "--guidance_interval", nargs=2, type=float, metavar=("LOWEST", "HIGHEST"), help="times, in [0, 1] [all]"
+def add_statistics_flags(parser):
+    """Adds the flags that say how the latents of a network were normalised whose file does not."""
+    parser.add_argument(
+        "--latents_stats",
+        metavar="FILE",
+        help="latents_stats.pt of the latents that weights of LightningDiT were trained on, or none [the checkpoint's]",
     )
-    group.add_argument("--sampler", choices=("ode", "sde"), default="sde", help="the kind of sampler")
+    parser.add_argument("--latent_multiplier", check=ABOVE_0, help="factor of those latents [1, as published]")
+
+
+def add_transport_flags(parser, defaults, title=None):
+    """Adds the flags for the networks of a transport, under a title; defaults: `TransportDefaults`."""
+    group = parser if title is None else parser.add_argument_group(title)
+    interval = defaults.guidance_interval
+    group.add_argument(
+        "--guidance_interval",
+        aliases=("--cfg_interval_start",),
+        nargs="+",
+        type=float,
+        metavar=("LOWEST", "HIGHEST"),
+        help="times in [0, 1] between which guidance is on; the first alone: from then on "
+        f"[{'all' if interval is None else f'{interval[0]:g}'}]",
+    )
+    sampler, shift = defaults.sampler, defaults.timestep_shift
+    group.add_argument("--sampler", choices=("ode", "sde"), default=sampler, help="the kind of sampler")
     group.add_argument(
         "--method",
         aliases=("--sampling_method",),
         help="; ".join(f"{kind}: {', '.join(names)} [{names[0]}]" for kind, names in METHODS.items()),
     )
-    like = "PaddleMIX's demo" if sde_defaults == DEMO_SDE else "the official SiT"
+    group.add_argument(
+        "--timestep_shift",
+        check=FROM_0,
+        help=f"of --sampler ode: below 1 more of its points are near the noise; 0 for none [{shift:g}]",
+    )
     sde, forms = (
-        parser.add_argument_group(f"for --sampler sde; defaults as in {like}"),
+        parser.add_argument_group(f"for --sampler sde; defaults as in {defaults.like}"),
         "one of " + ", ".join(DIFFUSION_FORMS),
     )
-    shown = {name: f"[{value:g}]" if isinstance(value, float) else f"[{value}]" for name, value in sde_defaults.items()}
+    shown = {name: f"[{value:g}]" if isinstance(value, float) else f"[{value}]" for name, value in defaults.sde.items()}
     form = Check((*DIFFUSION_FORMS, "inccreasing-decreasing").__contains__, forms, metavar="FORM")  # an official name
     sde.add_argument("--diffusion_form", check=form, help=f"noise over time, {forms} {shown['diffusion_form']}")
     sde.add_argument("--diffusion_norm", check=FROM_0, help=f"its magnitude {shown['diffusion_norm']}")
@@ -106,14 +153,15 @@ def add_transport_flags(parser, sde_defaults, title=None):
     sde.add_argument("--last_step_size", check=BELOW_1, help=f"its length in time {shown['last_step_size']}")
 
 
-def add_model_flags(parser, sde_defaults):
+def add_model_flags(parser, defaults):
     """Adds the flags of a command that samples every kind of model; `sampler_options` reads those of its sampler."""
     add_loading_flags(parser)
     add_diffusion_flags(parser, "for a DiT or a Large-DiT", ddpm="checkpoints and files of weights")
-    add_transport_flags(parser, sde_defaults, "for a SiT or a Large-SiT")
+    add_transport_flags(parser, defaults, "for a SiT, a Large-SiT or a LightningDiT")
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     weights.add_argument("--config_file", metavar="FILE", help="JSON of a file's network [its checkpoint's]")
     add_vae_flag(weights, f"{DEFAULT_VAE}, of a SiT {SIT_VAE}: each as officially")
+    add_statistics_flags(weights)
     weights.add_argument("--key", help="which weights: model, ema or another key of a file [ema]")
     parser.set_defaults(sampler=None)
 
@@ -126,52 +174,74 @@ def check_sampling_flags(args, min_steps=1):
         check_dtype(args.device, args.dtype)  # as far as the device is said
 
 
-def check_transport_flags(args, sde_defaults):
-    """Raises `ValueError` for values of `add_transport_flags` that no SiT takes."""
-    given = [name for name in sde_defaults if getattr(args, name) is not None]
-    if args.sampler == "ode" and given:
-        raise ValueError(f"--{given[0]} is for --sampler sde")
+def check_transport_flags(args, defaults):
+    """Raises `ValueError` for values of `add_transport_flags` that no network of a transport takes."""
+    other = {"ode": defaults.sde, "sde": ["timestep_shift"]}[args.sampler]
+    for name in other:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for --sampler {'sde' if args.sampler == 'ode' else 'ode'}")
     if args.method is not None and args.method not in METHODS[args.sampler]:
         accepted = ", ".join(METHODS[args.sampler])
         raise ValueError(f"--method {args.method}: unknown for --sampler {args.sampler}; accepted: {accepted}")
-    interval = args.guidance_interval
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+    given = args.guidance_interval or [0]
+    interval = given if len(given) > 1 else [*given, 1.0]
+    if len(interval) > 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        words = " ".join(map(str, given))
         raise ValueError(
-            f"--guidance_interval {interval[0]} {interval[1]}: expected two times in [0, 1], the lower first"
+            f"--guidance_interval {words}: expected two times in [0, 1], the lower first, or the lower alone"
         )
 
 
-def transport_options(args, sde_defaults):
+def guidance_interval(args, defaults):
+    """Returns `(lowest, highest)` times of guidance by checked flags, None for all."""
+    given = args.guidance_interval
+    return defaults.guidance_interval if given is None else (given[0], given[1] if len(given) > 1 else 1.0)
+
+
+def transport_options(args, defaults):
     """Returns the options of `Generator.sample` that the flags of `add_transport_flags` stand for."""
-    options = {"sampler": args.sampler, "method": args.method, "guidance_interval": args.guidance_interval}
+    options = {"sampler": args.sampler, "method": args.method, "guidance_interval": guidance_interval(args, defaults)}
+    sde, shift = {name: getattr(args, name) for name in defaults.sde}, args.timestep_shift
     if args.sampler == "sde":
-        given = {name: getattr(args, name) for name in sde_defaults}
-        options |= {name: sde_defaults[name] if value is None else value for name, value in given.items()}
+        options |= {name: defaults.sde[name] if value is None else value for name, value in sde.items()}
+    elif shift := defaults.timestep_shift if shift is None else shift:
+        options["timestep_shift"] = shift
     if args.last_step == "None":
         options["last_step"] = None
         note_unused(["last_step_size"] if args.last_step_size is not None else [], "with --last_step None")
     return options
 
 
-def sampler_options(args, model, sde_defaults):
+def describe_flags(args, pipeline=None, **options):
+    """Returns the `Model` of --model_path, by the flags of its weights; arguments as of `describe_model`."""
+    flags = {"id2label": args.id2label, "config": args.config_file}
+    stated = {"latents_stats": args.latents_stats, "latent_multiplier": args.latent_multiplier}
+    model = describe_model(args.model_path, pipeline, **flags, **stated, **options)
+    if model.config is not None:
+        check_normalization(model.config, model.path, *stated.values())
+    return model
+
+
+def sampler_options(args, model, defaults):
     """Returns the options of `Generator.sample` that the flags of a command for every kind of `Model` stand for.
 
     Raises `ValueError` for a flag of another kind, and for a number of steps that the model does not take.
     """
     is_transport = model.pipeline == "SiTPipeline"
-    for name in ["scheduler"] if is_transport else ("sampler", "method", "guidance_interval", *sde_defaults):
+    others = ("sampler", "method", "guidance_interval", "timestep_shift", *defaults.sde)
+    for name in ["scheduler"] if is_transport else others:
         if getattr(args, name) is not None:
             kind = model.type or model.pipeline
             raise ValueError(f"--{name} is for a {'DiT' if is_transport else 'SiT'}; {model.path} is a {kind}")
     if not is_transport:
         model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
         return {"method": args.scheduler}
-    args.sampler = args.sampler or "sde"
-    check_transport_flags(args, sde_defaults)
+    args.sampler = args.sampler or defaults.sampler
+    check_transport_flags(args, defaults)
     check_sampling_flags(args, min_steps=2)
     if model.kind == "pipeline":
-        check_holds_no(model.path, model.pipeline, vae=args.vae, key=args.key)
-    return transport_options(args, sde_defaults)
+        check_holds_no(model.path, model.pipeline, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
+    return transport_options(args, defaults)
 
 
 def check_guidance_flags(args, model):
@@ -183,7 +253,7 @@ def check_guidance_flags(args, model):
 
 
 def note_weights_flags(args, model):
-    """Says that --vae and --key have no effect on a model that brings its own; for others checks both."""
+    """Says that the flags for weights have no effect on a model that brings its own; for others checks --vae, --key."""
     if not model.holds_all:
         check_vae(args.vae)
         if args.key is not None:
@@ -191,7 +261,7 @@ def note_weights_flags(args, model):
 
             locate_weights(model.path, key=args.key)
     else:
-        given = [name for name in ("vae", "key") if getattr(args, name) is not None]
+        given = [name for name in WEIGHTS_FLAGS if getattr(args, name, None) is not None]
         note_unused(given, f"on {model.path}, which is no training checkpoint and brings its VAE and weights along")
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import paddle
 
 from config.options import DEFAULT_VAE, SIT_VAE
+from config.schema import MODEL_TYPES
 from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
@@ -177,7 +178,7 @@ def check_settings(model, num_inference_steps, **options):
         Sampler(make(objective or model.path).transport).make(num_steps=num_inference_steps, **options)
 
 
-def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", config=None, key=None, id2label=None):
+def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", key=None, **description):
     """Loads the `Generator` of a model. Nothing that it holds is executed, but the programs of an exported folder are.
 
     Args:
@@ -188,14 +189,13 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
         dtype: that the network computes in; None for float32. Half precision is for a GPU, and bfloat16 in programs.
         vae: folder or hub name of the autoencoder of a checkpoint or a file; None for the features' own.
         backend: "eager", or "inference" for Paddle Inference; what is not exported is then exported for this process.
-        config: JSON of the network of a file of weights.
         key: which weights of a checkpoint: "model" or "ema"; of a file any of its keys.
-        id2label: JSON of labels, instead of the model's own.
+        description: of `sampling.model_path.describe_model`: `config`, `id2label`, `latents_stats`, ...
 
     Raises:
         ValueError: one line: no such model, one that can't be loaded, or weights that don't fit or are not finite.
     """
-    model = path if isinstance(path, Model) else describe_model(path, config=config, id2label=id2label)
+    model = path if isinstance(path, Model) else describe_model(path, **description)
     model.check_backend(backend)
     if device is not None:
         paddle.set_device(resolve_device(device))
@@ -237,14 +237,15 @@ def from_weights(config, state, vae, *, dtype=None, source="weights"):
     if dtype is not None:
         cast_layer(network, dtype)
         network = in_float32(network)
-    sizes = latent_sizes(config["model"])
-    return Generator(network, sampler, vae=vae, guided_channels=None, digests=digests, **sizes)
+    keywords = {**latent_sizes(config["model"]), "guided_channels": None}
+    return Generator(network, sampler, vae=vae, digests=digests, **keywords)
 
 
 def latent_sizes(model):
     """Returns the keywords of a `Generator` that a `model` section says."""
-    null_class = model["num_classes"] if model["class_dropout_prob"] > 0 else None
-    return {**{key: model[key] for key in ("in_channels", "sample_size", "num_classes")}, "null_class": null_class}
+    keywords = {key: model[key] for key in ("in_channels", "sample_size", "num_classes")}
+    keywords["null_class"] = model["num_classes"] if model["class_dropout_prob"] > 0 else None
+    return {**keywords, "guided_channels": MODEL_TYPES[model["type"]].guided_channels}
 
 
 def layer_digests(network, vae):
@@ -276,11 +277,11 @@ def in_float32(network):
 
 def _load_weights(model, dtype, vae, key):
     """Returns the `Generator` of a training checkpoint or a file of weights; dtype as of `from_weights`."""
-    state, source = read_weights(model.path, key=key, model=model.config["model"])
     wanted = {"given": vae, "features": model.config["features"]["vae"], "flag": "--vae"}
     wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
     wanted["channels"] = model.config["model"]["in_channels"]
-    name, _ = choose_vae(**wanted)
+    name, _ = choose_vae(**wanted)  # before weights are read, which takes longer
+    state, source = read_weights(model.path, key=key, model=model.config["model"])
     vae, notes = open_vae(**wanted, normalization=model.config["features"]["latent_normalization"])
     if model.pipeline == "DiTPipeline":
         generator = from_weights(model.config, state, vae, dtype=dtype, source=source)

@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass, field
 
 from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
-from config.schema import MODEL_TYPES, exported_features, load_config, weights_config
+from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
-# The class of pipeline that model_index.json names: what its networks have in common.
-PIPELINES = {kind.pipeline: kind for kind in MODEL_TYPES.values()}
+# The class of pipeline that model_index.json names: what its networks have in common, and the demo that takes them all.
+PIPELINES = {kind.pipeline: kind for kind in (MODEL_TYPES["DiT"], MODEL_TYPES["SiT"])}
 
 
 @dataclass
@@ -66,9 +66,8 @@ class Model:
                 "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
             )
         what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
-        raise ValueError(
-            f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"
-        )
+        demo = MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
+        raise ValueError(f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by {demo}")
 
 
 def check_dtype(device, dtype):
@@ -77,12 +76,12 @@ def check_dtype(device, dtype):
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
 
 
-def check_guidance(scale, has_null_class, path):
-    """Returns a guidance scale, for None 4 or 1 where there is no null class; `ValueError` for another one there."""
+def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
+    """Returns a guidance scale, for None the default or 1 without a null class; `ValueError` for another one there."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
     if scale is None:
-        return GUIDANCE_SCALE if has_null_class else 1.0
+        return default if has_null_class else 1.0
     if scale != 1 and not has_null_class:
         raise ValueError(
             f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"
@@ -90,7 +89,9 @@ def check_guidance(scale, has_null_class, path):
     return scale
 
 
-def describe_model(path, pipeline=None, *, id2label=None, config=None, default_config=None):
+def describe_model(
+    path, pipeline=None, *, id2label=None, config=None, default_config=None, latents_stats=None, latent_multiplier=None
+):
     """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
     Args:
@@ -98,11 +99,12 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
             LightningDiT is recognised by its shapes.
+        latents_stats, latent_multiplier: of weights, see `stated_normalization`.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
     """
-    path = resolve_run(path)
+    path, stated = resolve_run(path), (latents_stats, latent_multiplier)
     if is_training_checkpoint(path):
         if config is not None:
             raise ValueError(f"--config_file is for a file of weights; {path} is a training checkpoint with its own")
@@ -110,7 +112,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
         if part is not None:
             raise ValueError(f"{path}: is a part of a pipeline, {shortened(part)}; expected the pipeline's folder")
         config = load_config(os.path.join(path, "config.json"))
-        return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label)
+        return _describe_weights("checkpoint", path, config, f"{path}: is", pipeline, id2label, stated)
     if os.path.isfile(path):
         found, source = weights_config(path, config), config or os.path.join(os.path.dirname(path), "config.json")
         what, notes = f"{source}: describes", []
@@ -121,7 +123,7 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
             notes = [recognised_note(found["model"])]
         elif found is None:
             found, what = load_config(default_config), f"{default_config}: describes"
-        model = _describe_weights("file", path, found, what, pipeline, id2label)
+        model = _describe_weights("file", path, found, what, pipeline, id2label, stated)
         model.notes += notes
         return model
     check_holds_no(path, pipeline, config_file=config)
@@ -134,6 +136,45 @@ def describe_model(path, pipeline=None, *, id2label=None, config=None, default_c
     if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
         raise ValueError(f"{path}: there is no such folder")
     return Model("hub", path, "DiTPipeline", labels=labels)
+
+
+def stated_normalization(config, path, statistics=None, multiplier=None):
+    """Returns the normalisation, as of `features.normalization`, or None, of the latents of the weights `path`.
+
+    Args:
+        config: of these weights, resolved.
+        statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
+        multiplier: the same (--latent_multiplier); None for 1.
+
+    ValueError for one of these beside a config that says it.
+    """
+    known = config["features"]["latent_normalization"]
+    if statistics is None and multiplier is None:
+        return known
+    if known is not None:
+        flag = "latent_multiplier" if statistics is None else "latents_stats"
+        raise ValueError(f"--{flag}: the config of {path} says how its latents were normalised; leave it out")
+    factor = 1.0 if multiplier is None else multiplier
+    if statistics in (None, "none"):
+        return None if factor == 1 else {"mean": None, "std": None, "multiplier": factor}
+    from features.lightning import read_statistics
+
+    mean, std = read_statistics(statistics, config["model"]["in_channels"])
+    return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
+
+
+def check_normalization(config, path, statistics, multiplier):
+    """Raises `ValueError` for a file of a LightningDiT of which nobody says how its latents were normalised.
+
+    Arguments as of `stated_normalization`. Its images would be wrong: the published ones are normalised.
+    """
+    is_said = statistics is not None or multiplier is not None or own_config(path) is not None
+    if config["model"]["type"] == "LightningDiT" and not is_said and not any(config["features"].values()):
+        raise ValueError(
+            f"{path}: this file does not say how its latents were normalised; give --latents_stats FILE, the "
+            "latents_stats.pt of its set (of published weights that of "
+            "huggingface.co/hustvl/vavae-imagenet256-f16d32-dinov2), or --latents_stats none"
+        )
 
 
 def check_holds_no(path, pipeline, **flags):
@@ -196,7 +237,7 @@ def _pipeline_class(path, index, expected):
     raise ValueError(f"{path}: is a {shortened(kind)}; {f'use {known.demo}' if known else f'expected a {classes}'}")
 
 
-def _describe_weights(kind, path, config, what, pipeline, id2label):
+def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     """Returns the `Model` of a checkpoint or a file of weights; `what` begins a message on its config."""
     model, objective = config["model"], config["objective"]["type"]
     network = MODEL_TYPES[model["type"]]
@@ -205,6 +246,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label):
     if objective != network.objective:
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
+    config["features"]["latent_normalization"] = stated_normalization(config, path, *stated)
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
     known["features"] = config["features"]

@@ -1,4 +1,4 @@
-"""`SiTPipeline`: class labels to images with a SiT or a Large-SiT, as `ppdiffusers.DiTPipeline` is for a DiT.
+"""`SiTPipeline`: class labels to images with a network of a transport, as `ppdiffusers.DiTPipeline` is for a DiT.
 
 from sampling import SiTPipeline
 
@@ -88,10 +88,10 @@ NAMES = {name: [one.__name__ for one in known] for name, known in COMPONENTS.ite
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Class-conditional image generation with a SiT or a Large-SiT.
+    """Class-conditional image generation with a SiT, a Large-SiT or a LightningDiT.
 
     Args:
-        transformer: a `models.SiT` or `models.LargeSiT`.
+        transformer: a `models.SiT`, `models.LargeSiT` or `models.LightningDiT`.
         vae: an `AutoencoderKL` of as many latent channels.
         scheduler: a `TransportScheduler`.
         id2label: `{class id: label}`; None names the classes by their numbers.
@@ -168,7 +168,7 @@ class SiTPipeline(DiffusionPipeline):
         folder = os.fspath(folder)
         index = read_index(inside(folder, "model_index.json"), NAMES, pipeline=cls.__name__)
         kind = component_class(index, "transformer")
-        settings = read_component(inside(folder, "transformer/config.json"), kind, MODELS[kind])
+        settings = read_component(inside(folder, "transformer/config.json"), kind, MODEL_TYPES[kind].keys)
         (weights, *others), layout = find_weights(folder, "transformer")
         if others or layout != "paddle":
             raise ValueError(f"{weights}: expected one file in Paddle's layout, as save_pretrained writes it")
@@ -199,7 +199,7 @@ class SiTPipeline(DiffusionPipeline):
         return Generator(
             in_float32(network),
             self.scheduler,
-            **latent_sizes(network.settings),
+            **latent_sizes({"type": type(network).__name__, **network.settings}),
             vae=self.vae,
             labels={int(index): label for index, label in self.id2label.items()},
             digests=partial(layer_digests, network, self.vae),
@@ -234,6 +234,7 @@ class SiTPipeline(DiffusionPipeline):
         last_step_size=0.04,
         atol=1e-6,
         rtol=1e-3,
+        timestep_shift=0.0,
     ):
         """Draws one image for each class id. Time runs from noise (`t = 0`) to data (`t = 1`).
 
@@ -241,10 +242,10 @@ class SiTPipeline(DiffusionPipeline):
             class_labels: class ids, a list or one.
             guidance_scale, guidance_interval: as of `sampling.generator.Generator.sample`.
             guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
-                DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all.
-            sampler: "ode" or "sde". Its method, the last six options (the SDE's, then dopri5's tolerances), and
-                `num_inference_steps`, the points of the time grid, are those of `transport.Sampler.sample_ode` and
-                `sample_sde`; the form's default is that of the official sample.py.
+                DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all; of a LightningDiT 3.
+            sampler: "ode" or "sde". Its method, the last seven options (the SDE's, then dopri5's tolerances and the
+                ODE's shift), and `num_inference_steps`, the points of the time grid, are those of
+                `transport.Sampler.sample_ode` and `sample_sde`; the form's default is that of the official sample.py.
             generator: as in ppdiffusers, for the noise that sampling starts from and, with the SDE, that of its steps.
                 A list, one for each image, for the ODE only. On a CPU, Paddle has one generator for all:
                 `paddle.Generator().manual_seed(seed)` seeds it, so make the generator just before the call.
@@ -263,6 +264,9 @@ class SiTPipeline(DiffusionPipeline):
         generator = _one_or_each(generator, len(y), sampler)
         sde = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
         sde.update(last_step=last_step, last_step_size=last_step_size)
+        ode = {"atol": atol, "rtol": rtol, "timestep_shift": timestep_shift}
+        if sampler == "sde" and timestep_shift != 0:
+            raise ValueError(f"timestep_shift {timestep_shift!r}: is for the ODE; expected 0 with sampler='sde'")
         hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
         draw = self.generator
         images = draw.sample(
@@ -270,13 +274,13 @@ class SiTPipeline(DiffusionPipeline):
             seed=generator,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            guidance_channels=guidance_channels,
+            guidance_channels="default" if guidance_channels == "auto" else guidance_channels,
             guidance_interval=guidance_interval,
             output="latents",
             progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
             sampler=sampler,
             method=method,
-            **(sde if sampler == "sde" else {"atol": atol, "rtol": rtol}),
+            **(sde if sampler == "sde" else ode),
         )
         if output_type != "latent":
             images = draw.decode(images)

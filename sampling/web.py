@@ -17,12 +17,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from config.options import MAX_SEED, NUMBER, starting_guidance_scale
-from config.schema import MODEL_TYPES
 from runtime.process import counted, say
 from runtime.untrusted import inside, read_json_object, shortened
-from sampling.flags import OFFICIAL_SDE
+from sampling.flags import OFFICIAL
 from sampling.labels import IMAGENET_LABELS, read_labels
-from sampling.model_path import Model, describe_model
+from sampling.model_path import PIPELINES, Model, describe_model
 from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, is_timestep_fit
 from weights.runs import CONFIG, MODEL, damage, is_training_checkpoint
 
@@ -32,7 +31,6 @@ MAX_LABEL = 60  # letters of a class's name on the page
 MANY_CLASSES = 100  # from so many on their ids are shown, to be searched for
 MAX_FOUND, MAX_DEPTH = 50, 6  # models that are looked for, and folders below one another
 COLUMNS = 8  # of a grid with one image a class
-DEMOS = {kind.pipeline: kind.demo for kind in MODEL_TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ def _ode(label, method, steps):
 
 
 def _sde(label, method, steps):
-    flags = [word for name, value in OFFICIAL_SDE.items() for word in (f"--{name}", str(value))]
-    options = {"sampler": "sde", "method": method, **OFFICIAL_SDE}
+    flags = [word for name, value in OFFICIAL.sde.items() for word in (f"--{name}", str(value))]
+    options = {"sampler": "sde", "method": method, **OFFICIAL.sde}
     return Method(label, options, ("--sampler", "sde", "--method", method, *flags), steps, min_steps=2)
 
 
@@ -263,7 +261,7 @@ class Order:
         Several images of each class are also the same labelled grid.
         """
         choice, words = self.choice, []
-        words += ["python", DEMOS[choice.model.pipeline], "--model_path", choice.name]
+        words += ["python", PIPELINES[choice.model.pipeline].demo, "--model_path", choice.name]
         words += ["--classes", *map(str, self.classes)]
         words += ["--images_per_class", str(self.images_per_class)] if self.images_per_class > 1 else []
         words += choice.methods[self.method].flags

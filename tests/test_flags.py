@@ -134,6 +134,7 @@ CONVERSION = {"model_path": "model_weights ckpt", "output": "checkpoint_path", "
 COMMANDS = {
     "infer_demo_dit": SAMPLING,
     "infer_demo_sit": {**SAMPLING, "method": "sampling_method"},
+    "infer_demo_lightningdit": {**SAMPLING, "method": "sampling_method", "guidance_interval": "cfg_interval_start"},
     "infer_demo_largedit_3b": SAMPLING,
     "infer_demo_largedit_7b": SAMPLING,
     "tools.check_features": {"feature_path": "features_path", "image_size": "resolution", "num_workers": "", "vae": ""},

@@ -141,7 +141,7 @@ def test_mistakes(models):
     assert [*get_rng_state_tracker().states_] == states  # none is left behind
 
 
-@pytest.mark.parametrize("kind", ["SiT", "LargeSiT"])
+@pytest.mark.parametrize("kind", ["SiT", "LargeSiT", "LightningDiT"])
 def test_a_network_remembers_its_settings(kind):
     config = make_config(kind, patch_size=4, class_dropout_prob=0.0)
     settings = build_model(config).settings

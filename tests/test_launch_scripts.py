@@ -34,6 +34,15 @@ SCRIPTS = {
     ),
 }
 LARGE = "4_run_train_largedit_3b_trainer.sh"
+LIGHTNING = {
+    f"{number}_run_train_lightningdit_{loop}.sh": (
+        loop,
+        "config/LightningDiT_XL_patch1_f16d32.json",
+        f"./outputs/LightningDiT_XL_patch1_f16d32_{loop}",
+    )
+    for number, loop in ((5, "trainer"), (6, "notrainer"))
+}
+EVERY = {**SCRIPTS, **LIGHTNING}
 PADDLEMIX_FLAGS = (
     "do_train feature_path output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate "
     "weight_decay max_steps lr_scheduler_type warmup_steps image_logging_steps logging_dir logging_steps save_steps "
@@ -102,6 +111,21 @@ def test_defaults_are_paddlemix(script, shell, tmp_path):
         assert value(words, "--results_dir") == output
         assert (value(words, "--global_batch_size"), value(words, "--ckpt_every")) == ("256", "5000")
         assert value(words, "--resume") == "auto"
+
+
+@pytest.mark.parametrize("script", LIGHTNING)
+def test_the_config_of_lightningdit_says_how_it_is_trained(script, tmp_path):
+    loop, config, output = LIGHTNING[script]
+    words = launch_line(script, tmp_path)
+    batch = ["--per_device_train_batch_size", "--global_batch_size"]
+    assert not {"--max_steps", "--learning_rate", "--image_size", "--resolution", *batch} & {*words}
+    assert value(words, "--config_file") == config and value(words, "--feature_path") == "./data/vavae_imagenet256"
+    assert value(words, "--output_dir" if loop == "trainer" else "--results_dir") == output
+    training = load_config(ROOT / config)["training"]
+    assert (training["global_batch_size"], training["max_steps"], training["learning_rate"]) == (1024, 80000, 2e-4)
+    given = {"batch_size": "8"} if loop == "trainer" else {"global_batch_size": "8"}
+    flag = batch[loop == "notrainer"]
+    assert value(launch_line(script, tmp_path, max_steps="20", **given), flag) == "8"
 
 
 @pytest.mark.parametrize("script", ["0_run_train_dit_trainer.sh", "1_run_train_dit_notrainer.sh"])
@@ -174,11 +198,11 @@ def test_further_flags_of_the_large_model(tmp_path):
     assert words[-2:] == ["--ema_decay", "0.99"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_settings_of_the_config_as_variables(script, tmp_path):
     words = launch_line(script, tmp_path, **{variable: "x y" for variable in FROM_JSON.values()})
     assert all(value(words, f"--{flag}") == "x y" for flag in FROM_JSON)
-    loop, known = SCRIPTS[script][0], set()
+    loop, known = EVERY[script][0], set()
     for flag, (name, option) in Parser(loop).options.items():
         known |= {flag, *option.other_names(loop, name)}
     assert {word[2:] for word in words[words.index("--log_dir") + 2 :] if word.startswith("--")} <= known
@@ -195,9 +219,9 @@ def test_gpus_chosen_by_number(tmp_path):
     assert (value(words, "--gpus"), value(words, "--nproc_per_node")) == ("1,3", "2")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_relative_paths_are_the_callers(script, tmp_path):
-    loop, config, output = SCRIPTS[script]
+    loop, config, output = EVERY[script]
     words = launch_line(script, tmp_path, cwd=tmp_path, feature_path="data set", arguments=["--vae", "a vae"])
     assert str(ROOT / f"train_image_generation_{loop}.py") in words
     assert value(words, "--config_file") == str(ROOT / config)
@@ -208,9 +232,9 @@ def test_relative_paths_are_the_callers(script, tmp_path):
     assert (value(words, "--config_file"), value(words, "--log_dir")) == ("mine.json", "log")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_variables_that_every_script_takes(script, tmp_path):
-    flag = "--resolution" if SCRIPTS[script][0] == "trainer" else "--image_size"
+    flag = "--resolution" if EVERY[script][0] == "trainer" else "--image_size"
     for name in ("resolution", "image_size"):
         assert value(launch_line(script, tmp_path, **{name: "64"}), flag) == "64"
     theirs = {"output": "OUTPUT_DIR" if flag == "--resolution" else "results_dir", "vae": "vae_name_or_path"}
@@ -477,13 +501,13 @@ def test_two_nodes_on_one_machine(features, tmp_path, run_loop):
     assert two == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_every_flag_of_the_launch_line_is_taken_on_a_cpu(script, features, tmp_path, run_loop):
-    loop, output = SCRIPTS[script][0], tmp_path / "out"
+    loop, output = EVERY[script][0], tmp_path / "out"
     words = launch_line(
         script,
         tmp_path,
-        arguments=["--device", "cpu", "--resolution" if SCRIPTS[script][0] == "trainer" else "--image_size", "64"],
+        arguments=["--device", "cpu", "--resolution" if EVERY[script][0] == "trainer" else "--image_size", "64"],
         config_file=write_config(tmp_path / "Tiny.json"),
         feature_path=str(features),
         OUTPUT_DIR=str(output),

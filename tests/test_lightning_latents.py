@@ -79,7 +79,8 @@ def test_decoder_gets_what_the_official_sampler_gives_it(tmp_path):
     """Also where the autoencoder's own config has a scaling factor: the folder's latents were never scaled by it."""
     make_halving_vae(tmp_path / "vae", latent_channels=8, scaling_factor=0.18215)
     config = resolve_config({"model": {"type": "SiT", **SIZES, "in_channels": 8}, "data": {"latent_multiplier": 0.5}})
-    build_dataset(config, FOLDER, None)
+    dataset, _ = build_dataset(config, FOLDER, None)
+    assert not any("another set" in note for note in dataset.notes)  # the config described none
     features = config["features"]
     flags = {"default": None, "flag": "--vae", "normalization": features["latent_normalization"]}
     vae, notes = open_vae(str(tmp_path / "vae"), features["vae"], **flags)

@@ -66,10 +66,13 @@ def test_previews_leave_the_losses_alone(kind, loop, tmp_path, run_loop):
     assert not list((tmp_path / "plain").rglob("*.png"))
 
 
-@pytest.mark.parametrize("in_channels, guided_channels", [(4, 3), (16, 16)])
-def test_channels_that_are_guided(in_channels, guided_channels, monkeypatch):
-    """Three of four, as in the official code, and all of sixteen."""
-    config = resolve_config({"model": {**LATENT4, "in_channels": in_channels, "learn_sigma": False}})
+@pytest.mark.parametrize(
+    "kind, in_channels, guided_channels", [("DiT", 4, 3), ("DiT", 16, 16), ("LightningDiT", 16, 3)]
+)
+def test_channels_that_are_guided(kind, in_channels, guided_channels, monkeypatch):
+    """Three of four, as in the official code, and all of sixteen; of LightningDiT's always three, as there."""
+    model = {**LATENT4, "type": kind, "in_channels": in_channels, "learn_sigma": False}
+    config = resolve_config({"model": model})
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=in_channels)
     monkeypatch.setattr("features.autoencoder.load_vae", lambda path: vae)
     preview = Preview(build_objective(config), config, vae="vae", num_inference_steps=2, guidance_scale=4.0)

@@ -9,7 +9,7 @@ import paddle
 import pytest
 from support.golden import judged, load_golden, official_network, relative_error, replay, tensors
 
-from models import SiT
+from models import LightningDiT, SiT
 from sampling import flags
 from transport import (
     DIFFUSION_FORMS,
@@ -20,6 +20,7 @@ from transport import (
     Sampler,
     WeightType,
     create_transport,
+    shift_time,
 )
 from transport.integrators import FIXED_STEP
 from verification import official
@@ -112,6 +113,45 @@ def test_ode_is_the_official_one(guided, run, monkeypatch):
         np.testing.assert_allclose(seen[8:14], times[8:14], rtol=0.1)
     else:
         np.testing.assert_allclose(seen, times, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", official.LIGHTNING_RUNS)
+def test_ode_with_a_shift_of_the_times_is_the_official_one(run, monkeypatch):
+    """It asks the network at the same times, too."""
+    forward, seen = LightningDiT.forward, []
+
+    def watched(self, x, t, *args, **options):
+        assert t.dtype == paddle.float32 and (t == t[0]).all()
+        seen.append(t[0].item())
+        return forward(self, x, t, *args, **options)
+
+    monkeypatch.setattr(LightningDiT, "forward", watched)
+    judged(official.lightning_ode(run))
+    np.testing.assert_allclose(seen, load_golden("lightningdit_ode")[f"{run}_eval_t"], atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1, 2.5])
+def test_shifted_times(shift):
+    t = np.linspace(0, 1, 12)
+    expected = shift * t / (1 + (shift - 1) * t)
+    np.testing.assert_allclose(shift_time(paddle.to_tensor(t), shift), expected, rtol=1e-14)
+    assert (shift_time(0.0, shift), shift_time(1.0, shift)) == (0, 1)  # exactly
+    seen = []
+    sampler = Sampler(create_transport())
+    for reverse in (False, True):
+        sample = sampler.sample_ode(sampling_method="euler", num_steps=12, timestep_shift=shift, reverse=reverse)
+        sample(paddle.zeros([1, 2]), lambda x, t: seen.append(t.item()) or x)
+    np.testing.assert_allclose(seen, [*expected[:-1], *expected[:0:-1]], rtol=1e-6)
+
+
+def test_dopri5_reports_at_shifted_times():
+    sampler, z = Sampler(create_transport()), paddle.randn([2, 3])
+    plain, shifted = (
+        sampler.sample_ode(num_steps=5, rtol=1e-6, timestep_shift=shift)(z, lambda x, t: x) for shift in (0.0, 0.3)
+    )
+    times = shift_time(np.linspace(0, 1, 5), 0.3).reshape(-1, 1, 1)
+    np.testing.assert_allclose(shifted, z.numpy() * np.exp(times), rtol=1e-5)
+    np.testing.assert_array_equal(plain[-1], shifted[-1])
 
 
 def test_sde_is_the_official_one():
@@ -688,6 +728,8 @@ def test_wrong_transport(arguments, message):
         ("ode", {"num_steps": 2.5}, "num_steps=2.5: expected an integer"),
         ("ode", {"atol": 0}, "atol=0: expected a positive number"),
         ("ode", {"rtol": -1.0}, "rtol=-1.0: expected a positive number"),
+        ("ode", {"timestep_shift": -0.1}, "timestep_shift=-0.1: expected a number, at least 0"),
+        ("ode", {"timestep_shift": math.nan}, "timestep_shift=nan: expected a number, at least 0"),
         ("ode_likelihood", {"sampling_method": "heun"}, "unknown sampling_method of an ODE 'heun'"),
         ("ode_likelihood", {"num_steps": 0}, "num_steps=0: expected an integer, at least 2"),
         ("sde", {"sampling_method": "dopri5"}, "unknown sampling_method of an SDE 'dopri5'; accepted: 'Euler', 'Heun'"),
@@ -840,6 +882,10 @@ def test_sampling_by_name():
     assert len(sampler.make("sde", num_steps=4)(z, model)) == 4
     with pytest.raises(ValueError, match="unknown sampler 'odd'; accepted: 'ode', 'sde'"):
         sampler.make("odd")
+    with pytest.raises(
+        ValueError, match="unknown option of the sampler 'sde' 'timestep_shift'; accepted: .*'last_step'"
+    ):
+        sampler.make("sde", num_steps=4, timestep_shift=0.3)
 
 
 @pytest.mark.parametrize("kind, method", [("ode", "euler"), ("ode", "rk4"), ("sde", "Euler"), ("sde", "Heun")])

@@ -1,12 +1,15 @@
-"""Export a SiT or a Large-SiT as a folder for this project's `SiTPipeline`, or (--stock) for `ppdiffusers.DiTPipeline`.
+"""Export a SiT, Large-SiT or LightningDiT as a folder for `sampling.SiTPipeline`, a SiT also for stock ppdiffusers.
 
     python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_pipeline
     python tools/convert_sit_to_ppdiffusers.py --model_path outputs/trainer/checkpoint-5000 --output SiT_dit --stock
+    python tools/convert_sit_to_ppdiffusers.py --model_path lightningdit-xl-imagenet256-800ep.pt --vae vavae \\
+        --latents_stats latents_stats.pt --output LightningDiT_XL_1_256
 
 --model_path is a training checkpoint folder (its averages and its own config.json), a run's folder (its newest
 checkpoint), a `.pdparams`, or an official `.pt` / `.safetensors`. The network is described by the checkpoint's own
 config.json, else by --config_file, else by --model_name and --image_size (1000 classes, latents of --vae's
-channels and size, linear path, velocity prediction). What is given beside a checkpoint must agree with its config.
+channels and size, linear path, velocity prediction); a LightningDiT is recognised by its shapes. What is given beside a
+checkpoint must agree with its config.
 
 SiTPipeline needs this project and samples by every ODE and SDE method. The folder of --stock needs ppdiffusers alone
 and samples Euler steps of the ODE: N inference steps give the latents of `sample_ode("euler", num_steps=N)`.

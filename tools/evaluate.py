@@ -42,7 +42,7 @@ REPORT = "outputs/report.json"
 # Of the settings that tools/sample_npz.py writes, what is printed.
 TOLD = (
     *("labels", "seed", "scheduler", "sampler", "method", "diffusion_form", "num_inference_steps"),
-    *("guidance_scale", "guidance_channels", "guidance_interval", "rounding", "dtype"),
+    *("guidance_scale", "guidance_channels", "guidance_interval", "timestep_shift", "rounding", "dtype"),
 )
 
 

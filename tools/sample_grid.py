@@ -20,17 +20,20 @@ from runtime.files import check_output
 from runtime.process import configure_runtime, counted, run_cli
 from sampling.demo import save_image, show_steps
 from sampling.flags import (
-    DEMO_SDE,
+    DEFAULT_CHANNELS,
+    DEMO,
     GUIDANCE_CHANNELS,
     add_model_flags,
     check_sampling_flags,
+    describe_flags,
+    guidance_interval,
     note_unused,
     note_weights_flags,
     open_generator,
     sampler_options,
 )
 from sampling.labels import find_classes
-from sampling.model_path import check_guidance, describe_model
+from sampling.model_path import check_guidance
 
 SCALES, STEPS = [1.0, 1.5, 4.0], [10, 25, 50]
 
@@ -55,19 +58,19 @@ def parse(argv):
     parser.add_argument(
         "--guidance_channels",
         choices=("3", "all"),
-        help="latent channels that are guided [all of a DiT; of a SiT 3 of 4, all of any other number]",
+        help=f"latent channels that are guided [{DEFAULT_CHANNELS}]",
     )
     parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the noise")
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images drawn at once")
     parser.add_argument("--output", default="outputs/sample_grid", metavar="FOLDER", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
-    add_model_flags(parser, DEMO_SDE)
+    add_model_flags(parser, DEMO)
     return parser.parse_args(argv)
 
 
 def check(args):
     """Returns the `Model`, the scales, and `{num_steps: options of Generator.sample}`; ValueError for a mistake."""
-    model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
+    model = describe_flags(args)
     model.check_backend(args.backend)
     can_guide = model.has_null_class is not False
     scales = dict.fromkeys(args.guidance_scales or (SCALES if can_guide else [1.0]))
@@ -80,7 +83,7 @@ def check(args):
     for steps in args.num_inference_steps:
         own = argparse.Namespace(**{**vars(args), "num_inference_steps": steps})
         check_sampling_flags(own)
-        options[steps] = sampler_options(own, model, DEMO_SDE)
+        options[steps] = sampler_options(own, model, DEMO)
         options[steps].pop("guidance_interval", None)
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)
@@ -109,7 +112,7 @@ def draw(args, generator, ids, scale, num_steps, options):
     from sampling.many import draw_images
 
     guidance = {"guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels]}
-    guidance["guidance_interval"] = args.guidance_interval
+    guidance["guidance_interval"] = guidance_interval(args, DEMO)
     drawn = draw_images(
         generator,
         range(len(ids)),

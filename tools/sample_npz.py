@@ -30,12 +30,14 @@ from runtime.machine import set_mkl_reproducible
 from runtime.process import configure_runtime, counted, init_distributed, launched_rank, resolve_device, run_cli
 from runtime.progress import tqdm
 from sampling.flags import (
+    DEFAULT_CHANNELS,
     GUIDANCE_CHANNELS,
-    OFFICIAL_SDE,
+    OFFICIAL,
     add_model_flags,
     add_sampling_flags,
     check_guidance_flags,
     check_sampling_flags,
+    describe_flags,
     note_unused,
     note_weights_flags,
     open_generator,
@@ -43,13 +45,12 @@ from sampling.flags import (
 )
 from sampling.labels import find_classes
 from sampling.many import CPU_TILE, LABELS, choose_labels, choose_tile, draw_images
-from sampling.model_path import describe_model
 from sampling.png_folder import PngFolder
 from sampling.sample_sets import SampleSet, differences
 from sampling.step_counts import FLOW_SCHEDULER
 
 # Defaults of the official sample_ddp.py: 250 steps, DiT's guidance.
-NUM_STEPS, GUIDANCE_SCALE = 250, 1.5
+NUM_STEPS, GUIDANCE_SCALE = OFFICIAL.num_steps, OFFICIAL.guidance_scale
 METHODS = {"ode": "euler", "sde": "Euler"}  # without --method
 
 
@@ -77,7 +78,7 @@ def parse(argv):
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or ids of those to draw [all]")
     add_sampling_flags(
         parser,
-        guidance_channels="all of a DiT; of a SiT 3 of 4, all of any other number",
+        guidance_channels=DEFAULT_CHANNELS,
         num_steps=NUM_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         like="the official sample_ddp.py",
@@ -94,7 +95,7 @@ def parse(argv):
         check=POSITIVE_INT,
         help=f"images that the network computes at once [{CPU_TILE} on a CPU, else --batch_size]",
     )
-    add_model_flags(parser, OFFICIAL_SDE)
+    add_model_flags(parser, OFFICIAL)
     return parser.parse_args(argv)
 
 
@@ -104,9 +105,9 @@ def check(args):
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npz")
     check_output(args.output, True, "--output ")
-    model = describe_model(args.model_path, id2label=args.id2label, config=args.config_file)
+    model = describe_flags(args)
     model.check_backend(args.backend)
-    options = sampler_options(args, model, OFFICIAL_SDE)
+    options = sampler_options(args, model, OFFICIAL)
     if args.classes and model.num_classes is not None:
         check_repeats(find_classes(args.classes, model.labels, model.num_classes))
     check_guidance_flags(args, model)

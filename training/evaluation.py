@@ -61,8 +61,8 @@ class Evaluation:
         wanted = {"default": default, "flag": "--vae", "channels": model["in_channels"]}
         wanted["normalization"] = config["features"]["latent_normalization"]
         vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
-        channels = None if is_diffusion else "auto"
-        self.generator = Generator(None, sampler, vae=vae, guided_channels=channels, **latent_sizes(model))
+        keywords = latent_sizes(model) | ({"guided_channels": None} if is_diffusion else {})
+        self.generator = Generator(None, sampler, vae=vae, **keywords)
         classes = config["data"]["classes"] or model["num_classes"]
         self.labels = choose_labels(settings["labels"], settings["num_samples"], classes, self.SEED)
         self.reference = load_reference(

@@ -4,6 +4,7 @@ Each method of `Sampler` returns a function `sample(x, model, **model_kwargs)`; 
 """
 
 import collections
+import inspect
 import math
 import numbers
 import weakref
@@ -17,7 +18,7 @@ import paddle
 from . import integrators
 from .path import DIFFUSION_FORMS
 from .transport import ModelType, PathType, Transport, call_model
-from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, sum_flat
+from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, shift_time, sum_flat
 
 ODE_METHODS = (*integrators.FIXED_STEP, "dopri5")
 SDE_METHODS = ("Euler", "Heun")
@@ -38,10 +39,15 @@ class Sampler:
         self.drift, self.score = transport.get_drift(), transport.get_score()
 
     def make(self, sampler, method=None, **options):
-        """Returns `sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest."""
+        """Returns `sample_ode` or `sample_sde` by name: `sampler` is `ode` or `sde`, method None the simplest.
+
+        An option that it does not have is a `ValueError`, too.
+        """
         makers = {"ode": (self.sample_ode, "euler"), "sde": (self.sample_sde, "Euler")}
         check_choice("sampler", sampler, makers)
         make, simplest = makers[sampler]
+        for name in options:
+            check_choice(f"option of the sampler {sampler!r}", name, inspect.signature(make).parameters)
         return make(sampling_method=simplest if method is None else method, **options)
 
     def sample_ode(
@@ -52,6 +58,7 @@ class Sampler:
         atol=1e-6,
         rtol=1e-3,
         reverse=False,
+        timestep_shift=0.0,
         trajectory=True,
         progress=False,
     ):
@@ -63,6 +70,9 @@ class Sampler:
                 makes `num_steps - 1` steps; `dopri5` chooses its own and reports at these points.
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
             reverse: from data to noise.
+            timestep_shift: the points of the grid are moved by `shift_time`, as in the official LightningDiT: below 1
+                towards the noise, above 1 towards the data, so that the steps of a fixed-step method differ in length;
+                0 leaves them. Of `dopri5` only the points move that it reports at.
             trajectory: return every point of the grid, else the last alone.
             progress: show a bar; or a function from the iterator of the states to one of the same.
 
@@ -74,7 +84,10 @@ class Sampler:
         NaN: that one starts at `1 - sample_eps` and goes to 0.
         """
         solve = _ode_solver(sampling_method, num_steps, atol, rtol)
+        check_number("timestep_shift", timestep_shift, "a number, at least 0; 0 for none", lambda s: 0 <= s < math.inf)
         grid = self._ode_grid(num_steps, reverse)
+        if timestep_shift > 0:
+            grid = [shift_time(t, timestep_shift) for t in grid]
 
         @paddle.no_grad()
         def sample(x, model, **model_kwargs):

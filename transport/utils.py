@@ -51,6 +51,15 @@ def expand_t_like_x(t, x):
     return t.astype(x.dtype).reshape([-1] + [1] * (x.ndim - 1))
 
 
+def shift_time(t, shift):
+    """Returns `shift t / (1 + (shift - 1) t)`: times in [0, 1], nearer to 0 (noise) where `shift` is below 1.
+
+    0 and 1 stay. It is the shift of the noise level of Stable Diffusion 3 and FLUX by 1 / `shift`: theirs is 1 - t.
+    """
+    moved = shift * t
+    return moved / (moved + (1 - t))  # so 1 stays exactly 1
+
+
 def check_choice(name, value, accepted):
     """Raises ValueError unless `value` is among `accepted`."""
     if not any(type(value) is type(choice) and value == choice for choice in accepted):

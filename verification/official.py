@@ -369,6 +369,29 @@ def ode(run, guided=True):
     return pairs
 
 
+# Guidance 3 from t = 0.11 on, or none; settings.
+LIGHTNING_RUNS = {
+    "euler_cfg": (True, {"num_steps": 20, "timestep_shift": 0.3}),
+    "heun2_cfg": (True, {"num_steps": 12, "timestep_shift": 0.3}),
+    "euler_nocfg": (False, {"num_steps": 20, "timestep_shift": 0.3}),
+    "euler_noshift": (True, {"num_steps": 20}),
+    "euler_shift2": (False, {"num_steps": 10, "timestep_shift": 2.0}),
+}
+
+
+def lightning_ode(run):
+    """LightningDiT by a method of the ODE, its times shifted."""
+    arrays, model = load_golden("lightningdit_ode"), official_network("LightningDiT without qk_norm")
+    (is_guided, settings), (z, y) = LIGHTNING_RUNS[run], tensors(arrays, "z", "y")
+    sample = Sampler(create_transport()).sample_ode(sampling_method=run.split("_")[0], **settings)
+    guidance = {"cfg_scale": 3.0, "cfg_interval": True, "cfg_interval_start": 0.11}
+    states = sample(z, model.forward_with_cfg, y=y, **guidance) if is_guided else sample(z, model, y=y)
+    pairs = {f"{run} final": Pair(states[-1], arrays[f"{run}_final"], 2e-5)}
+    if f"{run}_traj" in arrays:
+        pairs[f"{run} trajectory"] = Pair(states, arrays[f"{run}_traj"], 2e-5)
+    return pairs
+
+
 def sde():
     """SiT by the SDE with given noise: every state."""
     arrays, model = load_golden("sit_sde_euler_sigma"), official_network("SiT")

@@ -1,16 +1,18 @@
 """What the converters to pipeline folders share: the network's config, flags, and the order of things."""
 
+import contextlib
 import os
 
 from config.flags import CommandParser, check_paths, check_vae
 from config.options import DEFAULT_VAE, DEFAULT_VAE_SHAPE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
-from config.schema import differences, load_config, weights_config
+from config.schema import MODEL_TYPES, differences, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json_object
-from sampling.flags import add_vae_flag
+from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
+from sampling.model_path import check_normalization, stated_normalization
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
 
@@ -35,12 +37,21 @@ def named_config(kind, model_name, image_size, latents=DEFAULT_VAE_SHAPE):
 def find_config(args):
     """Returns the resolved config of the network: the checkpoint's own, --config_file's, or --model_name's.
 
+    Without any of these a file of a LightningDiT is recognised by its shapes.
+
     What describes another network than the checkpoint's own config is a `ValueError`.
     """
     config = weights_config(args.model_path, args.config_file)
     beside = os.path.join(args.model_path, "config.json")
     if config is None and os.path.isfile(beside):
         config = load_config(beside)
+    if config is None and args.kind == "SiT" and args.model_name is None and os.path.isfile(args.model_path):
+        from weights.recognised import recognised_config, recognised_note
+
+        with contextlib.suppress(ValueError):  # of another network
+            config = recognised_config(args.model_path, args.key)
+            print(f"note: {recognised_note(config['model'])}", flush=True)
+            return config
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size, latent_shape(args.vae))
@@ -86,6 +97,7 @@ def make_parser(kind, description):
     parser.add_argument("--model_name", metavar="NAME", help=f"{kind}_{{S,B,L,XL}}_{{2,4,8}} [{kind}_XL_2]")
     add_vae_flag(parser, f"{vae}, as in the official {kind}")
     parser.set_defaults(kind=kind, default_vae=vae)
+    add_statistics_flags(parser)
     parser.add_argument("--save", action="store_true", default=True, help="False only checks the weights")
     parser.add_argument(
         "--config_file", metavar="FILE", help="JSON of the network, instead of --model_name [the checkpoint's own]"
@@ -135,6 +147,10 @@ def convert(args, check, export, loader):
     vae_name = choose_vae(*chosen, args.default_vae, "--vae", channels)[0] if args.save else None
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
+    stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
+    if args.save:
+        check_normalization(*stated)
+    config["features"]["latent_normalization"] = stated_normalization(*stated)
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
         check_output(args.output, args.overwrite)
@@ -162,6 +178,6 @@ def convert(args, check, export, loader):
     for text in filter(None, [note, *vae_notes, *notes, no_picture]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
-    demo = "infer_demo_sit.py" if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
+    demo = MODEL_TYPES[config["model"]["type"]].demo if loader.endswith("SiTPipeline") else "infer_demo_dit.py"
     place = ["--model_path", args.output]
     say_next([demo, *place, *first_images_flags(config["model"])], ["web_demo.py", *place])

@@ -12,6 +12,7 @@ What the stock classes do differently, and what the export does about it, stands
 
 import numpy as np
 
+from config.options import SWITCHES
 from models.state import is_rounded
 from sampling.pipelines.pretrained import NULL_CLASS
 from sampling.step_counts import FIT_KEY
@@ -30,6 +31,13 @@ def transformer_config(model):
     hidden_size = model["num_attention_heads"] * model["attention_head_dim"]
     if model["type"] not in ("DiT", "SiT"):
         raise ValueError(f"a model of type {model['type']!r} can't be exported; sample it from its checkpoint")
+    switched = [key for key, switch in SWITCHES.items() if model.get(key, switch.default) != switch.default]
+    if switched:
+        named = ", ".join(f"{key} {str(model[key]).lower()}" for key in switched)
+        raise ValueError(
+            f"{named}: Transformer2DModel has no such layers; such a model can't be a DiTPipeline, sample it from its "
+            "checkpoint"
+        )
     if int(hidden_size * model["mlp_ratio"]) > 4 * hidden_size:
         raise ValueError(
             f"mlp_ratio {model['mlp_ratio']}: Transformer2DModel's MLP has 4 times the hidden width; a wider one can't "

@@ -53,14 +53,17 @@ def read_index(path, components, pipeline=None):
     return index
 
 
-def read_component(path, class_name, function):
-    """Returns the settings of a component, keywords of `function`; `ValueError` as `read_settings`, or for others."""
+def read_component(path, class_name, known):
+    """Returns the settings of a component; `ValueError` as `read_settings`, or for others than are `known`.
+
+    These are names, or a function with such keywords.
+    """
     from weights.pretrained import read_settings
 
     if not os.path.isfile(path):  # else its folder would be taken for a name on the hub
         raise ValueError(f"{path}: no such file")
     settings, _ = read_settings(*os.path.split(path), class_names=(class_name,))
-    known = inspect.signature(function).parameters
+    known = inspect.signature(known).parameters if callable(known) else known
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown setting '{shortened(unknown[0])}'; known: {', '.join(known)}")

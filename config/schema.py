@@ -21,6 +21,7 @@ ALIASES = {
     "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
     "n_layers": "num_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_kv_heads",
     "use_qknorm": "qk_norm", "use_swiglu": "swiglu", "use_rope": "rope", "use_rmsnorm": "rms_norm",
+    "in_chans": "in_channels",
 }  # fmt: skip
 
 
@@ -84,6 +85,8 @@ def _check_typed(tables, given, default_type, where, subject):
 def _official_names(model, where):
     """Returns the model section with the official codes' names (`ALIASES`, `hidden_size`) turned into ours."""
     _check_object(model, where)
+    if "wo_shift" in model:
+        raise ValueError(f"{where}: unknown key 'wo_shift'; its opposite is adaln_shift: true for wo_shift false")
     given = {}  # our name: the name in the file
     for name in model:
         other = given.setdefault(ALIASES.get(name, name), name)
@@ -223,6 +226,8 @@ def manifest_features(manifest, where):
 
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
+    if str(path).endswith((".yaml", ".yml")):
+        raise ValueError(f"{path}: a config is JSON; for an official YAML take the preset of its model, config/*.json")
     return resolve_config(read_json(path), source=str(path))
 
 

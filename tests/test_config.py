@@ -58,7 +58,11 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
     shipped = load_config(ROOT / "config/SiT_XL_patch2.json")
     assert config["model"] == shipped["model"]
     assert config["model"]["type"] == "SiT" and config["objective"]["type"] == "transport"
+    lightning = {"in_chans": 32, "use_rope": False, "use_qknorm": True, "use_rmsnorm": False, "use_swiglu": False}
+    model = resolve_config({"model": {**official, "type": "LightningDiT", **lightning}})["model"]
+    assert [model[key] for key in ("in_channels", "rope", "qk_norm", "rms_norm", "swiglu")] == [*lightning.values()]
     for change, message in (
+        ({"wo_shift": True}, "unknown key 'wo_shift'; its opposite is adaln_shift"),
         ({"hidden_size": 1150}, "hidden_size must be a multiple of num_attention_heads 16, got 1150"),
         ({"num_layers": 28}, "depth and num_layers are the same"),
     ):
@@ -141,6 +145,8 @@ def test_mistakes_name_file_key_and_what_was_expected(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_config(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="official.yaml: a config is JSON"):
+        load_config(tmp_path / "official.yaml")
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -252,7 +252,8 @@ def suggest(features, device, wishes, *, trial=True):
     steps = choose("steps", *_steps(samples, batch, device, wishes, seconds))
     schedule = _schedule(steps, planned.sizes, wishes.size or _size_of(model), wishes.recipe, choose)
     training.update(max_steps=steps, **schedule, **wishes.recipe.training)
-    data["validation_steps"] = max(1, min(5000, steps // 20))
+    if data["validation_samples"]:
+        data["validation_steps"] = max(1, min(5000, steps // 20))
     if planned.sizes.large:
         training["max_grad_norm"] = 2.0  # as the presets of Large-DiT
     return Suggestion(config, reasons, planned, seconds, source, steps)
@@ -277,6 +278,8 @@ def _patch(features, device, wishes):
         return 1, f"every position is a token, which has {features.channels} channels; {side**2} tokens"
     if device.kind == "cpu" and (side // 2) ** 2 > MAX_CPU_TOKENS and side % 4 == 0:
         return 4, f"{(side // 4) ** 2} tokens; a CPU takes 5 times as long for the {(side // 2) ** 2} of patch 2"
+    if side <= DEEP_LATENTS[0] and features.channels >= DEEP_LATENTS[1]:
+        return 2, f"{(side // 2) ** 2} tokens; a CPU takes 5 times as long for the {side**2} of patch 1"
     return 2, f"the papers' best; {(side // 2) ** 2} tokens"
 
 

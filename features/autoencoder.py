@@ -256,8 +256,10 @@ def choose_vae(given, features, default, flag, channels=None):
                 f"the latents have {channels} channels, and their set does not tell its autoencoder; {default} has "
                 f"{theirs}: give the one that encoded them by {flag}"
             )
-    if given is not None or own is None:
-        return given if given is not None else default, None
+        is_guess = None not in (features, default)
+        return default, f"the set does not tell its autoencoder: {default} is taken, see {flag}" if is_guess else None
+    if given is not None:
+        return given, None
     if os.path.isdir(own) or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", own):
         return own, None
     shown, sha = shortened(own, 300), features["weights_sha256"]

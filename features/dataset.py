@@ -89,7 +89,10 @@ class FeatureDataset:
         if note := size_note(feature_path, name, resolution):
             self.notes.append(note)
         if flip and not self.store.has_flip:
-            raise ValueError(f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip")
+            raise ValueError(
+                f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip, "
+                "or train without: --no_flip"
+            )
         if kind != "pairs":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
         if kind == "packed":

@@ -27,7 +27,10 @@ def choose_normalization(mode, multiplier, manifest, store, channels):
     if None in found and hasattr(store, "compute_statistics"):
         found = [values.tolist() for values in store.compute_statistics()]
         rows = counted(min(MAX_ROWS, len(store)), "row")
-        note = f"no {STATISTICS} in {store.path}: mean and standard deviation by channel are those of {rows}"
+        note = (
+            f"no {STATISTICS} in {store.path}: mean and standard deviation by channel are those of {rows}, counted at "
+            "each start; tools/check_features.py --write_statistics keeps those of all"
+        )
     if None in found:
         folder = shlex.quote(os.path.dirname(store.path))
         raise ValueError(
@@ -54,9 +57,14 @@ def normalize(latents, normalization):
 
 
 def normalization_differences(theirs, ours):
-    """Lists, as `(what, their value, our value)`, in which numbers two normalisations, or None, differ."""
+    """Lists, as `(what, their value, our value)`, in which numbers two normalisations, or None, differ.
+
+    Where only one of them is by channel, that is said in its place.
+    """
     plain = {"mean": None, "std": None, "multiplier": 1.0}
     both = [normalization or plain for normalization in (theirs, ours)]
+    if len({normalization["mean"] is None for normalization in both}) == 2:
+        return [("latent_normalization", *map(describe_normalization, both))]
     found = [(f"latent_normalization's {key}", *(each[key] for each in both)) for key in plain]
     return [(what, there, here) for what, there, here in found if there != here]
 

@@ -50,7 +50,11 @@ def find_features(feature_path, resolution):
         raise ValueError(f"{partial}: is not finished; run again the command that writes it")
     if not whole:
         lacks = f"no {preferred}_features/ nor any other NAME_features/ or NAME_packed/ folder in it, nor *.safetensors"
-        lacks = lacks if is_folder else "no such folder; expected NAME_features/ and NAME_labels/ in it"
+        lacks = (
+            lacks
+            if is_folder
+            else "no such folder; expected one with NAME_features/ and NAME_labels/, or with *.safetensors"
+        )
         raise ValueError(f"feature_path {feature_path}: {lacks}{_unpacking(feature_path)}")
     if len(whole) > 1 and resolution:
         sizes = {name: read_manifest(feature_path, name).get("image_size") for name in whole}

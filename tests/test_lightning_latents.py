@@ -274,6 +274,7 @@ def test_a_folder_without_statistics_gets_them_on_request(tmp_path, capsys):
     latents, mirrored = write_lightning(tmp_path / "set", statistics=False)
     flags = ["--feature_path", str(tmp_path / "set"), "--output", str(tmp_path / "check.json"), "--write_statistics"]
     check_features.main(flags)
+    assert "counted at each start; tools/check_features.py --write_statistics keeps" in capsys.readouterr().out
     data = tiny(tmp_path / "set")
     both = np.concatenate([latents, mirrored])
     np.testing.assert_allclose(data.normalization["mean"], both.mean(axis=(0, 2, 3)), rtol=1e-5)

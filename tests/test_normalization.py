@@ -230,6 +230,9 @@ def test_another_normalisation_than_the_checkpoints_is_one_line(run):
     assert note.endswith(f"{run.folder}/SiT was trained on other latents: {here}")
     checkpoint = SimpleNamespace(config=run.configs["SiT"], progress={})
     assert describe_data_changes(checkpoint, config, data) == f"{here}: other data, or in another order, from here"
+    config["features"]["latent_normalization"] = None
+    changed = "latent_normalization none here, by channel, times 0.5 there: other data"
+    assert changed in describe_data_changes(checkpoint, config, data)
     same = run.configs["SiT"]
     assert "other latents" not in load_pretrained(str(run.folder / "SiT"), build_model(config["model"]), config=same)
 
@@ -244,7 +247,9 @@ def test_a_set_that_does_not_tell_its_autoencoder(tmp_path):
     make_halving_vae(tmp_path / "four")
     with pytest.raises(ValueError, match="latent_channels is 4, and 32 for the autoencoder that made the features"):
         Preview(build_objective(config), config, vae=str(tmp_path / "four"))
-    assert choose_vae(None, {**config["features"]["vae"], "latent_channels": 4}, "owner/vae", "--vae")[0] == "owner/vae"
+    told = {**config["features"]["vae"], "latent_channels": 4}
+    note = "the set does not tell its autoencoder: owner/vae is taken, see --vae"
+    assert choose_vae(None, told, "owner/vae", "--vae") == ("owner/vae", note)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ def check_objective(objective, expected):
     if objective["type"] != expected:
         what, hint = "none of a SiT's", ""
         if expected == "diffusion":
-            what, hint = f"not sampled by {' or '.join(SCHEDULERS)}", ". For a SiT: tools/convert_sit_to_ppdiffusers.py"
+            what, hint = (
+                f"not sampled by {' or '.join(SCHEDULERS)}",
+                ". For a SiT or LightningDiT: tools/convert_sit_to_ppdiffusers.py",
+            )
         raise ValueError(f"the objective {objective['type']!r} is {what}; expected {expected!r}{hint}")
 
 

@@ -250,7 +250,7 @@ class Session:
                 if settings.get("class_names"):
                     settings["class_names"] = f"{len(settings['class_names'])} names"
                 if settings.get("vae"):
-                    settings["vae"] = settings["vae"]["name"] or "known"
+                    settings["vae"] = settings["vae"]["name"] or "not named"
                 if settings.get("latent_normalization"):
                     settings["latent_normalization"] = describe_normalization(settings["latent_normalization"])
             shown = (
@@ -398,8 +398,10 @@ class Session:
             checkpoint = self.checkpoint.source
         draw = ["--model_path", checkpoint, *first_images_flags(self.config["model"])]
         export = ["--model_path", checkpoint, "--output", os.path.join(self.folder, "pipeline")]
-        vae = self.outputs.vae
-        if vae and not (self.config["features"]["vae"] or {}).get("name"):  # else they find the features' own
+        vae, told = self.outputs.vae, self.config["features"]["vae"] or {}
+        if not vae and told.get("latent_channels") not in (None, 4):  # the default autoencoder's
+            vae = "VAE"
+        if vae and not told.get("name"):  # else they find the features' own
             draw, export = [*draw, "--vae", vae], [*export, "--vae", vae]
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
         say_next([kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder])

@@ -21,7 +21,10 @@ def split_rope_tables(state, *, source, model=None):
     """
     tables = {name: state[name] for name in NAMES if name in state}
     if tables and model is not None and not model.get("rope"):
-        raise ValueError(f"{source}: these weights do not fit the config: they have rope, which the config has not")
+        raise ValueError(
+            f"{source}: these weights do not fit the config: they have rope, which the config has not; are they a "
+            "LightningDiT's?"
+        )
     for name, table in tables.items():
         tokens, head_dim = table.shape if table.ndim == 2 else (0, 0)
         grid_size = math.isqrt(tokens)

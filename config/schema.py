@@ -227,7 +227,9 @@ def manifest_features(manifest, where):
 def load_config(path):
     """Reads, checks and completes a config file; see `resolve_config`."""
     if str(path).endswith((".yaml", ".yml")):
-        raise ValueError(f"{path}: a config is JSON; for an official YAML take the preset of its model, config/*.json")
+        raise ValueError(
+            f"{path}: a config is JSON; for an official YAML take the preset of its model, see docs/models.md"
+        )
     return resolve_config(read_json(path), source=str(path))
 
 

@@ -5,8 +5,8 @@
 
 --model_path is what the demos take: a training checkpoint folder, whose averages are sampled; a run's folder, whose
 newest checkpoint is taken; a DiTPipeline or SiTPipeline folder; the name of a DiTPipeline on the hub; a file of weights
-with --config_file; with --backend inference also a folder of tools/export_inference.py (a program, which runs as code
-of whoever made it).
+with --config_file, which a LightningDiT's does not need; with --backend inference also a folder of
+tools/export_inference.py (a program, which runs as code of whoever made it).
 
 OUTPUT.npz holds arr_0, uint8 (N, H, W, 3), and arr_1, the labels; OUTPUT.json every setting and the weights' checksums.
 All noise of image i, that of the steps too, depends on (seed, i) alone. After a kill the same command goes on where it

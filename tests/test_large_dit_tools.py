@@ -407,7 +407,7 @@ def test_converter_replaces_a_pipeline_of_either_kind(models, tmp_path):
 def test_converters_mistakes(models, tmp_path):
     for kind, tool, flags, message in (
         ("DiT", convert_dit_to_ppdiffusers, ["--stock_transformer"], "is for a Large-DiT; this model is a DiT"),
-        ("LargeSiT", convert_dit_to_ppdiffusers, [], "For a SiT: tools/convert_sit_to_ppdiffusers.py"),
+        ("LargeSiT", convert_dit_to_ppdiffusers, [], "For a SiT or LightningDiT: tools/convert_sit_to_ppdiffusers.py"),
         ("LargeDiT", convert_sit_to_ppdiffusers, [], "this model is a LargeDiT; use tools/convert_dit_to_ppdiffusers"),
         ("LargeSiT", convert_sit_to_ppdiffusers, ["--stock"], "--stock is for a SiT; this model is a LargeSiT"),
     ):

@@ -1,5 +1,6 @@
 """tools/make_config.py: sensible choices for small and large sets, a config and commands that work, refusals."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -94,6 +95,13 @@ def test_lightning_dit_gets_its_own_papers_recipe(preset, side, channels):
     assert {"adam_beta2": 0.95, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"}.items() <= small[
         "training"
     ].items()
+
+
+def test_latents_that_are_not_scaled_are_normalised():
+    for std, expected in ((None, None), (1.1, None), (4.2, "channel")):
+        features = dataclasses.replace(feature_set(1500, 8, 10), std=std)
+        made = suggest(features, CPU, Wishes(), trial=False)
+        assert made.config["data"].get("latent_normalization") == expected
 
 
 def test_a_smaller_gpu_gets_micro_batches_and_a_smaller_network():

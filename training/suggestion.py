@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from config.schema import MODEL_TYPES, resolve_config
+from features.check import STD_RANGE
 from features.store import find_features, open_store, read_description, read_manifest
 from models.sizes import SIZES, size_keys
 from runtime.machine import available_memory
@@ -75,6 +76,7 @@ class FeatureSet:
     flip: bool  # mirrored latents are there
     num_bytes: int  # in memory
     vae: str | None = None  # folder of its autoencoder, if that is on this machine
+    std: float | None = None  # of its latents, where training does not normalise them unasked and the manifest tells it
 
 
 MORE = "more is better: --hours, --epochs"
@@ -98,7 +100,10 @@ def describe_set(feature_path, image_size=None):
     num_classes = manifest.get("num_classes")
     if not isinstance(num_classes, int) or num_classes < 1:
         num_classes = int(store.labels.max()) + 1
-    vae = (read_description(feature_path, name)["vae"] or {}).get("name")
+    told = read_description(feature_path, name)
+    mean, std = (np.array(told[key] or np.nan, "float64") for key in ("channel_mean", "channel_std"))
+    std = float(np.sqrt(np.mean(std**2) + np.var(mean)))
+    vae = (told["vae"] or {}).get("name")
     return FeatureSet(
         name,
         samples=len(store),
@@ -108,6 +113,7 @@ def describe_set(feature_path, image_size=None):
         flip=store.has_flip,
         num_bytes=(1 + store.has_flip) * len(store) * 4 * math.prod(store.row_shape),
         vae=vae if vae and os.path.isdir(vae) else None,
+        std=None if math.isnan(std) or manifest.get("latent_normalization") == "channel" else std,
     )
 
 
@@ -225,6 +231,9 @@ def suggest(features, device, wishes, *, trial=True):
     data = {"validation_samples": choose("held out", held_out, why)}
     if features.flip:
         data["flip"] = choose("flip", True, "the set has mirrored latents")
+    if features.std is not None and not STD_RANGE[0] <= features.std <= STD_RANGE[1]:
+        why = f"the latents' standard deviation is {features.std:.3g}, not about 1"
+        data["latent_normalization"] = choose("normalised by", "channel", why)
     why = f"the set takes {math.ceil(features.num_bytes / 2**20):,} MiB"
     data["in_memory"] = choose("in memory", small, why, "yes" if small else "no")
     gpu = device.kind == "gpu"

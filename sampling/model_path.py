@@ -8,7 +8,7 @@ from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
 from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
+from sampling.pipelines.folder import INFERENCE_MANIFEST, TRANSPORT_SCHEDULER, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
@@ -39,6 +39,11 @@ class Model:
         """Is True for a model that brings weights and VAE along, so that neither can be chosen."""
         return self.kind in ("pipeline", "exported", "hub")
 
+    @property
+    def demo(self):
+        """Returns the name of the demo that samples it."""
+        return MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
+
     def check_diffusion(self, method, num_steps, backend="eager"):
         """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model does not take."""
         if method == "ddpm" and backend == "inference":
@@ -51,23 +56,12 @@ class Model:
         return check_num_steps(num_steps, self.config["objective"]["diffusion_steps"], spacing)
 
     def check_backend(self, backend):
-        """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""
+        """Raises `ValueError` for programs in eager mode."""
         if self.kind == "exported" and backend == "eager":
             raise ValueError(
                 f"{self.path}: holds programs for Paddle Inference; if you trust whoever made them (they run as code), "
                 "add --backend inference"
             )
-        if backend == "eager" or self.pipeline != "SiTPipeline":
-            return
-        objective = self.config["objective"] if self.config else self.scheduler
-        if self.type == "SiT" and objective.get("prediction") == "velocity":
-            raise ValueError(
-                f"{self.path}: is a SiT, which is exported by way of a DiTPipeline folder: give the one that "
-                "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
-            )
-        what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
-        demo = MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
-        raise ValueError(f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by {demo}")
 
 
 def check_dtype(device, dtype):
@@ -189,10 +183,12 @@ def check_holds_no(path, pipeline, **flags):
 def _describe_folder(path, pipeline, labels):
     """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
-    if pipeline != "SiTPipeline" and os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
-        index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
+    if os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
+        index, kind, expected = _json_object(path, INFERENCE_MANIFEST), "exported", pipeline
         features = exported_features(index.get("features"), f"{os.path.join(path, INFERENCE_MANIFEST)}: features")
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
+        pipeline = "SiTPipeline" if scheduler == TRANSPORT_SCHEDULER else "DiTPipeline"
+        network_type = index.get("model_type")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
         index, kind = _json_object(path, "model_index.json"), "pipeline"
@@ -203,13 +199,14 @@ def _describe_folder(path, pipeline, labels):
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
         scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
+    network_type = network_type if isinstance(network_type, str) else None
     own = index.get("id2label") or {}
     if CLASS_NAMES.accepts(own):
         own = {int(key): label for key, label in own.items()}
         labels = labels or own
         if num_classes is None:
             num_classes = max(own, default=999) + 1
-    return Model(
+    model = Model(
         kind,
         path,
         pipeline,
@@ -220,6 +217,9 @@ def _describe_folder(path, pipeline, labels):
         features=features,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
+    if kind == "exported" and expected not in (None, pipeline):
+        raise ValueError(f"{path}: holds programs of a {shortened(network_type or pipeline)}; use {model.demo}")
+    return model
 
 
 def _pipeline_class(path, index, expected):

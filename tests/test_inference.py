@@ -326,16 +326,13 @@ def test_samplers_of_a_transport_draw_what_its_network_draws(transports, kind, c
         assert images.std() > 20 and np.abs(decoded - images).max() <= 1
 
 
-def test_the_demos_of_a_transport_draw_programs(transports, capsys):
-    for kind, demo, path in (
-        ("lightning", infer_demo_lightningdit, transports["lightning"][1]),
-        ("large", infer_demo_sit, transports["large"][0]),  # exported for the run
-    ):
-        source, vae = transports[kind][0], ["--vae", transports[kind][0].parent / "vae"]
-        flags = ["--num_inference_steps", 4, "--classes", 3, 7]
-        eager = draw(source, *flags, *vae * (kind == "lightning"), demo=demo)
-        assert psnr(draw(path, "--backend", "inference", *flags, demo=demo), eager) > 60
-    assert f"exporting {path} for this run" in capsys.readouterr().out
+@pytest.mark.parametrize("kind, demo", [("lightning", infer_demo_lightningdit), ("large", infer_demo_sit)])
+def test_the_demos_of_a_transport_draw_programs(transports, kind, demo):
+    source, exported = transports[kind]
+    vae = ["--vae", source.parent / "vae"] * (kind == "lightning")
+    flags = ["--num_inference_steps", 4, "--classes", 3, 7]
+    eager = draw(source, *flags, *vae, demo=demo)
+    assert psnr(draw(exported, "--backend", "inference", *flags, demo=demo), eager) > 60
 
 
 def test_sets_of_samples_are_drawn_by_programs(transports, tmp_path):

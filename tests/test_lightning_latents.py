@@ -190,6 +190,12 @@ def test_what_is_broken_is_one_line(break_it, message, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_files_without_a_row(tmp_path):
+    write_lightning(tmp_path, counts=(0, 0))
+    with pytest.raises(ValueError, match=f"{tmp_path}: no sample in it"):
+        tiny(tmp_path)
+
+
 def test_another_shape_than_the_models(tmp_path):
     write_lightning(tmp_path)
     with pytest.raises(ValueError, match='for this set write "in_channels": 4 in its section model'):

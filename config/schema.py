@@ -84,7 +84,7 @@ def _check_typed(tables, given, default_type, where, subject):
 
 
 def _official_names(model, where):
-    """Returns the model section with the official codes' names (`ALIASES`, `hidden_size`, `wo_shift`) turned to ours."""
+    """Returns the model section with the official names (`ALIASES`, `hidden_size`, `wo_shift`) turned into ours."""
     _check_object(model, where)
     given = {}  # our name: the name in the file
     for name in model:

@@ -90,7 +90,15 @@ def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
 
 
 def describe_model(
-    path, pipeline=None, *, id2label=None, config=None, default_config=None, latents_stats=None, latent_multiplier=None
+    path,
+    pipeline=None,
+    *,
+    id2label=None,
+    config=None,
+    default_config=None,
+    key=None,
+    latents_stats=None,
+    latent_multiplier=None,
 ):
     """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
@@ -98,7 +106,7 @@ def describe_model(
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
-            LightningDiT is recognised by its shapes.
+            LightningDiT is recognised by its shapes, those of the weights `key`.
         latents_stats, latent_multiplier: of weights, see `stated_features`.
 
     Raises:
@@ -119,7 +127,7 @@ def describe_model(
         if found is None and default_config is None:
             from weights.recognised import recognised_config, recognised_note  # numpy, which demos don't wait for
 
-            found, what = recognised_config(path), f"{path}: holds the weights of"
+            found, what = recognised_config(path, key), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]
         elif found is None:
             found, what = load_config(default_config), f"{default_config}: describes"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -22,6 +23,7 @@ from sampling.pipelines.inference import export_inference, load_inference
 from tools import convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, sample_npz
 from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams
+from weights.source import read_weights
 
 CHANNELS = 8  # of the statistics in tests/golden
 STATISTICS = GOLDEN / "lightning_latents" / "latents_stats.pt"
@@ -166,8 +168,17 @@ def test_an_official_file_needs_no_config(models, tmp_path):
     first = draw(tmp_path / "a.png", *own, *flags)
     convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "pipeline"])])
     assert np.array_equal(first, draw(tmp_path / "b.png", "--model_path", tmp_path / "pipeline", *flags))
+    with pytest.raises(ValueError, match="another model than --image_size 512: sample_size 8 there"):
+        convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "other", "--image_size", 512])])
     model = describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none")
     assert model.config["model"]["qk_norm"] and model.config["model"]["num_attention_heads"] == 3
+
+    # Of a file with several sets of weights it is that of --key.
+    state, _ = read_weights(GOLDEN / "lightningdit_full.pt")
+    with open(tmp_path / "two.pdparams", "wb") as file:
+        pickle.dump({"first": {"w": np.zeros(1)}, "second": state}, file)
+    own[1] = tmp_path / "two.pdparams"
+    assert np.array_equal(first, draw(tmp_path / "c.png", *own, *flags, "--key", "second"))
 
 
 def _written(config):

@@ -51,7 +51,6 @@ def find_config(args):
         with contextlib.suppress(ValueError):  # of another network
             config = recognised_config(args.model_path, args.key)
             print(f"note: {recognised_note(config['model'])}", flush=True)
-            return config
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size, latent_shape(args.vae))

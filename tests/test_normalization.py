@@ -1,6 +1,7 @@
 """Normalisation by channel, of every format: what training gets, and that whoever decodes undoes it."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,6 +79,24 @@ def test_a_set_without_statistics_is_told_how_to_get_them(tmp_path, capsys):
     normalised = everything(dataset(tmp_path, **CHANNEL))[0]
     np.testing.assert_allclose(normalised.std(axis=(0, 2, 3)), [0.5] * 4, rtol=1e-5)
     assert json.loads((tmp_path / "imagenet64_manifest.json").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_statistics_of_moments_that_no_manifest_tells_of(packed, tmp_path, capsys):
+    write_set(tmp_path / "set", moments=True)
+    folder = pack_set(tmp_path / "set", tmp_path / "packed") if packed else tmp_path / "set"
+    for path in folder.glob("*_manifest.json"):
+        os.remove(path)
+    flags = ["--feature_path", folder, "--output", tmp_path / "report.json", "--write_statistics", "--num_workers", 1]
+    check_features.main([*map(str, flags)])
+    assert "taken for moments, mean and standard deviation of 4 channels" in capsys.readouterr().out
+    drawn, normalised = (
+        everything(dataset(folder, posterior="mean", **options))[0]
+        for options in ({"latent_normalization": "none"}, CHANNEL)
+    )
+    values = json.loads((folder / "imagenet64_manifest.json").read_text())
+    mean, std = (np.array(values[f"channel_{what}"])[:, None, None] for what in ("mean", "std"))
+    np.testing.assert_allclose(normalised, (drawn - mean) / std * CHANNEL["latent_multiplier"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,14 @@ def test_statistics_that_cannot_be(statistics, message, tmp_path):
         dataset(tmp_path, **CHANNEL)
 
 
+def test_a_manifest_that_says_no_known_normalisation(tmp_path):
+    write_set(tmp_path)
+    with_manifest(tmp_path, latent_normalization="chanel")
+    with pytest.raises(ValueError, match="latent_normalization is chanel in its manifest, expected none or channel"):
+        dataset(tmp_path)
+    assert dataset(tmp_path, **CHANNEL).normalization["mean"] == MEAN  # the config wins
+
+
 # ---- What decodes ----
 
 

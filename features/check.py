@@ -254,7 +254,11 @@ def _check_statistics(report, sums):
     std = _std(mean, channel_std)
     report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **statistics_entries(sums[:3])}
     if report.manifest.get("latent_normalization") == "channel":  # of latents that are not scaled
-        normalization, _ = choose_normalization(None, 1.0, report.manifest, report.store, len(mean))
+        try:
+            normalization, _ = choose_normalization(None, 1.0, report.manifest, report.store, len(mean))
+        except ValueError as error:  # of numbers that are not finite, say
+            report.problems.append({"kind": "scale", "text": one_line(error)})
+            return
         mean, divisor = mean - normalization["mean"], np.array(normalization["std"])
         if not STD_RANGE[0] <= (std := _std(mean / divisor, channel_std / divisor)) <= STD_RANGE[1]:
             text = f"normalised by its statistics, the latents' standard deviation is {std:.4g}, expected about 1"

@@ -44,7 +44,8 @@ def choose_normalization(mode, multiplier, manifest, store, channels):
         values[key] = value = value if isinstance(value, list) else [value] * channels
         if len(value) != channels or not all(map(check.accepts, value)):
             expected = f"{check.expected} for each of {counted(channels, 'channel')}"
-            raise ValueError(f"{store.path}: its channel_{key} can't normalise its latents: expected {expected}")
+            hint = "" if note is None else "; it is computed of the latents, which tools/check_features.py looks at"
+            raise ValueError(f"{store.path}: its channel_{key} can't normalise its latents: expected {expected}{hint}")
     return {**values, "multiplier": multiplier}, note
 
 

@@ -276,6 +276,20 @@ def test_a_manifest_of_ones_own_tells_the_autoencoder(folder, tmp_path):
     assert vae.config.scaling_factor == 1.0 and "scaling_factor 1.0, not 0.18215" in notes[0]
 
 
+def test_a_check_finds_what_leaves_a_folder_without_statistics(tmp_path):
+    write_lightning(tmp_path / "set", statistics=False)
+    broken = load_file(tmp_path / "set" / SECOND)["latents"]
+    broken[1, 0, 0, 0] = np.nan
+    rewritten(tmp_path / "set" / SECOND, latents=broken)
+    with pytest.raises(ValueError, match="its channel_mean can't normalise .* which tools/check_features.py looks at"):
+        tiny(tmp_path / "set")
+    with pytest.raises(SystemExit):
+        check_features.main(["--feature_path", str(tmp_path / "set"), "--output", str(tmp_path / "check.json")])
+    problems = json.loads((tmp_path / "check.json").read_text())["problems"]
+    assert [problem["kind"] for problem in problems] == ["finite", "scale"]
+    assert f"{SECOND}: latents row 1: 1 number not finite" in problems[0]["text"]
+
+
 def test_a_folder_without_statistics_gets_them_on_request(tmp_path, capsys):
     latents, mirrored = write_lightning(tmp_path / "set", statistics=False)
     flags = ["--feature_path", str(tmp_path / "set"), "--output", str(tmp_path / "check.json"), "--write_statistics"]

@@ -214,7 +214,7 @@ def transport_options(args, defaults):
 
 def describe_flags(args, pipeline=None, **options):
     """Returns the `Model` of --model_path, by the flags of its weights; arguments as of `describe_model`."""
-    flags = {"id2label": args.id2label, "config": args.config_file}
+    flags = {"id2label": args.id2label, "config": args.config_file, "key": args.key}
     stated = {"latents_stats": args.latents_stats, "latent_multiplier": args.latent_multiplier}
     model = describe_model(args.model_path, pipeline, **flags, **stated, **options)
     if model.config is not None:

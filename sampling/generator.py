@@ -195,7 +195,7 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
     Raises:
         ValueError: one line: no such model, one that can't be loaded, or weights that don't fit or are not finite.
     """
-    model = path if isinstance(path, Model) else describe_model(path, **description)
+    model = path if isinstance(path, Model) else describe_model(path, key=key, **description)
     model.check_backend(backend)
     if device is not None:
         paddle.set_device(resolve_device(device))

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
+from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT, VAE_KEYS
 from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
@@ -84,7 +84,15 @@ def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
 
 
 def describe_model(
-    path, pipeline=None, *, id2label=None, config=None, default_config=None, latents_stats=None, latent_multiplier=None
+    path,
+    pipeline=None,
+    *,
+    id2label=None,
+    config=None,
+    default_config=None,
+    key=None,
+    latents_stats=None,
+    latent_multiplier=None,
 ):
     """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
@@ -92,8 +100,8 @@ def describe_model(
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
-            LightningDiT is recognised by its shapes.
-        latents_stats, latent_multiplier: of weights, see `stated_normalization`.
+            LightningDiT is recognised by its shapes, those of the weights `key`.
+        latents_stats, latent_multiplier: of weights, see `stated_features`.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
@@ -113,7 +121,7 @@ def describe_model(
         if found is None and default_config is None:
             from weights.recognised import recognised_config, recognised_note  # numpy, which demos don't wait for
 
-            found, what = recognised_config(path), f"{path}: holds the weights of"
+            found, what = recognised_config(path, key), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]
         elif found is None:
             found, what = load_config(default_config), f"{default_config}: describes"
@@ -132,35 +140,42 @@ def describe_model(
     return Model("hub", path, "DiTPipeline", labels=labels)
 
 
-def stated_normalization(config, path, statistics=None, multiplier=None):
-    """Returns the normalisation, as of `features.normalization`, or None, of the latents of the weights `path`.
+def stated_features(config, path, statistics=None, multiplier=None):
+    """Returns the `features` section of the weights `path`, with what flags say of their latents.
 
     Args:
         config: of these weights, resolved.
         statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
         multiplier: the same (--latent_multiplier); None for 1.
 
+    Statistics of such a file are those of latents as the autoencoder gives them: its `scaling_factor` is left out.
     ValueError for one of these beside a config that says it.
     """
-    known = config["features"]["latent_normalization"]
+    features = config["features"]
     if statistics is None and multiplier is None:
-        return known
-    if known is not None:
+        return features
+    if features["latent_normalization"] is not None:
         flag = "latent_multiplier" if statistics is None else "latents_stats"
         raise ValueError(f"--{flag}: the config of {path} says how its latents were normalised; leave it out")
     factor = 1.0 if multiplier is None else multiplier
     if statistics in (None, "none"):
-        return None if factor == 1 else {"mean": None, "std": None, "multiplier": factor}
+        return {**features, **_normalization(None, None, factor)} if factor != 1 else features
     from features.lightning import read_statistics
 
-    mean, std = read_statistics(statistics, config["model"]["in_channels"])
-    return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
+    channels = config["model"]["in_channels"]
+    stated = _normalization(*(values.tolist() for values in read_statistics(statistics, channels)), factor)
+    unscaled = {**dict.fromkeys(VAE_KEYS), "latent_channels": channels, "scaling_factor": 1.0}
+    return {**features, **stated, "vae": features["vae"] or unscaled}
+
+
+def _normalization(mean, std, multiplier):
+    return {"latent_normalization": {"mean": mean, "std": std, "multiplier": multiplier}}
 
 
 def check_normalization(config, path, statistics, multiplier):
     """Raises `ValueError` for a file of a LightningDiT of which nobody says how its latents were normalised.
 
-    Arguments as of `stated_normalization`. Its images would be wrong: the published ones are normalised.
+    Arguments as of `stated_features`. Its images would be wrong: the published ones are normalised.
     """
     is_said = statistics is not None or multiplier is not None or own_config(path) is not None
     if config["model"]["type"] == "LightningDiT" and not is_said and not any(config["features"].values()):
@@ -246,7 +261,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     if objective != network.objective:
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
-    config["features"]["latent_normalization"] = stated_normalization(config, path, *stated)
+    config["features"] = stated_features(config, path, *stated)
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
     known["features"] = config["features"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -23,6 +24,7 @@ from sampling.pipelines.inference import load_inference
 from tools import convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference, sample_npz
 from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams
+from weights.source import read_weights
 
 CHANNELS = 8  # of the statistics in tests/golden
 STATISTICS = GOLDEN / "lightning_latents" / "latents_stats.pt"
@@ -87,10 +89,8 @@ def by_hand(models, num_steps, guidance, multiplier=1.0, statistics=STATISTICS, 
     ],
 )
 def test_images_are_those_of_the_official_steps(models, tmp_path, flags, expected):
-    vae = make_vae(CHANNELS)  # latents of LightningDiT are not scaled
-    vae.register_to_config(scaling_factor=1.0)
-    vae.save_pretrained(str(tmp_path / "vae"), safe_serialization=False)
-    given = ["--classes", 1, 7, "--num_inference_steps", 12, "--vae", tmp_path / "vae", "--latents_stats", STATISTICS]
+    # The autoencoder has a scaling factor, by which LightningDiT's latents are not scaled.
+    given = ["--classes", 1, 7, "--num_inference_steps", 12, "--vae", models / "vae", "--latents_stats", STATISTICS]
     image = draw(tmp_path / "a.png", *file_flags(models), *given, *flags)
     hand = by_hand(models, 12, **expected)
     assert image.shape == hand.shape and hand.std() > 5
@@ -172,8 +172,17 @@ def test_an_official_file_needs_no_config(models, tmp_path):
     first = draw(tmp_path / "a.png", *own, *flags)
     convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "pipeline"])])
     assert np.array_equal(first, draw(tmp_path / "b.png", "--model_path", tmp_path / "pipeline", *flags))
+    with pytest.raises(ValueError, match="another model than --image_size 512: sample_size 8 there"):
+        convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "other", "--image_size", 512])])
     model = describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none")
     assert model.config["model"]["qk_norm"] and model.config["model"]["num_attention_heads"] == 3
+
+    # Of a file with several sets of weights it is that of --key.
+    state, _ = read_weights(GOLDEN / "lightningdit_full.pt")
+    with open(tmp_path / "two.pdparams", "wb") as file:
+        pickle.dump({"first": {"w": np.zeros(1)}, "second": state}, file)
+    own[1] = tmp_path / "two.pdparams"
+    assert np.array_equal(first, draw(tmp_path / "c.png", *own, *flags, "--key", "second"))
 
 
 def _written(config):

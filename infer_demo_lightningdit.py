@@ -15,6 +15,10 @@ Defaults are the official settings of the weights of 800 epochs (FID 1.35): 250 
 --guidance_interval 0.1. Latents are normalised by channel: a checkpoint or a pipeline folder knows how, a file of
 weights does not, and needs the --latents_stats of the set that it was trained on.
 
+--backend inference samples by Paddle Inference, of which --dtype bfloat16 also runs on a CPU that has it. --model_path
+may then also be a folder of tools/export_inference.py; any other is exported for this run, which takes a few seconds.
+Such a folder is a program: it runs as code of whoever made it.
+
 --num_inference_steps counts grid points, as the official num_steps: an ODE method makes one step less, the SDE its last
 step besides.
 """

@@ -9,6 +9,10 @@ are sampled, a run's folder, whose newest checkpoint is taken, or a file of weig
 --config_file. Without it: ./SiT_XL_2_256 if that folder is there, else SiT-XL-2-256x256.pdparams or .pt. One class
 gives one image, several a grid. infer_demo_lightningdit.py is the same with the defaults of LightningDiT.
 
+--backend inference samples by Paddle Inference, of which --dtype bfloat16 also runs on a CPU that has it. --model_path
+may then also be a folder of tools/export_inference.py; any other is exported for this run, which takes a few seconds.
+Such a folder is a program: it runs as code of whoever made it.
+
 --num_inference_steps counts grid points, as the official num_steps: an ODE method makes one step less, the SDE its last
 step besides.
 """

@@ -23,6 +23,8 @@ ALIASES = {
     "use_qknorm": "qk_norm", "use_swiglu": "swiglu", "use_rope": "rope", "use_rmsnorm": "rms_norm",
     "in_chans": "in_channels",
 }  # fmt: skip
+# Off where a file that names one of them, or wo_shift, leaves them out: the defaults of the official LightningDiT.
+_OFFICIAL_SWITCHES = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
 
 
 class ModelType(NamedTuple):
@@ -83,7 +85,7 @@ def _check_typed(tables, given, default_type, where, subject):
 
 
 def _official_names(model, where):
-    """Returns the model section with the official codes' names (`ALIASES`, `hidden_size`) turned into ours."""
+    """Returns the model section with the official names (`ALIASES`, `hidden_size`, `wo_shift`) turned into ours."""
     _check_object(model, where)
     if "wo_shift" in model:
         raise ValueError(f"{where}: unknown key 'wo_shift'; its opposite is adaln_shift: true for wo_shift false")
@@ -93,6 +95,12 @@ def _official_names(model, where):
         if other != name:
             raise ValueError(f"{where}: {' and '.join(sorted((name, other)))} are the same; give one")
     renamed = {ours: model[name] for ours, name in given.items()}
+    if "wo_shift" in renamed:
+        if "adaln_shift" in renamed or not options.BOOL.accepts(renamed["wo_shift"]):
+            raise ValueError(f"{where}: wo_shift must be true or false, the opposite of adaln_shift; give one of them")
+        renamed["adaln_shift"] = not renamed.pop("wo_shift")
+    if renamed.get("type") == "LightningDiT" and not {"wo_shift", *_OFFICIAL_SWITCHES}.isdisjoint(model):
+        renamed = {**dict.fromkeys(map(ALIASES.get, _OFFICIAL_SWITCHES), False), **renamed}
     if "hidden_size" in renamed:
         name, width, heads = given["hidden_size"], renamed.pop("hidden_size"), renamed.get("num_attention_heads")
         if "attention_head_dim" in renamed:

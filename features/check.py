@@ -20,7 +20,7 @@ from features.normalization import choose_normalization
 from features.npy import load_npy
 from features.packed import MappedStore
 from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
-from features.statistics import channel_statistics, channel_sums, statistics_entries
+from features.statistics import can_be_moments, channel_statistics, channel_sums, statistics_entries
 from features.store import open_store, read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
@@ -205,16 +205,21 @@ def _expect(report, model):
     if model:
         shape = (model["in_channels"], model["sample_size"], model["sample_size"])
         num_classes = model["num_classes"]
-    moments = manifest.get("moments")
-    if moments is None:
-        moments = shape is not None and store.row_shape[0] == 2 * shape[0]
+    moments, dtype = manifest.get("moments"), manifest.get("dtype", store.dtype.name)
+    if moments is None and shape is None:  # as `features.dataset` finds it out, of more rows
+        facts = {"row_shape": store.row_shape, "dtype": dtype}
+        rows, _, whole, *_ = read_rows(store, np.arange(min(len(store), 16)), facts)
+        if moments := whole.any() and can_be_moments(rows[0][whole]):
+            half = store.row_shape[0] // 2
+            report.notes.append(f"taken for moments, mean and standard deviation of {half} channels: no manifest tells")
+    elif moments is None:
+        moments = store.row_shape[0] == 2 * shape[0]
     row_shape = store.row_shape if shape is None else (shape[0] * (1 + moments), *shape[1:])
     if num_classes is None:
         report.notes.append("the number of classes is not known: no --config_file, no manifest")
     if report.facts["format"] != "pairs" and row_shape != store.row_shape:
         report.add("latents", store.path, f"holds latents of shape {store.row_shape}, expected {row_shape}")
         row_shape = store.row_shape
-    dtype = manifest.get("dtype", store.dtype.name)
     report.facts.update(samples=len(store), row_shape=row_shape, dtype=dtype, moments=bool(moments))
     report.facts.update(flip=store.has_flip, num_classes=num_classes)
 
@@ -249,7 +254,11 @@ def _check_statistics(report, sums):
     std = _std(mean, channel_std)
     report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **statistics_entries(sums[:3])}
     if report.manifest.get("latent_normalization") == "channel":  # of latents that are not scaled
-        normalization, note = choose_normalization(None, 1.0, report.manifest, report.store, len(mean))
+        try:
+            normalization, note = choose_normalization(None, 1.0, report.manifest, report.store, len(mean))
+        except ValueError as error:  # of numbers that are not finite, say
+            report.problems.append({"kind": "scale", "text": one_line(error)})
+            return
         report.notes += [note] if note else []
         mean, divisor = mean - normalization["mean"], np.array(normalization["std"])
         if not STD_RANGE[0] <= (std := _std(mean / divisor, channel_std / divisor)) <= STD_RANGE[1]:

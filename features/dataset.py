@@ -7,6 +7,7 @@ import numpy as np
 
 from features.layout import Layout
 from features.normalization import choose_normalization, normalize
+from features.statistics import can_be_moments
 from features.store import MemoryStore, find_features, open_store, read_manifest, size_note
 from runtime.process import counted
 
@@ -111,7 +112,7 @@ class FeatureDataset:
         if moments is None and shape == (2 * channels, *size):
             row = np.empty((1, *shape), "float32")
             self.store.read(np.zeros(1, "int64"), row)
-            moments = bool((row[:, channels:] > 0).all())
+            moments = can_be_moments(row)
         self.moments = bool(moments)
         expected = (2 * channels if self.moments else channels, *size)
         moments = f" and therefore moments of shape {expected}" if self.moments else ""

@@ -13,6 +13,7 @@ import numpy as np
 from config.options import ABOVE_0, NUMBER
 from features.lightning import MAX_ROWS, STATISTICS
 from runtime.process import counted
+from runtime.untrusted import shortened
 
 
 def choose_normalization(mode, multiplier, manifest, store, channels):
@@ -21,7 +22,11 @@ def choose_normalization(mode, multiplier, manifest, store, channels):
     A `mode` of None is what the set's manifest says, or "none". ValueError for a set without the statistics, or with
     those of other channels.
     """
-    if (mode or manifest.get("latent_normalization") or "none") == "none":
+    mode = mode or manifest.get("latent_normalization") or "none"
+    if mode not in ("none", "channel"):
+        shown = shortened(mode)
+        raise ValueError(f"{store.path}: latent_normalization is {shown} in its manifest, expected none or channel")
+    if mode == "none":
         return (None if multiplier == 1 else {"mean": None, "std": None, "multiplier": multiplier}), None
     found, note = [manifest.get(f"channel_{what}") for what in ("mean", "std")], None
     if None in found and hasattr(store, "compute_statistics"):
@@ -42,7 +47,8 @@ def choose_normalization(mode, multiplier, manifest, store, channels):
         values[key] = value = value if isinstance(value, list) else [value] * channels
         if len(value) != channels or not all(map(check.accepts, value)):
             expected = f"{check.expected} for each of {counted(channels, 'channel')}"
-            raise ValueError(f"{store.path}: its channel_{key} can't normalise its latents: expected {expected}")
+            hint = "" if note is None else "; it is computed of the latents, which tools/check_features.py looks at"
+            raise ValueError(f"{store.path}: its channel_{key} can't normalise its latents: expected {expected}{hint}")
     return {**values, "multiplier": multiplier}, note
 
 

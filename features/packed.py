@@ -148,14 +148,14 @@ class MappedStore:
             labels.append(numbers)
             for file, array in maps.items():
                 self._add(file, array, len(numbers))
+        if not any(map(len, labels)):
+            raise ValueError(f"{path}: no sample in it")
         self._rows = [np.asarray(array) for array in self._maps]  # plain views, for speed
         # Where the rows begin in the maps, which begin with a page of their files.
         self._offsets = np.array([array.offset % mmap.ALLOCATIONGRANULARITY for array in self._maps])
         self.dtype, self.row_shape = self._rows[0].dtype, self._rows[0].shape[1:]
         self.num_bytes = sum(rows.nbytes for rows in self._rows)
         self.labels = np.concatenate(labels)
-        if not self.labels.size:
-            raise ValueError(f"{path}: no sample in it")
         self._starts = np.cumsum([0, *map(len, labels[:-1])])
         self._row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         self._touched = 0

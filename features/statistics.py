@@ -3,6 +3,12 @@
 import numpy as np
 
 
+def can_be_moments(rows):
+    """Returns whether the second half of the channels of rows `(n, C, h, w)` can be standard deviations."""
+    channels = rows.shape[1]
+    return channels % 2 == 0 and bool((rows[:, channels // 2 :] > 0).all())
+
+
 def channel_sums(rows, channels):
     """Returns the sums `(3, C)`, float64, of rows `(n, C, h, w)`, or `(n, 2C, h, w)` with moments: mean, then std.
 

@@ -16,7 +16,6 @@ from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.flags import (
     GUIDANCE_CHANNELS,
-    WEIGHTS_FLAGS,
     TransportDefaults,
     add_diffusion_flags,
     add_loading_flags,
@@ -27,6 +26,7 @@ from sampling.flags import (
     check_guidance_flags,
     check_sampling_flags,
     check_transport_flags,
+    check_weights_flags,
     describe_flags,
     note_unused,
     note_weights_flags,
@@ -34,7 +34,7 @@ from sampling.flags import (
     transport_options,
 )
 from sampling.labels import DEFAULT_CLASS, find_classes
-from sampling.model_path import check_guidance, check_holds_no, check_no_file, describe_model
+from sampling.model_path import check_guidance, check_no_file, describe_model
 
 OUTPUTS = "outputs"  # the folder of results in the current one, git-ignored
 
@@ -212,8 +212,7 @@ def draw_dit(argv, demo):
     if path is None:
         path = demo.local_folder if os.path.isdir(demo.local_folder) else demo.public_name
     check_no_file(path)
-    expected = "DiTPipeline" if args.backend == "eager" else None  # a SiT is told how it can be exported
-    model = describe_model(path, expected, id2label=args.id2label)
+    model = describe_model(path, "DiTPipeline", id2label=args.id2label)
     model.check_backend(args.backend)
     model.check_diffusion(args.scheduler, args.num_inference_steps, args.backend)
     draw(demo.kind, args, model, method=args.scheduler)
@@ -237,7 +236,9 @@ def draw_transport(argv, demo):
     """Runs the demo of a network of a transport: reads the command line, draws the images, and saves them as a PNG."""
     parser = CommandParser(description=demo.description)
     parser.add_argument(
-        "--model_path", metavar="PATH", help="pipeline folder, training checkpoint, run folder, or file of weights"
+        "--model_path",
+        metavar="PATH",
+        help="pipeline folder, training checkpoint, run folder, file of weights, or (inference) exported folder",
     )
     numbers = {"num_steps": demo.defaults.num_steps, "guidance_scale": demo.defaults.guidance_scale}
     add_flags(parser, demo.kind, guidance_channels=demo.guidance_channels, like=demo.like, **numbers)
@@ -254,7 +255,7 @@ def draw_transport(argv, demo):
 
     demo.find(args)
     model = describe_flags(args, "SiTPipeline", default_config=demo.config)
-    if model.kind == "pipeline":
-        check_holds_no(model.path, model.pipeline, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
+    model.check_backend(args.backend)
+    check_weights_flags(args, model)
     options = transport_options(args, demo.defaults)
     draw(demo.kind, args, model, guidance_scale=demo.defaults.guidance_scale, **options)

@@ -79,11 +79,17 @@ def add_sampling_flags(
 
 
 def add_loading_flags(parser, gpu_dtype="float32"):
-    """Adds the flags of the device, the dtype and the labels."""
+    """Adds the flags of the device, the dtype, the backend and the labels."""
     add_device_flag(parser)
     default = "float32" if gpu_dtype == "float32" else f"{gpu_dtype} on a GPU, float32 on a CPU"
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=f"of the network [{default}]")
-    parser.set_defaults(gpu_dtype=gpu_dtype, backend="eager")
+    parser.set_defaults(gpu_dtype=gpu_dtype)
+    parser.add_argument(
+        "--backend",
+        choices=("eager", "inference"),
+        default="eager",
+        help="inference: Paddle Inference, see tools/export_inference.py",
+    )
     parser.add_argument("--id2label", metavar="FILE", help='JSON {"id2label": {"0": "name", ...}}: labels of --classes')
 
 
@@ -91,12 +97,6 @@ def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
     """Adds the flags for a DiT or a Large-DiT, under a title; `ddpm` says what --scheduler ddpm is for."""
     group = parser if title is None else parser.add_argument_group(title)
     group.add_argument("--scheduler", choices=("ddim", "dpm", "ddpm"), help=f"ddpm for {ddpm} only [ddim]")
-    group.add_argument(
-        "--backend",
-        choices=("eager", "inference"),
-        default="eager",
-        help="inference: Paddle Inference, see tools/export_inference.py",
-    )
 
 
 def add_vae_flag(parser, default):
@@ -214,7 +214,7 @@ def transport_options(args, defaults):
 
 def describe_flags(args, pipeline=None, **options):
     """Returns the `Model` of --model_path, by the flags of its weights; arguments as of `describe_model`."""
-    flags = {"id2label": args.id2label, "config": args.config_file}
+    flags = {"id2label": args.id2label, "config": args.config_file, "key": args.key}
     stated = {"latents_stats": args.latents_stats, "latent_multiplier": args.latent_multiplier}
     model = describe_model(args.model_path, pipeline, **flags, **stated, **options)
     if model.config is not None:
@@ -239,9 +239,15 @@ def sampler_options(args, model, defaults):
     args.sampler = args.sampler or defaults.sampler
     check_transport_flags(args, defaults)
     check_sampling_flags(args, min_steps=2)
-    if model.kind == "pipeline":
-        check_holds_no(model.path, model.pipeline, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
+    check_weights_flags(args, model)
     return transport_options(args, defaults)
+
+
+def check_weights_flags(args, model):
+    """Raises `ValueError` for a flag for weights that is given on the folder of a transport's `Model`."""
+    if model.holds_all:
+        what = "Paddle Inference" if model.kind == "exported" else model.pipeline
+        check_holds_no(model.path, what, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
 
 
 def check_guidance_flags(args, model):

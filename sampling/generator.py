@@ -8,7 +8,7 @@ The noise of image i is a function of the seed and of i's place among the classe
 
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import paddle
@@ -195,7 +195,7 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
     Raises:
         ValueError: one line: no such model, one that can't be loaded, or weights that don't fit or are not finite.
     """
-    model = path if isinstance(path, Model) else describe_model(path, **description)
+    model = path if isinstance(path, Model) else describe_model(path, key=key, **description)
     model.check_backend(backend)
     if device is not None:
         paddle.set_device(resolve_device(device))
@@ -206,21 +206,18 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
         generator = _load_programs(model, device, dtype, vae, key)
     elif not model.holds_all:
         generator = _load_weights(model, dtype, vae, key)
-    elif model.pipeline == "DiTPipeline":
-        generator = _load_pipeline(model, dtype)
     else:
-        from sampling.sit_pipeline import SiTPipeline
-
-        generator = SiTPipeline.from_pretrained(model.path, dtype).generator
+        generator = _load_pipeline(model, dtype)
     generator.path, generator.labels = model.path, model.labels or generator.labels
     generator.features = model.features or generator.features
     return generator
 
 
 def load_exportable(model, *, vae=None, key=None):
-    """Loads the `Generator` of a DiT's or Large-DiT's `Model` whose network is a float32 layer, which can be traced."""
+    """Loads the `Generator` of a `Model`, with a float32 layer as its network, which can be traced."""
     generator = _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
-    generator.path, generator.features = model.path, model.features
+    generator.path, generator.labels = model.path, model.labels or generator.labels
+    generator.features = model.features
     return generator
 
 
@@ -288,13 +285,24 @@ def _load_weights(model, dtype, vae, key):
     else:
         from sampling.sit_pipeline import SiTPipeline
 
-        generator = SiTPipeline.from_weights(model.config, state, vae, source=source).to(dtype=dtype).generator
+        generator = _of_transport(SiTPipeline.from_weights(model.config, state, vae, source=source), dtype)
     generator.labels, generator.notes, generator.vae_name = model.labels, model.notes + notes, name
     return generator
 
 
+def _of_transport(pipe, dtype):
+    """Returns the `Generator` of a SiTPipeline; dtype as of `from_weights`."""
+    if dtype is None:
+        return replace(pipe.generator, network=pipe.transformer)
+    return pipe.to(dtype=dtype).generator
+
+
 def _load_pipeline(model, dtype):
-    """Returns the `Generator` of a DiTPipeline, which draws its images; without a dtype a layer that can be traced."""
+    """Returns the `Generator` of a pipeline, which draws its images; without a dtype a layer that can be traced."""
+    if model.pipeline == "SiTPipeline":
+        from sampling.sit_pipeline import SiTPipeline
+
+        return _of_transport(SiTPipeline.from_pretrained(model.path, dtype or "float32"), dtype)
     from sampling.pipelines.inference import StockTransformer, own_large_dit
     from sampling.pipelines.pretrained import NULL_CLASS, has_null_class, load_dit_pipeline, read_timestep_fit
 

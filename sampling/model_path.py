@@ -4,11 +4,11 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT
+from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT, VAE_KEYS
 from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, component_class, index_features
+from sampling.pipelines.folder import INFERENCE_MANIFEST, TRANSPORT_SCHEDULER, component_class, index_features
 from sampling.step_counts import check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
@@ -39,6 +39,11 @@ class Model:
         """Is True for a model that brings weights and VAE along, so that neither can be chosen."""
         return self.kind in ("pipeline", "exported", "hub")
 
+    @property
+    def demo(self):
+        """Returns the name of the demo that samples it."""
+        return MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
+
     def check_diffusion(self, method, num_steps, backend="eager"):
         """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model does not take."""
         if method == "ddpm" and backend == "inference":
@@ -51,23 +56,12 @@ class Model:
         return check_num_steps(num_steps, self.config["objective"]["diffusion_steps"], spacing)
 
     def check_backend(self, backend):
-        """Raises `ValueError` for programs in eager mode, and for a SiT, which Paddle Inference runs by another way."""
+        """Raises `ValueError` for programs in eager mode."""
         if self.kind == "exported" and backend == "eager":
             raise ValueError(
                 f"{self.path}: holds programs for Paddle Inference; if you trust whoever made them (they run as code), "
                 "add --backend inference"
             )
-        if backend == "eager" or self.pipeline != "SiTPipeline":
-            return
-        objective = self.config["objective"] if self.config else self.scheduler
-        if self.type == "SiT" and objective.get("prediction") == "velocity":
-            raise ValueError(
-                f"{self.path}: is a SiT, which is exported by way of a DiTPipeline folder: give the one that "
-                "tools/convert_sit_to_ppdiffusers.py --stock makes of its training checkpoint"
-            )
-        what = "a SiT that does not predict velocity" if self.type == "SiT" else f"a {self.type}"
-        demo = MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
-        raise ValueError(f"{self.path}: is {what}, which can't be exported for Paddle Inference; sample it by {demo}")
 
 
 def check_dtype(device, dtype):
@@ -90,7 +84,15 @@ def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
 
 
 def describe_model(
-    path, pipeline=None, *, id2label=None, config=None, default_config=None, latents_stats=None, latent_multiplier=None
+    path,
+    pipeline=None,
+    *,
+    id2label=None,
+    config=None,
+    default_config=None,
+    key=None,
+    latents_stats=None,
+    latent_multiplier=None,
 ):
     """Returns the `Model` of a folder, a run's (its newest checkpoint), a file of weights or a name on the hub.
 
@@ -98,8 +100,8 @@ def describe_model(
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
         config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
-            LightningDiT is recognised by its shapes.
-        latents_stats, latent_multiplier: of weights, see `stated_normalization`.
+            LightningDiT is recognised by its shapes, those of the weights `key`.
+        latents_stats, latent_multiplier: of weights, see `stated_features`.
 
     Raises:
         ValueError: one line: no such file, one whose network is not known, or a model of another pipeline.
@@ -119,7 +121,7 @@ def describe_model(
         if found is None and default_config is None:
             from weights.recognised import recognised_config, recognised_note  # numpy, which demos don't wait for
 
-            found, what = recognised_config(path), f"{path}: holds the weights of"
+            found, what = recognised_config(path, key), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]
         elif found is None:
             found, what = load_config(default_config), f"{default_config}: describes"
@@ -138,35 +140,42 @@ def describe_model(
     return Model("hub", path, "DiTPipeline", labels=labels)
 
 
-def stated_normalization(config, path, statistics=None, multiplier=None):
-    """Returns the normalisation, as of `features.normalization`, or None, of the latents of the weights `path`.
+def stated_features(config, path, statistics=None, multiplier=None):
+    """Returns the `features` section of the weights `path`, with what flags say of their latents.
 
     Args:
         config: of these weights, resolved.
         statistics: the latents_stats.pt of a file that does not say it (--latents_stats), or "none".
         multiplier: the same (--latent_multiplier); None for 1.
 
+    Statistics of such a file are those of latents as the autoencoder gives them: its `scaling_factor` is left out.
     ValueError for one of these beside a config that says it.
     """
-    known = config["features"]["latent_normalization"]
+    features = config["features"]
     if statistics is None and multiplier is None:
-        return known
-    if known is not None:
+        return features
+    if features["latent_normalization"] is not None:
         flag = "latent_multiplier" if statistics is None else "latents_stats"
         raise ValueError(f"--{flag}: the config of {path} says how its latents were normalised; leave it out")
     factor = 1.0 if multiplier is None else multiplier
     if statistics in (None, "none"):
-        return None if factor == 1 else {"mean": None, "std": None, "multiplier": factor}
+        return {**features, **_normalization(None, None, factor)} if factor != 1 else features
     from features.lightning import read_statistics
 
-    mean, std = read_statistics(statistics, config["model"]["in_channels"])
-    return {"mean": mean.tolist(), "std": std.tolist(), "multiplier": factor}
+    channels = config["model"]["in_channels"]
+    stated = _normalization(*(values.tolist() for values in read_statistics(statistics, channels)), factor)
+    unscaled = {**dict.fromkeys(VAE_KEYS), "latent_channels": channels, "scaling_factor": 1.0}
+    return {**features, **stated, "vae": features["vae"] or unscaled}
+
+
+def _normalization(mean, std, multiplier):
+    return {"latent_normalization": {"mean": mean, "std": std, "multiplier": multiplier}}
 
 
 def check_normalization(config, path, statistics, multiplier):
     """Raises `ValueError` for a file of a LightningDiT of which nobody says how its latents were normalised.
 
-    Arguments as of `stated_normalization`. Its images would be wrong: the published ones are normalised.
+    Arguments as of `stated_features`. Its images would be wrong: the published ones are normalised.
     """
     is_said = statistics is not None or multiplier is not None or own_config(path) is not None
     if config["model"]["type"] == "LightningDiT" and not is_said and not any(config["features"].values()):
@@ -189,10 +198,12 @@ def check_holds_no(path, pipeline, **flags):
 def _describe_folder(path, pipeline, labels):
     """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
-    if pipeline != "SiTPipeline" and os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
-        index, kind, pipeline = _json_object(path, INFERENCE_MANIFEST), "exported", "DiTPipeline"
+    if os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
+        index, kind, expected = _json_object(path, INFERENCE_MANIFEST), "exported", pipeline
         features = exported_features(index.get("features"), f"{os.path.join(path, INFERENCE_MANIFEST)}: features")
         scheduler, num_classes = index.get("scheduler"), index.get("num_classes")
+        pipeline = "SiTPipeline" if scheduler == TRANSPORT_SCHEDULER else "DiTPipeline"
+        network_type = index.get("model_type")
         has_null_class = index["null_class"] is not None if "null_class" in index else None
     else:
         index, kind = _json_object(path, "model_index.json"), "pipeline"
@@ -203,13 +214,14 @@ def _describe_folder(path, pipeline, labels):
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
         scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
+    network_type = network_type if isinstance(network_type, str) else None
     own = index.get("id2label") or {}
     if CLASS_NAMES.accepts(own):
         own = {int(key): label for key, label in own.items()}
         labels = labels or own
         if num_classes is None:
             num_classes = max(own, default=999) + 1
-    return Model(
+    model = Model(
         kind,
         path,
         pipeline,
@@ -220,6 +232,9 @@ def _describe_folder(path, pipeline, labels):
         features=features,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
+    if kind == "exported" and expected not in (None, pipeline):
+        raise ValueError(f"{path}: holds programs of a {shortened(network_type or pipeline)}; use {model.demo}")
+    return model
 
 
 def _pipeline_class(path, index, expected):
@@ -246,7 +261,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     if objective != network.objective:
         expected = f"{network.demo} samples {network.objective!r}"
         raise ValueError(f"{what} a {model['type']} for the objective {objective!r}; {expected}")
-    config["features"]["latent_normalization"] = stated_normalization(config, path, *stated)
+    config["features"] = stated_features(config, path, *stated)
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
     known["features"] = config["features"]

@@ -70,6 +70,24 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
             resolve_config({"model": {**official, **change}})
 
 
+def test_switches_of_the_official_lightning_dit():
+    sizes = {"type": "LightningDiT", "input_size": 8, "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 4}
+
+    def switches(**given):
+        model = resolve_config({"model": {**sizes, **given}})["model"]
+        return [model[name] for name in ("qk_norm", "swiglu", "rope", "rms_norm", "adaln_shift")]
+
+    assert switches() == [False, True, True, True, True]
+    assert switches(rope=False) == [False, True, False, True, True]
+    # Those that official arguments leave out are off, as in the official code.
+    assert switches(wo_shift=True) == [False, False, False, False, False]
+    assert switches(use_qknorm=True, wo_shift=False) == [True, False, False, False, True]
+    assert switches(use_swiglu=True, use_rope=True, use_rmsnorm=True) == [False, True, True, True, True]
+    for wrong in ({"wo_shift": True, "adaln_shift": True}, {"wo_shift": 1}):
+        with pytest.raises(ValueError, match="wo_shift must be true or false, the opposite of adaln_shift"):
+            switches(**wrong)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,4 +1,4 @@
-"""Export for Paddle Inference, and infer_demo_dit.py --backend inference."""
+"""Export for Paddle Inference, and the demos' --backend inference."""
 
 import json
 import os
@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.golden import GOLDEN
-from support.pipelines import make_config, make_model, make_vae, state_of, tree_of, write_checkpoint
+from support.pipelines import make_config, make_model, make_pipeline, make_vae, state_of, tree_of, write_checkpoint
 from support.versions import PADDLE_2
 
 import infer_demo_dit
+import infer_demo_lightningdit
+import infer_demo_sit
 from features.autoencoder import NotFiniteError
 from runtime.machine import cpu_has_bfloat16
 from runtime.programs import PROGRAMS
-from sampling.generator import from_weights
+from sampling.generator import from_weights, load_generator
 from sampling.pipelines import inference
 from sampling.pipelines.export import export_pipeline
 from sampling.pipelines.inference import MANIFEST
 from sampling.pipelines.inference import export_inference as save_programs
-from tools import export_inference
+from tools import export_inference, sample_npz
 from verification.pipelines import psnr
 
 KINDS = ("dit", "large_dit", "sit", "checkpoint")
@@ -47,12 +49,13 @@ def models(tmp_path_factory):
     return {kind: (folder / kind, folder / f"{kind}_out") for kind in KINDS}
 
 
-def draw(path, *flags):
+def draw(path, *flags, demo=infer_demo_dit):
     """The image that the demo draws."""
     number = len(list(path.parent.glob("*.png")))
     output = path.parent / f"{number}.png"
-    arguments = ["--model_path", path, "--vae", path.parent / "vae", "--output", output, "--device", "cpu", *flags]
-    infer_demo_dit.main([str(argument) for argument in arguments])
+    vae = ["--vae", path.parent / "vae"] * (demo is infer_demo_dit)
+    arguments = ["--model_path", path, *vae, "--output", output, "--device", "cpu", *flags]
+    demo.main([str(argument) for argument in arguments])
     return np.asarray(Image.open(output)).astype(int)
 
 
@@ -160,6 +163,7 @@ def test_what_is_in_the_folder(models):
     assert {name.split(os.sep)[0] for name in tree_of(exported)} == {MANIFEST, "scheduler", "transformer", "vae"}
     manifest = json.loads((exported / MANIFEST).read_text())
     assert manifest["id2label"]["7"] == "digit 7" and manifest["null_class"] == 1000
+    assert {"model_type", "guided_channels"}.isdisjoint(manifest)  # so that earlier versions load it
 
 
 def test_a_network_without_null_class(models, tmp_path, capsys):
@@ -222,6 +226,7 @@ def lead_out(folder):
         (edit("null_class", -1), "null_class is -1, expected a class id or null"),
         (edit("scaling_factor", None), "scaling_factor is None, expected a positive number"),
         (edit("scheduler", "os.system"), "scheduler is os.system, expected a scheduler of ppdiffusers"),
+        (edit("guided_channels", 0), "guided_channels is 0, expected a positive integer, null for all"),
         (edit("scheduler", ["DDIMScheduler"]), "expected a scheduler of ppdiffusers"),
         (edit("id2label", {"a": "b"}), 'expected {"0": "name", ...}'),
         (edit("timestep_fit", {"ddim": [0], "dpm": []}), 'timestep_fit is .*, expected {"ddim": numbers of steps'),
@@ -243,38 +248,6 @@ def test_a_broken_folder_is_one_line(models, tmp_path, change, message):
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize(
-    "kind, objective, message",
-    [
-        (
-            "SiT",
-            {},
-            "is a SiT, which is exported by way of a DiTPipeline folder: .*convert_sit_to_ppdiffusers.py --stock",
-        ),
-        ("SiT", {"prediction": "noise"}, "is a SiT that does not predict velocity, which can't be exported"),
-        ("LargeSiT", {}, "is a LargeSiT, which can't be exported for Paddle Inference; sample it by infer_demo_sit.py"),
-    ],
-)
-def test_a_sit_is_told_its_way(tmp_path, kind, objective, message):
-    """As a checkpoint and as a SiTPipeline folder, by both commands that make programs, before Paddle is needed."""
-    config = make_config(kind, {"type": "transport", **objective})
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "checkpoint" / "model_state.pdparams").touch()
-    (tmp_path / "pipeline" / "scheduler").mkdir(parents=True)
-    (tmp_path / "pipeline" / "model_index.json").write_text(
-        json.dumps({"_class_name": "SiTPipeline", "transformer": ["models", kind]})
-    )
-    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"prediction": objective.get("prediction", "velocity")})
-    )
-    for name in ("checkpoint", "pipeline"):
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
-            export_inference.main(["--model_path", str(tmp_path / name), "--output", str(tmp_path / "out")])
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
-            infer_demo_dit.main(["--model_path", str(tmp_path / name), "--backend", "inference"])
-
-
 @pytest.mark.paddle26
 def test_mistakes(models, tmp_path, monkeypatch):
     source, exported = models["dit"]
@@ -286,7 +259,7 @@ def test_mistakes(models, tmp_path, monkeypatch):
         (exported, ["--backend", "inference", "--dtype", "float16"], "dtype float16: .* on a GPU only"),
         (exported, ["--backend", "inference", "--scheduler", "ddpm"], "--scheduler ddpm: not with --backend"),
         (exported, ["--backend", "inference", "--classes", "10"], r"--classes 10: the classes are 0\.\.9"),
-        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline or SiTPipeline folder"),
+        (tmp_path, ["--backend", "inference"], "neither a DiTPipeline folder"),
         (models["sit"][1], ["--backend", "inference", "--scheduler", "ddim"], "is a SiT, which has its own scheduler"),
         (exported, ["--backend", "inference", "--num_inference_steps", "501"], "start at timestep 500 of 1000"),
         (
@@ -314,3 +287,78 @@ def test_an_export_leaves_the_network_as_it_was(tmp_path):
     before = list(generator.network.state_dict())
     save_programs(generator, tmp_path / "out")
     assert list(generator.network.state_dict()) == before
+
+
+# ---- Networks of a transport ----
+
+
+@pytest.fixture(scope="module")
+def transports(tmp_path_factory):
+    """As `models`: a LightningDiT's checkpoint with every switch on, and a Large-SiT's SiTPipeline folder."""
+    folder = tmp_path_factory.mktemp("transports")
+    make_vae(8).save_pretrained(str(folder / "vae"), safe_serialization=False)
+    write_checkpoint(folder / "lightning", make_config("LightningDiT", in_channels=8, qk_norm=True))
+    large = make_config("LargeSiT", {"path_type": "GVP", "prediction": "noise"}, qk_norm=True, num_kv_heads=1)
+    make_pipeline(large, make_vae(), {i: f"digit {i}" for i in range(10)}).save_pretrained(folder / "large")
+    for kind, flags in (("lightning", ["--vae", str(folder / "vae")]), ("large", [])):
+        export_inference.main(["--model_path", str(folder / kind), "--output", str(folder / f"{kind}_out"), *flags])
+    return {kind: (folder / kind, folder / f"{kind}_out") for kind in ("lightning", "large")}
+
+
+@pytest.mark.paddle26
+@pytest.mark.parametrize("kind, channels", [("lightning", 3), ("large", 3)])
+def test_samplers_of_a_transport_draw_what_its_network_draws(transports, kind, channels):
+    source, exported = map(str, transports[kind])
+    eager = load_generator(source, vae=str(transports[kind][0].parent / "vae"))
+    program = load_generator(exported, backend="inference")
+    assert program.count_guided() == eager.count_guided() == channels
+    assert program.labels == eager.labels and program.kind == "transport"
+    for classes, options in (
+        ([1], {"timestep_shift": 0.3, "guidance_interval": (0.125, 1), "guidance_scale": 6.7}),
+        ([1, 7, 3], {"method": "dopri5"}),
+        ([7, 0], {"sampler": "sde", "method": "Heun", "last_step": "Tweedie"}),
+    ):
+        options = {"seed": 2, "num_inference_steps": 5, "output": "latents", **options}
+        expected, latents = (generator.sample(classes, **options) for generator in (eager, program))
+        bound = 2e-5 * float(expected.abs().max())
+        np.testing.assert_allclose(latents.numpy(), expected.numpy(), atol=bound, rtol=0)
+        images, decoded = (generator.decode(expected, "diffusers").astype(int) for generator in (eager, program))
+        assert images.std() > 20 and np.abs(decoded - images).max() <= 1
+
+
+@pytest.mark.parametrize("kind, demo", [("lightning", infer_demo_lightningdit), ("large", infer_demo_sit)])
+def test_the_demos_of_a_transport_draw_programs(transports, kind, demo):
+    source, exported = transports[kind]
+    vae = ["--vae", source.parent / "vae"] * (kind == "lightning")
+    flags = ["--num_inference_steps", 4, "--classes", 3, 7]
+    eager = draw(source, *flags, *vae, demo=demo)
+    assert psnr(draw(exported, "--backend", "inference", *flags, demo=demo), eager) > 60
+
+
+def test_sets_of_samples_are_drawn_by_programs(transports, tmp_path):
+    images = []
+    for path, backend in zip(transports["large"], ("eager", "inference"), strict=True):
+        flags = ["--model_path", path, "--backend", backend, "--output", tmp_path / f"{backend}.npz", "--device", "cpu"]
+        sample_npz.main([*map(str, flags), "--num_images", "3", "--num_inference_steps", "3", "--tile", "2"])
+        images.append(np.load(tmp_path / f"{backend}.npz")["arr_0"].astype(int))
+    assert np.abs(images[1] - images[0]).max() <= 1
+
+
+def test_programs_name_their_demo(models, transports, tmp_path):
+    lightning, large, dit = transports["lightning"][1], transports["large"][1], models["dit"][1]
+    inference = ["--backend", "inference"]
+    write_checkpoint(tmp_path / "sit", make_config("SiT"))
+    shutil.copytree(large, tmp_path / "odd")
+    edit("model_type", "DiT")(tmp_path / "odd")
+    for path, demo, flags, message in (
+        (lightning, infer_demo_dit, inference, "holds programs of a LightningDiT; use infer_demo_lightningdit.py"),
+        (large, infer_demo_dit, [], "holds programs of a LargeSiT; use infer_demo_sit.py"),
+        (dit, infer_demo_lightningdit, inference, "holds programs of a DiTPipeline; use infer_demo_dit.py"),
+        (lightning, infer_demo_lightningdit, [], "holds programs for Paddle Inference; .* add --backend inference"),
+        (large, infer_demo_sit, [*inference, "--dtype", "float16"], "dtype float16: .* on a GPU only"),
+        (large, infer_demo_sit, [*inference, "--key", "ema"], "--key is for .*_out is a Paddle Inference folder"),
+        (tmp_path / "sit", infer_demo_dit, inference, "is a SiT; use infer_demo_sit.py"),
+        (tmp_path / "odd", infer_demo_sit, inference, "model_type is DiT, expected SiT or LargeSiT or LightningDiT"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(path, *flags, demo=demo)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -18,10 +19,12 @@ from models import DiT, LightningDiT
 from sampling import SiTPipeline
 from sampling.generator import load_exportable, load_generator
 from sampling.model_path import describe_model
-from sampling.pipelines.inference import export_inference, load_inference
-from tools import convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, sample_npz
+from sampling.pipelines.inference import export_inference as save_programs
+from sampling.pipelines.inference import load_inference
+from tools import convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference, sample_npz
 from transport import Sampler, create_transport
 from weights.files import safe_load, save_pdparams
+from weights.source import read_weights
 
 CHANNELS = 8  # of the statistics in tests/golden
 STATISTICS = GOLDEN / "lightning_latents" / "latents_stats.pt"
@@ -86,10 +89,8 @@ def by_hand(models, num_steps, guidance, multiplier=1.0, statistics=STATISTICS, 
     ],
 )
 def test_images_are_those_of_the_official_steps(models, tmp_path, flags, expected):
-    vae = make_vae(CHANNELS)  # latents of LightningDiT are not scaled
-    vae.register_to_config(scaling_factor=1.0)
-    vae.save_pretrained(str(tmp_path / "vae"), safe_serialization=False)
-    given = ["--classes", 1, 7, "--num_inference_steps", 12, "--vae", tmp_path / "vae", "--latents_stats", STATISTICS]
+    # The autoencoder has a scaling factor, by which LightningDiT's latents are not scaled.
+    given = ["--classes", 1, 7, "--num_inference_steps", 12, "--vae", models / "vae", "--latents_stats", STATISTICS]
     image = draw(tmp_path / "a.png", *file_flags(models), *given, *flags)
     hand = by_hand(models, 12, **expected)
     assert image.shape == hand.shape and hand.std() > 5
@@ -103,6 +104,9 @@ def test_every_kind_of_model_gives_the_same_images(models, tmp_path):
     first = draw(tmp_path / "a.png", *own, *flags)
     convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "pipeline"])])
     assert np.array_equal(first, draw(tmp_path / "b.png", "--model_path", tmp_path / "pipeline", *flags))
+    export_inference.main([*map(str, [*own, "--output", tmp_path / "programs"])])
+    programs = draw(tmp_path / "d.png", "--model_path", tmp_path / "programs", "--backend", "inference", *flags)
+    assert np.abs(programs - first).max() <= 1
     settings = ["--sampler", "ode", "--timestep_shift", 0.3, "--guidance_interval", 0.125, "--guidance_scale", 6.7]
     same = draw(tmp_path / "c.png", *own, *flags, *settings, demo=infer_demo_sit)
     assert np.array_equal(first, same)
@@ -168,8 +172,17 @@ def test_an_official_file_needs_no_config(models, tmp_path):
     first = draw(tmp_path / "a.png", *own, *flags)
     convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "pipeline"])])
     assert np.array_equal(first, draw(tmp_path / "b.png", "--model_path", tmp_path / "pipeline", *flags))
+    with pytest.raises(ValueError, match="another model than --image_size 512: sample_size 8 there"):
+        convert_sit_to_ppdiffusers.main([*map(str, [*own, "--output", tmp_path / "other", "--image_size", 512])])
     model = describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none")
     assert model.config["model"]["qk_norm"] and model.config["model"]["num_attention_heads"] == 3
+
+    # Of a file with several sets of weights it is that of --key.
+    state, _ = read_weights(GOLDEN / "lightningdit_full.pt")
+    with open(tmp_path / "two.pdparams", "wb") as file:
+        pickle.dump({"first": {"w": np.zeros(1)}, "second": state}, file)
+    own[1] = tmp_path / "two.pdparams"
+    assert np.array_equal(first, draw(tmp_path / "c.png", *own, *flags, "--key", "second"))
 
 
 def _written(config):
@@ -232,7 +245,7 @@ def test_a_program_with_all_switches_is_the_network(tmp_path):
     make_vae().save_pretrained(str(tmp_path / "vae"), safe_serialization=False)
     exported = load_exportable(describe_model(path), vae=str(tmp_path / "vae"))
     assert isinstance(exported.network, DiT) and not isinstance(exported.network, LightningDiT)
-    export_inference(exported, tmp_path / "program")
+    save_programs(exported, tmp_path / "program")
     program, x = load_inference(str(tmp_path / "program")), paddle.randn([3, 4, 4, 4])
     t, y = paddle.to_tensor([999, 500, 3]), paddle.to_tensor([1, 10, 3])
     with paddle.no_grad():
@@ -252,11 +265,7 @@ def test_stock_ppdiffusers_has_no_switches(kind, convert, flags, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lightningdit_is_no_stock_pipeline_and_no_program(models, tmp_path):
-    with pytest.raises(
-        ValueError, match="is a LightningDiT, which can't be exported .*; sample it by infer_demo_light"
-    ):
-        describe_model(str(GOLDEN / "lightningdit_full.pt"), latents_stats="none").check_backend("inference")
+def test_a_lightningdit_is_no_stock_pipeline(models, tmp_path):
     flags = [*map(str, file_flags(models)), "--output", str(tmp_path / "out"), "--stock"]
     with pytest.raises(ValueError, match="--stock is for a SiT; this model is a LightningDiT"):
         convert_sit_to_ppdiffusers.main(flags)

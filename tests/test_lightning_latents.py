@@ -190,6 +190,12 @@ def test_what_is_broken_is_one_line(break_it, message, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_files_without_a_row(tmp_path):
+    write_lightning(tmp_path, counts=(0, 0))
+    with pytest.raises(ValueError, match=f"{tmp_path}: no sample in it"):
+        tiny(tmp_path)
+
+
 def test_another_shape_than_the_models(tmp_path):
     write_lightning(tmp_path)
     with pytest.raises(ValueError, match='for this set write "in_channels": 4 in its section model'):
@@ -268,6 +274,20 @@ def test_a_manifest_of_ones_own_tells_the_autoencoder(folder, tmp_path):
     assert features["image_size"] == 8 and features["class_names"] == {"0": "cat"}
     vae, notes = open_vae(None, features["vae"], default=None, flag="--vae", channels=4)
     assert vae.config.scaling_factor == 1.0 and "scaling_factor 1.0, not 0.18215" in notes[0]
+
+
+def test_a_check_finds_what_leaves_a_folder_without_statistics(tmp_path):
+    write_lightning(tmp_path / "set", statistics=False)
+    broken = load_file(tmp_path / "set" / SECOND)["latents"]
+    broken[1, 0, 0, 0] = np.nan
+    rewritten(tmp_path / "set" / SECOND, latents=broken)
+    with pytest.raises(ValueError, match="its channel_mean can't normalise .* which tools/check_features.py looks at"):
+        tiny(tmp_path / "set")
+    with pytest.raises(SystemExit):
+        check_features.main(["--feature_path", str(tmp_path / "set"), "--output", str(tmp_path / "check.json")])
+    problems = json.loads((tmp_path / "check.json").read_text())["problems"]
+    assert [problem["kind"] for problem in problems] == ["finite", "scale"]
+    assert f"{SECOND}: latents row 1: 1 number not finite" in problems[0]["text"]
 
 
 def test_a_folder_without_statistics_gets_them_on_request(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Normalisation by channel, of every format: what training gets, and that whoever decodes undoes it."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_a_set_without_statistics_is_told_how_to_get_them(tmp_path, capsys):
     assert json.loads((tmp_path / "imagenet64_manifest.json").read_text())["version"] == 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_statistics_of_moments_that_no_manifest_tells_of(packed, tmp_path, capsys):
+    write_set(tmp_path / "set", moments=True)
+    folder = pack_set(tmp_path / "set", tmp_path / "packed") if packed else tmp_path / "set"
+    for path in folder.glob("*_manifest.json"):
+        os.remove(path)
+    flags = ["--feature_path", folder, "--output", tmp_path / "report.json", "--write_statistics", "--num_workers", 1]
+    check_features.main([*map(str, flags)])
+    assert "taken for moments, mean and standard deviation of 4 channels" in capsys.readouterr().out
+    drawn, normalised = (
+        everything(dataset(folder, posterior="mean", **options))[0]
+        for options in ({"latent_normalization": "none"}, CHANNEL)
+    )
+    values = json.loads((folder / "imagenet64_manifest.json").read_text())
+    mean, std = (np.array(values[f"channel_{what}"])[:, None, None] for what in ("mean", "std"))
+    np.testing.assert_allclose(normalised, (drawn - mean) / std * CHANNEL["latent_multiplier"], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [
@@ -99,6 +118,14 @@ def test_statistics_that_cannot_be(statistics, message, tmp_path):
     with_manifest(tmp_path, **statistics)
     with pytest.raises(ValueError, match=message):
         dataset(tmp_path, **CHANNEL)
+
+
+def test_a_manifest_that_says_no_known_normalisation(tmp_path):
+    write_set(tmp_path)
+    with_manifest(tmp_path, latent_normalization="chanel")
+    with pytest.raises(ValueError, match="latent_normalization is chanel in its manifest, expected none or channel"):
+        dataset(tmp_path)
+    assert dataset(tmp_path, **CHANNEL).normalization["mean"] == MEAN  # the config wins
 
 
 # ---- What decodes ----

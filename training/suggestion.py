@@ -17,6 +17,7 @@ import numpy as np
 
 from config.schema import MODEL_TYPES, resolve_config
 from features.check import STD_RANGE
+from features.statistics import can_be_moments
 from features.store import find_features, open_store, read_description, read_manifest
 from models.sizes import SIZES, size_keys
 from runtime.machine import available_memory
@@ -92,11 +93,11 @@ def describe_set(feature_path, image_size=None):
             f"{store.path}: holds latents of shape {store.row_shape}, expected square ones (C, side, side)"
         )
     moments = manifest.get("moments")
-    if moments is None and channels % 2 == 0:
+    if moments is None:
         # As `features.dataset` finds it out: the second half can be standard deviations.
         rows = np.empty((min(len(store), 16), *store.row_shape), "float32")
         store.read(np.arange(len(rows)), rows)
-        moments = bool((rows[:, channels // 2 :] > 0).all())
+        moments = can_be_moments(rows)
     num_classes = manifest.get("num_classes")
     if not isinstance(num_classes, int) or num_classes < 1:
         num_classes = int(store.labels.max()) + 1

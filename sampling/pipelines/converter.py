@@ -12,7 +12,7 @@ from runtime.process import configure_runtime
 from runtime.untrusted import read_json_object
 from sampling.flags import add_statistics_flags, add_vae_flag
 from sampling.labels import ROOT, find_labels
-from sampling.model_path import check_normalization, stated_normalization
+from sampling.model_path import check_normalization, stated_features
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
 from weights.runs import resolve_run
 
@@ -51,7 +51,6 @@ def find_config(args):
         with contextlib.suppress(ValueError):  # of another network
             config = recognised_config(args.model_path, args.key)
             print(f"note: {recognised_note(config['model'])}", flush=True)
-            return config
     if config is None:
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return named_config(args.kind, args.model_name or f"{args.kind}_XL_2", size, latent_shape(args.vae))
@@ -142,15 +141,14 @@ def convert(args, check, export, loader):
         check(load_config(args.config_file))
     config = find_config(args)
     labels, note = find_labels(args.id2label, config)
-    chosen = (args.vae, config["features"]["vae"])
-    channels = config["model"]["in_channels"]
-    vae_name = choose_vae(*chosen, args.default_vae, "--vae", channels)[0] if args.save else None
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
     stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
     if args.save:
         check_normalization(*stated)
-    config["features"]["latent_normalization"] = stated_normalization(*stated)
+    config["features"] = features = stated_features(*stated)
+    chosen, channels = (args.vae, features["vae"]), config["model"]["in_channels"]
+    vae_name = choose_vae(*chosen, args.default_vae, "--vae", channels)[0] if args.save else None
     check_id2label(labels, config["model"]["num_classes"])
     if args.save:
         check_output(args.output, args.overwrite)
@@ -168,8 +166,8 @@ def convert(args, check, export, loader):
         print(f"{source} fits; --save False: nothing was written")
         return
     wanted = {"default": args.default_vae, "flag": "--vae", "channels": channels}
-    vae, vae_notes = open_vae(*chosen, **wanted, normalization=config["features"]["latent_normalization"])
-    config["features"] = complete_features(config["features"], vae, vae_name, config["model"]["sample_size"])
+    vae, vae_notes = open_vae(*chosen, **wanted, normalization=features["latent_normalization"])
+    config["features"] = complete_features(features, vae, vae_name, config["model"]["sample_size"])
     options = {"id2label": labels, "source": source}
     options.update(overwrite=args.overwrite, safe_serialization=args.safe_serialization)
     notes = export(config, state, vae, args.output, **options)

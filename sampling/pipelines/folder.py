@@ -25,6 +25,7 @@ CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, s
 CARD, SAMPLES = "README.md", "samples.png"  # what `sampling.pipelines.model_card` writes
 CARD_MARK = "<!-- written by the exporter of this folder, which --overwrite replaces -->"
 INFERENCE_MANIFEST = "inference.json"  # of a folder of programs, see `sampling.pipelines.inference`
+TRANSPORT_SCHEDULER = "TransportScheduler"  # of `sampling.sit_pipeline`, which imports more than its name needs
 
 
 def component_class(index, name):

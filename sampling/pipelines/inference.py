@@ -1,8 +1,9 @@
 """Generators as static programs for Paddle Inference: a folder of programs, its export, and loading it.
 
 The folder holds `transformer/` (latents, timesteps and labels to the network's output) and `vae/` (latents to images),
-each a program and its weights, `scheduler/` (settings of a ppdiffusers scheduler) and `inference.json`, which says the
-rest. The batch size is free, all else is fixed. Weights are float32; half precision is chosen when it is loaded.
+each a program and its weights, `scheduler/` (settings of a ppdiffusers scheduler, or of a `TransportScheduler`) and
+`inference.json`, which says the rest. The batch size is free, all else is fixed. Weights are float32; half precision is
+chosen when it is loaded.
 
 A program is code: a folder from somebody else can do on this machine whatever Paddle's operators can, write files for
 one. The JSON files and the sizes of the others are checked so that a broken folder is one line, not to make a hostile
@@ -16,7 +17,7 @@ import paddle
 from paddle import nn
 
 from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
-from config.schema import SCALING_KEYS, exported_features
+from config.schema import MODEL_TYPES, SCALING_KEYS, exported_features
 from features.autoencoder import LatentScaling
 from models import LargeDiT
 from models.attention import separate_projections
@@ -27,7 +28,13 @@ from runtime.paddle_private import cpu_runs_bfloat16
 from runtime.programs import PROGRAMS, WEIGHTS, Program, save_program
 from runtime.untrusted import MAX_SIZE, inside, read_json_object, shortened
 from sampling.generator import Generator
-from sampling.pipelines.folder import INFERENCE_MANIFEST, check_free, complete_features, known_features
+from sampling.pipelines.folder import (
+    INFERENCE_MANIFEST,
+    TRANSPORT_SCHEDULER,
+    check_free,
+    complete_features,
+    known_features,
+)
 from sampling.pipelines.pretrained import SCHEDULERS, is_id2label, load_scheduler
 from sampling.schedulers import PipelineSampler
 from sampling.step_counts import is_timestep_fit
@@ -74,7 +81,8 @@ def own_large_dit(transformer):
 def export_inference(generator, output_dir):
     """Writes a `Generator` of `load_exportable` as a new folder for `load_inference`: complete, or not there."""
     check_free(output_dir)
-    scheduler = generator.objective.scheduler
+    is_transport = generator.kind == "transport"
+    scheduler = generator.objective if is_transport else generator.objective.scheduler
     latents = ("x", [generator.in_channels, generator.sample_size, generator.sample_size], "float32")
     parts = {
         "transformer": (generator.network, [latents, ("t", [], "float32"), ("y", [], "int64")]),
@@ -84,7 +92,7 @@ def export_inference(generator, output_dir):
     with whole_folder(output_dir) as folder:
         for part, (layer, inputs) in parts.items():
             os.makedirs(os.path.join(folder, part))
-            for index, table in enumerate(getattr(layer, "rotary", ())):  # a Large-DiT's constants: saved if buffers
+            for index, table in enumerate(getattr(layer, "rotary", ())):  # RoPE's constants: saved if buffers
                 layer.register_buffer(f"rotary_{index}", table, persistable=False)
             with separate_projections(layer):
                 save_program(layer, inputs, os.path.join(folder, part, "model"))
@@ -99,8 +107,11 @@ def export_inference(generator, output_dir):
             "bytes": {name: os.path.getsize(os.path.join(folder, name)) for name in files},
             "sha256": {name: sha256_of_file(os.path.join(folder, name)).hex() for name in files if is_program(name)},
             "id2label": {str(key): label for key, label in generator.labels.items()},
-            "timestep_fit": generator.objective.timestep_fit,
+            "timestep_fit": None if is_transport else generator.objective.timestep_fit,
         }
+        if is_transport:
+            manifest["model_type"] = type(generator.network).__name__
+            manifest["guided_channels"] = generator.guided_channels
         features = generator.features
         if features and generator.vae_name is not None:  # else the model brought its own along
             features = complete_features(features, generator.vae, generator.vae_name, generator.sample_size)
@@ -147,14 +158,19 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
     """
     check_dtype(device, dtype)
     manifest = _read_manifest(folder)
-    scheduler = load_scheduler(manifest["scheduler"], folder)
+    if manifest["scheduler"] == TRANSPORT_SCHEDULER:
+        from sampling.sit_pipeline import TransportScheduler
+
+        objective = TransportScheduler.from_folder(folder)
+    else:
+        objective = PipelineSampler(load_scheduler(manifest["scheduler"], folder), manifest.get("timestep_fit"))
 
     network = _load_part(folder, "transformer", manifest, device, dtype)
     vae = _load_part(folder, "vae", manifest, device, "float32")
     scaling = {key: manifest.get(key) for key in SCALING_KEYS}
     return Generator(
         lambda x, t, y: network(x, t.astype("float32"), y),
-        PipelineSampler(scheduler, manifest.get("timestep_fit")),
+        objective,
         **{key: manifest[key] for key in NETWORK_KEYS},
         # What a `LatentDecoder` asks of an AutoencoderKL.
         vae=SimpleNamespace(
@@ -163,7 +179,7 @@ def load_inference(folder, *, device="cpu", dtype="float32"):
             decode=lambda latents: SimpleNamespace(sample=vae(latents)),
         ),
         labels={int(key): label for key, label in manifest["id2label"].items()},
-        guided_channels=None,
+        guided_channels=manifest.get("guided_channels"),
         path=folder,
         notes=notes_on_dtype(device, dtype),
         features=exported_features(manifest.get("features"), f"{os.path.join(folder, MANIFEST)}: features"),
@@ -202,12 +218,19 @@ def _read_manifest(folder):
         **dict.fromkeys(("in_channels", "sample_size", "num_classes"), (size, POSITIVE_INT.expected)),
         "null_class": (lambda value: value is None or size(value), "a class id or null"),
         "scaling_factor": (ABOVE_0.accepts, "a positive number"),
-        "scheduler": (lambda value: value in SCHEDULERS, "a scheduler of ppdiffusers"),
+        "scheduler": ((*SCHEDULERS, TRANSPORT_SCHEDULER).__contains__, "a scheduler of ppdiffusers or of a transport"),
         "bytes": (lambda value: isinstance(value, dict) and all(map(INT.accepts, value.values())), "sizes"),
         "sha256": (lambda value: value is None or isinstance(value, dict), "checksums"),  # None: of an older folder
         "id2label": (is_id2label, '{"0": "name", ...}'),
         "timestep_fit": (is_timestep_fit, '{"ddim": numbers of steps, "dpm": numbers of steps}, or null'),
     }
+    if manifest.get("scheduler") == TRANSPORT_SCHEDULER:
+        types = [name for name, kind in MODEL_TYPES.items() if kind.objective == "transport"]
+        checks["model_type"] = types.__contains__, " or ".join(types)
+    checks["guided_channels"] = (
+        lambda value: value in (None, "auto") or size(value),
+        'a positive integer, null for all, or "auto"',
+    )
     for key, (accepts, expected) in checks.items():
         if not accepts(manifest.get(key)):
             raise ValueError(f"{path}: {key} is {shortened(manifest.get(key), 40)}, expected {expected}")

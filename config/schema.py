@@ -87,8 +87,6 @@ def _check_typed(tables, given, default_type, where, subject):
 def _official_names(model, where):
     """Returns the model section with the official names (`ALIASES`, `hidden_size`, `wo_shift`) turned into ours."""
     _check_object(model, where)
-    if "wo_shift" in model:
-        raise ValueError(f"{where}: unknown key 'wo_shift'; its opposite is adaln_shift: true for wo_shift false")
     given = {}  # our name: the name in the file
     for name in model:
         other = given.setdefault(ALIASES.get(name, name), name)

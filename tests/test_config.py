@@ -62,7 +62,6 @@ def test_names_of_the_official_code_and_of_paddlemix(tmp_path):
     model = resolve_config({"model": {**official, "type": "LightningDiT", **lightning}})["model"]
     assert [model[key] for key in ("in_channels", "rope", "qk_norm", "rms_norm", "swiglu")] == [*lightning.values()]
     for change, message in (
-        ({"wo_shift": True}, "unknown key 'wo_shift'; its opposite is adaln_shift"),
         ({"hidden_size": 1150}, "hidden_size must be a multiple of num_attention_heads 16, got 1150"),
         ({"num_layers": 28}, "depth and num_layers are the same"),
     ):

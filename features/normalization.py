@@ -63,16 +63,24 @@ def normalize(latents, normalization):
 
 
 def normalization_differences(theirs, ours):
-    """Lists, as `(what, their value, our value)`, in which numbers two normalisations, or None, differ.
+    """Lists, as `(what, their value, our value)`, how the normalisations of two `features` sections differ.
 
-    Where only one of them is by channel, that is said in its place.
+    Where only one of them is by channel, that is said in place of its numbers. Statistics within 1e-4 of a standard
+    deviation are the same: sums in another order differ by rounding.
     """
     plain = {"mean": None, "std": None, "multiplier": 1.0}
-    both = [normalization or plain for normalization in (theirs, ours)]
-    if len({normalization["mean"] is None for normalization in both}) == 2:
-        return [("latent_normalization", *map(describe_normalization, both))]
-    found = [(f"latent_normalization's {key}", *(each[key] for each in both)) for key in plain]
-    return [(what, there, here) for what, there, here in found if there != here]
+    there, here = (features["latent_normalization"] or plain for features in (theirs, ours))
+    if (there["std"] is None) != (here["std"] is None):
+        return [("latent_normalization", describe_normalization(there), describe_normalization(here))]
+    found = []
+    if here["std"] is not None:
+        room = 1e-4 * np.array(here["std"])
+        for key in ("mean", "std"):
+            is_same = len(there[key]) == len(room) and (np.abs(np.subtract(there[key], here[key])) <= room).all()
+            found += [] if is_same else [(f"latent_normalization's {key}", there[key], here[key])]
+    if there["multiplier"] != here["multiplier"]:
+        found.append(("latent_normalization's multiplier", there["multiplier"], here["multiplier"]))
+    return found
 
 
 def describe_normalization(normalization):

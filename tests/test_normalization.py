@@ -21,10 +21,11 @@ from objectives import build_objective
 from sampling import SiTPipeline
 from sampling.generator import load_generator
 from tools import check_features, convert_dit_to_ppdiffusers, convert_sit_to_ppdiffusers, export_inference, sample_npz
+from training.checkpoints.find import check_run
 from training.checkpoints.read import load_pretrained
 from training.evaluation import Evaluation
 from training.preview import Preview
-from training.setup import build_dataset, describe_data_changes
+from training.setup import build_dataset
 from weights.files import save_pdparams
 
 MEAN, STD = [0.5, -1.0, 2.0, 0.25], [2.0, 0.5, 4.0, 1.5]
@@ -251,15 +252,15 @@ def test_previews_evaluations_and_sample_files(run, tmp_path):
 def test_another_normalisation_than_the_checkpoints_is_one_line(run):
     config = load_config(run.folder / "SiT/config.json")
     config["data"]["latent_multiplier"] = 1.0
-    data, _ = build_dataset(config, run.folder / "set", 8)
+    build_dataset(config, run.folder / "set", 8)
     here = "latent_normalization's multiplier 1.0 here, 0.5 there"
     note = load_pretrained(str(run.folder / "SiT"), build_model(config["model"]), config=config)
     assert note.endswith(f"{run.folder}/SiT was trained on other latents: {here}")
-    checkpoint = SimpleNamespace(config=run.configs["SiT"], progress={})
-    assert describe_data_changes(checkpoint, config, data) == f"{here}: other data, or in another order, from here"
+    with pytest.raises(ValueError, match="SiT: was trained on latents normalised otherwise: .* 0.5 there, 1.0 here; "):
+        check_run("SiT", run.configs["SiT"], config)
     config["features"]["latent_normalization"] = None
-    changed = "latent_normalization none here, by channel, times 0.5 there: other data"
-    assert changed in describe_data_changes(checkpoint, config, data)
+    with pytest.raises(ValueError, match="otherwise: latent_normalization by channel, times 0.5 there, none"):
+        check_run("SiT", run.configs["SiT"], config)
     same = run.configs["SiT"]
     assert "other latents" not in load_pretrained(str(run.folder / "SiT"), build_model(config["model"]), config=same)
 

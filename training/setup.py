@@ -158,7 +158,7 @@ def read_class_names(path, num_classes):
 def features_changes(theirs, ours):
     """Returns, in words, how two `features` sections differ in what matters to a network; empty if they don't."""
     changes = vae_differences(theirs["vae"], ours["vae"])
-    normalized = normalization_differences(*(each["latent_normalization"] for each in (theirs, ours)))
+    normalized = normalization_differences(theirs, ours)
     changes += [(what, shortened(there, 60), shortened(here, 60)) for what, there, here in normalized]
     names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
     renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]

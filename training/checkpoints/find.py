@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from config.schema import differences
+from features.normalization import normalization_differences
 from runtime.files import MANIFEST
 from runtime.process import say
+from runtime.untrusted import shortened
 from weights.runs import damage, find_checkpoints, holds, is_checkpoint
 
 OBJECTIVE = "objective.pdparams"
@@ -32,10 +34,19 @@ class Checkpoint:
 
 
 def check_run(source, theirs, config):
-    """Raises ValueError if `theirs`, the config of the checkpoint `source`, has another model or objective."""
+    """Raises ValueError if `theirs`, the config of the checkpoint `source`, has another model, objective or latents.
+
+    Latents that are normalised otherwise are other latents; the `features` of `config` are those of its set.
+    """
     for section in ("model", "objective"):
         if listed := differences(theirs[section], config[section]):
             raise ValueError(f"{source}: holds another run's {section}: {listed}")
+    for what, there, here in normalization_differences(*(each["features"] for each in (theirs, config))):
+        raise ValueError(
+            f"{source}: was trained on latents normalised otherwise: {what} {shortened(there, 60)} there, "
+            f"{shortened(here, 60)} here; resume with its set, latent_normalization and latent_multiplier, or start "
+            "anew from its weights by --pretrained_model_path"
+        )
 
 
 def pick_checkpoint(folder, experiment_name=None):

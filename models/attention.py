@@ -32,7 +32,22 @@ def _by_heads(q, k, v, softmax):
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3])
 
 
-class Attention(ops.Layer):
+class _HeadsLayer(ops.Layer):
+    """What both forms of attention share; with `qk_norm` a subclass has the norms `q_norm` and `k_norm`."""
+
+    def prepared(self, q, k, *rotary):
+        """Returns queries and keys `(N, T, heads, head_dim)`, normed and turned by RoPE's tables, where that is on."""
+        kind = q.dtype
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary:
+            q, k = self.ops.rotate(q, *rotary), self.ops.rotate(k, *rotary)
+        if self.qk_norm:  # the layer norms of AMP give float32
+            q, k = q.astype(kind), k.astype(kind)
+        return q, k
+
+
+class Attention(_HeadsLayer):
     """Self-attention over tokens `(N, T, D)` with one projection for q, k and v, biases throughout (timm's)."""
 
     def __init__(self, hidden_size, num_heads, *, qk_norm=False, rms_norm=False, fused=False, group=None):
@@ -51,27 +66,16 @@ class Attention(ops.Layer):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x)  # (N, T, 3 D), with tensor parallelism of this rank's heads
         heads = qkv.reshape([batch, tokens, qkv.shape[-1] // self.head_dim, self.head_dim])  # (N, T, 3 heads, head_dim)
-        if self.qk_norm or rotary:
+        if self.fused or self.qk_norm or rotary:
             q, k, v = heads.split(3, axis=2)
             q, k = self.prepared(q, k, *rotary)
             out = scaled_dot_product(q, k, v, self.ops.softmax, fused=self.fused)
-        elif self.fused:
-            out = scaled_dot_product(*heads.split(3, axis=2), self.ops.softmax, fused=True)
         else:  # q, k and v change their order of axes together
             out = _by_heads(*heads.transpose([0, 2, 1, 3]).split(3, axis=1), self.ops.softmax)
         return self.proj(out.flatten(2))
 
-    def prepared(self, q, k, *rotary):
-        """Returns queries and keys `(N, T, heads, head_dim)`, normed and turned by RoPE's tables, where that is on."""
-        kind = q.dtype
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary:
-            q, k = self.ops.rotate(q, *rotary), self.ops.rotate(k, *rotary)
-        return q.astype(kind), k.astype(kind)  # the layer norms of AMP give float32
 
-
-class SeparateAttention(nn.Layer):
+class SeparateAttention(_HeadsLayer):
     """A whole `Attention` with a projection each for q, k and v: the same numbers up to rounding, for programs.
 
     oneDNN then reads the heads in place. The parts of a joint projection it copies, and transposes.
@@ -80,8 +84,8 @@ class SeparateAttention(nn.Layer):
     def __init__(self, attention):
         super().__init__()
         self.head_dim, self.fused, self.proj = attention.head_dim, attention.fused, attention.proj
-        self.attention = (attention,)  # no sublayer of this one, but its norms are: a program has their weights
-        if attention.qk_norm:
+        self.qk_norm = attention.qk_norm
+        if self.qk_norm:
             self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         joint = attention.qkv
         width = joint.weight.shape[0]
@@ -95,7 +99,7 @@ class SeparateAttention(nn.Layer):
         _, tokens, width = x.shape
         heads = [0, tokens, width // self.head_dim, self.head_dim]  # 0: as it is; else an operator asks for the size
         q, k, v = (layer(x).reshape(heads) for layer in self.projections)
-        q, k = self.attention[0].prepared(q, k, *rotary)
+        q, k = self.prepared(q, k, *rotary)
         return self.proj(scaled_dot_product(q, k, v, F.softmax, fused=self.fused).reshape([0, tokens, width]))
 
 

@@ -20,7 +20,7 @@ from features.normalization import choose_normalization
 from features.npy import load_npy
 from features.packed import MappedStore
 from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
-from features.statistics import can_be_moments, channel_statistics, channel_sums, statistics_entries
+from features.statistics import can_be_moments, channel_statistics, channel_sums, statistics_entries, total_std
 from features.store import open_store, read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
@@ -251,7 +251,7 @@ def _check_statistics(report, sums):
     if not count:
         return
     mean, channel_std = channel_statistics(sums[:3])
-    std = _std(mean, channel_std)
+    std = total_std(mean, channel_std)
     report.facts["latents"] = {"mean": float(mean.mean()), "std": std, **statistics_entries(sums[:3])}
     if report.manifest.get("latent_normalization") == "channel":  # of latents that are not scaled
         try:
@@ -261,7 +261,7 @@ def _check_statistics(report, sums):
             return
         report.notes += [note] if note else []
         mean, divisor = mean - normalization["mean"], np.array(normalization["std"])
-        if not STD_RANGE[0] <= (std := _std(mean / divisor, channel_std / divisor)) <= STD_RANGE[1]:
+        if not STD_RANGE[0] <= (std := total_std(mean / divisor, channel_std / divisor)) <= STD_RANGE[1]:
             text = f"normalised by its statistics, the latents' standard deviation is {std:.4g}, expected about 1"
             report.add("scale", report.store.path, text)
         return
@@ -278,11 +278,6 @@ def _check_statistics(report, sums):
         if STD_RANGE[0] <= math.sqrt(np.mean(((high - low) / 2) ** 2) + np.var((low + high) / 2)) <= STD_RANGE[1]:
             text += f"; it looks as if the autoencoder's {name} {what}"
     report.add("scale", report.store.path, text)
-
-
-def _std(mean, channel_std):
-    """Returns the standard deviation of all values, of each channel's mean and standard deviation."""
-    return float(np.sqrt(np.mean(channel_std**2) + np.var(mean)))
 
 
 def _check_duplicates(report, allowed):

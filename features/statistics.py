@@ -31,6 +31,11 @@ def sample_statistics(sums):
     return mean, std * np.sqrt(sums[2] / np.maximum(sums[2] - 1, 1))
 
 
+def total_std(mean, channel_std):
+    """Returns the standard deviation of all values, of each channel's mean and standard deviation `(C,)`."""
+    return float(np.sqrt(np.mean(channel_std**2) + np.var(mean)))
+
+
 def statistics_entries(sums):
     """Returns the statistics of `channel_statistics` as entries of a set's manifest."""
     mean, std = channel_statistics(sums)

@@ -17,7 +17,7 @@ import numpy as np
 
 from config.schema import MODEL_TYPES, resolve_config
 from features.check import STD_RANGE
-from features.statistics import can_be_moments
+from features.statistics import can_be_moments, total_std
 from features.store import find_features, open_store, read_description, read_manifest
 from models.sizes import SIZES, size_keys
 from runtime.machine import available_memory
@@ -103,7 +103,7 @@ def describe_set(feature_path, image_size=None):
         num_classes = int(store.labels.max()) + 1
     told = read_description(feature_path, name)
     mean, std = (np.array(told[key] or np.nan, "float64") for key in ("channel_mean", "channel_std"))
-    std = float(np.sqrt(np.mean(std**2) + np.var(mean)))
+    std = total_std(mean, std)
     vae = (told["vae"] or {}).get("name")
     return FeatureSet(
         name,

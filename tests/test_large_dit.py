@@ -9,6 +9,7 @@ import pytest
 from paddle.nn import functional as F
 from support.device import either
 from support.golden import GOLDEN, OFFICIAL, golden_inputs, judged, load_golden, official_network, relative_error
+from support.initialisation import check_initialisation
 from support.runs import ROOT
 
 from config.schema import load_config, resolve_config
@@ -181,27 +182,7 @@ def test_initialisation_tensor_by_tensor():
         "feed_forward.w2.weight": (inner, width),
         "feed_forward.w3.weight": (width, inner),
     }
-    normal = ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight")
-    seen = 0
-    for name, parameter in model.named_parameters():
-        value = parameter.numpy()
-        assert not parameter.stop_gradient
-        fans = next((fans for ending, fans in xavier.items() if name.endswith(ending)), None)
-        if fans:
-            assert value.shape == fans
-            std, limit = math.sqrt(2 / sum(fans)), math.sqrt(6 / sum(fans))
-            assert value.std() == pytest.approx(std, rel=0.03), name
-            assert np.abs(value).max() <= limit and np.abs(value).max() > 0.98 * limit, name
-        elif name in normal:
-            assert value.std() == pytest.approx(0.02, rel=0.03), name
-            assert np.abs(value).max() > 0.06, name
-        elif name.endswith("_norm.weight"):
-            assert (value == 1).all(), name
-        else:
-            assert name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight", name
-            assert not value.any(), name
-        seen += 1
-    assert seen == 7 + 2 * 15 + 4
+    assert check_initialisation(model, xavier) == 7 + 2 * 15 + 4
     x = paddle.randn([2, 3, 16, 16])
     assert not model(x, paddle.to_tensor([1, 2]), paddle.to_tensor([0, 500])).any()
 

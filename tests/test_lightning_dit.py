@@ -1,7 +1,6 @@
 """LightningDiT: parity with the official network, its initialisation, its weights there, back and without a config."""
 
 import json
-import math
 import tracemalloc
 
 import numpy as np
@@ -19,11 +18,12 @@ from support.golden import (
     replay,
     tensors,
 )
+from support.initialisation import check_initialisation
 from support.runs import ROOT, loop_arguments, read_losses, resume_flag, write_features
 
 from config.schema import load_config, resolve_config
 from models import LightningDiT, build_model
-from models.embeddings import get_2d_sincos_pos_embed, rotary_table_2d
+from models.embeddings import rotary_table_2d
 from models.state import expected_shapes, official_to_paddle
 from sampling.model_path import describe_model
 from tools import convert_official_weights
@@ -89,25 +89,7 @@ def test_initialisation_tensor_by_tensor():
         "mlp.w12.weight": (width, 2 * inner),
         "mlp.w3.weight": (inner, width),
     }
-    normal = ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight")
-    for name, parameter in model.named_parameters():
-        value = parameter.numpy()
-        fans = next((fans for ending, fans in xavier.items() if name.endswith(ending)), None)
-        if name == "pos_embed":
-            np.testing.assert_allclose(value[0], get_2d_sincos_pos_embed(width, 4), atol=1e-6)
-            assert parameter.stop_gradient
-        elif fans:
-            std, limit = math.sqrt(2 / sum(fans)), math.sqrt(6 / sum(fans))
-            assert value.std() == pytest.approx(std, rel=0.03), name
-            assert 0.98 * limit < np.abs(value).max() <= limit, name
-        elif name in normal:
-            assert value.std() == pytest.approx(0.02, rel=0.03), name
-            assert np.abs(value).max() > 0.06, name
-        elif "norm" in name:
-            assert (value == 1).all(), name
-        else:
-            assert name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight", name
-            assert not value.any(), name
+    check_initialisation(model, xavier)
     x = paddle.randn([2, 3, 16, 16])
     assert not model(x, paddle.to_tensor([0.1, 0.2]), paddle.to_tensor([0, 500])).any()
 

@@ -1,7 +1,5 @@
 """DiT and SiT, and what all networks share: parity with the official ones, initialisation, attention, recompute."""
 
-import math
-
 import numpy as np
 import paddle
 import pytest
@@ -16,10 +14,11 @@ from support.golden import (
     relative_error,
     replay,
 )
+from support.initialisation import check_initialisation
 from support.runs import TINY_MODELS
 
 from models import DiT, SiT, build_model, cpu_ops
-from models.embeddings import LabelEmbedder, get_2d_sincos_pos_embed
+from models.embeddings import LabelEmbedder
 from verification import official
 
 pytestmark = pytest.mark.paddle26
@@ -92,26 +91,7 @@ def test_initialisation_tensor_by_tensor():
         "mlp.fc1.weight": (width, hidden),
         "mlp.fc2.weight": (hidden, width),
     }
-    normal = ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight")
-    seen = 0
-    for name, parameter in model.named_parameters():
-        value = parameter.numpy()
-        fans = next((fans for ending, fans in xavier.items() if name.endswith(ending)), None)
-        if name == "pos_embed":
-            np.testing.assert_allclose(value[0], get_2d_sincos_pos_embed(width, 4), atol=1e-6)
-            assert parameter.stop_gradient
-        elif fans:
-            std, limit = math.sqrt(2 / sum(fans)), math.sqrt(6 / sum(fans))
-            assert value.std() == pytest.approx(std, rel=0.03), name
-            assert np.abs(value).max() <= limit and np.abs(value).max() > 0.98 * limit, name
-        elif name in normal:
-            assert value.std() == pytest.approx(0.02, rel=0.03), name
-            assert np.abs(value).max() > 0.06, name
-        else:
-            assert name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight", name
-            assert not value.any(), name
-        seen += 1
-    assert seen == 10 + 2 * 10 + 2
+    assert check_initialisation(model, xavier) == 10 + 2 * 10 + 2
     x = paddle.randn([2, 3, 16, 16])
     assert not model(x, paddle.to_tensor([1, 2]), paddle.to_tensor([0, 500])).any()
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-from config import options
+from config import options, run_flags
 from config.checks import MAX_SEED, str2bool
 from config.names import MEANINGS, OF_THE_MODEL, OTHER_NAMES
 from config.options import PerLoop, in_loop
@@ -174,7 +174,7 @@ class Parser(CommandParser):
             allow_abbrev=False,
         )
         self.options = {}  # (name, option) by flag
-        for title, table in options.FLAG_GROUPS.items():
+        for title, table in run_flags.FLAG_GROUPS.items():
             group = self.add_argument_group(title)
             for name, option in table.items():
                 if not (flag := option.flag_in(loop, name)):
@@ -244,7 +244,7 @@ def check_positive(args, *names):
 
 def add_device_flag(parser):
     """Adds --device, of which nothing more is known before Paddle is imported; `runtime.process.resolve_device`."""
-    device = options.RUN_FLAGS["device"]
+    device = run_flags.RUN_FLAGS["device"]
     parser.add_argument("--device", check=device.check, default=device.default, help=device.help)
 
 

@@ -5,9 +5,9 @@ Nothing here imports Paddle before `open_generator` does: what a user gets wrong
 
 from dataclasses import dataclass
 
-from config.checks import FLAG_SEED, Check, no_effect
+from config.checks import FLAG_SEED, VAE, Check, no_effect
 from config.flags import add_device_flag, check_vae
-from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE, VAE
+from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE
 from runtime.process import resolve_device
 from sampling.model_path import check_dtype, check_guidance, check_holds_no, check_normalization, describe_model
 

@@ -19,8 +19,9 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
+from config.checks import VAE
 from config.flags import CommandParser, add_device_flag, add_set_flags, check_paths, check_vae
-from config.options import POSITIVE_INT, VAE
+from config.options import POSITIVE_INT
 from config.schema import load_config
 from evaluation.reconstruction import psnr
 from features.autoencoder import LatentDecoder, choose_vae, open_vae

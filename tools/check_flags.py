@@ -13,7 +13,7 @@ import sys
 import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import LOOPS, CommandParser, read_flags
-from config.options import FLAG_GROUPS
+from config.run_flags import FLAG_GROUPS
 from features.store import find_features
 from runtime.process import run_cli
 from runtime.run_lock import check_experiment_idle, check_idle, experiment_name

@@ -30,9 +30,9 @@ import sys
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.checks import FLAG_SEED
+from config.checks import FLAG_SEED, VAE
 from config.flags import CommandParser, add_device_flag, check_paths, check_vae
-from config.options import METRICS, POSITIVE_INT, VAE
+from config.options import METRICS, POSITIVE_INT
 from features.images import encodable
 from runtime.files import check_output, sha256_of_file, write_json
 from runtime.process import configure_runtime, resolve_device, run_cli, say

@@ -27,9 +27,9 @@ import warnings
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
-from config.checks import FLAG_SEED
+from config.checks import FLAG_SEED, VAE
 from config.flags import CommandParser, add_device_flag, check_paths, check_vae
-from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT, VAE
+from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT
 from config.schema import SCALING_KEYS
 from features.autoencoder import LatentEncoder, load_vae
 from features.extraction import GOES_ON, Extraction, check_earlier, make_settings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _root import ROOT
 
-from config import options
+from config import options, run_flags
 from config.flags import CommandParser
 from config.names import OTHER_NAMES
 from config.schema import MODEL_TYPES
@@ -78,7 +78,7 @@ def page():
     parts += [f"Keys of `latent_normalization`:\n\n{table(options.NORMALIZATION_KEYS)}\n"]
     parts += [f"## `evaluation`\n\n{EVALUATION}\n\n{table(options.EVALUATION_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
-    for title, keys in options.FLAG_GROUPS.items():
+    for title, keys in run_flags.FLAG_GROUPS.items():
         if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:
             parts.append(f"{title[0].upper()}{title[1:]}:\n\n{table(flags)}\n")
     names = {name: ", ".join(f"`--{other}`" for other in others) for name, others in OTHER_NAMES.items()}
@@ -91,7 +91,7 @@ def page():
 def twins():
     """Returns a table of the flags that have several names, or another meaning in each loop, as Markdown."""
     rows = ["| flag | also accepted | what |\n| --- | --- | --- |\n"]
-    known = {name: option for group in options.FLAG_GROUPS.values() for name, option in group.items()}
+    known = {name: option for group in run_flags.FLAG_GROUPS.values() for name, option in group.items()}
     for name, option in known.items():
         twin, what = getattr(option, "twin", None), _row(name, option)[-1]
         flags = [option.flag_in(loop, name) or twin for loop in options.PerLoop._fields]

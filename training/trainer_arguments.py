@@ -6,7 +6,7 @@ import paddle
 from paddlenlp.trainer import TrainingArguments
 from paddlenlp.utils.log import logger
 
-from config.options import PASSED_ON
+from config.run_flags import PASSED_ON
 from runtime.paddle_private import trainer_arguments
 from training.parallel.cpu import use_plain_collectives
 

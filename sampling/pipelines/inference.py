@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import paddle
 from paddle import nn
 
-from config.options import ABOVE_0, INT, LARGE_DIT_KEYS, POSITIVE_INT
+from config.checks import INT
+from config.options import ABOVE_0, LARGE_DIT_KEYS, POSITIVE_INT
 from config.schema import MODEL_TYPES, SCALING_KEYS, exported_features
 from features.autoencoder import LatentScaling
 from models import LargeDiT

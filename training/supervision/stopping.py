@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-from config import options
+from config import run_flags
 from config.flags import check_flag
 from runtime import process
 from runtime.process import EXIT_LOST, EXIT_STOPPED, STARTED, exit_now, is_terminal, say
@@ -42,8 +42,8 @@ class Stopping:
     """
 
     def __init__(self, *, max_hours=None, hang_timeout=0):
-        check_flag("max_hours", options.STOPPING_FLAGS["max_hours"], max_hours)
-        check_flag("hang_timeout", options.STOPPING_FLAGS["hang_timeout"], hang_timeout)
+        check_flag("max_hours", run_flags.STOPPING_FLAGS["max_hours"], max_hours)
+        check_flag("hang_timeout", run_flags.STOPPING_FLAGS["hang_timeout"], hang_timeout)
         self.max_hours, self.hang_timeout = max_hours, hang_timeout
         self.rank, self.world_size = 0, 1
         self.request = self._thread = None

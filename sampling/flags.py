@@ -10,6 +10,7 @@ from config.flags import add_device_flag, check_vae
 from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE
 from runtime.process import resolve_device
 from sampling.model_path import check_dtype, check_guidance, check_holds_no, check_normalization, describe_model
+from sampling.step_counts import SCHEDULERS
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
@@ -19,7 +20,7 @@ DEFAULT_CHANNELS = "all of a DiT; of a SiT 3 of 4, all of any other number; 3 of
 WEIGHTS_FLAGS = ("vae", "key", "latents_stats", "latent_multiplier")
 
 # What SiT's samplers are called; those of `transport`, which is not imported for --help.
-METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"), "sde": ("Euler", "Heun")}
+METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "ab2", "dopri5"), "sde": ("Euler", "Heun")}
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
@@ -96,7 +97,7 @@ def add_loading_flags(parser, gpu_dtype="float32"):
 def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
     """Adds the flags for a DiT or a Large-DiT, under a title; `ddpm` says what --scheduler ddpm is for."""
     group = parser if title is None else parser.add_argument_group(title)
-    group.add_argument("--scheduler", choices=("ddim", "dpm", "ddpm"), help=f"ddpm for {ddpm} only [ddim]")
+    group.add_argument("--scheduler", choices=(*SCHEDULERS, "ddpm"), help=f"ddpm for {ddpm} only [ddim]")
 
 
 def add_vae_flag(parser, default):

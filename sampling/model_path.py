@@ -9,7 +9,7 @@ from config.schema import MODEL_TYPES, exported_features, load_config, own_confi
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
 from sampling.pipelines.folder import INFERENCE_MANIFEST, TRANSPORT_SCHEDULER, component_class, index_features
-from sampling.step_counts import check_num_steps, check_scheduler
+from sampling.step_counts import SCHEDULERS, check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
 # The class of pipeline that model_index.json names: what its networks have in common, and the demo that takes them all.
@@ -45,11 +45,11 @@ class Model:
         return MODEL_TYPES.get(self.type, PIPELINES[self.pipeline]).demo
 
     def check_diffusion(self, method, num_steps, backend="eager"):
-        """Raises `ValueError` for a method ("ddim", "dpm", "ddpm" or None) or steps that the model does not take."""
+        """Raises `ValueError` for a method (of `SCHEDULERS`, "ddpm", None) or steps that the model does not take."""
         if method == "ddpm" and backend == "inference":
-            raise ValueError("--scheduler ddpm: not with --backend inference; expected ddim or dpm")
+            raise ValueError(f"--scheduler ddpm: not with --backend inference; expected {', '.join(SCHEDULERS)}")
         if method == "ddpm" and self.config is None:
-            raise ValueError("--scheduler ddpm needs a training checkpoint; for a pipeline: ddim or dpm")
+            raise ValueError(f"--scheduler ddpm needs a training checkpoint; for a pipeline: {', '.join(SCHEDULERS)}")
         if self.config is None:
             return check_scheduler(self.scheduler, method, num_steps)
         spacing = {"eager": "stride", "inference": "leading"}[backend] if method in (None, "ddim") else None

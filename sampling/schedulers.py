@@ -7,6 +7,7 @@ import paddle
 
 from objectives import DiffusionObjective
 from sampling.step_counts import (
+    EXPORTED,
     FLOW_SCHEDULER,
     SCHEDULERS,
     check_num_steps,
@@ -22,12 +23,12 @@ def make_scheduler(objective, name="ddim"):
     """Returns the ppdiffusers scheduler for an `objective` section of type diffusion; `ValueError` for another name.
 
     "ddim" through the pipeline in N steps is `ddim_sample_loop` of `create_diffusion("ddimN")` where N divides the
-    number of diffusion steps. "dpm" is DPM-Solver++ of second order, starting at the last timestep.
+    number of diffusion steps. "dpm" and "dpm3" are DPM-Solver++ of order 2 and 3, starting at the last timestep.
     """
     from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
+    if name not in EXPORTED:
+        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(EXPORTED)}")
     check_objective(objective, "diffusion")
     steps = objective["diffusion_steps"]
     settings = {
@@ -40,32 +41,41 @@ def make_scheduler(objective, name="ddim"):
     }
     if name == "ddim":
         return DDIMScheduler(clip_sample=False, **settings, **DDIM_SETTINGS)
-    scheduler = DPMSolverMultistepScheduler(**settings, **_dpm_settings(objective["noise_schedule"]))
+    scheduler = DPMSolverMultistepScheduler(**settings, **_solver_settings(name, objective["noise_schedule"]))
     # Not its own: for whoever makes a DDIMScheduler from this config, which clips latents by default.
     scheduler.register_to_config(clip_sample=False)
     return scheduler
 
 
 def pipeline_scheduler(scheduler, name):
-    """Returns the scheduler "ddim" or "dpm" for the diffusion that a pipeline's own scheduler describes.
+    """Returns the scheduler of a name of `SCHEDULERS` for the diffusion that a pipeline's own scheduler describes.
 
     Another class's spacing of the timesteps does not suit it: DDIM's would let DPM-Solver++ start in the middle of the
     diffusion, and DPM-Solver++'s would let DDIM start where squaredcos_cap_v2 leaves no signal. It gets that of
     `make_scheduler`.
     """
-    from ppdiffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    from ppdiffusers import DDIMScheduler
 
+    from sampling.multistep import SOLVERS
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
     if name == "ddim":
         own = isinstance(scheduler, DDIMScheduler)
         return DDIMScheduler.from_config(scheduler.config, **({} if own else DDIM_SETTINGS))
-    settings = _dpm_settings(scheduler.config.get("beta_schedule"))
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, **settings)
+    settings = _solver_settings(name, scheduler.config.get("beta_schedule"))
+    if name != "dpm":  # which may be another algorithm in a folder of its own
+        settings |= {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+    return SOLVERS[name].from_config(scheduler.config, **settings)
 
 
-def _dpm_settings(noise_schedule):
+def _solver_settings(name, noise_schedule):
     # The last steps of squaredcos_cap_v2 are noise alone: the solver needs them cut.
     cut = {"lambda_min_clipped": -5.1} if noise_schedule == "squaredcos_cap_v2" else {}
-    return {"timestep_spacing": "trailing", **cut}
+    # The last step is as long, in the logarithm of the signal-to-noise ratio, as several before it, over which order 2
+    # extrapolates far; ppdiffusers by itself takes order 1 there in fewer than 15 steps only.
+    order = {"solver_order": 3 if name == "dpm3" else 2, "euler_at_final": True}
+    return {"timestep_spacing": "trailing", **order, **cut}
 
 
 def visited_timesteps(scheduler, num_steps):
@@ -85,6 +95,7 @@ def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None, dra
     if draw_noise is not None and kind.startswith("sde"):
         raise ValueError(f"the pipeline's scheduler, {kind}, draws noise of its own: images would depend on the batch")
     scheduler.set_timesteps(num_steps)
+    num_steps = len(scheduler.timesteps)  # fewer, if nearly all are asked for and the first ones are cut
     for step, t in enumerate(scheduler.timesteps, 1):
         latents = scheduler.scale_model_input(latents, t)
         output = denoiser(latents, t.reshape([1]).expand([latents.shape[0]]))
@@ -107,7 +118,7 @@ class PipelineSampler:
         self.scheduler, self.timestep_fit = scheduler, timestep_fit
 
     def sample(self, denoiser, noise, *, num_steps, method=None, **options):
-        """Turns noise into latents, by "ddim" (default) or "dpm", None for a SiT; raises as `check_scheduler`.
+        """Turns noise into latents, by a name of `SCHEDULERS` or "ddim", None for a SiT; raises as `check_scheduler`.
 
         Options are those of `run_scheduler`.
         """
@@ -143,9 +154,10 @@ class CheckpointSampler(DiffusionObjective):
         super().__init__(settings, class_dropout_prob=0, learn_sigma=config["model"]["learn_sigma"])
 
     def sample(self, denoiser, noise, *, num_steps, method=None, **options):
-        """Turns noise into latents; as `DiffusionObjective.sample`, of which DDIM is the default, and by "dpm" too."""
-        if method == "dpm":
-            return run_scheduler(make_scheduler(self._section, "dpm"), denoiser, noise, num_steps, **options)
+        """Turns noise into latents; as `DiffusionObjective.sample`, DDIM by default, and by those of `SCHEDULERS`."""
+        if method in SCHEDULERS and method != "ddim":
+            scheduler = pipeline_scheduler(make_scheduler(self._section, "dpm"), method)
+            return run_scheduler(scheduler, denoiser, noise, num_steps, **options)
         options.update(method=method or "ddim", spacing="even" if method == "ddpm" else "leading")
         return super().sample(denoiser, noise, num_steps=num_steps, **options)
 

@@ -6,7 +6,10 @@ Paddle is not imported, so that a number can be refused before anything is loade
 # Of an exported transformer's config.json, if its timestep embedding is not exact at every timestep. ppdiffusers reads
 # no key that begins with an underscore.
 FIT_KEY = "_timestep_fit"
-SCHEDULERS = ("ddim", "dpm")
+# What samples a diffusion, each with the one whose timesteps it visits: "dpm" is DPM-Solver++ of order 2, "dpm3" of 3.
+VISITS = {"ddim": "ddim", "dpm": "dpm", "dpm3": "dpm", "unipc": "dpm"}
+SCHEDULERS = tuple(VISITS)
+EXPORTED = ("ddim", "dpm", "dpm3")  # of these there is a scheduler of ppdiffusers that works
 MIN_COVER = 0.94  # of the diffusion, by steps of one whole length
 FLOW_SCHEDULER = "EDMEulerScheduler"  # of a SiT's DiTPipeline folder, see `sampling.pipelines.export_sit`
 
@@ -17,7 +20,7 @@ def check_objective(objective, expected):
         what, hint = "none of a SiT's", ""
         if expected == "diffusion":
             what, hint = (
-                f"not sampled by {' or '.join(SCHEDULERS)}",
+                f"not sampled by {' or '.join(EXPORTED[:2])}",
                 ". For a SiT or LightningDiT: tools/convert_sit_to_ppdiffusers.py",
             )
         raise ValueError(f"the objective {objective['type']!r} is {what}; expected {expected!r}{hint}")
@@ -52,8 +55,15 @@ def check_num_steps(num_steps, total, spacing=None):
         raise ValueError(f"--num_inference_steps {num_steps}: {reason}; use {near}")
 
 
+def own_scheduler(settings):
+    """Returns which of `EXPORTED` a pipeline's settings are, None for another class; as of `check_scheduler`."""
+    if settings.get("_class_name") == "DPMSolverMultistepScheduler":
+        return "dpm3" if settings.get("solver_order") == 3 else "dpm"
+    return "ddim" if settings.get("_class_name") == "DDIMScheduler" else None
+
+
 def check_scheduler(settings, method, num_steps):
-    """Raises `ValueError` for a method ("ddim", "dpm" or None) or a number of steps that a pipeline lacks.
+    """Raises `ValueError` for a method (of `SCHEDULERS` or None) or a number of steps that a pipeline lacks.
 
     Args:
         settings: of its scheduler_config.json, with the scheduler's class in `_class_name`; {} for unknown.

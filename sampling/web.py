@@ -22,7 +22,7 @@ from runtime.untrusted import inside, read_json_object, shortened
 from sampling.flags import OFFICIAL
 from sampling.labels import IMAGENET_LABELS, read_labels
 from sampling.model_path import PIPELINES, Model, describe_model
-from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, is_timestep_fit
+from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, VISITS, is_timestep_fit
 from weights.runs import CONFIG, MODEL, damage, is_training_checkpoint
 
 MAX_STEPS = 500
@@ -59,6 +59,8 @@ DIFFUSION = {
     "dpm": Method("DPM-Solver++", {"method": "dpm"}, ("--scheduler", "dpm"), 25),
     "ddim": Method("DDIM", {"method": "ddim"}, ("--scheduler", "ddim"), 50),
     "ddpm": Method("DDPM", {"method": "ddpm"}, ("--scheduler", "ddpm"), 250),
+    "unipc": Method("UniPC", {"method": "unipc"}, ("--scheduler", "unipc"), 25),
+    "dpm3": Method("DPM-Solver++ (3rd order)", {"method": "dpm3"}, ("--scheduler", "dpm3"), 25),
 }
 FLOW = {"own": Method("the pipeline's own", {}, (), 50)}  # of a SiT's DiTPipeline folder
 TRANSPORT = {
@@ -67,6 +69,7 @@ TRANSPORT = {
     "heun2": _ode("ODE, Heun (2nd order)", "heun2", 26),
     "heun3": _ode("ODE, Heun (3rd order)", "heun3", 18),
     "rk4": _ode("ODE, Runge-Kutta (4th order)", "rk4", 14),
+    "ab2": _ode("ODE, Adams-Bashforth (2nd order)", "ab2", 26),
     "dopri5": _ode("ODE, Dormand-Prince (adaptive)", "dopri5", 9),
     "sde-euler": _sde("SDE, Euler-Maruyama", "Euler", 100),
     "sde-heun": _sde("SDE, Heun", "Heun", 50),
@@ -144,10 +147,10 @@ class Choice:
         takes_ddpm = self.model.config is not None
         methods = {key: method for key, method in DIFFUSION.items() if key != "ddpm" or takes_ddpm}
         exact = {}
-        for key, counts in self.fit.items():
-            if counts:  # of these the one nearest to the usual number
-                steps = min(counts, key=lambda count, usual=methods[key].steps: abs(count - usual))
-                exact[key] = dataclasses.replace(methods[key], steps=steps)
+        for key, method in methods.items():
+            if counts := self.fit.get(VISITS.get(key)):  # of these the one nearest to the usual number
+                steps = min(counts, key=lambda count, usual=method.steps: abs(count - usual))
+                exact[key] = dataclasses.replace(method, steps=steps)
         return {**exact, **{key: method for key, method in methods.items() if key not in exact}}
 
     @property

@@ -255,7 +255,7 @@ class TestPipeline:
         # ppdiffusers multiplies 1000 alphas in float32, ours are float64: the cosine schedule's last ones are tiny.
         assert relative_error(latents, expected) < (1e-3 if objective.get("noise_schedule") else 3e-5)
 
-    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm", "dpm3"])
     def test_tree_schedulers_and_labels(self, tmp_path, scheduler):
         from ppdiffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 
@@ -270,7 +270,9 @@ class TestPipeline:
         assert index["id2label"]["3"] == "class 3, alias 3" and len(index["id2label"]) == 10
 
         pipe = DiTPipeline.from_pretrained(str(out))
-        assert type(pipe.scheduler) is {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[scheduler]
+        assert type(pipe.scheduler) is (DDIMScheduler if scheduler == "ddim" else DPMSolverMultistepScheduler)
+        assert pipe.scheduler.config.get("solver_order") == {"ddim": None, "dpm": 2, "dpm3": 3}[scheduler]
+        assert set(json.loads((out / "transformer" / "config.json").read_text())["_timestep_fit"]) == {"ddim", "dpm"}
         assert pipe.get_label_ids(["alias 7"]) == [7]
         assert pipe.scheduler.config.prediction_type == "epsilon"
         # As in the usual demo, whatever was exported; a DDIMScheduler that clips would ruin latents.

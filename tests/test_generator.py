@@ -61,11 +61,14 @@ CASES = [
     ("dit", {}, 5),
     ("dit", {"method": "ddpm"}, 5),
     ("dit", {"method": "dpm"}, 5),
+    ("dit", {"method": "dpm3"}, 5),
     ("DiTPipeline", {}, 5),
     ("DiTPipeline", {"method": "dpm"}, 5),
+    ("DiTPipeline", {"method": "unipc"}, 5),
     ("sit", {}, 4),
     ("sit", {"sampler": "sde"}, 5),
     ("SiTPipeline", {"method": "dopri5"}, 4),
+    ("SiTPipeline", {"method": "ab2"}, 4),
 ]
 
 

@@ -218,7 +218,7 @@ class TestDemo:
             other = ["--num_inference_steps", 5, *flags]
             assert not np.array_equal(first, image(f"other{i}.png", *other))
 
-    @pytest.mark.parametrize("scheduler", ["ddpm", "dpm"])
+    @pytest.mark.parametrize("scheduler", ["ddpm", "dpm", "dpm3", "unipc"])
     def test_other_schedulers_from_a_checkpoint(self, models, scheduler):
         flags = ["--num_inference_steps", 4, "--scheduler", scheduler, "--classes", 1, "--output", "a.png"]
         draw("--model_path", models["checkpoint"], "--vae", models["vae"], *flags)
@@ -464,12 +464,12 @@ class TestDemo:
         (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
         save_pdparams(state, "checkpoint/model_state.pdparams")
         for path in ("pipeline", "checkpoint"):
-            for scheduler in ("ddim", "dpm"):
+            for scheduler in ("ddim", "dpm", "dpm3", "unipc"):
                 flags = ["--model_path", path, "--vae", "vae", "--scheduler", scheduler, "--classes", 1]
                 draw(*flags, "--num_inference_steps", 30, "--output", f"{path}-{scheduler}.png")
                 with pytest.raises(ValueError, match="--num_inference_steps 31: expected 1 to 30"):
                     draw(*flags, "--num_inference_steps", 31)
-        for scheduler in ("ddim", "dpm"):
+        for scheduler in ("ddim", "dpm", "dpm3", "unipc"):
             pair = [
                 np.asarray(Image.open(f"{path}-{scheduler}.png")).astype(int) for path in ("pipeline", "checkpoint")
             ]

@@ -141,7 +141,7 @@ def test_any_other_folder_is_exported_for_the_run(models, tmp_path, monkeypatch,
 
 def test_seeds_schedulers_names_and_batch_sizes(models):
     source, exported = models["dit"]
-    flags = ["--num_inference_steps", 4, "--scheduler", "dpm"]
+    flags = ["--num_inference_steps", 4, "--scheduler", "unipc"]
     images = {}
     for name, more in (
         ("one", ["--classes", "digit 3"]),

@@ -158,10 +158,11 @@ def test_defaults_suit_the_model():
     assert small.labels == {0: "cat (0)", 1: "cat (1)", 2: "2"}
     assert (small.first_classes, imagenet.first_classes) == ([0, 1, 2], [207])
     assert small.guidance_scale < imagenet.guidance_scale == 4
-    assert list(small.methods) == ["dpm", "ddim"]  # DDPM is for checkpoints
+    assert list(small.methods) == ["dpm", "ddim", "unipc", "dpm3"]  # DDPM is for checkpoints
     narrow = choice(num_classes=3, fit={"ddim": [10, 20, 25, 50], "dpm": []})
-    assert [(key, method.steps) for key, method in narrow.methods.items()] == [("ddim", 50), ("dpm", 25)]
-    assert choice(num_classes=3, fit={"ddim": [10, 20, 40], "dpm": [20, 50]}).methods["dpm"].steps == 20
+    steps = [("ddim", 50), ("dpm", 25), ("unipc", 25), ("dpm3", 25)]
+    assert [(key, method.steps) for key, method in narrow.methods.items()] == steps
+    assert choice(num_classes=3, fit={"ddim": [10, 20, 40], "dpm": [20, 50]}).methods["unipc"].steps == 20
     assert list(choice(scheduler="EDMEulerScheduler").methods) == ["own"]
     plain = choice("SiTPipeline", num_classes=3, has_null_class=False)
     assert plain.guidance_scale == 1

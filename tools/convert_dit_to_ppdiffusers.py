@@ -17,12 +17,14 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 from runtime.process import run_cli
 from sampling.pipelines.converter import convert, make_parser
 from sampling.pipelines.export import export_pipeline, exporter
-from sampling.step_counts import SCHEDULERS, check_objective
+from sampling.step_counts import EXPORTED, check_objective
 
 
 def main(argv=None):
     parser = make_parser("DiT", __doc__)
-    parser.add_argument("--scheduler", default="ddim", choices=tuple(SCHEDULERS), help="dpm: DPM-Solver++")
+    parser.add_argument(
+        "--scheduler", default="ddim", choices=EXPORTED, help="dpm, dpm3: DPM-Solver++ of order 2 and 3"
+    )
     parser.add_argument(
         "--timestep_embedding",
         default="fit",

@@ -24,10 +24,9 @@ from runtime.process import configure_runtime, run_cli
 from sampling.demo import check_ending, show_steps
 from sampling.grid import class_grid
 from sampling.model_path import check_guidance, describe_model
-from sampling.step_counts import check_scheduler
+from sampling.step_counts import SCHEDULERS, check_scheduler, own_scheduler
 
 BATCH_SIZE = 100  # images drawn at once
-SCHEDULERS = {"DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm"}
 
 
 def sampler_settings(args, model):
@@ -44,7 +43,7 @@ def sampler_settings(args, model):
         return {"sampler": args.sampler or "ode", **form}
     if (scale := args.guidance_scale) < 1:
         raise ValueError(f"--guidance_scale {scale}: a DiTPipeline guides by scales above 1 only; expected 1 or more")
-    scheduler = args.scheduler or SCHEDULERS.get(model.scheduler.get("_class_name"))
+    scheduler = args.scheduler or own_scheduler(model.scheduler)
     check_scheduler(model.scheduler, scheduler, args.num_inference_steps)
     return {"method": scheduler}
 
@@ -64,7 +63,7 @@ def main(argv=None):
     parser.add_argument(
         "--model_path", required=True, metavar="FOLDER", help="exported DiTPipeline or SiTPipeline folder"
     )
-    parser.add_argument("--scheduler", choices=("ddim", "dpm"), help="of a DiTPipeline [the folder's own]")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a DiTPipeline [the folder's own]")
     parser.add_argument(
         "--sampler", choices=("ode", "sde"), help="of a SiTPipeline [ode, which needs fewer steps than the sde]"
     )

@@ -76,6 +76,22 @@ def fixed_step_ode(drift, state, grid, method):
         yield state
 
 
+def adams_bashforth_ode(drift, state, grid):
+    """Makes one step of order 2 between consecutive times of `grid`, by one evaluation: that before is used again.
+
+    The slope over a step is the line through its start's and the last step's, whatever their lengths (Adams and
+    Bashforth 1883); over the first step it is Euler's.
+    """
+    yield state
+    slopes, h_last = [], math.inf
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        h = t_next - t
+        slopes = [drift(t, state), *slopes[:1]]
+        weight = h / h_last / 2
+        state, h_last = _advance(state, slopes, (1 + weight, -weight), h), h
+        yield state
+
+
 @full_precision
 def _norm(tensors, scales):
     """Returns the largest, over a state's tensors, root mean square of tensor / scale, a number; NaN if one is NaN."""

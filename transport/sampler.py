@@ -20,7 +20,7 @@ from .path import DIFFUSION_FORMS
 from .transport import ModelType, PathType, Transport, call_model
 from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, shift_time, sum_flat
 
-ODE_METHODS = (*integrators.FIXED_STEP, "dopri5")
+ODE_METHODS = (*integrators.FIXED_STEP, "ab2", "dopri5")
 SDE_METHODS = ("Euler", "Heun")
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
@@ -65,7 +65,8 @@ class Sampler:
         """Returns a function that integrates the probability flow ODE.
 
         Args:
-            sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule) or `dopri5` (adaptive).
+            sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule), `ab2` (order 2 as `heun2`, by
+                one evaluation a step: Adams-Bashforth) or `dopri5` (adaptive).
             num_steps: points of the time grid, both ends included, as in the official code: a fixed-step method
                 makes `num_steps - 1` steps; `dopri5` chooses its own and reports at these points.
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
@@ -276,6 +277,8 @@ def _ode_solver(method, num_steps, atol, rtol):
         check_number(name, tolerance, "a positive number", lambda value: 0 < value < math.inf)
     if method == "dopri5":
         return partial(integrators.dopri5, atol=atol, rtol=rtol)
+    if method == "ab2":
+        return integrators.adams_bashforth_ode
     return partial(integrators.fixed_step_ode, method=method)
 
 

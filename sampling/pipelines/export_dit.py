@@ -15,10 +15,10 @@ import numpy as np
 from config.options import SWITCHES
 from models.state import is_rounded
 from sampling.pipelines.pretrained import NULL_CLASS
-from sampling.step_counts import FIT_KEY
+from sampling.step_counts import FIT_KEY, VISITS
 
 STOCK_CLASS = ("ppdiffusers", "Transformer2DModel")
-OTHER = {"ddim": "dpm", "dpm": "ddim"}
+OTHER = {"ddim": "dpm", "dpm": "ddim", "dpm3": "ddim"}
 
 
 def check(config):
@@ -143,7 +143,7 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
     """Returns a DiT for a stock DiTPipeline; see `sampling.pipelines.export.exporter`.
 
     Args:
-        scheduler: "ddim" or "dpm", see `make_scheduler`.
+        scheduler: of `EXPORTED`, see `make_scheduler`.
         timestep_embedding: "fit" for `fit_timestep_embedding`, "keep" for DiT's own weights as they are.
     """
     from sampling.pipelines.timestep_fit import fit_timestep_embedding
@@ -156,9 +156,9 @@ def convert(config, state, source, *, scheduler="ddim", timestep_embedding="fit"
     mlp, report = fit_timestep_embedding(state, the_scheduler, pipeline_scheduler(the_scheduler, other))
     settings = check(config)
     if timestep_embedding == "keep":
-        mlp, settings[FIT_KEY] = None, {scheduler: [], other: []}
+        mlp, settings[FIT_KEY] = None, {VISITS[scheduler]: [], other: []}
     elif not report["all_timesteps"]:
-        settings[FIT_KEY] = {scheduler: report["exact_steps"], other: report["other_exact_steps"]}
+        settings[FIT_KEY] = {VISITS[scheduler]: report["exact_steps"], other: report["other_exact_steps"]}
     weights = transformer_state(model, state, timestep_embedding=mlp, source=source)
     notes = [*guidance_notes(model), _fit_note(scheduler, timestep_embedding, report)]
     transformer = (*STOCK_CLASS, settings)

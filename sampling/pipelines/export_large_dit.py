@@ -42,7 +42,7 @@ def convert(config, state, source, *, scheduler="ddim", stock_transformer=False)
     """Returns a Large-DiT for a stock DiTPipeline; see `sampling.pipelines.export.exporter`.
 
     Args:
-        scheduler: "ddim" or "dpm", see `make_scheduler`.
+        scheduler: of `EXPORTED`, see `make_scheduler`.
         stock_transformer: name ppdiffusers' `DiTLLaMA2DModel` as it is, which gives other numbers.
     """
     from sampling.schedulers import make_scheduler

@@ -14,7 +14,15 @@ from runtime.untrusted import read_json_object, shortened
 from sampling.flags import LIGHTNING
 from sampling.model_path import describe_model
 from sampling.pipelines.folder import CARD, CARD_MARK, SAMPLES
-from sampling.step_counts import FIT_KEY, FLOW_SCHEDULER, check_scheduler, describe_fit, is_timestep_fit
+from sampling.step_counts import (
+    FIT_KEY,
+    FLOW_SCHEDULER,
+    VISITS,
+    check_scheduler,
+    describe_fit,
+    is_timestep_fit,
+    own_scheduler,
+)
 
 MAX_CLASSES = 50  # listed by name; the others are in model_index.json
 MAX_ROWS = 10  # classes in the picture of samples
@@ -90,7 +98,7 @@ def _num_steps(folder, described):
     """Returns a number of steps in which the pipeline is exact."""
     if described.pipeline == "SiTPipeline" or described.scheduler["_class_name"] == FLOW_SCHEDULER:
         return 50
-    kind = "dpm" if described.scheduler["_class_name"].startswith("DPM") else "ddim"
+    kind = VISITS[own_scheduler(described.scheduler) or "ddim"]
     exact = (_timestep_fit(folder) or {}).get(kind) or [25]
     steps = 25 if 25 in exact else max(exact)
     try:

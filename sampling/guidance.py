@@ -53,10 +53,14 @@ def rescaled(guided, cond, amount):
 
     The deviation of a sample is over everything but the batch.
     """
-    axes = list(range(1, cond.ndim))
     # A new network's output is 0 everywhere.
-    ratio = cond.std(axis=axes, keepdim=True) / guided.std(axis=axes, keepdim=True).clip(min=1e-12)
-    return guided * (amount * ratio + (1 - amount))
+    ratio = _deviation(cond) / _deviation(guided).clip(min=1e-12)
+    return guided * (ratio * amount + (1 - amount)).astype(guided.dtype)
+
+
+def _deviation(x):
+    x, axes = x.astype("float32"), list(range(1, x.ndim))
+    return paddle.square(x - x.mean(axis=axes, keepdim=True)).mean(axis=axes, keepdim=True).sqrt()
 
 
 def guided(

@@ -164,17 +164,24 @@ class CheckpointSampler(DiffusionObjective):
         return super().sample(denoiser, noise, num_steps=num_steps, **options)
 
     def note(self, num_steps, method=None):
-        """Returns a sentence if the first steps of "ddpm" would magnify the network's errors, else None.
+        """Returns a sentence if the first steps of "ddpm" or "ddim" would magnify the network's errors, else None.
 
         At the last timesteps of squaredcos_cap_v2 an image has next to no weight beside the noise, so that a small
         error in the noise is a large one in the image that is predicted from it.
         """
-        section = self._section
-        if method != "ddpm" or section["noise_schedule"] != "squaredcos_cap_v2" or section["predict_xstart"]:
+        section, total = self._section, self._section["diffusion_steps"]
+        if section["noise_schedule"] != "squaredcos_cap_v2" or section["predict_xstart"]:
+            return None
+        if method in (None, "ddim") and (num_steps - 1) * -(-total // num_steps) == total - 1:
+            return (
+                f"ddim: {num_steps} steps begin at the last timestep of squaredcos_cap_v2, the model's noise schedule, "
+                "which magnifies the network's errors; images are burnt; take another number of steps"
+            )
+        if method != "ddpm":
             return None
         return (
             "ddpm: the first steps of squaredcos_cap_v2, the model's noise schedule, magnify the network's errors; "
-            f"images are burnt in fewer than all {section['diffusion_steps']} steps; take ddim or dpm"
+            f"images are burnt in fewer than all {total} steps; take ddim or dpm"
         )
 
 

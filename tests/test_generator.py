@@ -52,7 +52,8 @@ def test_ddpm_of_a_cosine_schedule_is_a_note(schedule, notes, tmp_path):
     config = make_config(sample_size=4, objective={"type": "diffusion", "noise_schedule": schedule})
     write_checkpoint(tmp_path / "dit", config)
     generator = load_generator(str(tmp_path / "dit"), vae=DIGITS_VAE)
-    assert len(generator.describe(5, method="ddpm")) == notes
+    assert len(generator.describe(5, method="ddpm")) == len(generator.describe(38)) == notes
+    assert generator.describe(37) == generator.describe(38, method="unipc") == []
     assert generator.describe(5) == generator.describe(5, method="dpm") == []
 
 

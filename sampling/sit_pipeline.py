@@ -264,8 +264,7 @@ class SiTPipeline(DiffusionPipeline):
             return_dict: an `ImagePipelineOutput`, with `images`; else the tuple `(images,)`.
 
         Raises:
-            ValueError: a value that is not accepted; the message names those that are. Also, as a
-                `features.autoencoder.NotFiniteError`, decoded images of numbers that are not finite.
+            ValueError: what is not accepted, or images that are not finite, a `features.autoencoder.NotFiniteError`.
         """
         y = self._class_ids(class_labels)
         if not _is_number(guidance_scale):

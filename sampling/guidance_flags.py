@@ -5,10 +5,10 @@ Paddle is not imported: what a user gets wrong is said at once.
 
 import math
 
-from config.checks import Check
-from config.options import FROM_0, GUIDANCE_SCALE
+from config.checks import FROM_0_TO_1
+from config.options import GUIDANCE_SCALE, GUIDANCE_SCHEDULES
 from sampling.flags import note_unused
-from sampling.guidance_settings import GUIDE_SCALE, SCHEDULES, check_guidance, check_scale
+from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
 from sampling.model_path import describe_guide
 from sampling.step_counts import FLOW_SCHEDULER
 
@@ -24,7 +24,6 @@ _HOW = {
     "cfg_zero_star": False,
 }
 _OF_GUIDE = ("guide_scale", "guide_key", "guide_config")
-_FROM_0_TO_1 = Check(lambda v: FROM_0.accepts(v) and v <= 1, "a number from 0 to 1", float, "X")
 
 
 def add_guidance_flags(parser, *, channels, like="PaddleMIX's demos", scale=GUIDANCE_SCALE, interval=None):
@@ -65,13 +64,13 @@ def add_guidance_flags(parser, *, channels, like="PaddleMIX's demos", scale=GUID
     )
     group.add_argument(
         "--guidance_schedule",
-        choices=tuple(SCHEDULES),
+        choices=GUIDANCE_SCHEDULES,
         default="constant",
         help="the scales over time: linear and cosine rise from 1 at the noise, with the same mean [constant]",
     )
     group.add_argument(
         "--guidance_rescale",
-        check=_FROM_0_TO_1,
+        check=FROM_0_TO_1,
         default=0.0,
         help="0 to 1: how far outputs get the standard deviation back that they have without guidance [0]",
     )

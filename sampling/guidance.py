@@ -142,6 +142,8 @@ class _Scale:
     def __init__(self, scale, interval, sigma_interval, schedule, times):
         self.scale, self.interval, self.sigma_interval, self.times = scale, interval, sigma_interval, times
         self.share = SCHEDULES[schedule]
+        if times is None and (sigma_interval is not None or schedule != "constant"):
+            raise ValueError("times: a sigma_interval and a schedule need them; expected what times_of returns")
         self.is_constant = scale == 1 or (interval is None and sigma_interval is None and schedule == "constant")
 
     def at(self, t):

@@ -139,15 +139,16 @@ def describe_guide(model, path, *, key=None, config=None, backend="eager"):
     Raises:
         ValueError: one line: no such model, or one that can't guide, as far as JSON files tell.
     """
-    path = resolve_run(path)
-    if config is not None and not os.path.isfile(path):
-        raise ValueError(f"--guide_config is for a file of weights; {path} is none")
     try:
+        path = resolve_run(path)
+        if config is not None and not os.path.isfile(path):
+            raise ValueError(f"--guide_config is for a file of weights; {path} is none")
         guide = describe_model(path, key=key, config=config)
     except ValueError as error:
-        if not os.path.isfile(path) or config is not None or model.config is None or own_config(path) is not None:
+        is_bare = os.path.isfile(path) and config is None and own_config(path) is None
+        if not is_bare or model.config is None:
             text = str(error).replace("--config_file", "--guide_config")
-            raise ValueError(f"--guide_path {text}" if text.startswith(path) else text) from None
+            raise ValueError(f"--guide_path {text}" if text.startswith(str(path)) else text) from None
         guide = describe_model(path, default_config=copy.deepcopy(model.config))
     if backend == "inference" and guide.kind != "exported":
         raise ValueError(

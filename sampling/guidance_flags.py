@@ -147,6 +147,10 @@ def guidance_options(args, model, defaults=None, scales=None):
     """
     check_guidance_values(args)
     check_interval(args, largest_time(model))
+    if args.guidance_sigma_interval is not None and model.scheduler.get("_class_name") == FLOW_SCHEDULER:
+        raise ValueError(
+            f"--guidance_sigma_interval: {model.path} does not tell its noise levels; use --guidance_interval"
+        )
     for scale in [args.guidance_scale] if scales is None else scales:
         check_scale(scale, model.has_null_class is not False, model.path)
     args.guide = None

@@ -247,6 +247,8 @@ def test_a_stock_folder_of_a_sit_has_the_times_of_its_transport(tmp_path):
         assert [count for _, count in network.calls] == [4 if one else 2 for one in passes]
     with pytest.raises(ValueError, match="guidance_sigma_interval: this folder does not tell its noise levels"):
         stock.sample([3], guidance_sigma_interval=(0, 1), **call)
+    with pytest.raises(ValueError, match="--guidance_sigma_interval: .*stock does not tell its noise levels"):
+        infer_demo_dit.main(["--model_path", str(tmp_path / "stock"), "--guidance_sigma_interval", "0", "1"])
 
 
 @pytest.mark.parametrize("options", [{"method": "ddim"}, {"method": "ddpm"}, {"method": "dpm"}])

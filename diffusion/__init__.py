@@ -1,12 +1,13 @@
 """Gaussian diffusion: `create_diffusion(...)` and what it is made of. Needs paddle and numpy only."""
 
+from .diffusion_utils import host_value, with_host_value
 from .gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 from .timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 
 __all__ = ["GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion", "create_diffusion"]
 __all__ += ["LossSecondMomentResampler", "UniformSampler", "create_named_schedule_sampler"]
-__all__ += ["get_named_beta_schedule", "space_timesteps"]
+__all__ += ["get_named_beta_schedule", "host_value", "space_timesteps", "with_host_value"]
 
 
 def create_diffusion(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 
 import paddle
 
@@ -22,6 +23,24 @@ def full_precision(function):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+_host_values = {}  # by the id of a tensor of timesteps that is alive; Paddle 2.6 gives tensors no attributes
+
+
+def with_host_value(timesteps, value):
+    """Returns timesteps `(N,)`, all of them `value`, for which `host_value` knows it."""
+    _host_values[id(timesteps)] = value
+    weakref.finalize(timesteps, _host_values.pop, id(timesteps), None)
+    return timesteps
+
+
+def host_value(timesteps):
+    """Returns the one timestep that a tensor `(N,)` holds which a sampler has given to a model; None of another tensor.
+
+    For a model that decides by the timestep and must not wait for the device.
+    """
+    return _host_values.get(id(timesteps))
 
 
 def normal_like(x):

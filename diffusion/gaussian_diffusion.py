@@ -21,6 +21,7 @@ from .diffusion_utils import (
     mean_flat,
     normal_kl,
     normal_like,
+    with_host_value,
 )
 from .process import GaussianProcess, LossType, ModelMeanType, ModelVarType, check_timesteps  # noqa: F401 (so are these)
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F401 (here in the official code, too)
@@ -271,7 +272,8 @@ class GaussianDiffusion(GaussianProcess):
 
     @staticmethod
     def _timesteps(i, x):
-        return paddle.full([x.shape[0]], i, dtype="int64")  # filled on the device: no copy from the host
+        # Filled on the device: no copy from the host.
+        return with_host_value(paddle.full([x.shape[0]], i, dtype="int64"), i)
 
 
 def _not_last(t, x):

@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 import paddle
 
+from .diffusion_utils import host_value, with_host_value
 from .gaussian_diffusion import GaussianDiffusion
 
 
@@ -81,4 +82,7 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
     def _model_timesteps(self, t):
-        return t if self._is_whole else paddle.gather(self._table("timestep_map", t.place, "int64"), t)
+        if self._is_whole:
+            return t
+        original, step = paddle.gather(self._table("timestep_map", t.place, "int64"), t), host_value(t)
+        return original if step is None else with_host_value(original, self.timestep_map[step])

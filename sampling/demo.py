@@ -33,8 +33,9 @@ from sampling.flags import (
     open_generator,
     transport_options,
 )
+from sampling.guidance_settings import check_scale
 from sampling.labels import DEFAULT_CLASS, find_classes
-from sampling.model_path import check_guidance, check_no_file, describe_model
+from sampling.model_path import check_no_file, describe_model
 
 OUTPUTS = "outputs"  # the folder of results in the current one, git-ignored
 
@@ -104,7 +105,7 @@ def draw(kind, args, model, *, guidance_scale=GUIDANCE_SCALE, guidance_interval=
         ids,
         seed=args.seed,
         num_inference_steps=steps,
-        guidance_scale=check_guidance(
+        guidance_scale=check_scale(
             args.guidance_scale, generator.null_class is not None, generator.path, guidance_scale
         ),
         guidance_channels=GUIDANCE_CHANNELS[args.guidance_channels],

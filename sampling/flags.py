@@ -9,7 +9,8 @@ from config.checks import FLAG_SEED, VAE, Check, no_effect
 from config.flags import add_device_flag, check_vae
 from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE
 from runtime.process import resolve_device
-from sampling.model_path import check_dtype, check_guidance, check_holds_no, check_normalization, describe_model
+from sampling.guidance_settings import check_scale
+from sampling.model_path import check_dtype, check_holds_no, check_normalization, describe_model
 
 # --guidance_channels: that of `Generator.sample`.
 GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
@@ -252,7 +253,7 @@ def check_weights_flags(args, model):
 
 def check_guidance_flags(args, model):
     """Raises `ValueError` for a guidance that the `Model` can't have; flags of no effect without guidance are named."""
-    scale = check_guidance(args.guidance_scale, model.has_null_class is not False, model.path)
+    scale = check_scale(args.guidance_scale, model.has_null_class is not False, model.path)
     if scale == 1:
         names = ("guidance_channels", "guidance_interval")
         note_unused([name for name in names if getattr(args, name, None) is not None], "without guidance")

@@ -13,7 +13,7 @@ from functools import partial
 
 import paddle
 
-from config.options import DEFAULT_VAE, SIT_VAE
+from config.options import DEFAULT_VAE, GUIDANCE_SCALE, SIT_VAE
 from config.schema import MODEL_TYPES
 from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
@@ -21,10 +21,12 @@ from models.state import check_finite, check_state, expected_shapes
 from runtime.precision import cast_layer
 from runtime.process import resolve_device
 from sampling.guidance import default_channels, guided
+from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
 from sampling.labels import find_classes
-from sampling.model_path import Model, check_dtype, check_guidance, describe_model
+from sampling.model_path import Model, check_dtype, describe_model
 from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
+from sampling.times import times_of
 from transport import Sampler
 from weights.source import read_weights
 
@@ -49,6 +51,8 @@ class Generator:
     features: dict | None = None  # `features` section of a config, see `sampling.model_path.Model`
     digests: object = None  # returns the sha256 of the weights of network and VAE; see `layer_digests`
     noted: set = field(default_factory=set, repr=False)  # `(steps, method)` on which a user has been told what is odd
+    guide: object = None  # called as `network`: a worse network, for autoguidance; see `guided_by`
+    guide_digests: object = None  # as `digests`, of the guide
     check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
@@ -81,6 +85,19 @@ class Generator:
         channels = self.guided_channels if guidance_channels == "default" else guidance_channels
         return default_channels(self.in_channels) if channels == "auto" else channels
 
+    def guided_by(self, guide):
+        """Returns this generator with the network of another one, `guide`, to be guided away from.
+
+        ValueError, one line, for a network of other latents, classes or another process.
+        """
+        ours, theirs = ({**_sizes(one), **times_of(one.objective).process} for one in (self, guide))
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{guide.path}: can't guide {self.path}: {name} {theirs.get(name)} there, {ours.get(name)} here"
+                )
+        return replace(self, guide=guide.network, guide_digests=guide.digests, noted=set(self.noted))
+
     @property
     def image_size(self):
         """Returns `(H, W)` of the images."""
@@ -100,6 +117,11 @@ class Generator:
         guidance_scale=None,
         guidance_channels="default",
         guidance_interval=None,
+        guidance_sigma_interval=None,
+        guidance_schedule="constant",
+        guidance_rescale=0.0,
+        cfg_zero_star=False,
+        guide_scale=None,
         output="images",
         batch_size=None,
         callback=None,
@@ -113,9 +135,17 @@ class Generator:
                 what draws nothing else); None draws by Paddle's generators as they are.
             noise: `(N, C, H, W)`, standard normal; None to draw it.
             num_inference_steps: of the sampler: network evaluations of a diffusion, grid points of a transport.
-            guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class.
+            guidance_scale: of classifier-free guidance; 1 for none, None for 4, or 1 where there is no null class, and
+                beside a `guide`.
             guidance_channels: how many leading latent channels are guided; None for all, "default" for the model's.
-            guidance_interval: `(lowest, highest)` times between which guidance is on; None for all.
+            guidance_interval: `(lowest, highest)` times of the model between which guidance is on; None for all. A
+                transport's are from 0 (noise) to 1 (data), a diffusion's from the number of its timesteps, less 1
+                (noise), to 0.
+            guidance_sigma_interval: the same in noise levels, noise over signal.
+            guidance_schedule: how the scales go over time: "constant", "linear" or "cosine".
+            guidance_rescale: from 0 (none) to 1, see `sampling.guidance.rescaled`.
+            cfg_zero_star: guide without a class by `sampling.guidance.cfg_zero_star`.
+            guide_scale: of autoguidance by `guide`; 1 for none, None for 2, or 1 without a guide.
             output: "images", uint8 numpy `(N, H, W, 3)`, or "latents" as networks see them, a tensor `(N, C, h, w)`.
             batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
@@ -129,8 +159,17 @@ class Generator:
         from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
         ids = self.find_classes(classes)
-        scale = check_guidance(guidance_scale, self.null_class is not None, self.path)
-        channels = self.count_guided(guidance_channels)
+        guidance = self._guidance(
+            guidance_channels,
+            guide_scale,
+            interval=guidance_interval,
+            sigma_interval=guidance_sigma_interval,
+            schedule=guidance_schedule,
+            rescale=guidance_rescale,
+            zero_star=cfg_zero_star,
+        )
+        default = GUIDANCE_SCALE if self.guide is None else 1.0
+        scale = check_scale(guidance_scale, self.null_class is not None, self.path, default)
         tracker, is_seeded = get_rng_state_tracker(), not isinstance(seed, (str, list, tuple, type(None)))
         random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
@@ -138,8 +177,6 @@ class Generator:
         steps = num_inference_steps, options.get("method")
         if steps not in self.noted and (note := self._note(*steps)):
             warnings.warn(note, stacklevel=3)
-        null_class = 0 if self.null_class is None else self.null_class
-        guidance = {"channels": channels, "null_class": null_class, "interval": guidance_interval}
         latents, size = [], batch_size or len(ids)
         try:
             for start in range(0, len(ids), size):
@@ -158,6 +195,18 @@ class Generator:
         latents = paddle.concat(latents)
         return latents if output == "latents" else self.decode(latents, "diffusers")
 
+    def _guidance(self, guidance_channels, guide_scale, **settings):
+        """Returns the keywords of `guided`, checked."""
+        if self.guide is None and guide_scale not in (None, 1):
+            raise ValueError(f"guide_scale {guide_scale!r}: there is no guide; expected 1")
+        if guide_scale is None:
+            guide_scale = 1.0 if self.guide is None else GUIDE_SCALE
+        times = times_of(self.objective)
+        settings = {**settings, "channels": self.count_guided(guidance_channels), "guide_scale": guide_scale}
+        check_guidance(**settings, largest_time=times.largest)
+        null_class = 0 if self.null_class is None else self.null_class
+        return {**settings, "null_class": null_class, "guide": self.guide, "times": times}
+
     def decode(self, latents, rounding=None, numbers=None):
         """Returns the images of latents `(N, C, h, w)`: as `LatentDecoder.decode`, and raises as `sample`."""
         try:
@@ -166,6 +215,10 @@ class Generator:
             if self.check_weights is not None:
                 self.check_weights()
             raise
+
+
+def _sizes(generator):
+    return {name: getattr(generator, name) for name in ("in_channels", "sample_size", "num_classes")}
 
 
 def check_settings(model, num_inference_steps, **options):
@@ -187,7 +240,8 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
             or the `sampling.model_path.Model` of one.
         device: "auto", "cpu", "gpu" or "gpu:N"; None for Paddle's current one.
         dtype: that the network computes in; None for float32. Half precision is for a GPU, and bfloat16 in programs.
-        vae: folder or hub name of the autoencoder of a checkpoint or a file; None for the features' own.
+        vae: folder or hub name of the autoencoder of a checkpoint or a file, or an `AutoencoderKL` as it is; None for
+            the features' own.
         backend: "eager", or "inference" for Paddle Inference; what is not exported is then exported for this process.
         key: which weights of a checkpoint: "model" or "ema"; of a file any of its keys.
         description: of `sampling.model_path.describe_model`: `config`, `id2label`, `latents_stats`, ...
@@ -211,6 +265,25 @@ def load_generator(path, *, device=None, dtype=None, vae=None, backend="eager", 
     generator.path, generator.labels = model.path, model.labels or generator.labels
     generator.features = model.features or generator.features
     return generator
+
+
+def load_guide(generator, path, *, key=None, dtype=None, backend="eager", config=None):
+    """Returns a `Generator` guided by another model, see `Generator.guided_by`.
+
+    Args:
+        path: as of `load_generator`: another checkpoint, also an earlier one of the same run, other averages of it, or
+            another network. dtype: the same.
+        key: which weights of it: "model" or "ema".
+        backend: "inference": the path is a folder of tools/export_inference.py.
+        config: JSON of a file of weights that has none beside it.
+    """
+    model = path if isinstance(path, Model) else describe_model(path, key=key, config=config)
+    if backend == "inference" and model.kind != "exported":
+        raise ValueError(
+            f"{model.path}: with the backend inference a guide is a folder of tools/export_inference.py; export it"
+        )
+    vae = None if model.holds_all else generator.vae
+    return generator.guided_by(load_generator(model, dtype=dtype, backend=backend, key=key, vae=vae))
 
 
 def load_exportable(model, *, vae=None, key=None):
@@ -277,9 +350,12 @@ def _load_weights(model, dtype, vae, key):
     wanted = {"given": vae, "features": model.config["features"]["vae"], "flag": "--vae"}
     wanted["default"] = DEFAULT_VAE if model.pipeline == "DiTPipeline" else SIT_VAE
     wanted["channels"] = model.config["model"]["in_channels"]
-    name, _ = choose_vae(**wanted)  # before weights are read, which takes longer
+    given = vae is None or isinstance(vae, str)
+    name = choose_vae(**wanted)[0] if given else None  # before weights are read, which takes longer
     state, source = read_weights(model.path, key=key, model=model.config["model"])
-    vae, notes = open_vae(**wanted, normalization=model.config["features"]["latent_normalization"])
+    normalization, notes = model.config["features"]["latent_normalization"], []
+    if given:
+        vae, notes = open_vae(**wanted, normalization=normalization)
     if model.pipeline == "DiTPipeline":
         generator = from_weights(model.config, state, vae, dtype=dtype, source=source)
     else:

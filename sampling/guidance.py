@@ -1,4 +1,9 @@
-"""Classifier-free guidance (Ho and Salimans 2022) as a denoiser for any sampler.
+"""Guidance of a network while it samples, as a denoiser for any sampler.
+
+- Classifier-free guidance (Ho and Salimans 2022): away from the network without the class.
+- Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a worse network, the guide.
+- CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), guidance rescale (Lin et al. 2023, arXiv:2305.08891), a guidance
+  interval (Kynkaanniemi et al. 2024, arXiv:2404.07724) and schedules of the scale (Wang et al. 2024, arXiv:2404.13040).
 
 Which channels are guided differs between the codes that DiT users know. The official `forward_with_cfg` guides the
 first three latent channels and leaves the others (and the learned variance) as the class gave them; `DiTPipeline` of
@@ -9,7 +14,12 @@ guides 3 of its 32 channels, by a large scale.
 import numpy as np
 import paddle
 
-from transport.sampler import host_value
+import diffusion
+import transport
+from sampling.guidance_settings import SCHEDULES
+from transport import shift_time
+
+__all__ = ["autoguidance", "cfg_zero_star", "default_channels", "guided", "rescaled", "shift_time"]
 
 
 def default_channels(in_channels):
@@ -20,40 +30,138 @@ def default_channels(in_channels):
     return 3 if in_channels == 4 else None
 
 
-def guided(model, y, cfg_scale, *, channels=3, null_class, interval=None):
-    """Returns a `denoiser(x, t)` that asks a network with and without the class, in one batch of 2N.
+def autoguidance(main, guide, scale):
+    """Returns `guide + scale (main - guide)` of two networks' outputs `(N, ...)`; for the scale 1 `main` itself."""
+    return main if scale == 1 else guide + scale * (main - guide)
+
+
+def cfg_zero_star(cond, uncond, scale):
+    """Returns `a uncond + scale (cond - a uncond)`, `(N, ...)`, with each sample's best a (CFG-Zero*, Eq. 7).
+
+    a = <cond, uncond> / (|uncond|^2 + 1e-8) projects the output with the class on the one without: a sample `(N, ...)`
+    has one a, over everything but the batch.
+    """
+    axes = list(range(1, cond.ndim))
+    given, without = cond.astype("float32"), uncond.astype("float32")
+    best = (given * without).sum(axis=axes, keepdim=True) / (paddle.square(without).sum(axis=axes, keepdim=True) + 1e-8)
+    uncond = uncond * best.astype(uncond.dtype)
+    return uncond + scale * (cond - uncond)
+
+
+def rescaled(guided, cond, amount):
+    """Returns `guided` with its standard deviation moved to that of `cond` by `amount`, from 0 to 1; `(N, ...)` each.
+
+    The deviation of a sample is over everything but the batch.
+    """
+    # A new network's output is 0 everywhere.
+    ratio = _deviation(cond) / _deviation(guided).clip(min=1e-12)
+    return guided * (ratio * amount + (1 - amount)).astype(guided.dtype)
+
+
+def _deviation(x):
+    x, axes = x.astype("float32"), list(range(1, x.ndim))
+    return paddle.square(x - x.mean(axis=axes, keepdim=True)).mean(axis=axes, keepdim=True).sqrt()
+
+
+def guided(
+    model,
+    y,
+    cfg_scale,
+    *,
+    channels=3,
+    null_class,
+    interval=None,
+    sigma_interval=None,
+    schedule="constant",
+    rescale=0.0,
+    zero_star=False,
+    guide=None,
+    guide_scale=1.0,
+    times=None,
+):
+    """Returns a `denoiser(x, t)` that guides a network; where no guidance is active it is the network itself.
+
+    The network is then called once, on N samples. With classifier-free guidance it is called on 2N in one batch; the
+    guide adds its own call.
 
     Args:
         model: called as `model(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, to `(N, C or 2C, H, W)`.
         y: labels `(N,)`, int64.
-        cfg_scale: guidance scale; 1 for none, which calls the network once with the labels alone.
-        channels: how many leading latent channels are guided: 3 as in the official code, None for all. The others,
-            and the variance's where the network learns it, keep the output with the class.
+        cfg_scale: scale of classifier-free guidance; 1 for none.
+        channels: how many leading latent channels it guides: 3 as in the official code, None for all. The others, and
+            the variance's where the network learns it, keep the output with the class. A guide guides all of them.
         null_class: the label that stands for "no class", `num_classes`.
-        interval: `(lowest, highest)` timesteps, both included, between which guidance is on; None for all
-            (Kynkaanniemi et al., arXiv:2404.07724).
+        interval: `(lowest, highest)` times of the model, both included, between which guidance is on; None for all.
+        sigma_interval: the same in noise levels, noise over signal (sigma of EDM); guidance is on where both are.
+        schedule: of `SCHEDULES`: how both scales go from noise to data; their means are the given ones.
+        rescale: of `rescaled`; 0 for none.
+        zero_star: guide by `cfg_zero_star`.
+        guide: another network, called as `model`; None for no autoguidance.
+        guide_scale: scale of autoguidance; 1 for none. Beside a `cfg_scale` the two differences are added:
+            `uncond + cfg_scale (cond - uncond) + (guide_scale - 1) (cond - guide)`.
+        times: of `sampling.times.times_of`; needed for a `sigma_interval` and for a schedule.
     """
     null = paddle.full_like(y, null_class)
     labels = paddle.concat([y, null])  # (2N,)
+    cfg = _Scale(cfg_scale, interval, sigma_interval, schedule, times)
+    auto = _Scale(1.0 if guide is None else guide_scale, interval, sigma_interval, schedule, times)
 
     def denoiser(x, t):
-        if cfg_scale == 1 or not _inside(interval, t):
-            return model(x, t, y)
-        cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
-        count = min(channels or x.shape[1], x.shape[1])
-        combined = uncond[:, :count] + cfg_scale * (cond[:, :count] - uncond[:, :count])
-        return paddle.concat([combined, cond[:, count:]], axis=1)
+        scale, beside = cfg.at(t), auto.at(t)
+        if scale == 1:
+            cond = out = model(x, t, y)
+            if beside == 1:
+                return out
+        else:
+            cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
+            count = min(channels or x.shape[1], x.shape[1])
+            with_class, without = cond[:, :count], uncond[:, :count]
+            combine = cfg_zero_star if zero_star else _cfg
+            out = combine(with_class, without, scale)
+        if beside != 1:
+            count = x.shape[1]
+            with_class, worse = cond[:, :count], guide(x, t, y)[:, :count]
+            if scale == 1:
+                out = autoguidance(with_class, worse, beside)
+            else:
+                out = paddle.concat([out, cond[:, out.shape[1] : count]], axis=1) + (beside - 1) * (with_class - worse)
+        if rescale > 0:
+            out = rescaled(out, with_class, rescale)
+        return paddle.concat([out, cond[:, out.shape[1] :]], axis=1)
 
     return denoiser
 
 
-def _inside(interval, t):
-    """Returns whether guidance is on at t `(N,)`, one time for the whole batch: both ends count, in t's precision.
+def _cfg(cond, uncond, scale):
+    return uncond + scale * (cond - uncond)
 
-    A time of `transport.Sampler` is not read back from the device.
-    """
-    if interval is None:
-        return True
-    value = host_value(t)
-    value = float(t[0]) if value is None else value
-    return np.float32(interval[0]) <= np.float32(value) <= np.float32(interval[1])
+
+class _Scale:
+    """A scale over time: 1 outside the intervals. A time of this project's samplers is not read from the device."""
+
+    def __init__(self, scale, interval, sigma_interval, schedule, times):
+        self.scale, self.interval, self.sigma_interval, self.times = scale, interval, sigma_interval, times
+        self.share = SCHEDULES[schedule]
+        self.is_constant = scale == 1 or (interval is None and sigma_interval is None and schedule == "constant")
+
+    def at(self, t):
+        """Returns the scale at t `(N,)`, one time for the whole batch."""
+        if self.is_constant:
+            return self.scale
+        value = transport.host_value(t)
+        value = diffusion.host_value(t) if value is None else value
+        value = float(t[0]) if value is None else value
+        if self.times is not None:
+            value = self.times.of_model(value)
+        if not _inside(self.interval, value):
+            return 1.0
+        if self.sigma_interval is not None and not _inside(self.sigma_interval, self.times.noise_level(value)):
+            return 1.0
+        if self.share is SCHEDULES["constant"]:
+            return self.scale
+        return 1.0 + (self.scale - 1.0) * self.share(self.times.share(value))
+
+
+def _inside(interval, value):
+    """Returns whether a number lies in an interval, None for all: both ends count, in the precision of times."""
+    return interval is None or np.float32(interval[0]) <= np.float32(value) <= np.float32(interval[1])

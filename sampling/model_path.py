@@ -1,10 +1,9 @@
 """What a path to a model is, as far as its JSON files say. Paddle is not imported: mistakes are said at once."""
 
-import math
 import os
 from dataclasses import dataclass, field
 
-from config.options import CLASS_NAMES, GUIDANCE_SCALE, POSITIVE_INT, VAE_KEYS
+from config.options import CLASS_NAMES, POSITIVE_INT, VAE_KEYS
 from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
@@ -68,19 +67,6 @@ def check_dtype(device, dtype):
     """Raises `ValueError` for a type that Paddle does not compute in on a device, in eager mode."""
     if device == "cpu" and dtype not in (None, "float32"):
         raise ValueError(f"--dtype {dtype}: Paddle computes in float32 only on a CPU; use --dtype float32")
-
-
-def check_guidance(scale, has_null_class, path, default=GUIDANCE_SCALE):
-    """Returns a guidance scale, for None the default or 1 without a null class; `ValueError` for another one there."""
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"--guidance_scale {scale}: expected a finite number, 1 for no guidance")
-    if scale is None:
-        return default if has_null_class else 1.0
-    if scale != 1 and not has_null_class:
-        raise ValueError(
-            f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"
-        )
-    return scale
 
 
 def describe_model(

@@ -5,6 +5,7 @@ A sampler has the interface of `objectives`: `sample(denoiser, noise, *, num_ste
 
 import paddle
 
+from diffusion import with_host_value
 from objectives import DiffusionObjective
 from sampling.step_counts import (
     FLOW_SCHEDULER,
@@ -84,10 +85,11 @@ def run_scheduler(scheduler, denoiser, latents, num_steps, *, callback=None, dra
     kind = str(scheduler.config.get("algorithm_type"))
     if draw_noise is not None and kind.startswith("sde"):
         raise ValueError(f"the pipeline's scheduler, {kind}, draws noise of its own: images would depend on the batch")
-    scheduler.set_timesteps(num_steps)
+    known = visited_timesteps(scheduler, num_steps)
     for step, t in enumerate(scheduler.timesteps, 1):
         latents = scheduler.scale_model_input(latents, t)
-        output = denoiser(latents, t.reshape([1]).expand([latents.shape[0]]))
+        times = t.reshape([1]).expand([latents.shape[0]])
+        output = denoiser(latents, with_host_value(times, known[step - 1]))
         latents = scheduler.step(output[:, : latents.shape[1]], t, latents).prev_sample
         if callback is not None:
             callback(step, num_steps, latents)

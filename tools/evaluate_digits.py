@@ -23,7 +23,8 @@ from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import check_ending, show_steps
 from sampling.grid import class_grid
-from sampling.model_path import check_guidance, describe_model
+from sampling.guidance_settings import check_scale
+from sampling.model_path import describe_model
 from sampling.step_counts import check_scheduler
 
 BATCH_SIZE = 100  # images drawn at once
@@ -85,7 +86,7 @@ def main(argv=None):
         "--min_accuracy", type=float, metavar="X", help="exit with 1 if the share of samples is below this"
     )
     args = parser.parse_args(argv)
-    check_guidance(args.guidance_scale, True, args.model_path)
+    check_scale(args.guidance_scale, True, args.model_path)
     if args.grid:
         check_ending("grid", args.grid)
     check_paths(args, "model_path", "digits")

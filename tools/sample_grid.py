@@ -32,8 +32,8 @@ from sampling.flags import (
     open_generator,
     sampler_options,
 )
+from sampling.guidance_settings import check_scale
 from sampling.labels import find_classes
-from sampling.model_path import check_guidance
 
 SCALES, STEPS = [1.0, 1.5, 4.0], [10, 25, 50]
 
@@ -75,7 +75,7 @@ def check(args):
     can_guide = model.has_null_class is not False
     scales = dict.fromkeys(args.guidance_scales or (SCALES if can_guide else [1.0]))
     for scale in scales:
-        check_guidance(scale, can_guide, model.path)
+        check_scale(scale, can_guide, model.path)
     if set(scales) == {1}:
         names = [name for name in ("guidance_channels", "guidance_interval") if getattr(args, name) is not None]
         note_unused(names, "without guidance")

@@ -3,13 +3,13 @@
 import math
 
 from .path import DIFFUSION_FORMS, GVPCPlan, ICPlan, VPCPlan
-from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler
+from .sampler import LAST_STEPS, ODE_METHODS, SDE_METHODS, Sampler, host_value
 from .transport import ModelType, PathType, Transport, WeightType
 from .utils import check_choice, check_number, shift_time
 
 __all__ = ["DIFFUSION_FORMS", "LAST_STEPS", "ODE_METHODS", "SDE_METHODS", "TIMESTEP_SAMPLINGS", "create_transport"]
 __all__ += ["GVPCPlan", "ICPlan", "ModelType", "PathType", "Sampler", "Transport", "VPCPlan", "WeightType"]
-__all__ += ["shift_time"]
+__all__ += ["host_value", "shift_time"]
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 

@@ -54,8 +54,11 @@ def expand_t_like_x(t, x):
 def shift_time(t, shift):
     """Returns `shift t / (1 + (shift - 1) t)`: times in [0, 1], nearer to 0 (noise) where `shift` is below 1.
 
-    0 and 1 stay. It is the shift of the noise level of Stable Diffusion 3 and FLUX by 1 / `shift`: theirs is 1 - t.
+    0 and 1 stay; a `shift` of 1 returns t itself. It is the shift of the noise level of Stable Diffusion 3 and FLUX by
+    1 / `shift`: theirs is 1 - t.
     """
+    if shift == 1:
+        return t
     moved = shift * t
     return moved / (moved + (1 - t))  # so 1 stays exactly 1
 

@@ -3,12 +3,13 @@
     bash quickstart.sh && bash quickstart.sh --model SiT
     python benchmarks/samplers.py --model_path outputs/quickstart/digits-{DiT,SiT}-trainer-seed0/train --xl
 
-The error is the root mean square of the difference of latents from those of a long run (--long_steps evaluations: of a
-diffusion UniPC's, of a transport rk4's), over that of the latents. A method of several evaluations a step makes as many
-steps as fit. --xl takes networks of XL/2's shape with random weights, on latents of --latent_size: their outputs, scaled to a
-standard deviation of 1, are added to what is exact of normal latents, since nothing random denoises. They are as smooth
-or rough as weights happen to be, so that their rows show the order of samplers rather than what one needs. On two cores
-the quickstart's models take five minutes, --xl half an hour; a third less with --long_steps 400.
+The error is the root mean square of the difference of latents from those of a long run (--long_steps evaluations: of
+a diffusion UniPC's, of a transport rk4's), over that of the latents. A method of several evaluations a step makes as
+many steps as fit. --xl takes networks of XL/2's shape with random weights, on latents of --latent_size: their
+outputs, scaled to a standard deviation of 1, are added to what is exact of normal latents, since nothing random
+denoises. They are as smooth or rough as weights happen to be, so that their rows show the order of samplers rather
+than what one needs. On two cores the quickstart's models take five minutes, --xl half an hour; a third less with
+--long_steps 400.
 """
 
 import argparse

@@ -73,9 +73,9 @@ def pipeline_scheduler(scheduler, name):
 def _solver_settings(name, noise_schedule):
     # The last steps of squaredcos_cap_v2 are noise alone: the solver needs them cut.
     cut = {"lambda_min_clipped": -5.1} if noise_schedule == "squaredcos_cap_v2" else {}
-    # The last step is as long, in the logarithm of the signal-to-noise ratio, as several before it, over which order 2
+    # The last step is as long, in the logarithm of the signal-to-noise ratio, as several before it, over which order 3
     # extrapolates far; ppdiffusers by itself takes order 1 there in fewer than 15 steps only.
-    order = {"solver_order": 3 if name == "dpm3" else 2, "euler_at_final": True}
+    order = {"solver_order": 3 if name == "dpm3" else 2, "euler_at_final": name == "dpm3"}
     return {"timestep_spacing": "trailing", **order, **cut}
 
 

@@ -18,10 +18,10 @@ import math
 import os
 
 import _root  # noqa: F401
-from tqdm import tqdm
 
 from config.schema import load_config
 from runtime.process import configure_runtime, run_cli
+from runtime.progress import tqdm
 
 # By the kind of the objective: samplers with their evaluations a step, and the one of the long run.
 SAMPLERS = {

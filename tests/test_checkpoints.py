@@ -355,7 +355,7 @@ def test_training_waits_for_the_disk_if_it_is_told_to_or_lacks_memory(trainer_ru
     run.resume()
     assert threads == {"MainThread"}
     run.arguments += ["--max_steps=12", "--async_save=True"]
-    monkeypatch.setattr("training.checkpoints.saver.available_memory", lambda: 1000)
+    monkeypatch.setattr("training.checkpoints.background.available_memory", lambda: 1000)
     threads.clear()
     capsys.readouterr()
     run.resume()

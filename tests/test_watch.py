@@ -24,7 +24,7 @@ from features.order import MicroBatchSampler
 from objectives import DiffusionObjective
 from runtime.paddle_private import skipped_step
 from runtime.precision import Precision
-from training.checkpoints.saver import write_checkpoint
+from training.checkpoints.background import write_folder
 from training.optimizer import build_optimizer
 from training.supervision.number_watch import BadStepError, NumberWatch
 from training.supervision.stopping import Stopping
@@ -517,7 +517,7 @@ def test_replay_refuses_what_is_no_dump(spoiled, tmp_path, run_loop, monkeypatch
     other_size = {**raw, "model": {**raw["model"], "sample_size": 16}}
     for name, *parts in (("noise", raw, weights, without_noise, state), ("size", other_size, weights, batch, state)):
         files = ("config.json", "weights.pdparams", "batch.pdparams", "state.json")
-        write_checkpoint(str(tmp_path / name), zip(files, parts, strict=True))
+        write_folder(str(tmp_path / name), zip(files, parts, strict=True))
         with pytest.raises(ValueError, match="batch.pdparams and state.json are not those of a step of config.json"):
             replay(tmp_path / name, monkeypatch, capsys)
     data = bytearray((dump / "batch.pdparams").read_bytes())

@@ -367,7 +367,8 @@ def save_safetensors(state, path, *, layout="paddle"):
     """Writes {name: array} as safetensors, which hold nothing but tensors; arrays of uint16 as bfloat16.
 
     The package's own writer wants the bytes of all tensors at once; this holds one tensor more than `state`. The layout
-    of Linear weights, "paddle" or "torch", is noted for ppdiffusers and `safetensors_layout`.
+    of Linear weights, "paddle" or "torch", is noted for ppdiffusers and `safetensors_layout`. `path` may be a binary
+    file that is open for writing.
     """
     names = {np.dtype(code): name for name, code in _SAFETENSORS_TYPES.items() if code != "bfloat16"}
     names[np.dtype("u2")] = "BF16"
@@ -378,7 +379,7 @@ def save_safetensors(state, path, *, layout="paddle"):
         place += value.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
-    with open(path, "wb") as file:
+    with contextlib.nullcontext(path) if hasattr(path, "write") else open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for value in state.values():
             file.write(_little_endian(value))

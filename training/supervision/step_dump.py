@@ -21,7 +21,7 @@ import paddle
 from objectives import Batch, Rows
 from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.process import counted, seed_step
-from training.checkpoints.saver import write_checkpoint
+from training.checkpoints.background import write_folder
 from training.checkpoints.state import whole_weights
 
 CONFIG, WEIGHTS, BATCH, STATE = "config.json", "weights.pdparams", "batch.pdparams", "state.json"
@@ -56,7 +56,7 @@ def dump_step(bad, session):
     if path is None:
         return f"{cause} {parent} holds {MAX_DUMPS_PER_STEP} dumps of this step, and no other is written."
     # No rank ends, and the job with it, before all is written.
-    run_on_every_rank(lambda: write_checkpoint(path, _files(bad, batch, sources, session)))
+    run_on_every_rank(lambda: write_folder(path, _files(bad, batch, sources, session)))
     return f"{cause} The step is kept in {path}: see python tools/replay_step.py {path}."
 
 

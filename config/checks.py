@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_SEED = 2**32 - 1  # the largest seed that numpy, Python and Paddle all take
+MAX_STD = 0.2887  # the largest relative width of an average's profile, that of the mean of all steps, rounded up
 
 
 class Check(NamedTuple):
@@ -51,6 +52,13 @@ def _labels(text):
         raise argparse.ArgumentTypeError(f"expected class labels such as 0,7,13, got {text!r}") from None
 
 
+def _widths(text):
+    try:
+        return [] if text in ("None", "none", "") else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected widths such as 0.05,0.1, or None, got {text!r}") from None
+
+
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -64,6 +72,11 @@ def _is_class_names(value):
         isinstance(name, str) and key.isascii() and key.isdigit() and len(key) < 8 and str(int(key)) == key
         for key, name in value.items()
     )
+
+
+def _are_widths(value):
+    is_right = isinstance(value, list) and all(_is_number(std) and 0 < std <= MAX_STD for std in value)
+    return is_right and len({f"{std:g}" for std in value}) == len(value)  # as in the names of files
 
 
 def _all(accepts):
@@ -90,6 +103,7 @@ BELOW_HALF = Check(lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to
 FACTOR = Check(lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1", float, "X")
 WORDS = Check(_all(TEXT.accepts), "words", metavar="WORD", nargs="+")
 LABELS = Check(_all(INT_FROM_0.accepts), "a list of class labels", _labels, "L,L,...")
+WIDTHS = Check(_are_widths, f"a list of different widths above 0 and up to {MAX_STD}", _widths, "STD,STD,...")
 LIST = Check(lambda v: isinstance(v, list), "a list of objects {...}")
 OBJECT = Check(lambda v: isinstance(v, dict), "an object {...}")
 CLASS_NAMES = Check(_is_class_names, 'names by label, {"0": "name", ...}')

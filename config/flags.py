@@ -184,7 +184,7 @@ class Parser(CommandParser):
                 shown = in_loop(option.unset, loop) if default is None else default
                 words = {"action": "store_true"} if check is options.BOOL else {"check": check, "nargs": check.nargs}
                 words |= {"default": default if isinstance(option, options.Flag) else None}
-                words |= {"help": help if shown == "" else f"{help} [{shown}]"}
+                words |= {"help": help if shown in ("", []) else f"{help} [{shown}]"}
                 aliases = [f"--{other}" for other in option.other_names(loop, name)]
                 group.add_argument(f"--{flag}", dest=name, aliases=aliases, **words)
         self.add_argument("--overriding", nargs=0, action=_Override, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -311,8 +311,10 @@ def ineffective_settings(config):
             path = objective["path_type"]
             notes.append(f"{', '.join(given)} has no effect on velocity prediction with the path {path}")
     schedule = training["lr_scheduler_type"]
+    of_profiles = ("ema_snapshot_steps", "ema_snapshot_dtype", "ema_update_steps", "ema_on_host")
     cases = (
         (not training["use_ema"], training, ("ema_decay", "ema_warmup"), "without use_ema"),
+        (not training["ema_profiles"], training, of_profiles, "without ema_profiles"),
         (schedule != "polynomial", training, ("lr_end", "power"), f"on the schedule {schedule}"),
         (schedule != "cosine", training, ("num_cycles",), f"on the schedule {schedule}"),
         (training["max_steps"] > 0, training, ("epochs",), "beside max_steps"),

@@ -16,8 +16,8 @@ from runtime.untrusted import shortened
 
 MAX_NAME = 240  # bytes of a file's name; file systems take 255
 MANIFEST = "manifest.json"  # of a folder that FolderWriter wrote: {"files": {name: {"size": bytes, "sha256": hex}}}
-# A series of numbered folders, as checkpoints are: one process writes them, one at a time.
-_LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+(?:-\d+)?)\.(partial|replaced)$")
+# A series of numbered folders, as checkpoints are: one process writes them, one at a time. Snapshots may be superseded.
+_LEFTOVER = re.compile(r"^\.((?:checkpoint-)?\d+(?:-\d+)?(?:\.superseded(?:-\d+)?)?)\.(partial|replaced)$")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def local_processes():
     return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1))
 
 
-SAVING_THREAD = "checkpoint"  # the name of the thread that writes a checkpoint, which is waited for before the end
+SAVING_THREAD = "checkpoint"  # the name of threads that write a run's folders, which are waited for before the end
 STARTED = time.monotonic()
 # Exit codes beside 0, 1 (an error in the program) and 2 (a user's mistake, a file system's refusal):
 EXIT_BAD_STEP = 65  # numbers that are not finite ended the run (EX_DATAERR): again is no use
@@ -153,7 +153,7 @@ def is_refusal(error):
 
 
 def is_saving():
-    """Returns True while this process writes a checkpoint beside its training."""
+    """Returns True while this process writes a checkpoint, or a snapshot, beside its training."""
     return any(thread.name == SAVING_THREAD for thread in threading.enumerate())
 
 

@@ -22,10 +22,19 @@ from support.runs import (
     write_config,
 )
 
-from weights.files import safe_load
+from training.checkpoints.snapshots import list_snapshots
+from training.posthoc_ema import power_function_decay
+from weights.files import load_weights, safe_load
 
 KINDS = tuple(TINY_MODELS)
-TRAINING = {"max_grad_norm": 0.3}  # every step is clipped
+# Every step is clipped. Profiles of post-hoc EMA move when there is a checkpoint, whose weights tell what they must be.
+TRAINING = {"max_grad_norm": 0.3}
+TRAINING |= {
+    "ema_profiles": [0.05, 0.1],
+    "ema_snapshot_dtype": "float32",
+    "ema_snapshot_steps": 4,
+    "ema_update_steps": 4,
+}
 
 
 def weights(loop, output, step, name="model_state.pdparams"):
@@ -229,6 +238,25 @@ def parallel_runs(features, judged, tmp_path_factory):
     return outputs
 
 
+def snapshots(output):
+    (ema,) = output.rglob("ema")
+    return list_snapshots(ema)
+
+
+def assert_right_snapshots(output, loop):
+    """The snapshots of a run against the power-function averages, in float64, of its own checkpoints' weights."""
+    found = snapshots(output)
+    assert [snapshot.step for snapshot in found] == [4, 8, 10]
+    for std in TRAINING["ema_profiles"]:
+        average, before = {}, 0
+        for step, _, paths in found:
+            decay = power_function_decay(step, std, step - before)
+            saved = {name: (1 - decay) * value.astype("float64") for name, value in weights(loop, output, step).items()}
+            average = {name: decay * average.get(name, 0) + value for name, value in saved.items()}
+            assert_same(load_weights(paths[std]), average, tolerance=2e-6)
+            before = step
+
+
 def assert_same_run(output, loop, reference, first_step=1):
     """Losses, gradient norms, weights, averages and optimizer state of ten steps against the single process's."""
     expected, losses = read_losses(reference[loop]), read_losses(output)
@@ -239,6 +267,9 @@ def assert_same_run(output, loop, reference, first_step=1):
         assert norms[0][step] == pytest.approx(norms[1][step], rel=1e-4)
     for name in ("model_state.pdparams", "ema_state.pdparams"):
         assert_same(weights(loop, output, 10, name), weights(loop, reference[loop], 10, name), tolerance=1e-4)
+    last, expected = (snapshots(folder)[-1].paths for folder in (output, reference[loop]))
+    for std, path in expected.items():
+        assert_same(load_weights(last[std]), load_weights(path), tolerance=1e-4)
     optimizers = [weights(loop, folder, 10, "optimizer.pdopt") for folder in (output, reference[loop])]
     assert optimizers[0].keys() == optimizers[1].keys()
     for name, accumulators in optimizers[1].items():
@@ -255,6 +286,7 @@ def paddle26(names):
 @pytest.mark.parametrize("case", paddle26(NAMES))
 def test_parallel_training_is_the_single_process_one(references, parallel_runs, case, kind):
     assert_same_run(parallel_runs(case, kind), CASES[case].loop, references[kind])
+    assert_right_snapshots(parallel_runs(case, kind), CASES[case].loop)
 
 
 @pytest.mark.distributed

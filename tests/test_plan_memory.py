@@ -148,15 +148,17 @@ def test_the_plan_is_within_4_percent_of_every_measured_run():
 
 @counts_peaks
 def test_a_training_runs_peak_is_the_plans(features, run_loop, tmp_path, monkeypatch):
-    """The loop's weights, gradients, moments, EMA, and a step. The host's copies of a checkpoint are left out."""
-    path, peaks = write_config(tmp_path / "config.json", "LargeDiT"), []
+    """The loop's weights, gradients, moments, averages, and a step. The host's copies of a checkpoint are left out."""
+    path, peaks = write_config(tmp_path / "config.json", "LargeDiT", ema_profiles=[0.05, 0.1]), []
     monkeypatch.setattr(CheckpointSaver, "save", lambda *args, **options: peaks.append(allocated("peak")))
     gc.collect()
     before = allocated("current")
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     monkeypatch.setattr(cpu_ops, "faster", lambda: False)
     run_loop("notrainer", loop_arguments("notrainer", config=path, features=features, output=tmp_path, steps=3))
-    assert Plan(load_config(path), Setting(batch=8, device="cpu")).peak == pytest.approx(peaks[0] - before, rel=0.03)
+    config = load_config(path)
+    setting = Setting.of(config["training"], batch=8, device="cpu")
+    assert Plan(config, setting).peak == pytest.approx(peaks[0] - before, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +207,14 @@ def test_half_precision_and_fused_attention_are_a_gpus():
 
 def test_sharding_spreads_what_its_stage_says():
     sizes = Sizes(DIT_XL)
-    whole = states(sizes, Setting(precision="bfloat16", level="O2"))
+    whole = states(sizes, Setting(precision="bfloat16", level="O2", profiles=2))
     assert whole["master weights"] == 2 * whole["gradients"] == whole["AdamW moments"] / 2
     stage1, stage2, stage3 = (
-        states(sizes, Setting(8, sharding=stage, sharding_degree=8, precision="bfloat16", level="O2"))
+        states(sizes, Setting(8, sharding=stage, sharding_degree=8, precision="bfloat16", level="O2", profiles=2))
         for stage in ("stage1", "stage2", "stage3")
     )
     for held in (stage1, stage2, stage3):
-        for kind in ("master weights", "AdamW moments", "EMA"):
+        for kind in ("master weights", "AdamW moments", "EMA", "profiles of post-hoc EMA"):
             assert held[kind] == pytest.approx(whole[kind] / 8, rel=0.05), kind
     assert stage1["weights"] == stage2["weights"] == whole["weights"]
     assert stage1["gradients"] == whole["gradients"] and stage2["gradients"] < whole["gradients"] / 2
@@ -239,6 +241,15 @@ def test_owners_are_those_that_paddles_sharding_chooses(degree):
     assert loads["stage1"] < loads["stage2"]
     # All gradients of this small network are in buffers, as large as the fullest rank needs.
     assert held["gradients"] == 4 * (2 * degree - 1) * loads["stage2"]
+
+
+def test_profiles_cost_as_much_as_the_ema_each_unless_they_stay_on_the_host():
+    none, two = (Plan(DIT_XL, Setting(batch=2, profiles=count)) for count in (0, 2))
+    assert two.states["profiles of post-hoc EMA"] == 2 * two.states["EMA"] == two.peak - none.peak
+    away = Setting(batch=2, profiles=2, profiles_on_host=True)
+    assert Plan(DIT_XL, away).peak == none.peak
+    cpu, cpu_away = (Plan(DIT_XL, dataclasses.replace(setting, device="cpu")) for setting in (two.setting, away))
+    assert cpu.states == cpu_away.states  # which has one memory
 
 
 def test_averaged_gradients_take_a_copy_of_them():
@@ -382,10 +393,11 @@ def test_the_tool_takes_the_trainers_command_line(capsys):
         *("--do_train", "--feature_path", "data", "--output_dir", "out", "--per_device_train_batch_size", 8),
         *("--config_file", ROOT / "config/LargeDiT_3B_patch2.json", "--gradient_accumulation_steps", 2),
         *("--tensor_parallel_degree", 4, "--sharding", "stage1", "--use_ema", "False", "--fp16", "True"),
-        *("--fp16_opt_level", "O2", "--max_grad_norm", -1, "--dp_degree", 1),
+        *("--fp16_opt_level", "O2", "--max_grad_norm", -1, "--dp_degree", 1, "--ema_profiles", "0.05,0.1"),
     )
     assert "tensor parallel 4, sharding stage1 x 2; 8 samples x 2 micro-batches a GPU, 32 a step" in out
-    assert "float16 O2, recompute, no EMA" in out and "master weights" in out and "EMA   " not in out
+    assert "float16 O2, recompute, no EMA" in out and "master weights" in out and "\n  EMA " not in out
+    assert "2 profiles" in out and "\n  profiles of post-hoc EMA " in out
 
 
 GQA = {"type": "LargeDiT", "num_attention_heads": 4, "attention_head_dim": 8, "num_kv_heads": 2}

@@ -27,8 +27,9 @@ from training.parallel.step_time import Machine, fitting, step_flops, step_secon
 
 GIB = 2**30
 # The Trainer's flags that decide something here; the others are accepted, and left out of --help.
-SHOWN = """help config_file device per_device_train_batch_size gradient_accumulation_steps use_ema recompute bf16 fp16
-amp_level fused_attention sharding sharding_parallel_degree tensor_parallel_degree dp_degree""".split()
+SHOWN = """help config_file device per_device_train_batch_size gradient_accumulation_steps use_ema ema_profiles
+ema_on_host recompute bf16 fp16 amp_level fused_attention sharding sharding_parallel_degree tensor_parallel_degree
+dp_degree""".split()
 
 
 def build_parser():
@@ -133,6 +134,8 @@ def describe(setting):
     switches = {"recompute": s.recompute, "EMA": s.ema, "fused attention": s.fused_attention}
     words = [f"{s.precision} {s.level}" if s.mode else "float32"]
     words += [name if value else f"no {name}" for name, value in switches.items()]
+    if s.profiles:
+        words.append(counted(s.profiles, "profile") + (" on the host" if s.profiles_on_host else ""))
     return f"{', '.join(parts)}; {batches}, {s.global_batch} a step; {', '.join(words)}"
 
 

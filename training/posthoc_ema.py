@@ -10,7 +10,12 @@ section 3 and appendix C. Steps may be optimizer steps or images, as long as the
 
 import numpy as np
 
-MAX_STD = 0.2887  # that of exponent 0, the mean of all steps, rounded up
+from config.checks import MAX_STD
+
+
+def profile_name(std):
+    """Returns the name of a profile in a run's files, such as `std_0.05`."""
+    return f"std_{std:g}"
 
 
 def std_from_exponent(gamma):

@@ -38,6 +38,7 @@ from training import setup
 from training.checkpoints.find import ENVIRONMENT
 from training.checkpoints.read import load_pretrained
 from training.checkpoints.saver import CheckpointSaver
+from training.checkpoints.snapshots import SnapshotSaver
 from training.checkpoints.state import restore_model, restore_training
 from training.evaluation import Evaluation
 from training.metrics import TrainingLog
@@ -156,7 +157,7 @@ class Session:
         # What watches and shows the training.
         self.numbers = NumberWatch(training, stopping)
         self.numbers.dump = lambda bad: dump_step(bad, self)
-        self.preview = self.evaluation = self.log = self.saver = None
+        self.preview = self.evaluation = self.log = self.saver = self.snapshots = None
         self.validation = Validation(self.objective, held_out, self.sampler) if held_out is not None else None
         if outputs.preview_every > 0:
             self.preview = Preview(
@@ -224,15 +225,18 @@ class Session:
             show_bar=outputs.show_bar,
             rank=self.rank,
         )
+        saving = {"say": self.log.print, "background": outputs.async_save}
+        self.snapshots = SnapshotSaver(self, **saving)
         self.saver = CheckpointSaver(
             self,
-            say=self.log.print,
             save_total_limit=outputs.save_total_limit,
-            background=outputs.async_save,
             metric=self.evaluation and self.evaluation.metric,
+            after=self.snapshots,  # so that a run which is resumed lacks no snapshot of an earlier step
+            **saving,
         )
-        if self.rank == 0:  # evaluations of later steps are gone
-            self.saver.settle_best(self._checkpoints)
+        if self.rank == 0:
+            self.saver.settle_best(self._checkpoints)  # evaluations of later steps are gone
+            self.snapshots.begin()
         if self._may_stop:
             self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
         self.model.train()
@@ -304,8 +308,10 @@ class Session:
         Returns True if the run has been asked to stop: it is saved, and must leave its loop.
         """
         self.step = step
+        snapshot = self.snapshots.due(step)
         for average in self.averages:
-            average.update(self.model, master_weights(self.optimizer))
+            if snapshot or average.due(step):
+                average.update(self.model, master_weights(self.optimizer), step=step)
         if self.log.step_done(step):
             self.log.report(
                 **self.numbers.take(),
@@ -324,6 +330,8 @@ class Session:
         if self.preview is not None and step % self.outputs.preview_every == 0:
             with self._pause("drawing previews"):
                 self.preview.run(self)
+        if snapshot:
+            self._save(self.snapshots, self.snapshots.path(step))
         stopped = self._may_stop and not is_last and self.stopping.due(step)
         if is_last or stopped or best or step % self.outputs.save_every == 0:
             self.save()
@@ -331,9 +339,12 @@ class Session:
 
     def save(self):
         """Saves a checkpoint of the step that is done; a collective."""
+        self._save(self.saver, os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+
+    def _save(self, saver, folder):
         self.numbers.check()
         with self._pause("saving"):
-            self.saver.save(os.path.join(self.folder, self.outputs.checkpoints.format(step=self.step)))
+            saver.save(folder)
 
     @property
     def _checkpoints(self):
@@ -372,6 +383,7 @@ class Session:
         """
         place = self._checkpoints
         if self.log is not None:
+            self.snapshots.finish()
             self.saver.finish()
             self.log.close()
         if self.stopping.stopped:

@@ -52,11 +52,17 @@ def build_network(config, tensor_group=None):
 
 
 def build_averages(training, model, *, on_host=False):
-    """Returns the averages of a run: none, or one `EMA`. Build them while the model's weights are still float32."""
-    from training.averages import EMA
+    """Returns the averages of a run: the usual `EMA`, unless it is off, then the profiles of post-hoc EMA, if any.
 
-    options = {"decay": training["ema_decay"], "warmup": training["ema_warmup"], "on_host": on_host}
-    return [EMA(model, **options)] if training["use_ema"] else []
+    Build them while the model's weights are still float32. `on_host`: until they are sharded, see `EMA`.
+    """
+    from training.averages import EMA, PowerFunctionEMA
+
+    usual = {"decay": training["ema_decay"], "warmup": training["ema_warmup"], "on_host": on_host}
+    profiles = {"update_steps": training["ema_update_steps"], "stays_on_host": training["ema_on_host"]}
+    averages = [EMA(model, **usual)] if training["use_ema"] else []
+    stds = training["ema_profiles"]
+    return averages + [PowerFunctionEMA(model, std, on_host=on_host, **profiles) for std in stds]
 
 
 def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):

@@ -14,6 +14,8 @@ from runtime.process import counted, say
 from runtime.run_lock import check_experiment_idle, experiment_name, list_experiments
 from training.checkpoints.find import ENVIRONMENT, check_run
 from training.checkpoints.read import load_checkpoint
+from training.checkpoints.snapshots import FOLDER as SNAPSHOTS
+from training.posthoc_ema import profile_name
 from weights.runs import find_checkpoints, list_checkpoints, step_of
 
 
@@ -87,7 +89,7 @@ def open_output_dir(output_dir, config, lock, *, resume, overwrite):
 _WAYS_OUT = "choose another output folder, or put that run aside: --overwrite_output_dir"
 _RUN_FILES = (
     *("config.json", ENVIRONMENT, "metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "best.json"),
-    *("tb_log", "images", "bad_steps"),
+    *("tb_log", "images", "bad_steps", SNAPSHOTS),
 )
 
 
@@ -123,6 +125,11 @@ def open_checkpoint(path, config, experiment_name=None, *, optional=False):
     if "samples_seen" not in progress:  # of an official or an older one
         batch = progress.get("global_batch_size", (checkpoint.config or config)["training"]["global_batch_size"])
         progress["samples_seen"] = progress["global_step"] * batch
-    if config["training"]["use_ema"] and not checkpoint.averages and paddle.distributed.get_rank() == 0:
-        say(f"note: {checkpoint.source} has no averages: the EMA starts from its weights")
+    lacks = f"note: {checkpoint.source} has no averages"
+    missing = [std for std in config["training"]["ema_profiles"] if profile_name(std) not in checkpoint.averages]
+    if config["training"]["use_ema"] and "" not in checkpoint.averages and paddle.distributed.get_rank() == 0:
+        say(f"{lacks}: the EMA starts from its weights")
+    if missing and paddle.distributed.get_rank() == 0:
+        stds = ", ".join(f"{std:g}" for std in missing)
+        say(f"{lacks} of std {stds}: they begin with its weights, at step {progress['global_step']:,}")
     return checkpoint

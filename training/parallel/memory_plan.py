@@ -163,6 +163,8 @@ class Setting:
     level: str = "O1"
     recompute: bool = False
     ema: bool = True
+    profiles: int = 0  # of post-hoc EMA
+    profiles_on_host: bool = False
     fused_attention: bool = False
     device: str = "gpu"  # or "cpu", where everything is float32 and attention is plain
 
@@ -171,7 +173,9 @@ class Setting:
         """Returns the setting of a config's `training` section; others: what stands elsewhere, or wins over it."""
         names = {"precision": "amp_dtype", "level": "amp_level", "ema": "use_ema", "recompute": "recompute"}
         names |= {"accumulation": "gradient_accumulation_steps", "fused_attention": "fused_attention"}
-        return cls(**{**{field: training[name] for field, name in names.items()}, **others})
+        own = {field: training[name] for field, name in names.items()}
+        own |= {"profiles": len(training["ema_profiles"]), "profiles_on_host": training["ema_on_host"]}
+        return cls(**{**own, **others})
 
     @property
     def data_parallel(self):
@@ -195,6 +199,10 @@ class Setting:
     def weight_size(self):
         """Bytes of a trained weight, and of its gradient."""
         return (4, 4, 2)[self.mode]
+
+    @property
+    def profiles_on_device(self):
+        return 0 if self.profiles_on_host and self.device != "cpu" else self.profiles
 
     @property
     def reducer(self):
@@ -232,6 +240,7 @@ def states(sizes, setting):
         "master weights": SINGLE * owned if size < SINGLE else 0,
         "AdamW moments": 2 * SINGLE * owned,
         "EMA": SINGLE * (owned + frozen) if setting.ema else 0,
+        "profiles of post-hoc EMA": SINGLE * (owned + frozen) * setting.profiles_on_device,
         "DataParallel's buckets": size * gradients if setting.reducer == "buckets" else 0,
     }
 
@@ -361,13 +370,13 @@ class Plan:
         # The average of a parameter, or the square of its gradient, and their float32 copies.
         copies = 1 if setting.weight_size == SINGLE else 2
         phases["optimizer and EMA"] = {"one parameter": copies * SINGLE * max(numels), "gradients": passing}
-        # At the start the network and its average are whole and float32, before they are sharded or cast. An average
-        # that is to be sharded waits on the host.
+        # At the start the network and its averages are whole and float32, before they are sharded or cast. Averages
+        # that are to be sharded wait on the host.
         numel = sum(p.numel(setting.tensor_parallel) for p in sizes.parameters)
-        average = SINGLE * numel if setting.ema and not setting.sharding else 0
+        averages = SINGLE * numel * (setting.ema + setting.profiles_on_device) if not setting.sharding else 0
         # Stage 1's wrapper alone sends all weights in one go, of the type that they are trained in.
         sends = setting.sharding == "stage1" and setting.tensor_parallel == 1
-        whole = max(SINGLE, 2 * setting.weight_size if sends else 0) * numel + average
+        whole = max(SINGLE, 2 * setting.weight_size if sends else 0) * numel + averages
         phases["start"] = {"whole weights and EMA, beyond the above": max(0, whole - sum(held.values()))}
         return phases
 

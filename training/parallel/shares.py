@@ -65,13 +65,18 @@ class LocalShard:
         piece = array.reshape(-1)[self.group.rank * size : (self.group.rank + 1) * size]
         return np.pad(piece, (0, size - len(piece)))
 
+    def on_device(self, name, tensor):
+        """Returns a tensor that belongs to a parameter on that one's device: averages may stay on the host."""
+        here = tensor is None or tensor.place.is_cpu_place() == local_tensor(self._by_name[name]).place.is_cpu_place()
+        return tensor if here else tensor.cuda()
+
     @paddle.no_grad()
     def unshard(self, name, tensor):
         """Returns the whole of a `tensor` of which this rank holds its `local_tensor` (None: another rank owns it).
 
         It is float32, and whole over the sharding group only. A collective.
         """
-        parameter = self._by_name[name]
+        parameter, tensor = self._by_name[name], self.on_device(name, tensor)
         if self._owner is not None:
             value = tensor.astype("float32").clone() if self.owns(name) else paddle.zeros(parameter.shape, "float32")
             dist.broadcast(value, src=self.group.ranks[self._owner[name]], group=self.group)

@@ -1,9 +1,9 @@
 """Metrics of a model along one setting: the same noise and classes at every point, a table and a figure.
 
-    judge = Judge("digits/train", load_features("digits"), labels)
-    rows = sweep_widths(judge, {0.05: "averages/std_0.05", 0.1: "averages/std_0.1"}, num_inference_steps=50)
-    print(*table("std", rows), sep="\\n")
-    plot("widths.png", width_panels(rows))
+judge = Judge("digits/train", load_features("digits"), labels)
+rows = sweep_widths(judge, {0.05: "averages/std_0.05", 0.1: "averages/std_0.1"}, num_inference_steps=50)
+print(*table("std", rows), sep="\\n")
+plot("widths.png", width_panels(rows))
 """
 
 import math
@@ -94,25 +94,34 @@ def plot(path, panels, *, columns=3):
 
     Args:
         panels: a dict each: `x` and `y`, what the axes show; `curves`, {label: (xs, ys)} or (xs, ys, deviations), which
-            become error bars; numbers, or words in which curves have their places in common; `log`, "x", "y" or "xy";
-            `lines`, {label: y}, for comparison.
+            become error bars; xs are numbers, or words, which are no curve; `log`, "x", "y" or "xy"; `lines`,
+            {label: y}, for comparison.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system is asked
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), dpi=90, layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=90, layout="constrained")
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
         for label, (xs, ys, *deviations) in panel["curves"].items():
-            axes.errorbar(xs, ys, *deviations, label=label or None, marker="o", markersize=3, linewidth=1, capsize=2)
+            style = {"linestyle": "none"} if isinstance(xs[0], str) else {"linewidth": 1}
+            axes.errorbar(xs, ys, *deviations, label=label or None, marker="o", markersize=3, capsize=2, **style)
         for number, (label, y) in enumerate(panel.get("lines", {}).items()):
             axes.axhline(y, label=label, color="0.4", linewidth=1, linestyle=("--", ":", "-.")[number % 3])
-        for axis in panel.get("log", ""):
-            getattr(axes, f"set_{axis}scale")("log")
+        for name in panel.get("log", ""):
+            getattr(axes, f"set_{name}scale")("log")
+            axis = getattr(axes, f"{name}axis")
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter() if name == "x" else ScalarFormatter())
+        if "x" in panel.get("log", ""):
+            axes.set_xticks(sorted({x for xs, *_ in panel["curves"].values() for x in xs}))
         axes.set_xlabel(panel["x"], fontsize=8)
         axes.set_ylabel(panel["y"], fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
+        if any(isinstance(xs[0], str) for xs, *_ in panel["curves"].values()):
+            axes.tick_params(axis="x", rotation=30)
         axes.grid(alpha=0.3)
         if any([*panel["curves"], *panel.get("lines", {})]):
             axes.legend(fontsize=6)

@@ -132,11 +132,11 @@ def main(argv=None):
     files = counted(len(plan.stored), "average")
     say(f"step {plan.step}, from {files} of {counted(len(plan.snapshots), 'snapshot')}: each is read twice, once to "
         "compare checksums")  # fmt: skip
-    folders = write_averages(plan, args.output, overwrite=args.overwrite)
     for std, error, is_stored in zip(plan.stds, plan.errors, plan.are_stored, strict=True):
         say(f"std {std:g}: " + ("as it was saved" if is_stored else f"its profile is missed by {error:.2%}"))
     for note in plan.notes():
         say(f"note: {note}")
+    folders = write_averages(plan, args.output, overwrite=args.overwrite)
     if args.evaluate:
         evaluate(args, plan, folders, sampling)
     print(f"averages of step {plan.step}: {', '.join(folders)}")

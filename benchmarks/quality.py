@@ -34,13 +34,18 @@ ROOT = Path(__file__).resolve().parent.parent
 VAE = str(ROOT / "assets" / "digits_vae")
 METRICS = ["fid", "mind", "recall", "precision"]
 TILE = 250  # images that the network computes at once
-# Constant learning rate: where it goes to 0, the weights stop moving and an average has little to do.
 TRAINING = {
     "global_batch_size": 64,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant_with_warmup",
     "ema_profiles": "0.05,0.1",
     "ema_snapshot_dtype": "float32",
+}
+# Config, schedule. Where the learning rate goes to 0, as by cosine, the weights stop moving: averages have less to do.
+MODELS = {
+    "DiT": ("DiT_digits.json", "constant_with_warmup"),
+    "small": ("DiT_digits.json", "constant_with_warmup"),
+    "cosine": ("DiT_digits.json", "cosine"),
+    "SiT": ("SiT_digits.json", "constant_with_warmup"),
 }
 SMALL = {"num_layers": 2, "num_attention_heads": 2}  # of the smaller guide, which is trained for a quarter of the steps
 BASE = {
@@ -74,35 +79,35 @@ def points(quick=False):
     if quick:
         widths, scales, strengths, steps = [0.05, 0.1], [1.0, 2.0], [1.5], [2, 4]
     guided = {"guidance_scale": scales[-1] if quick else 2.0}
+    some, few = ([0.05], steps) if quick else ([0.03, 0.05, 0.1, 0.2], [20, 50])
+    cosine = [("cosine schedule", std, vary(BASE, model="cosine", weights=std)) for std in some]
     found = {
-        "widths": [("post-hoc EMA", std, vary(BASE, weights=std)) for std in widths],
+        "widths": [("constant rate", std, vary(BASE, weights=std)) for std in widths] + cosine,
         "scale": [("", scale, vary(BASE, {"guidance_scale": scale})) for scale in scales],
         "interval": [
             ("", name, vary(BASE, guided if interval is None else {**guided, "guidance_interval": interval}))
             for name, interval in INTERVALS.items()
         ],
         "guide": [
-            (name, scale, vary(BASE, {"guide_scale": scale}, guide=name)) for name in GUIDES for scale in strengths
+            (name, scale, vary(BASE, {"guide_scale": scale} if scale > 1 else {}, guide=name if scale > 1 else None))
+            for name in GUIDES
+            for scale in [1.0, *strengths]
         ],
         "sampler": [
             (method, count, vary(BASE, {"method": method, "num_inference_steps": count}))
             for method in ("ddim", "dpm", "ddpm")
-            for count in steps
+            for count in (few if method == "ddpm" else steps)
         ],
         "transport": [],
     }
-    found["widths"] += [
-        ("weights alone", 0.0, vary(BASE, weights="model")),
-        ("EMA 0.995", 0.0, vary(BASE, weights="ema")),
-    ]
-    found["guide"] += [(name, 1.0, BASE) for name in GUIDES]
-    for method, evaluations_of_a_step in (("euler", 1), ("heun2", 2)):
-        for count in steps:  # of network evaluations, as near as an even number of them comes
-            grid = count // evaluations_of_a_step + 1
-            changed = {"method": method, "num_inference_steps": grid}
-            found["transport"].append(
-                (method, (grid - 1) * evaluations_of_a_step, vary(BASE_SIT, {"sampler": "ode", **changed}))
-            )
+    # At x = 0: levels for comparison.
+    for name, schedule in (("DiT", "constant"), ("cosine", "cosine")):
+        found["widths"].append((f"no average, {schedule}", 0.0, vary(BASE, model=name, weights="model")))
+    found["widths"].append(("EMA 0.995, constant", 0.0, vary(BASE, weights="ema")))
+    for method, calls in (("euler", 1), ("heun2", 2)):
+        for count in steps:  # network evaluations, of a method that takes two a step an even number
+            grid = {"sampler": "ode", "method": method, "num_inference_steps": count // calls + 1}
+            found["transport"].append((method, count // calls * calls, vary(BASE_SIT, grid)))
     return found
 
 
@@ -118,18 +123,31 @@ class Runs:
         self.generator = functools.lru_cache(maxsize=4)(self._generator)
 
     def train(self, model):
-        """Returns the folder of a trained network, "DiT", "small" or "SiT"; an interrupted training goes on."""
+        """Returns the folder of a trained network of `MODELS`; an interrupted training goes on."""
         steps = self.max_steps // 4 if model == "small" else self.max_steps
         output, snapshot = self.folder / model, f"*/ema/{steps:07d}/manifest.json"
         if not list(output.glob(snapshot)):
-            config = json.loads((ROOT / f"config/{'SiT' if model == 'SiT' else 'DiT'}_digits.json").read_text())
+            name, schedule = MODELS[model]
+            config = json.loads((ROOT / "config" / name).read_text())
             config["model"] |= SMALL if model == "small" else {}
             os.makedirs(output, exist_ok=True)
             write_json(output / "config.json", config)
-            flags = {**TRAINING, "config_file": output / "config.json", "feature_path": self.data / "features"}
-            flags |= {"image_size": 32, "max_steps": steps, "ema_snapshot_steps": max(1, steps // 30)}
-            flags |= {"output": output, "resume": "auto", "seed": self.seed, "device": "cpu", "num_workers": 0}
-            flags |= {"logging_steps": max(1, steps // 10), "save_steps": max(1, steps // 2)}
+            flags = {
+                **TRAINING,
+                "config_file": output / "config.json",
+                "feature_path": self.data / "features",
+                "image_size": 32,
+                "output": output,
+                "resume": "auto",
+                "seed": self.seed,
+                "device": "cpu",
+                "num_workers": 0,
+                "lr_scheduler_type": schedule,
+                "max_steps": steps,
+                "ema_snapshot_steps": max(1, steps // 30),
+                "save_steps": max(1, steps // 2),
+                "logging_steps": max(1, steps // 10),
+            }
             words = [f"--{name}={value}" for name, value in flags.items()]
             command([ROOT / "train_image_generation_notrainer.py", *words], output / "log.txt")
         (path,) = output.glob(snapshot)
@@ -233,6 +251,7 @@ def main(argv=None):
     settings = {
         "num_samples": args.num_samples or (20 if args.quick else 1000),
         "max_steps": args.max_steps or (40 if args.quick else 1500),
+        "training": TRAINING,
     }
     if args.write and (args.quick or set(args.parts) != set(points())):
         raise ValueError("--write: not with --quick, and all parts are written")

@@ -7,7 +7,7 @@ from evaluation.run import METRIC_NAMES
 
 SHOWN = ("fid", "mind", "recall")  # in figures
 AXES = {  # what x is, and which axes are logarithmic
-    "widths": ("relative width of the average", ""),
+    "widths": ("relative width of the average", "y"),
     "scale": ("guidance scale", ""),
     "interval": ("where guidance is on", ""),
     "guide": ("scale of autoguidance", ""),

@@ -15,7 +15,7 @@ from config.schema import load_config
 from models.state import expected_shapes, paddle_to_official
 from runtime.files import FolderWriter, write_json
 from sampling.generator import load_generator
-from tools import convert_official_weights, extract_weights, reconstruct_ema
+from tools import convert_official_weights, evaluate, extract_weights, reconstruct_ema, sample_npz
 from training import reconstruction
 from training.checkpoints.snapshots import list_snapshots
 from training.posthoc_ema import reconstruction_coefficients
@@ -319,6 +319,27 @@ def test_widths_are_judged(features, tmp_path, capsys):
     assert [row["std"] for row in found["widths"]] == [0.05, 0.08] and found["step"] == 20
     assert found["widths"][0]["fid"] == pytest.approx(float(table[1][1]), rel=1e-4)
     assert (tmp_path / "averages/widths.png").read_bytes().startswith(b"\x89PNG")
+    # The other tools say the same.
+    drawn = [
+        "--num_images=8",
+        "--num_inference_steps=2",
+        "--guidance_scale=1",
+        f"--vae={VAE}",
+        f"--output={tmp_path}/a.npz",
+    ]
+    sample_npz.main([f"--model_path={tmp_path}/averages/std_0.08", *drawn])
+    judged = [
+        f"--samples={tmp_path}/a.npz",
+        f"--reference={reference}",
+        "--features=digits",
+        "--metrics",
+        "fid",
+        "recall",
+    ]
+    evaluate.main([*judged, f"--output={tmp_path}/report.json"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert found["widths"][1]["fid"] == pytest.approx(report["fid"], rel=1e-3)
+    assert found["widths"][1]["recall"] == report["recall"]
     with pytest.raises(ValueError, match="--sampler is for a SiT"):
         reconstruct_ema.main([*words, "--overwrite", "--sampler=ode"])
 

@@ -101,6 +101,12 @@ FROM_0 = Check(lambda v: _is_number(v) and v >= 0, "a number of 0 or more", floa
 BELOW_1 = Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1", float, "X")
 BELOW_HALF = Check(lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5", float, "X")
 FACTOR = Check(lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1", float, "X")
+FROM_0_TO_1 = Check(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1", float, "X")
+INTERVAL = Check(
+    lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)) and 0 <= v[0] <= v[1],
+    "[lowest, highest], numbers of 0 or more",
+)
+CHANNELS = Check(lambda v: v in ("auto", None) or (_is_int(v) and v > 0), '"auto", a positive integer, or null for all')
 WORDS = Check(_all(TEXT.accepts), "words", metavar="WORD", nargs="+")
 LABELS = Check(_all(INT_FROM_0.accepts), "a list of class labels", _labels, "L,L,...")
 WIDTHS = Check(_are_widths, f"a list of different widths above 0 and up to {MAX_STD}", _widths, "STD,STD,...")

@@ -12,11 +12,14 @@ from config.checks import (
     BELOW_1,
     BELOW_HALF,
     BOOL,
+    CHANNELS,
     CLASS_NAMES,
     FACTOR,
     FROM_0,
+    FROM_0_TO_1,
     INT_FROM_0,
     INT_FROM_4,
+    INTERVAL,
     LABELS,
     LIST,
     NUMBER,
@@ -318,4 +321,31 @@ EVALUATION_KEYS = {
     "guidance_scale": Option(1.0, NUMBER, "guidance scale of the samples; 1: none, as in the papers' training curves"),
     "num_inference_steps": Option(50, POSITIVE_INT, "steps of a sample"),
     "batch_size": Option(32, POSITIVE_INT, "samples that a GPU draws at once; a CPU draws 32"),
+}
+
+
+# ---- The section `guidance` ----
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+GUIDANCE_KEYS = {
+    "channels": Option("auto", CHANNELS, "leading latent channels that are guided; auto: as without this section"),
+    "interval": Option(
+        None,
+        or_null(INTERVAL),
+        "times between which guidance is on: 0 (noise) to 1, of a diffusion 0 (data) to `diffusion_steps` - 1",
+        unset="all",
+    ),
+    "sigma_interval": Option(None, or_null(INTERVAL), "the same in noise levels, noise over signal", unset="all"),
+    "schedule": Option(
+        "constant",
+        one_of(*GUIDANCE_SCHEDULES),
+        "the scale over time: linear, cosine rise from 1, with the same mean",
+    ),
+    "rescale": Option(
+        0.0, FROM_0_TO_1, "how far outputs get the standard deviation back that they have without guidance"
+    ),
+    "cfg_zero_star": Option(False, BOOL, "CFG-Zero*: fit the output without a class first"),
+    "timestep_shift": Option(
+        0.0, FROM_0, "of a transport: below 1 more of the points in time are near the noise; 0: none"
+    ),
 }

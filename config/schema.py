@@ -15,7 +15,7 @@ from config.checks import no_effect
 from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-SECTIONS = ("model", "objective", "training", "data", "features", "evaluation")
+SECTIONS = ("model", "objective", "training", "data", "features", "evaluation", "guidance")
 # Names of the official code: DiT's and SiT's, which PaddleMIX's SiT configs use, Large-DiT's and LightningDiT's.
 ALIASES = {
     "input_size": "sample_size", "depth": "num_layers", "num_heads": "num_attention_heads", "dim": "hidden_size",
@@ -110,7 +110,7 @@ def _official_names(model, where):
     return renamed
 
 
-def _conflicts(model, objective, training, data, evaluation):
+def _conflicts(model, objective, training, data, evaluation, guidance):
     """Yields in words which values of a config are right one by one, but don't fit together."""
     kind, heads, head_dim = MODEL_TYPES[model["type"]], model["num_attention_heads"], model["attention_head_dim"]
     if model["sample_size"] % model["patch_size"]:
@@ -145,6 +145,13 @@ def _conflicts(model, objective, training, data, evaluation):
         if evaluation["guidance_scale"] != 1 and model["class_dropout_prob"] == 0:
             what = "guidance needs a null class, a class_dropout_prob above 0"
             yield f"evaluation: guidance_scale must be 1, got {evaluation['guidance_scale']:g}: {what}"
+    largest = objective.get("diffusion_steps", 2) - 1
+    if guidance["interval"] is not None and guidance["interval"][1] > largest:
+        yield f"guidance: interval must end at {largest} or before, got {guidance['interval']}: times of the model"
+    if guidance["timestep_shift"] and objective["type"] == "diffusion":
+        yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
+    if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
+        yield f"guidance: channels must be in_channels {model['in_channels']} at most, got {guidance['channels']}"
 
 
 def check_together(config, source):
@@ -193,6 +200,7 @@ def resolve_config(raw, *, source="config"):
         "data": check_section(options.DATA_KEYS, raw.get("data", {}), f"{source}: data"),
         "features": resolve_features(raw.get("features", {}), f"{source}: features"),
         "evaluation": check_section(options.EVALUATION_KEYS, raw.get("evaluation", {}), f"{source}: evaluation"),
+        "guidance": check_section(options.GUIDANCE_KEYS, raw.get("guidance", {}), f"{source}: guidance"),
     }
     check_together(config, source)
     return config
@@ -268,6 +276,7 @@ def changed_settings(config):
         "data": options.DATA_KEYS,
         "features": options.FEATURES_KEYS,
         "evaluation": options.EVALUATION_KEYS,
+        "guidance": options.GUIDANCE_KEYS,
     }
     changed = {
         section: {key: value for key, value in config[section].items() if key == "type" or value != keys[key].default}
@@ -312,6 +321,7 @@ def ineffective_settings(config):
             notes.append(f"{', '.join(given)} has no effect on velocity prediction with the path {path}")
     schedule = training["lr_scheduler_type"]
     of_profiles = ("ema_snapshot_steps", "ema_snapshot_dtype", "ema_update_steps", "ema_on_host")
+    guided = [name for name in options.GUIDANCE_KEYS if name != "timestep_shift"]
     cases = (
         (not training["use_ema"], training, ("ema_decay", "ema_warmup"), "without use_ema"),
         (not training["ema_profiles"], training, of_profiles, "without ema_profiles"),
@@ -319,8 +329,9 @@ def ineffective_settings(config):
         (schedule != "cosine", training, ("num_cycles",), f"on the schedule {schedule}"),
         (training["max_steps"] > 0, training, ("epochs",), "beside max_steps"),
         (not data["validation_samples"], data, ("validation_steps",), "without validation_samples"),
+        (config["model"]["class_dropout_prob"] == 0, config["guidance"], guided, "without a null class"),
     )
-    keys = {**options.TRAINING_KEYS, **options.DATA_KEYS}
+    keys = {**options.TRAINING_KEYS, **options.DATA_KEYS, **options.GUIDANCE_KEYS}
     for is_so, section, names, why in cases:
         notes += no_effect([name for name in names if is_so and section[name] != keys[name].default], why)
     return notes

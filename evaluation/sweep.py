@@ -10,7 +10,6 @@ import math
 
 from config.options import HIGHER_IS_BETTER, METRICS
 from evaluation.run import METRIC_NAMES, cautions, compute_metrics, extract, load_reference, shown
-from sampling.generator import load_generator
 from sampling.many import draw_images
 
 
@@ -51,13 +50,12 @@ class Judge:
         return compute_metrics(samples, self.reference, self.metrics, self.drawing["seed"])
 
 
-def sweep_widths(judge, folders, *, vae=None, **sampling):
-    """Returns `[{"std", metric: number, ...}]` of the averages in `{std: folder}`, as `sampling` draws them."""
+def sweep(judge, generators, **sampling):
+    """Returns a row for each `(settings, generator)`: the settings, a dict, with the metrics of samples beside them."""
     rows = []
-    for std, folder in sorted(folders.items()):
-        generator = load_generator(folder, vae=vae)
-        vae = generator.vae  # it is loaded once
-        rows.append({"std": std, **judge.measure(generator, f"samples of std {std:g}", **sampling)})
+    for settings, generator in generators:
+        words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        rows.append({**settings, **judge.measure(generator, f"samples of {words}", **sampling)})
     return rows
 
 
@@ -81,7 +79,7 @@ def best(rows, metric):
 
 
 def width_panels(rows):
-    """Returns the panels of `plot` for rows of `sweep_widths`: one for each metric."""
+    """Returns the panels of `plot` for rows of `sweep` over widths: one for each metric."""
     stds = [row["std"] for row in rows]
     return [
         {"x": "relative width (std)", "y": METRIC_NAMES[metric], "curves": {"": (stds, [row[metric] for row in rows])}}

@@ -15,7 +15,6 @@ from runtime.process import configure_runtime
 from runtime.progress import tqdm
 from runtime.untrusted import shortened
 from sampling.flags import (
-    GUIDANCE_CHANNELS,
     TransportDefaults,
     add_diffusion_flags,
     add_loading_flags,
@@ -23,7 +22,6 @@ from sampling.flags import (
     add_statistics_flags,
     add_transport_flags,
     add_vae_flag,
-    check_guidance_flags,
     check_sampling_flags,
     check_transport_flags,
     check_weights_flags,
@@ -33,15 +31,18 @@ from sampling.flags import (
     open_generator,
     transport_options,
 )
-from sampling.guidance_settings import check_scale
+from sampling.guidance_flags import add_guidance_flags, check_interval, choose_scale, guidance_options
 from sampling.labels import DEFAULT_CLASS, find_classes
 from sampling.model_path import check_no_file, describe_model
 
 OUTPUTS = "outputs"  # the folder of results in the current one, git-ignored
 
 
-def add_flags(parser, kind, *, gpu_dtype="float32", **defaults):
-    """Adds the flags of all demos; kind is that of the file names, defaults are those of `add_sampling_flags`."""
+def add_flags(parser, kind, *, gpu_dtype="float32", like="PaddleMIX's demos", guidance, **defaults):
+    """Adds the flags of all demos; kind is that of the file names.
+
+    `guidance` are the defaults of `add_guidance_flags`, `defaults` those of `add_sampling_flags`, `like` is both's.
+    """
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help=f"name or id [{DEFAULT_CLASS}; else the first ten]"
     )
@@ -50,7 +51,7 @@ def add_flags(parser, kind, *, gpu_dtype="float32", **defaults):
         check=POSITIVE_INT,
         help="label the grid with the names of the classes, N images a row [a plain grid, one image a class]",
     )
-    add_sampling_flags(parser, **defaults)
+    add_sampling_flags(parser, like=like, **defaults)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -58,6 +59,7 @@ def add_flags(parser, kind, *, gpu_dtype="float32", **defaults):
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     add_loading_flags(parser, gpu_dtype)
+    add_guidance_flags(parser, like=like, **guidance)
 
 
 def check_flags(args, min_steps=1):
@@ -78,18 +80,18 @@ def check_flags(args, min_steps=1):
         raise ValueError(f"{what} can't be written to; give a file by --output")
 
 
-def draw(kind, args, model, *, guidance_scale=GUIDANCE_SCALE, guidance_interval=None, **options):
+def draw(kind, args, model, *, defaults=None, **options):
     """Samples a `Model` and saves, as the flags of `add_flags` say, and says where the image is.
 
     Classes and guidance that the model lacks are a `ValueError`, and flags of no effect on it are named.
 
     Args:
-        kind: of the file names, such as DiT. guidance_scale: the default of a model that can be guided.
-        guidance_interval, options: of `Generator.sample`.
+        kind: of the file names, such as DiT. defaults: `TransportDefaults`, None for a DiT's.
+        options: of `Generator.sample`.
     """
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)
-    check_guidance_flags(args, model)
+    guidance = guidance_options(args, model, defaults)
     note_weights_flags(args, model)
 
     configure_runtime()
@@ -101,16 +103,14 @@ def draw(kind, args, model, *, guidance_scale=GUIDANCE_SCALE, guidance_interval=
     ids = [one for one in classes for _ in range(per_class)]
     for note in generator.describe(steps, **options):
         print(f"note: {note}", flush=True)
+    scale = GUIDANCE_SCALE if defaults is None else defaults.guidance_scale
     images = generator.sample(
         ids,
         seed=args.seed,
         num_inference_steps=steps,
-        guidance_scale=check_scale(
-            args.guidance_scale, generator.null_class is not None, generator.path, guidance_scale
-        ),
-        guidance_channels=GUIDANCE_CHANNELS[args.guidance_channels],
-        guidance_interval=guidance_interval,
+        guidance_scale=choose_scale(args, generator.null_class is not None, generator.path, scale),
         callback=show_steps(),
+        **guidance,
         **options,
     )
     names = generator.names(classes)
@@ -201,7 +201,7 @@ def draw_dit(argv, demo):
         metavar="PATH",
         help="pipeline folder, its hub name, training checkpoint, run folder, or (inference) exported folder",
     )
-    add_flags(parser, demo.kind, guidance_channels="all", seed=demo.seed, gpu_dtype=demo.gpu_dtype)
+    add_flags(parser, demo.kind, guidance={"channels": "all"}, seed=demo.seed, gpu_dtype=demo.gpu_dtype)
     add_diffusion_flags(parser)
     checkpoint = parser.add_argument_group("for a training checkpoint")
     add_vae_flag(checkpoint, f"{DEFAULT_VAE}, as in the official DiT")
@@ -241,8 +241,9 @@ def draw_transport(argv, demo):
         metavar="PATH",
         help="pipeline folder, training checkpoint, run folder, file of weights, or (inference) exported folder",
     )
-    numbers = {"num_steps": demo.defaults.num_steps, "guidance_scale": demo.defaults.guidance_scale}
-    add_flags(parser, demo.kind, guidance_channels=demo.guidance_channels, like=demo.like, **numbers)
+    guidance = {"scale": demo.defaults.guidance_scale, "interval": demo.defaults.guidance_interval}
+    guidance["channels"] = demo.guidance_channels
+    add_flags(parser, demo.kind, guidance=guidance, like=demo.like, num_steps=demo.defaults.num_steps)
     add_transport_flags(parser, demo.defaults)
     weights = parser.add_argument_group("for a training checkpoint or a file of weights")
     known = "by its shapes" if demo.config is None else os.path.join("config", os.path.basename(demo.config))
@@ -252,6 +253,7 @@ def draw_transport(argv, demo):
     weights.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     args = parser.parse_args(argv)
     check_transport_flags(args, demo.defaults)
+    check_interval(args)
     check_flags(args, min_steps=2)
 
     demo.find(args)
@@ -259,4 +261,4 @@ def draw_transport(argv, demo):
     model.check_backend(args.backend)
     check_weights_flags(args, model)
     options = transport_options(args, demo.defaults)
-    draw(demo.kind, args, model, guidance_scale=demo.defaults.guidance_scale, **options)
+    draw(demo.kind, args, model, defaults=demo.defaults, **options)

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 from config.checks import FLAG_SEED, VAE, Check, no_effect
 from config.flags import add_device_flag, check_vae
-from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, POSITIVE_INT, SIT_VAE
+from config.options import ABOVE_0, BELOW_1, DEFAULT_VAE, FROM_0, GUIDANCE_SCALE, INT_FROM_0, POSITIVE_INT, SIT_VAE
 from runtime.process import resolve_device
-from sampling.guidance_settings import check_scale
 from sampling.model_path import check_dtype, check_holds_no, check_normalization, describe_model
 
-# --guidance_channels: that of `Generator.sample`.
-GUIDANCE_CHANNELS = {None: "default", "3": 3, "all": None}
 DEFAULT_CHANNELS = "all of a DiT; of a SiT 3 of 4, all of any other number; 3 of a LightningDiT"
 
 # Flags of what a pipeline's folder brings along.
@@ -22,6 +19,7 @@ WEIGHTS_FLAGS = ("vae", "key", "latents_stats", "latent_multiplier")
 # What SiT's samplers are called; those of `transport`, which is not imported for --help.
 METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"), "sde": ("Euler", "Heun")}
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+ODE_FLAGS = ("timestep_shift", "zero_init_steps")
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")
 
 
@@ -47,34 +45,10 @@ DEMO = TransportDefaults(
 LIGHTNING = TransportDefaults(250, 6.7, _SDE, sampler="ode", guidance_interval=(0.125, 1.0), timestep_shift=0.3)
 
 
-def add_sampling_flags(
-    parser,
-    *,
-    guidance_channels,
-    seed=0,
-    num_steps=25,
-    guidance_scale=GUIDANCE_SCALE,
-    like="PaddleMIX's demos",
-):
-    """Adds the flags of steps, guidance and seed; the arguments are the defaults that --help names.
-
-    `like` says whose number of steps and guidance scale they are.
-    """
+def add_sampling_flags(parser, *, seed=0, num_steps=25, like="PaddleMIX's demos"):
+    """Adds the flags of steps and seed; the arguments are the defaults that --help names, and whose steps they are."""
     parser.add_argument(
         "--num_inference_steps", check=POSITIVE_INT, default=num_steps, help=f"sampling steps [{num_steps}, as {like}]"
-    )
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        metavar="X",
-        help="1 for none, 0 for images without a class, negative: away from it "
-        f"[{guidance_scale:g}, as {like}; 1 without a null class]",
-    )
-    parser.add_argument(
-        "--guidance_channels",
-        choices=("3", "all"),
-        help="latent channels that are guided: 3 as in the official code, all as DiTPipeline does "
-        f"[{guidance_channels}]",
     )
     parser.add_argument("--seed", check=FLAG_SEED, default=seed, help="of the noise, 0 to 4294967295")
 
@@ -120,16 +94,6 @@ def add_statistics_flags(parser):
 def add_transport_flags(parser, defaults, title=None):
     """Adds the flags for the networks of a transport, under a title; defaults: `TransportDefaults`."""
     group = parser if title is None else parser.add_argument_group(title)
-    interval = defaults.guidance_interval
-    group.add_argument(
-        "--guidance_interval",
-        aliases=("--cfg_interval_start",),
-        nargs="+",
-        type=float,
-        metavar=("LOWEST", "HIGHEST"),
-        help="times in [0, 1] between which guidance is on; the first alone: from then on "
-        f"[{'all' if interval is None else f'{interval[0]:g}'}]",
-    )
     sampler, shift = defaults.sampler, defaults.timestep_shift
     group.add_argument("--sampler", choices=("ode", "sde"), default=sampler, help="the kind of sampler")
     group.add_argument(
@@ -141,6 +105,11 @@ def add_transport_flags(parser, defaults, title=None):
         "--timestep_shift",
         check=FROM_0,
         help=f"of --sampler ode: below 1 more of its points are near the noise; 0 for none [{shift:g}]",
+    )
+    group.add_argument(
+        "--zero_init_steps",
+        check=INT_FROM_0,
+        help="of --sampler ode: its first N steps make no move, as CFG-Zero* has it [0]",
     )
     sde, forms = (
         parser.add_argument_group(f"for --sampler sde; defaults as in {defaults.like}"),
@@ -177,36 +146,25 @@ def check_sampling_flags(args, min_steps=1):
 
 def check_transport_flags(args, defaults):
     """Raises `ValueError` for values of `add_transport_flags` that no network of a transport takes."""
-    other = {"ode": defaults.sde, "sde": ["timestep_shift"]}[args.sampler]
+    other = {"ode": defaults.sde, "sde": ODE_FLAGS}[args.sampler]
     for name in other:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is for --sampler {'sde' if args.sampler == 'ode' else 'ode'}")
     if args.method is not None and args.method not in METHODS[args.sampler]:
         accepted = ", ".join(METHODS[args.sampler])
         raise ValueError(f"--method {args.method}: unknown for --sampler {args.sampler}; accepted: {accepted}")
-    given = args.guidance_interval or [0]
-    interval = given if len(given) > 1 else [*given, 1.0]
-    if len(interval) > 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        words = " ".join(map(str, given))
-        raise ValueError(
-            f"--guidance_interval {words}: expected two times in [0, 1], the lower first, or the lower alone"
-        )
-
-
-def guidance_interval(args, defaults):
-    """Returns `(lowest, highest)` times of guidance by checked flags, None for all."""
-    given = args.guidance_interval
-    return defaults.guidance_interval if given is None else (given[0], given[1] if len(given) > 1 else 1.0)
 
 
 def transport_options(args, defaults):
     """Returns the options of `Generator.sample` that the flags of `add_transport_flags` stand for."""
-    options = {"sampler": args.sampler, "method": args.method, "guidance_interval": guidance_interval(args, defaults)}
+    options = {"sampler": args.sampler, "method": args.method}
     sde, shift = {name: getattr(args, name) for name in defaults.sde}, args.timestep_shift
     if args.sampler == "sde":
         options |= {name: defaults.sde[name] if value is None else value for name, value in sde.items()}
     elif shift := defaults.timestep_shift if shift is None else shift:
         options["timestep_shift"] = shift
+    if args.zero_init_steps:
+        options["zero_init_steps"] = args.zero_init_steps
     if args.last_step == "None":
         options["last_step"] = None
         note_unused(["last_step_size"] if args.last_step_size is not None else [], "with --last_step None")
@@ -229,7 +187,7 @@ def sampler_options(args, model, defaults):
     Raises `ValueError` for a flag of another kind, and for a number of steps that the model does not take.
     """
     is_transport = model.pipeline == "SiTPipeline"
-    others = ("sampler", "method", "guidance_interval", "timestep_shift", *defaults.sde)
+    others = ("sampler", "method", *ODE_FLAGS, *defaults.sde)
     for name in ["scheduler"] if is_transport else others:
         if getattr(args, name) is not None:
             kind = model.type or model.pipeline
@@ -249,14 +207,6 @@ def check_weights_flags(args, model):
     if model.holds_all:
         what = "Paddle Inference" if model.kind == "exported" else model.pipeline
         check_holds_no(model.path, what, **{name: getattr(args, name) for name in WEIGHTS_FLAGS})
-
-
-def check_guidance_flags(args, model):
-    """Raises `ValueError` for a guidance that the `Model` can't have; flags of no effect without guidance are named."""
-    scale = check_scale(args.guidance_scale, model.has_null_class is not False, model.path)
-    if scale == 1:
-        names = ("guidance_channels", "guidance_interval")
-        note_unused([name for name in names if getattr(args, name, None) is not None], "without guidance")
 
 
 def note_weights_flags(args, model):
@@ -279,10 +229,21 @@ def note_unused(names, why):
 
 
 def open_generator(args, model, **options):
-    """Loads the `Generator` of a `Model` as the flags say, when its transport's `options` are checked."""
+    """Loads the `Generator` of a `Model` as the flags say, when its transport's `options` are checked.
+
+    With --guide_path it has its guide, the `Model` `args.guide` of `sampling.guidance_flags`.
+    """
     device = resolve_device(args.device)  # imports Paddle, before NumPy and others that take a moment
-    from sampling.generator import check_settings, load_generator
+    from sampling.generator import check_settings, load_generator, load_guide
 
     dtype = args.dtype or ("float32" if device == "cpu" else args.gpu_dtype)
     check_settings(model, args.num_inference_steps, **options)
-    return load_generator(model, device=device, dtype=dtype, vae=args.vae, backend=args.backend, key=args.key)
+    how = {"dtype": dtype, "backend": args.backend}
+    generator = load_generator(model, device=device, vae=args.vae, key=args.key, **how)
+    if args.guide is None:
+        return generator
+    try:
+        return load_guide(generator, args.guide, key=args.guide_key, **how)
+    except ValueError as error:
+        hint = "" if args.guide.kind != "file" or args.guide_config else "; --guide_config is for another network's"
+        raise ValueError(f"--guide_path {error}{hint}") from None

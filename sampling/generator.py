@@ -15,13 +15,22 @@ import paddle
 
 from config.options import DEFAULT_VAE, GUIDANCE_SCALE, SIT_VAE
 from config.schema import MODEL_TYPES
-from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
+from features.autoencoder import (
+    LatentDecoder,
+    NotFiniteError,
+    choose_vae,
+    downsampling,
+    open_vae,
+    weights_digest,
+)
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
 from runtime.precision import cast_layer
 from runtime.process import resolve_device
+from runtime.untrusted import shortened
 from sampling.guidance import default_channels, guided
 from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
+from sampling.guides import guide_differences
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_dtype, describe_model
 from sampling.pipelines.folder import check_vae
@@ -88,15 +97,16 @@ class Generator:
     def guided_by(self, guide):
         """Returns this generator with the network of another one, `guide`, to be guided away from.
 
-        ValueError, one line, for a network of other latents, classes or another process.
+        ValueError, one line, for a network of other latents, classes or another process. Its size is free.
         """
-        ours, theirs = ({**_sizes(one), **times_of(one.objective).process} for one in (self, guide))
-        for name in {**ours, **theirs}:
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"{guide.path}: can't guide {self.path}: {name} {theirs.get(name)} there, {ours.get(name)} here"
-                )
-        return replace(self, guide=guide.network, guide_digests=guide.digests, noted=set(self.noted))
+        for name, there, here in guide_differences(guide, self):
+            values = f"{shortened(there, 60)} there, {shortened(here, 60)} here"
+            raise ValueError(f"{guide.path}: can't guide {self.path}: {name} {values}")
+
+        def network(x, t, y):
+            return guide.network(x.astype(guide.dtype), t, y)
+
+        return replace(self, guide=network, guide_digests=guide.digests, noted=set(self.noted))
 
     @property
     def image_size(self):
@@ -215,10 +225,6 @@ class Generator:
             if self.check_weights is not None:
                 self.check_weights()
             raise
-
-
-def _sizes(generator):
-    return {name: getattr(generator, name) for name in ("in_channels", "sample_size", "num_classes")}
 
 
 def check_settings(model, num_inference_steps, **options):

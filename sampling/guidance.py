@@ -120,7 +120,7 @@ def guided(
             out = combine(with_class, without, scale)
         if beside != 1:
             count = x.shape[1]
-            with_class, worse = cond[:, :count], guide(x, t, y)[:, :count]
+            with_class, worse = cond[:, :count], guide(x, t, y)[:, :count].astype(cond.dtype)
             if scale == 1:
                 out = autoguidance(with_class, worse, beside)
             else:
@@ -142,6 +142,8 @@ class _Scale:
     def __init__(self, scale, interval, sigma_interval, schedule, times):
         self.scale, self.interval, self.sigma_interval, self.times = scale, interval, sigma_interval, times
         self.share = SCHEDULES[schedule]
+        if times is None and (sigma_interval is not None or schedule != "constant"):
+            raise ValueError("times: a sigma_interval and a schedule need them; expected what times_of returns")
         self.is_constant = scale == 1 or (interval is None and sigma_interval is None and schedule == "constant")
 
     def at(self, t):
@@ -151,9 +153,10 @@ class _Scale:
         value = transport.host_value(t)
         value = diffusion.host_value(t) if value is None else value
         value = float(t[0]) if value is None else value
+        slack = 0.0
         if self.times is not None:
-            value = self.times.of_model(value)
-        if not _inside(self.interval, value):
+            value, slack = self.times.of_model(value), self.times.slack
+        if not _inside(self.interval, value, slack):
             return 1.0
         if self.sigma_interval is not None and not _inside(self.sigma_interval, self.times.noise_level(value)):
             return 1.0
@@ -162,6 +165,8 @@ class _Scale:
         return 1.0 + (self.scale - 1.0) * self.share(self.times.share(value))
 
 
-def _inside(interval, value):
+def _inside(interval, value, slack=0.0):
     """Returns whether a number lies in an interval, None for all: both ends count, in the precision of times."""
-    return interval is None or np.float32(interval[0]) <= np.float32(value) <= np.float32(interval[1])
+    if interval is None:
+        return True
+    return np.float32(interval[0] - slack) <= np.float32(value) <= np.float32(interval[1] + slack)

@@ -3,7 +3,7 @@
 import math
 from numbers import Real
 
-from config.options import GUIDANCE_SCALE
+from config.options import GUIDANCE_KEYS, GUIDANCE_SCALE
 
 GUIDE_SCALE = 2.0  # of autoguidance, about what its paper found best
 
@@ -26,6 +26,16 @@ def check_scale(scale, has_null_class, path, default=GUIDANCE_SCALE):
             f"{path}: trained without a null class, can't be guided; use guidance_scale=1 (--guidance_scale 1)"
         )
     return scale
+
+
+def configured_guidance(config):
+    """Returns the options of `Generator.sample` that a resolved config's section `guidance` stands for.
+
+    Only those that are no defaults, so that runs from before there were some stay comparable.
+    """
+    section, own = config["guidance"], ("cfg_zero_star", "timestep_shift")
+    changed = {name: section[name] for name, option in GUIDANCE_KEYS.items() if section[name] != option.default}
+    return {name if name in own else f"guidance_{name}": value for name, value in changed.items()}
 
 
 def check_guidance(

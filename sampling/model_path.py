@@ -1,5 +1,6 @@
 """What a path to a model is, as far as its JSON files say. Paddle is not imported: mistakes are said at once."""
 
+import copy
 import os
 from dataclasses import dataclass, field
 
@@ -85,8 +86,8 @@ def describe_model(
     Args:
         pipeline: the class of pipeline that is expected, of `PIPELINES`; None for any.
         id2label: JSON of labels that win over the model's, or None.
-        config: JSON of the network of a file of weights. default_config: the same, where there is no other; None: a
-            LightningDiT is recognised by its shapes, those of the weights `key`.
+        config: JSON of the network of a file of weights. default_config: the same, or a resolved config, where there is
+            no other; None: a LightningDiT is recognised by its shapes, those of the weights `key`.
         latents_stats, latent_multiplier: of weights, see `stated_features`.
 
     Raises:
@@ -110,7 +111,8 @@ def describe_model(
             found, what = recognised_config(path, key), f"{path}: holds the weights of"
             notes = [recognised_note(found["model"])]
         elif found is None:
-            found, what = load_config(default_config), f"{default_config}: describes"
+            found = default_config if isinstance(default_config, dict) else load_config(default_config)
+            what = f"{path if found is default_config else default_config}: describes"
         model = _describe_weights("file", path, found, what, pipeline, id2label, stated)
         model.notes += notes
         return model
@@ -124,6 +126,57 @@ def describe_model(
     if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or os.path.isdir(parts[0]):
         raise ValueError(f"{path}: there is no such folder")
     return Model("hub", path, "DiTPipeline", labels=labels)
+
+
+def describe_guide(model, path, *, key=None, config=None, backend="eager"):
+    """Returns the `Model` of a guide at `path`, to which a `Model` is sampled by autoguidance.
+
+    Args:
+        key: which weights of it. config: JSON of the network of a file of weights that has none beside it; None: a
+            LightningDiT is recognised, and else it is the model's own.
+        backend: "inference": the path is a folder of tools/export_inference.py.
+
+    Raises:
+        ValueError: one line: no such model, or one that can't guide, as far as JSON files tell.
+    """
+    try:
+        path = resolve_run(path)
+        if config is not None and not os.path.isfile(path):
+            raise ValueError(f"--guide_config is for a file of weights; {path} is none")
+        guide = describe_model(path, key=key, config=config)
+    except ValueError as error:
+        is_bare = os.path.isfile(path) and config is None and own_config(path) is None
+        if not is_bare or model.config is None:
+            text = str(error).replace("--config_file", "--guide_config")
+            raise ValueError(f"--guide_path {text}" if text.startswith(str(path)) else text) from None
+        guide = describe_model(path, default_config=copy.deepcopy(model.config))
+    if backend == "inference" and guide.kind != "exported":
+        raise ValueError(
+            f"--guide_path {path}: with --backend inference a guide is a folder of tools/export_inference.py; export it"
+        )
+    guide.check_backend(backend)
+    if key is not None and guide.holds_all:
+        raise ValueError(f"--guide_key is for a training checkpoint or a file of weights; {path} brings its own along")
+    for name, there, here in _unlike(guide, model):
+        raise ValueError(f"--guide_path {path}: can't guide {model.path}: {name} {there} there, {here} here")
+    return guide
+
+
+def _unlike(guide, model):
+    """Lists, as `(what, the guide's, the model's)`, in what two models differ that a guide must share."""
+    pairs = [("pipeline", guide.pipeline, model.pipeline), ("num_classes", guide.num_classes, model.num_classes)]
+    if guide.config is not None and model.config is not None:
+        for section, names in _GUIDED_BY.items():
+            both = guide.config[section], model.config[section]
+            pairs += [(name, *(one[name] for one in both)) for name in names if all(name in one for one in both)]
+    return [(name, there, here) for name, there, here in pairs if None not in (there, here) and there != here]
+
+
+# Keys that a network and its guide have in common.
+_GUIDED_BY = {
+    "model": ("in_channels", "sample_size"),
+    "objective": ("type", "noise_schedule", "diffusion_steps", "predict_xstart", "path_type", "prediction"),
+}
 
 
 def stated_features(config, path, statistics=None, multiplier=None):

@@ -22,13 +22,14 @@ from runtime.untrusted import read_json_object, shortened
 
 MAX_SHARDS = 512
 # Keys of the settings that say where things are and what made them, and do not decide what the images are.
-NOT_DECISIVE = ("model", "vae", "versions", "environment", "bytes", "rounding_formula")
+NOT_DECISIVE = ("model", "guide", "vae", "versions", "environment", "bytes", "rounding_formula")
 # What messages call those that are no flag.
 _WORDS = {
     "version": "the format",
     "image_size": "the image size",
     "num_classes": "the number of classes",
     "weights_sha256": "the sha256 of the network's weights",
+    "guide_sha256": "the sha256 of the guide's weights",
     "vae_sha256": "the sha256 of the VAE's weights",
     "vae_scaling": "the VAE's",
     "objective": "the model's",

@@ -235,40 +235,54 @@ class SiTPipeline(DiffusionPipeline):
         atol=1e-6,
         rtol=1e-3,
         timestep_shift=0.0,
+        zero_init_steps=0,
+        guidance_sigma_interval=None,
+        guidance_schedule="constant",
+        guidance_rescale=0.0,
+        cfg_zero_star=False,
+        guide=None,
+        guide_scale=None,
     ):
         """Draws one image for each class id. Time runs from noise (`t = 0`) to data (`t = 1`).
 
         Args:
             class_labels: class ids, a list or one.
-            guidance_scale, guidance_interval: as of `sampling.generator.Generator.sample`.
+            guidance_scale, guidance_interval, guidance_sigma_interval, guidance_schedule, guidance_rescale,
+                cfg_zero_star, guide_scale: as of `sampling.generator.Generator.sample`.
+            guide: another `SiTPipeline`, a worse one, for autoguidance; with `guidance_scale=1` by that alone.
             guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
                 DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all; of a LightningDiT 3.
-            sampler: "ode" or "sde". Its method, the last seven options (the SDE's, then dopri5's tolerances and the
-                ODE's shift), and `num_inference_steps`, the points of the time grid, are those of
-                `transport.Sampler.sample_ode` and `sample_sde`; the form's default is that of the official sample.py.
+            sampler: "ode" or "sde". Its method, the eight options from `diffusion_form` on (the SDE's, then dopri5's
+                tolerances, the ODE's shift and its first steps), and `num_inference_steps`, the points of the time
+                grid, are those of `transport.Sampler.sample_ode` and `sample_sde`; the form's default is that of the
+                official sample.py.
             generator: as in ppdiffusers, for the noise that sampling starts from and, with the SDE, that of its steps.
                 A list, one for each image, for the ODE only. On a CPU, Paddle has one generator for all:
                 `paddle.Generator().manual_seed(seed)` seeds it, so make the generator just before the call.
             output_type: "pil"; "np" (or "numpy"), float32 `(N, H, W, 3)` in [0, 1]; or "latent", the tensor
                 `(N, C, h, w)` that the VAE would decode times its scaling factor.
-            return_dict: an `ImagePipelineOutput` with the attribute `images`, else the tuple `(images,)`.
+            return_dict: an `ImagePipelineOutput`, with `images`; else the tuple `(images,)`.
 
         Raises:
-            ValueError: a value that is not accepted; the message names those that are. Also, as a
-                `features.autoencoder.NotFiniteError`, decoded images of numbers that are not finite.
+            ValueError: what is not accepted, or images that are not finite, a `features.autoencoder.NotFiniteError`.
         """
         y = self._class_ids(class_labels)
-        self._check_guidance(guidance_scale, guidance_interval, guidance_channels)
+        if not _is_number(guidance_scale):
+            raise ValueError(f"guidance_scale {guidance_scale!r}: expected a number, 1 for none")
+        if guide is not None and not isinstance(guide, SiTPipeline):
+            raise ValueError(f"guide: is a {type(guide).__name__}, expected a SiTPipeline")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
         generator = _one_or_each(generator, len(y), sampler)
-        sde = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm}
-        sde.update(last_step=last_step, last_step_size=last_step_size)
-        ode = {"atol": atol, "rtol": rtol, "timestep_shift": timestep_shift}
-        if sampler == "sde" and timestep_shift != 0:
-            raise ValueError(f"timestep_shift {timestep_shift!r}: is for the ODE; expected 0 with sampler='sde'")
+        sde = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm, "last_step": last_step}
+        sde["last_step_size"] = last_step_size
+        shift = {"timestep_shift": timestep_shift, "zero_init_steps": zero_init_steps}
+        ode = {"atol": atol, "rtol": rtol, **shift}
+        for name, value in shift.items() if sampler == "sde" else ():
+            if value != 0:
+                raise ValueError(f"{name} {value!r}: is for the ODE; expected 0 with sampler='sde'")
         hidden = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        draw = self.generator
+        draw = self.generator if guide is None else self.generator.guided_by(guide.generator)
         images = draw.sample(
             y,
             seed=generator,
@@ -276,14 +290,18 @@ class SiTPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_channels="default" if guidance_channels == "auto" else guidance_channels,
             guidance_interval=guidance_interval,
+            guidance_sigma_interval=guidance_sigma_interval,
+            guidance_schedule=guidance_schedule,
+            guidance_rescale=guidance_rescale,
+            cfg_zero_star=cfg_zero_star,
+            guide_scale=guide_scale,
             output="latents",
             progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
             sampler=sampler,
             method=method,
             **(sde if sampler == "sde" else ode),
         )
-        if output_type != "latent":
-            images = draw.decode(images)
+        images = images if output_type == "latent" else draw.decode(images)
         if output_type == "pil":
             images = [Image.fromarray(image) for image in (images * 255).round().astype("uint8")]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -301,18 +319,9 @@ class SiTPipeline(DiffusionPipeline):
                 raise ValueError(f"class_labels: there is no class {label}; the classes are 0..{count - 1}")
         return [operator.index(label) for label in labels]
 
-    @staticmethod
-    def _check_guidance(scale, interval, channels):
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale {scale!r}: expected a number, 1 for none")
-        if channels not in (None, "auto") and (type(channels) is not int or channels < 1):
-            raise ValueError(
-                f"guidance_channels {channels!r}: expected 3, another positive integer, None for all, or 'auto'"
-            )
-        if interval is not None:
-            is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
-            if not (is_pair and all(isinstance(t, Real) for t in interval) and 0 <= interval[0] <= interval[1] <= 1):
-                raise ValueError(f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, 1]")
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _one_or_each(generator, count, sampler):

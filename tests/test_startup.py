@@ -134,6 +134,8 @@ REFUSED = {  # command line: a part of what is said; in a folder with what the t
     "infer_demo_sit --model_path weights.pdparams --method rk4": "--method rk4: unknown for --sampler sde",
     "infer_demo_sit --model_path weights.pdparams --vae gone": "--vae gone: there is no such folder",
     "infer_demo_sit --model_path weights.pdparams --config_file gone.json": "gone.json: no such file",
+    "infer_demo_sit --model_path run --guide_path gone": "--guide_path gone: there is no such folder",
+    "infer_demo_sit --model_path run --guide_scale 2": "--guide_scale is for autoguidance; give --guide_path too",
     "infer_demo_lightningdit": "lightningdit-xl-imagenet256-800ep.pt: there is nothing of that name here",
     "infer_demo_sit --model_path weights.pdparams --device cpu --dtype bfloat16": "float32 only on a CPU",
     "infer_demo_dit --device cpu --dtype float16": "--dtype float16: Paddle computes in float32 only on a CPU",

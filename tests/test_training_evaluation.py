@@ -20,9 +20,11 @@ from support.runs import (
 )
 
 import training.evaluation
+from config.schema import resolve_config
 from evaluation.networks import load_features
 from evaluation.run import compute_metrics, extract, load_reference
 from features.autoencoder import NotFiniteError
+from objectives import build_objective
 from runtime.files import FolderWriter
 from runtime.process import EXIT_STOPPED
 from sampling.generator import load_generator
@@ -157,6 +159,25 @@ def test_both_loops_report_the_same_curve(runs):
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert rows == read_rows(runs["notrainer"])
     assert len({row["fid"] for row in rows}) == 3
+
+
+def test_settings_name_the_guidance_that_is_no_default(place):
+    """So that the rows of a run without it stay comparable, and those of another guidance are not compared."""
+    features = {"features": str(place / "program"), "reference": str(place / "reference.npz"), "num_samples": 10}
+
+    def settings(guidance, **evaluation):
+        evaluation = {"steps": 2, "metrics": ["kid"], **features, **evaluation}
+        config = resolve_config({"model": {"type": "SiT", **MODEL}, "evaluation": evaluation, "guidance": guidance})
+        made = training.evaluation.Evaluation(build_objective(config), config, vae=VAE)
+        assert made.sampling.items() <= made.settings.items()
+        return made.settings
+
+    changed = {"schedule": "linear", "interval": [0.1, 0.9], "timestep_shift": 0.5}
+    plain, guided = settings({}), settings({}, guidance_scale=2.0)
+    assert not [name for name in plain if "interval" in name or "shift" in name]
+    assert settings(changed) == {**plain, "timestep_shift": 0.5}  # nothing is guided
+    names = {"guidance_schedule": "linear", "guidance_interval": [0.1, 0.9], "timestep_shift": 0.5}
+    assert settings(changed, guidance_scale=2.0) == {**guided, **names}
 
 
 @pytest.mark.parametrize("kind", ["SiT", "DiT"])

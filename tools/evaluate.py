@@ -42,7 +42,8 @@ REPORT = "outputs/report.json"
 # Of the settings that tools/sample_npz.py writes, what is printed.
 TOLD = (
     *("labels", "seed", "scheduler", "sampler", "method", "diffusion_form", "num_inference_steps"),
-    *("guidance_scale", "guidance_channels", "guidance_interval", "timestep_shift", "rounding", "dtype"),
+    *("guidance_scale", "guidance_channels", "guidance_interval", "guidance_sigma_interval", "guidance_schedule"),
+    *("guidance_rescale", "cfg_zero_star", "guide_scale", "timestep_shift", "zero_init_steps", "rounding", "dtype"),
 )
 
 

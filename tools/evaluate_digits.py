@@ -22,7 +22,9 @@ from features.images import find_images
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli
 from sampling.demo import check_ending, show_steps
+from sampling.flags import DEFAULT_CHANNELS
 from sampling.grid import class_grid
+from sampling.guidance_flags import add_guidance_flags, guidance_options, guidance_settings
 from sampling.guidance_settings import check_scale
 from sampling.model_path import describe_model
 from sampling.step_counts import check_scheduler
@@ -60,7 +62,7 @@ def show_metrics(report):
         print(f"  {what:<58}{numbers[0]:>9} / {numbers[1]}")
 
 
-def main(argv=None):
+def parse(argv):
     parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model_path", required=True, metavar="FOLDER", help="exported DiTPipeline or SiTPipeline folder"
@@ -85,7 +87,13 @@ def main(argv=None):
     parser.add_argument(
         "--min_accuracy", type=float, metavar="X", help="exit with 1 if the share of samples is below this"
     )
-    args = parser.parse_args(argv)
+    add_guidance_flags(parser, channels=DEFAULT_CHANNELS, scale=None)
+    parser.set_defaults(backend="eager")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     check_scale(args.guidance_scale, True, args.model_path)
     if args.grid:
         check_ending("grid", args.grid)
@@ -97,12 +105,15 @@ def main(argv=None):
         raise ValueError(f"--num_images {args.num_images}: expected a multiple of {num_classes}, the number of classes")
     model = describe_model(args.model_path)
     sampler = sampler_settings(args, model)
+    guidance = guidance_options(args, model, scales=[args.guidance_scale])
 
     configure_runtime()
-    from sampling.generator import load_generator
+    from sampling.generator import load_generator, load_guide
 
     # Samples, class by class in turn, so that any batch holds every class.
     generator = load_generator(model)
+    if args.guide is not None:
+        generator = load_guide(generator, args.guide, key=args.guide_key)
     side = generator.sample_size * downsampling(generator.vae)
     check_size(side, samples[0][0])
     labels = np.arange(args.num_images) % num_classes
@@ -113,6 +124,7 @@ def main(argv=None):
         guidance_scale=args.guidance_scale,
         batch_size=BATCH_SIZE,
         callback=show_steps("samples"),
+        **guidance,
         **sampler,
     )
     for path in filter(None, (args.grid, args.output)):
@@ -127,6 +139,10 @@ def main(argv=None):
     report = evaluate(images, labels, train, heldout, generator.vae)
     names = ("digits", "guidance_scale", "num_inference_steps", "seed")
     report["settings"] |= {"pipeline": args.model_path, **{name: getattr(args, name) for name in names}, **sampler}
+    given = guidance_settings(guidance, args.guidance_scale != 1, guidance.get("guide_scale", 1) != 1)
+    report["settings"] |= {name: value for name, value in given.items() if value is not None}
+    if "guide_scale" in given:
+        report["settings"]["guide"] = args.guide.path
     if args.output:
         write_json(args.output, report)
     share = report["share_assigned_to_class_asked_for"]

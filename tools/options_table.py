@@ -36,6 +36,8 @@ OTHERS_OF_ONE = """Single commands take further ones: `--checkpoint_path` for `-
 `--sampling_method` for `--method` wherever a SiT is sampled.
 """
 EVALUATION = "Evaluation while training, by samples of the averages: a curve, and the best checkpoint is kept."
+GUIDANCE = """How previews and evaluations of a run guide; their scales are `--guidance_scale` and `guidance_scale` of
+`evaluation`. Commands that sample its checkpoints have flags for it: [inference.md](inference.md#guidance)."""
 # The options that most runs touch, for docs/training.md.
 MAIN = """learning_rate lr_scheduler_type global_batch_size max_steps use_ema ema_decay amp_dtype recompute
 fused_attention max_grad_norm""".split()
@@ -77,6 +79,7 @@ def page():
     parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
     parts += [f"Keys of `latent_normalization`:\n\n{table(options.NORMALIZATION_KEYS)}\n"]
     parts += [f"## `evaluation`\n\n{EVALUATION}\n\n{table(options.EVALUATION_KEYS)}\n"]
+    parts += [f"## `guidance`\n\n{GUIDANCE}\n\n{table(options.GUIDANCE_KEYS)}\n"]
     parts += ["## Flags alone\n\n"]
     for title, keys in run_flags.FLAG_GROUPS.items():
         if flags := {name: option for name, option in keys.items() if isinstance(option, options.Flag)}:

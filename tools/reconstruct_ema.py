@@ -28,17 +28,17 @@ from runtime.files import write_json
 from runtime.process import configure_runtime, counted, resolve_device, run_cli, say
 from sampling.flags import (
     DEFAULT_CHANNELS,
-    GUIDANCE_CHANNELS,
     OFFICIAL,
     add_diffusion_flags,
     add_sampling_flags,
     add_transport_flags,
     add_vae_flag,
-    check_guidance_flags,
+    open_generator,
     sampler_options,
 )
+from sampling.guidance_flags import add_guidance_flags, choose_scale, guidance_options
 from sampling.many import LABELS, choose_labels
-from sampling.model_path import Model
+from sampling.model_path import Model, describe_model
 
 STDS = Check(lambda stds: all(0 < std <= MAX_STD for std in stds), f"above 0 and at most {MAX_STD}", float, "X")
 SAMPLING = replace(OFFICIAL, num_steps=50, guidance_scale=1.0, sampler="ode")  # as of evaluations in training
@@ -61,12 +61,12 @@ def parse(argv):
     group.add_argument("--inception", metavar="FILE", help="Inception's weights [looked for]")
     group.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images that a GPU draws at once")
     add_vae_flag(group, "the official one")
-    defaults = {"num_steps": SAMPLING.num_steps, "guidance_scale": SAMPLING.guidance_scale}
     like = "the evaluations of a training"
-    add_sampling_flags(group, guidance_channels=DEFAULT_CHANNELS, like=like, **defaults)
+    add_sampling_flags(group, num_steps=SAMPLING.num_steps, like=like)
+    add_guidance_flags(parser, channels=DEFAULT_CHANNELS, scale=SAMPLING.guidance_scale, like=like)
     add_diffusion_flags(parser, "with --evaluate, for a DiT or a Large-DiT")
     add_transport_flags(parser, SAMPLING, "with --evaluate, for a SiT, a Large-SiT or a LightningDiT")
-    parser.set_defaults(sampler=None, backend="eager", dtype=None)
+    parser.set_defaults(sampler=None, backend="eager", dtype=None, gpu_dtype="float32", key=None)
     return parser.parse_args(argv)
 
 
@@ -76,30 +76,33 @@ def sampling_settings(args, plan):
     sizes = {"num_classes": section["num_classes"], "has_null_class": section["class_dropout_prob"] > 0}
     kind = section["type"], plan.config
     model = Model("checkpoint", args.output, MODEL_TYPES[kind[0]].pipeline, *kind, **sizes)
-    args.guidance_scale = SAMPLING.guidance_scale if args.guidance_scale is None else args.guidance_scale
     options = sampler_options(args, model, SAMPLING)
-    check_guidance_flags(args, model)
-    return {
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels],
-        **options,
-    }
+    guidance = guidance_options(args, model, SAMPLING)
+    scale = choose_scale(args, model.has_null_class, args.output, SAMPLING.guidance_scale)
+    return {"num_inference_steps": args.num_inference_steps, "guidance_scale": scale, **guidance, **options}
+
+
+def generators(args, plan, folders):
+    """Yields `({"std": width}, generator)` of each folder, the narrowest first; the autoencoder is loaded once."""
+    for std, folder in sorted(zip(plan.stds, folders, strict=True)):
+        generator = open_generator(args, describe_model(folder))
+        args.vae = generator.vae
+        yield {"std": std}, generator
 
 
 def evaluate(args, plan, folders, sampling):
     """Draws and judges samples of each width, and writes the table and the figure."""
     from evaluation.networks import load_features
-    from evaluation.sweep import Judge, best, plot, sweep_widths, table, width_panels
+    from evaluation.sweep import Judge, best, plot, sweep, table, width_panels
 
     network = load_features(args.features, weights=args.inception)
     classes = plan.config["data"]["classes"] or plan.config["model"]["num_classes"]
     labels = choose_labels(args.labels, args.num_samples, classes, args.seed)
     options = {"metrics": args.metrics, "seed": args.seed, "batch_size": args.batch_size}
     judge = Judge(args.evaluate, network, labels, **options)
-    rows = sweep_widths(judge, dict(zip(plan.stds, folders, strict=True)), vae=args.vae, **sampling)
+    rows = sweep(judge, generators(args, plan, folders), **sampling)
     names = ("num_samples", "labels", "seed", "features")
-    settings = {"run": os.path.abspath(plan.run), "reference": args.evaluate, **sampling}
+    settings = {"run": os.path.abspath(plan.run), "reference": args.evaluate, "guide": args.guide_path, **sampling}
     settings |= {name: getattr(args, name) for name in names}
     paths = [os.path.join(args.output, f"widths.{ending}") for ending in ("json", "png")]
     write_json(paths[0], {"step": plan.step, "widths": rows, "settings": settings})

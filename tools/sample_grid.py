@@ -22,17 +22,14 @@ from sampling.demo import save_image, show_steps
 from sampling.flags import (
     DEFAULT_CHANNELS,
     DEMO,
-    GUIDANCE_CHANNELS,
     add_model_flags,
     check_sampling_flags,
     describe_flags,
-    guidance_interval,
-    note_unused,
     note_weights_flags,
     open_generator,
     sampler_options,
 )
-from sampling.guidance_settings import check_scale
+from sampling.guidance_flags import add_guidance_flags, guidance_options
 from sampling.labels import find_classes
 
 SCALES, STEPS = [1.0, 1.5, 4.0], [10, 25, 50]
@@ -50,45 +47,39 @@ def parse(argv):
         nargs="+",
         type=float,
         metavar="X",
-        help="rows of the sweep [1 1.5 4; 1 without a null class]",
+        help="rows of the sweep [1 1.5 4; 1 without a null class, and beside --guide_path]",
     )
     parser.add_argument(
         "--num_inference_steps", nargs="+", type=int, default=STEPS, metavar="N", help="columns of the sweep"
-    )
-    parser.add_argument(
-        "--guidance_channels",
-        choices=("3", "all"),
-        help=f"latent channels that are guided [{DEFAULT_CHANNELS}]",
     )
     parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the noise")
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images drawn at once")
     parser.add_argument("--output", default="outputs/sample_grid", metavar="FOLDER", help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    add_guidance_flags(parser, channels=DEFAULT_CHANNELS, scale=None)
     add_model_flags(parser, DEMO)
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Returns the `Model`, the scales, and `{num_steps: options of Generator.sample}`; ValueError for a mistake."""
+    """Returns the `Model`, the scales, options of guidance, and `{num_steps: options}`, those of `Generator.sample`.
+
+    ValueError for a mistake.
+    """
     model = describe_flags(args)
     model.check_backend(args.backend)
-    can_guide = model.has_null_class is not False
-    scales = dict.fromkeys(args.guidance_scales or (SCALES if can_guide else [1.0]))
-    for scale in scales:
-        check_scale(scale, can_guide, model.path)
-    if set(scales) == {1}:
-        names = [name for name in ("guidance_channels", "guidance_interval") if getattr(args, name) is not None]
-        note_unused(names, "without guidance")
+    is_plain = model.has_null_class is False or args.guide_path is not None
+    scales = dict.fromkeys(args.guidance_scales or ([1.0] if is_plain else SCALES))
+    guidance = guidance_options(args, model, DEMO, scales)
     options = {}
     for steps in args.num_inference_steps:
         own = argparse.Namespace(**{**vars(args), "num_inference_steps": steps})
         check_sampling_flags(own)
         options[steps] = sampler_options(own, model, DEMO)
-        options[steps].pop("guidance_interval", None)
     if model.num_classes is not None:
         find_classes(args.classes, model.labels, model.num_classes)
     note_weights_flags(args, model)
-    return model, [*scales], options
+    return model, [*scales], guidance, options
 
 
 def output_files(args, scales, steps):
@@ -111,8 +102,6 @@ def draw(args, generator, ids, scale, num_steps, options):
 
     from sampling.many import draw_images
 
-    guidance = {"guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels]}
-    guidance["guidance_interval"] = guidance_interval(args, DEMO)
     drawn = draw_images(
         generator,
         range(len(ids)),
@@ -124,7 +113,6 @@ def draw(args, generator, ids, scale, num_steps, options):
         callback=show_steps(f"guidance {scale:g}, {counted(num_steps, 'step')}"),
         num_inference_steps=num_steps,
         guidance_scale=scale,
-        **guidance,
         **options,
     )
     return np.concatenate([images for _, images in drawn])
@@ -132,7 +120,7 @@ def draw(args, generator, ids, scale, num_steps, options):
 
 def main(argv=None):
     args = parse(argv)
-    model, scales, options = check(args)
+    model, scales, guidance, options = check(args)
     files = output_files(args, scales, options)
 
     configure_runtime()
@@ -152,7 +140,7 @@ def main(argv=None):
     named = {"row_labels" if per_class > 1 else "column_labels": class_labels(classes, generator.labels)}
     for scale in scales:
         for steps, own in options.items():
-            images = draw(args, generator, ids, scale, steps, own)
+            images = draw(args, generator, ids, scale, steps, {**guidance, **own})
             picture = class_grid(images, classes, generator.labels, per_class)
             save_image(picture, files[scale, steps], args.overwrite)
             cells.append(make_grid(images, columns, gap=2, **named))

@@ -31,11 +31,9 @@ from runtime.process import configure_runtime, counted, init_distributed, launch
 from runtime.progress import tqdm
 from sampling.flags import (
     DEFAULT_CHANNELS,
-    GUIDANCE_CHANNELS,
     OFFICIAL,
     add_model_flags,
     add_sampling_flags,
-    check_guidance_flags,
     check_sampling_flags,
     describe_flags,
     note_unused,
@@ -43,6 +41,7 @@ from sampling.flags import (
     open_generator,
     sampler_options,
 )
+from sampling.guidance_flags import add_guidance_flags, choose_scale, guidance_options, guidance_settings
 from sampling.labels import find_classes
 from sampling.many import CPU_TILE, LABELS, choose_labels, choose_tile, draw_images
 from sampling.png_folder import PngFolder
@@ -76,13 +75,8 @@ def parse(argv):
         help="random: drawn evenly from the classes; balanced: in turn, counts differ by one at most",
     )
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or ids of those to draw [all]")
-    add_sampling_flags(
-        parser,
-        guidance_channels=DEFAULT_CHANNELS,
-        num_steps=NUM_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
-        like="the official sample_ddp.py",
-    )
+    like = "the official sample_ddp.py"
+    add_sampling_flags(parser, num_steps=NUM_STEPS, like=like)
     words = "; ".join(f"{name}: {rounding.words}" for name, rounding in ROUNDINGS.items())
     parser.add_argument(
         "--rounding", choices=tuple(ROUNDINGS), default="dit", help=f"of x in [-1, 1] to uint8: {words}"
@@ -95,12 +89,13 @@ def parse(argv):
         check=POSITIVE_INT,
         help=f"images that the network computes at once [{CPU_TILE} on a CPU, else --batch_size]",
     )
+    add_guidance_flags(parser, channels=DEFAULT_CHANNELS, scale=GUIDANCE_SCALE, like=like)
     add_model_flags(parser, OFFICIAL)
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Returns the `Model` and the options of its sampler; ValueError, before Paddle is imported, for a mistake."""
+    """Returns the `Model`, the options of its sampler and of guidance; ValueError, before Paddle, for a mistake."""
     check_sampling_flags(args)
     if not args.output.endswith(".npz"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npz")
@@ -110,9 +105,9 @@ def check(args):
     options = sampler_options(args, model, OFFICIAL)
     if args.classes and model.num_classes is not None:
         check_repeats(find_classes(args.classes, model.labels, model.num_classes))
-    check_guidance_flags(args, model)
+    guidance = guidance_options(args, model, OFFICIAL)
     note_weights_flags(args, model)
-    return model, options
+    return model, options, guidance
 
 
 def check_repeats(classes):
@@ -151,16 +146,20 @@ def make_settings(args, model, generator, classes, options, sampling, tile):
     import paddle
 
     weights_sha256, vae_sha256 = generator.digests()
-    is_guided = sampling["guidance_scale"] != 1
+    has_scale, has_guide = sampling["guidance_scale"] != 1, sampling.get("guide_scale", 1) != 1
     channels = generator.count_guided(sampling["guidance_channels"])
+    guidance = guidance_settings(sampling, has_scale, has_guide)
+    if has_guide:
+        guidance["guide_sha256"] = generator.guide_digests()[0]
+        guidance["guide"] = {"path": os.path.abspath(args.guide.path), "key": args.guide_key}
     return {
         **known_settings(args, model, options),
         "image_size": list(generator.image_size),
         "classes": classes if args.classes else None,
         "num_classes": len(classes),
         "guidance_scale": sampling["guidance_scale"],
-        "guidance_channels": ("all" if channels is None else channels) if is_guided else None,
-        "guidance_interval": sampling["guidance_interval"] if is_guided else None,
+        "guidance_channels": ("all" if channels is None else channels) if has_scale else None,
+        **guidance,
         "rounding_formula": ROUNDINGS[args.rounding].words,
         "device": paddle.get_device().split(":")[0],
         "tile": tile,
@@ -181,7 +180,9 @@ def describe(settings):
         sampler = settings["scheduler"]
     else:
         sampler = f"{settings['sampler']} {settings['method']}"
-    guidance = f"guidance {settings['guidance_scale']:g}" if settings["guidance_channels"] else "no guidance"
+    scales = [f"guidance {settings['guidance_scale']:g}"] if settings["guidance_channels"] else []
+    scales += [f"autoguidance {settings['guide_scale']:g}"] if "guide_scale" in settings else []
+    guidance = " and ".join(scales) or "no guidance"
     return (
         f"{counted(settings['num_images'], 'image')} of {width}x{height}, {settings['labels']} labels of "
         f"{counted(settings['num_classes'], 'class', 'classes')}, seed {settings['seed']}, {sampler} in "
@@ -192,8 +193,7 @@ def describe(settings):
 
 def main(argv=None):
     args = parse(argv)
-    model, options = check(args)
-    interval = options.pop("guidance_interval", None)
+    model, options, guidance = check(args)
     if launched_rank()[0] == 0:
         SampleSet(args.output, known_settings(args, model, options), partial=True).check(args.overwrite)
 
@@ -218,11 +218,8 @@ def main(argv=None):
     classes = generator.find_classes(args.classes) if args.classes else list(range(generator.num_classes))
     check_repeats(classes)
     labels = choose_labels(args.labels, args.num_images, classes, args.seed)
-    scale = args.guidance_scale
-    if scale is None:
-        scale = 1.0 if generator.null_class is None else GUIDANCE_SCALE
-    sampling = {"guidance_scale": scale, "guidance_channels": GUIDANCE_CHANNELS[args.guidance_channels]}
-    sampling["guidance_interval"] = interval
+    scale = choose_scale(args, generator.null_class is not None, generator.path, GUIDANCE_SCALE)
+    sampling = {"guidance_scale": scale, **guidance}
 
     every = run_on_every_rank(lambda: make_settings(args, model, generator, classes, options, sampling, tile))
     settings = every[0]

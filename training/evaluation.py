@@ -20,6 +20,7 @@ from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.files import sha256_of_file
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
+from sampling.guidance_settings import configured_guidance
 from sampling.many import choose_labels, choose_tile, draw_images
 from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
@@ -55,6 +56,8 @@ class Evaluation:
         is_diffusion = config["objective"]["type"] == "diffusion"
         self.steps, self.metrics, self.batch_size = settings["steps"], settings["metrics"], settings["batch_size"]
         self.sampling = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
+        guidance, is_guided = configured_guidance(config), settings["guidance_scale"] != 1
+        self.sampling |= {name: value for name, value in guidance.items() if is_guided or name == "timestep_shift"}
         sampler = sampler_in_training(objective, config, settings["num_inference_steps"])
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE

@@ -11,6 +11,7 @@ from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
 from sampling.grid import class_grid
+from sampling.guidance_settings import configured_guidance
 from sampling.labels import weights_labels
 from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
@@ -23,6 +24,7 @@ class Preview:
 
     Args:
         vae: folder or name of an `AutoencoderKL`, None for the features' own; loaded at once, on rank 0, which draws.
+        config: resolved; how images are guided is its section `guidance`.
         guidance_scale: without a null class there is no guidance.
         classes: names or ids, a row each; None for up to `PREVIEW_CLASSES` of those that are trained, evenly spaced.
 
@@ -58,6 +60,7 @@ class Preview:
         self.sizes = latent_sizes(model)
         scale = guidance_scale if model["class_dropout_prob"] > 0 else 1.0
         self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
+        self.settings |= configured_guidance(config)
         self.labels = np.repeat(self.classes, images_per_class)
         shape = [len(self.labels), model["in_channels"], model["sample_size"], model["sample_size"]]
         self.noise = np.random.default_rng(0).standard_normal(shape).astype("float32")

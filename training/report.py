@@ -305,7 +305,7 @@ def _settings(config):
     objective = options.OBJECTIVE_KEYS[config["objective"]["type"]]
     kind = MODEL_TYPES[config["model"]["type"]]
     tables = {"model": kind.keys, "objective": objective, "training": options.TRAINING_KEYS}
-    tables |= {"data": options.DATA_KEYS, "evaluation": options.EVALUATION_KEYS}
+    tables |= {"data": options.DATA_KEYS, "evaluation": options.EVALUATION_KEYS, "guidance": options.GUIDANCE_KEYS}
     rows = []
     for section, table in tables.items():
         if "type" in config[section]:

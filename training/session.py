@@ -180,6 +180,9 @@ class Session:
                 raise ValueError(f"evaluation: {error}") from None
         elif config["evaluation"]["steps"] is None and config["evaluation"]["reference"] is not None:
             self.notes.append("the config's section evaluation has no effect without steps")
+        is_drawn = outputs.preview_every > 0 or config["evaluation"]["steps"] is not None
+        if "guidance" in changed_settings(config) and not is_drawn:
+            self.notes.append("the config's section guidance has no effect without image_logging_steps or evaluation")
         if outputs.vae is not None and self.preview is None and self.evaluation is None:
             self.notes.append(f"the autoencoder {outputs.vae} is not used: no --image_logging_steps, no evaluation")
 

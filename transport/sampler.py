@@ -10,7 +10,7 @@ import numbers
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, repeat
 
 import numpy as np
 import paddle
@@ -59,6 +59,7 @@ class Sampler:
         rtol=1e-3,
         reverse=False,
         timestep_shift=0.0,
+        zero_init_steps=0,
         trajectory=True,
         progress=False,
     ):
@@ -73,6 +74,8 @@ class Sampler:
             timestep_shift: the points of the grid are moved by `shift_time`, as in the official LightningDiT: below 1
                 towards the noise, above 1 towards the data, so that the steps of a fixed-step method differ in length;
                 0 leaves them. Of `dopri5` only the points move that it reports at.
+            zero_init_steps: the first steps of a fixed-step method that make no move and ask no model, as CFG-Zero*
+                has it (Fan et al. 2025, arXiv:2503.18886): the first velocities of a network are its worst.
             trajectory: return every point of the grid, else the last alone.
             progress: show a bar; or a function from the iterator of the states to one of the same.
 
@@ -88,6 +91,7 @@ class Sampler:
         grid = self._ode_grid(num_steps, reverse)
         if timestep_shift > 0:
             grid = [shift_time(t, timestep_shift) for t in grid]
+        _check_zero_init_steps(zero_init_steps, sampling_method, num_steps)
 
         @paddle.no_grad()
         def sample(x, model, **model_kwargs):
@@ -96,7 +100,8 @@ class Sampler:
             def drift(t, state):
                 return (self.drift(state[0], _times(t, x), model, **model_kwargs),)
 
-            states = (state for (state,) in solve(drift, (x,), grid))
+            moves = (state for (state,) in solve(drift, (x,), grid[zero_init_steps:]))
+            states = chain(repeat(x, zero_init_steps), moves)
             return paddle.stack(_collect(states, num_steps, trajectory, progress))
 
         return sample
@@ -277,6 +282,13 @@ def _ode_solver(method, num_steps, atol, rtol):
     if method == "dopri5":
         return partial(integrators.dopri5, atol=atol, rtol=rtol)
     return partial(integrators.fixed_step_ode, method=method)
+
+
+def _check_zero_init_steps(count, method, num_steps):
+    if method == "dopri5" and count != 0:
+        raise ValueError(f"zero_init_steps={count!r}: dopri5 chooses its steps itself; expected 0")
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 0 <= count < num_steps - 1:
+        raise ValueError(f"zero_init_steps={count!r}: expected an integer from 0 to {num_steps - 2}, one step less")
 
 
 def _check_eps(transport):

@@ -1,9 +1,11 @@
 """Metrics of a model along one setting: the same noise and classes at every point, a table and a figure.
 
-judge = Judge("digits/train", load_features("digits"), labels)
-rows = sweep_widths(judge, {0.05: "averages/std_0.05", 0.1: "averages/std_0.1"}, num_inference_steps=50)
-print(*table("std", rows), sep="\\n")
-plot("widths.png", width_panels(rows))
+    judge = Judge("digits/train", load_features("digits"), labels)
+    rows = sweep(judge, [({"std": 0.05}, generator), ({"std": 0.1}, other)], num_inference_steps=50)
+    print(*table("std", rows), sep="\n")
+    plot("widths.png", width_panels(rows))
+
+tools/reconstruct_ema.py sweeps widths so, and benchmarks/quality.py measures every point.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     judge = Judge("digits/train", load_features("digits"), labels)
     rows = sweep(judge, [({"std": 0.05}, generator), ({"std": 0.1}, other)], num_inference_steps=50)
-    print(*table("std", rows), sep="\n")
+    print(*table("std", rows), sep="\\n")
     plot("widths.png", width_panels(rows))
 
 tools/reconstruct_ema.py sweeps widths so, and benchmarks/quality.py measures every point.

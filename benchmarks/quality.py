@@ -29,6 +29,8 @@ from benchmarks.quality_page import draw_figures, show, write_page
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from runtime.untrusted import read_json
+from sampling.flags import METHODS
+from sampling.step_counts import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parent.parent
 VAE = str(ROOT / "assets" / "digits_vae")
@@ -95,7 +97,7 @@ def points(quick=False):
         ],
         "sampler": [
             (method, count, vary(BASE, {"method": method, "num_inference_steps": count}))
-            for method in ("ddim", "dpm", "ddpm")
+            for method in (*SCHEDULERS, "ddpm")
             for count in (few if method == "ddpm" else steps)
         ],
         "transport": [],
@@ -104,7 +106,8 @@ def points(quick=False):
     for name, schedule in (("DiT", "constant"), ("cosine", "cosine")):
         found["widths"].append((f"no average, {schedule}", 0.0, vary(BASE, model=name, weights="model")))
     found["widths"].append(("EMA 0.995, constant", 0.0, vary(BASE, weights="ema")))
-    for method, calls in (("euler", 1), ("heun2", 2)):
+    evaluations = {"euler": 1, "heun2": 2, "ab2": 1}  # in a step
+    for method, calls in ((name, evaluations[name]) for name in METHODS["ode"] if name in evaluations):
         for count in steps:  # network evaluations, of a method that takes two a step an even number
             grid = {"sampler": "ode", "method": method, "num_inference_steps": count // calls + 1}
             found["transport"].append((method, count // calls * calls, vary(BASE_SIT, grid)))

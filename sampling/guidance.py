@@ -36,7 +36,7 @@ def autoguidance(main, guide, scale):
 
 
 def cfg_zero_star(cond, uncond, scale):
-    """Returns `a uncond + scale (cond - a uncond)`, `(N, ...)`, with each sample's best a (CFG-Zero*, Eq. 7).
+    """Returns `a uncond + scale (cond - a uncond)`, `(N, ...)`, with each sample's best a (CFG-Zero*).
 
     a = <cond, uncond> / (|uncond|^2 + 1e-8) projects the output with the class on the one without: a sample `(N, ...)`
     has one a, over everything but the batch.

@@ -27,6 +27,7 @@ from features.images import encodable
 from features.normalization import describe_normalization
 from models.parallel import whole_shape
 from objectives import build_objective
+from runtime.collective import run_on_rank_0
 from runtime.commands import resume_flag
 from runtime.console import next_commands, say_next, says_next
 from runtime.files import write_json
@@ -107,7 +108,7 @@ class Session:
 
     Attributes:
         model: the network, not wrapped.
-        averages: `EMA`s, none or more; validation, evaluation and previews use the first.
+        averages: `EMA`s, none or more; validation, evaluation and previews use the first. Post-hoc EMA's are last.
         numbers: the `NumberWatch`.
         optimizer, lr_scheduler, scaler: once they are attached; the optimizer with its wrappers.
         step: the last one that is done.
@@ -239,7 +240,7 @@ class Session:
         )
         if self.rank == 0:
             self.saver.settle_best(self._checkpoints)  # evaluations of later steps are gone
-            self.snapshots.begin()
+        run_on_rank_0(self.snapshots.begin)
         if self._may_stop:
             self.stopping.start(self.first_step, rank=self.rank, world_size=self.world_size)
         self.model.train()

@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from support.evaluated import write_reference
 from support.golden import load_golden
@@ -145,6 +146,7 @@ def test_a_stored_average_is_given_back_to_the_bit(dtype, tmp_path):
     assert report["profile_error"] < 1e-6
 
 
+@pytest.mark.paddle26
 def test_several_widths_in_one_pass_are_those_one_by_one(random_run, tmp_path):
     run, states = random_run
     stds = [0.03, 0.05, 0.2]
@@ -196,6 +198,7 @@ def test_commands_take_the_folders(trained, features, tmp_path, capsys):
     assert is_training_checkpoint(folder) and not is_checkpoint(folder)
     assert (folder / "config.json").read_bytes() == (trained[0] / "config.json").read_bytes()
     state = load_weights(folder / MODEL)
+    assert_same({name: value.numpy() for name, value in paddle.load(str(folder / MODEL)).items()}, state)
 
     generator = load_generator(str(folder), vae=VAE)
     assert generator.sample([1, 2], num_inference_steps=2, output="latents").shape == [2, 4, 8, 8]

@@ -8,6 +8,7 @@
 tools/reconstruct_ema.py sweeps widths so, and benchmarks/quality.py measures every point.
 """
 
+import io
 import math
 
 from config.options import HIGHER_IS_BETTER, METRICS
@@ -98,11 +99,12 @@ def plot(path, panels, *, columns=3):
             {label: y}, for comparison.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system is asked
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from PIL import Image
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=90, layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=110, layout="constrained")
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
         for label, (xs, ys, *deviations) in panel["curves"].items():
@@ -113,8 +115,9 @@ def plot(path, panels, *, columns=3):
         for name in panel.get("log", ""):
             getattr(axes, f"set_{name}scale")("log")
             axis = getattr(axes, f"{name}axis")
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter() if name == "x" else ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
         if "x" in panel.get("log", ""):
             axes.set_xticks(sorted({x for xs, *_ in panel["curves"].values() for x in xs}))
         axes.set_xlabel(panel["x"], fontsize=8)
@@ -125,4 +128,6 @@ def plot(path, panels, *, columns=3):
         axes.grid(alpha=0.3)
         if any([*panel["curves"], *panel.get("lines", {})]):
             axes.legend(fontsize=6)
-    figure.savefig(path, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(64).save(path, format="PNG", optimize=True)  # half the bytes

@@ -40,10 +40,10 @@ def write_snapshot(run, step, averages, model, dtype="float32"):
     writer.finish()
 
 
-def made_up(run, steps, stds, dtype="float32"):
-    """Writes a run of random snapshots of a tiny DiT; returns `{(step, std): state}`."""
+def made_up(run, steps, stds, dtype="float32", kind="DiT"):
+    """Writes a run of random snapshots of a tiny network; returns `{(step, std): state}`."""
     run.mkdir()
-    config = load_config(write_config(run / "Tiny.json"))
+    config = load_config(write_config(run / "Tiny.json", kind))
     write_json(run / "config.json", config)
     shapes, rng, states = expected_shapes(config["model"]), np.random.default_rng(0), {}
     for step in steps:
@@ -345,6 +345,19 @@ def test_widths_are_judged(features, tmp_path, capsys):
     assert found["widths"][1]["recall"] == report["recall"]
     with pytest.raises(ValueError, match="--sampler is for a SiT"):
         reconstruct_ema.main([*words, "--overwrite", "--sampler=ode"])
+
+
+def test_widths_of_a_transport_are_judged(tmp_path, capsys):
+    run = tmp_path / "run"
+    made_up(run, [10, 20], [0.05, 0.1], kind="SiT")
+    words = [f"--run={run}", "--std=0.05", f"--output={tmp_path}/averages", f"--vae={VAE}", "--features=digits"]
+    words += [f"--evaluate={write_reference(tmp_path / 'real.npz', side=64)}", "--num_samples=6", "--metrics=fid"]
+    with pytest.raises(ValueError, match="--method rk5"):
+        reconstruct_ema.main([*words, "--method=rk5"])
+    assert not (tmp_path / "averages").exists()
+    reconstruct_ema.main([*words, "--sampler=sde", "--num_inference_steps=3", "--guidance_scale=1.5"])
+    settings = json.loads((tmp_path / "averages/widths.json").read_text())["settings"]
+    assert (settings["sampler"], settings["diffusion_form"], settings["guidance_scale"]) == ("sde", "sigma", 1.5)
 
 
 @pytest.mark.slow

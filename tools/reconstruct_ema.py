@@ -71,7 +71,9 @@ def parse(argv):
 
 
 def sampling_settings(args, plan):
-    """Returns the keywords of `Generator.sample` by the flags; ValueError for one that does not fit the network."""
+    """Returns `(of the sampler, all)` keywords of `Generator.sample`; ValueError for one that the network lacks."""
+    from sampling.generator import check_settings
+
     section = plan.config["model"]
     sizes = {"num_classes": section["num_classes"], "has_null_class": section["class_dropout_prob"] > 0}
     kind = section["type"], plan.config
@@ -79,18 +81,19 @@ def sampling_settings(args, plan):
     options = sampler_options(args, model, SAMPLING)
     guidance = guidance_options(args, model, SAMPLING)
     scale = choose_scale(args, model.has_null_class, args.output, SAMPLING.guidance_scale)
-    return {"num_inference_steps": args.num_inference_steps, "guidance_scale": scale, **guidance, **options}
+    check_settings(model, args.num_inference_steps, **options)
+    return options, {"num_inference_steps": args.num_inference_steps, "guidance_scale": scale, **guidance, **options}
 
 
-def generators(args, plan, folders):
+def generators(args, plan, folders, options):
     """Yields `({"std": width}, generator)` of each folder, the narrowest first; the autoencoder is loaded once."""
     for std, folder in sorted(zip(plan.stds, folders, strict=True)):
-        generator = open_generator(args, describe_model(folder))
+        generator = open_generator(args, describe_model(folder), **options)
         args.vae = generator.vae
         yield {"std": std}, generator
 
 
-def evaluate(args, plan, folders, sampling):
+def evaluate(args, plan, folders, options, sampling):
     """Draws and judges samples of each width, and writes the table and the figure."""
     from evaluation.networks import load_features
     from evaluation.sweep import Judge, best, plot, sweep, table, width_panels
@@ -98,9 +101,9 @@ def evaluate(args, plan, folders, sampling):
     network = load_features(args.features, weights=args.inception)
     classes = plan.config["data"]["classes"] or plan.config["model"]["num_classes"]
     labels = choose_labels(args.labels, args.num_samples, classes, args.seed)
-    options = {"metrics": args.metrics, "seed": args.seed, "batch_size": args.batch_size}
-    judge = Judge(args.evaluate, network, labels, **options)
-    rows = sweep(judge, generators(args, plan, folders), **sampling)
+    judging = {"metrics": args.metrics, "seed": args.seed, "batch_size": args.batch_size}
+    judge = Judge(args.evaluate, network, labels, **judging)
+    rows = sweep(judge, generators(args, plan, folders, options), **sampling)
     names = ("num_samples", "labels", "seed", "features")
     settings = {"run": os.path.abspath(plan.run), "reference": args.evaluate, "guide": args.guide_path, **sampling}
     settings |= {name: getattr(args, name) for name in names}
@@ -131,7 +134,7 @@ def main(argv=None):
         from evaluation.networks import check_features
 
         check_features(args.features, args.inception)
-        sampling = sampling_settings(args, plan)
+        settings = sampling_settings(args, plan)
     files = counted(len(plan.stored), "average")
     say(f"step {plan.step}, from {files} of {counted(len(plan.snapshots), 'snapshot')}: each is read twice, once to "
         "compare checksums")  # fmt: skip
@@ -141,7 +144,7 @@ def main(argv=None):
         say(f"note: {note}")
     folders = write_averages(plan, args.output, overwrite=args.overwrite)
     if args.evaluate:
-        evaluate(args, plan, folders, sampling)
+        evaluate(args, plan, folders, *settings)
     print(f"averages of step {plan.step}: {', '.join(folders)}")
 
 

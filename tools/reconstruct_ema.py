@@ -36,7 +36,7 @@ from sampling.flags import (
     open_generator,
     sampler_options,
 )
-from sampling.guidance_flags import add_guidance_flags, choose_scale, guidance_options
+from sampling.guidance_flags import add_guidance_flags, choose_scale, guidance_options, guidance_settings
 from sampling.many import LABELS, choose_labels
 from sampling.model_path import Model, describe_model
 
@@ -106,6 +106,7 @@ def evaluate(args, plan, folders, options, sampling):
     rows = sweep(judge, generators(args, plan, folders, options), **sampling)
     names = ("num_samples", "labels", "seed", "features")
     settings = {"run": os.path.abspath(plan.run), "reference": args.evaluate, "guide": args.guide_path, **sampling}
+    settings |= guidance_settings(sampling, True, args.guide is not None)  # as JSON has it
     settings |= {name: getattr(args, name) for name in names}
     paths = [os.path.join(args.output, f"widths.{ending}") for ending in ("json", "png")]
     write_json(paths[0], {"step": plan.step, "widths": rows, "settings": settings})

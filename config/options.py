@@ -303,6 +303,7 @@ NORMALIZATION_KEYS = {
 # ---- The section `evaluation` ----
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall")  # of these
 EVALUATION_KEYS = {
     "steps": Option(
         None, or_null(POSITIVE_INT), "steps between evaluations; the last step is evaluated too", unset="never"

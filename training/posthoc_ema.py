@@ -75,8 +75,8 @@ def reconstruction_coefficients(in_steps, in_stds, out_steps, out_stds):
         (_steps(name, steps), exponent_from_std(stds))
         for name, steps, stds in (("in_steps", in_steps, in_stds), ("out_steps", out_steps, out_stds))
     )
-    among = _inner_products(in_profiles, in_profiles)  # (n_in, n_in)
-    wanted = _inner_products(in_profiles, out_profiles)  # (n_in, n_out)
+    among = inner_products(in_profiles, in_profiles)  # (n_in, n_in)
+    wanted = inner_products(in_profiles, out_profiles)  # (n_in, n_out)
     try:
         coefficients = np.linalg.solve(among, wanted)
     except np.linalg.LinAlgError:
@@ -84,7 +84,7 @@ def reconstruction_coefficients(in_steps, in_stds, out_steps, out_stds):
     return coefficients / coefficients.sum(axis=0)
 
 
-def _inner_products(a, b):
+def inner_products(a, b):
     """Returns the integrals of products of profiles, `(steps (n,), exponents (n,))` each, as (n_a, n_b)."""
     (step_a, gamma_a), (step_b, gamma_b) = ([part[:, None] for part in a], [part[None, :] for part in b])
     earlier, later = np.minimum(step_a, step_b), np.maximum(step_a, step_b)

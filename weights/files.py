@@ -342,6 +342,27 @@ def save_pdparams(state, path):
             pickler.dump({name: entry(name, value) for name, value in part.items()})
 
 
+class ParameterWriter:
+    """Writes a `.pdparams` as `save_pdparams` does, tensor by tensor: `add` each of them to a binary file, `finish`."""
+
+    def __init__(self, file):
+        self.file = file
+        file.write(pickle.PROTO + b"\x03" + pickle.EMPTY_DICT)  # protocol 4 would have frames
+
+    def add(self, name, value):
+        """Writes one tensor, float32 or another type of numpy's."""
+        for part in (name, (name, np.asarray(value, order="C"))):
+            pickler = pickle.Pickler(self.file, protocol=3)
+            pickler.fast = True  # no memo, whose numbers would begin anew in each part
+            pickler.dump(part)
+            self.file.seek(-len(pickle.STOP), os.SEEK_CUR)
+        self.file.write(pickle.SETITEM)
+
+    def finish(self):
+        """Ends the dict; the file stays open."""
+        self.file.write(pickle.STOP)
+
+
 def save_safetensors(state, path, *, layout="paddle"):
     """Writes {name: array} as safetensors, which hold nothing but tensors; arrays of uint16 as bfloat16.
 

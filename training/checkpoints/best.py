@@ -9,13 +9,13 @@ kill, nor a save that fails, nor a resume from an earlier step leaves it wrong.
 import math
 import os
 
+from config.options import HIGHER_IS_BETTER
 from runtime.files import write_json
 from runtime.untrusted import read_json
 from training.metrics import EVALUATIONS, read_rows
 from weights.runs import damage, list_checkpoints, step_of
 
 BEST = "best.json"
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
 
 
 def read_best(folder):

@@ -94,8 +94,9 @@ class FolderSaver:
         if paddle.distributed.get_rank() == 0:
             # What was written is taken out of the list, so that its memory is free.
             files = (gathered.pop(0) for _ in range(len(gathered)))
-            self._thread = threading.Thread(target=self._write, args=(folder, files), name=SAVING_THREAD)
-            self._thread.start()
+            thread = threading.Thread(target=self._write, args=(folder, files), name=SAVING_THREAD)
+            thread.start()
+            self._thread = thread  # only now: another saver's thread may join it, which takes one that runs
 
     def finish(self):
         """Waits for the save under way; a collective. Raises its error, on every rank, if the last save failed."""

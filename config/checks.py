@@ -79,6 +79,11 @@ def _are_widths(value):
     return is_right and len({f"{std:g}" for std in value}) == len(value)  # as in the names of files
 
 
+def holds_timestep(interval):
+    """Returns whether a timestep, a whole number, is in an interval of a diffusion's times: (0.2, 0.8) holds none."""
+    return math.isfinite(interval[0]) and math.ceil(interval[0]) <= interval[1]
+
+
 def _all(accepts):
     return lambda value: isinstance(value, list) and len(value) > 0 and all(map(accepts, value))
 

@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from config import options
-from config.checks import no_effect
+from config.checks import holds_timestep, no_effect
 from runtime.untrusted import check_sizes, read_json
 
 SCALING_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -145,10 +145,13 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         if evaluation["guidance_scale"] != 1 and model["class_dropout_prob"] == 0:
             what = "guidance needs a null class, a class_dropout_prob above 0"
             yield f"evaluation: guidance_scale must be 1, got {evaluation['guidance_scale']:g}: {what}"
-    largest = objective.get("diffusion_steps", 2) - 1
-    if guidance["interval"] is not None and guidance["interval"][1] > largest:
-        yield f"guidance: interval must end at {largest} or before, got {guidance['interval']}: times of the model"
-    if guidance["timestep_shift"] and objective["type"] == "diffusion":
+    interval, of_diffusion = guidance["interval"], objective["type"] == "diffusion"
+    largest = objective["diffusion_steps"] - 1 if of_diffusion else 1
+    if interval is not None and interval[1] > largest:
+        yield f"guidance: interval must end at {largest} or before, got {interval}: times of the model"
+    elif interval is not None and of_diffusion and not holds_timestep(interval):
+        yield f"guidance: interval must hold a timestep, from 0 to {largest}, got {interval}"
+    if guidance["timestep_shift"] and of_diffusion:
         yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
     if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
         yield f"guidance: channels must be in_channels {model['in_channels']} at most, got {guidance['channels']}"

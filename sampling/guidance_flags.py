@@ -5,7 +5,7 @@ Paddle is not imported: what a user gets wrong is said at once.
 
 import math
 
-from config.checks import FROM_0_TO_1
+from config.checks import FROM_0_TO_1, holds_timestep
 from config.options import GUIDANCE_SCALE, GUIDANCE_SCHEDULES
 from sampling.flags import note_unused
 from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
@@ -116,7 +116,8 @@ def check_interval(args, largest=1.0):
         return
     is_alone = largest == 1 and len(given) == 1
     interval = [*given, 1.0] if is_alone else given
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= largest:
+    is_right = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= largest
+    if not is_right or (largest != 1 and not holds_timestep(interval)):
         words = " ".join(f"{time:g}" for time in given)
         expected = "two times in [0, 1], the lower first, or the lower alone"
         if largest != 1:

@@ -3,6 +3,7 @@
 import math
 from numbers import Real
 
+from config.checks import holds_timestep
 from config.options import GUIDANCE_KEYS, GUIDANCE_SCALE
 
 GUIDE_SCALE = 2.0  # of autoguidance, about what its paper found best
@@ -59,6 +60,8 @@ def check_guidance(
             f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, {largest_time:g}], those of the "
             "model"
         )
+    if interval is not None and largest_time != 1 and not holds_timestep(interval):
+        raise ValueError(f"guidance_interval {interval!r}: holds no timestep, from 0 to {largest_time:g}")
     if sigma_interval is not None and not _is_pair(sigma_interval, math.inf):
         raise ValueError(
             f"guidance_sigma_interval {sigma_interval!r}: expected (lowest, highest) noise levels, at least 0"

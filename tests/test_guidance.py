@@ -342,6 +342,8 @@ def test_guides_that_do_not_fit(generators, models):
     ):
         with pytest.raises(ValueError, match=f"the network: can't guide the network: {message}"):
             dit.guided_by(guide)
+    with pytest.raises(ValueError, match=r"guidance_interval \(0.2, 0.8\): holds no timestep, from 0 to 39"):
+        dit.sample([3], num_inference_steps=5, guidance_interval=(0.2, 0.8))
     scaled = dit_config()["features"]
     one, other = ({**scaled, "latent_normalization": {"mean": None, "std": None, "multiplier": x}} for x in (1.0, 2.0))
     with pytest.raises(ValueError, match="latent_normalization's multiplier 2.0 there, 1.0 here"):
@@ -450,6 +452,7 @@ def test_a_guide_of_another_size_or_in_a_file(models, tmp_path, monkeypatch, cap
 DIT_MISTAKES = [
     (["--guidance_interval", "0.5"], r"--guidance_interval 0.5: expected two timesteps in \[0, 39\], the lower first"),
     (["--guidance_interval", "5", "40"], r"--guidance_interval 5 40: expected two timesteps in \[0, 39\]"),
+    (["--guidance_interval", "0.2", "0.8"], r"--guidance_interval 0.2 0.8: expected two timesteps in \[0, 39\]"),
     (["--guide_path", "sit"], "--guide_path .*sit: can't guide .*dit: pipeline SiTPipeline there, DiTPipeline here"),
     (["--guide_path", "seven"], "--guide_path .*seven: can't guide .*dit: num_classes 7 there, 10 here"),
     (["--guide_path", "fifty"], "--guide_path .*fifty: can't guide .*dit: diffusion_steps 50 there, 40 here"),
@@ -556,6 +559,7 @@ def test_a_config_from_before_the_section_has_the_defaults():
     ("kind", "guidance", "message"),
     [
         ("DiT", {"interval": [3, 40]}, r"guidance: interval must end at 39 or before, got \[3, 40\]"),
+        ("DiT", {"interval": [0.2, 0.8]}, r"guidance: interval must hold a timestep, from 0 to 39, got \[0.2, 0.8\]"),
         ("SiT", {"interval": [0.3, 1.5]}, "guidance: interval must end at 1 or before"),
         ("SiT", {"interval": [0.5, 0.3]}, r"interval must be \[lowest, highest\], numbers of 0 or more, or null"),
         ("DiT", {"timestep_shift": 0.3}, "guidance: timestep_shift is for a transport"),

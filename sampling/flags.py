@@ -72,7 +72,11 @@ def add_loading_flags(parser, gpu_dtype="float32"):
 def add_diffusion_flags(parser, title=None, ddpm="checkpoints"):
     """Adds the flags for a DiT or a Large-DiT, under a title; `ddpm` says what --scheduler ddpm is for."""
     group = parser if title is None else parser.add_argument_group(title)
-    group.add_argument("--scheduler", choices=(*SCHEDULERS, "ddpm"), help=f"ddpm for {ddpm} only [ddim]")
+    group.add_argument(
+        "--scheduler",
+        choices=(*SCHEDULERS, "ddpm"),
+        help=f"dpm, dpm3: DPM-Solver++ of order 2, 3; ddpm for {ddpm} only [ddim]",
+    )
 
 
 def add_vae_flag(parser, default):

@@ -278,6 +278,7 @@ def leave_one(run):
         (None, ["--std", "0.1", "0.10"], "names a width twice"),
         (None, ["--step=31"], "step 31: expected one from 10, the first snapshot's, to 30, the last one's"),
         (None, ["--step=9"], "step 9: expected one from 10"),
+        (None, ["--guidance_scale=3"], "--guidance_scale is for the samples of --evaluate; give that too"),
         (leave_one, [], "std_0.05.safetensors: is the only average of"),
         (lambda run: change_snapshot(run, 20, model={"type": "SiT"}), [], "is of another network than"),
         (flip_byte, [], "0000020: std_0.1.safetensors is damaged: its checksum"),

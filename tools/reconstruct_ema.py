@@ -41,6 +41,7 @@ from sampling.many import LABELS, choose_labels
 from sampling.model_path import Model, describe_model
 
 STDS = Check(lambda stds: all(0 < std <= MAX_STD for std in stds), f"above 0 and at most {MAX_STD}", float, "X")
+OWN = ("run", "std", "step", "output", "overwrite", "evaluate", "device")  # flags that need no --evaluate
 SAMPLING = replace(OFFICIAL, num_steps=50, guidance_scale=1.0, sampler="ode")  # as of evaluations in training
 
 
@@ -67,7 +68,11 @@ def parse(argv):
     add_diffusion_flags(parser, "with --evaluate, for a DiT or a Large-DiT")
     add_transport_flags(parser, SAMPLING, "with --evaluate, for a SiT, a Large-SiT or a LightningDiT")
     parser.set_defaults(sampler=None, backend="eager", dtype=None, gpu_dtype="float32", key=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if name not in OWN and value != parser.get_default(name)]
+    if given and args.evaluate is None:
+        raise ValueError(f"--{given[0]} is for the samples of --evaluate; give that too")
+    return args
 
 
 def sampling_settings(args, plan):

@@ -27,6 +27,7 @@ from support.runs import (
 from config.schema import ineffective_settings, load_config
 from runtime import files
 from training.averages import PowerFunctionEMA, ema_weights
+from training.checkpoints.background import FolderSaver
 from training.checkpoints.snapshots import SnapshotSaver, list_snapshots
 from training.posthoc_ema import power_function_decay
 from weights.files import load_weights, safe_load
@@ -341,6 +342,23 @@ def test_a_checkpoint_is_not_finished_before_the_snapshot_of_its_step(features, 
     monkeypatch.setattr(files.FolderWriter, "write_json", wait)
     train("notrainer", features, tmp_path, save_every=4)
     assert finished == [name for step in (4, 8, 10) for name in [f"{step:07d}"] * 2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_says_and_tidies_up(rank, tmp_path, monkeypatch):
+    """Where training waits for a save every rank takes part; the others are through before rank 0 has written."""
+    lines, done = [], []
+
+    class Saver(FolderSaver):
+        def files(self):
+            yield "state.json", {}
+
+        def written(self, folder):
+            done.append(folder)
+
+    monkeypatch.setattr(paddle.distributed, "get_rank", lambda: rank)
+    Saver(None, say=lines.append, background=False).save(str(tmp_path / "one"))
+    assert (tmp_path / "one").is_dir() == (rank == 0) and len(done) == len(lines) == 1 - rank
 
 
 @pytest.mark.parametrize(

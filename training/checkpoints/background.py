@@ -132,5 +132,6 @@ class FolderSaver:
             self.say(f"warning: {folder} is not saved: {one_line(error)}; {self.refused}")
         else:
             self._failure = None
-            self.written(folder)
-            self.say(f"saved {folder}")
+            if paddle.distributed.get_rank() == 0:  # the others come here too, early, where training waits for it
+                self.written(folder)
+                self.say(f"saved {folder}")

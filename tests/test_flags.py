@@ -161,6 +161,10 @@ COMMANDS = {
     "tools.prepare_digits": {"image_size": "resolution", "output": ""},
     "tools.prepare_photos": {"image_size": "resolution", "output": "", "seed": "global_seed"},
     "tools.prepare_symbols": {"image_size": "resolution", "output": "", "seed": "global_seed"},
+    "tools.reconstruct_ema": {
+        **{"output": "", "vae": "vae_model", "seed": "global_seed", "batch_size": ""},
+        **{"num_inference_steps": "num_sampling_steps", "guidance_scale": "cfg_scale"},
+    },
     "tools.replay_step": {},
     "tools.report": {"model_path": "ckpt", "feature_path": "features_path", "output": ""},
     "tools.sample_grid": {"model_path": "ckpt", "vae": "vae_name_or_path", "key": "", "output": "", "seed": ""},

@@ -78,7 +78,7 @@ def points(quick=False):
     if quick:
         widths, scales, strengths, steps = [0.05, 0.1], [1.0, 2.0], [1.5], [2, 4]
     guided = {"guidance_scale": scales[-1] if quick else 2.0}
-    some, few = ([0.05], steps) if quick else ([0.03, 0.05, 0.1, 0.2], [20, 50])
+    some = widths[:1] if quick else [0.03, 0.05, 0.1, 0.2]
     cosine = [("cosine schedule", std, vary(BASE, model="cosine", weights=std)) for std in some]
     found = {
         "widths": [("constant rate", std, vary(BASE, weights=std)) for std in widths] + cosine,
@@ -94,8 +94,8 @@ def points(quick=False):
         ],
         "sampler": [
             (method, count, vary(BASE, {"method": method, "num_inference_steps": count}))
-            for method in (*SCHEDULERS, "ddpm")
-            for count in (few if method == "ddpm" else steps)
+            for method in SCHEDULERS
+            for count in steps
         ],
     }
     # At x = 0: levels for comparison.

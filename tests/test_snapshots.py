@@ -301,7 +301,9 @@ def test_the_start_says_how_much_room_they_take(features, tmp_path, capsys, monk
     train("trainer", features, tmp_path, ema_snapshot_steps=1, steps=2)
     sentence = "0.4 MiB each in float32, 0.8 MiB in all; 1.0 MiB are free there\n"
     place = f"post-hoc EMA (std 0.05, 0.1): 2 snapshots to come in {tmp_path / 'trainer/ema'}, "
-    assert place + sentence in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert place + sentence in out
+    assert f"tools/reconstruct_ema.py --run {tmp_path / 'trainer'} --std " in out
     sizes.free = 1000
     train("trainer", features, tmp_path, ema_snapshot_steps=1, steps=4)
     out = capsys.readouterr().out

@@ -407,7 +407,7 @@ class Session:
             self._say_next()
 
     def _say_next(self):
-        """Prints how to draw images with the run, export it and report it."""
+        """Prints how to draw images with the run, export it and report it, and how to make averages of other widths."""
         kind = MODEL_TYPES[self.config["model"]["type"]]
         checkpoint = os.path.join(self.folder, self.outputs.checkpoints.format(step=self.last_step))
         if self.first_step >= self.last_step:
@@ -420,7 +420,12 @@ class Session:
         if vae and not told.get("name"):  # else they find the features' own
             draw, export = [*draw, "--vae", vae], [*export, "--vae", vae]
         converter = f"tools/convert_{kind.pipeline[:3].lower()}_to_ppdiffusers.py"
-        say_next([kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder])
+        commands = [[kind.demo, *draw], [converter, *export], ["tools/report.py", self.folder]]
+        if self.config["training"]["ema_profiles"]:
+            averages = ["--run", self.folder, "--std", "0.03", "0.07", "0.15"]
+            averages += ["--output", os.path.join(self.folder, "averages")]
+            commands.append(["tools/reconstruct_ema.py", *averages])
+        say_next(*commands)
 
 
 def build_session(config, data, folder, **options):

@@ -4,9 +4,9 @@
 
 One factor at a time is changed around one base (`BASE`): the width of the average, the scale and the interval of
 guidance, the guide of autoguidance, the sampler and its steps. For every seed it trains a DiT with post-hoc EMA, the
-same with a learning rate that goes to 0, and a smaller one as a guide, on the digits of tools/prepare_digits.py, and
-draws the same noise and classes at every point, compared with the training digits. The noise of another seed is another
-one, so that the error bars, the standard deviation over seeds, are of training and drawing together.
+same with a learning rate that goes to 0, a smaller one as a guide, and a SiT, on the digits of tools/prepare_digits.py,
+and draws the same noise and classes at every point, compared with the training digits. The noise of another seed is
+another one, so that the error bars, the standard deviation over seeds, are of training and drawing together.
 
 Everything is kept in --output: the same command goes on where it was stopped. --write puts the tables into
 docs/quality.md and the figures into docs/images/.
@@ -29,6 +29,7 @@ from benchmarks.quality_page import draw_figures, show, write_page
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
 from runtime.untrusted import read_json
+from sampling.flags import METHODS
 from sampling.step_counts import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,7 @@ MODELS = {
     "DiT": ("DiT_digits.json", "constant_with_warmup"),
     "small": ("DiT_digits.json", "constant_with_warmup"),
     "cosine": ("DiT_digits.json", "cosine"),
+    "SiT": ("SiT_digits.json", "constant_with_warmup"),
 }
 SMALL = {"num_layers": 2, "num_attention_heads": 2}  # of the smaller guide, which is trained for a quarter of the steps
 BASE = {
@@ -54,6 +56,7 @@ BASE = {
     "guide": None,
     "sampling": {"num_inference_steps": 20, "guidance_scale": 1.0, "method": "dpm"},
 }
+BASE_SIT = {**BASE, "model": "SiT", "sampling": {"num_inference_steps": 21, "guidance_scale": 1.0}}
 NOISY, MIDDLE, CLEAN = (666, 999), (333, 666), (0, 333)  # thirds of a diffusion's time
 INTERVALS = {
     "all": None,
@@ -97,11 +100,17 @@ def points(quick=False):
             for method in SCHEDULERS
             for count in steps
         ],
+        "transport": [],
     }
     # At x = 0: levels for comparison.
     for name, schedule in (("DiT", "constant"), ("cosine", "cosine")):
         found["widths"].append((f"no average, {schedule}", 0.0, vary(BASE, model=name, weights="model")))
     found["widths"].append(("EMA 0.995, constant", 0.0, vary(BASE, weights="ema")))
+    evaluations = {"euler": 1, "heun2": 2, "ab2": 1}  # in a step
+    for method, calls in ((name, evaluations[name]) for name in METHODS["ode"] if name in evaluations):
+        for count in steps:  # network evaluations, of a method that takes two a step an even number
+            grid = {"sampler": "ode", "method": method, "num_inference_steps": count // calls + 1}
+            found["transport"].append((method, count // calls * calls, vary(BASE_SIT, grid)))
     return found
 
 

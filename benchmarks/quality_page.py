@@ -12,6 +12,7 @@ AXES = {  # what x is, and which axes are logarithmic
     "interval": ("where guidance is on", ""),
     "guide": ("scale of autoguidance", ""),
     "sampler": ("steps", "xy"),
+    "transport": ("network evaluations", "xy"),
 }
 MARKED = re.compile(r"(<!-- (\w+), written by benchmarks/quality.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
 

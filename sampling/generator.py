@@ -15,14 +15,7 @@ import paddle
 
 from config.options import DEFAULT_VAE, GUIDANCE_SCALE, SIT_VAE
 from config.schema import MODEL_TYPES
-from features.autoencoder import (
-    LatentDecoder,
-    NotFiniteError,
-    choose_vae,
-    downsampling,
-    open_vae,
-    weights_digest,
-)
+from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
 from models.state import check_finite, check_state, expected_shapes
 from runtime.precision import cast_layer

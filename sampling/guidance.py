@@ -103,11 +103,12 @@ def guided(
     """
     null = paddle.full_like(y, null_class)
     labels = paddle.concat([y, null])  # (2N,)
-    cfg = _Scale(cfg_scale, interval, sigma_interval, schedule, times)
-    auto = _Scale(1.0 if guide is None else guide_scale, interval, sigma_interval, schedule, times)
+    scales = (cfg_scale, 1.0 if guide is None else guide_scale)
+    force = _Force(interval, sigma_interval, schedule, times)
 
     def denoiser(x, t):
-        scale, beside = cfg.at(t), auto.at(t)
+        in_force = 1.0 if scales == (1, 1) else force.at(t)  # then no time is asked for
+        scale, beside = (one if in_force == 1 else 1.0 + (one - 1.0) * in_force for one in scales)
         if scale == 1:
             cond = out = model(x, t, y)
             if beside == 1:
@@ -116,7 +117,7 @@ def guided(
             cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
             count = min(channels or x.shape[1], x.shape[1])
             with_class, without = cond[:, :count], uncond[:, :count]
-            combine = cfg_zero_star if zero_star else _cfg
+            combine = cfg_zero_star if zero_star else autoguidance  # which is guidance's formula of any two outputs
             out = combine(with_class, without, scale)
         if beside != 1:
             count = x.shape[1]
@@ -132,24 +133,22 @@ def guided(
     return denoiser
 
 
-def _cfg(cond, uncond, scale):
-    return uncond + scale * (cond - uncond)
+class _Force:
+    """What part of `scale - 1` is in force over time: none outside the intervals.
 
+    A time of this project's samplers is not read from the device.
+    """
 
-class _Scale:
-    """A scale over time: 1 outside the intervals. A time of this project's samplers is not read from the device."""
-
-    def __init__(self, scale, interval, sigma_interval, schedule, times):
-        self.scale, self.interval, self.sigma_interval, self.times = scale, interval, sigma_interval, times
-        self.share = SCHEDULES[schedule]
-        if times is None and (sigma_interval is not None or schedule != "constant"):
+    def __init__(self, interval, sigma_interval, schedule, times):
+        self.interval, self.sigma_interval, self.times = interval, sigma_interval, times
+        self.share, self.is_constant = SCHEDULES[schedule], schedule == "constant"
+        if times is None and (sigma_interval is not None or not self.is_constant):
             raise ValueError("times: a sigma_interval and a schedule need them; expected what times_of returns")
-        self.is_constant = scale == 1 or (interval is None and sigma_interval is None and schedule == "constant")
 
     def at(self, t):
-        """Returns the scale at t `(N,)`, one time for the whole batch."""
-        if self.is_constant:
-            return self.scale
+        """Returns the part at t `(N,)`, one time for the whole batch."""
+        if self.is_constant and self.interval is None and self.sigma_interval is None:
+            return 1.0
         value = transport.host_value(t)
         value = diffusion.host_value(t) if value is None else value
         value = float(t[0]) if value is None else value
@@ -157,12 +156,10 @@ class _Scale:
         if self.times is not None:
             value, slack = self.times.of_model(value), self.times.slack
         if not _inside(self.interval, value, slack):
-            return 1.0
+            return 0.0
         if self.sigma_interval is not None and not _inside(self.sigma_interval, self.times.noise_level(value)):
-            return 1.0
-        if self.share is SCHEDULES["constant"]:
-            return self.scale
-        return 1.0 + (self.scale - 1.0) * self.share(self.times.share(value))
+            return 0.0
+        return 1.0 if self.is_constant else self.share(self.times.share(value))
 
 
 def _inside(interval, value, slack=0.0):

@@ -55,8 +55,8 @@ def sample_transport(
         denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
         noise: `(N, C, H, W)`, standard normal.
         num_steps: grid points of the time interval, as in the official code: one more than the steps of an ODE.
-        method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4`, `ab2` or `dopri5`; of the SDE
-            `Euler` (default) or `Heun`.
+        method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4`, `heun2_euler`, `ab2` or `dopri5`; of
+            the SDE `Euler` (default) or `Heun`.
         sampler: `ode` or `sde`.
         progress: show a bar, where there is no callback.
         callback: called as `callback(step, steps, latents)` after each step, from 1 on.

@@ -11,6 +11,7 @@ from config.checks import (
     ABOVE_0,
     BELOW_1,
     BELOW_HALF,
+    BETWEEN_0_AND_1,
     BLOCK,
     BOOL,
     CHANNELS,
@@ -159,6 +160,7 @@ LARGE_DIT_KEYS = {
 
 # ---- The section `objective` ----
 
+VELOCITY_LOSS = ("velocity", "x1")  # predictions that are trained by the error of the velocity
 _EPS, _WEIGHTS = or_null(BELOW_HALF), or_null(one_of("velocity", "likelihood"))
 _REGULARIZERS = Option([], LIST, "losses to add: objects with `type`, `weight`, ...", training_only=True)
 OBJECTIVE_KEYS = {
@@ -169,6 +171,13 @@ OBJECTIVE_KEYS = {
         "sigma_small": Option(False, BOOL, "without `learn_sigma`: the smaller of the two fixed variances"),
         "use_kl": Option(False, BOOL, "train by the variational bound, not the squared error", training_only=True),
         "rescale_learned_sigmas": Option(False, BOOL, "scale the bound's part of the loss", training_only=True),
+        "min_snr_gamma": Option(
+            None,
+            or_null(ABOVE_0),
+            "gamma of min-SNR weights of the squared error; 5 in the paper",
+            unset="no weights",
+            training_only=True,
+        ),
         "timestep_sampler": Option(
             "uniform", one_of("uniform", "loss-second-moment"), "how timesteps are drawn", training_only=True
         ),
@@ -176,21 +185,27 @@ OBJECTIVE_KEYS = {
     },
     "transport": {
         "path_type": Option("Linear", one_of("Linear", "GVP", "VP"), "path from noise to data", True),
-        "prediction": Option("velocity", one_of("velocity", "noise", "score"), "what the network predicts", True),
-        # With velocity prediction, the weight and, off VP, both distances have no effect, as officially.
+        "prediction": Option("velocity", one_of("velocity", "noise", "score", "x1"), "what the network predicts", True),
+        # With velocity and x1, the weight and, off VP, both distances have no effect, officially so with velocity.
         "loss_weight": Option(
-            None, _WEIGHTS, "weight of the loss over time, if not of velocities", True, "none", training_only=True
+            None, _WEIGHTS, "weight of the loss over time, of noise and score", True, "none", training_only=True
         ),
         "train_eps": Option(
-            None, _EPS, "training's distance to the ends of time, if VP or not velocity", True, "by path"
+            None, _EPS, "training's distance to the ends of time, if VP, noise or score", True, "by path"
         ),
         "sample_eps": Option(None, _EPS, "the same in sampling", True, "by path"),
+        "t_eps": Option(
+            0.05, BETWEEN_0_AND_1, "of x1: the velocity's denominator 1 - t is this at least, in sampling too", True
+        ),
         # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
         "timestep_sampling": Option(
             "uniform", one_of("uniform", "logit-normal"), "how training draws times", training_only=True
         ),
         "logit_mean": Option(0.0, NUMBER, "mean of the logits of logit-normal times", training_only=True),
         "logit_std": Option(1.0, ABOVE_0, "standard deviation of these logits", training_only=True),
+        "timestep_shift": Option(
+            0.0, FROM_0, "moves the drawn times: below 1 towards the noise; 0: none", training_only=True
+        ),
         "cosine_loss": Option(False, BOOL, "add 1 - cos of predicted and true velocity", training_only=True),
         "regularizers": _REGULARIZERS,
     },

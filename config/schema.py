@@ -129,8 +129,11 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         use = f"the model type {twins[0]}, or " if twins else ""
         what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
         yield f"{what}; use {use}learn_sigma false"
-    if objective.get("cosine_loss") and objective["prediction"] != "velocity":
-        yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
+    if objective.get("cosine_loss") and objective["prediction"] not in options.VELOCITY_LOSS:
+        known = " or ".join(options.VELOCITY_LOSS)
+        yield f"objective: cosine_loss is for the prediction {known}, got {objective['prediction']!r}"
+    if objective.get("use_kl") and objective["min_snr_gamma"] is not None:
+        yield "objective: min_snr_gamma weights the squared error, which use_kl replaces; give one of them"
     yield from _regularizer_conflicts(model, objective["regularizers"])
     for label in data["classes"] or ():
         if label >= model["num_classes"]:
@@ -341,11 +344,12 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
 def ineffective_settings(config):
     """Lists sentences on the settings of a resolved config that differ from the defaults and have no effect."""
     objective, training, data, notes = config["objective"], config["training"], config["data"], []
-    if objective["type"] == "transport" and objective["prediction"] == "velocity":  # as the official transport has it
+    prediction = objective.get("prediction")
+    if prediction in options.VELOCITY_LOSS:  # as the official transport has it
         names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
         if given := [name for name in names if objective[name] is not None]:
             path = objective["path_type"]
-            notes.append(f"{', '.join(given)} has no effect on velocity prediction with the path {path}")
+            notes.append(f"{', '.join(given)} has no effect on {prediction} prediction with the path {path}")
     schedule = training["lr_scheduler_type"]
     of_profiles = ("ema_snapshot_steps", "ema_snapshot_dtype", "ema_update_steps", "ema_on_host")
     guided = [name for name in options.GUIDANCE_KEYS if name != "timestep_shift"]
@@ -355,10 +359,17 @@ def ineffective_settings(config):
         (schedule != "polynomial", training, ("lr_end", "power"), f"on the schedule {schedule}"),
         (schedule != "cosine", training, ("num_cycles",), f"on the schedule {schedule}"),
         (training["max_steps"] > 0, training, ("epochs",), "beside max_steps"),
+        (prediction not in (None, "x1"), objective, ("t_eps",), f"on {prediction} prediction"),
+        (objective.get("timestep_sampling") == "uniform", objective, ("logit_mean", "logit_std"), "on uniform times"),
         (not data["validation_samples"], data, ("validation_steps",), "without validation_samples"),
         (config["model"]["class_dropout_prob"] == 0, config["guidance"], guided, "without a null class"),
     )
-    keys = {**options.TRAINING_KEYS, **options.DATA_KEYS, **options.GUIDANCE_KEYS}
+    keys = {
+        **options.OBJECTIVE_KEYS["transport"],
+        **options.TRAINING_KEYS,
+        **options.DATA_KEYS,
+        **options.GUIDANCE_KEYS,
+    }
     for is_so, section, names, why in cases:
         notes += no_effect([name for name in names if is_so and section[name] != keys[name].default], why)
     return notes

@@ -54,8 +54,16 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
-        self.transport = create_transport(path_type, prediction, loss_weight, train_eps, sample_eps)
+    def __init__(
+        self,
+        path_type="Linear",
+        prediction="velocity",
+        loss_weight=None,
+        train_eps=None,
+        sample_eps=None,
+        t_eps=0.05,
+    ):
+        self.transport = create_transport(path_type, prediction, loss_weight, train_eps, sample_eps, t_eps=t_eps)
 
     @classmethod
     def from_objective(cls, objective):

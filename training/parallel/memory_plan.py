@@ -98,6 +98,7 @@ class Sizes:
         self.transport = config["objective"]["type"] == "transport"
         self.cosine_loss = config["objective"].get("cosine_loss", False)
         self.regularizers = config["objective"].get("regularizers", [])
+        self.predicts_data = config["objective"].get("prediction") == "x1"
 
     @functools.cached_property
     def parameters(self):
@@ -313,6 +314,8 @@ def activations(sizes, setting):
     block_keeps += KEPT * (block.rows * rows + head_rows * heads + conditioning)
     per_block = KEPT * block.residual[mode] * width if setting.recompute else block_keeps
     loss_keeps, loss_passing = LOSS_MAPS[sizes.out_channels > sizes.channels and not sizes.transport]
+    if sizes.predicts_data:
+        loss_keeps += 1  # the prediction, which is turned into a velocity
     if sizes.cosine_loss:
         cosine = COSINE_MAPS[0] + COSINE_MAPS[1] / sizes.channels
         loss_keeps, loss_passing = loss_keeps + cosine, loss_passing - cosine

@@ -129,6 +129,11 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         use = f"the model type {twins[0]}, or " if twins else ""
         what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
         yield f"{what}; use {use}learn_sigma false"
+    sprint, routing = model["sprint_blocks"], training["routing"]
+    if sprint and sprint[1] > model["num_layers"]:
+        yield f"model: sprint_blocks must be within the blocks 1..{model['num_layers']}, got {sprint}"
+    if routing:
+        yield from _routing_conflicts(model, routing, sprint)
     if objective.get("cosine_loss") and objective["prediction"] != "velocity":
         yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
     for index, entry in enumerate(objective["auxiliary"]):
@@ -155,6 +160,21 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
     if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
         yield f"guidance: channels must be in_channels {model['in_channels']} at most, got {guidance['channels']}"
+
+
+def _routing_conflicts(model, routing, sprint):
+    where, blocks, tokens = "training: routing:", routing["blocks"], (model["sample_size"] // model["patch_size"]) ** 2
+    if blocks is None and sprint is None:
+        yield f"{where} blocks is missing; expected [first, last] of the blocks 1..{model['num_layers']}"
+    elif blocks and blocks[1] > model["num_layers"]:
+        yield f"{where} blocks must be within the blocks 1..{model['num_layers']}, got {blocks}"
+    if blocks and sprint and blocks != sprint:
+        yield f"{where} blocks must be the model's sprint_blocks {sprint}, or be left out, got {blocks}"
+    if int(tokens * routing["share"]) == 0:
+        yield f"{where} share must be at least one of {tokens} tokens, got {routing['share']:g}"
+    if routing["path_drop_prob"] is not None and sprint is None:
+        what = "path_drop_prob is for a model with sprint_blocks, expected null"
+        yield f"{where} {what}, got {routing['path_drop_prob']:g}"
 
 
 def check_together(config, source):
@@ -205,6 +225,9 @@ def resolve_config(raw, *, source="config"):
         "evaluation": check_section(options.EVALUATION_KEYS, raw.get("evaluation", {}), f"{source}: evaluation"),
         "guidance": check_section(options.GUIDANCE_KEYS, raw.get("guidance", {}), f"{source}: guidance"),
     }
+    if config["training"]["routing"] is not None:
+        where = f"{source}: training: routing"
+        config["training"]["routing"] = check_section(options.ROUTING_KEYS, config["training"]["routing"], where)
     check_together(config, source)
     return config
 

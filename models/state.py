@@ -115,8 +115,9 @@ def expected_shapes(model_config):
 
     from . import build_model
 
+    blocks = [1, 1] if model_config.get("sprint_blocks") else None
     with paddle.LazyGuard():
-        model = build_model({**model_config, "num_layers": 1})
+        model = build_model({**model_config, "num_layers": 1, "sprint_blocks": blocks})
     shapes = {}
     for name, parameter in model.named_parameters():
         stem, dot, rest = name.partition(".0.")

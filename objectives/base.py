@@ -25,8 +25,11 @@ def draw_rows(sampler, rows):
 class Objective:
     """Base of the objectives. A subclass has `draw_noise(x, rows)`, `losses(model, x, drawn, model_kwargs)` and more.
 
-    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
+    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`;
+    `routing`: a `routing.TokenRouting`, or None.
     """
+
+    routing = None
 
     def __init__(self, class_dropout_prob, regularizers=()):
         self.class_dropout_prob = class_dropout_prob
@@ -36,14 +39,14 @@ class Objective:
         """Returns the random numbers for `training_losses`, per sample, by name.
 
         They are `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
-        `force_drop_ids` `(N,)`, if labels are dropped.
+        `force_drop_ids` `(N,)`, if labels are dropped; then those of `routing.TokenRouting.draw`, if tokens are routed.
         """
         rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
         drawn = self.draw_noise(batch.x, rows)
         if self.class_dropout_prob > 0:
             dropped = draw_rows(lambda total: paddle.rand([total]), rows) < self.class_dropout_prob
             drawn["force_drop_ids"] = dropped.astype("int64")
-        return drawn
+        return drawn if self.routing is None else {**drawn, **self.routing.draw(rows)}
 
     def training_losses(self, model, batch, rows=None, drawn=None):
         """Computes the losses at random times, and those of the regularizers.
@@ -61,11 +64,14 @@ class Objective:
         model_kwargs = {"y": batch.y}
         if "force_drop_ids" in drawn:
             model_kwargs["force_drop_ids"] = drawn.pop("force_drop_ids")
+        hooks = () if self.routing is None else (self.routing.hook(drawn),)
+        if hooks:
+            model_kwargs["hooks"] = hooks
         if not self.regularizers:
             return self.losses(model, batch.x, drawn, model_kwargs)
 
         tap = Tap(layer for regularizer in self.regularizers for layer in regularizer.layers)
-        losses = self.losses(model, batch.x, drawn, {**model_kwargs, "hooks": (tap,)})
+        losses = self.losses(model, batch.x, drawn, {**model_kwargs, "hooks": (*hooks, tap)})
         missing = tap.layers - tap.tokens.keys()
         if missing:
             raise ValueError(f"objective.auxiliary: the network has no block {min(missing)} (they count from 0)")

@@ -95,7 +95,7 @@ class Sizes:
         self.tokens = (model["sample_size"] // self.patch) ** 2
         self.out_channels = self.channels * (2 if model["learn_sigma"] else 1)
         self.labels = model["num_classes"] + (model["class_dropout_prob"] > 0)
-        self.transport = config["objective"]["type"] == "transport"
+        self.transport, self.sprint = config["objective"]["type"] == "transport", model["sprint_blocks"] is not None
         self.cosine_loss = config["objective"].get("cosine_loss", False)
 
     @functools.cached_property
@@ -146,6 +146,9 @@ class Sizes:
             add("final_layer.norm_final.weight", hidden)
         layer("final_layer.linear", hidden, self.patch**2 * self.out_channels)
         layer("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
+        if self.sprint:
+            add("sprint.mask_token", hidden)
+            layer("sprint.fusion", 2 * hidden, hidden)
         return found
 
 

@@ -133,13 +133,10 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
     if sprint and sprint[1] > model["num_layers"]:
         yield f"model: sprint_blocks must be within the blocks 1..{model['num_layers']}, got {sprint}"
     if routing:
-        yield from _routing_conflicts(model, routing, sprint)
+        yield from _routing_conflicts(model, objective["regularizers"], routing)
     if objective.get("cosine_loss") and objective["prediction"] != "velocity":
         yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
-    for index, entry in enumerate(objective["auxiliary"]):
-        if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
-            what = f"layer {entry['layer']} is outside the blocks 0..{model['num_layers'] - 1}"
-            yield f"objective: auxiliary[{index}]: {what}"
+    yield from _regularizer_conflicts(model, objective["regularizers"])
     for label in data["classes"] or ():
         if label >= model["num_classes"]:
             classes = f"0..{model['num_classes'] - 1}"
@@ -162,12 +159,40 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         yield f"guidance: channels must be in_channels {model['in_channels']} at most, got {guidance['channels']}"
 
 
-def _routing_conflicts(model, routing, sprint):
-    where, blocks, tokens = "training: routing:", routing["blocks"], (model["sample_size"] // model["patch_size"]) ** 2
+def _regularizer_conflicts(model, regularizers):
+    """Yields in words which regularizers don't fit the network or one another."""
+    layers = model["num_layers"]
+    for index, entry in enumerate(regularizers):
+        where = f"objective: regularizers[{index}]"
+        for key in ("block", "target_block"):
+            if key in entry and abs(entry[key]) > layers:
+                yield f"{where}: {key} must be 1 to {layers}, or -1 to -{layers} from the end, got {entry[key]}"
+        blocks = {(entry[key] - (entry[key] > 0)) % layers for key in ("block", "target_block") if key in entry}
+        if "target_block" in entry and len(blocks) == 1:
+            yield f"{where}: block and target_block are the same block, {entry['block']}"
+        if entry["type"] in [other["type"] for other in regularizers[:index]]:
+            yield f"{where}: a regularizer of the type {entry['type']} stands there already"
+
+
+def check_groups(config, micro_batch):
+    """Raises `ValueError` if a micro-batch of a rank can't be cut into the groups of each regularizer."""
+    for index, entry in enumerate(config["objective"]["regularizers"]):
+        if micro_batch % entry.get("group", 1):
+            raise ValueError(
+                f"objective: regularizers[{index}]: {entry['type']} compares the samples of a group of "
+                f"{entry['group']}; expected micro-batches that are a multiple of it, got {micro_batch} samples a rank"
+            )
+
+
+def _routing_conflicts(model, regularizers, routing):
+    """Yields in words which settings of token routing don't fit the network or the regularizers."""
+    where, layers, sprint, blocks = "training: routing:", model["num_layers"], model["sprint_blocks"], routing["blocks"]
+    tokens = (model["sample_size"] // model["patch_size"]) ** 2
     if blocks is None and sprint is None:
-        yield f"{where} blocks is missing; expected [first, last] of the blocks 1..{model['num_layers']}"
-    elif blocks and blocks[1] > model["num_layers"]:
-        yield f"{where} blocks must be within the blocks 1..{model['num_layers']}, got {blocks}"
+        yield f"{where} blocks is missing; expected [first, last] of the blocks 1..{layers}"
+        return
+    if blocks and blocks[1] > layers:
+        yield f"{where} blocks must be within the blocks 1..{layers}, got {blocks}"
     if blocks and sprint and blocks != sprint:
         yield f"{where} blocks must be the model's sprint_blocks {sprint}, or be left out, got {blocks}"
     if int(tokens * routing["share"]) == 0:
@@ -175,6 +200,12 @@ def _routing_conflicts(model, routing, sprint):
     if routing["path_drop_prob"] is not None and sprint is None:
         what = "path_drop_prob is for a model with sprint_blocks, expected null"
         yield f"{where} {what}, got {routing['path_drop_prob']:g}"
+    first, last = blocks or sprint
+    for index, entry in enumerate(regularizers):
+        for key in ("block", "target_block"):
+            if key in entry and first <= (entry[key] if entry[key] > 0 else layers + 1 + entry[key]) < last:
+                what = f"behind block {entry[key]} there are only the tokens that are routed through {first}..{last}"
+                yield f"objective: regularizers[{index}]: {key} must not be within training: routing, {what}"
 
 
 def check_together(config, source):
@@ -210,11 +241,13 @@ def resolve_config(raw, *, source="config"):
     model = _check_typed(types, _official_names(raw["model"], where), "DiT", where, "model")
     check_sizes(model, where)
     default_type, where = MODEL_TYPES[model["type"]].objective, f"{source}: objective"
-    objective = _check_typed(options.OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
-    types = {name: {**options.AUXILIARY_KEYS, **keys} for name, keys in options.AUXILIARY_TYPES.items()}
-    objective["auxiliary"] = [
-        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
-        for index, entry in enumerate(objective["auxiliary"])
+    given = raw.get("objective", {})
+    if isinstance(given, dict) and given.get("auxiliary") == []:  # of checkpoints written before there was any
+        given = {key: value for key, value in given.items() if key != "auxiliary"}
+    objective = _check_typed(options.OBJECTIVE_KEYS, given, default_type, where, "objective")
+    objective["regularizers"] = [
+        _check_typed(options.REGULARIZER_KEYS, entry, None, f"{where}: regularizers[{index}]", "regularizer")
+        for index, entry in enumerate(objective["regularizers"])
     ]
     config = {
         "model": model,

@@ -25,6 +25,7 @@ from objectives.routing import TokenRouting
 from sampling import SiTPipeline
 from sampling.generator import load_generator
 from sampling.pipelines.export_dit import shared_settings
+from training.parallel.memory_plan import Sizes
 from weights.files import safe_load
 
 LAYERS = {"num_layers": 4}
@@ -185,9 +186,10 @@ def test_sprint_begins_as_the_network_without_it(kind):
             model.final_layer.linear.weight.set_value(paddle.randn(model.final_layer.linear.weight.shape))
     np.testing.assert_allclose(sprint(*inputs_of()), plain(*inputs_of()), rtol=1e-4, atol=1e-6)
     twin = type(sprint)(**sprint.settings)
-    assert {name: tuple(p.shape) for name, p in twin.named_parameters()} == expected_shapes(
-        {**TINY_MODELS[kind], **LAYERS, "sprint_blocks": [2, 3]}
-    )
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in twin.named_parameters()]
+    config = resolved(kind, None, sprint_blocks=[2, 3])
+    assert dict(shapes) == expected_shapes(config["model"])
+    assert shapes == [(parameter.name, parameter.shape) for parameter in Sizes(config).parameters]
 
 
 def test_sprint_fuses_both_paths(kind):
@@ -310,7 +312,8 @@ def test_a_pipeline_folder_keeps_sprint(tmp_path):
     pipe.save_pretrained(tmp_path / "out")
     again = SiTPipeline.from_pretrained(tmp_path / "out")
     assert again.transformer.sprint_blocks == [1, 2]
-    x, t, y, _ = inputs_of()
+    _, t, y, _ = inputs_of()
+    x = paddle.randn([2, 4, pipe.transformer.sample_size, pipe.transformer.sample_size])
     with paddle.no_grad():
         np.testing.assert_array_equal(again.transformer(x, t, y), pipe.transformer(x, t, y))
 
@@ -335,6 +338,21 @@ def test_mistakes_are_one_line(routing, model, message):
     with pytest.raises(ValueError, match=message) as caught:
         resolved("SiT", routing, **model)
     assert "\n" not in str(caught.value)
+
+
+def test_regularizers_see_all_tokens():
+    def config_of(block):
+        layer_sync = {"type": "layer_sync", "weight": 0.5, "block": 1, "target_block": block}
+        model, objective = {**TINY_MODELS["SiT"], **LAYERS}, {"regularizers": [layer_sync]}
+        return resolve_config({"model": model, "objective": objective, "training": {"routing": TREAD}})
+
+    for block in (2, -3):
+        with pytest.raises(ValueError, match=rf"target_block must not be within .* behind block {block} .* 2..3$"):
+            config_of(block)
+    model, (x, _, y, _) = network("SiT")
+    for block in (3, 4):
+        losses = build_objective(config_of(block)).training_losses(model, Batch(x, y))
+        assert losses["layer_sync"].shape == [2] and (losses["layer_sync"] < 0).all()
 
 
 def test_what_else_refuses_a_network_with_sprint():

@@ -129,6 +129,11 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         use = f"the model type {twins[0]}, or " if twins else ""
         what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
         yield f"{what}; use {use}learn_sigma false"
+    sprint, routing = model["sprint_blocks"], training["routing"]
+    if sprint and sprint[1] > model["num_layers"]:
+        yield f"model: sprint_blocks must be within the blocks 1..{model['num_layers']}, got {sprint}"
+    if routing:
+        yield from _routing_conflicts(model, objective["regularizers"], routing)
     if objective.get("cosine_loss") and objective["prediction"] not in options.VELOCITY_LOSS:
         known = " or ".join(options.VELOCITY_LOSS)
         yield f"objective: cosine_loss is for the prediction {known}, got {objective['prediction']!r}"
@@ -182,6 +187,30 @@ def check_groups(config, micro_batch):
             )
 
 
+def _routing_conflicts(model, regularizers, routing):
+    """Yields in words which settings of token routing don't fit the network or the regularizers."""
+    where, layers, sprint, blocks = "training: routing:", model["num_layers"], model["sprint_blocks"], routing["blocks"]
+    tokens = (model["sample_size"] // model["patch_size"]) ** 2
+    if blocks is None and sprint is None:
+        yield f"{where} blocks is missing; expected [first, last] of the blocks 1..{layers}"
+        return
+    if blocks and blocks[1] > layers:
+        yield f"{where} blocks must be within the blocks 1..{layers}, got {blocks}"
+    if blocks and sprint and blocks != sprint:
+        yield f"{where} blocks must be the model's sprint_blocks {sprint}, or be left out, got {blocks}"
+    if int(tokens * routing["share"]) == 0:
+        yield f"{where} share must be at least one of {tokens} tokens, got {routing['share']:g}"
+    if routing["path_drop_prob"] is not None and sprint is None:
+        what = "path_drop_prob is for a model with sprint_blocks, expected null"
+        yield f"{where} {what}, got {routing['path_drop_prob']:g}"
+    first, last = blocks or sprint
+    for index, entry in enumerate(regularizers):
+        for key in ("block", "target_block"):
+            if key in entry and first <= (entry[key] if entry[key] > 0 else layers + 1 + entry[key]) < last:
+                what = f"behind block {entry[key]} there are only the tokens that are routed through {first}..{last}"
+                yield f"objective: regularizers[{index}]: {key} must not be within training: routing, {what}"
+
+
 def check_together(config, source):
     """Raises `ValueError` for sections that are right one by one, but don't fit together."""
     for conflict in _conflicts(**{name: config[name] for name in SECTIONS if name != "features"}):
@@ -232,6 +261,9 @@ def resolve_config(raw, *, source="config"):
         "evaluation": check_section(options.EVALUATION_KEYS, raw.get("evaluation", {}), f"{source}: evaluation"),
         "guidance": check_section(options.GUIDANCE_KEYS, raw.get("guidance", {}), f"{source}: guidance"),
     }
+    if config["training"]["routing"] is not None:
+        where = f"{source}: training: routing"
+        config["training"]["routing"] = check_section(options.ROUTING_KEYS, config["training"]["routing"], where)
     check_together(config, source)
     return config
 

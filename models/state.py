@@ -146,9 +146,11 @@ def expected_shapes(config):
 
     from . import build_model
 
+    model_config = config.get("model", config)
+    sprint = {"sprint_blocks": [1, 1]} if model_config.get("sprint_blocks") else {}
     with paddle.LazyGuard():
-        model = build_model(config, num_layers=1)
-    shapes, layers = {}, config.get("model", config)["num_layers"]
+        model = build_model(config, num_layers=1, **sprint)
+    shapes, layers = {}, model_config["num_layers"]
     for name, parameter in model.named_parameters():
         stem, dot, rest = name.partition(".0.")
         in_block = dot and stem in ("blocks", "layers")

@@ -19,6 +19,7 @@ from weights.runs import damage
 
 # What the dump of another version, or of somebody else, must hold.
 _ARRAYS = {*"x y t noise loss rank micro_step".split()}
+_DRAWN = "t weights noise force_drop_ids routing path_drop".split()
 _KEYS = {*"step kind loss grad_norm learning_rate data_ranks micro_batch precision device sources".split()}
 
 
@@ -46,6 +47,8 @@ def _fits(batch, state, model):
         return False
     rows = (len(sources),)
     shapes = dict.fromkeys(batch, rows)
+    if "routing" in batch:
+        shapes["routing"] = (*rows, (model["sample_size"] // model["patch_size"]) ** 2)
     shapes["x"] = shapes["noise"] = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
     arrays = all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in batch.values())
     return arrays and {name: array.shape for name, array in batch.items()} == shapes and min(len(sources), size) > 0
@@ -66,7 +69,7 @@ def replay(folder, config, batch, state):
     precision.decorate(model)
     model.eval()  # changes label dropout alone, whose labels are in the batch
     objective = build_objective(config)
-    drawn_names = [name for name in ("t", "weights", "noise", "force_drop_ids") if name in batch]
+    drawn_names = [name for name in _DRAWN if name in batch]
 
     def losses_of(rows):
         drawn = {name: paddle.to_tensor(batch[name][rows]) for name in drawn_names}

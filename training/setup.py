@@ -99,6 +99,7 @@ def build_dataset(config, feature_path, resolution):
         seed=config["training"]["seed"],
         latent_normalization=data["latent_normalization"],
         latent_multiplier=data["latent_multiplier"],
+        encoder_features=encoder_shape(config),
     )
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     features["latent_normalization"] = dataset.normalization
@@ -117,6 +118,16 @@ def build_dataset(config, feature_path, resolution):
     if data["validation_samples"]:
         dataset, held_out = dataset.split(data["validation_samples"])
     return dataset.in_memory() if data["in_memory"] else dataset, held_out
+
+
+def encoder_shape(config):
+    """Returns the shape `(T, E)` of the encoder features that a config's regularizers take, None if none takes any."""
+    model, settings = config["model"], config["objective"].get("regularizers", [])
+    widths = {entry["width"] for entry in settings if entry["type"] == "representation_alignment"}
+    if len(widths) > 1:
+        found = ", ".join(map(str, sorted(widths)))
+        raise ValueError(f"objective.regularizers: representation_alignment of width {found}; a set has one encoder's")
+    return ((model["sample_size"] // model["patch_size"]) ** 2, *widths) if widths else None
 
 
 def describe_features(feature_path, resolution, num_classes):

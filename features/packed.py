@@ -15,6 +15,7 @@ appears by one rename when its files are whole, and so does the folder: whatever
 
 import contextlib
 import io
+import itertools
 import mmap
 import os
 import re
@@ -245,6 +246,11 @@ class PackedStore(MappedStore):
             raise ValueError(f"{shard}: {self.files[1]} must be in every shard, or in none")
         paths = [os.path.join(shard, name) for name in self.files[: 1 + has_flip]]
         return labels, {path: load_npy(path, mapped=True) for path in paths}
+
+    def spans(self):
+        """Lists the samples of each shard, as a `range`."""
+        ends = np.append(self._starts, len(self)).tolist()
+        return [range(start, end) for start, end in itertools.pairwise(ends)]
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""

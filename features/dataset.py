@@ -55,7 +55,8 @@ class FeatureDataset:
         latent_normalization, latent_multiplier: as in a config's section `data`; None normalises LightningDiT's latents
             alone. `normalization` then holds what is done, as numbers, see `features.normalization`.
         encoder_features: also read what an encoder says of each image, an item's third part: True, or the shape
-            `(tokens, width)` that a config takes. `encoder` is their store, None if they are not asked for, nor opened.
+            `(tokens, width)` that a config takes, any width if that is None. `encoder` is their store, None if they are
+            not asked for: then they are not opened.
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
     function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
@@ -139,13 +140,15 @@ class FeatureDataset:
         command += [shlex.quote(os.fspath(feature_path)), f"--image_size {image_size}" if image_size else ""]
         command += ["" if name == f"imagenet{image_size or 256}" else f"--name {shlex.quote(name)}"]
         command = " ".join([*filter(None, command), *([f"--token_grid {math.isqrt(tokens)}"] if tokens else [])])
-        takes = "" if expected is True else f", the config takes {tokens} tokens of width {width}"
+        takes = f" of width {width}" if width else ""
+        takes = "" if expected is True else f", the config takes {tokens} tokens{takes}"
         if self.encoder is None:
             raise ValueError(f"{self.features_dir}: has no encoder features{takes}; make them: {command}")
-        if expected is not True and self.encoder.row_shape != (tokens, width):
-            holds = "{} tokens of width {}".format(*self.encoder.row_shape)
-            mend = f'write "width": {self.encoder.row_shape[1]} in its objective.regularizers'
-            if self.encoder.row_shape[0] != tokens:
+        found = self.encoder.row_shape
+        if tokens not in (None, found[0]) or width not in (None, found[1]):
+            holds = "{} tokens of width {}".format(*found)
+            mend = f'write "width": {found[1]} in its objective.regularizers, or null'
+            if found[0] != tokens:
                 mend = f"make others: {command} --replace_encoder"
             raise ValueError(f"{self.encoder.source(0)}: holds encoder features of {holds}{takes}; {mend}")
         if self.flip and not self.encoder.has_flip:

@@ -12,13 +12,17 @@ import paddle
 import pytest
 from PIL import Image
 from support.feature_sets import add_encoder, dataset, everything, load, pack_set, sampler, write_set
+from support.runs import LOOPS, checkpoint_path, loop_arguments, run_in_process, write_config
 
 from features.dataset import FeatureDataset
 from features.extraction import Journal
 from features.images import find_images, load_image
 from objectives import make_batch
+from runtime.untrusted import read_json
 from tools.check_features import main as check_features
 from tools.extract_features import main
+from training.supervision.replay import read_dump, replay
+from verification.tiny_runs import write_features
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +325,67 @@ def test_conversion_and_check_take_them_along(kind, extracted, tmp_path, capsys)
     with pytest.raises(SystemExit):
         check_features(check)
     assert "problem: " in capsys.readouterr().out
+
+
+# In a run.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A set for the tiny SiT, 4 x 4 tokens, with encoder features of width 6; and its config, which takes them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    entry = {"type": "representation_alignment", "block": 1, "inner_width": 8}
+    write_features(folder, encoder_shape=(16, 6))
+    return folder, {"type": "transport", "regularizers": [entry]}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_run_aligns_with_the_features_of_its_samples(loop, tiny, tmp_path):
+    folder, objective = tiny
+    config = write_config(tmp_path / "Tiny.json", "SiT", objective)
+    flags = loop_arguments(loop, config=config, features=folder, output=tmp_path / "out", steps=3)
+    run_in_process(loop, [*flags, *(["--validation_samples", "4", "--validation_steps", "3"])])
+    saved = checkpoint_path(loop, tmp_path / "out", 3)
+    assert read_json(saved / "config.json")["objective"]["regularizers"][0]["width"] == 6
+    losses = [line["loss_representation_alignment"] for line in metrics(tmp_path / "out")]
+    assert len(losses) == 3 and all(-1 < loss < 1 for loss in losses)
+
+
+def test_a_resume_with_another_encoder_says_so(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny[0], tmp_path / "set")
+    config = write_config(tmp_path / "Tiny.json", "SiT", tiny[1])
+    for step, sha256 in ((1, "a" * 64), (2, "b" * 64)):
+        encoder = {"name": "clip", "weights_sha256": sha256, "token_grid": 4, "width": 6}
+        (folder / "imagenet64_manifest.json").write_text(json.dumps({"version": 1, "encoder": encoder}))
+        flags = loop_arguments("notrainer", config=config, features=folder, output=tmp_path / "out", steps=step)
+        run_in_process("notrainer", [*flags, "--resume", "auto"])
+    assert "encoder clip (sha256 bbbb" in (said := capsys.readouterr().out) and "here, clip (sha256 aaaa" in said
+
+
+def metrics(output):
+    (path,) = output.rglob("metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_bad_step_is_kept_with_its_features_and_done_again(tiny, tmp_path):
+    folder, objective = tiny
+    config = write_config(tmp_path / "Tiny.json", "SiT", objective, learning_rate=1e30, max_grad_norm=-1)
+    flags = loop_arguments("notrainer", config=config, features=folder, output=tmp_path / "out", steps=5)
+    with pytest.raises(ValueError, match="python tools/replay_step.py"):
+        run_in_process("notrainer", flags)
+    (dump,) = (tmp_path / "out").rglob("bad_steps/*")
+    resolved, arrays, state = read_dump(str(dump))
+    stored = [np.load(folder / "imagenet64_encoder" / f"{index}.npy") for index in arrays["index"]]
+    assert np.array_equal(arrays["features"], stored)
+    found, *_ = replay(str(dump), resolved, arrays, state)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(arrays["loss"]))
+
+
+def test_a_set_without_them_is_one_line(tiny, tmp_path):
+    config = write_config(tmp_path / "Tiny.json", "SiT", tiny[1])
+    write_features(tmp_path / "plain")
+    flags = loop_arguments("notrainer", config=config, features=tmp_path / "plain", output=tmp_path / "out", steps=3)
+    with pytest.raises(
+        ValueError, match="has no encoder features, the config takes 16 tokens; make them: python tools"
+    ):
+        run_in_process("notrainer", flags)

@@ -91,7 +91,10 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
 
 
 def build_dataset(config, feature_path, resolution):
-    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`."""
+    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`.
+
+    A regularizer that takes encoder features gets their width too.
+    """
     model, data = config["model"], config["data"]
     note = compare_classes(feature_path, resolution, model["num_classes"], data["classes"])
     dataset = FeatureDataset(
@@ -106,8 +109,12 @@ def build_dataset(config, feature_path, resolution):
         latent_multiplier=data["latent_multiplier"],
         encoder_features=encoder_shape(config),
     )
+    if dataset.encoder is not None:
+        _alignment(config)["width"] = dataset.encoder.row_shape[1]
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     features["latent_normalization"] = dataset.normalization
+    if dataset.encoder is None:
+        features["encoder"] = None
     dataset.notes += [*filter(None, [note]), *notes]
     changes = features_changes(config["features"], features) if any(config["features"].values()) else ""
     if not any(features.values()) and any(config["features"].values()):
@@ -126,13 +133,19 @@ def build_dataset(config, feature_path, resolution):
 
 
 def encoder_shape(config):
-    """Returns the shape `(T, E)` of the encoder features that a config's regularizers take, None if none takes any."""
-    model, settings = config["model"], config["objective"].get("regularizers", [])
-    widths = {entry["width"] for entry in settings if entry["type"] == "representation_alignment"}
-    if len(widths) > 1:
-        found = ", ".join(map(str, sorted(widths)))
-        raise ValueError(f"objective.regularizers: representation_alignment of width {found}; a set has one encoder's")
-    return ((model["sample_size"] // model["patch_size"]) ** 2, *widths) if widths else None
+    """Returns the shape `(T, E)` of the encoder features that a config takes; None if it takes none.
+
+    E is None where the set's own width is to be taken.
+    """
+    entry = _alignment(config)
+    model = config["model"]
+    return None if entry is None else ((model["sample_size"] // model["patch_size"]) ** 2, entry["width"])
+
+
+def _alignment(config):
+    """Returns the regularizer of a config that takes encoder features, or None."""
+    kind = "representation_alignment"
+    return next((entry for entry in config["objective"]["regularizers"] if entry["type"] == kind), None)
 
 
 def describe_features(feature_path, resolution, num_classes):
@@ -182,6 +195,10 @@ def features_changes(theirs, ours):
     changes = vae_differences(theirs["vae"], ours["vae"])
     normalized = normalization_differences(theirs, ours)
     changes += [(what, shortened(there, 60), shortened(here, 60)) for what, there, here in normalized]
+    encoders = [features["encoder"] for features in (theirs, ours) if features["encoder"]]
+    if len({encoder["weights_sha256"] for encoder in encoders} - {None}) == 2:
+        shown = [f"{shortened(each['name'])} (sha256 {shortened(each['weights_sha256'], 12)})" for each in encoders]
+        changes.append(("encoder", *shown))
     names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
     renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]
     changes += [(f"class {label} is", shortened(classes[label]), shortened(names[label])) for label in renamed[:1]]

@@ -339,6 +339,7 @@ FEATURES_KEYS = {
     "channel_std": Option(None, or_one_a_channel(FROM_0), "standard deviation of each channel of the latents"),
     "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
     "latent_normalization": Option(None, or_null(OBJECT), "what was done to the latents by `data`, as numbers"),
+    "encoder": Option(None, or_null(OBJECT), "the encoder whose features were trained on"),
 }
 VAE_KEYS = {
     "name": Option(None, or_null(TEXT)),
@@ -349,6 +350,11 @@ VAE_KEYS = {
     "shift_factor": Option(None, or_null(NUMBER)),
     "latents_mean": Option(None, or_one_a_channel(NUMBER)),
     "latents_std": Option(None, or_one_a_channel(ABOVE_0)),
+}
+ENCODER_KEYS = {
+    "name": Option(None, or_null(TEXT)),
+    "weights_sha256": Option(None, or_null(TEXT)),
+    "encoder_size": Option(None, or_null(POSITIVE_INT)),
 }
 NORMALIZATION_KEYS = {
     "mean": Option(None, or_one_a_channel(NUMBER)),

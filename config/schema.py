@@ -268,7 +268,11 @@ def resolve_config(raw, *, source="config"):
     return config
 
 
-_PARTS_OF_FEATURES = {"vae": options.VAE_KEYS, "latent_normalization": options.NORMALIZATION_KEYS}
+_PARTS_OF_FEATURES = {
+    "vae": options.VAE_KEYS,
+    "latent_normalization": options.NORMALIZATION_KEYS,
+    "encoder": options.ENCODER_KEYS,
+}
 
 
 def resolve_features(given, where):
@@ -297,7 +301,9 @@ def manifest_features(manifest, where):
     if all(value is None for value in known.values()):
         known = None
     given = {name: manifest.get(name) for name in ("image_size", "channel_mean", "channel_std")}
-    return resolve_features({**given, "vae": known}, where)
+    encoder = manifest.get("encoder")
+    encoder = {name: encoder.get(name) for name in options.ENCODER_KEYS} if isinstance(encoder, dict) else None
+    return resolve_features({**given, "vae": known, "encoder": encoder}, where)
 
 
 def load_config(path):

@@ -9,13 +9,13 @@
 The loops know nothing else, so neither of them asks which model it trains.
 """
 
-from objectives.base import Batch, Rows
+from objectives.base import Batch, Rows, make_batch
 from objectives.diffusion import DiffusionObjective
 from objectives.regularizers import build_regularizers
 from objectives.routing import build_routing
 from objectives.transport import TransportObjective
 
-__all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective"]
+__all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective", "make_batch"]
 
 OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 

@@ -11,6 +11,13 @@ Rows = namedtuple("Rows", "start stop total")
 
 # A micro-batch: latents `x` (N, C, H, W), labels `y` (N,) int64, and a dict of what else a recipe needs, by name.
 Batch = namedtuple("Batch", "x y extras", defaults=({},))
+EXTRAS = ("features",)  # an encoder's, (N, T, E): what a `FeatureDataset` may read behind latents and labels, in order
+
+
+def make_batch(tensors):
+    """Returns the `Batch` of a loader's tensors: latents, labels, and those of `EXTRAS` if there are any."""
+    x, y, *extras = tensors
+    return Batch(x, y, dict(zip(EXTRAS, extras, strict=False)))
 
 
 def draw_rows(sampler, rows):

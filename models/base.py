@@ -25,7 +25,8 @@ class LatentTransformer(ops.Layer):
     - t: times `(N,)`, as the network's docstring says; y: class labels `(N,)`, int64, 0..num_classes (the null class);
     - force_drop_ids: `(N,)`, 1 where the label is to be replaced by the null class, instead of a random draw;
     - hooks: `hooks.Hook`s that see the tokens between the blocks, one after the other;
-    - the result is `(N, out_channels, H, W)`.
+    - the result is `(N, out_channels, H, W)`; a tuple of it and of the hooks' outputs, if hooks have any: Paddle's
+      `DataParallel` finds the parameters that a pass has used by what it returns.
 
     Keywords of every network's constructor:
 
@@ -126,6 +127,11 @@ class LatentTransformer(ops.Layer):
         """Returns the output `(N, C or out_channels, H, W)` of tokens x `(N, T, D)`, conditioning c `(N, E)`."""
         x = self.unpatchify(final_layer(x, c))
         return x[:, : self.in_channels] if self.drops_variance else x
+
+    def _result(self, x, hooks):
+        """Returns what `forward` returns of its output x."""
+        outputs = [hook.output for hook in hooks if hook.output is not None]
+        return (x, *outputs) if outputs else x
 
     def unpatchify(self, x):
         """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""

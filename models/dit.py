@@ -191,4 +191,4 @@ class DiT(LatentTransformer):
         x = self.ops.add_table(x, self.pos_embed.astype(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
         x = self._run_blocks(self.blocks, x, (c, *self.rotary), hooks)  # (N, T, D)
-        return self.read_out(self.final_layer, x, c)
+        return self._result(self.read_out(self.final_layer, x, c), hooks)

@@ -87,7 +87,6 @@ class RegularizerHook(Hook):
 
     def __init__(self, kind, index):
         self.kind, self.index = kind, index
-        self.output = None
 
     def begin(self, network):
         layers = getattr(network, "regularizers", {})

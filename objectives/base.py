@@ -74,6 +74,7 @@ class Objective:
         def observed(*inputs, **keywords):
             nonlocal output
             output = model(*inputs, **keywords)
+            output = output[0] if isinstance(output, tuple) else output  # without the hooks'
             return output
 
         losses = self.losses(observed, batch.x, drawn, model_kwargs)

@@ -408,6 +408,8 @@ GUIDANCE_KEYS = {
         0.0, FROM_0_TO_1, "how far outputs get the standard deviation back that they have without guidance"
     ),
     "cfg_zero_star": Option(False, BOOL, "CFG-Zero*: fit the output without a class first"),
+    "internal_scale": Option(1.0, NUMBER, "of internal guidance, by the regularizer's second final layer; 1: none"),
+    "internal_interval": Option(None, or_null(INTERVAL), "times between which that is on, as `interval`", unset="all"),
     "timestep_shift": Option(
         0.0, FROM_0, "of a transport: below 1 more of the points in time are near the noise; 0: none"
     ),

@@ -150,12 +150,17 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         if evaluation["guidance_scale"] != 1 and model["class_dropout_prob"] == 0:
             what = "guidance needs a null class, a class_dropout_prob above 0"
             yield f"evaluation: guidance_scale must be 1, got {evaluation['guidance_scale']:g}: {what}"
-    interval, of_diffusion = guidance["interval"], objective["type"] == "diffusion"
+    of_diffusion = objective["type"] == "diffusion"
     largest = objective["diffusion_steps"] - 1 if of_diffusion else 1
-    if interval is not None and interval[1] > largest:
-        yield f"guidance: interval must end at {largest} or before, got {interval}: times of the model"
-    elif interval is not None and of_diffusion and not holds_timestep(interval):
-        yield f"guidance: interval must hold a timestep, from 0 to {largest}, got {interval}"
+    for name in ("interval", "internal_interval"):
+        interval = guidance[name]
+        if interval is not None and interval[1] > largest:
+            yield f"guidance: {name} must end at {largest} or before, got {interval}: times of the model"
+        elif interval is not None and of_diffusion and not holds_timestep(interval):
+            yield f"guidance: {name} must hold a timestep, from 0 to {largest}, got {interval}"
+    if guidance["internal_scale"] != 1 and internal_guidance_block({"objective": objective}) is None:
+        scale = guidance["internal_scale"]
+        yield f"guidance: internal_scale {scale:g} needs the regularizer internal_guidance, an entry of the objective"
     if guidance["timestep_shift"] and of_diffusion:
         yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
     if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
@@ -315,6 +320,12 @@ def load_config(path):
     return resolve_config(read_json(path), source=str(path))
 
 
+def internal_guidance_block(config):
+    """Returns the block of internal guidance's second final layer, as configs count it; None where there is none."""
+    entries = config["objective"].get("regularizers", ())
+    return next((entry["block"] for entry in entries if entry["type"] == "internal_guidance"), None)
+
+
 def own_config(path):
     """Reads the resolved config of the training checkpoint that `path` is, or is a file of; None if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -390,7 +401,8 @@ def ineffective_settings(config):
             notes.append(f"{', '.join(given)} has no effect on {prediction} prediction with the path {path}")
     schedule = training["lr_scheduler_type"]
     of_profiles = ("ema_snapshot_steps", "ema_snapshot_dtype", "ema_update_steps", "ema_on_host")
-    guided = [name for name in options.GUIDANCE_KEYS if name != "timestep_shift"]
+    own = ("timestep_shift", "internal_scale", "internal_interval")
+    guided = [name for name in options.GUIDANCE_KEYS if name not in own]
     cases = (
         (not training["use_ema"], training, ("ema_decay", "ema_warmup"), "without use_ema"),
         (not training["ema_profiles"], training, of_profiles, "without ema_profiles"),
@@ -401,6 +413,7 @@ def ineffective_settings(config):
         (objective.get("timestep_sampling") == "uniform", objective, ("logit_mean", "logit_std"), "on uniform times"),
         (not data["validation_samples"], data, ("validation_steps",), "without validation_samples"),
         (config["model"]["class_dropout_prob"] == 0, config["guidance"], guided, "without a null class"),
+        (config["guidance"]["internal_scale"] == 1, config["guidance"], own[2:], "without an internal_scale"),
     )
     keys = {
         **options.OBJECTIVE_KEYS["transport"],

@@ -126,6 +126,7 @@ def test_dropped_tokens_come_back_unchanged(kind, first, last):
         assert (np.abs(after[row] - came) > 0).all(axis=1).all()
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 def test_a_sample_is_routed_as_it_would_be_alone(kind, recompute):
     """Values and gradients against a pass for each sample, in which all have the same positions."""
@@ -285,6 +286,7 @@ def test_parallel_training_is_the_single_process_one(losses, case):
     assert losses[case] == pytest.approx(losses[CASES[case][0]], rel=2e-5)
 
 
+@pytest.mark.paddle26
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_run_with_sprint_resumes_and_its_checkpoint_is_sampled(features, tmp_path, run_loop, loop):
     kind, sizes, routing = SETTINGS["sprint"]

@@ -143,6 +143,21 @@ class Transport:
             ut = self.output_to_velocity(x1, xt, t)  # clamped as the network's
         return self._losses(pred, xt, ut, x0, t)
 
+    def compare(self, output, x1, x0, t):
+        """Returns `(prediction, target)`, of x1's shape: what a loss at noise x0 and times t `(N,)` compares.
+
+        A score's are times sigma; of a network that predicts the data they are velocities.
+        """
+        x0, x1 = at_least_float32(x0), at_least_float32(x1)
+        t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
+        if self.model_type == ModelType.VELOCITY:
+            return output, ut
+        if self.model_type == ModelType.X1:
+            return self.output_to_velocity(output, xt, t), self.output_to_velocity(x1, xt, t)
+        if self.model_type == ModelType.NOISE:
+            return output, x0
+        return output * self.path_sampler.compute_sigma_t(expand_t_like_x(t, x0))[0], -x0
+
     @full_precision
     def _losses(self, pred, xt, ut, x0, t):
         terms = {"pred": pred}

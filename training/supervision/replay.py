@@ -1,6 +1,7 @@
 """Does a dumped step again (`training.supervision.step_dump`) in one process, and finds what is not finite in it."""
 
 import functools
+import math
 import os
 
 import numpy as np
@@ -84,7 +85,9 @@ def replay(folder, config, batch, state):
     gradients = {name: float(paddle.linalg.norm(gradient.astype("float32"))) for name, gradient in made.items()}
     layer, bad = None, np.flatnonzero(~np.isfinite(losses))
     if len(bad) and np.isfinite(batch["x"][bad[0]]).all():
-        found = _first_bad_layer(model, lambda: losses_of(slice(bad[0], bad[0] + 1)))
+        group = math.lcm(*(entry.get("group", 1) for entry in config["objective"]["regularizers"]))
+        first = bad[0] // group * group  # some regularizers compare the samples of a group
+        found = _first_bad_layer(model, lambda: losses_of(slice(first, first + group)))
         layer = f"sample {bad[0]}: {found}"
     return losses, gradients, layer
 

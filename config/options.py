@@ -13,6 +13,7 @@ from config.checks import (
     BELOW_HALF,
     BETWEEN_0_AND_1,
     BLOCK,
+    BLOCKS,
     BOOL,
     CHANNELS,
     CLASS_NAMES,
@@ -29,6 +30,7 @@ from config.checks import (
     OBJECT,
     POSITIVE_INT,
     SEED,
+    SHARE,
     STEPS,
     TEXT,
     WIDTHS,
@@ -126,6 +128,9 @@ _TRANSFORMER = {
     "num_layers": Option(REQUIRED, POSITIVE_INT, "transformer blocks"),
     "num_attention_heads": Option(REQUIRED, POSITIVE_INT, "heads of a block's attention"),
     "attention_head_dim": Option(REQUIRED, POSITIVE_INT, "width of a head; the network's width is heads x this"),
+    "sprint_blocks": Option(
+        None, or_null(BLOCKS), "SPRINT: blocks that are fused with a path around them", unset="none"
+    ),
 }
 _CLASSES = {
     "num_classes": Option(1000, POSITIVE_INT, "classes; the null class is the label after the last"),
@@ -290,7 +295,21 @@ LENGTH_KEYS = {
     "gradient_accumulation_steps": Option(1, POSITIVE_INT, "micro-batches a step", True),
     "seed": Option(0, SEED, "seed of weights, data order and noise", True),
 }
-TRAINING_KEYS = {**AVERAGES_PRECISION_KEYS, **OPTIMIZER_KEYS, **LENGTH_KEYS}
+ROUTING_KEYS = {
+    "share": Option(0.5, SHARE, "share of a sample's tokens that skip the blocks"),
+    "blocks": Option(None, or_null(BLOCKS), "blocks that the others alone run through", unset="`sprint_blocks`"),
+    "path_drop_prob": Option(
+        None, or_null(BELOW_1), "share of samples that go without the blocks, with `sprint_blocks`", unset="0.05"
+    ),
+}
+TRAINING_KEYS = {
+    **AVERAGES_PRECISION_KEYS,
+    **OPTIMIZER_KEYS,
+    **LENGTH_KEYS,
+    "routing": Option(
+        None, or_null(OBJECT), "in training, tokens that skip middle blocks; an object, see below", unset="none"
+    ),
+}
 
 
 # ---- The sections `data` and `features` ----
@@ -320,6 +339,7 @@ FEATURES_KEYS = {
     "channel_std": Option(None, or_one_a_channel(FROM_0), "standard deviation of each channel of the latents"),
     "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
     "latent_normalization": Option(None, or_null(OBJECT), "what was done to the latents by `data`, as numbers"),
+    "encoder": Option(None, or_null(OBJECT), "the encoder whose features were trained on"),
 }
 VAE_KEYS = {
     "name": Option(None, or_null(TEXT)),
@@ -330,6 +350,11 @@ VAE_KEYS = {
     "shift_factor": Option(None, or_null(NUMBER)),
     "latents_mean": Option(None, or_one_a_channel(NUMBER)),
     "latents_std": Option(None, or_one_a_channel(ABOVE_0)),
+}
+ENCODER_KEYS = {
+    "name": Option(None, or_null(TEXT)),
+    "weights_sha256": Option(None, or_null(TEXT)),
+    "encoder_size": Option(None, or_null(POSITIVE_INT)),
 }
 NORMALIZATION_KEYS = {
     "mean": Option(None, or_one_a_channel(NUMBER)),
@@ -383,6 +408,8 @@ GUIDANCE_KEYS = {
         0.0, FROM_0_TO_1, "how far outputs get the standard deviation back that they have without guidance"
     ),
     "cfg_zero_star": Option(False, BOOL, "CFG-Zero*: fit the output without a class first"),
+    "internal_scale": Option(1.0, NUMBER, "of internal guidance, by the regularizer's second final layer; 1: none"),
+    "internal_interval": Option(None, or_null(INTERVAL), "times between which that is on, as `interval`", unset="all"),
     "timestep_shift": Option(
         0.0, FROM_0, "of a transport: below 1 more of the points in time are near the noise; 0: none"
     ),

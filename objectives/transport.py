@@ -4,7 +4,6 @@ import paddle
 
 from objectives.base import Objective, draw_rows
 from transport import Sampler, create_transport
-from transport.utils import at_least_float32
 
 
 class TransportObjective(Objective):
@@ -32,7 +31,7 @@ class TransportObjective(Objective):
 
     def compare(self, output, x, drawn):
         """Returns `(prediction, target)` as `Objective` says; of a network that predicts data, the velocities."""
-        return self.transport.compare(at_least_float32(output), x, drawn["noise"], drawn["t"])
+        return self.transport.compare(output, x, drawn["noise"], drawn["t"])
 
     def validation_losses(self, model, batch, place, noise):
         """Returns the losses at given times and noise; as `DiffusionObjective`'s, `place` from noise to data."""

@@ -148,7 +148,7 @@ class Transport:
 
         A score's are times sigma; of a network that predicts the data they are velocities.
         """
-        x0, x1 = at_least_float32(x0), at_least_float32(x1)
+        output, x0, x1 = map(at_least_float32, (output, x0, x1))
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
         if self.model_type == ModelType.VELOCITY:
             return output, ut

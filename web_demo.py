@@ -41,7 +41,7 @@ MAX_WAITING = 20  # drawings in the queue; more are refused
 KEEP_SECONDS = 3600  # of the images that were drawn
 MAX_PIXELATED = 64  # pixels a side: smaller images are enlarged without smoothing
 FIELDS = ("model", "classes", "images_per_class", "method", "steps", "guidance_scale", "interval_low", "interval_high")
-FIELDS += ("seed", "show_steps")  # of `read_order`, in the order of the page
+FIELDS += ("internal_scale", "seed", "show_steps")  # of `read_order`, in the order of the page
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 .status {padding: .6em .8em; border-radius: 8px; border: 1px solid var(--border-color-primary)}
@@ -161,6 +161,8 @@ class Page:
             limits = {"step": 0.05, "min_width": 150}  # `read_order` has the others, and says them in the page
             self.low = gr.Number(0, label=self.text("Guided from"), info=self.text("time; 0: noise"), **limits)
             self.high = gr.Number(1, label=self.text("Guided until"), info=self.text("time; 1: image"), **limits)
+        shown = {"label": self.text("Internal guidance"), "info": self.text("1: none")}
+        self.internal = gr.Slider(0, MAX_GUIDANCE, step=0.1, **shown, **first["internal"])
         with gr.Row():
             self.seed = gr.Number(0, label=self.text("Seed"), precision=0, scale=3, min_width=150)
             self.dice = gr.Button(self.text("Random"), size="md", scale=1, min_width=90, elem_id="dice")
@@ -195,8 +197,9 @@ class Page:
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         quick = {**hidden, "queue": False}
         fields = [self.model, self.classes, self.each, self.method, self.steps, self.scale, self.low, self.high]
-        fields += [self.seed, self.shows]
-        chosen = [self.about, self.classes, self.method, self.steps, self.scale, self.interval, self.low, self.high]
+        fields += [self.internal, self.seed, self.shows]
+        chosen = [self.about, self.classes, self.method, self.steps, self.scale, self.interval, self.internal]
+        chosen += [self.low, self.high]
         self.model.input(self.choose_model, self.model, chosen, **quick)
         self.method.input(self.choose_method, [self.model, self.method], self.steps, **quick)
         self.dice.click(draw_seed, None, self.seed, **quick)
@@ -216,6 +219,7 @@ class Page:
             "steps": {"minimum": method.min_steps, "value": method.steps},
             "scale": {"value": choice.guidance_scale, "interactive": choice.is_guided},
             "interval": {"visible": choice.is_transport and choice.is_guided},
+            "internal": {"visible": choice.model.has_second, "value": 1},
         }
 
     def choose_model(self, index):

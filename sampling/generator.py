@@ -360,7 +360,12 @@ def load_network(model, state, source, block=None):
 
 def in_float32(network):
     """Returns a function like the network whose output is float32, in which guidance and samplers compute."""
-    return lambda x, t, y, **hooks: network(x, t, y, **hooks).astype("float32")
+    return lambda *inputs, **hooks: as_float32(network(*inputs, **hooks))
+
+
+def as_float32(outputs):
+    """Returns what a network returns, an output or several, in float32."""
+    return tuple(map(as_float32, outputs)) if isinstance(outputs, tuple) else outputs.astype("float32")
 
 
 def _load_weights(model, dtype, vae, key):

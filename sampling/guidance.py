@@ -65,9 +65,9 @@ def internally_guided(model, x, t, y, scale):
 
     `second` is the output of the second final layer; a learned variance stays as it is. Arguments as of `guided`.
     """
-    hook, count = InternalGuidanceHook(), x.shape[1]
-    output = model(x, t, y, hooks=(hook,))
-    latents = autoguidance(output[:, :count], hook.output[:, :count].astype(output.dtype), scale)
+    output, second = model(x, t, y, hooks=(InternalGuidanceHook(),))
+    count = x.shape[1]
+    latents = autoguidance(output[:, :count], second[:, :count].astype(output.dtype), scale)
     return paddle.concat([latents, output[:, count:]], axis=1)
 
 
@@ -112,7 +112,7 @@ def guided(
 
     Args:
         model: called as `model(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, to `(N, C or 2C, H, W)`; for internal
-            guidance with `hooks`, see `models.base.LatentTransformer`.
+            guidance with `hooks` too, see `models.base.LatentTransformer`.
         y: labels `(N,)`, int64.
         cfg_scale: scale of classifier-free guidance; 1 for none.
         channels: how many leading latent channels it guides: 3 as in the official code, None for all. The others, and

@@ -16,6 +16,8 @@ ZH_CN = {
     "Guided until": "引导终点",
     "time; 0: noise": "时间；0 为噪声",
     "time; 1: image": "时间；1 为图像",
+    "Internal guidance": "内部引导强度",
+    "1: none": "1 表示不引导",
     "Seed": "随机种子",
     "Random": "随机",
     "Show the steps on the way": "显示中间步骤",

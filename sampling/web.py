@@ -234,6 +234,7 @@ class Order:
     guidance_interval: tuple | None
     seed: int
     show_steps: bool = False
+    internal_scale: float = 1.0
 
     @property
     def ids(self):
@@ -257,6 +258,8 @@ class Order:
         options = {"seed": self.seed, "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
         if self.choice.is_transport:
             options["guidance_interval"] = self.guidance_interval
+        if self.internal_scale != 1:
+            options["internal_scale"] = self.internal_scale
         return {**options, **self.choice.methods[self.method].options}
 
     def command(self, **flags):
@@ -272,6 +275,8 @@ class Order:
         words += ["--num_inference_steps", str(self.steps), "--guidance_scale", f"{self.guidance_scale:g}"]
         if self.guidance_interval is not None:
             words += ["--guidance_interval", *(f"{time:g}" for time in self.guidance_interval)]
+        if self.internal_scale != 1:
+            words += ["--internal_guidance_scale", f"{self.internal_scale:g}"]
         words += ["--seed", str(self.seed)]
         for name, value in {"vae": choice.vae, **flags}.items():
             words += [] if value is None else [f"--{name}", str(value)]
@@ -293,7 +298,8 @@ def read_order(choices, values, max_images):
     """Returns the `Order` of what a browser sent, a dictionary of anything; `ValueError`, one line, says what is wrong.
 
     Its keys are `model` (a place in `choices`), `classes` (ids), `images_per_class`, `method`, `steps`,
-    `guidance_scale`, `interval_low` and `interval_high` (times, of a SiT), `seed` and `show_steps`.
+    `guidance_scale`, `interval_low` and `interval_high` (times, of a SiT), `internal_scale` (of a model that has what
+    internal guidance needs), `seed` and `show_steps`.
     """
     choice = read_choice(choices, values.get("model"))
     classes = values.get("classes")
@@ -324,9 +330,11 @@ def read_order(choices, values, max_images):
         if low > high:
             raise ValueError(f"guidance interval {low:g} to {high:g}: expected the lower time first")
         interval = None if (low, high) == (0, 1) else (low, high)
+    has_second, internal = choice.model.has_second, values.get("internal_scale")
+    internal = _number("internal guidance", internal, 0, MAX_GUIDANCE) if has_second else 1.0
     seed = _integer("seed", values.get("seed"), 0, MAX_SEED)
     shows = values.get("show_steps") is True
-    return Order(choice, classes, each, key, steps, scale, interval, seed, shows)
+    return Order(choice, classes, each, key, steps, scale, interval, seed, shows, internal)
 
 
 def _given(name, value):

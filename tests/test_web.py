@@ -32,12 +32,14 @@ def choices(tmp_path_factory):
     paths = []
     for kind in ("DiT", "SiT", "LightningDiT"):
         paths.append(folder / kind / "checkpoint-1")
-        write_checkpoint(paths[-1], make_config(kind, sample_size=4))
+        regularizers = [{"type": "internal_guidance", "block": 1}] if kind == "LightningDiT" else []
+        write_checkpoint(paths[-1], make_config(kind, {"regularizers": regularizers}, sample_size=4))
     return list_choices([str(path) for path in paths], DIGITS_VAE)
 
 
 VALUES = {"model": 0, "classes": [3, 7], "images_per_class": 2, "method": "ddpm", "steps": 4, "guidance_scale": 2.5}
-VALUES |= {"interval_low": 0.0, "interval_high": 1.0, "seed": 5, "show_steps": False}
+VALUES |= {"interval_low": 0.0, "interval_high": 1.0, "internal_scale": 1.5, "seed": 5}
+VALUES |= {"show_steps": False}
 SIT = {"model": 1, "method": "euler"}
 
 
@@ -138,6 +140,7 @@ def test_a_drawing_at_the_programs_end_is_no_error_of_the_program(choices, capsy
         ({"guidance_scale": 1e9}, "guidance 1000000000.0: expected"),
         ({**SIT, "interval_low": 0.8, "interval_high": 0.2}, "guidance interval 0.8 to 0.2: expected the lower"),
         ({**SIT, "interval_high": 2}, "guidance interval 2: expected a number from 0 to 1"),
+        ({**SIT, "model": 2, "internal_scale": -1}, "internal guidance -1: expected a number from 0 to 20"),
         ({"seed": -1}, "seed -1: expected an integer from 0 to 4294967295"),
         ({"seed": math.inf}, "seed inf: expected"),
     ],

@@ -19,7 +19,7 @@ from features.autoencoder import open_vae
 from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.files import sha256_of_file
 from runtime.process import one_line, say
-from sampling.generator import Generator, latent_sizes
+from sampling.generator import Generator, as_float32, latent_sizes
 from sampling.guidance_settings import INTERNAL, configured_guidance
 from sampling.many import choose_labels, choose_tile, draw_images
 from sampling.schedulers import sampler_in_training
@@ -146,7 +146,7 @@ class Evaluation:
 
         def network(x, t, y, **hooks):
             with session.precision.autocast():
-                return model(x, t, y, **hooks).astype("float32")
+                return as_float32(model(x, t, y, **hooks))
 
         generator = dataclasses.replace(self.generator, network=network)
         settings = {"seed": self.SEED, "batch_size": self.batch_size, **self.sampling}

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from objectives import make_batch
 from runtime.untrusted import read_json
 from tools.check_features import main as check_features
 from tools.extract_features import main
+from tools.prepare_digits import expected_images
+from tools.train_digits_classifier import main as train_encoder
 from training.supervision.replay import read_dump, replay
 from verification.tiny_runs import write_features
 
@@ -165,7 +168,7 @@ def extracted(images, programs, tmp_path_factory):
 
 
 def read(folder, grid=4, width=6, **options):
-    options |= {"sample_shape": (4, 4, 4), "num_classes": 2, "encoder_features": (grid * grid, width)}
+    options = {"sample_shape": (4, 4, 4), "num_classes": 2, "encoder_features": (grid * grid, width), **options}
     return FeatureDataset(folder, resolution=32, **options)
 
 
@@ -325,6 +328,24 @@ def test_conversion_and_check_take_them_along(kind, extracted, tmp_path, capsys)
     with pytest.raises(SystemExit):
         check_features(check)
     assert "problem: " in capsys.readouterr().out
+
+
+def test_an_encoder_of_digits_is_trained_in_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.train_digits_classifier.COPIES", 1)
+    monkeypatch.setattr("tools.train_digits_classifier.EPOCHS", 3)
+    monkeypatch.setattr("tools.train_digits_classifier.BATCH_SIZE", 32)
+    for path, image in [*expected_images(32).items()][:240]:
+        (tmp_path / "digits" / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "digits" / path)
+    data = {"--data_path": "digits/train", "--heldout": "digits/heldout", "--output": "encoder"}
+    for name in data:
+        data[name] = str(tmp_path / data[name])
+    train_encoder([*itertools.chain(*data.items()), "--as_encoder"])
+    output = extract(
+        tmp_path / "digits/heldout", tmp_path / "set", "--encoder", tmp_path / "encoder", "--token_grid", 4
+    )
+    features = read(output, 4, 128, num_classes=10).read(range(8))[2]
+    assert np.isfinite(features).all() and 0 < features.std()
 
 
 # In a run.

@@ -9,7 +9,9 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from . import ops
+from .hooks import Routing
 from .parallel import LINEARS, initialize
+from .sprint import Sprint
 
 # Keywords that say how a network is computed, not what: they change neither parameters nor outputs.
 _COMPUTATION = ("fused_attention", "enable_recompute", "single_backward", "tensor_parallel_group")
@@ -38,6 +40,8 @@ class LatentTransformer(ops.Layer):
     - class_dropout_prob: share of labels replaced by the null class in training. 0 builds no null class: such a model
       can't be guided;
     - learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021);
+    - sprint_blocks: `(first, last)`, counted from 1, both inclusive, the blocks that are the deep path of `sprint`;
+      None for a network without;
     - fused_attention: use Paddle's fused attention where device and dtype allow; same numbers;
     - enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients; a
       second pass through a kept graph is a crash of Paddle 2.6;
@@ -58,6 +62,7 @@ class LatentTransformer(ops.Layer):
         ValueError: a size that can't be: the message names it.
     """
 
+    sprint_blocks = None  # of a network whose constructor does not have the keyword
     drops_variance = False  # of 2C output channels all leave the network
 
     def __init__(self, keywords):
@@ -67,6 +72,9 @@ class LatentTransformer(ops.Layer):
         self.input_size, self.num_heads = self.sample_size, self.num_attention_heads  # the official names
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}")
+        if self.sprint_blocks and not 1 <= self.sprint_blocks[0] <= self.sprint_blocks[1] <= self.num_layers:
+            blocks = f"must be [first, last] of the blocks 1..{self.num_layers}"
+            raise ValueError(f"sprint_blocks {blocks}, got {list(self.sprint_blocks)}")
         self.grid_size = self.sample_size // self.patch_size
         self.out_channels = self.in_channels * 2 if self.learn_sigma else self.in_channels
         self.hidden_size = self.num_attention_heads * self.attention_head_dim
@@ -81,6 +89,7 @@ class LatentTransformer(ops.Layer):
     def finish(self):
         """Initialises the weights, and tells the layers how to compute."""
         self.initialize_weights()
+        self.sprint = Sprint(self.hidden_size) if self.sprint_blocks else None
         ops.use(self, ops.Operators(self.single_backward, keep_gelu=self.enable_recompute))
 
     def _initialize_linears(self):
@@ -104,12 +113,17 @@ class LatentTransformer(ops.Layer):
 
     def _run_blocks(self, blocks, x, conditions, hooks):
         """Returns the tokens after all blocks: x `(N, T, D)`, conditions: what a block takes beside them."""
+        first, last = self.sprint_blocks or (None, None)
         for hook in hooks:
             hook.begin(self)
         for index, block in enumerate(blocks):
+            if index + 1 == first:
+                dense = x
             for hook in hooks:
                 x, conditions = hook.before(index, x, conditions)
             x = self._run_block(block, x, *conditions)
+            if index + 1 == last:
+                x = self.sprint(dense, x, next((hook for hook in hooks if isinstance(hook, Routing)), None))
             for hook in hooks:
                 x = hook.after(index, x)
         return x

@@ -134,6 +134,7 @@ class DiT(LatentTransformer):
         rope=False,
         rms_norm=False,
         adaln_shift=True,
+        sprint_blocks=None,
         fused_attention=False,
         enable_recompute=False,
         single_backward=False,

@@ -122,6 +122,7 @@ class LargeDiT(LatentTransformer):
         multiple_of=256,
         ffn_dim_multiplier=None,
         norm_eps=1e-5,
+        sprint_blocks=None,
         fused_attention=False,
         enable_recompute=False,
         single_backward=False,

@@ -35,8 +35,11 @@ class Objective:
     For regularizers it has `compare(output, x, drawn)`: of an output `(N, C or 2C, H, W)` of the network, prediction
     and target `(N, C, H, W)` whose squared error is a loss, in float32.
 
-    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
+    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`;
+    `routing`: a `routing.TokenRouting`, or None.
     """
+
+    routing = None
 
     def __init__(self, class_dropout_prob, regularizers=()):
         self.class_dropout_prob = class_dropout_prob
@@ -46,14 +49,14 @@ class Objective:
         """Returns the random numbers for `training_losses`, per sample, by name.
 
         They are `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
-        `force_drop_ids` `(N,)`, if labels are dropped.
+        `force_drop_ids` `(N,)`, if labels are dropped; then those of `routing.TokenRouting.draw`, if tokens are routed.
         """
         rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
         drawn = self.draw_noise(batch.x, rows)
         if self.class_dropout_prob > 0:
             dropped = draw_rows(lambda total: paddle.rand([total]), rows) < self.class_dropout_prob
             drawn["force_drop_ids"] = dropped.astype("int64")
-        return drawn
+        return drawn if self.routing is None else {**drawn, **self.routing.draw(rows)}
 
     def training_losses(self, model, batch, rows=None, drawn=None):
         """Computes the losses at random times, and those of the regularizers.
@@ -71,11 +74,13 @@ class Objective:
         model_kwargs = {"y": batch.y}
         if "force_drop_ids" in drawn:
             model_kwargs["force_drop_ids"] = drawn.pop("force_drop_ids")
+        if self.routing is not None:  # before the other hooks, which see all tokens again behind the routed blocks
+            model_kwargs["hooks"] = (self.routing.hook(drawn),)
         if not self.regularizers:
             return self.losses(model, batch.x, drawn, model_kwargs)
 
         hooks = [regularizer.hook() for regularizer in self.regularizers]
-        model_kwargs["hooks"] = tuple(filter(None, hooks))
+        model_kwargs["hooks"] = (*model_kwargs.get("hooks", ()), *filter(None, hooks))
         output = None
 
         def observed(*inputs, **keywords):

@@ -20,6 +20,7 @@ from weights.runs import damage
 
 # What the dump of another version, or of somebody else, must hold.
 _ARRAYS = {*"x y t noise loss rank micro_step".split()}
+_DRAWN = "t weights noise force_drop_ids routing path_drop".split()
 _KEYS = {*"step kind loss grad_norm learning_rate data_ranks micro_batch precision device sources".split()}
 
 
@@ -47,6 +48,8 @@ def _fits(batch, state, config):
         return False
     rows, model, encoder_shape = (len(sources),), config["model"], setup.encoder_shape(config)
     shapes = dict.fromkeys(batch, rows)
+    if "routing" in batch:
+        shapes["routing"] = (*rows, (model["sample_size"] // model["patch_size"]) ** 2)
     if encoder_shape is not None:
         shapes["features"] = (*rows, *encoder_shape)
     shapes["x"] = shapes["noise"] = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
@@ -70,7 +73,7 @@ def replay(folder, config, batch, state):
     model.eval()  # changes label dropout alone, whose labels are in the batch
     objective = build_objective(config)
     read_names = ["x", "y", *(name for name in EXTRAS if name in batch)]
-    drawn_names = [name for name in ("t", "weights", "noise", "force_drop_ids") if name in batch]
+    drawn_names = [name for name in _DRAWN if name in batch]
 
     def losses_of(rows):
         drawn = {name: paddle.to_tensor(batch[name][rows]) for name in drawn_names}

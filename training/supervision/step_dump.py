@@ -3,9 +3,9 @@
     config.json       the resolved config
     weights.pdparams  the weights that the step met, float32, official names, whole tensors
     batch.pdparams    a row for each sample of the global batch, in its order: latents `x`, labels `y` and, where they
-                      are trained on, an encoder's `features` as read; `t`, `noise`, `force_drop_ids` as drawn;
-                      `loss`, computed once more; `row`, `index` in the set, `position` in the stream, `micro_step`,
-                      `rank`
+                      are trained on, an encoder's `features` as read; `t`, `noise`, `force_drop_ids`, `routing`,
+                      `path_drop` as drawn, where they are; `loss`, computed once more; `row`, `index` in the set,
+                      `position` in the stream, `micro_step`, `rank`
     state.json        step, loss and norm of the run, learning rate, seed, precision, ranks, the samples' files
     manifest.json     sizes and checksums
 

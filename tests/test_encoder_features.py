@@ -26,6 +26,7 @@ from tools.prepare_digits import expected_images
 from tools.train_digits_classifier import main as train_encoder
 from training.supervision.replay import read_dump, replay
 from verification.tiny_runs import write_features
+from weights.files import save_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +205,26 @@ def test_tokens_in_front_are_left_out_and_normalisation_is_the_preprocessors(ima
     np.testing.assert_allclose(read(output, 3)[5][2], expected, atol=4e-3)
 
 
-@pytest.mark.parametrize("library", ["paddlenlp", "ppdiffusers"])
-def test_the_patches_of_a_clip_of_either_library(library, images, tmp_path):
-    transformers = importlib.import_module(f"{library}.transformers")
+def save_officially(model, folder):
+    """Saves a CLIP of ppdiffusers as Hugging Face has it: PyTorch's layout, the vision model's settings inside."""
+    linear = {f"{name}.weight" for name, part in model.named_sublayers() if isinstance(part, paddle.nn.Linear)}
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = {name: np.ascontiguousarray(value.T) if name in linear else value for name, value in state.items()}
+    (folder / "model_state.pdparams").unlink()
+    save_safetensors({**state, "logit_scale": np.ones(1, "float32")}, str(folder / "model.safetensors"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "vision_config": settings}))
+
+
+@pytest.mark.parametrize("library", ["paddlenlp", "ppdiffusers", "official"])
+def test_the_patches_of_a_clip_whoever_saved_it(library, images, tmp_path):
+    transformers = importlib.import_module(f"{library.replace('official', 'ppdiffusers')}.transformers")
     paddle.seed(1)
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**CLIP, patch_size=4))
     model.eval()
     model.save_pretrained(tmp_path / "clip")
+    if library == "official":
+        save_officially(model, tmp_path / "clip")
     output = extract(images, tmp_path / "out", "--encoder", tmp_path / "clip", "--token_grid", 4)
     pixels = np.stack([load_image(path, 32) for path, _ in find_images(str(images))[0]]) / 2 + 0.5
     x = paddle.nn.functional.interpolate(paddle.to_tensor(pixels), [16, 16], mode="bicubic")

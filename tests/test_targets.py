@@ -58,6 +58,16 @@ def draw(kind, size=8):
     return lambda x, t, y: output, batch, paddle.linspace(0, 0.99, size), paddle.randn([size, 4, 4, 4])
 
 
+@pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
+def test_regularizers_compare_velocities_of_data(path):
+    """What they see of a network that predicts data has the loss's error, beyond the clamp too."""
+    model, batch, t, noise = draw("SiT")
+    objective = objective_of("SiT", path_type=path, prediction="x1")
+    losses = objective.losses(model, batch.x, {"t": t, "noise": noise}, {"y": batch.y})
+    prediction, target = objective.compare(model(None, None, None), batch.x, {"t": t, "noise": noise})
+    np.testing.assert_allclose(losses["loss"], ((prediction - target) ** 2).mean([1, 2, 3]), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "name", "value"), [("DiT", "min_snr_gamma", 5.0), ("SiT", "timestep_shift", 0.2)])
 def test_held_out_losses_are_those_of_a_run_without_weights_or_shift(kind, name, value):
     drawn = draw(kind)

@@ -86,7 +86,7 @@ def main(argv=None):
     state, source = read_weights(args.model_path, **how)
     state, note = leave_out(state, source, args.keep_internal_guidance)
     check_finite(state, source=source)
-    fitting, _ = for_sampling(model, state, block=1)  # shapes do not depend on the block
+    fitting = for_sampling(model, state, block=1)[0]  # shapes do not depend on the block
     check_state(state, expected_shapes(fitting), source=source)
     if args.reverse:
         state = official_names(state)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -21,8 +22,11 @@ from objectives import make_batch
 from runtime.untrusted import read_json
 from tools.check_features import main as check_features
 from tools.extract_features import main
+from tools.prepare_digits import expected_images
+from tools.train_digits_classifier import main as train_encoder
 from training.supervision.replay import read_dump, replay
 from verification.tiny_runs import write_features
+from weights.files import save_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +169,7 @@ def extracted(images, programs, tmp_path_factory):
 
 
 def read(folder, grid=4, width=6, **options):
-    options |= {"sample_shape": (4, 4, 4), "num_classes": 2, "encoder_features": (grid * grid, width)}
+    options = {"sample_shape": (4, 4, 4), "num_classes": 2, "encoder_features": (grid * grid, width), **options}
     return FeatureDataset(folder, resolution=32, **options)
 
 
@@ -201,13 +205,26 @@ def test_tokens_in_front_are_left_out_and_normalisation_is_the_preprocessors(ima
     np.testing.assert_allclose(read(output, 3)[5][2], expected, atol=4e-3)
 
 
-@pytest.mark.parametrize("library", ["paddlenlp", "ppdiffusers"])
-def test_the_patches_of_a_clip_of_either_library(library, images, tmp_path):
-    transformers = importlib.import_module(f"{library}.transformers")
+def save_officially(model, folder):
+    """Saves a CLIP of ppdiffusers as Hugging Face has it: PyTorch's layout, the vision model's settings inside."""
+    linear = {f"{name}.weight" for name, part in model.named_sublayers() if isinstance(part, paddle.nn.Linear)}
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = {name: np.ascontiguousarray(value.T) if name in linear else value for name, value in state.items()}
+    (folder / "model_state.pdparams").unlink()
+    save_safetensors({**state, "logit_scale": np.ones(1, "float32")}, str(folder / "model.safetensors"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "vision_config": settings}))
+
+
+@pytest.mark.parametrize("library", ["paddlenlp", "ppdiffusers", "official"])
+def test_the_patches_of_a_clip_whoever_saved_it(library, images, tmp_path):
+    transformers = importlib.import_module(f"{library.replace('official', 'ppdiffusers')}.transformers")
     paddle.seed(1)
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**CLIP, patch_size=4))
     model.eval()
     model.save_pretrained(tmp_path / "clip")
+    if library == "official":
+        save_officially(model, tmp_path / "clip")
     output = extract(images, tmp_path / "out", "--encoder", tmp_path / "clip", "--token_grid", 4)
     pixels = np.stack([load_image(path, 32) for path, _ in find_images(str(images))[0]]) / 2 + 0.5
     x = paddle.nn.functional.interpolate(paddle.to_tensor(pixels), [16, 16], mode="bicubic")
@@ -325,6 +342,24 @@ def test_conversion_and_check_take_them_along(kind, extracted, tmp_path, capsys)
     with pytest.raises(SystemExit):
         check_features(check)
     assert "problem: " in capsys.readouterr().out
+
+
+def test_an_encoder_of_digits_is_trained_in_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.train_digits_classifier.COPIES", 1)
+    monkeypatch.setattr("tools.train_digits_classifier.EPOCHS", 3)
+    monkeypatch.setattr("tools.train_digits_classifier.BATCH_SIZE", 32)
+    for path, image in [*expected_images(32).items()][:240]:
+        (tmp_path / "digits" / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "digits" / path)
+    data = {"--data_path": "digits/train", "--heldout": "digits/heldout", "--output": "encoder"}
+    for name in data:
+        data[name] = str(tmp_path / data[name])
+    train_encoder([*itertools.chain(*data.items()), "--as_encoder"])
+    output = extract(
+        tmp_path / "digits/heldout", tmp_path / "set", "--encoder", tmp_path / "encoder", "--token_grid", 4
+    )
+    features = read(output, 4, 128, num_classes=10).read(range(8))[2]
+    assert np.isfinite(features).all() and 0 < features.std()
 
 
 # In a run.

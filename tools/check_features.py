@@ -2,9 +2,10 @@
 
 Checked: that every latent has its label (and its mirrored twin), shapes, dtypes, that all numbers are finite, labels
 against the number of classes, mean and standard deviation of the latents (about 1 once the autoencoder's scaling factor
-is in them), duplicates, and, where NAME_manifest.json is, its counts and the checksum of every file. With --vae, or
-if the manifest's autoencoder is a folder that is here, some samples are decoded into a picture, one row a class: the
-original image, where it can be reached, what the autoencoder makes of it, and the mirrored twin if there is one.
+is in them), duplicates, an encoder's features if there are any, and, where NAME_manifest.json is, its counts and the
+checksum of every file. With --vae, or if the manifest's autoencoder is a folder that is here, some samples are decoded
+into a picture, one row a class: the original image, where it can be reached, what the autoencoder makes of it, and the
+mirrored twin if there is one.
 
 Each problem is one line. The report, and the picture beside it, go to FEATURE_PATH/NAME_check.json (numbered if it is
 there) unless --output names another file. Exit code: 0 all is well, 1 there are problems, 2 the check can't be done.

@@ -3,6 +3,8 @@
 FEATURE_PATH/NAME_features/<i>.npy       float32 [1, C, H/f, W/f], a posterior sample, scaled as the VAE's config says
 FEATURE_PATH/NAME_features_flip/<i>.npy  with --flip: the same of the mirrored image
 FEATURE_PATH/NAME_labels/<i>.npy         int64 [1]
+FEATURE_PATH/NAME_encoder/<i>.npy        with --encoder: float16 [tokens, width], an encoder's features for REPA
+FEATURE_PATH/NAME_encoder_flip/<i>.npy   with --encoder and --flip: the same of the mirrored image
 FEATURE_PATH/NAME_packed/                with --format packed: all of it in a few large files
 FEATURE_PATH/NAME_classes.json           {"id2label": {"0": <class>, ...}}
 FEATURE_PATH/NAME_checksums.txt          for `sha256sum -c`, in FEATURE_PATH
@@ -17,7 +19,8 @@ noise of image i depends on (seed, i) alone.
 
 Many GPUs: python -m paddle.distributed.launch tools/extract_features.py ...; the ranks share the images and the folder.
 After an interruption the same command goes on where it was, and ends with the same files, to the bit (on the same
-kind of device). An extraction is complete when its manifest is there.
+kind of device). An extraction is complete when its manifest is there. To a complete set --encoder adds an encoder's
+features; what the set was made with is known then, and need not be given.
 """
 
 import argparse
@@ -201,6 +204,8 @@ def extract_latents(args, layout, precision, encoder):
         manifest = extraction.run(latents, num_workers=args.num_workers, skip=args.on_error == "skip")
         if rank == 0:
             say_finished(args, layout, manifest)
+            if encoder is None:
+                say_next_commands(args, ["--vae", args.vae])
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
@@ -210,19 +215,20 @@ def extract_latents(args, layout, precision, encoder):
 
 
 def say_finished(args, layout, manifest) -> None:
-    """Prints what was written, and the commands that come next."""
+    """Prints what was written."""
     if lost := manifest["unreadable"]:
         print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
     places = [layout.packed] if args.format == "packed" else [layout.features, layout.labels]
     classes = counted(manifest["num_classes"], "class", "classes")
     print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
     print(*places, layout.classes, layout.manifest, sep=", ", flush=True)
-    place = ["--feature_path", args.feature_path]
+
+
+def say_next_commands(args, vae=()) -> None:
+    """Prints the commands that come next; `vae`: the flag that names the autoencoder, where it is known."""
+    place = ["--feature_path", args.feature_path, "--image_size", args.image_size]
     config = os.path.join(args.feature_path, "config.json")
-    say_next(
-        ["tools/check_features.py", *place, "--image_size", args.image_size, "--vae", args.vae],
-        ["tools/make_config.py", *place, "--image_size", args.image_size, "--output", config],
-    )
+    say_next(["tools/check_features.py", *place, *vae], ["tools/make_config.py", *place, "--output", config])
 
 
 def extract_encoder(args, layout, extraction, source) -> None:
@@ -239,6 +245,7 @@ def extract_encoder(args, layout, extraction, source) -> None:
         tokens, width = extraction.settings["token_grid"] ** 2, extraction.settings["width"]
         place = layout.packed if os.path.isdir(layout.packed) else layout.encoder
         print(f"encoder features, {tokens} tokens of width {width} an image: {place}, {layout.manifest}")
+        say_next_commands(args)
 
 
 def main(argv: list | None = None) -> None:

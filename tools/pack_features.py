@@ -1,8 +1,9 @@
 """Convert a feature set between one pair of .npy files a sample and the packed format, either way.
 
 OUTPUT gets NAME_packed/, or NAME_features/, NAME_labels/ (and NAME_features_flip/), and NAME_classes.json,
-NAME_checksums.txt and NAME_manifest.json. Every sample is read back and compared bit for bit before the result appears
-under its name. The source's samples are only read. After a kill the same command goes on where it was.
+NAME_checksums.txt and NAME_manifest.json. An encoder's features are taken along. Every sample is read back and compared
+bit for bit before the result appears under its name. The source's samples are only read. After a kill the same command
+goes on where it was.
 
 Packed as packed: --to packed on a packed set changes its dtype or the size of its shards.
 """

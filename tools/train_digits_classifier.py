@@ -7,23 +7,31 @@ target is that of its parts. So corrupted digits have features of their own. OUT
 The classifier in assets/digits_classifier was made by
     python tools/prepare_digits.py --output digits
     python tools/train_digits_classifier.py --data_path digits/train --heldout digits/heldout --output model.safetensors
+
+With --as_encoder it is a convolutional network, and OUTPUT a folder with a program of its last convolution, 128
+features at each of 4 x 4 places: an encoder for `tools/extract_features.py --encoder OUTPUT --token_grid 4`.
 """
+
+import itertools
+import os
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 import numpy as np
 
 from config.checks import FLAG_SEED
 from config.flags import CommandParser, check_paths
-from evaluation.digits import shrink
+from evaluation.digits import SIDE, shrink
 from features.images import find_images, load_pixels
 from runtime.files import check_output, whole_file
 from runtime.process import configure_runtime, run_cli
+from runtime.programs import PROGRAMS
 from runtime.progress import tqdm
 
 configure_runtime()  # before Paddle is imported
 
 SIZE = 32  # of the digits in pixels
 HIDDEN = (128, 64)
+CHANNELS = (32, 64, 128)  # of the convolutional one
 COPIES, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 24, 6, 128, 2e-3, 1e-4
 TURN, STRETCH, SHEAR, MOVE = 12, 0.12, 0.1, 1.5  # largest: degrees, log of the scale, shear, pixels
 CLEAN, NOISY, BLURRED, MIXED = 0.5, 0.2, 0.2, 0.1  # shares of the copies
@@ -90,29 +98,65 @@ def make_samples(images, labels, rng):
     return np.concatenate(inputs), np.concatenate(targets)
 
 
-def train(inputs, targets, rng):
-    """Returns the trained network, a `paddle.nn.Sequential`, by AdamW with a cosine decay to zero."""
+def linear_layers():
+    """Returns the layers of the classifier, and the function that they are, of inputs `(B, 256)`."""
+    from paddle import nn
+
+    sizes = (SIDE * SIDE, *HIDDEN, 10)
+    layers = nn.LayerList([nn.Linear(*pair) for pair in itertools.pairwise(sizes)])
+
+    def forward(x):
+        for layer in layers[:-1]:
+            x = nn.functional.relu(layer(x))
+        return layers[-1](x)
+
+    return layers, forward
+
+
+def convolutions():
+    """Returns the same of a convolutional classifier, its convolutions first."""
+    from paddle import nn
+
+    strides, parts = (1, 2, 2), []
+    for (before, after), stride in zip(itertools.pairwise((1, *CHANNELS)), strides, strict=True):
+        parts += [nn.ReLU(), nn.Conv2D(before, after, 3, stride, padding=1)]
+    layers = nn.LayerList([nn.Sequential(*parts[1:]), nn.Linear(CHANNELS[-1], 10)])
+
+    def forward(x):
+        x = layers[0](x.reshape([-1, 1, SIDE, SIDE]))  # (B, 128, 4, 4)
+        return layers[1](nn.functional.relu(x).mean([2, 3]))
+
+    return layers, forward
+
+
+def save_encoder(features, folder):
+    """Saves convolutions of grey 16x16 images as a program of RGB images (N, 3, H, W) in [0, 1], of any size."""
+    from paddle import nn
+
+    from runtime.programs import save_program
+
+    grey = nn.Conv2D(3, 1, 1, bias_attr=False)
+    nn.initializer.Constant(1 / 3)(grey.weight)
+    program = nn.Sequential(grey, nn.AdaptiveAvgPool2D(SIDE), features)
+    save_program(program, [("images", [3, None, None], "float32")], os.path.join(folder, "model"))
+
+
+def train(network, forward, inputs, targets, rng):
+    """Trains a network, `forward` of its inputs, by AdamW with a cosine decay to zero."""
     import paddle
 
-    sizes = (inputs.shape[1], *HIDDEN, targets.shape[1])
-    layers = [paddle.nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:], strict=True)]
     steps = len(inputs) // BATCH_SIZE
     schedule = paddle.optimizer.lr.CosineAnnealingDecay(LEARNING_RATE, EPOCHS * steps)
-    network = paddle.nn.LayerList(layers)
     optimizer = paddle.optimizer.AdamW(schedule, parameters=network.parameters(), weight_decay=WEIGHT_DECAY)
     for _ in tqdm(range(EPOCHS), desc="epochs"):
         order = rng.permutation(len(inputs))
         for step in range(steps):
             rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-            x = paddle.to_tensor(inputs[rows])  # (B, 256)
-            for layer in layers[:-1]:
-                x = paddle.nn.functional.relu(layer(x))
-            target = paddle.to_tensor(targets[rows])
-            paddle.nn.functional.cross_entropy(layers[-1](x), target, soft_label=True).backward()
+            logits, target = forward(paddle.to_tensor(inputs[rows])), paddle.to_tensor(targets[rows])  # (B, 10) each
+            paddle.nn.functional.cross_entropy(logits, target, soft_label=True).backward()
             optimizer.step()
             optimizer.clear_grad()
             schedule.step()
-    return network
 
 
 def main(argv: list | None = None) -> None:
@@ -121,29 +165,36 @@ def main(argv: list | None = None) -> None:
     parser.add_argument(
         "--heldout", required=True, metavar="FOLDER", help="digits to measure the classifier on, a folder by class"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file to write, or a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    parser.add_argument("--as_encoder", action="store_true", help="train an encoder, which is a folder with a program")
     parser.add_argument("--seed", check=FLAG_SEED, default=0, help="of the copies and the first weights")
     args = parser.parse_args(argv)
-    check_output(args.output, args.overwrite, "--output ")
     check_paths(args, "data_path", "heldout")
+    if args.as_encoder:
+        os.makedirs(args.output, exist_ok=True)
+    output = os.path.join(args.output, PROGRAMS[0]) if args.as_encoder else args.output
+    check_output(output, args.overwrite, "--output ")
     digits, heldout = load_digits(args.data_path), load_digits(args.heldout)
 
     import paddle
 
-    from evaluation.digits import Digits
     from weights.files import save_safetensors
 
     rng = np.random.default_rng(args.seed)
     paddle.seed(args.seed)
-    network = train(*make_samples(*digits, rng), rng)
-    with whole_file(args.output) as partial:
-        save_safetensors({name: value.numpy() for name, value in network.state_dict().items()}, partial)
-    classifier = Digits(args.output)
+    network, forward = convolutions() if args.as_encoder else linear_layers()
+    train(network, forward, *make_samples(*digits, rng), rng)
+    if args.as_encoder:
+        save_encoder(network[0], args.output)
+    else:
+        with whole_file(args.output) as partial:
+            save_safetensors({name: value.numpy() for name, value in network.state_dict().items()}, partial)
     for what, (images, labels) in (("training", digits), ("held-out", heldout)):
-        levels = np.repeat(images.round().astype("uint8")[..., None], 3, axis=-1)
-        print(f"{what} digits: {(classifier(levels)['logits'].argmax(axis=1) == labels).mean():.4f} right")
-    print(f"The classifier is in {args.output}")
+        with paddle.no_grad():
+            found = forward(paddle.to_tensor(as_seen(images))).numpy().argmax(axis=1)
+        print(f"{what} digits: {(found == labels).mean():.4f} right")
+    print(f"The {'encoder' if args.as_encoder else 'classifier'} is in {args.output}")
 
 
 if __name__ == "__main__":

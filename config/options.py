@@ -11,6 +11,7 @@ from config.checks import (
     ABOVE_0,
     BELOW_1,
     BELOW_HALF,
+    BLOCK,
     BOOL,
     CHANNELS,
     CLASS_NAMES,
@@ -18,6 +19,7 @@ from config.checks import (
     FROM_0,
     FROM_0_TO_1,
     INT_FROM_0,
+    INT_FROM_2,
     INT_FROM_4,
     INTERVAL,
     LABELS,
@@ -158,7 +160,7 @@ LARGE_DIT_KEYS = {
 # ---- The section `objective` ----
 
 _EPS, _WEIGHTS = or_null(BELOW_HALF), or_null(one_of("velocity", "likelihood"))
-_AUXILIARY = Option([], LIST, "regularizers to add: objects with `type`, `weight`, ...", training_only=True)
+_REGULARIZERS = Option([], LIST, "losses to add: objects with `type`, `weight`, ...", training_only=True)
 OBJECTIVE_KEYS = {
     "diffusion": {
         "noise_schedule": Option("linear", one_of("linear", "squaredcos_cap_v2"), "betas of the diffusion"),
@@ -170,7 +172,7 @@ OBJECTIVE_KEYS = {
         "timestep_sampler": Option(
             "uniform", one_of("uniform", "loss-second-moment"), "how timesteps are drawn", training_only=True
         ),
-        "auxiliary": _AUXILIARY,
+        "regularizers": _REGULARIZERS,
     },
     "transport": {
         "path_type": Option("Linear", one_of("Linear", "GVP", "VP"), "path from noise to data", True),
@@ -190,14 +192,35 @@ OBJECTIVE_KEYS = {
         "logit_mean": Option(0.0, NUMBER, "mean of the logits of logit-normal times", training_only=True),
         "logit_std": Option(1.0, ABOVE_0, "standard deviation of these logits", training_only=True),
         "cosine_loss": Option(False, BOOL, "add 1 - cos of predicted and true velocity", training_only=True),
-        "auxiliary": _AUXILIARY,
+        "regularizers": _REGULARIZERS,
     },
 }
-# Regularizers by their `type`, with the keys of each beside those of all.
-AUXILIARY_TYPES = {}
-AUXILIARY_KEYS = {
-    "weight": Option(REQUIRED, NUMBER, "factor of the regularizer in the loss"),
-    "layer": Option(None, or_null(INT_FROM_0), "block whose tokens it looks at"),
+# Regularizers by their `type`, with the weights of the official codes; docs/recipes.md says what each of them does.
+_BLOCK = Option(REQUIRED, BLOCK, "block behind which the tokens are taken, from 1 on; -1 is the last")
+REGULARIZER_KEYS = {
+    "layer_sync": {
+        "weight": Option(0.2, FROM_0, "factor in the loss"),
+        "block": _BLOCK,
+        "target_block": replace(_BLOCK, help="block towards whose tokens they are pulled"),
+    },
+    "latent_alignment": {"weight": Option(1.0, FROM_0, "factor in the loss"), "block": _BLOCK},
+    "internal_guidance": {"weight": Option(0.5, FROM_0, "factor in the loss"), "block": _BLOCK},
+    "dispersive": {
+        "weight": Option(0.25, FROM_0, "factor in the loss"),
+        "block": replace(_BLOCK, default=-1),
+        "temperature": Option(1.0, ABOVE_0, "distances are divided by it"),
+        "group": Option(32, INT_FROM_2, "samples that are compared: so many in a row of the global batch"),
+    },
+    "contrastive": {
+        "weight": Option(0.05, FROM_0, "factor of what is taken off the loss"),
+        "group": Option(2, INT_FROM_2, "samples among which partners are, as in dispersive"),
+    },
+    "representation_alignment": {
+        "weight": Option(0.5, FROM_0, "factor in the loss"),
+        "block": _BLOCK,
+        "width": Option(None, or_null(POSITIVE_INT), "width of the encoder's features", unset="as the set has them"),
+        "inner_width": Option(2048, POSITIVE_INT, "inner width of its MLP"),
+    },
 }
 
 

@@ -131,10 +131,7 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         yield f"{what}; use {use}learn_sigma false"
     if objective.get("cosine_loss") and objective["prediction"] != "velocity":
         yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
-    for index, entry in enumerate(objective["auxiliary"]):
-        if entry["layer"] is not None and entry["layer"] >= model["num_layers"]:
-            what = f"layer {entry['layer']} is outside the blocks 0..{model['num_layers'] - 1}"
-            yield f"objective: auxiliary[{index}]: {what}"
+    yield from _regularizer_conflicts(model, objective["regularizers"])
     for label in data["classes"] or ():
         if label >= model["num_classes"]:
             classes = f"0..{model['num_classes'] - 1}"
@@ -155,6 +152,31 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
     if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
         yield f"guidance: channels must be in_channels {model['in_channels']} at most, got {guidance['channels']}"
+
+
+def _regularizer_conflicts(model, regularizers):
+    """Yields in words which regularizers don't fit the network or one another."""
+    layers = model["num_layers"]
+    for index, entry in enumerate(regularizers):
+        where = f"objective: regularizers[{index}]"
+        for key in ("block", "target_block"):
+            if key in entry and abs(entry[key]) > layers:
+                yield f"{where}: {key} must be 1 to {layers}, or -1 to -{layers} from the end, got {entry[key]}"
+        blocks = {(entry[key] - (entry[key] > 0)) % layers for key in ("block", "target_block") if key in entry}
+        if "target_block" in entry and len(blocks) == 1:
+            yield f"{where}: block and target_block are the same block, {entry['block']}"
+        if entry["type"] in [other["type"] for other in regularizers[:index]]:
+            yield f"{where}: a regularizer of the type {entry['type']} stands there already"
+
+
+def check_groups(config, micro_batch):
+    """Raises `ValueError` if a micro-batch of a rank can't be cut into the groups of each regularizer."""
+    for index, entry in enumerate(config["objective"]["regularizers"]):
+        if micro_batch % entry.get("group", 1):
+            raise ValueError(
+                f"objective: regularizers[{index}]: {entry['type']} compares the samples of a group of "
+                f"{entry['group']}; expected micro-batches that are a multiple of it, got {micro_batch} samples a rank"
+            )
 
 
 def check_together(config, source):
@@ -190,11 +212,13 @@ def resolve_config(raw, *, source="config"):
     model = _check_typed(types, _official_names(raw["model"], where), "DiT", where, "model")
     check_sizes(model, where)
     default_type, where = MODEL_TYPES[model["type"]].objective, f"{source}: objective"
-    objective = _check_typed(options.OBJECTIVE_KEYS, raw.get("objective", {}), default_type, where, "objective")
-    types = {name: {**options.AUXILIARY_KEYS, **keys} for name, keys in options.AUXILIARY_TYPES.items()}
-    objective["auxiliary"] = [
-        _check_typed(types, entry, None, f"{where}: auxiliary[{index}]", "regularizer")
-        for index, entry in enumerate(objective["auxiliary"])
+    given = raw.get("objective", {})
+    if isinstance(given, dict) and given.get("auxiliary") == []:  # of checkpoints written before there was any
+        given = {key: value for key, value in given.items() if key != "auxiliary"}
+    objective = _check_typed(options.OBJECTIVE_KEYS, given, default_type, where, "objective")
+    objective["regularizers"] = [
+        _check_typed(options.REGULARIZER_KEYS, entry, None, f"{where}: regularizers[{index}]", "regularizer")
+        for index, entry in enumerate(objective["regularizers"])
     ]
     config = {
         "model": model,

@@ -37,7 +37,8 @@ def __getattr__(name):
 def build_model(config, **overrides):
     """Builds the network of a config, or its `model` section alone, with the official initialisation.
 
-    `overrides` are constructor keywords that win. Raises ValueError for an unknown type or keyword, or a size that
+    A whole config's has the layers of its regularizers too, see `models.regularizers`. `overrides` are constructor
+    keywords that win. Raises ValueError for an unknown type or keyword, or a size that
     can't be.
     """
     from models import MODELS
@@ -47,8 +48,13 @@ def build_model(config, **overrides):
     if name not in MODELS:
         raise ValueError(f"unknown model type {name!r}; known: {', '.join(MODELS)}")
     try:
-        return MODELS[name](**keywords)
+        network = MODELS[name](**keywords)
     except TypeError as error:
         if "unexpected keyword" in str(error):
             raise ValueError(f"model type {name}: {str(error).split('()')[-1].strip()}") from None
         raise
+    if regularizers := config.get("objective", {}).get("regularizers") if "model" in config else None:
+        from models.regularizers import add_regularizers
+
+        add_regularizers(network, regularizers)
+    return network

@@ -19,7 +19,7 @@ class LatentTransformer(ops.Layer):
     """Base of the networks: transformers on square latents in p x p patches, conditioned on a time and a class.
 
     A subclass makes `t_embedder`, `y_embedder`, `final_layer` and blocks with `adaLN_modulation`, calls `finish`, and
-    has `forward(x, t, y, force_drop_ids=None, hooks=())`:
+    has `new_final_layer()`, another layer as its last, and `forward(x, t, y, force_drop_ids=None, hooks=())`:
 
     - x: latents `(N, C, H, W)`;
     - t: times `(N,)`, as the network's docstring says; y: class labels `(N,)`, int64, 0..num_classes (the null class);
@@ -56,6 +56,8 @@ class LatentTransformer(ops.Layer):
     Raises:
         ValueError: a size that can't be: the message names it.
     """
+
+    drops_variance = False  # of 2C output channels all leave the network
 
     def __init__(self, keywords):
         super().__init__()
@@ -101,6 +103,8 @@ class LatentTransformer(ops.Layer):
 
     def _run_blocks(self, blocks, x, conditions, hooks):
         """Returns the tokens after all blocks: x `(N, T, D)`, conditions: what a block takes beside them."""
+        for hook in hooks:
+            hook.begin(self)
         for index, block in enumerate(blocks):
             for hook in hooks:
                 x, conditions = hook.before(index, x, conditions)
@@ -117,6 +121,11 @@ class LatentTransformer(ops.Layer):
         reentrant = self.single_backward and not all(x.stop_gradient for x in inputs)
         # Blocks draw no random numbers: there is no generator state to save and restore.
         return recompute(block, *inputs, preserve_rng_state=False, use_reentrant=reentrant)
+
+    def read_out(self, final_layer, x, c):
+        """Returns the output `(N, C or out_channels, H, W)` of tokens x `(N, T, D)`, conditioning c `(N, E)`."""
+        x = self.unpatchify(final_layer(x, c))
+        return x[:, : self.in_channels] if self.drops_variance else x
 
     def unpatchify(self, x):
         """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""

@@ -164,9 +164,13 @@ class DiT(LatentTransformer):
             )
             for _ in range(num_layers)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, rms_norm=rms_norm)
+        self.final_layer = self.new_final_layer()
         self.rotary = rotary_tensors(rotary_table_2d(attention_head_dim, self.grid_size)) if rope else ()
         self.finish()
+
+    def new_final_layer(self):
+        """Returns a new `FinalLayer` for this network."""
+        return FinalLayer(self.hidden_size, self.patch_size, self.out_channels, rms_norm=self.rms_norm)
 
     @paddle.no_grad()
     def initialize_weights(self):
@@ -187,5 +191,4 @@ class DiT(LatentTransformer):
         x = self.ops.add_table(x, self.pos_embed.astype(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
         x = self._run_blocks(self.blocks, x, (c, *self.rotary), hooks)  # (N, T, D)
-        x = self.final_layer(x, c)  # (N, T, p * p * out_channels)
-        return self.unpatchify(x)
+        return self.read_out(self.final_layer, x, c)

@@ -6,7 +6,10 @@ tensor parallelism every rank of a group has all tokens, and has to do the same 
 
 
 class Hook:
-    """Does nothing, at every block (from 0 on); a subclass overrides one of the methods or both."""
+    """Does nothing, at every block (from 0 on); a subclass overrides what it needs. It serves one pass at a time."""
+
+    def begin(self, network):
+        """Is called before the first block of a pass through the network, a `LatentTransformer` without wrappers."""
 
     def before(self, index, tokens, conditions):
         """Returns what block `index` is to be given instead of tokens `(N, T, D)` and conditions.

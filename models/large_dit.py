@@ -134,7 +134,7 @@ class LargeDiT(LatentTransformer):
         if attention_head_dim % 2:
             raise ValueError(f"attention_head_dim must be even for rotary positions, got {attention_head_dim}")
         hidden_size, group = self.hidden_size, prepare_group(tensor_parallel_group)
-        condition_size = min(hidden_size, MAX_CONDITION_SIZE)
+        self.condition_size = condition_size = min(hidden_size, MAX_CONDITION_SIZE)
 
         self.x_embedder = linear(patch_size * patch_size * in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(condition_size)
@@ -151,9 +151,13 @@ class LargeDiT(LatentTransformer):
             )
             for _ in range(num_layers)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, condition_size)
+        self.final_layer = self.new_final_layer()
         self.rotary = rotary_tensors(rotary_table(attention_head_dim, self.grid_size**2))
         self.finish()
+
+    def new_final_layer(self):
+        """Returns a new `FinalLayer` for this network."""
+        return FinalLayer(self.hidden_size, self.patch_size, self.out_channels, self.condition_size)
 
     @paddle.no_grad()
     def initialize_weights(self):
@@ -177,8 +181,7 @@ class LargeDiT(LatentTransformer):
         x = self.x_embedder(self.patchify(x).astype(self.x_embedder.weight.dtype))  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, E)
         x = self._run_blocks(self.layers, x, (c, *self.rotary), hooks)  # (N, T, D)
-        x = self.final_layer(x, c)  # (N, T, p * p * out_channels)
-        return self.unpatchify(x)
+        return self.read_out(self.final_layer, x, c)
 
 
 class LargeSiT(DropsVariance, LargeDiT):

@@ -10,17 +10,11 @@ class DropsVariance:
     """Mixin, named before a network's class. Keeps the first half of the output channels only, if there are 2C of them.
 
     A `transport` has no use for a variance. With `learn_sigma` the last layer has 2C channels all the same
-    (`out_channels`), as in the official SiT: published weights have that shape.
+    (`out_channels`), as in the official SiT: published weights have that shape. So `forward` predicts velocity (or
+    noise, score, data) `(N, C, H, W)`, at times t `(N,)` in [0, 1], which go to the timestep embedding unscaled.
     """
 
-    def forward(self, x, t, y, force_drop_ids=None, hooks=()):
-        """Predicts velocity (or noise, or score) `(N, C, H, W)` at times t `(N,)` in [0, 1]; see `LatentTransformer`.
-
-        The times go to the timestep embedding unscaled.
-        """
-        # Not a bare `super()`, which Paddle 2.6 can't trace.
-        out = super(DropsVariance, self).forward(x, t, y, force_drop_ids, hooks)  # noqa: UP008  (N, out_channels, H, W)
-        return out[:, : self.in_channels]
+    drops_variance = True
 
 
 class SiT(DropsVariance, DiT):

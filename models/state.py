@@ -4,6 +4,11 @@ import numpy as np
 
 from runtime.untrusted import listed, shortened
 
+REGULARIZERS = "regularizers."  # with it the names of what regularizers learn begin, see `models.regularizers`
+INTERNAL_GUIDANCE = f"{REGULARIZERS}internal_guidance."
+# Internal Guidance's second final layer, and REPA's first projector.
+_OFFICIAL = {"final_layer_xr.": INTERNAL_GUIDANCE, "projectors.0.": f"{REGULARIZERS}representation_alignment."}
+
 # Of DistributedDataParallel and AveragedModel, torch.compile, a network inside another module, Paddle's DataParallel.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "_layers.")
 
@@ -20,6 +25,32 @@ def plain_names(state):
         state = {name[len(prefix) :]: value for name, value in state.items()}
     inner = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
     return inner if len(inner) == len(state) else dict(state)
+
+
+def own_names(state):
+    """Returns a state with the official names of what regularizers learn turned into ours."""
+    return {_renamed(name, _OFFICIAL): value for name, value in state.items()}
+
+
+def official_names(state):
+    """Returns a state with the official names of what regularizers learn, the inverse of `own_names`."""
+    official = {ours: theirs for theirs, ours in _OFFICIAL.items()}
+    return {_renamed(name, official): value for name, value in state.items()}
+
+
+def _renamed(name, prefixes):
+    return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), name)
+
+
+def without_regularizers(state, kept=()):
+    """Returns a state without what regularizers learn, but names that begin with one of `kept`."""
+    kept = tuple(kept)
+    return {name: value for name, value in state.items() if not name.startswith(REGULARIZERS) or name.startswith(kept)}
+
+
+def kinds_of(names):
+    """Lists the types of the regularizers whose parameters these names are."""
+    return sorted({name.split(".")[1] for name in names})
 
 
 def is_state(tree):
@@ -106,8 +137,8 @@ def _count_not_finite(value, chunk=1 << 20):
     return sum(len(piece) - int(np.count_nonzero(np.isfinite(piece))) for piece in pieces)
 
 
-def expected_shapes(model_config):
-    """Returns {parameter name: shape} of the network that the `model` section of a config describes.
+def expected_shapes(config):
+    """Returns {parameter name: shape} of the network of a config, or its `model` section alone; see `build_model`.
 
     Only one block is built, since all of them have the same shapes, and no memory is allocated for it.
     """
@@ -116,12 +147,12 @@ def expected_shapes(model_config):
     from . import build_model
 
     with paddle.LazyGuard():
-        model = build_model({**model_config, "num_layers": 1})
-    shapes = {}
+        model = build_model(config, num_layers=1)
+    shapes, layers = {}, config.get("model", config)["num_layers"]
     for name, parameter in model.named_parameters():
         stem, dot, rest = name.partition(".0.")
         in_block = dot and stem in ("blocks", "layers")
-        names = [f"{stem}.{i}.{rest}" for i in range(model_config["num_layers"])] if in_block else [name]
+        names = [f"{stem}.{i}.{rest}" for i in range(layers)] if in_block else [name]
         shapes.update(dict.fromkeys(names, tuple(parameter.shape)))
     return shapes
 

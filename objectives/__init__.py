@@ -26,6 +26,7 @@ def build_objective(config, ranks_per_batch=1):
     ValueError for a setting that is not accepted; the message names those that are.
     """
     settings, model = dict(config["objective"]), config["model"]
-    kind, regularizers = settings.pop("type"), build_regularizers(settings.pop("auxiliary", []))
+    kind = settings.pop("type")
+    regularizers = build_regularizers(settings.pop("regularizers", []), model["num_layers"])
     network = {name: model[name] for name in ("class_dropout_prob", "learn_sigma")}
     return OBJECTIVES[kind](settings, regularizers=regularizers, ranks_per_batch=ranks_per_batch, **network)

@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import paddle
 
-from models.hooks import Tap
+from objectives.regularizers import Pass
 
 # Where a rank's micro-batch stands in the global batch of an optimizer step: rows [start, stop) of `total`.
 Rows = namedtuple("Rows", "start stop total")
@@ -24,6 +24,9 @@ def draw_rows(sampler, rows):
 
 class Objective:
     """Base of the objectives. A subclass has `draw_noise(x, rows)`, `losses(model, x, drawn, model_kwargs)` and more.
+
+    For regularizers it has `compare(output, x, drawn)`: of an output `(N, C or 2C, H, W)` of the network, prediction
+    and target `(N, C, H, W)` whose squared error is a loss, in float32.
 
     `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
     """
@@ -55,7 +58,7 @@ class Objective:
             drawn: what `draw` returned earlier; None to draw now.
 
         Returns `(N,)` tensors by name: `loss`, to be minimised; its parts where there are any, and each regularizer's
-        loss under its name, without its weight.
+        loss under its name, without its weight. Importance weights of timesteps are on the objective's own part alone.
         """
         drawn = self.draw(batch, rows) if drawn is None else dict(drawn)
         model_kwargs = {"y": batch.y}
@@ -64,15 +67,21 @@ class Objective:
         if not self.regularizers:
             return self.losses(model, batch.x, drawn, model_kwargs)
 
-        tap = Tap(layer for regularizer in self.regularizers for layer in regularizer.layers)
-        losses = self.losses(model, batch.x, drawn, {**model_kwargs, "hooks": (tap,)})
-        missing = tap.layers - tap.tokens.keys()
-        if missing:
-            raise ValueError(f"objective.auxiliary: the network has no block {min(missing)} (they count from 0)")
-        for regularizer in self.regularizers:
-            part = regularizer.loss(tap.tokens, batch)
+        hooks = [regularizer.hook() for regularizer in self.regularizers]
+        model_kwargs["hooks"] = tuple(filter(None, hooks))
+        output = None
+
+        def observed(*inputs, **keywords):
+            nonlocal output
+            output = model(*inputs, **keywords)
+            return output
+
+        losses = self.losses(observed, batch.x, drawn, model_kwargs)
+        for regularizer, hook in zip(self.regularizers, hooks, strict=True):
+            seen = Pass(batch, hook, output, lambda output: self.compare(output, batch.x, drawn))
+            part = regularizer.loss(seen)
             losses[regularizer.name] = part
-            losses["loss"] = losses["loss"] + regularizer.weight * part
+            losses["loss"] = losses["loss"] + regularizer.sign * regularizer.weight * part
         return losses
 
     def end_step(self):

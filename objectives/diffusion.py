@@ -4,6 +4,7 @@ import paddle
 
 from diffusion import create_diffusion, create_named_schedule_sampler
 from objectives.base import Objective, draw_rows
+from transport.utils import at_least_float32
 
 
 class DiffusionObjective(Objective):
@@ -38,6 +39,11 @@ class DiffusionObjective(Objective):
             # Importance weights keep the mean loss what it is under uniform timesteps.
             losses["loss"] = losses["loss"].astype("float32") * drawn["weights"]
         return losses
+
+    def compare(self, output, x, drawn):
+        """Returns `(prediction, target)` as `Objective` says: of the noise or the clean latents, without a variance."""
+        target = x if self._settings["predict_xstart"] else drawn["noise"]
+        return at_least_float32(output[:, : x.shape[1]]), at_least_float32(target)
 
     def validation_losses(self, model, batch, place, noise):
         """Returns the losses `(N,)` at given timesteps and noise; nothing is drawn, and nothing learns from them.

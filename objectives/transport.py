@@ -4,6 +4,7 @@ import paddle
 
 from objectives.base import Objective, draw_rows
 from transport import Sampler, create_transport
+from transport.utils import at_least_float32
 
 
 class TransportObjective(Objective):
@@ -28,6 +29,10 @@ class TransportObjective(Objective):
         losses = self.transport.training_losses(model, x, model_kwargs, x0=drawn["noise"], t=drawn["t"])
         losses.pop("pred")  # the network's output, no loss
         return losses
+
+    def compare(self, output, x, drawn):
+        """Returns `(prediction, target)` as `Objective` says; of a network that predicts data, the velocities."""
+        return self.transport.compare(at_least_float32(output), x, drawn["noise"], drawn["t"])
 
     def validation_losses(self, model, batch, place, noise):
         """Returns the losses at given times and noise; as `DiffusionObjective`'s, `place` from noise to data."""

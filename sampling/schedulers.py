@@ -152,7 +152,7 @@ class CheckpointSampler(DiffusionObjective):
 
     def __init__(self, config):
         self._section = config["objective"]
-        settings = {key: value for key, value in self._section.items() if key not in ("type", "auxiliary")}
+        settings = {key: value for key, value in self._section.items() if key not in ("type", "regularizers")}
         super().__init__(settings, class_dropout_prob=0, learn_sigma=config["model"]["learn_sigma"])
 
     def sample(self, denoiser, noise, *, num_steps, method=None, **options):

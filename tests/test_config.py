@@ -7,7 +7,7 @@ import pytest
 from support.runs import ROOT
 
 from config.flags import LOOPS, Parser, resolve_training
-from config.options import ABOVE_0, AUXILIARY_TYPES, Option
+from config.options import REGULARIZER_KEYS
 from config.schema import ineffective_settings, load_config, resolve_config
 from objectives.regularizers import REGULARIZERS
 from tools.options_table import pages
@@ -112,12 +112,12 @@ def test_switches_of_the_official_lightning_dit():
             "data: classes: label 3 is outside the config's num_classes: 0..2",
         ),
         ("[1, 2]", "expected an object \\{...\\}, got"),
-        ({"model": SMALL, "objective": {"auxiliary": {}}}, "objective: auxiliary must be a list of objects"),
+        ({"model": SMALL, "objective": {"regularizers": {}}}, "objective: regularizers must be a list of objects"),
         (
-            {"model": SMALL, "objective": {"auxiliary": [{"type": "no_such", "weight": 1}]}},
-            r'objective: auxiliary\[0\]: regularizer type must be one of .*, got "no_such"',
+            {"model": SMALL, "objective": {"regularizers": [{"type": "no_such", "weight": 1}]}},
+            r'objective: regularizers\[0\]: regularizer type must be one of layer_sync, .*, got "no_such"',
         ),
-        ({"model": SMALL, "objective": {"auxiliary": [3]}}, r"objective: auxiliary\[0\]: expected an object .*, got 3"),
+        ({"model": SMALL, "objective": {"regularizers": [3]}}, r"regularizers\[0\]: expected an object .*, got 3"),
         (
             {"model": SMALL, "objective": {"type": "transport"}},
             "a DiT with learn_sigma can't be trained by the objective 'transport'; use the model type SiT",
@@ -211,23 +211,30 @@ def test_transport_flags_over_json(tmp_path, loop):
         Parser(loop).parse_args(["--config_file", str(path), "--path_type", "linear"])
 
 
-def test_regularizers_by_their_type(monkeypatch):
-    monkeypatch.setitem(AUXILIARY_TYPES, "smooth", {"width": Option(2.0, ABOVE_0)})
+def test_regularizers_by_their_type():
+    def resolve(*entries):
+        config = resolve_config({"model": {**SMALL, "num_layers": 4}, "objective": {"regularizers": list(entries)}})
+        return config["objective"]["regularizers"]
 
-    def resolve(**entry):
-        config = resolve_config({"model": SMALL, "objective": {"auxiliary": [{"type": "smooth", **entry}]}})
-        return config["objective"]["auxiliary"]
-
-    assert resolve(weight=0.5, layer=0) == [{"type": "smooth", "weight": 0.5, "layer": 0, "width": 2.0}]
-    for entry, message in (
-        ({}, "weight is missing; expected a number"),
-        ({"weight": "1"}, 'weight must be a number, got "1"'),
-        ({"weight": 1, "layer": 1.5}, "layer must be an integer of 0 or more, or null, got 1.5"),
-        ({"weight": 1, "layer": 1}, r"layer 1 is outside the blocks 0\.\.0"),
-        ({"weight": 1, "widht": 1}, "unknown key 'widht'; known: layer, weight, width"),
+    (dispersive,) = resolve({"type": "dispersive", "group": 4})
+    assert dispersive == {"type": "dispersive", "weight": 0.25, "block": -1, "temperature": 1.0, "group": 4}
+    layer_sync = {"type": "layer_sync", "block": 2, "target_block": 4}
+    assert resolve(layer_sync, {"type": "contrastive"})[0]["weight"] == 0.2
+    for entries, message in (
+        ([{"type": "layer_sync", "block": 2}], r"\[0\]: target_block is missing; expected the number of a block, .*"),
+        ([{**layer_sync, "block": 0}], r"\[0\]: block must be the number of a block, from 1 on, .*, got 0"),
+        ([{**layer_sync, "block": -5}], r"\[0\]: block must be 1 to 4, or -1 to -4 from the end, got -5"),
+        ([{**layer_sync, "target_block": -3}], r"\[0\]: block and target_block are the same block, 2"),
+        ([layer_sync, layer_sync], r"\[1\]: a regularizer of the type layer_sync stands there already"),
+        ([{"type": "contrastive", "weight": -0.05}], r"\[0\]: weight must be a number of 0 or more, got -0\.05"),
+        ([{"type": "contrastive", "gruop": 2}], r"\[0\]: unknown key 'gruop'; known: group, weight"),
     ):
-        with pytest.raises(ValueError, match=rf"config: objective: auxiliary\[0\]: {message}"):
-            resolve(**entry)
+        with pytest.raises(ValueError, match=rf"^config: objective: regularizers{message}$"):
+            resolve(*entries)
+
+
+def test_the_key_of_older_checkpoints_is_read():
+    assert resolve_config({"model": SMALL, "objective": {"auxiliary": []}}) == resolve_config({"model": SMALL})
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -268,4 +275,4 @@ def test_tables_in_the_docs_are_current():
 
 
 def test_options_know_every_regularizer():
-    assert set(AUXILIARY_TYPES) == set(REGULARIZERS)
+    assert set(REGULARIZER_KEYS) == set(REGULARIZERS)

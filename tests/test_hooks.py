@@ -1,22 +1,12 @@
-"""Hooks between the blocks, and the regularizers that see tokens through them."""
+"""Hooks between the blocks."""
 
 import numpy as np
 import paddle
 import pytest
-from support.golden import judged
 from support.runs import TINY_MODELS
 
-from config.schema import resolve_config
 from models import build_model
 from models.hooks import Hook, Tap
-from objectives import Batch, build_objective
-from objectives.regularizers import REGULARIZERS
-from verification import official
-
-
-@pytest.fixture(autouse=True)
-def layer_sync(monkeypatch):
-    monkeypatch.setitem(REGULARIZERS, "layer_sync", official.LayerSync)
 
 
 def network(kind, **options):
@@ -91,46 +81,3 @@ def test_a_hook_may_reorder_and_drop_tokens(kind):
     assert (whole.seen, half.seen) == ((16, 16), (8, 8))
     out.sum().backward()
     assert all(paddle.isfinite(p.grad).all() for p in model.parameters() if not p.stop_gradient)
-
-
-# -- Regularizers -----------------------------------------------------------------------------------------------------
-
-
-def objective_of(kind, *auxiliary, **model):
-    config = resolve_config({"model": {**TINY_MODELS[kind], **model}})
-    config["objective"]["auxiliary"] = list(auxiliary)
-    return build_objective(config)
-
-
-def test_losses_and_gradients_with_a_regularizer_are_the_official_ones():
-    judged(official.regularized())
-
-
-def test_regularizers_are_added_by_weight_and_leave_the_rest_alone(kind):
-    plain = objective_of(kind)
-    entry = {"type": "layer_sync", "weight": -0.3, "layer": 1, "target_layer": 0}
-    regularized = objective_of(kind, entry)
-    model, (x, _, y, _) = network(kind)
-    batch = Batch(x, y)
-    paddle.seed(1)
-    drawn = plain.draw(batch)
-    expected = plain.training_losses(model, batch, drawn=drawn)
-    paddle.seed(1)
-    losses = regularized.training_losses(model, batch)  # and nothing else is drawn
-    assert losses.keys() == {*expected, "layer_sync"}
-    assert all(value.shape == [2] for value in losses.values())
-    np.testing.assert_allclose(losses["loss"], expected["loss"] - 0.3 * losses["layer_sync"], rtol=1e-6)
-    place, noise = paddle.to_tensor([0.1, 0.7]), paddle.randn(x.shape)
-    held_out = [objective.validation_losses(model, batch, place, noise) for objective in (plain, regularized)]
-    np.testing.assert_array_equal(*held_out)
-
-
-def test_wrong_regularizers_are_named():
-    entry = {"type": "layer_sync", "weight": 1.0, "layer": 0, "target_layer": 1}
-    with pytest.raises(ValueError, match="unknown type 'dispersed'; known: .*layer_sync"):
-        objective_of("SiT", {**entry, "type": "dispersed"})
-    with pytest.raises(ValueError, match="'layer_sync' stands there twice"):
-        objective_of("SiT", entry, entry)
-    model, (x, _, y, _) = network("SiT")
-    with pytest.raises(ValueError, match="the network has no block 7"):
-        objective_of("SiT", {**entry, "target_layer": 7}).training_losses(model, Batch(x, y))

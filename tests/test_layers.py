@@ -20,7 +20,7 @@ ALLOWED = {
     "diffusion": {"paddle"},
     "transport": {"paddle"},
     "models": {"paddle"},
-    "objectives": {"paddle", "diffusion", "transport", "models.hooks"},
+    "objectives": {"paddle", "diffusion", "transport", "models.hooks", "models.regularizers"},
     "weights": {"paddle", "models", "config", "ppdiffusers"},
     "features": {"paddle", "weights", "config", "objectives.base", "PIL", "ppdiffusers"},
 }

@@ -25,7 +25,7 @@ differ, the Trainer stands first. [training.md](training.md#configs) explains ho
 by `python tools/options_table.py --write`.
 
 """
-AUXILIARY = "Each entry of `auxiliary` has a `type` and these keys, and those of its type:"
+REGULARIZERS = "Each entry of `regularizers` has a `type` and the keys of that type; see [recipes](recipes.md)."
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 OTHERS = "Accepted by every command that has the flag, and not shown by `--help`."
 OTHERS_OF_ONE = """Single commands take further ones: `--checkpoint_path` for `--output` in the converters and
@@ -72,8 +72,8 @@ def page():
         types.setdefault(id(kind.keys), (kind.keys, []))[1].append(name)
     parts += [f"## `model` of type {', '.join(names)}\n\n{table(keys)}\n" for keys, names in types.values()]
     parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in options.OBJECTIVE_KEYS.items()]
-    parts += [f"{AUXILIARY}\n\n{table(options.AUXILIARY_KEYS)}\n"]
-    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in options.AUXILIARY_TYPES.items() if keys]
+    parts += [f"{REGULARIZERS}\n"]
+    parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in options.REGULARIZER_KEYS.items()]
     parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
     parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
     parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]

@@ -143,16 +143,17 @@ def optimizer_state(optimizer, model):
 
 
 @paddle.no_grad()
-def set_optimizer_state(optimizer, model, state, weights=None):
+def set_optimizer_state(optimizer, model, state, weights=None, new=()):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
-    `weights` by name, float32, are the master weights that the state of a float32 run lacks. Raises ValueError for a
+    `weights` by name, float32, are the master weights that the state of a float32 run lacks. The parameters
+    `new`, by name, begin without a state. Raises ValueError for a
     parameter or accumulator that is missing or has another shape.
     """
     shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()
     for name, accumulators in optimizer_state(optimizer, model).items():
-        for key, tensor in accumulators.items():
+        for key, tensor in accumulators.items() if name not in new else ():
             value = state.get(name, {}).get(key)
             if value is None and key == "master_weight" and weights is not None:
                 value = weights[name]

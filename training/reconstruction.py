@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config.schema import load_config
-from models.state import check_state, expected_shapes
+from models.state import INTERNAL_GUIDANCE, check_state, expected_shapes, without_regularizers
 from runtime.files import whole_folder, write_json
 from runtime.progress import tqdm
 from runtime.run_lock import list_experiments
@@ -41,6 +41,7 @@ class Plan:
         coefficients: (n, number of stds), float64. A width that is stored is taken as it is.
         condition: of the matrix of inner products that was solved.
         errors: of each std, how far the best combination of profiles is from the wanted one, as a part of its norm.
+        shapes: of the averages by name: the network's, and those of internal guidance where every snapshot has it.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Plan:
     coefficients: np.ndarray
     condition: float
     errors: np.ndarray
+    shapes: dict
 
     @property
     def amplification(self):
@@ -107,8 +109,8 @@ def plan_averages(run, stds, step=None):
             f"{stored[0][2]}: is the only average of {run}, of std {stored[0][1]:g}; for std {listed(others, 3)} it "
             "takes snapshots of more steps or widths"
         )
-    _check_networks(snapshots, config["model"], os.path.join(run, CONFIG))
-    return Plan(run, config, snapshots, step, list(stds), stored, *_solve(stored, step, stds))
+    shapes = _check_networks(snapshots, config, os.path.join(run, CONFIG))
+    return Plan(run, config, snapshots, step, list(stds), stored, *_solve(stored, step, stds), shapes)
 
 
 def _solve(stored, step, stds):
@@ -158,7 +160,7 @@ def write_averages(plan, output, *, overwrite=False):
     check_folders(output, plan.stds, overwrite)
     used = [index for index, row in enumerate(plan.coefficients) if row.any()]
     _check_sums(plan, used)
-    folders, shapes = _folders(output, plan.stds), expected_shapes(plan.config["model"])
+    folders, shapes = _folders(output, plan.stds), plan.shapes
     os.makedirs(output, exist_ok=True)
     with contextlib.ExitStack() as whole:
         partials = [whole.enter_context(whole_folder(folder)) for folder in folders]
@@ -253,9 +255,10 @@ def _find_config(run):
     return found[0]
 
 
-def _check_networks(snapshots, model, source):
-    """Raises ValueError unless every snapshot is of the network that the `model` section in `source` describes."""
-    shapes = expected_shapes(model)
+def _check_networks(snapshots, config, source):
+    """Returns the `shapes` of a `Plan`; ValueError unless every snapshot is of the network of `config`, in `source`."""
+    model, shapes = config["model"], expected_shapes(config["model"])
+    second = {name: s for name, s in expected_shapes(config).items() if name.startswith(INTERNAL_GUIDANCE)}
     for snapshot in snapshots:
         path = os.path.join(snapshot.folder, SNAPSHOT)
         theirs = read_json(path).get("model") or {}
@@ -266,7 +269,10 @@ def _check_networks(snapshots, model, source):
                 f"{model.get(keys[0])} here"
             )
         for file in snapshot.paths.values():
-            check_state(safe_load(file, shapes_only=True), shapes, source=file, what=source)
+            held = safe_load(file, shapes_only=True)
+            check_state(without_regularizers(held), shapes, source=file, what=source)
+            second = {name: shape for name, shape in second.items() if name in held and held[name].shape == shape}
+    return {**shapes, **second}
 
 
 def _check_sums(plan, used):

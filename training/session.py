@@ -152,7 +152,7 @@ class Session:
             self.notes.append(load_pretrained(pretrained, self.model, config=config))
         self.averages = setup.build_averages(training, self.model, on_host=degrees.sharding > 1)
         if checkpoint is not None:
-            restore_model(checkpoint, self.model, self.averages)
+            self.notes.append(restore_model(checkpoint, self.model, self.averages))
             self.notes.append(setup.describe_data_changes(checkpoint, config, self.dataset))
 
         # What watches and shows the training.

@@ -11,6 +11,7 @@ from collections import namedtuple
 import numpy as np
 
 from config.options import POSITIVE_INT
+from config.schema import check_groups
 from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
 from features.normalization import normalization_differences
@@ -34,7 +35,10 @@ def setup_precision(training, device):
 
 
 def build_network(config, tensor_group=None):
-    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop."""
+    """Builds the network of a run, in float32, from the run's seed: the same weights on every rank, in either loop.
+
+    What its regularizers learn is part of it.
+    """
     import paddle
 
     training = config["training"]
@@ -43,7 +47,7 @@ def build_network(config, tensor_group=None):
     np.random.seed(training["seed"] % 2**32)
     paddle.seed(training["seed"])
     return build_model(
-        config["model"],
+        config,
         fused_attention=training["fused_attention"],
         enable_recompute=training["recompute"],
         single_backward=True,
@@ -81,6 +85,7 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
         seed=training["seed"],
         last_step=0,
     )
+    check_groups(config, sampler.batch_size)
     resume_sampler(sampler, training)
     return Data(dataset, held_out, sampler)
 

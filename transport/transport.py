@@ -133,6 +133,19 @@ class Transport:
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
         return self._losses(call_model(model, xt, t, model_kwargs), ut, x0, t)
 
+    def compare(self, output, x1, x0, t):
+        """Returns `(prediction, target)`, of x1's shape: what a loss at noise x0 and times t `(N,)` compares.
+
+        A score's are times sigma; of a network that predicts the data they are velocities.
+        """
+        x0, x1 = at_least_float32(x0), at_least_float32(x1)
+        t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
+        if self.model_type == ModelType.VELOCITY:
+            return output, ut
+        if self.model_type == ModelType.NOISE:
+            return output, x0
+        return output * self.path_sampler.compute_sigma_t(expand_t_like_x(t, x0))[0], -x0
+
     @full_precision
     def _losses(self, pred, ut, x0, t):
         terms = {"pred": pred}

@@ -7,7 +7,7 @@ import contextlib
 from functools import partial
 
 from runtime.paddle_private import full_float32
-from verification import official
+from verification import official, official_regularizers
 from verification.vectors import NETWORKS, judged
 from verification.verdicts import Check
 
@@ -29,7 +29,7 @@ TF32 = {
     "DDIM": 6.1e-4,
     "transport gradients": 1.2e-3,
     "LightningDiT gradients": 1.6e-3,
-    "regularizer": 9.0e-4,
+    "layer_sync": 9.0e-4,
     "ODE": 1.5e-3,
     "LightningDiT ODE": 4.3e-4,
     "SDE": 5.1e-4,
@@ -94,7 +94,8 @@ CASES = {
     "transport path": once(official.linear_path),
     "transport gradients": once(official.transport_gradients),
     "LightningDiT gradients": once(official.lightning_gradients),
-    "regularizer": once(official.regularized),
+    **{kind: once(official_regularizers.regularized, kind) for kind in official_regularizers.REGULARIZED},
+    "internal_guidance": once(official_regularizers.internal_guidance),
     "ODE": ode,
     "LightningDiT ODE": lightning_ode,
     "SDE": once(official.sde),

@@ -96,10 +96,12 @@ def golden_network(weights, config, scales=None, **overrides):
 
 def fill(model, weights, scales=None):
     """Gives a network the weights of a golden `.pt` file; `scales` as of `FORWARD`."""
+    from models.state import INTERNAL_GUIDANCE
     from weights.source import read_weights
 
-    state, _ = read_weights(golden_file(weights), model=model.settings)
-    assert list(state) == [name for name, _ in model.named_parameters()] == list(model.state_dict())
+    state, _ = read_weights(golden_file(weights), model=model.settings, kept=[INTERNAL_GUIDANCE])
+    names = [name for name, _ in model.named_parameters()]
+    assert names == list(model.state_dict()) == sorted(state, key=lambda name: name.startswith(INTERNAL_GUIDANCE))
     for name, parameter in model.named_parameters():
         factors = (factor for part, factor in (scales or {}).items() if part in name)
         parameter.set_value(state[name] * np.float32(next(factors, 1.0)))

@@ -3,7 +3,7 @@
 import os
 import re
 
-from models.state import turn_linear
+from models.state import own_names, turn_linear, without_regularizers
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
 from weights.rope_tables import split_rope_tables
@@ -33,10 +33,11 @@ def locate_weights(path, *, key=None, layout="auto"):
     return [path], key, layout
 
 
-def read_weights(path, *, key=None, layout="auto", model=None, tables=None):
+def read_weights(path, *, key=None, layout="auto", model=None, tables=None, kept=()):
     """Reads one model's weights: `({name: float32 array}, file)`, Linear weights `[in, out]`; the file that was read.
 
-    The tables of rotary positions in official LightningDiT files are left out, see `rope_tables`.
+    The tables of rotary positions in official LightningDiT files are left out, see `rope_tables`, and so is what
+    regularizers have learned.
 
     Args:
         path: a training checkpoint folder, or a run's (`resolve_run`), a `.pdparams` or `.safetensors` file, an
@@ -48,6 +49,8 @@ def read_weights(path, *, key=None, layout="auto", model=None, tables=None):
             `.safetensors` file says of itself.
         model: the `model` section of the config that they are for, if it is known: other rotary positions are refused.
         tables: a dict, to which the tables that are left out are added.
+        kept: beginnings of the names of what regularizers have learned that is not left out, such as
+            `models.state.INTERNAL_GUIDANCE`.
 
     Raises ValueError, one line that names path: not there, unreadable, no such key, or no weights.
     """
@@ -57,6 +60,7 @@ def read_weights(path, *, key=None, layout="auto", model=None, tables=None):
     weights, left_out = split_rope_tables(weights, source=path, model=model)
     if tables is not None:
         tables.update(left_out)
+    weights = without_regularizers(own_names(weights), kept)
     for name, value in weights.items():  # in place, so that no second set of weights is held
         value = turn_linear(name, value) if layout == "torch" else value
         weights[name] = value.astype("float32", copy=False)

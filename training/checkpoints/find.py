@@ -27,6 +27,7 @@ class Checkpoint:
     read_optimizer: Callable[[], dict]  # the largest part is read when it is wanted
     objective: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
+    new: list = field(default_factory=list)  # parameters of the run that it has not, see `fit_regularizers`
 
     @property
     def optimizer(self):
@@ -36,10 +37,11 @@ class Checkpoint:
 def check_run(source, theirs, config):
     """Raises ValueError if `theirs`, the config of the checkpoint `source`, has another model, objective or latents.
 
+    Other regularizers are no other objective: `checkpoints.state.fit_regularizers` says what becomes of them.
     Latents that are normalised otherwise are other latents; the `features` of `config` are those of its set.
     """
     for section in ("model", "objective"):
-        if listed := differences(theirs[section], config[section]):
+        if listed := differences(theirs[section], config[section], ignored=["regularizers"]):
             raise ValueError(f"{source}: holds another run's {section}: {listed}")
     for what, there, here in normalization_differences(*(each["features"] for each in (theirs, config))):
         raise ValueError(

@@ -5,7 +5,16 @@ import os
 import numpy as np
 
 from config.schema import MODEL_TYPES, differences, own_config, resolve_config, sampling_differences
-from models.state import check_finite, is_state, official_to_paddle, plain_names, turn_linear, without_rounding
+from models.state import (
+    REGULARIZERS,
+    check_finite,
+    is_state,
+    official_to_paddle,
+    own_names,
+    plain_names,
+    turn_linear,
+    without_rounding,
+)
 from runtime.collective import run_on_rank_0
 from runtime.untrusted import inside, read_json, shortened
 from training.checkpoints import find
@@ -78,7 +87,7 @@ def _load_official(path, model):
         if not is_state(state):
             raise ValueError(f"{path}: its {name!r} is no state dict")
         state, _ = split_rope_tables(plain_names(state), source=path, model=model)
-        found[name] = official_to_paddle(state)
+        found[name] = official_to_paddle(own_names(state))
         check_finite(found[name], source=f"{path}: {name}")
     try:
         moments, step = _official_moments([*found["model"]], optimizer)
@@ -146,12 +155,13 @@ def load_pretrained(path, model, *, config=None):
     """
     import paddle
 
-    from training.checkpoints.state import load_weights_into
+    from training.checkpoints.state import fit_regularizers, load_weights_into
 
     path = resolve_run(path)
     note = _check_start(path, config) if config is not None else ""
-    state, source = read_weights(path, model=getattr(model, "settings", None))
+    state, source = read_weights(path, model=getattr(model, "settings", None), kept=[REGULARIZERS])
     parameters = dict(model.named_parameters())
+    fitted, _ = fit_regularizers(state, model)
     check_finite(state, source=source)
     if "pos_embed" in state and "pos_embed" in parameters:
         state["pos_embed"] = without_rounding(state["pos_embed"], parameters["pos_embed"].numpy())
@@ -161,7 +171,8 @@ def load_pretrained(path, model, *, config=None):
         state[table] = parameters[table].numpy()  # tensor parallelism leaves it whole
     with paddle.no_grad():
         load_weights_into(model, state, source)
-    return f"weights of {source}" + (", but a new label table: it has other classes" if kept else "") + note
+    notes = ["but a new label table: it has other classes" if kept else "", fitted or ""]
+    return ", ".join([f"weights of {source}", *filter(None, notes)]) + note
 
 
 # Keys that may differ at the start, because the label table is made anew and the weights' shapes tell of the others.

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.state import check_state
+from models.state import REGULARIZERS, check_state, kinds_of
 from runtime.paddle_private import master_weights
 from training.optimizer import ACCUMULATORS, optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
@@ -61,15 +61,39 @@ def plain_state(part):
 
 @paddle.no_grad()
 def restore_model(checkpoint, model, averages=()):
-    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights."""
+    """Gives a model (not wrapped) and its averages a checkpoint's; averages that it lacks start from its weights.
+
+    Returns a sentence on regularizers of the checkpoint that are dropped, and of the run that start anew, or None.
+    """
+    note, checkpoint.new = fit_regularizers(checkpoint.model, model)
     load_weights_into(model, checkpoint.model, checkpoint.source)
     for average in averages:
         state = checkpoint.averages.get(average.name) or checkpoint.model
+        fit_regularizers(state, model)
         check_state(state, LocalShard(model).whole_shapes(), source=checkpoint.source)
         average.set_state_dict({name: rank_part(value, state[name]) for name, value in model.named_parameters()})
         updates = checkpoint.progress.get("global_step", 0)
         average.num_updates = checkpoint.progress.get(average.key("ema_updates"), updates)
     checkpoint.averages = {}
+    return note
+
+
+def fit_regularizers(state, model):
+    """Makes the regularizers' part of a state `{name: array}` that of a model, which is not wrapped.
+
+    What the model has not, or in another shape, is dropped; what it has in addition gets the model's own values.
+    Returns `(note, names)`: a sentence on it or None, and the names of what is new.
+    """
+    own = {name: value for name, value in model.named_parameters() if name.startswith(REGULARIZERS)}
+    theirs = [name for name in state if name.startswith(REGULARIZERS)]
+    dropped = [name for name in theirs if name not in own or list(state[name].shape) != list(own[name].shape)]
+    for name in dropped:
+        del state[name]
+    new = [name for name in own if name not in state]
+    state.update({name: own[name].numpy() for name in new})
+    changes = {"start anew": new, "are dropped": [name for name in dropped if name not in new]}
+    told = [f"{', '.join(kinds_of(names))} {what}" for what, names in changes.items() if names]
+    return (f"regularizers: {'; '.join(told)}" if told else None), new
 
 
 def load_weights_into(model, state, source):
@@ -85,7 +109,7 @@ def restore_training(checkpoint, session):
     # The weights are wanted for masters that the state may lack; else they go before the largest part is read.
     half = any(parameter.dtype != paddle.float32 for parameter in model.parameters())
     weights, checkpoint.model = (checkpoint.model if half else None), {}
-    set_optimizer_state(optimizer, model, checkpoint.optimizer, weights)
+    set_optimizer_state(optimizer, model, checkpoint.optimizer, weights, new=checkpoint.new)
     progress = checkpoint.progress
     session.lr_scheduler.step(progress.get("lr_scheduler", {}).get("last_epoch", progress["global_step"]))
     scaler = progress.get("scaler") or {}

@@ -97,6 +97,7 @@ class Sizes:
         self.labels = model["num_classes"] + (model["class_dropout_prob"] > 0)
         self.transport = config["objective"]["type"] == "transport"
         self.cosine_loss = config["objective"].get("cosine_loss", False)
+        self.regularizers = config["objective"].get("regularizers", [])
 
     @functools.cached_property
     def parameters(self):
@@ -142,10 +143,24 @@ class Sizes:
                 layer(f"{block}.mlp.{first}", hidden, width, split="columns")
                 layer(f"{block}.mlp.{second}", mlp, hidden, split="rows")
             layer(f"{block}.adaLN_modulation.1", self.condition, self.modulations * hidden, split="columns")
-        if self.rms_norm:
-            add("final_layer.norm_final.weight", hidden)
-        layer("final_layer.linear", hidden, self.patch**2 * self.out_channels)
-        layer("final_layer.adaLN_modulation.1", self.condition, 2 * hidden)
+
+        def final_layer(name):
+            if self.rms_norm:
+                add(f"{name}.norm_final.weight", hidden)
+            layer(f"{name}.linear", hidden, self.patch**2 * self.out_channels)
+            layer(f"{name}.adaLN_modulation.1", self.condition, 2 * hidden)
+
+        final_layer("final_layer")
+        for entry in self.regularizers:
+            name, widths = f"regularizers.{entry['type']}", []
+            if entry["type"] == "internal_guidance":
+                final_layer(name)
+            elif entry["type"] == "latent_alignment":
+                widths = [*[hidden] * 5, self.patch**2 * self.channels]
+            elif entry["type"] == "representation_alignment":
+                widths = [hidden, entry["inner_width"], entry["inner_width"], entry["width"]]
+            for index, pair in enumerate(itertools.pairwise(widths)):
+                layer(f"{name}.{2 * index}", *pair)
         return found
 
 

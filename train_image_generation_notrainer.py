@@ -32,7 +32,7 @@ def train(args, config, stopping):
     from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
     from features.loader import FeatureLoader
-    from objectives import Batch, Rows
+    from objectives import Rows, make_batch
     from runtime.run_lock import RunLock
     from training.checkpoints.experiment import open_experiment
     from training.session import Outputs, build_session
@@ -71,7 +71,7 @@ def train(args, config, stopping):
     for step in range(session.first_step + 1, session.last_step + 1):
         # Forward and backward, micro-batch by micro-batch.
         for micro_step in range(accumulation_steps):
-            batch = Batch(*next(batches))  # (n, C, h, w), (n,)
+            batch = make_batch(next(batches))  # (n, C, h, w), (n,)
             seed_step(settings["seed"], step)
             keep_local = network is not model and micro_step < accumulation_steps - 1
             with network.no_sync() if keep_local else contextlib.nullcontext():

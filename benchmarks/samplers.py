@@ -26,7 +26,7 @@ from runtime.progress import tqdm
 # By the kind of the objective: samplers with their evaluations a step, and the one of the long run.
 SAMPLERS = {
     "diffusion": {"ddim": 1, "dpm": 1, "dpm3": 1, "unipc": 1},
-    "transport": {"euler": 1, "ab2": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4},
+    "transport": {"euler": 1, "ab2": 1, "midpoint": 2, "heun2": 2, "heun2_euler": 2, "heun3": 3, "rk4": 4},
 }
 LONG = {"diffusion": "unipc", "transport": "rk4"}
 XL = {"DiT": "DiT_XL_patch2.json", "SiT": "SiT_XL_patch2.json"}

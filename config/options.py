@@ -11,7 +11,9 @@ from config.checks import (
     ABOVE_0,
     BELOW_1,
     BELOW_HALF,
+    BETWEEN_0_AND_1,
     BLOCK,
+    BLOCKS,
     BOOL,
     CHANNELS,
     CLASS_NAMES,
@@ -28,6 +30,7 @@ from config.checks import (
     OBJECT,
     POSITIVE_INT,
     SEED,
+    SHARE,
     STEPS,
     TEXT,
     WIDTHS,
@@ -125,6 +128,9 @@ _TRANSFORMER = {
     "num_layers": Option(REQUIRED, POSITIVE_INT, "transformer blocks"),
     "num_attention_heads": Option(REQUIRED, POSITIVE_INT, "heads of a block's attention"),
     "attention_head_dim": Option(REQUIRED, POSITIVE_INT, "width of a head; the network's width is heads x this"),
+    "sprint_blocks": Option(
+        None, or_null(BLOCKS), "SPRINT: blocks that are fused with a path around them", unset="none"
+    ),
 }
 _CLASSES = {
     "num_classes": Option(1000, POSITIVE_INT, "classes; the null class is the label after the last"),
@@ -159,6 +165,7 @@ LARGE_DIT_KEYS = {
 
 # ---- The section `objective` ----
 
+VELOCITY_LOSS = ("velocity", "x1")  # predictions that are trained by the error of the velocity
 _EPS, _WEIGHTS = or_null(BELOW_HALF), or_null(one_of("velocity", "likelihood"))
 _REGULARIZERS = Option([], LIST, "losses to add: objects with `type`, `weight`, ...", training_only=True)
 OBJECTIVE_KEYS = {
@@ -169,6 +176,13 @@ OBJECTIVE_KEYS = {
         "sigma_small": Option(False, BOOL, "without `learn_sigma`: the smaller of the two fixed variances"),
         "use_kl": Option(False, BOOL, "train by the variational bound, not the squared error", training_only=True),
         "rescale_learned_sigmas": Option(False, BOOL, "scale the bound's part of the loss", training_only=True),
+        "min_snr_gamma": Option(
+            None,
+            or_null(ABOVE_0),
+            "gamma of min-SNR weights of the squared error; 5 in the paper",
+            unset="no weights",
+            training_only=True,
+        ),
         "timestep_sampler": Option(
             "uniform", one_of("uniform", "loss-second-moment"), "how timesteps are drawn", training_only=True
         ),
@@ -176,21 +190,27 @@ OBJECTIVE_KEYS = {
     },
     "transport": {
         "path_type": Option("Linear", one_of("Linear", "GVP", "VP"), "path from noise to data", True),
-        "prediction": Option("velocity", one_of("velocity", "noise", "score"), "what the network predicts", True),
-        # With velocity prediction, the weight and, off VP, both distances have no effect, as officially.
+        "prediction": Option("velocity", one_of("velocity", "noise", "score", "x1"), "what the network predicts", True),
+        # With velocity and x1, the weight and, off VP, both distances have no effect, officially so with velocity.
         "loss_weight": Option(
-            None, _WEIGHTS, "weight of the loss over time, if not of velocities", True, "none", training_only=True
+            None, _WEIGHTS, "weight of the loss over time, of noise and score", True, "none", training_only=True
         ),
         "train_eps": Option(
-            None, _EPS, "training's distance to the ends of time, if VP or not velocity", True, "by path"
+            None, _EPS, "training's distance to the ends of time, if VP, noise or score", True, "by path"
         ),
         "sample_eps": Option(None, _EPS, "the same in sampling", True, "by path"),
+        "t_eps": Option(
+            0.05, BETWEEN_0_AND_1, "of x1: the velocity's denominator 1 - t is this at least, in sampling too", True
+        ),
         # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
         "timestep_sampling": Option(
             "uniform", one_of("uniform", "logit-normal"), "how training draws times", training_only=True
         ),
         "logit_mean": Option(0.0, NUMBER, "mean of the logits of logit-normal times", training_only=True),
         "logit_std": Option(1.0, ABOVE_0, "standard deviation of these logits", training_only=True),
+        "timestep_shift": Option(
+            0.0, FROM_0, "moves the drawn times: below 1 towards the noise; 0: none", training_only=True
+        ),
         "cosine_loss": Option(False, BOOL, "add 1 - cos of predicted and true velocity", training_only=True),
         "regularizers": _REGULARIZERS,
     },
@@ -275,7 +295,21 @@ LENGTH_KEYS = {
     "gradient_accumulation_steps": Option(1, POSITIVE_INT, "micro-batches a step", True),
     "seed": Option(0, SEED, "seed of weights, data order and noise", True),
 }
-TRAINING_KEYS = {**AVERAGES_PRECISION_KEYS, **OPTIMIZER_KEYS, **LENGTH_KEYS}
+ROUTING_KEYS = {
+    "share": Option(0.5, SHARE, "share of a sample's tokens that skip the blocks"),
+    "blocks": Option(None, or_null(BLOCKS), "blocks that the others alone run through", unset="`sprint_blocks`"),
+    "path_drop_prob": Option(
+        None, or_null(BELOW_1), "share of samples that go without the blocks, with `sprint_blocks`", unset="0.05"
+    ),
+}
+TRAINING_KEYS = {
+    **AVERAGES_PRECISION_KEYS,
+    **OPTIMIZER_KEYS,
+    **LENGTH_KEYS,
+    "routing": Option(
+        None, or_null(OBJECT), "in training, tokens that skip middle blocks; an object, see below", unset="none"
+    ),
+}
 
 
 # ---- The sections `data` and `features` ----
@@ -305,6 +339,7 @@ FEATURES_KEYS = {
     "channel_std": Option(None, or_one_a_channel(FROM_0), "standard deviation of each channel of the latents"),
     "vae": Option(None, or_null(OBJECT), "the autoencoder that encoded the images"),
     "latent_normalization": Option(None, or_null(OBJECT), "what was done to the latents by `data`, as numbers"),
+    "encoder": Option(None, or_null(OBJECT), "the encoder whose features were trained on"),
 }
 VAE_KEYS = {
     "name": Option(None, or_null(TEXT)),
@@ -315,6 +350,11 @@ VAE_KEYS = {
     "shift_factor": Option(None, or_null(NUMBER)),
     "latents_mean": Option(None, or_one_a_channel(NUMBER)),
     "latents_std": Option(None, or_one_a_channel(ABOVE_0)),
+}
+ENCODER_KEYS = {
+    "name": Option(None, or_null(TEXT)),
+    "weights_sha256": Option(None, or_null(TEXT)),
+    "encoder_size": Option(None, or_null(POSITIVE_INT)),
 }
 NORMALIZATION_KEYS = {
     "mean": Option(None, or_one_a_channel(NUMBER)),
@@ -368,6 +408,8 @@ GUIDANCE_KEYS = {
         0.0, FROM_0_TO_1, "how far outputs get the standard deviation back that they have without guidance"
     ),
     "cfg_zero_star": Option(False, BOOL, "CFG-Zero*: fit the output without a class first"),
+    "internal_scale": Option(1.0, NUMBER, "of internal guidance, by the regularizer's second final layer; 1: none"),
+    "internal_interval": Option(None, or_null(INTERVAL), "times between which that is on, as `interval`", unset="all"),
     "timestep_shift": Option(
         0.0, FROM_0, "of a transport: below 1 more of the points in time are near the noise; 0: none"
     ),

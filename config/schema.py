@@ -129,8 +129,16 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         use = f"the model type {twins[0]}, or " if twins else ""
         what = f"a {model['type']} with learn_sigma can't be trained by the objective {objective['type']!r}"
         yield f"{what}; use {use}learn_sigma false"
-    if objective.get("cosine_loss") and objective["prediction"] != "velocity":
-        yield f"objective: cosine_loss is for the prediction velocity, got {objective['prediction']!r}"
+    sprint, routing = model["sprint_blocks"], training["routing"]
+    if sprint and sprint[1] > model["num_layers"]:
+        yield f"model: sprint_blocks must be within the blocks 1..{model['num_layers']}, got {sprint}"
+    if routing:
+        yield from _routing_conflicts(model, objective["regularizers"], routing)
+    if objective.get("cosine_loss") and objective["prediction"] not in options.VELOCITY_LOSS:
+        known = " or ".join(options.VELOCITY_LOSS)
+        yield f"objective: cosine_loss is for the prediction {known}, got {objective['prediction']!r}"
+    if objective.get("use_kl") and objective["min_snr_gamma"] is not None:
+        yield "objective: min_snr_gamma weights the squared error, which use_kl replaces; give one of them"
     yield from _regularizer_conflicts(model, objective["regularizers"])
     for label in data["classes"] or ():
         if label >= model["num_classes"]:
@@ -142,12 +150,17 @@ def _conflicts(model, objective, training, data, evaluation, guidance):
         if evaluation["guidance_scale"] != 1 and model["class_dropout_prob"] == 0:
             what = "guidance needs a null class, a class_dropout_prob above 0"
             yield f"evaluation: guidance_scale must be 1, got {evaluation['guidance_scale']:g}: {what}"
-    interval, of_diffusion = guidance["interval"], objective["type"] == "diffusion"
+    of_diffusion = objective["type"] == "diffusion"
     largest = objective["diffusion_steps"] - 1 if of_diffusion else 1
-    if interval is not None and interval[1] > largest:
-        yield f"guidance: interval must end at {largest} or before, got {interval}: times of the model"
-    elif interval is not None and of_diffusion and not holds_timestep(interval):
-        yield f"guidance: interval must hold a timestep, from 0 to {largest}, got {interval}"
+    for name in ("interval", "internal_interval"):
+        interval = guidance[name]
+        if interval is not None and interval[1] > largest:
+            yield f"guidance: {name} must end at {largest} or before, got {interval}: times of the model"
+        elif interval is not None and of_diffusion and not holds_timestep(interval):
+            yield f"guidance: {name} must hold a timestep, from 0 to {largest}, got {interval}"
+    if guidance["internal_scale"] != 1 and internal_guidance_block({"objective": objective}) is None:
+        scale = guidance["internal_scale"]
+        yield f"guidance: internal_scale {scale:g} needs the regularizer internal_guidance, an entry of the objective"
     if guidance["timestep_shift"] and of_diffusion:
         yield f"guidance: timestep_shift is for a transport, expected 0, got {guidance['timestep_shift']:g}"
     if guidance["channels"] not in ("auto", None) and guidance["channels"] > model["in_channels"]:
@@ -177,6 +190,30 @@ def check_groups(config, micro_batch):
                 f"objective: regularizers[{index}]: {entry['type']} compares the samples of a group of "
                 f"{entry['group']}; expected micro-batches that are a multiple of it, got {micro_batch} samples a rank"
             )
+
+
+def _routing_conflicts(model, regularizers, routing):
+    """Yields in words which settings of token routing don't fit the network or the regularizers."""
+    where, layers, sprint, blocks = "training: routing:", model["num_layers"], model["sprint_blocks"], routing["blocks"]
+    tokens = (model["sample_size"] // model["patch_size"]) ** 2
+    if blocks is None and sprint is None:
+        yield f"{where} blocks is missing; expected [first, last] of the blocks 1..{layers}"
+        return
+    if blocks and blocks[1] > layers:
+        yield f"{where} blocks must be within the blocks 1..{layers}, got {blocks}"
+    if blocks and sprint and blocks != sprint:
+        yield f"{where} blocks must be the model's sprint_blocks {sprint}, or be left out, got {blocks}"
+    if int(tokens * routing["share"]) == 0:
+        yield f"{where} share must be at least one of {tokens} tokens, got {routing['share']:g}"
+    if routing["path_drop_prob"] is not None and sprint is None:
+        what = "path_drop_prob is for a model with sprint_blocks, expected null"
+        yield f"{where} {what}, got {routing['path_drop_prob']:g}"
+    first, last = blocks or sprint
+    for index, entry in enumerate(regularizers):
+        for key in ("block", "target_block"):
+            if key in entry and first <= (entry[key] if entry[key] > 0 else layers + 1 + entry[key]) < last:
+                what = f"behind block {entry[key]} there are only the tokens that are routed through {first}..{last}"
+                yield f"objective: regularizers[{index}]: {key} must not be within training: routing, {what}"
 
 
 def check_together(config, source):
@@ -229,11 +266,18 @@ def resolve_config(raw, *, source="config"):
         "evaluation": check_section(options.EVALUATION_KEYS, raw.get("evaluation", {}), f"{source}: evaluation"),
         "guidance": check_section(options.GUIDANCE_KEYS, raw.get("guidance", {}), f"{source}: guidance"),
     }
+    if config["training"]["routing"] is not None:
+        where = f"{source}: training: routing"
+        config["training"]["routing"] = check_section(options.ROUTING_KEYS, config["training"]["routing"], where)
     check_together(config, source)
     return config
 
 
-_PARTS_OF_FEATURES = {"vae": options.VAE_KEYS, "latent_normalization": options.NORMALIZATION_KEYS}
+_PARTS_OF_FEATURES = {
+    "vae": options.VAE_KEYS,
+    "latent_normalization": options.NORMALIZATION_KEYS,
+    "encoder": options.ENCODER_KEYS,
+}
 
 
 def resolve_features(given, where):
@@ -262,7 +306,9 @@ def manifest_features(manifest, where):
     if all(value is None for value in known.values()):
         known = None
     given = {name: manifest.get(name) for name in ("image_size", "channel_mean", "channel_std")}
-    return resolve_features({**given, "vae": known}, where)
+    encoder = manifest.get("encoder")
+    encoder = {name: encoder.get(name) for name in options.ENCODER_KEYS} if isinstance(encoder, dict) else None
+    return resolve_features({**given, "vae": known, "encoder": encoder}, where)
 
 
 def load_config(path):
@@ -272,6 +318,12 @@ def load_config(path):
             f"{path}: a config is JSON; for an official YAML take the preset of its model, see docs/models.md"
         )
     return resolve_config(read_json(path), source=str(path))
+
+
+def internal_guidance_block(config):
+    """Returns the block of internal guidance's second final layer, as configs count it; None where there is none."""
+    entries = config["objective"].get("regularizers", ())
+    return next((entry["block"] for entry in entries if entry["type"] == "internal_guidance"), None)
 
 
 def own_config(path):
@@ -341,24 +393,34 @@ def weights_config(path, config_file=None, sections=("model", "objective")):
 def ineffective_settings(config):
     """Lists sentences on the settings of a resolved config that differ from the defaults and have no effect."""
     objective, training, data, notes = config["objective"], config["training"], config["data"], []
-    if objective["type"] == "transport" and objective["prediction"] == "velocity":  # as the official transport has it
+    prediction = objective.get("prediction")
+    if prediction in options.VELOCITY_LOSS:  # as the official transport has it
         names = ["loss_weight", *(["train_eps", "sample_eps"] if objective["path_type"] != "VP" else [])]
         if given := [name for name in names if objective[name] is not None]:
             path = objective["path_type"]
-            notes.append(f"{', '.join(given)} has no effect on velocity prediction with the path {path}")
+            notes.append(f"{', '.join(given)} has no effect on {prediction} prediction with the path {path}")
     schedule = training["lr_scheduler_type"]
     of_profiles = ("ema_snapshot_steps", "ema_snapshot_dtype", "ema_update_steps", "ema_on_host")
-    guided = [name for name in options.GUIDANCE_KEYS if name != "timestep_shift"]
+    own = ("timestep_shift", "internal_scale", "internal_interval")
+    guided = [name for name in options.GUIDANCE_KEYS if name not in own]
     cases = (
         (not training["use_ema"], training, ("ema_decay", "ema_warmup"), "without use_ema"),
         (not training["ema_profiles"], training, of_profiles, "without ema_profiles"),
         (schedule != "polynomial", training, ("lr_end", "power"), f"on the schedule {schedule}"),
         (schedule != "cosine", training, ("num_cycles",), f"on the schedule {schedule}"),
         (training["max_steps"] > 0, training, ("epochs",), "beside max_steps"),
+        (prediction not in (None, "x1"), objective, ("t_eps",), f"on {prediction} prediction"),
+        (objective.get("timestep_sampling") == "uniform", objective, ("logit_mean", "logit_std"), "on uniform times"),
         (not data["validation_samples"], data, ("validation_steps",), "without validation_samples"),
         (config["model"]["class_dropout_prob"] == 0, config["guidance"], guided, "without a null class"),
+        (config["guidance"]["internal_scale"] == 1, config["guidance"], own[2:], "without an internal_scale"),
     )
-    keys = {**options.TRAINING_KEYS, **options.DATA_KEYS, **options.GUIDANCE_KEYS}
+    keys = {
+        **options.OBJECTIVE_KEYS["transport"],
+        **options.TRAINING_KEYS,
+        **options.DATA_KEYS,
+        **options.GUIDANCE_KEYS,
+    }
     for is_so, section, names, why in cases:
         notes += no_effect([name for name in names if is_so and section[name] != keys[name].default], why)
     return notes

@@ -19,8 +19,9 @@ def create_diffusion(
     learn_sigma=True,
     rescale_learned_sigmas=False,
     diffusion_steps=1000,
+    min_snr_gamma=None,
 ):
-    """Returns a `SpacedDiffusion` from plain settings; arguments and defaults are those of the official DiT code.
+    """Returns a `SpacedDiffusion` from plain settings; all arguments but the last are those of the official DiT code.
 
     Args:
         timestep_respacing: "" or None for all steps (training); "250", "ddim25", [10, 20]: see `space_timesteps`.
@@ -31,6 +32,7 @@ def create_diffusion(
         learn_sigma: the model has twice the output channels and learns the variance.
         rescale_learned_sigmas: weight the variance's loss by steps / 1000 (RESCALED_MSE).
         diffusion_steps: steps of the process before respacing.
+        min_snr_gamma: weight the squared error by timestep, not beside `use_kl`: see `GaussianDiffusion`; None for not.
 
     Raises:
         ValueError: a value that is not accepted; the message names those that are.
@@ -50,4 +52,5 @@ def create_diffusion(
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
         loss_type=LossType.RESCALED_KL if use_kl else squared,
+        min_snr_gamma=min_snr_gamma,
     )

@@ -10,8 +10,10 @@ whatever the model's precision and whatever `paddle.amp.auto_cast` says outside;
 """
 
 import math
+import numbers
 from collections import deque
 
+import numpy as np
 import paddle
 
 from .diffusion_utils import (
@@ -28,7 +30,36 @@ from .schedules import betas_for_alpha_bar, get_named_beta_schedule  # noqa: F40
 
 
 class GaussianDiffusion(GaussianProcess):
-    """A diffusion process with given betas, its losses and its samplers; arguments: see `GaussianProcess`."""
+    """A diffusion process with given betas, its losses and its samplers.
+
+    Args:
+        min_snr_gamma: weight the squared error of a timestep by min(SNR, gamma) / SNR where the network predicts the
+            noise, by min(SNR, gamma) where it predicts x_0, so that both are the error of x_0 times min(SNR, gamma)
+            (Hang et al. 2023, arXiv:2303.09556); SNR is signal over noise, alphas_cumprod / (1 - alphas_cumprod).
+            The bound of a learned variance is not weighted. None for no weights.
+        process: see `GaussianProcess`.
+    """
+
+    def __init__(self, *, min_snr_gamma=None, **process):
+        super().__init__(**process)
+        self.min_snr_gamma = min_snr_gamma
+        if min_snr_gamma is not None:
+            self._mse_weights = self._min_snr_weights(min_snr_gamma)
+
+    def _min_snr_weights(self, gamma):
+        """Returns the weights `(num_timesteps,)`, float64; ValueError for a gamma or a loss that has none."""
+        if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real) or not 0 < gamma < math.inf:
+            raise ValueError(f"min_snr_gamma={gamma!r}: expected None or a number above 0")
+        if self.loss_type.is_vb():
+            raise ValueError("min_snr_gamma weights the squared error, which use_kl replaces; give one of them")
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            raise ValueError("min_snr_gamma is for networks that predict the noise or x_0, not PREVIOUS_X")
+        with np.errstate(divide="ignore"):  # pure noise, and no noise
+            snr = self.alphas_cumprod / self._one_minus_alphas_cumprod
+            weights = np.minimum(1.0, gamma / snr)
+        if self.model_mean_type == ModelMeanType.START_X:
+            weights = np.where(snr > 0, np.minimum(snr, gamma), 1.0)  # 1 on pure noise, as in the official code
+        return weights
 
     # -- Losses -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +90,8 @@ class GaussianDiffusion(GaussianProcess):
             x_start, noise: `(N, C, ...)`, the data, and noise, drawn if not given.
 
         Returns:
-            dict of `(N,)` tensors: "loss", and for the MSE losses "mse" and, where the variance is learned, "vb".
+            dict of `(N,)` tensors: "loss", and for the MSE losses "mse", weighted if there is a `min_snr_gamma`, and,
+            where the variance is learned, "vb".
         """
         check_timesteps(t, x_start)
         x_start = at_least_float32(x_start)
@@ -83,6 +115,8 @@ class GaussianDiffusion(GaussianProcess):
         else:
             target = self._posterior_mean(x_start, x_t, t)
         mse = mean_flat(paddle.square(target - mean_output))
+        if self.min_snr_gamma is not None:
+            mse = mse * self._extract(t, mse, "_mse_weights")[0]
         if not self._learns_variance:
             return {"mse": mse, "loss": mse}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.inception import Inception, check_images, find_weights
 from runtime.files import sha256_of_file
-from runtime.programs import PROGRAMS, Program, weights_of
+from runtime.programs import PROGRAMS, Program, program_file, weights_of
 from runtime.untrusted import shortened
 
 NAMES = ("inception", "digits")
@@ -96,17 +96,11 @@ class ProgramFeatures:
 
 
 def find_program(path):
-    """Returns the file of a program: `path` itself, one in the folder `path`, or one with a suffix after `path`."""
-    path = os.fspath(path)
-    suffixes = [os.path.splitext(name)[1] for name in PROGRAMS]
-    candidates = [path] if path.endswith(tuple(suffixes)) else []
-    candidates += [os.path.join(path, name) for name in PROGRAMS] + [path + suffix for suffix in suffixes]
-    found = next((file for file in candidates if os.path.isfile(file)), None)
+    """Returns the file of a program, see `runtime.programs.program_file`; ValueError if there is none."""
+    found = program_file(path)
     if found is None:
         raise ValueError(
-            f"features {shortened(path, 500)}: expected {', '.join(NAMES)}, or the path of a program: a folder with "
-            f"{' or '.join(PROGRAMS)}, or what paddle.jit.save was given"
+            f"features {shortened(os.fspath(path), 500)}: expected {', '.join(NAMES)}, or the path of a program: a "
+            f"folder with {' or '.join(PROGRAMS)}, or what paddle.jit.save was given"
         )
-    if not os.path.isfile(weights_of(found)):
-        raise ValueError(f"{found}: there is no {os.path.basename(weights_of(found))} beside it")
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from features.npy import load_npy
 from features.packed import MappedStore
 from features.pairs import NpyReader, PairStore, match_pairs, read_label, without_batch_axis
 from features.statistics import can_be_moments, channel_statistics, channel_sums, statistics_entries, total_std
-from features.store import open_store, read_manifest
+from features.store import open_encoder, open_store, read_manifest
 from runtime.files import sha256_of_file
 from runtime.process import counted, one_line
 from runtime.progress import tqdm
@@ -31,7 +32,7 @@ STD_RANGE = (0.5, 2.0)
 ROW_KINDS = ("latents", "flipped")
 # Of a sample: its label, -1 where there is no valid one; whether its latents are right; the hash of the first.
 SAMPLE = np.dtype([("label", "int64"), ("usable", "bool"), ("digest", "uint64", 2)])
-_shared = []  # what a worker process was started with: the store, a report's facts, whether pairs are hashed
+_shared = []  # what a worker process was started with: both stores, a report's facts, whether pairs are hashed
 
 
 @dataclass
@@ -39,12 +40,14 @@ class Report:
     """The result of `check_set`: `facts`, JSON values, `notes`, sentences, and `problems`, {"kind", "text"} each.
 
     `store` is a `MappedStore` or `Pairs`, `samples` `(N,)` of `SAMPLE`: `(0,)`, with few facts, if there were none.
+    `encoder` is the store of encoder features, or None.
     """
 
     manifest: dict
     layout: Layout
     facts: dict
     store: Any = None
+    encoder: Any = None
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     notes: list = field(default_factory=list)
     problems: list = field(default_factory=list)
@@ -89,6 +92,7 @@ def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, all
         report.problems.append({"kind": "format", "text": one_line(error)})
         return report
     _expect(report, model)
+    _open_encoder(report, kind)
     wanted = None if no_checksums else _read_checksums(report)
 
     size = len(store)
@@ -98,7 +102,9 @@ def check_set(feature_path, kind, name, *, model, num_workers, no_checksums, all
     parts, sums, files = [], 0, {}
     try:
         with (
-            ProcessPoolExecutor(num_workers, fork, _shared.extend, [(store, facts, wanted is not None)]) as pool,
+            ProcessPoolExecutor(
+                num_workers, fork, _shared.extend, [(store, report.encoder, facts, wanted is not None)]
+            ) as pool,
             tqdm(total=size, desc="checking", unit="sample") as bar,
         ):
             spans = [range(size)[start:][:step] for start in range(0, size, step)]
@@ -165,7 +171,7 @@ def check_span(span):
     Returns `(samples, sums, problems, files)`: `(n,)` of `SAMPLE`; `(4, C)` float64, the `channel_sums`, and how many
     mirrored latents are their originals; the last two as of `read_rows`.
     """
-    indices, (store, facts, hashing) = np.array(span), _shared
+    indices, (store, encoder, facts, hashing) = np.array(span), _shared
     channels = facts["row_shape"][0] // (1 + facts["moments"])  # that a model sees
     samples, sums = np.zeros(len(indices), SAMPLE), np.zeros((4, channels))
     rows, labels, whole, problems, files = read_rows(store, indices, facts, hashing)
@@ -195,7 +201,58 @@ def check_span(span):
         if kind == "flipped":
             sums[3] = (array == rows[0]).all(axis=(1, 2, 3)).sum()
     samples["usable"] = whole
+    if encoder is not None:
+        found, read = check_encoder(encoder, indices.tolist(), hashing)
+        problems, files = problems + found, {**files, **read}
     return samples, sums, problems, files
+
+
+def check_encoder(encoder, indices, hashing):
+    """Returns the problems of samples' encoder features, and of pairs that are to be hashed their sums by path."""
+    problems, files, reader, mapped = [], {}, NpyReader(), isinstance(encoder, MappedStore)
+    array = np.empty((1, *encoder.row_shape), encoder.dtype)
+    for kind, index in itertools.product(ROW_KINDS[: 1 + encoder.has_flip], indices):
+        path, text = encoder.source(index, kind), None
+        try:
+            if mapped:
+                encoder.read(np.array([index]), array, np.array([kind == "flipped"]))
+            else:
+                data = Path(path).read_bytes()
+                if hashing:
+                    files["/".join(path.split(os.sep)[-2:])] = hashlib.sha256(data).digest()
+                row = reader.parse(data, path)
+                if row.shape != encoder.row_shape or row.dtype != encoder.dtype:
+                    holds = f"holds {row.dtype} of shape {row.shape}"
+                    raise ValueError(f"{path}: {holds}, expected {encoder.dtype} of shape {encoder.row_shape}")
+                array[0] = row
+            if bad := int((~np.isfinite(array)).sum()):
+                text = f"{path}: {counted(bad, 'number')} not finite"
+        except (ValueError, OSError) as error:
+            text = one_line(error) if path in one_line(error) else f"{path}: {one_line(error)}"
+        problems += [{"kind": "encoder", "text": text}] if text else []
+    return problems, files
+
+
+def _open_encoder(report, kind):
+    """Opens the set's encoder features, if there are any, and compares them with what the manifest tells."""
+    layout, told = report.layout, report.manifest.get("encoder")
+    try:
+        report.encoder = encoder = open_encoder(layout.features_path, kind, layout.name, report.store)
+    except (ValueError, OSError) as error:
+        report.problems.append({"kind": "encoder", "text": one_line(error)})
+        return
+    if encoder is None:
+        if told is not None:
+            report.add("encoder", layout.manifest, "tells of encoder features, which are not there")
+        return
+    tokens, width = encoder.row_shape
+    report.facts["encoder"] = {"tokens": tokens, "width": width, "dtype": encoder.dtype.name}
+    if told is not None and (told["token_grid"] ** 2, told["width"]) != encoder.row_shape:
+        holds = f"holds {tokens} tokens of width {width}"
+        report.add("encoder", encoder.path, f"{holds}, the manifest tells {told['token_grid']}^2 of {told['width']}")
+    if encoder.has_flip != report.store.has_flip or len(encoder) != len(report.store):
+        report.add("encoder", encoder.path, "has other samples, or other mirrored ones, than the latents")
+        report.encoder = None
 
 
 def _expect(report, model):
@@ -296,10 +353,15 @@ def _check_duplicates(report, allowed):
 
 def _read_checksums(report):
     """Returns `{path under the folder: sha256}` of the manifest's checksum file; None if there is none to compare."""
-    checksums = report.manifest.get("checksums")
-    if checksums is None:
+    if report.manifest.get("checksums") is None:
         report.notes.append("no checksums to compare: no manifest, or none in it")
         return None
+    entries = [report.manifest, *([report.manifest.get("encoder", {})] if report.encoder is not None else [])]
+    found = [_read_sums(report, entry["checksums"]) for entry in entries if "checksums" in entry]
+    return None if None in found else {name: value for sums in found for name, value in sums.items()}
+
+
+def _read_sums(report, checksums):
     path = os.path.join(report.layout.features_path, checksums["file"])
     try:
         data = Path(path).read_bytes()

@@ -9,12 +9,12 @@ import numpy as np
 
 from features.image_source import MAX_LABEL
 from features.layout import Layout
-from features.packed import PackedStore, ShardWriter, finish, finished_shards, shard_files, shard_name
-from features.pairs import PairStore, natural_order
+from features.packed import PackedEncoder, PackedStore, ShardWriter, finish, finished_shards, shard_files, shard_name
+from features.pairs import PairEncoder, PairStore, natural_order
 from features.read_ahead import map_ahead
 from features.statistics import channel_sums, statistics_entries
-from features.store import find_features, open_store, read_manifest
-from features.writers import PairWriter, write_checksums
+from features.store import find_features, open_encoder, open_store, read_manifest
+from features.writers import ENCODER_WRITERS, PairWriter, described_checksums, write_checksums
 from runtime.files import sha256_of_file, whole_file, write_json
 from runtime.process import counted, say
 from runtime.progress import tqdm
@@ -39,6 +39,7 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
     if os.path.realpath(output) == os.path.realpath(feature_path):
         raise ValueError(f"--output {output}: is the source's folder; choose another")
     store = open_store(feature_path, source_kind, name)
+    encoder = open_encoder(feature_path, source_kind, name, store)
     if kind == "npy" and shard_samples:
         say("note: --shard_samples has no effect on pairs of .npy files")
     _check_samples(store, kind)
@@ -51,15 +52,16 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
     work = layout.unpacking if kind == "npy" else layout.partial
     plan = {"source": os.path.abspath(store.path), "samples": len(store), "row_shape": list(store.row_shape)}
     plan |= {"flip": store.has_flip, "to": kind, "dtype": dtype, "shard_samples": shard_samples}
+    plan["encoder_shape"] = None if encoder is None else list(encoder.row_shape)
     plan_file = layout.path(f"to_{kind}.json")
     _begin(layout, plan_file, plan, work)
 
     channels = store.row_shape[0] // (1 + bool(manifest.get("moments")))
     source, labels = _Rows(store, num_workers, channels), store.labels
     if kind == "packed":
-        error, sums = _to_packed(source, layout, dtype, rounded_to, shard_samples)
+        error, sums = _to_packed(source, encoder, layout, dtype, rounded_to, shard_samples)
     else:
-        error, sums = _to_pairs(source, layout, dtype, rounded_to)
+        error, sums = _to_pairs(source, encoder, layout, dtype, rounded_to)
     old_classes = Layout(feature_path, name).classes
     if os.path.exists(old_classes):
         with whole_file(layout.classes) as path:
@@ -75,9 +77,13 @@ def convert_set(*, feature_path, output, resolution, to, dtype, shard_samples, n
         "class_counts": np.bincount(labels, minlength=num_classes).tolist(),
         "dtype": dtype,
         "flip": store.has_flip,
-        "checksums": {"file": os.path.basename(layout.checksums), "sha256": sha256_of_file(layout.checksums).hex()},
+        "checksums": described_checksums(layout.checksums),
         **({} if sums is None or keeps else statistics_entries(sums)),
     }
+    if "encoder" in manifest and encoder is not None:
+        new["encoder"] = {**manifest["encoder"], "checksums": described_checksums(layout.encoder_checksums)}
+    elif "encoder" in manifest:
+        del manifest["encoder"]  # of arrays that are gone
     write_json(layout.manifest, {"version": 1, **manifest, **new})
     os.remove(plan_file)  # first: what is left of the work is no plan to go on with
     shutil.rmtree(work, ignore_errors=True)
@@ -124,6 +130,9 @@ def _begin(layout, plan_file, plan, work):
     # A small file takes whole blocks of 4 KiB.
     packed = plan["to"] == "packed"
     sample = row_bytes * files + 20 if packed else (-(-(row_bytes + 128) // 4096) * files + 1) * 4096
+    if plan["encoder_shape"]:
+        row_bytes = 4 * int(np.prod(plan["encoder_shape"]))  # no more than that
+        sample += (row_bytes if packed else -(-(row_bytes + 128) // 4096) * 4096) * files
     if sample * plan["samples"] > free:
         needed = sample * plan["samples"] / 2**30
         raise ValueError(f"{layout.features_path}: needs {needed:.1f} GiB, {free / 2**30:.1f} GiB are free")
@@ -187,7 +196,49 @@ def _compare(source, target, rounded_to):
     return max(errors), sum(sums)
 
 
-def _to_packed(source, layout, dtype, rounded_to, shard_samples):
+def _copy_encoder(source, encoder, layout, made, kind):
+    """Puts encoder features beside latents that are written: in the packed folder `made`, or under the layout `made`.
+
+    They are read back and compared; returns the `(path under the feature folder, sha256)` of their files.
+    """
+    options = {"row_shape": encoder.row_shape, "flip": encoder.has_flip, "dtype": encoder.dtype}
+    if kind == "packed":
+        writer = ENCODER_WRITERS[kind](layout, **options, folder=made)
+        spans = PackedStore(made).spans()
+    else:
+        writer, spans = ENCODER_WRITERS[kind](made, **options), [range(len(source.names))]
+    step = max(1, CHUNK_BYTES // (encoder.dtype.itemsize * int(np.prod(encoder.row_shape)) * (1 + encoder.has_flip)))
+
+    def rows(store, span):
+        read = [np.empty((len(span), *store.row_shape), store.dtype) for _ in range(1 + store.has_flip)]
+        for twin, out in enumerate(read):
+            store.read(np.array(span), out, np.full(len(span), bool(twin)))
+        return read
+
+    def batches(span):
+        for start in range(0, len(span), step):
+            part = span[start : start + step]
+            yield [os.fsdecode(name) for name in source.names[part.start : part.stop]], [], rows(encoder, part)
+            bar.update(len(part))
+
+    files = []
+    with tqdm(total=2 * len(source.names), desc="encoder", unit="sample") as bar:
+        for part, span in enumerate(spans):
+            names = [os.fsdecode(name) for name in source.names[span.start : span.stop]]
+            files += writer.files(part, names, writer.write(part, batches(span)))
+        copy = PackedEncoder(made) if kind == "packed" else PairEncoder(made, PairStore(made.features_path, made.name))
+        for start in range(0, len(source.names), step):
+            span = range(len(source.names))[start : start + step]
+            for old, new in zip(rows(encoder, span), rows(copy, span), strict=True):
+                bad = (old.view("uint8") != new.view("uint8")).reshape(len(span), -1).any(axis=1)
+                if bad.any():
+                    index = span[int(bad.argmax())]
+                    raise ValueError(f"{copy.source(index)}: is not the same as {encoder.source(index)}")
+            bar.update(len(span))
+    return files
+
+
+def _to_packed(source, encoder, layout, dtype, rounded_to, shard_samples):
     """Puts compared shards and their checksums in place; returns what `_compare` does, `(0, None)` if it was before."""
     store, error, sums = source.store, 0.0, None
     if not finished_shards(layout.packed):  # else: a kill after the comparison
@@ -201,14 +252,18 @@ def _to_packed(source, layout, dtype, rounded_to, shard_samples):
                     for names, labels, rows in source.map(source.read, samples, bar):
                         shard.append(rows[0], labels, names, *rows[1:])
         error, sums = _compare(source, source.of(PackedStore(work)), rounded_to)
+        if encoder is not None:
+            write_checksums(layout.encoder_checksums, _copy_encoder(source, encoder, layout, work, "packed"))
         finish(layout.features_path, layout.name)
     shards = [f"{os.path.basename(layout.packed)}/{shard_name(number)}" for number in finished_shards(layout.packed)]
     paths = [f"{shard}/{name}" for shard in shards for name in shard_files(store.has_flip)]
-    write_checksums(layout, ((path, sha256_of_file(os.path.join(layout.features_path, path))) for path in paths))
+    write_checksums(
+        layout.checksums, ((path, sha256_of_file(os.path.join(layout.features_path, path))) for path in paths)
+    )
     return error, sums
 
 
-def _to_pairs(source, layout, dtype, rounded_to):
+def _to_pairs(source, encoder, layout, dtype, rounded_to):
     """Puts compared pairs and their checksums in place; returns what `_to_packed` does."""
     store, work, error, sums = source.store, layout.unpacking, 0.0, None
     made, compared = Layout(work, layout.name), os.path.join(work, "compared")
@@ -221,11 +276,13 @@ def _to_pairs(source, layout, dtype, rounded_to):
     if not os.path.exists(compared):  # else: a kill while the folders moved
         os.makedirs(work, exist_ok=True)
         with tqdm(total=len(store), desc="unpacking", unit="sample") as bar:
-            write_checksums(made, itertools.chain.from_iterable(source.map(write, range(len(store)), bar)))
+            write_checksums(made.checksums, itertools.chain.from_iterable(source.map(write, range(len(store)), bar)))
         error, sums = _compare(source, source.of(PairStore(work, layout.name)), rounded_to)
+        if encoder is not None:
+            write_checksums(made.encoder_checksums, _copy_encoder(source, encoder, layout, made, "npy"))
         open(compared, "wb").close()
     # The features last, because a set is found by them.
-    for name in ("checksums", "labels", "flipped", "features"):
+    for name in ("encoder_checksums", "encoder", "encoder_flipped", "checksums", "labels", "flipped", "features"):
         if os.path.exists(getattr(made, name)):
             os.rename(getattr(made, name), getattr(layout, name))
     return error, sums

@@ -1,14 +1,16 @@
 """Latent features as a dataset: a sample by its number, with the flips, noise and classes that a config asks for."""
 
 import copy
+import math
 import os
+import shlex
 
 import numpy as np
 
 from features.layout import Layout
 from features.normalization import choose_normalization, normalize
 from features.statistics import can_be_moments
-from features.store import MemoryStore, find_features, open_store, read_manifest, size_note
+from features.store import MemoryStore, find_features, open_encoder, open_store, read_manifest, size_note
 from runtime.process import counted
 
 _FLIP, _NOISE, _FIXED_NOISE, _HELD_OUT = range(4)  # draws that must not repeat one another
@@ -52,6 +54,9 @@ class FeatureDataset:
         seed: of flips and posterior samples.
         latent_normalization, latent_multiplier: as in a config's section `data`; None normalises LightningDiT's latents
             alone. `normalization` then holds what is done, as numbers, see `features.normalization`.
+        encoder_features: also read what an encoder says of each image, an item's third part: True, or the shape
+            `(tokens, width)` that a config takes, any width if that is None. `encoder` is their store, None if they are
+            not asked for: then they are not opened.
 
     Items are `(latent float32 (C, h, w), label int64)`; `read` gets many at once. What is drawn at a visit is a
     function of the seed and the sample's position in the stream alone: resuming, ranks, workers and accumulation
@@ -73,6 +78,7 @@ class FeatureDataset:
         seed=0,
         latent_normalization=None,
         latent_multiplier=1.0,
+        encoder_features=None,
     ):
         kind, name = find_features(feature_path, resolution)
         self.store = open_store(feature_path, kind, name)
@@ -94,6 +100,10 @@ class FeatureDataset:
                 f"{path}: flips were asked for, but no mirrored latents are there; extract with --flip, "
                 "or train without: --no_flip"
             )
+        self.encoder = None
+        if encoder_features:
+            self.encoder = open_encoder(feature_path, kind, name, self.store)
+            self._check_encoder(encoder_features, feature_path, name, manifest.get("image_size"))
         if kind != "pairs":
             self._check_labels(self.store.labels, np.arange(len(self.store)))
         if kind == "packed":
@@ -122,6 +132,27 @@ class FeatureDataset:
             holds = f"holds {self.store.dtype} of shape {shape}"
             raise ValueError(f"{self.store.source(0)}: {holds}, {takes}{self._fitting_config(shape)}")
         self.store.expected = takes
+
+    def _check_encoder(self, expected, feature_path, name, image_size):
+        """Raises ValueError unless there are encoder features of the expected shape, of mirrored images too."""
+        tokens, width = (None, None) if expected is True else expected
+        command = ["python tools/extract_features.py --data_path IMAGES --encoder ENCODER --feature_path"]
+        command += [shlex.quote(os.fspath(feature_path)), f"--image_size {image_size}" if image_size else ""]
+        command += ["" if name == f"imagenet{image_size or 256}" else f"--name {shlex.quote(name)}"]
+        command = " ".join([*filter(None, command), *([f"--token_grid {math.isqrt(tokens)}"] if tokens else [])])
+        takes = f" of width {width}" if width else ""
+        takes = "" if expected is True else f", the config takes {tokens} tokens{takes}"
+        if self.encoder is None:
+            raise ValueError(f"{self.features_dir}: has no encoder features{takes}; make them: {command}")
+        found = self.encoder.row_shape
+        if tokens not in (None, found[0]) or width not in (None, found[1]):
+            holds = "{} tokens of width {}".format(*found)
+            mend = f'write "width": {found[1]} in its objective.regularizers, or null'
+            if found[0] != tokens:
+                mend = f"make others: {command} --replace_encoder"
+            raise ValueError(f"{self.encoder.source(0)}: holds encoder features of {holds}{takes}; {mend}")
+        if self.flip and not self.encoder.has_flip:
+            raise ValueError(f"{self.encoder.path}: has none of the mirrored images; train without: --no_flip")
 
     def _fitting_config(self, shape):
         """Returns what to write in the config for latents of this shape, as the end of a message; perhaps empty."""
@@ -156,12 +187,12 @@ class FeatureDataset:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        latents, labels = self.read([index % len(self)])
-        return latents[0], labels[0]
+        return tuple(array[0] for array in self.read([index % len(self)]))
 
     def read(self, indices, positions=None):
         """Returns `(latents float32 (n, C, h, w), labels int64 (n,))` of the samples `(n,)`, each in 0..len-1.
 
+        With encoder features there is a third array, `(n, tokens, width)` as stored: float16, or float32.
         `positions`, `(n,)`, are where they stand in the sample stream. None: nothing is mirrored, and posterior samples
         take the noise of their place in the set.
         """
@@ -174,7 +205,18 @@ class FeatureDataset:
         labels = self.store.read(stored, rows, mirrored)
         self._check_labels(labels, stored)
         latents = self._draw(rows, stored, positions) if self.moments else rows
-        return latents if self.normalization is None else normalize(latents, self.normalization), labels
+        latents = latents if self.normalization is None else normalize(latents, self.normalization)
+        if self.encoder is None:
+            return latents, labels
+        features = np.empty((len(stored), *self.encoder.row_shape), self.encoder.dtype)
+        self.encoder.read(stored, features, mirrored)
+        return latents, labels, features
+
+    @property
+    def sample_bytes(self):
+        """The bytes of a sample as `read` returns it."""
+        encoder = 0 if self.encoder is None else np.prod(self.encoder.row_shape) * self.encoder.dtype.itemsize
+        return int(4 * np.prod(self.sample_shape) + 8 + encoder)
 
     def _draw(self, rows, stored, positions):
         """Returns latents `(n, C, h, w)` of rows of moments: their means, or samples."""
@@ -236,5 +278,7 @@ class FeatureDataset:
         part = copy.copy(self)
         indices = np.arange(len(self.store)) if self._indices is None else self._indices
         part.store, part._indices = MemoryStore(self.store, indices, flip=self.flip), None
+        if self.encoder is not None:
+            part.encoder = MemoryStore(self.encoder, indices, flip=self.flip)
         part._stored = indices
         return part

@@ -118,6 +118,12 @@ def _at(settings, place, default=None):
     return settings
 
 
+def set_classes(layout):
+    """Returns the classes of a complete set in the order of their labels; None where they can't be read."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+        return [*map(str, read_json(layout.classes)["id2label"].values())]
+
+
 class Journal:
     """The list of the parts that are on the disk, which all ranks write, each into a file of its own.
 
@@ -156,9 +162,9 @@ class Journal:
                     new.append(part)
         return new
 
-    def add(self, part, unreadable, digests, sums):
+    def add(self, part, unreadable, digests, sums=None):
         """Notes that a part's files are on the disk; digests: their sha256 sums, bytes; sums: of `channel_sums`."""
-        line = [part, unreadable, [digest.hex() for digest in digests], sums.tolist()]
+        line = [part, unreadable, [digest.hex() for digest in digests], None if sums is None else sums.tolist()]
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         self.parts[part] = unreadable, b"".join(digests), line[-1]
@@ -166,6 +172,48 @@ class Journal:
     def close(self):
         with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer, again
             self._file.close()
+
+
+def encode_ahead(source, batches, encoder, settings, *, num_workers, overflow):
+    """Yields (indices, labels, [rows, rows of mirrored images], {index: error} of what can't be read) of each batch.
+
+    The other rows come out the same to the bit whatever fails, because a batch keeps its shape: an unreadable image's
+    pixels are zeros. Threads read ahead, not processes, because Pillow decodes and scales without Python's lock.
+    The batches come one behind: while the device computes on one, the caller writes the one before.
+
+    Args:
+        source: an `ImageSource`. batches: lists of its images' numbers.
+        encoder: called as a `LatentEncoder` is.
+        settings: a manifest's `image_size`, `flip` and `encoding.batch_size`.
+        overflow: what the `ValueError` for numbers that are not finite says.
+    """
+    size, flip, batch_size = settings["image_size"], settings["flip"], settings["encoding"]["batch_size"]
+    empty = np.zeros((size, size, 3), "uint8")
+
+    def read(index):
+        try:
+            return source.pixels(index, size), None
+        except UnreadableImage as error:
+            return empty, error
+
+    def start(indices):
+        pixels, errors = zip(*itertools.islice(images, len(indices)), strict=True)
+        lost = {index: error for index, error in zip(indices, errors, strict=True) if error}
+        pixels = np.stack(pixels)
+        return indices, lost, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
+
+    def fetch(indices, lost, tensors):
+        kept = [index for index in indices if index not in lost]
+        arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
+        for index, *rows in zip(kept, *arrays, strict=True):
+            if not np.isfinite(rows).all():
+                raise ValueError(f"{source.name(index)}: {overflow}")
+        return kept, source.labels[kept].tolist(), arrays, lost
+
+    count = max(2 * batch_size, 4 * num_workers)
+    with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as images:
+        for started, _ in itertools.pairwise(itertools.chain(map(start, batches), [None])):
+            yield fetch(*started)
 
 
 class Extraction:
@@ -179,10 +227,11 @@ class Extraction:
 
     # The beginning.
 
-    def open(self, data_path, list_file):
+    def open(self, data_path, list_file, announce=None):
         """Begins, or goes on, with the images of `open_source`; returns False if all is done already.
 
-        The other ranks wait until rank 0 has listed the images. ValueError if the folder holds another extraction.
+        The other ranks wait until rank 0 has listed the images and called `announce`, if it is given, with their
+        number: nothing is written before. ValueError if the folder holds another extraction.
         """
         layout, root = self.layout, source_root(data_path, list_file)
         if self.rank > 0:
@@ -190,8 +239,10 @@ class Extraction:
         saved = check_earlier(layout, self.settings)
         source = ImageSource.load(layout.images, root) if saved == layout.settings else None
         if source is None or source.kind != "tar":  # whose headers take long to read
-            source = open_source(data_path, list_file, source.classes if source else self._finished_classes())
+            source = open_source(data_path, list_file, source.classes if source else set_classes(layout))
         self._take(source, saved)
+        if announce is not None:
+            announce(len(source))
         if saved == layout.manifest:
             folder = layout.packed if self.settings["format"] == "packed" else layout.features
             if not os.path.isdir(folder):
@@ -204,11 +255,6 @@ class Extraction:
             write_json(layout.settings, self.settings)
         self.settings = read_json(layout.settings)  # the folders' names are those of the first start
         return True
-
-    def _finished_classes(self):
-        """Returns the classes of a complete extraction in the order of their labels; None where they can't be read."""
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
-            return [*map(str, read_json(self.layout.classes)["id2label"].values())]
 
     def _join(self, root):
         """Waits until rank 0 has begun; returns what `open` does."""
@@ -271,7 +317,14 @@ class Extraction:
                     "it out; give that again, or choose another --feature_path or --name to start anew"
                 )
             mine = [part for part in range(self.rank, len(parts), self.world) if part not in journal.parts]
-            encoded = self._encode([batch for part in mine for batch in parts[part]], encoder, num_workers)
+            encoded = encode_ahead(
+                source,
+                [batch for part in mine for batch in parts[part]],
+                encoder,
+                settings,
+                num_workers=num_workers,
+                overflow="its latent is not finite, the VAE overflows in --dtype",
+            )
             done = sum(counts[part] for part in journal.parts)
             progress = tqdm(total=len(source), initial=done, desc="features", unit="image", disable=self.rank != 0)
 
@@ -301,41 +354,6 @@ class Extraction:
                     time.sleep(0.2)
                     count_others()
             return self._finish(writer, parts, journal.parts) if self.rank == 0 else None
-
-    def _encode(self, batches, encoder, num_workers):
-        """Yields (indices, labels, [latents, mirrored latents], {index: error} of what can't be read) of each batch.
-
-        The others come out the same to the bit whatever fails, because a batch keeps its shape: an unreadable image's
-        pixels are zeros. Threads read ahead, not processes, because Pillow decodes and scales without Python's lock.
-        The batches come one behind: while the device computes on one, the caller writes the one before.
-        """
-        source, size, flip = self.source, self.settings["image_size"], self.settings["flip"]
-        empty = np.zeros((size, size, 3), "uint8")
-
-        def read(index):
-            try:
-                return source.pixels(index, size), None
-            except UnreadableImage as error:
-                return empty, error
-
-        def start(indices):
-            pixels, errors = zip(*itertools.islice(images, len(indices)), strict=True)
-            lost = {index: error for index, error in zip(indices, errors, strict=True) if error}
-            pixels = np.stack(pixels)
-            return indices, lost, [encoder(pixels, indices, mirrored=bool(twin)) for twin in range(1 + flip)]
-
-        def fetch(indices, lost, tensors):
-            kept = [index for index in indices if index not in lost]
-            arrays = [tensor.numpy()[np.isin(indices, kept)] for tensor in tensors]
-            for index, *latents in zip(kept, *arrays, strict=True):
-                if not np.isfinite(latents).all():
-                    raise ValueError(f"{source.name(index)}: its latent is not finite, the VAE overflows in --dtype")
-            return kept, source.labels[kept].tolist(), arrays, lost
-
-        count = max(2 * self.settings["encoding"]["batch_size"], 4 * num_workers)
-        with contextlib.closing(map_ahead(read, itertools.chain.from_iterable(batches), num_workers, count)) as images:
-            for started, _ in itertools.pairwise(itertools.chain(map(start, batches), [None])):
-                yield fetch(*started)
 
     # The end.
 
@@ -372,7 +390,7 @@ class Extraction:
                 {"index": index, "image": encodable(source.name(index)), "reason": reason}
                 for index, reason in unreadable
             ],
-            "checksums": write_checksums(layout, files()),
+            "checksums": write_checksums(layout.checksums, files()),
         }
         write_json(layout.manifest, manifest)
         self._remove_state()

@@ -45,7 +45,7 @@ def _name_dead_loaders():
 
 
 class FeatureLoader:
-    """Iterates over `[latents (n, C, h, w), labels (n,)]` tensors, micro-batch by micro-batch.
+    """Iterates over the tensors of `FeatureDataset.read`, `[latents (n, C, h, w), labels (n,)]`, by micro-batches.
 
     Args:
         dataset, sampler: a `FeatureDataset` and a `MicroBatchSampler`.
@@ -78,7 +78,8 @@ class FeatureLoader:
 
         # Paddle asks for two batches ahead a process; the loop and the device's copies hold some more.
         batches = (2 * self._num_workers + 4) * local_processes()
-        needed = batches * (self.sampler.batch_size * (4 * int(np.prod(self._dataset.sample_shape)) + 8) + 2 * 4096)
+        pages = 4096 * (2 if self._dataset.encoder is None else 3)  # that begin an array
+        needed = batches * (self.sampler.batch_size * self._dataset.sample_bytes + pages)
         free = free_shared_memory()
         fits = free is None or needed <= free
         if not fits and launched_rank()[0] == 0:
@@ -115,7 +116,7 @@ class FeatureLoader:
     def _by_thread(self):
         """Yields arrays of the micro-batches, several of them read by one call, while those before are used."""
         batches, size = self.sampler.batches(), self.sampler.batch_size
-        max_count = max(1, READ_BYTES // (4 * int(np.prod(self._dataset.store.row_shape)) * size))
+        max_count = max(1, READ_BYTES // (self._dataset.sample_bytes * size))
 
         def parts():
             count = 1  # the first step waits for no more

@@ -39,16 +39,16 @@ def find_originals(report, indices, names, data_path=None):
         if found.digest() != sha256:
             raise ValueError(f"{shortened(path, 300)} holds other images than those that were encoded, or other names")
         found.background = manifest.get("background")
-        return np.stack([found.pixels(number, size) for number in image_numbers(report, indices)]), None
+        return np.stack([found.pixels(number, size) for number in image_numbers(report.store, indices)]), None
     except (ValueError, OSError) as error:
         if asked:
             raise ValueError(f"--data_path {data_path}: {error}") from None
         return None, f"the picture has no originals: {error}; give the folder of the images by --data_path"
 
 
-def image_numbers(report, indices):
+def image_numbers(store, indices):
     """Lists the places of samples among the images that were encoded: the extraction names samples by them."""
-    names = [name.decode(errors="replace") for name in report.store.names()[indices].tolist()]
+    names = [name.decode(errors="replace") for name in store.names()[indices].tolist()]
     for name in names:
         if not re.fullmatch("[0-9]{1,12}", name):
             raise ValueError(f"a sample is called {shortened(name)}, which is no number of an image")

@@ -3,6 +3,8 @@
     FEATURE_PATH/NAME_packed/shard-00000/
         latents.npy    float32 or float16 (n, C, h, w); with moments (n, 2C, h, w): mean, then standard deviation
         flipped.npy    only with mirrored twins: the same shape, of the mirrored images
+        encoder.npy    only with encoder features: float16 (n, tokens, width), tokens row by row of their grid
+        encoder_flipped.npy    with both
         labels.npy     int64 (n,)
         names.npy      bytes (n,): what the sample's files are called as pairs, without ".npy"
 
@@ -13,6 +15,7 @@ appears by one rename when its files are whole, and so does the folder: whatever
 
 import contextlib
 import io
+import itertools
 import mmap
 import os
 import re
@@ -31,6 +34,7 @@ SHARD_SAMPLES = 8192
 # that is only cache.
 MAX_MAPPED_BYTES = 1 << 32
 MAX_CACHED_SHARE = 0.5  # of the free memory: a larger set is read without the system's read-around
+ENCODER_FILES = ("encoder.npy", "encoder_flipped.npy")
 
 
 def shard_name(number):
@@ -138,6 +142,7 @@ class MappedStore:
     """
 
     reads_in_processes = False
+    axes = "(n, C, h, w)"  # of a file's rows, for messages
 
     def __init__(self, path, parts, *, has_flip):
         self.path, self.has_flip = path, has_flip
@@ -169,7 +174,7 @@ class MappedStore:
         """Takes a map of `count` rows."""
         first = self._maps[0] if self._maps else array
         if array.dtype.name not in ("float32", "float16") or array.ndim < 2:
-            raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 (n, C, h, w)")
+            raise ValueError(f"{path}: holds {_describe(array)}, expected float32 or float16 {self.axes}")
         if not array.flags.c_contiguous:
             raise ValueError(f"{path}: is stored in Fortran order, expected rows one after another")
         if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
@@ -225,22 +230,27 @@ class PackedStore(MappedStore):
     """The packed set in `folder`; ValueError names a file that is missing, truncated, or unlike the others."""
 
     labels_name = "labels.npy"
+    files = ("latents.npy", "flipped.npy")  # of the rows and of their mirrored twins
 
     def __init__(self, folder):
         self.shards = [os.path.join(folder, shard_name(number)) for number in finished_shards(folder)]
         if not self.shards:
             raise ValueError(f"{folder}: no shard-NNNNN/ folder in it")
-        has_flip = os.path.exists(os.path.join(self.shards[0], "flipped.npy"))
-        allow_open_files(3 * len(self.shards))
+        has_flip = os.path.exists(os.path.join(self.shards[0], self.files[1]))
+        allow_open_files(6 * len(self.shards))  # with those of encoder features
         super().__init__(folder, (self._open(shard, has_flip) for shard in self.shards), has_flip=has_flip)
 
-    @staticmethod
-    def _open(shard, has_flip):
+    def _open(self, shard, has_flip):
         labels = _labels(shard)
-        if os.path.exists(os.path.join(shard, "flipped.npy")) != has_flip:
-            raise ValueError(f"{shard}: flipped.npy must be in every shard, or in none")
-        paths = [os.path.join(shard, name) for name in shard_files(has_flip)[:-2]]
+        if os.path.exists(os.path.join(shard, self.files[1])) != has_flip:
+            raise ValueError(f"{shard}: {self.files[1]} must be in every shard, or in none")
+        paths = [os.path.join(shard, name) for name in self.files[: 1 + has_flip]]
         return labels, {path: load_npy(path, mapped=True) for path in paths}
+
+    def spans(self):
+        """Lists the samples of each shard, as a `range`."""
+        ends = np.append(self._starts, len(self)).tolist()
+        return [range(start, end) for start, end in itertools.pairwise(ends)]
 
     def names(self):
         """Returns the samples' names, those of their files as pairs without `.npy`: `(N,)` bytes."""
@@ -255,7 +265,14 @@ class PackedStore(MappedStore):
     def source(self, index, kind="latents"):
         """Returns where a sample's latent, its mirrored twin ("flipped") or its label ("labels") stands."""
         shard, row = self.place(index)
-        return f"{self.shards[shard]}/{kind}.npy row {row}"
+        file = dict(zip(("latents", "flipped"), self.files, strict=True)).get(kind, f"{kind}.npy")
+        return f"{self.shards[shard]}/{file} row {row}"
+
+
+class PackedEncoder(PackedStore):
+    """The encoder features in the shards of a packed set, `(tokens, width)` each; read and refused as its latents."""
+
+    files, axes = ENCODER_FILES, "(n, tokens, width)"
 
 
 def _labels(shard):

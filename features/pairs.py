@@ -4,6 +4,8 @@
                                              with moments (1, 2C, h, w): mean, then standard deviation
     FEATURE_PATH/NAME_features_flip/*.npy    only with mirrored twins: the same names
     FEATURE_PATH/NAME_labels/*.npy           the same names: one class id
+    FEATURE_PATH/NAME_encoder/*.npy          only with encoder features, float16 (tokens, width): the same names
+    FEATURE_PATH/NAME_encoder_flip/*.npy     with both
     FEATURE_PATH/NAME_index.npz              the sorted names; written here, if there are MIN_SAMPLES_FOR_INDEX
 
 The index is made anew when a folder has changed since (its times and inode), and may be deleted at any time.
@@ -201,3 +203,21 @@ class PairStore:
     def source(self, index, kind="latents"):
         """Returns the file of a sample's latent, of its mirrored twin ("flipped"), or of its label ("labels")."""
         return os.path.join(self._kinds[kind], os.fsdecode(self._names[index]))
+
+
+class PairEncoder(PairStore):
+    """The encoder features `(tokens, width)` beside the pairs of `store`, a `PairStore`, and in its order.
+
+    `read` returns no labels, which `store` has.
+    """
+
+    def __init__(self, layout, store):
+        self.path, self.has_flip = layout.encoder, os.path.isdir(layout.encoder_flipped)
+        self._kinds = {"latents": layout.encoder, "flipped": layout.encoder_flipped}
+        self._names, self._read_feature = store._names, NpyReader()
+        first = self._read_feature(self.source(0))
+        self.row_shape, self.dtype = first.shape, first.dtype
+        self.expected = f"the first sample's encoder features are of shape {self.row_shape}"
+
+    def _label(self, index):
+        return 0

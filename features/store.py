@@ -15,8 +15,8 @@ from config.schema import manifest_features
 from features import lightning
 from features.layout import Layout
 from features.lightning import LightningStore
-from features.packed import PackedStore, take_rows
-from features.pairs import PairStore
+from features.packed import ENCODER_FILES, PackedEncoder, PackedStore, take_rows
+from features.pairs import PairEncoder, PairStore
 from runtime.machine import available_memory
 from runtime.process import local_processes
 from runtime.progress import tqdm
@@ -118,6 +118,28 @@ def open_store(feature_path, kind, name):
     return {"packed": PackedStore, "lightning": LightningStore}[kind](store_path(feature_path, kind, name))
 
 
+def open_encoder(feature_path, kind, name, store):
+    """Returns the store of a set's encoder features, in the order of `store`, its latents'; None if there are none.
+
+    ValueError if they are not all written, or not `(tokens, width)`.
+    """
+    layout = Layout(feature_path, name)
+    if os.path.isdir(layout.encoder_state):
+        raise ValueError(
+            f"{layout.encoder_state}: the extraction of encoder features is not finished; run the same command again"
+        )
+    if kind == "packed" and os.path.exists(os.path.join(store.shards[0], ENCODER_FILES[0])):
+        encoder = PackedEncoder(store.path)
+    elif kind == "pairs" and os.path.isdir(layout.encoder):
+        encoder = PairEncoder(layout, store)
+    else:
+        return None
+    if len(encoder.row_shape) != 2 or encoder.dtype.kind != "f":
+        holds = f"holds {encoder.dtype} of shape {encoder.row_shape}"
+        raise ValueError(f"{encoder.source(0)}: {holds}, expected encoder features of shape (tokens, width)")
+    return encoder
+
+
 def read_manifest(feature_path, name):
     """Returns the set's NAME_manifest.json as a dict, empty where there is none; ValueError if it is broken.
 
@@ -157,7 +179,7 @@ class MemoryStore:
     def __init__(self, store, indices, *, flip):
         self._store, self._indices = store, indices
         self.path, self.row_shape, self.has_flip = store.path, store.row_shape, flip
-        self.dtype = np.dtype("float32") if isinstance(store, PairStore) else store.dtype  # pairs may be of several
+        self.dtype = np.dtype("float32") if type(store) is PairStore else store.dtype  # pairs may be of several
         shape = ((1 + flip) * len(indices), *self.row_shape)  # mirrored twins behind all others
         self.num_bytes = int(np.prod(shape)) * self.dtype.itemsize
         memory, processes = available_memory() or np.inf, local_processes()  # each holds the samples for itself
@@ -170,7 +192,7 @@ class MemoryStore:
         self._rows = np.empty(shape, self.dtype)
         self.labels = np.empty(len(indices), "int64")
         step = max(1, READ_BYTES // (self._rows[:1].nbytes or 1))
-        with tqdm(total=len(self._rows), desc="to memory", unit="latent", disable=len(indices) < 10_000) as bar:
+        with tqdm(total=len(self._rows), desc="to memory", unit="row", disable=len(indices) < 10_000) as bar:
             for start in range(0, len(self._rows), step):
                 twin, part = np.divmod(np.arange(start, min(start + step, len(self._rows))), len(indices))
                 self.labels[part] = store.read(indices[part], self._rows[start : start + step], twin.astype(bool))

@@ -9,7 +9,9 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 from . import ops
+from .hooks import Routing
 from .parallel import LINEARS, initialize
+from .sprint import Sprint
 
 # Keywords that say how a network is computed, not what: they change neither parameters nor outputs.
 _COMPUTATION = ("fused_attention", "enable_recompute", "single_backward", "tensor_parallel_group")
@@ -25,7 +27,8 @@ class LatentTransformer(ops.Layer):
     - t: times `(N,)`, as the network's docstring says; y: class labels `(N,)`, int64, 0..num_classes (the null class);
     - force_drop_ids: `(N,)`, 1 where the label is to be replaced by the null class, instead of a random draw;
     - hooks: `hooks.Hook`s that see the tokens between the blocks, one after the other;
-    - the result is `(N, out_channels, H, W)`.
+    - the result is `(N, out_channels, H, W)`; a tuple of it and of the hooks' outputs, if hooks have any: Paddle's
+      `DataParallel` finds the parameters that a pass has used by what it returns.
 
     Keywords of every network's constructor:
 
@@ -37,6 +40,8 @@ class LatentTransformer(ops.Layer):
     - class_dropout_prob: share of labels replaced by the null class in training. 0 builds no null class: such a model
       can't be guided;
     - learn_sigma: twice the output channels; the second half parametrises the variance (Nichol and Dhariwal 2021);
+    - sprint_blocks: `(first, last)`, counted from 1, both inclusive, the blocks that are the deep path of `sprint`;
+      None for a network without;
     - fused_attention: use Paddle's fused attention where device and dtype allow; same numbers;
     - enable_recompute: recompute each block in the backward pass instead of keeping its activations; same gradients; a
       second pass through a kept graph is a crash of Paddle 2.6;
@@ -57,6 +62,7 @@ class LatentTransformer(ops.Layer):
         ValueError: a size that can't be: the message names it.
     """
 
+    sprint_blocks = None  # of a network whose constructor does not have the keyword
     drops_variance = False  # of 2C output channels all leave the network
 
     def __init__(self, keywords):
@@ -66,6 +72,9 @@ class LatentTransformer(ops.Layer):
         self.input_size, self.num_heads = self.sample_size, self.num_attention_heads  # the official names
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}")
+        if self.sprint_blocks and not 1 <= self.sprint_blocks[0] <= self.sprint_blocks[1] <= self.num_layers:
+            blocks = f"must be [first, last] of the blocks 1..{self.num_layers}"
+            raise ValueError(f"sprint_blocks {blocks}, got {list(self.sprint_blocks)}")
         self.grid_size = self.sample_size // self.patch_size
         self.out_channels = self.in_channels * 2 if self.learn_sigma else self.in_channels
         self.hidden_size = self.num_attention_heads * self.attention_head_dim
@@ -80,6 +89,7 @@ class LatentTransformer(ops.Layer):
     def finish(self):
         """Initialises the weights, and tells the layers how to compute."""
         self.initialize_weights()
+        self.sprint = Sprint(self.hidden_size) if self.sprint_blocks else None
         ops.use(self, ops.Operators(self.single_backward, keep_gelu=self.enable_recompute))
 
     def _initialize_linears(self):
@@ -103,12 +113,17 @@ class LatentTransformer(ops.Layer):
 
     def _run_blocks(self, blocks, x, conditions, hooks):
         """Returns the tokens after all blocks: x `(N, T, D)`, conditions: what a block takes beside them."""
+        first, last = self.sprint_blocks or (None, None)
         for hook in hooks:
             hook.begin(self)
         for index, block in enumerate(blocks):
+            if index + 1 == first:
+                dense = x
             for hook in hooks:
                 x, conditions = hook.before(index, x, conditions)
             x = self._run_block(block, x, *conditions)
+            if index + 1 == last:
+                x = self.sprint(dense, x, next((hook for hook in hooks if isinstance(hook, Routing)), None))
             for hook in hooks:
                 x = hook.after(index, x)
         return x
@@ -126,6 +141,11 @@ class LatentTransformer(ops.Layer):
         """Returns the output `(N, C or out_channels, H, W)` of tokens x `(N, T, D)`, conditioning c `(N, E)`."""
         x = self.unpatchify(final_layer(x, c))
         return x[:, : self.in_channels] if self.drops_variance else x
+
+    def _result(self, x, hooks):
+        """Returns what `forward` returns of its output x."""
+        outputs = [hook.output for hook in hooks if hook.output is not None]
+        return (x, *outputs) if outputs else x
 
     def unpatchify(self, x):
         """Returns the images `(N, out_channels, H, W)` of patches `(N, T, p * p * out_channels)`."""

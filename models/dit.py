@@ -134,6 +134,7 @@ class DiT(LatentTransformer):
         rope=False,
         rms_norm=False,
         adaln_shift=True,
+        sprint_blocks=None,
         fused_attention=False,
         enable_recompute=False,
         single_backward=False,
@@ -191,4 +192,4 @@ class DiT(LatentTransformer):
         x = self.ops.add_table(x, self.pos_embed.astype(x.dtype))
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, D)
         x = self._run_blocks(self.blocks, x, (c, *self.rotary), hooks)  # (N, T, D)
-        return self.read_out(self.final_layer, x, c)
+        return self._result(self.read_out(self.final_layer, x, c), hooks)

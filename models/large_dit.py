@@ -122,6 +122,7 @@ class LargeDiT(LatentTransformer):
         multiple_of=256,
         ffn_dim_multiplier=None,
         norm_eps=1e-5,
+        sprint_blocks=None,
         fused_attention=False,
         enable_recompute=False,
         single_backward=False,
@@ -181,7 +182,7 @@ class LargeDiT(LatentTransformer):
         x = self.x_embedder(self.patchify(x).astype(self.x_embedder.weight.dtype))  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)  # (N, E)
         x = self._run_blocks(self.layers, x, (c, *self.rotary), hooks)  # (N, T, D)
-        return self.read_out(self.final_layer, x, c)
+        return self._result(self.read_out(self.final_layer, x, c), hooks)
 
 
 class LargeSiT(DropsVariance, LargeDiT):

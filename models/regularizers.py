@@ -35,6 +35,7 @@ def _second_final_layer(network, entry):
     for part in (layer.linear, layer.adaLN_modulation[1]):
         zeros(part.weight)
         zeros(part.bias)
+    layer.index = block_index(entry["block"], network.num_layers)  # of the block whose tokens it takes
     return layer
 
 
@@ -70,6 +71,12 @@ def add_regularizers(network, entries):
             parameter.own_steps = True  # because a run may begin with them later: see `paddle_private.make_adamw`
 
 
+def second_index(network):
+    """Returns the index of the block whose tokens internal guidance's second final layer takes, None without one."""
+    layers = getattr(network, "regularizers", {})
+    return layers[INTERNAL_GUIDANCE].index if INTERNAL_GUIDANCE in layers else None
+
+
 class RegularizerHook(Hook):
     """Keeps as `output` what the layer of a regularizer makes of the tokens `(N, T, D)` behind a block.
 
@@ -80,7 +87,6 @@ class RegularizerHook(Hook):
 
     def __init__(self, kind, index):
         self.kind, self.index = kind, index
-        self.output = None
 
     def begin(self, network):
         layers = getattr(network, "regularizers", {})
@@ -95,13 +101,17 @@ class RegularizerHook(Hook):
 
 
 class InternalGuidanceHook(RegularizerHook):
-    """Keeps as `output` `(N, out_channels, H, W)` what the second final layer makes of the tokens behind a block.
+    """Keeps as `output` `(N, out_channels, H, W)` what the second final layer makes of the tokens behind its block.
 
     The layer is conditioned as the last one is; its output is read as the network's.
     """
 
-    def __init__(self, index):
-        super().__init__(INTERNAL_GUIDANCE, index)
+    def __init__(self):
+        super().__init__(INTERNAL_GUIDANCE, None)
+
+    def begin(self, network):
+        super().begin(network)
+        self.index = self.layer.index
 
     def before(self, index, tokens, conditions):
         self.condition = conditions[0]

@@ -48,6 +48,24 @@ def without_regularizers(state, kept=()):
     return {name: value for name, value in state.items() if not name.startswith(REGULARIZERS) or name.startswith(kept)}
 
 
+def has_second_layer(state):
+    """Returns whether there are weights of internal guidance's second final layer."""
+    return any(name.startswith(INTERNAL_GUIDANCE) for name in state)
+
+
+def for_sampling(model, state, block):
+    """Returns `(config, state)` of what sampling needs of a network's weights: not what regularizers have learned.
+
+    But it has internal guidance's second final layer, where there are weights of it, and a `block`, as configs count
+    it, behind which it is. `model` is the section of a config, and what is returned for `build_model`.
+    """
+    if block is None or not has_second_layer(state):
+        return model, without_regularizers(state)
+    entry = {"type": "internal_guidance", "block": block}
+    config = {"model": model, "objective": {"regularizers": [entry]}}
+    return config, without_regularizers(state, [INTERNAL_GUIDANCE])
+
+
 def kinds_of(names):
     """Lists the types of the regularizers whose parameters these names are."""
     return sorted({name.split(".")[1] for name in names})
@@ -146,9 +164,11 @@ def expected_shapes(config):
 
     from . import build_model
 
+    model_config = config.get("model", config)
+    sprint = {"sprint_blocks": [1, 1]} if model_config.get("sprint_blocks") else {}
     with paddle.LazyGuard():
-        model = build_model(config, num_layers=1)
-    shapes, layers = {}, config.get("model", config)["num_layers"]
+        model = build_model(config, num_layers=1, **sprint)
+    shapes, layers = {}, model_config["num_layers"]
     for name, parameter in model.named_parameters():
         stem, dot, rest = name.partition(".0.")
         in_block = dot and stem in ("blocks", "layers")

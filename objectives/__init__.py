@@ -9,12 +9,13 @@
 The loops know nothing else, so neither of them asks which model it trains.
 """
 
-from objectives.base import Batch, Rows
+from objectives.base import Batch, Rows, make_batch
 from objectives.diffusion import DiffusionObjective
 from objectives.regularizers import build_regularizers
+from objectives.routing import build_routing
 from objectives.transport import TransportObjective
 
-__all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective"]
+__all__ = ["OBJECTIVES", "Batch", "DiffusionObjective", "Rows", "TransportObjective", "build_objective", "make_batch"]
 
 OBJECTIVES = {"diffusion": DiffusionObjective, "transport": TransportObjective}
 
@@ -29,4 +30,6 @@ def build_objective(config, ranks_per_batch=1):
     kind = settings.pop("type")
     regularizers = build_regularizers(settings.pop("regularizers", []), model["num_layers"])
     network = {name: model[name] for name in ("class_dropout_prob", "learn_sigma")}
-    return OBJECTIVES[kind](settings, regularizers=regularizers, ranks_per_batch=ranks_per_batch, **network)
+    objective = OBJECTIVES[kind](settings, regularizers=regularizers, ranks_per_batch=ranks_per_batch, **network)
+    objective.routing = build_routing(config)
+    return objective

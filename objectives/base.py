@@ -11,6 +11,13 @@ Rows = namedtuple("Rows", "start stop total")
 
 # A micro-batch: latents `x` (N, C, H, W), labels `y` (N,) int64, and a dict of what else a recipe needs, by name.
 Batch = namedtuple("Batch", "x y extras", defaults=({},))
+EXTRAS = ("features",)  # an encoder's, (N, T, E): what a `FeatureDataset` may read behind latents and labels, in order
+
+
+def make_batch(tensors):
+    """Returns the `Batch` of a loader's tensors: latents, labels, and those of `EXTRAS` if there are any."""
+    x, y, *extras = tensors
+    return Batch(x, y, dict(zip(EXTRAS, extras, strict=False)))
 
 
 def draw_rows(sampler, rows):
@@ -28,8 +35,11 @@ class Objective:
     For regularizers it has `compare(output, x, drawn)`: of an output `(N, C or 2C, H, W)` of the network, prediction
     and target `(N, C, H, W)` whose squared error is a loss, in float32.
 
-    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`.
+    `class_dropout_prob` is the network's, 0 where it has no null class; `regularizers`: see `regularizers.Regularizer`;
+    `routing`: a `routing.TokenRouting`, or None.
     """
+
+    routing = None
 
     def __init__(self, class_dropout_prob, regularizers=()):
         self.class_dropout_prob = class_dropout_prob
@@ -39,14 +49,14 @@ class Objective:
         """Returns the random numbers for `training_losses`, per sample, by name.
 
         They are `t` and, of the diffusion, `weights` (of the losses), `(N,)`; `noise` as `batch.x`; and
-        `force_drop_ids` `(N,)`, if labels are dropped.
+        `force_drop_ids` `(N,)`, if labels are dropped; then those of `routing.TokenRouting.draw`, if tokens are routed.
         """
         rows = rows or Rows(0, batch.x.shape[0], batch.x.shape[0])
         drawn = self.draw_noise(batch.x, rows)
         if self.class_dropout_prob > 0:
             dropped = draw_rows(lambda total: paddle.rand([total]), rows) < self.class_dropout_prob
             drawn["force_drop_ids"] = dropped.astype("int64")
-        return drawn
+        return drawn if self.routing is None else {**drawn, **self.routing.draw(rows)}
 
     def training_losses(self, model, batch, rows=None, drawn=None):
         """Computes the losses at random times, and those of the regularizers.
@@ -64,16 +74,19 @@ class Objective:
         model_kwargs = {"y": batch.y}
         if "force_drop_ids" in drawn:
             model_kwargs["force_drop_ids"] = drawn.pop("force_drop_ids")
+        if self.routing is not None:  # before the other hooks, which see all tokens again behind the routed blocks
+            model_kwargs["hooks"] = (self.routing.hook(drawn),)
         if not self.regularizers:
             return self.losses(model, batch.x, drawn, model_kwargs)
 
         hooks = [regularizer.hook() for regularizer in self.regularizers]
-        model_kwargs["hooks"] = tuple(filter(None, hooks))
+        model_kwargs["hooks"] = (*model_kwargs.get("hooks", ()), *filter(None, hooks))
         output = None
 
         def observed(*inputs, **keywords):
             nonlocal output
             output = model(*inputs, **keywords)
+            output = output[0] if isinstance(output, tuple) else output  # without the hooks'
             return output
 
         losses = self.losses(observed, batch.x, drawn, model_kwargs)

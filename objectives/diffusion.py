@@ -21,6 +21,8 @@ class DiffusionObjective(Objective):
         self._settings = {**settings, "learn_sigma": learn_sigma}
         name = self._settings.pop("timestep_sampler")
         self.diffusion = create_diffusion("", **self._settings)
+        # Runs with other weights, or none, can be compared by their held-out loss.
+        self._unweighted = create_diffusion("", **{**self._settings, "min_snr_gamma": None})
         self.timestep_sampler = create_named_schedule_sampler(name, self.diffusion, ranks_per_batch=ranks_per_batch)
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []
@@ -48,6 +50,8 @@ class DiffusionObjective(Objective):
     def validation_losses(self, model, batch, place, noise):
         """Returns the losses `(N,)` at given timesteps and noise; nothing is drawn, and nothing learns from them.
 
+        No `min_snr_gamma` weights them.
+
         Args:
             model: in evaluation mode, called as `model(x_t, t, y=...)`.
             batch: a `Batch`.
@@ -55,7 +59,7 @@ class DiffusionObjective(Objective):
             noise: `(N, C, H, W)`, standard normal.
         """
         t = (place * self.diffusion.num_timesteps).astype("int64")
-        return self.diffusion.training_losses(model, batch.x, t, {"y": batch.y}, noise=noise)["loss"]
+        return self._unweighted.training_losses(model, batch.x, t, {"y": batch.y}, noise=noise)["loss"]
 
     def end_step(self):
         """Lets the timestep sampler learn from the step's losses: all micro-batches drew from the same distribution."""

@@ -189,12 +189,11 @@ class InternalGuidance(Regularizer):
 
     name = INTERNAL_GUIDANCE
 
-    def __init__(self, layers, *, weight, block):
+    def __init__(self, layers, *, weight, block):  # the network's layer knows its block
         super().__init__(layers, weight=weight)
-        self.index = block_index(block, layers)
 
     def hook(self):
-        return InternalGuidanceHook(self.index)
+        return InternalGuidanceHook()
 
     def loss(self, seen):
         return auxiliary_loss(*seen.compare(seen.hook.output))

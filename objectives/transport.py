@@ -4,7 +4,6 @@ import paddle
 
 from objectives.base import Objective, draw_rows
 from transport import Sampler, create_transport
-from transport.utils import at_least_float32
 
 
 class TransportObjective(Objective):
@@ -32,7 +31,7 @@ class TransportObjective(Objective):
 
     def compare(self, output, x, drawn):
         """Returns `(prediction, target)` as `Objective` says; of a network that predicts data, the velocities."""
-        return self.transport.compare(at_least_float32(output), x, drawn["noise"], drawn["t"])
+        return self.transport.compare(output, x, drawn["noise"], drawn["t"])
 
     def validation_losses(self, model, batch, place, noise):
         """Returns the losses at given times and noise; as `DiffusionObjective`'s, `place` from noise to data."""
@@ -60,8 +59,8 @@ def sample_transport(
         denoiser: `denoiser(x, t) -> (N, C, H, W)`, guidance included.
         noise: `(N, C, H, W)`, standard normal.
         num_steps: grid points of the time interval, as in the official code: one more than the steps of an ODE.
-        method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4`, `ab2` or `dopri5`; of the SDE
-            `Euler` (default) or `Heun`.
+        method: of the ODE `euler` (default), `midpoint`, `heun2`, `heun3`, `rk4`, `heun2_euler`, `ab2` or `dopri5`; of
+            the SDE `Euler` (default) or `Heun`.
         sampler: `ode` or `sde`.
         progress: show a bar, where there is no callback.
         callback: called as `callback(step, steps, latents)` after each step, from 1 on.

@@ -88,3 +88,18 @@ class Program:
 def weights_of(program):
     """Returns the path of a program's weights, which lie beside it."""
     return os.path.splitext(program)[0] + os.path.splitext(WEIGHTS)[1]
+
+
+def program_file(path):
+    """Returns the file of a program: `path` itself, one in the folder `path`, or one with a suffix after `path`.
+
+    None where there is none; ValueError for one without its weights.
+    """
+    path = os.fspath(path)
+    suffixes = [os.path.splitext(name)[1] for name in PROGRAMS]
+    candidates = [path] if path.endswith(tuple(suffixes)) else []
+    candidates += [os.path.join(path, name) for name in PROGRAMS] + [path + suffix for suffix in suffixes]
+    found = next((file for file in candidates if os.path.isfile(file)), None)
+    if found is not None and not os.path.isfile(weights_of(found)):
+        raise ValueError(f"{found}: there is no {os.path.basename(weights_of(found))} beside it")
+    return found

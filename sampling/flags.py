@@ -18,7 +18,10 @@ DEFAULT_CHANNELS = "all of a DiT; of a SiT 3 of 4, all of any other number; 3 of
 WEIGHTS_FLAGS = ("vae", "key", "latents_stats", "latent_multiplier")
 
 # What SiT's samplers are called; those of `transport`, which is not imported for --help.
-METHODS = {"ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "ab2", "dopri5"), "sde": ("Euler", "Heun")}
+METHODS = {
+    "ode": ("euler", "midpoint", "heun2", "heun3", "rk4", "heun2_euler", "ab2", "dopri5"),
+    "sde": ("Euler", "Heun"),
+}
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 ODE_FLAGS = ("timestep_shift", "zero_init_steps")
 LAST_STEPS = ("Mean", "Tweedie", "Euler", "None")

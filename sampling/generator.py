@@ -14,15 +14,16 @@ from functools import partial
 import paddle
 
 from config.options import DEFAULT_VAE, GUIDANCE_SCALE, SIT_VAE
-from config.schema import MODEL_TYPES
+from config.schema import MODEL_TYPES, internal_guidance_block
 from features.autoencoder import LatentDecoder, NotFiniteError, choose_vae, downsampling, open_vae, weights_digest
 from models import build_model
-from models.state import check_finite, check_state, expected_shapes
+from models.regularizers import second_index
+from models.state import REGULARIZERS, check_finite, check_state, expected_shapes, for_sampling
 from runtime.precision import cast_layer
 from runtime.process import resolve_device
 from runtime.untrusted import shortened
 from sampling.guidance import default_channels, guided
-from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
+from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale, no_second_layer
 from sampling.guides import guide_differences
 from sampling.labels import find_classes
 from sampling.model_path import Model, check_dtype, describe_model
@@ -30,14 +31,16 @@ from sampling.pipelines.folder import check_vae
 from sampling.schedulers import CheckpointSampler, PipelineSampler, make_scheduler
 from sampling.times import times_of
 from transport import Sampler
-from weights.source import read_weights
+from weights.source import leave_out, read_weights
 
 
 @dataclass
 class Generator:
     """Draws images of classes, or the latents that a VAE decodes to them."""
 
-    network: object  # called as `network(x, t, y)`: latents, times and int64 labels `(N,)`, to `(N, C or 2C, H, W)`
+    # Called as `network(x, t, y)`: latents, times and int64 labels `(N,)`, to `(N, C or 2C, H, W)`; for internal
+    # guidance with `hooks` too.
+    network: object
     objective: object  # turns noise into latents by `sample(denoiser, noise, *, num_steps, callback, ...)`
     in_channels: int  # of the latents
     sample_size: int  # of the latents
@@ -55,6 +58,7 @@ class Generator:
     noted: set = field(default_factory=set, repr=False)  # `(steps, method)` on which a user has been told what is odd
     guide: object = None  # called as `network`: a worse network, for autoguidance; see `guided_by`
     guide_digests: object = None  # as `digests`, of the guide
+    has_second: bool = False  # the network has the second final layer of internal guidance
     check_weights: object = None  # called where images are not finite; raises `ValueError` if the weights are to blame
 
     @property
@@ -125,6 +129,8 @@ class Generator:
         guidance_rescale=0.0,
         cfg_zero_star=False,
         guide_scale=None,
+        internal_scale=1.0,
+        internal_interval=None,
         output="images",
         batch_size=None,
         callback=None,
@@ -149,6 +155,8 @@ class Generator:
             guidance_rescale: from 0 (none) to 1, see `sampling.guidance.rescaled`.
             cfg_zero_star: guide without a class by `sampling.guidance.cfg_zero_star`.
             guide_scale: of autoguidance by `guide`; 1 for none, None for 2, or 1 without a guide.
+            internal_scale: of internal guidance, for a network with a second final layer; 1 for none. It costs no pass.
+            internal_interval: as `guidance_interval`, of internal guidance.
             output: "images", uint8 numpy `(N, H, W, 3)`, or "latents" as networks see them, a tensor `(N, C, h, w)`.
             batch_size: images drawn at once; None for all. It changes the noise of those after the first batch.
             callback: called as `callback(step, num_steps, latents)` after each step, from 1 on.
@@ -170,6 +178,8 @@ class Generator:
             schedule=guidance_schedule,
             rescale=guidance_rescale,
             zero_star=cfg_zero_star,
+            internal_scale=internal_scale,
+            internal_interval=internal_interval,
         )
         default = GUIDANCE_SCALE if self.guide is None else 1.0
         scale = check_scale(guidance_scale, self.null_class is not None, self.path, default)
@@ -207,6 +217,8 @@ class Generator:
         times = times_of(self.objective)
         settings = {**settings, "channels": self.count_guided(guidance_channels), "guide_scale": guide_scale}
         check_guidance(**settings, largest_time=times.largest)
+        if settings["internal_scale"] != 1 and not self.has_second:
+            raise ValueError(no_second_layer(self.path))
         null_class = 0 if self.null_class is None else self.null_class
         return {**settings, "null_class": null_class, "guide": self.guide, "times": times}
 
@@ -288,6 +300,8 @@ def load_guide(generator, path, *, key=None, dtype=None, backend="eager", config
 def load_exportable(model, *, vae=None, key=None):
     """Loads the `Generator` of a `Model`, with a float32 layer as its network, which can be traced."""
     generator = _load_pipeline(model, None) if model.holds_all else _load_weights(model, None, vae, key)
+    _, note = leave_out(generator.network.state_dict(), model.path)  # of a pipeline: what is not used is not traced
+    generator.notes = generator.notes + ([note] if note else [])
     generator.path, generator.labels = model.path, model.labels or generator.labels
     generator.features = model.features
     return generator
@@ -301,13 +315,14 @@ def from_weights(config, state, vae, *, dtype=None, source="weights"):
     """
     sampler = PipelineSampler(make_scheduler(config["objective"])) if dtype is None else CheckpointSampler(config)
     check_vae(vae, config["model"]["in_channels"])
-    network = load_network(config["model"], state, source)
+    network = load_network(config["model"], state, source, internal_guidance_block(config))
+    has_second = second_index(network) is not None
     digests = partial(layer_digests, network, vae)
     if dtype is not None:
         cast_layer(network, dtype)
         network = in_float32(network)
     keywords = {**latent_sizes(config["model"]), "guided_channels": None}
-    return Generator(network, sampler, vae=vae, digests=digests, **keywords)
+    return Generator(network, sampler, vae=vae, digests=digests, has_second=has_second, **keywords)
 
 
 def latent_sizes(model):
@@ -322,18 +337,22 @@ def layer_digests(network, vae):
     return weights_digest(network), weights_digest(vae)
 
 
-def load_network(model, state, source):
+def load_network(model, state, source, block=None):
     """Returns the network of a `model` section with weights `{name: array}`, Paddle layout, in evaluation mode.
+
+    With a `block`, as configs count it, internal guidance's second final layer is taken over from weights that have it.
+    What else regularizers have learned is ignored.
 
     `ValueError` names `source`: settings that no network has, weights that don't fit them, or that are not finite.
     """
+    config, state = for_sampling(model, state, block)
     try:
-        shapes = expected_shapes(model)  # before memory is taken for the network
+        shapes = expected_shapes(config)  # before memory is taken for the network
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{source}: its config describes no {model['type']}: {error}") from None
     check_state(state, shapes, source=source)
     check_finite(state, source=source)
-    network = build_model(model)
+    network = build_model(config)
     network.set_state_dict(state)
     network.eval()
     return network
@@ -341,7 +360,7 @@ def load_network(model, state, source):
 
 def in_float32(network):
     """Returns a function like the network whose output is float32, in which guidance and samplers compute."""
-    return lambda x, t, y: network(x, t, y).astype("float32")
+    return lambda x, t, y, **hooks: network(x, t, y, **hooks).astype("float32")
 
 
 def _load_weights(model, dtype, vae, key):
@@ -351,7 +370,10 @@ def _load_weights(model, dtype, vae, key):
     wanted["channels"] = model.config["model"]["in_channels"]
     given = vae is None or isinstance(vae, str)
     name = choose_vae(**wanted)[0] if given else None  # before weights are read, which takes longer
-    state, source = read_weights(model.path, key=key, model=model.config["model"])
+    state, source = read_weights(model.path, key=key, model=model.config["model"], kept=[REGULARIZERS])
+    if dtype is None:
+        state, note = leave_out(state, source)
+        model.notes += [note] if note else []
     normalization, notes = model.config["features"]["latent_normalization"], []
     if given:
         vae, notes = open_vae(**wanted, normalization=normalization)

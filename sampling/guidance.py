@@ -2,6 +2,7 @@
 
 - Classifier-free guidance (Ho and Salimans 2022): away from the network without the class.
 - Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a worse network, the guide.
+- Internal guidance: away from what the network's second final layer says of its tokens halfway, in the same pass.
 - CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), guidance rescale (Lin et al. 2023, arXiv:2305.08891), a guidance
   interval (Kynkaanniemi et al. 2024, arXiv:2404.07724) and schedules of the scale (Wang et al. 2024, arXiv:2404.13040).
 
@@ -11,15 +12,26 @@ ppdiffusers guides all latent channels. The published DiT figures belong to the 
 guides 3 of its 32 channels, by a large scale.
 """
 
+from functools import partial
+
 import numpy as np
 import paddle
 
 import diffusion
 import transport
+from models.regularizers import InternalGuidanceHook
 from sampling.guidance_settings import SCHEDULES
 from transport import shift_time
 
-__all__ = ["autoguidance", "cfg_zero_star", "default_channels", "guided", "rescaled", "shift_time"]
+__all__ = [
+    "autoguidance",
+    "cfg_zero_star",
+    "default_channels",
+    "guided",
+    "internally_guided",
+    "rescaled",
+    "shift_time",
+]
 
 
 def default_channels(in_channels):
@@ -46,6 +58,17 @@ def cfg_zero_star(cond, uncond, scale):
     best = (given * without).sum(axis=axes, keepdim=True) / (paddle.square(without).sum(axis=axes, keepdim=True) + 1e-8)
     uncond = uncond * best.astype(uncond.dtype)
     return uncond + scale * (cond - uncond)
+
+
+def internally_guided(model, x, t, y, scale):
+    """Returns `model(x, t, y)`, `(N, C or 2C, H, W)`, as `second + scale (output - second)`, by a single pass.
+
+    `second` is the output of the second final layer; a learned variance stays as it is. Arguments as of `guided`.
+    """
+    hook, count = InternalGuidanceHook(), x.shape[1]
+    output = model(x, t, y, hooks=(hook,))
+    latents = autoguidance(output[:, :count], hook.output[:, :count].astype(output.dtype), scale)
+    return paddle.concat([latents, output[:, count:]], axis=1)
 
 
 def rescaled(guided, cond, amount):
@@ -77,15 +100,19 @@ def guided(
     zero_star=False,
     guide=None,
     guide_scale=1.0,
+    internal_scale=1.0,
+    internal_interval=None,
     times=None,
 ):
     """Returns a `denoiser(x, t)` that guides a network; where no guidance is active it is the network itself.
 
     The network is then called once, on N samples. With classifier-free guidance it is called on 2N in one batch; the
-    guide adds its own call.
+    guide adds its own call. Internal guidance adds none, and comes first: what it makes of the network's output, with
+    and without the class, is the network's output for all that follows.
 
     Args:
-        model: called as `model(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, to `(N, C or 2C, H, W)`.
+        model: called as `model(x, t, y)`: latents `(N, C, H, W)`, times `(N,)`, to `(N, C or 2C, H, W)`; for internal
+            guidance with `hooks`, see `models.base.LatentTransformer`.
         y: labels `(N,)`, int64.
         cfg_scale: scale of classifier-free guidance; 1 for none.
         channels: how many leading latent channels it guides: 3 as in the official code, None for all. The others, and
@@ -99,22 +126,27 @@ def guided(
         guide: another network, called as `model`; None for no autoguidance.
         guide_scale: scale of autoguidance; 1 for none. Beside a `cfg_scale` the two differences are added:
             `uncond + cfg_scale (cond - uncond) + (guide_scale - 1) (cond - guide)`.
+        internal_scale: scale of internal guidance, of all latent channels; 1 for none.
+        internal_interval: times of the model between which internal guidance is on, as `interval`; None for all.
         times: of `sampling.times.times_of`; needed for a `sigma_interval` and for a schedule.
     """
     null = paddle.full_like(y, null_class)
     labels = paddle.concat([y, null])  # (2N,)
     scales = (cfg_scale, 1.0 if guide is None else guide_scale)
-    force = _Force(interval, sigma_interval, schedule, times)
+    force, internal = _Force(interval, sigma_interval, schedule, times), _Force(internal_interval, times=times)
 
     def denoiser(x, t):
+        network = model
+        if internal_scale != 1 and internal.at(t):
+            network = partial(internally_guided, model, scale=internal_scale)
         in_force = 1.0 if scales == (1, 1) else force.at(t)  # then no time is asked for
         scale, beside = (one if in_force == 1 else 1.0 + (one - 1.0) * in_force for one in scales)
         if scale == 1:
-            cond = out = model(x, t, y)
+            cond = out = network(x, t, y)
             if beside == 1:
                 return out
         else:
-            cond, uncond = model(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
+            cond, uncond = network(paddle.concat([x, x]), paddle.concat([t, t]), labels).split(2, axis=0)
             count = min(channels or x.shape[1], x.shape[1])
             with_class, without = cond[:, :count], uncond[:, :count]
             combine = cfg_zero_star if zero_star else autoguidance  # which is guidance's formula of any two outputs
@@ -139,7 +171,7 @@ class _Force:
     A time of this project's samplers is not read from the device.
     """
 
-    def __init__(self, interval, sigma_interval, schedule, times):
+    def __init__(self, interval, sigma_interval=None, schedule="constant", times=None):
         self.interval, self.sigma_interval, self.times = interval, sigma_interval, times
         self.share, self.is_constant = SCHEDULES[schedule], schedule == "constant"
         if times is None and (sigma_interval is not None or not self.is_constant):

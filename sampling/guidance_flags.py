@@ -8,7 +8,7 @@ import math
 from config.checks import FROM_0_TO_1, holds_timestep
 from config.options import GUIDANCE_SCALE, GUIDANCE_SCHEDULES
 from sampling.flags import note_unused
-from sampling.guidance_settings import GUIDE_SCALE, check_guidance, check_scale
+from sampling.guidance_settings import GUIDE_SCALE, INTERNAL, check_guidance, check_scale, no_second_layer
 from sampling.model_path import describe_guide
 from sampling.step_counts import FLOW_SCHEDULER
 
@@ -84,6 +84,21 @@ def add_guidance_flags(parser, *, channels, like="PaddleMIX's demos", scale=GUID
     group.add_argument(
         "--guide_scale", type=float, metavar="X", help=f"scale of autoguidance, 1 for none [{GUIDE_SCALE:g}]"
     )
+    group.add_argument(
+        "--internal_guidance_scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="internal guidance: away from the second final layer that the regularizer internal_guidance trains, in "
+        "the same pass; 1 for none [1]",
+    )
+    group.add_argument(
+        "--internal_guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("LOWEST", "HIGHEST"),
+        help="times between which that is on, as --guidance_interval's [all]",
+    )
     group.add_argument("--guide_key", choices=("model", "ema"), help="which weights of --guide_path [ema]")
     group.add_argument(
         "--guide_config",
@@ -97,8 +112,10 @@ def check_guidance_values(args):
     for name in _OF_GUIDE if args.guide_path is None else ():
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is for autoguidance; give --guide_path too")
-    if args.guide_scale is not None and not math.isfinite(args.guide_scale):
-        raise ValueError(f"--guide_scale {args.guide_scale}: expected a finite number, 1 for none")
+    for name in ("guide_scale", "internal_guidance_scale"):
+        scale = getattr(args, name)
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"--{name} {scale}: expected a finite number, 1 for none")
     sigmas = args.guidance_sigma_interval
     if sigmas is not None:
         try:
@@ -110,10 +127,13 @@ def check_guidance_values(args):
 
 
 def check_interval(args, largest=1.0):
-    """Raises `ValueError` for a --guidance_interval that is not in a model's times: timesteps, if they go beyond 1."""
-    given = args.guidance_interval
-    if given is None:
-        return
+    """Raises `ValueError` for an interval of times that are not a model's: timesteps, if they go beyond 1."""
+    for name in ("guidance_interval", "internal_guidance_interval"):
+        if getattr(args, name) is not None:
+            _check_times(f"--{name}", getattr(args, name), largest)
+
+
+def _check_times(flag, given, largest):
     is_alone = largest == 1 and len(given) == 1
     interval = [*given, 1.0] if is_alone else given
     is_right = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= largest
@@ -122,7 +142,7 @@ def check_interval(args, largest=1.0):
         expected = "two times in [0, 1], the lower first, or the lower alone"
         if largest != 1:
             expected = f"two timesteps in [0, {largest:g}], the lower first" if largest < math.inf else "two timesteps"
-        raise ValueError(f"--guidance_interval {words}: expected {expected}")
+        raise ValueError(f"{flag} {words}: expected {expected}")
 
 
 def largest_time(model):
@@ -154,6 +174,10 @@ def guidance_options(args, model, defaults=None, scales=None):
         )
     for scale in [args.guidance_scale] if scales is None else scales:
         check_scale(scale, model.has_null_class is not False, model.path)
+    if args.internal_guidance_scale != 1 and args.backend == "inference":
+        raise ValueError("--internal_guidance_scale: programs of Paddle Inference have one output; use --backend eager")
+    if args.internal_guidance_scale != 1 and not model.has_second:
+        raise ValueError(f"--internal_guidance_scale: {no_second_layer(model.path)}")
     args.guide = None
     if args.guide_path is not None:
         args.guide = describe_guide(
@@ -172,6 +196,10 @@ def guidance_options(args, model, defaults=None, scales=None):
     for name in ("guidance_schedule", "guidance_rescale", "cfg_zero_star"):
         if getattr(args, name) != _HOW[name]:
             options[name] = getattr(args, name)
+    if args.internal_guidance_scale != 1:
+        options["internal_scale"] = args.internal_guidance_scale
+        if args.internal_guidance_interval is not None:
+            options["internal_interval"] = tuple(args.internal_guidance_interval)
     if args.guide is not None:
         options["guide_scale"] = GUIDE_SCALE if args.guide_scale is None else args.guide_scale
     return options
@@ -185,6 +213,8 @@ def choose_scale(args, has_null_class, path, default=GUIDANCE_SCALE):
 def _note_ineffective(args, model, scales):
     by_default = 1.0 if args.guide or model.has_null_class is False else None
     scales = [by_default if args.guidance_scale is None else args.guidance_scale] if scales is None else scales
+    if args.internal_guidance_scale == 1 and args.internal_guidance_interval is not None:
+        note_unused(["internal_guidance_interval"], "without an --internal_guidance_scale")
     given = [name for name, value in _HOW.items() if getattr(args, name) != value]
     if set(scales) == {1}:
         is_guided = args.guide is not None and args.guide_scale != 1
@@ -197,8 +227,9 @@ def _note_ineffective(args, model, scales):
 
 def guidance_settings(options, has_scale, has_guide):
     """Returns what decides the images of the options of `guidance_options`, but the channels, as JSON has it."""
+    internal = {name: options[name] for name in INTERNAL if name in options}
     if not (has_scale or has_guide):
-        return {"guidance_interval": None}
+        return {"guidance_interval": None, **internal}
     left_out = {"guidance_scale", "guidance_channels"}
     left_out |= set() if has_scale else {"cfg_zero_star"}
     left_out |= set() if has_guide else {"guide_scale"}

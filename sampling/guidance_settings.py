@@ -8,6 +8,8 @@ from config.options import GUIDANCE_KEYS, GUIDANCE_SCALE
 
 GUIDE_SCALE = 2.0  # of autoguidance, about what its paper found best
 
+INTERNAL = ("internal_scale", "internal_interval")  # settings of internal guidance, which needs no null class
+
 # The part of `scale - 1` that is in force, by the share of the way from noise (0) to data (1). Each has the mean 1.
 SCHEDULES = {
     "constant": lambda share: 1.0,
@@ -29,12 +31,21 @@ def check_scale(scale, has_null_class, path, default=GUIDANCE_SCALE):
     return scale
 
 
+def no_second_layer(path):
+    """Returns a sentence on a model that has not what internal guidance needs."""
+    return (
+        f"{path}: has no second final layer for internal guidance; expected the scale 1. "
+        'The entry {"type": "internal_guidance", "block": N} of objective.regularizers trains one (of a file of '
+        "weights: --config_file has to name it), --keep_internal_guidance exports it"
+    )
+
+
 def configured_guidance(config):
     """Returns the options of `Generator.sample` that a resolved config's section `guidance` stands for.
 
     Only those that are no defaults, so that runs from before there were some stay comparable.
     """
-    section, own = config["guidance"], ("cfg_zero_star", "timestep_shift")
+    section, own = config["guidance"], ("cfg_zero_star", "timestep_shift", *INTERNAL)
     changed = {name: section[name] for name, option in GUIDANCE_KEYS.items() if section[name] != option.default}
     return {name if name in own else f"guidance_{name}": value for name, value in changed.items()}
 
@@ -48,6 +59,8 @@ def check_guidance(
     rescale=0.0,
     zero_star=False,
     guide_scale=1.0,
+    internal_scale=1.0,
+    internal_interval=None,
     largest_time=1.0,
 ):
     """Raises `ValueError` for a setting of `guided` that is not accepted; times are in `[0, largest_time]`."""
@@ -55,13 +68,13 @@ def check_guidance(
         raise ValueError(
             f"guidance_channels {channels!r}: expected 3, another positive integer, None for all, or 'auto'"
         )
-    if interval is not None and not _is_pair(interval, largest_time):
-        raise ValueError(
-            f"guidance_interval {interval!r}: expected (lowest, highest) times in [0, {largest_time:g}], those of the "
-            "model"
-        )
-    if interval is not None and largest_time != 1 and not holds_timestep(interval):
-        raise ValueError(f"guidance_interval {interval!r}: holds no timestep, from 0 to {largest_time:g}")
+    for name, times in {"guidance_interval": interval, "internal_interval": internal_interval}.items():
+        if times is not None and not _is_pair(times, largest_time):
+            raise ValueError(
+                f"{name} {times!r}: expected (lowest, highest) times in [0, {largest_time:g}], those of the model"
+            )
+        if times is not None and largest_time != 1 and not holds_timestep(times):
+            raise ValueError(f"{name} {times!r}: holds no timestep, from 0 to {largest_time:g}")
     if sigma_interval is not None and not _is_pair(sigma_interval, math.inf):
         raise ValueError(
             f"guidance_sigma_interval {sigma_interval!r}: expected (lowest, highest) noise levels, at least 0"
@@ -72,8 +85,9 @@ def check_guidance(
         raise ValueError(f"guidance_rescale {rescale!r}: expected a number from 0 (none) to 1")
     if not isinstance(zero_star, bool):
         raise ValueError(f"cfg_zero_star {zero_star!r}: expected True or False")
-    if isinstance(guide_scale, bool) or not isinstance(guide_scale, Real) or not math.isfinite(guide_scale):
-        raise ValueError(f"guide_scale {guide_scale!r}: expected a number, 1 for none")
+    for name, scale in {"guide_scale": guide_scale, "internal_scale": internal_scale}.items():
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ValueError(f"{name} {scale!r}: expected a number, 1 for none")
 
 
 def _is_pair(interval, largest):

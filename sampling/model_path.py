@@ -5,10 +5,23 @@ import os
 from dataclasses import dataclass, field
 
 from config.options import CLASS_NAMES, POSITIVE_INT, VAE_KEYS
-from config.schema import MODEL_TYPES, exported_features, load_config, own_config, weights_config
+from config.schema import (
+    MODEL_TYPES,
+    exported_features,
+    internal_guidance_block,
+    load_config,
+    own_config,
+    weights_config,
+)
 from runtime.untrusted import inside, read_json, read_json_object, shortened
 from sampling.labels import read_labels, weights_labels
-from sampling.pipelines.folder import INFERENCE_MANIFEST, TRANSPORT_SCHEDULER, component_class, index_features
+from sampling.pipelines.folder import (
+    INFERENCE_MANIFEST,
+    SECOND_BLOCK,
+    TRANSPORT_SCHEDULER,
+    component_class,
+    index_features,
+)
 from sampling.step_counts import SCHEDULERS, check_num_steps, check_scheduler
 from weights.runs import checkpoint_hint, is_training_checkpoint, resolve_run
 
@@ -30,6 +43,7 @@ class Model:
     labels: dict = field(default_factory=dict)  # `{id: label}`, the user's where there are any; perhaps empty
     num_classes: int | None = None  # None if it is not known
     has_null_class: bool | None = None  # it can be guided; None if that is not known
+    has_second: bool = False  # there should be the second final layer of internal guidance
     features: dict | None = None  # `features` section of a config: what the latents were made of, as far as it is known
     scheduler: dict = field(default_factory=dict)  # a pipeline's settings with its class in `_class_name`, or {}
     notes: list = field(default_factory=list)  # sentences for the user
@@ -237,6 +251,7 @@ def check_holds_no(path, pipeline, **flags):
 def _describe_folder(path, pipeline, labels):
     """Returns the `Model` of a folder that is no checkpoint; its own labels stand in for `labels`."""
     num_classes = has_null_class = network_type = None
+    has_second = False
     if os.path.isfile(os.path.join(path, INFERENCE_MANIFEST)):
         index, kind, expected = _json_object(path, INFERENCE_MANIFEST), "exported", pipeline
         features = exported_features(index.get("features"), f"{os.path.join(path, INFERENCE_MANIFEST)}: features")
@@ -251,6 +266,7 @@ def _describe_folder(path, pipeline, labels):
         if pipeline == "SiTPipeline":
             network = _json_object(path, "transformer/config.json")
             num_classes, has_null_class = network.get("num_classes"), network.get("class_dropout_prob") != 0
+            has_second = SECOND_BLOCK in network
         scheduler, network_type = (component_class(index, name) for name in ("scheduler", "transformer"))
     # What is not as it should be is left to the loaders, which say so.
     network_type = network_type if isinstance(network_type, str) else None
@@ -268,6 +284,7 @@ def _describe_folder(path, pipeline, labels):
         labels=labels,
         num_classes=num_classes if POSITIVE_INT.accepts(num_classes) else None,
         has_null_class=has_null_class,
+        has_second=has_second,
         features=features,
         scheduler={**_json_object(path, "scheduler/scheduler_config.json"), "_class_name": scheduler},
     )
@@ -303,7 +320,7 @@ def _describe_weights(kind, path, config, what, pipeline, id2label, stated):
     config["features"] = stated_features(config, path, *stated)
     labels, note = weights_labels(id2label, config)
     known = {"num_classes": model["num_classes"], "has_null_class": model["class_dropout_prob"] > 0}
-    known["features"] = config["features"]
+    known |= {"has_second": internal_guidance_block(config) is not None, "features": config["features"]}
     notes = [note] if note else []
     return Model(kind, path, network.pipeline, model["type"], config=config, labels=labels, notes=notes, **known)
 

@@ -30,6 +30,8 @@ _WORDS = {
     "num_classes": "the number of classes",
     "weights_sha256": "the sha256 of the network's weights",
     "guide_sha256": "the sha256 of the guide's weights",
+    "internal_scale": "--internal_guidance_scale",
+    "internal_interval": "--internal_guidance_interval",
     "vae_sha256": "the sha256 of the VAE's weights",
     "vae_scaling": "the VAE's",
     "objective": "the model's",

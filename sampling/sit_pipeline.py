@@ -22,15 +22,18 @@ from ppdiffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipe
 from ppdiffusers.configuration_utils import register_to_config
 from ppdiffusers.utils.paddle_utils import get_rng_state_tracker
 
-from config.schema import MODEL_TYPES
+from config.checks import POSITIVE_INT
+from config.schema import MODEL_TYPES, internal_guidance_block
 from models import MODELS, SiT, get_2d_sincos_pos_embed
-from models.state import without_rounding
+from models.regularizers import second_index
+from models.state import INTERNAL_GUIDANCE, without_regularizers, without_rounding
 from objectives.transport import sample_transport
 from runtime.precision import cast_layer
 from runtime.process import is_terminal
-from runtime.untrusted import inside, listed
+from runtime.untrusted import inside, listed, shortened
 from sampling.generator import Generator, in_float32, latent_sizes, layer_digests, load_network
 from sampling.pipelines.folder import (
+    SECOND_BLOCK,
     check_id2label,
     check_vae,
     component_class,
@@ -54,8 +57,16 @@ class TransportScheduler(SchedulerMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
-        self.transport = create_transport(path_type, prediction, loss_weight, train_eps, sample_eps)
+    def __init__(
+        self,
+        path_type="Linear",
+        prediction="velocity",
+        loss_weight=None,
+        train_eps=None,
+        sample_eps=None,
+        t_eps=0.05,
+    ):
+        self.transport = create_transport(path_type, prediction, loss_weight, train_eps, sample_eps, t_eps=t_eps)
 
     @classmethod
     def from_objective(cls, objective):
@@ -123,7 +134,7 @@ class SiTPipeline(DiffusionPipeline):
         """
         _check_class("transformer", f"{source}: the config describes", MODELS[config["model"]["type"]])
         scheduler = TransportScheduler.from_objective(config["objective"])
-        network = load_network(config["model"], state, source)
+        network = load_network(config["model"], state, source, internal_guidance_block(config))
         if isinstance(network, SiT):  # a position table that is the exact one in half precision becomes the exact one
             table = get_2d_sincos_pos_embed(network.hidden_size, network.grid_size)[None].astype("float32")
             network.pos_embed.set_value(without_rounding(network.pos_embed.numpy(), table))
@@ -143,12 +154,14 @@ class SiTPipeline(DiffusionPipeline):
         """
         if to_diffusers:
             raise ValueError(f"to_diffusers={to_diffusers!r}: a SiTPipeline is saved in Paddle's layout only")
-        network = self.transformer
+        network, index = self.transformer, second_index(self.transformer)
+        weights = without_regularizers(network.state_dict(), [INTERNAL_GUIDANCE])
+        own = {} if index is None else {SECOND_BLOCK: index + 1}
         write_pipeline(
             os.fspath(save_directory),
             pipeline=type(self).__name__,
-            transformer=("models", type(network).__name__, network.settings),
-            weights={name: value.astype("float32").numpy() for name, value in network.state_dict().items()},
+            transformer=("models", type(network).__name__, {**network.settings, **own}),
+            weights={name: value.astype("float32").numpy() for name, value in weights.items()},
             scheduler=("sampling.sit_pipeline", self.scheduler),
             vae=self.vae,
             labels=self.id2label,
@@ -168,11 +181,15 @@ class SiTPipeline(DiffusionPipeline):
         folder = os.fspath(folder)
         index = read_index(inside(folder, "model_index.json"), NAMES, pipeline=cls.__name__)
         kind = component_class(index, "transformer")
-        settings = read_component(inside(folder, "transformer/config.json"), kind, MODEL_TYPES[kind].keys)
+        path = inside(folder, "transformer/config.json")
+        settings = read_component(path, kind, [*MODEL_TYPES[kind].keys, SECOND_BLOCK])
+        block, layers = settings.pop(SECOND_BLOCK, None), settings.get("num_layers")
+        if block is not None and not (POSITIVE_INT.accepts(block) and POSITIVE_INT.accepts(layers) and block <= layers):
+            raise ValueError(f"{path}: {SECOND_BLOCK} is {shortened(block)}, expected 1 to num_layers {layers}")
         (weights, *others), layout = find_weights(folder, "transformer")
         if others or layout != "paddle":
             raise ValueError(f"{weights}: expected one file in Paddle's layout, as save_pretrained writes it")
-        transformer = load_network({"type": kind, **settings}, load_weights(weights), weights)
+        transformer = load_network({"type": kind, **settings}, load_weights(weights), weights, block)
         scheduler, vae = TransportScheduler.from_folder(folder), load_model(AutoencoderKL, folder, "vae")
         pipe = cls(transformer, vae, scheduler, index.get("id2label"))
         pipe.features = index_features(index, folder)
@@ -204,6 +221,7 @@ class SiTPipeline(DiffusionPipeline):
             labels={int(index): label for index, label in self.id2label.items()},
             digests=partial(layer_digests, network, self.vae),
             features=self.features,
+            has_second=second_index(network) is not None,
         )
 
     def get_label_ids(self, label):
@@ -242,13 +260,16 @@ class SiTPipeline(DiffusionPipeline):
         cfg_zero_star=False,
         guide=None,
         guide_scale=None,
+        internal_scale=1.0,
+        internal_interval=None,
     ):
         """Draws one image for each class id. Time runs from noise (`t = 0`) to data (`t = 1`).
 
         Args:
             class_labels: class ids, a list or one.
             guidance_scale, guidance_interval, guidance_sigma_interval, guidance_schedule, guidance_rescale,
-                cfg_zero_star, guide_scale: as of `sampling.generator.Generator.sample`.
+                cfg_zero_star, guide_scale, internal_scale, internal_interval: as of
+                `sampling.generator.Generator.sample`.
             guide: another `SiTPipeline`, a worse one, for autoguidance; with `guidance_scale=1` by that alone.
             guidance_channels: how many leading latent channels are guided: an integer, or None for all as in
                 DiTPipeline. "auto": 3 of 4 as in the official code, of any other number all; of a LightningDiT 3.
@@ -295,6 +316,8 @@ class SiTPipeline(DiffusionPipeline):
             guidance_rescale=guidance_rescale,
             cfg_zero_star=cfg_zero_star,
             guide_scale=guide_scale,
+            internal_scale=internal_scale,
+            internal_interval=internal_interval,
             output="latents",
             progress=is_terminal(sys.stderr) if hidden is None else not hidden,  # as tqdm has it
             sampler=sampler,

@@ -116,9 +116,9 @@ class Studio:
             if cancelled.is_set() or self._closed.is_set():
                 raise CancelledError
 
-        def network(x, t, y):
+        def network(x, t, y, **hooks):
             check()
-            return generator.network(x, t, y)
+            return generator.network(x, t, y, **hooks)
 
         def watch(step, total, latents):
             report(Progress("drawing", step, total))

@@ -69,6 +69,7 @@ TRANSPORT = {
     "heun2": _ode("ODE, Heun (2nd order)", "heun2", 26),
     "heun3": _ode("ODE, Heun (3rd order)", "heun3", 18),
     "rk4": _ode("ODE, Runge-Kutta (4th order)", "rk4", 14),
+    "heun2_euler": _ode("ODE, Heun (2nd order), last step Euler", "heun2_euler", 26),
     "ab2": _ode("ODE, Adams-Bashforth (2nd order)", "ab2", 26),
     "dopri5": _ode("ODE, Dormand-Prince (adaptive)", "dopri5", 9),
     "sde-euler": _sde("SDE, Euler-Maruyama", "Euler", 100),

@@ -132,7 +132,16 @@ def test_switches_of_the_official_lightning_dit():
         ),
         (
             {"model": {"type": "SiT", **SMALL}, "objective": {"prediction": "noise", "cosine_loss": True}},
-            "objective: cosine_loss is for the prediction velocity, got 'noise'",
+            "objective: cosine_loss is for the prediction velocity or x1, got 'noise'",
+        ),
+        (
+            {"model": SMALL, "objective": {"min_snr_gamma": 5, "use_kl": True}},
+            "objective: min_snr_gamma weights the squared error, which use_kl replaces; give one of them",
+        ),
+        ({"model": SMALL, "objective": {"min_snr_gamma": 0}}, "min_snr_gamma must be a number above 0, or null, got 0"),
+        (
+            {"model": {"type": "SiT", **SMALL}, "objective": {"prediction": "x1", "t_eps": 0}},
+            "objective: t_eps must be a number above 0 and below 1, got 0",
         ),
         ({"model": SMALL, "evaluation": {"steps": 0}}, "evaluation: steps must be a positive integer, or null, got 0"),
         ({"model": SMALL, "evaluation": {"steps": 9}}, "evaluation: steps needs a reference, the path of an npz or"),

@@ -263,6 +263,39 @@ def test_every_kind_of_loss_and_prediction_is_its_definition(mean_type, var_type
         np.testing.assert_allclose(out["variance"], variance, rtol=1e-7)
 
 
+@pytest.mark.parametrize("respacing", ["", "12", "ddim10"])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("predict_xstart", [True, False])
+def test_min_snr_weights_are_their_definition(predict_xstart, learn_sigma, respacing):
+    settings = {"predict_xstart": predict_xstart, "learn_sigma": learn_sigma, "rescale_learned_sigmas": True}
+    plain, weighted = (create_diffusion(respacing, **settings, min_snr_gamma=gamma) for gamma in (None, 3))
+    t = paddle.to_tensor([0, 1, plain.num_timesteps // 2, plain.num_timesteps - 1])
+    x, noise = paddle.randn([4, 2, 3, 3]).astype("float64"), paddle.randn([4, 2, 3, 3]).astype("float64")
+    output = paddle.randn([4, 4 if learn_sigma else 2, 3, 3]).astype("float64")
+    losses, expected = (one.training_losses(lambda x, t: output, x, t, noise=noise) for one in (weighted, plain))
+    square = plain.alphas_cumprod[t.numpy()]
+    snr = square / (1 - square)
+    weight = np.minimum(snr, 3) / (1 if predict_xstart else snr)
+    np.testing.assert_allclose(losses["mse"], weight * expected["mse"].numpy(), rtol=1e-9)
+    vb = expected["vb"].numpy() if learn_sigma else 0.0
+    np.testing.assert_allclose(losses["loss"], weight * expected["mse"].numpy() + vb, rtol=1e-9)
+    # The same samples, and of the same dtype as without.
+    assert weighted.training_losses(lambda x, t: output.astype("float32"), x.astype("float32"), t)["loss"].dtype == (
+        paddle.float32
+    )
+
+
+def test_min_snr_weights_are_finite_without_signal():
+    kinds = {"model_var_type": ModelVarType.FIXED_SMALL, "loss_type": LossType.MSE, "min_snr_gamma": 5.0}
+    for mean_type in (ModelMeanType.EPSILON, ModelMeanType.START_X):
+        with np.errstate(divide="ignore"):  # the schedules of a process without signal
+            diffusion = GaussianDiffusion(betas=[0.1, 0.5, 1.0], model_mean_type=mean_type, **kinds)
+        x, t = paddle.randn([3, 2, 2, 2]), paddle.to_tensor([0, 1, 2])
+        losses = diffusion.training_losses(lambda x, t: x * 0, x, t, noise=x)["loss"]
+        np.testing.assert_allclose(losses[2], (x[2] ** 2).mean(), rtol=1e-6)  # as in the official code
+        assert paddle.isfinite(losses).all()
+
+
 def test_the_bound_trains_the_variance_only():
     diffusion = create_diffusion("")
     output = paddle.randn([4, 4, 3, 3])
@@ -646,6 +679,9 @@ def test_all_ranks_hold_the_same_loss_aware_sampler(tmp_path):
         ({"timestep_respacing": "", "diffusion_steps": 0}, "positive integer, got 0"),
         ({"timestep_respacing": "", "diffusion_steps": 10}, "needs more than 20"),
         ({"timestep_respacing": "", "learn_sigma": "no"}, "learn_sigma='no': expected True or False"),
+        ({"timestep_respacing": "", "min_snr_gamma": 0}, "min_snr_gamma=0: expected None or a number above 0"),
+        ({"timestep_respacing": "", "min_snr_gamma": True}, "min_snr_gamma=True: expected None or a number"),
+        ({"timestep_respacing": "", "min_snr_gamma": 5, "use_kl": True}, "use_kl replaces; give one of them"),
     ],
 )
 def test_wrong_settings_are_named(arguments, message):

@@ -26,7 +26,14 @@ from training.checkpoints.snapshots import list_snapshots
 from training.posthoc_ema import power_function_decay
 from weights.files import load_weights, safe_load
 
-KINDS = tuple(TINY_MODELS)
+REGULARIZERS = [
+    {"type": "layer_sync", "block": 1, "target_block": 2},
+    {"type": "latent_alignment", "block": 1},
+    {"type": "internal_guidance", "block": 1},
+    {"type": "dispersive", "group": 2},
+    {"type": "contrastive", "group": 2},
+]
+KINDS = (*TINY_MODELS, "regularized")
 # Every step is clipped. Profiles of post-hoc EMA move when there is a checkpoint, whose weights tell what they must be.
 TRAINING = {"max_grad_norm": 0.3}
 TRAINING |= {
@@ -35,6 +42,13 @@ TRAINING |= {
     "ema_snapshot_steps": 4,
     "ema_update_steps": 4,
 }
+
+
+def tiny_config(path, kind):
+    """Writes the config of a kind, as `write_config` does; `regularized` is a SiT with all the regularizers above."""
+    if kind == "regularized":
+        return write_config(path, "SiT", {"type": "transport", "regularizers": REGULARIZERS}, **TRAINING)
+    return write_config(path, kind, **TRAINING)
 
 
 def weights(loop, output, step, name="model_state.pdparams"):
@@ -54,7 +68,7 @@ def references(features, tmp_path_factory):
     found = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(f"reference-{kind}")
-        found[kind] = {"config": write_config(folder / "Tiny.json", kind, **TRAINING)}
+        found[kind] = {"config": tiny_config(folder / "Tiny.json", kind)}
         for loop in LOOPS:
             run = {"config": found[kind]["config"], "features": features, "output": folder / loop}
             run_in_process(loop, loop_arguments(loop, **run, steps=10, save_every=4))
@@ -91,7 +105,9 @@ def test_loops_agree_bit_for_bit(references, kind):
 @pytest.mark.paddle26
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("source", LOOPS)
-def test_resume_continues_with_the_same_losses(reference, features, tmp_path, run_loop, loop, source):
+@pytest.mark.parametrize("kind", ["DiT", "regularized"])
+def test_resume_continues_with_the_same_losses(references, features, tmp_path, run_loop, loop, source, kind):
+    reference = references[kind]
     arguments = loop_arguments(loop, config=reference["config"], features=features, output=tmp_path / "out", steps=10)
     resume = "--resume" if loop == "notrainer" else "--resume_from_checkpoint"
     run_loop(loop, [*arguments, resume, checkpoint_path(source, reference[source], 4)])
@@ -146,7 +162,7 @@ def test_loader_processes_change_nothing(reference, features, tmp_path, run_loop
 
 # Real processes. A launch costs ten times as much as a training: one for each number of ranks does all trainings. Every
 # case begins anew, and resumes what the case before it saved after four steps: what one way of parallel training began
-# goes on in any other. Two kinds have most layers and both objectives; LightningDiT has the others, for some cases.
+# goes on in any other. Two kinds have most layers and both objectives; `FURTHER` have the others, for some cases.
 class Case(NamedTuple):
     loop: str
     flags: tuple = ()
@@ -171,7 +187,10 @@ CASES = {
 }
 NAMES = list(CASES)
 PARALLEL_KINDS = ("DiT", "LargeSiT")
-LIGHTNING = ("trainer-tp", "trainer-sharding3", "trainer-tp-sharding3")
+FURTHER = {
+    "LightningDiT": ("trainer-tp", "trainer-sharding3", "trainer-tp-sharding3"),
+    "regularized": ("notrainer-dp", "notrainer-recompute", "trainer-tp", "trainer-sharding3"),
+}
 VALIDATED = ("trainer-sharding3", "trainer-tp-dp", "notrainer-dp")
 VAE = f"--vae_name_or_path={ROOT / 'assets/digits_vae'}"
 VALIDATION = ("--validation_samples=7", "--validation_steps=4", VAE)
@@ -206,7 +225,7 @@ def parallel_runs(features, judged, tmp_path_factory):
         case = CASES[name]
         flags = loop_arguments(
             case.loop,
-            config=judged if how == "validated" else write_config(folder / f"{kind}.json", kind, **TRAINING),
+            config=judged if how == "validated" else tiny_config(folder / f"{kind}.json", kind),
             features=str(features),
             output=str(folder / how / name / kind),
             steps=10,
@@ -222,8 +241,7 @@ def parallel_runs(features, judged, tmp_path_factory):
             if CASES[name].ranks != ranks:
                 continue
             runs += [arguments(name, kind, "anew") for kind in PARALLEL_KINDS]
-            if name in LIGHTNING:
-                runs.append(arguments(name, "LightningDiT", "anew"))
+            runs += [arguments(name, kind, "anew") for kind, cases in FURTHER.items() if name in cases]
             if name in VALIDATED:
                 runs.append(arguments(name, "DiT", "validated", VALIDATION))
             for kind in PARALLEL_KINDS if index > 0 else ():
@@ -290,9 +308,16 @@ def test_parallel_training_is_the_single_process_one(references, parallel_runs, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", paddle26(LIGHTNING))
-def test_parallel_training_of_lightning_dit_is_the_single_process_one(references, parallel_runs, case):
-    assert_same_run(parallel_runs(case, "LightningDiT"), CASES[case].loop, references["LightningDiT"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        pytest.param(kind, case, marks=pytest.mark.paddle26 if CASES[case].ranks == 2 else ())
+        for kind, cases in FURTHER.items()
+        for case in cases
+    ],
+)
+def test_parallel_training_of_further_kinds_is_the_single_process_one(references, parallel_runs, kind, case):
+    assert_same_run(parallel_runs(case, kind), CASES[case].loop, references[kind])
 
 
 @pytest.mark.distributed

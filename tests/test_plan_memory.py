@@ -45,8 +45,8 @@ LIGHTNING_XL = load_config(ROOT / "config/LightningDiT_XL_patch1_f16d32.json")
 LARGE_3B = load_config(ROOT / "config/LargeDiT_3B_patch2.json")
 
 
-def config_of(kind="DiT", **model):
-    return resolve_config({"model": {**TINY_MODELS[kind], **model}})
+def config_of(kind="DiT", routing=None, **model):
+    return resolve_config({"model": {**TINY_MODELS[kind], **model}, "training": {"routing": routing}})
 
 
 # The network's parameters
@@ -120,13 +120,19 @@ def measured_activations(config, batch, recompute):
         ("LightningDiT", {"sample_size": 16, "attention_head_dim": 32, "rms_norm": False, "adaln_shift": False}),
         ("DiT", {"sample_size": 16, "num_layers": 3, "rms_norm": True, "qk_norm": True}),
         ("SiT", {"sample_size": 16, "patch_size": 1, "swiglu": True, "adaln_shift": False}),
+        ("SiT", {"sample_size": 32, "num_layers": 4, "routing": {"blocks": [2, 3]}}),
+        ("LightningDiT", {"sample_size": 16, "num_layers": 4, "sprint_blocks": [2, 3], "routing": {"share": 0.75}}),
+        ("DiT", {"sample_size": 16, "sprint_blocks": [2, 2]}),
     ],
-    ids="DiT DiT-no-variance SiT LargeDiT-qk_norm-GQA LargeSiT LightningDiT layer-norms RMS SwiGLU".split(),
+    ids="DiT DiT-no-variance SiT LargeDiT-qk_norm-GQA LargeSiT LightningDiT layer-norms RMS SwiGLU TREAD SPRINT "
+    "SPRINT-all".split(),
 )
 def test_activations_are_what_paddle_allocates(kind, model, recompute, monkeypatch):
     config = config_of(kind, **model)
     if kind == "LightningDiT":
         config["objective"]["cosine_loss"] = True  # as in its presets
+    if model.get("patch_size") == 4:
+        config["objective"]["prediction"] = "x1"
     kept, _, peak = activations(Sizes(config), Setting(batch=8, recompute=recompute, device="cpu"))
     monkeypatch.setattr(cpu_ops, "faster", lambda: False)
     measured_kept, measured_peak = measured_activations(config, 8, recompute)
@@ -182,13 +188,13 @@ def test_a_block_keeps_what_the_tables_of_the_documentation_add_up_to(config, mo
     inner = sizes.mlp - sizes.hidden * (8 / 3 if sizes.large or sizes.swiglu else 4)
     for mode, (precision, level) in enumerate((("float32", "O1"), ("bfloat16", "O1"), ("bfloat16", "O2"))):
         setting = Setting(batch=4, precision=precision, level=level)
-        _, keeps, _ = activations(sizes, setting)
+        _, (keeps, *_), _ = activations(sizes, setting)
         expected = tokens_width[mode] + (12, 6, 6)[mode] * inner / sizes.hidden
         assert keeps[0] / unit == pytest.approx(expected, abs=0.4)
         assert keeps[1] / (4 * sizes.heads * sizes.tokens**2) == scores[mode]
         matrices = sum(p.numel() for p in sizes.parameters if p.block == 0 and len(p.shape) == 2)
         assert keeps[2] == (2 * matrices if mode == 1 else 0)
-        _, keeps, _ = activations(sizes, dataclasses.replace(setting, recompute=True))
+        _, (keeps, *_), _ = activations(sizes, dataclasses.replace(setting, recompute=True))
         assert sum(keeps) == unit * sizes.block.residual[mode]
 
 

@@ -4,14 +4,16 @@ import numpy as np
 import paddle
 import pytest
 from support.golden import judged
-from support.runs import TINY_MODELS
+from support.runs import LOOPS, TINY_MODELS, checkpoint_path, loop_arguments, run_in_process, write_config
 
 from config.schema import resolve_config
 from models import build_model
 from objectives import Batch, build_objective
 from objectives import regularizers as losses
+from training.supervision.replay import read_dump, replay
 from verification import official_regularizers as official
 from verification.vectors import load_golden
+from weights.files import safe_load
 
 ENTRIES = {
     "layer_sync": {"block": 1, "target_block": 2},
@@ -169,3 +171,66 @@ def test_a_network_without_what_is_learned_is_named():
         ValueError, match=r"^the network has no regularizers\.latent_alignment: build it from a config with that$"
     ):
         build_objective(config).training_losses(model, batch())
+
+
+# -- In a run ---------------------------------------------------------------------------------------------------------
+
+
+def run(loop, config, features, output, steps, *extra, **options):
+    run_in_process(loop, [*loop_arguments(loop, config=config, features=features, output=output, steps=steps), *extra])
+    return checkpoint_path(loop, output, steps)
+
+
+@pytest.mark.paddle26
+def test_a_resume_with_other_regularizers_says_what_becomes_of_them(features, tmp_path, capsys):
+    def config(*kinds):
+        objective = {"type": "transport", "regularizers": entries(*kinds)}
+        return write_config(tmp_path / "Tiny.json", "SiT", objective)
+
+    kinds = ("latent_alignment", "internal_guidance")
+    begun = run("notrainer", config("dispersive", kinds[0]), features, tmp_path / "first", 3)
+    before = safe_load(begun / "model_state.pdparams")
+    capsys.readouterr()
+    resume = ["--resume", begun]
+    after = run("notrainer", config("contrastive", kinds[1]), features, tmp_path / "second", 4, *resume)
+    assert "regularizers: internal_guidance start anew; latent_alignment are dropped" in capsys.readouterr().out
+    state, optimizer = (safe_load(after / name) for name in ("model_state.pdparams", "optimizer.pdopt"))
+    learned = {name for name in state if name.startswith("regularizers.")}
+    assert {name.split(".")[1] for name in learned} == {kinds[1]}
+    assert state.keys() - learned == {name for name in before if not name.startswith("regularizers.")}
+    # They have done one step, the others four; Paddle keeps the power of the next one.
+    powers = {name: float(entry["beta1_pow_acc"][0]) for name, entry in optimizer.items()}
+    assert powers.keys() == state.keys() - {"pos_embed"}
+    assert all(np.isclose(power, 0.9 ** (2 if name in learned else 5)) for name, power in powers.items())
+    # Back again, and in the other loop; weights alone are a start too.
+    again = run(
+        "trainer", config("dispersive", *kinds), features, tmp_path / "third", 5, f"--resume_from_checkpoint={after}"
+    )
+    said = capsys.readouterr().out
+    assert "regularizers: latent_alignment start anew\n" in said.replace("note: ", "")
+    start = ["--pretrained_model_path", again]
+    run("notrainer", config(), features, tmp_path / "fourth", 1, *start)
+    assert "regularizers: internal_guidance, latent_alignment are dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_micro_batches_that_are_no_multiple_of_a_group_are_refused(features, tmp_path, loop):
+    objective = {"type": "transport", "regularizers": [{"type": "dispersive", "group": 3}]}
+    config = write_config(tmp_path / "Tiny.json", "SiT", objective)
+    what = (
+        r"objective: regularizers\[0\]: dispersive compares the samples of a group of 3; expected micro-batches that "
+    )
+    with pytest.raises(ValueError, match=what + "are a multiple of it, got 8 samples a rank"):
+        run(loop, config, features, tmp_path / "out", 1)
+
+
+def test_a_bad_step_is_kept_and_done_again_with_them(features, tmp_path):
+    objective = {"type": "transport", "regularizers": entries("dispersive", "internal_guidance")}
+    config = write_config(tmp_path / "Tiny.json", "SiT", objective, learning_rate=1e30, max_grad_norm=-1)
+    with pytest.raises(ValueError, match="python tools/replay_step.py"):
+        run("notrainer", config, features, tmp_path / "out", 5)
+    (dump,) = (tmp_path / "out").rglob("bad_steps/*")
+    resolved, arrays, state = read_dump(str(dump))
+    found, gradients, layer = replay(str(dump), resolved, arrays, state)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(arrays["loss"]))
+    assert "regularizers.internal_guidance.linear.weight" in gradients

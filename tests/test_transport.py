@@ -23,17 +23,18 @@ from transport import (
     shift_time,
 )
 from transport.integrators import FIXED_STEP
-from verification import official
+from verification import official, official_targets
 
 pytestmark = pytest.mark.paddle26
 
 PATHS = ("Linear", "GVP", "VP")
-PREDICTIONS = ("velocity", "noise", "score")
+PREDICTIONS = ("velocity", "noise", "score", "x1")
 WEIGHTS = (None, "velocity", "likelihood")
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
-ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "ab2": 2}
+ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4, "heun2_euler": 2, "ab2": 2}
 EVERY_KIND = list(itertools.product(PATHS, PREDICTIONS))
 DATA_STD = 0.5
+SHARP = {"t_eps": 1e-4}  # so small that x1 prediction is as exact as the others
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +116,12 @@ def test_ode_is_the_official_one(guided, run, monkeypatch):
         np.testing.assert_allclose(seen, times, atol=1e-6)
 
 
-@pytest.mark.parametrize("run", official.LIGHTNING_RUNS)
-def test_ode_with_a_shift_of_the_times_is_the_official_one(run, monkeypatch):
+ODES_OF_LIGHTNING = [(official.lightning_ode, run, run) for run in official.LIGHTNING_RUNS]
+ODES_OF_LIGHTNING += [(official_targets.x1_ode, run, f"x1pred_{run}") for run in official_targets.X1_RUNS]
+
+
+@pytest.mark.parametrize(("case", "run", "name"), ODES_OF_LIGHTNING, ids=[name for *_, name in ODES_OF_LIGHTNING])
+def test_ode_of_lightning_dit_is_the_official_one(case, run, name, monkeypatch):
     """It asks the network at the same times, too."""
     forward, seen = LightningDiT.forward, []
 
@@ -126,8 +131,8 @@ def test_ode_with_a_shift_of_the_times_is_the_official_one(run, monkeypatch):
         return forward(self, x, t, *args, **options)
 
     monkeypatch.setattr(LightningDiT, "forward", watched)
-    judged(official.lightning_ode(run))
-    np.testing.assert_allclose(seen, load_golden("lightningdit_ode")[f"{run}_eval_t"], atol=1e-6)
+    judged(case(run))
+    np.testing.assert_allclose(seen, load_golden("lightningdit_ode")[f"{name}_eval_t"], atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.3, 1, 2.5])
@@ -191,6 +196,7 @@ def exact(path, t):
         "velocity": (alpha * d_alpha * DATA_STD**2 + sigma * d_sigma) / var,
         "noise": sigma / var,
         "score": -1 / var,
+        "x1": alpha * DATA_STD**2 / var,
     }
 
 
@@ -263,16 +269,22 @@ def test_diffusion_forms_are_their_definitions(path):
 @pytest.mark.parametrize(("path", "prediction"), EVERY_KIND)
 def test_drift_and_score_of_every_prediction(path, prediction):
     transport = create_transport(path, prediction)
-    x, t = paddle.randn([3, 2, 4, 4]).astype("float64"), paddle.full([3], 0.37, "float64")
+    x, t = paddle.randn([3, 2, 4, 4]).astype("float64"), paddle.full([3], 0.37, "float64")  # before x1's clamp
     model = exact_model(path, prediction)
     expected = exact(path, 0.37)
     np.testing.assert_allclose(transport.get_drift()(x, t, model), x * float(expected["velocity"]), rtol=1e-8)
     np.testing.assert_allclose(transport.get_score()(x, t, model), x * float(expected["score"]), rtol=1e-8)
 
 
+def velocity_of_data(path, data, x, t=TIMES):
+    """The velocity at x of the way that goes on to these data, without a clamp."""
+    alpha, sigma, d_alpha, d_sigma = (value.reshape([-1, 1, 1, 1]) for value in coefficients(path, t))
+    return d_alpha * data + d_sigma * (x - alpha * data) / sigma
+
+
 @pytest.mark.parametrize(("path", "prediction", "weight"), list(itertools.product(PATHS, PREDICTIONS, WEIGHTS)))
 def test_every_loss_is_its_definition(path, prediction, weight):
-    transport = create_transport(path, prediction, weight)
+    transport = create_transport(path, prediction, weight, **SHARP)
     x1, x0, output = (paddle.randn([5, 2, 3, 3]).astype("float64") for _ in range(3))
     t = paddle.to_tensor(TIMES)
     seen = []
@@ -292,8 +304,9 @@ def test_every_loss_is_its_definition(path, prediction, weight):
 
     sigma = coefficients(path, TIMES)[1].reshape([5, 1, 1, 1])
     out, x0, ut, xt = (value.numpy() for value in (output, x0, ut, xt))
-    if prediction == "velocity":
-        error = (out - ut) ** 2  # never weighted
+    if prediction in ("velocity", "x1"):  # never weighted
+        velocity = out if prediction == "velocity" else velocity_of_data(path, out, xt)
+        error = (velocity - ut) ** 2
     else:
         noise = out if prediction == "noise" else -sigma * out
         if weight is None:
@@ -317,12 +330,12 @@ def scaling(path, t0, t1):
 def ends(path, prediction):
     if path == "VP":
         return 0.0, 0.999
-    return (0.0, 1.0) if prediction == "velocity" else (0.001, 0.999)
+    return (0.0, 1.0) if prediction in ("velocity", "x1") else (0.001, 0.999)
 
 
 @pytest.mark.parametrize(("path", "prediction"), EVERY_KIND)
 def test_dopri5_is_the_exact_flow_both_ways(path, prediction):
-    sampler = Sampler(create_transport(path, prediction))
+    sampler = Sampler(create_transport(path, prediction, **SHARP))
     z, model = paddle.randn([4, 3]), exact_model(path, prediction)
     start, end = ends(path, prediction)
     out = sampler.sample_ode(num_steps=5, rtol=1e-5)(z, model)
@@ -340,7 +353,7 @@ def test_dopri5_is_the_exact_flow_both_ways(path, prediction):
 def test_fixed_methods_converge_at_their_order(method, shift):
     z = paddle.ones([1, 1], "float64")
     errors = []
-    for steps in (16, 32):
+    for steps in (32, 64):
         fn = Sampler(create_transport("GVP")).sample_ode(
             sampling_method=method, num_steps=steps + 1, timestep_shift=shift
         )
@@ -351,7 +364,9 @@ def test_fixed_methods_converge_at_their_order(method, shift):
             return exact_model("GVP", "velocity")(x, t)
 
         errors.append(abs(fn(z, model)[-1].item() - DATA_STD))
-        assert len(calls) == steps * (1 if method == "ab2" else len(FIXED_STEP[method].c))
+        evaluations = {"ab2": steps, "heun2_euler": 2 * steps - 1}  # the latter does not ask at the end
+        assert len(calls) == (evaluations.get(method) or steps * len(FIXED_STEP[method].c))
+        assert (max(calls) == 1) == (method in ("heun2", "rk4"))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[method], abs=0.35)
 
 
@@ -446,14 +461,12 @@ def test_sde_steps_are_their_definition(path, prediction, method, monkeypatch):
     rng = np.random.default_rng(0)
     z, noise = rng.standard_normal([3, 4]), rng.standard_normal([5, 3, 4])
     for form, last_step in itertools.product(FORMS, LAST_STEPS):
-        if method == "Heun" and last_step is None and prediction == "velocity" and path != "VP":
-            continue  # ends at t = 1, see below
-        transport = create_transport(path, prediction)
         t0, t1 = ends(path, prediction)
-        if path != "VP" and prediction != "velocity" and form != "SBDM":
-            t0 = 0.001  # the same
-        if path != "VP" and prediction == "velocity" and form == "SBDM":
-            t0 = 0.001  # officially NaN
+        if method == "Heun" and last_step is None and t1 == 1:
+            continue  # see below
+        transport = create_transport(path, prediction, **SHARP)
+        if path != "VP" and form == "SBDM":
+            t0 = 0.001  # officially NaN with velocity prediction
         if last_step is not None:
             t1 = 0.93
         times = np.linspace(t0, t1, 6)
@@ -534,7 +547,7 @@ def test_sde_to_the_very_end_is_finite(path, last):
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_likelihood_of_gaussian_data_is_exact(path, prediction, method):
     # The divergence of a multiple of x is the same whatever the probe.
-    sampler = Sampler(create_transport(path, prediction))
+    sampler = Sampler(create_transport(path, prediction, **SHARP))
     x = paddle.randn([3, 2, 4]) * DATA_STD
     fn = sampler.sample_ode_likelihood(sampling_method=method, num_steps=201, rtol=1e-5)
     logp, latents = fn(x, exact_model(path, prediction))
@@ -639,16 +652,75 @@ def test_logit_normal_times_are_drawn_by_one_call(monkeypatch):
     assert x0.shape == x1.shape == [3, 2]
 
 
-def test_cosine_loss_adds_the_angle_between_velocities():
+@pytest.mark.parametrize("prediction", ["velocity", "x1"])
+def test_cosine_loss_adds_the_angle_between_velocities(prediction):
     x1, x0, output = (paddle.randn([4, 3, 2, 2]) for _ in range(3))
-    t = paddle.rand([4])
+    t = paddle.to_tensor([0.0, 0.3, 0.9, 0.99])
     plain, extra = (
-        create_transport(cosine_loss=on).training_losses(lambda x, t: output, x1, x0=x0, t=t) for on in (False, True)
+        create_transport(prediction=prediction, cosine_loss=on).training_losses(lambda x, t: output, x1, x0=x0, t=t)
+        for on in (False, True)
     )
     out, ut = output.numpy(), (x1 - x0).numpy()
+    if prediction == "x1":  # the clamp changes lengths, not directions
+        times = t.numpy().reshape([4, 1, 1, 1])
+        out = output.numpy() - (times * x1.numpy() + (1 - times) * x0.numpy())
     cosine = (out * ut).sum(1) / np.sqrt((out**2).sum(1) * (ut**2).sum(1))
     np.testing.assert_allclose(extra["cos_loss"], (1 - cosine).mean((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(extra["loss"], plain["loss"] + extra["cos_loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
+def test_training_times_are_shifted_within_their_interval(sampling, shift):
+    """Each drawn time moves by `shift_time`, and what eps cuts off stays cut off."""
+    drawn = []
+    for value in (0.0, shift):
+        paddle.seed(3)
+        transport = create_transport("GVP", "noise", timestep_sampling=sampling, train_eps=0.1, timestep_shift=value)
+        drawn.append(transport.sample_timesteps(2000).numpy().astype("float64"))
+    plain, shifted = ((t - 0.1) / 0.8 for t in drawn)
+    np.testing.assert_allclose(shifted, shift * plain / (1 + (shift - 1) * plain), atol=1e-6)
+    assert drawn[1].min() >= 0.1 and drawn[1].max() <= 0.9
+    if shift == 1:
+        np.testing.assert_array_equal(*drawn)
+    else:
+        assert (shifted.mean() < plain.mean()) == (shift < 1)
+
+
+# -- Data as the prediction -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("single_backward", [True, False])
+def test_losses_and_gradients_of_x1_are_the_official_ones(single_backward):
+    judged(official_targets.x1_gradients(single_backward=single_backward))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t_eps", [0.05, 0.3])
+def test_x1_is_finite_and_its_target_clamped_at_both_ends(path, t_eps):
+    """Right data have no error at any time, and others an error that grows no further than the clamp lets it."""
+    transport = create_transport(path, "x1", t_eps=t_eps)
+    x1, x0, error = (paddle.randn([4, 2, 3]) for _ in range(3))
+    t = paddle.to_tensor([0.0, 0.5, 1 - t_eps / 2, 1.0])
+    right, wrong = (transport.training_losses(lambda x, t, d=d: x1 + error * d, x1, x0=x0, t=t)["loss"] for d in (0, 1))
+    assert not right.any()
+    assert paddle.isfinite(wrong).all()
+    if path == "Linear":
+        scale = np.maximum(1 - t.numpy(), t_eps)
+        np.testing.assert_allclose(wrong, (error.numpy() ** 2).mean((1, 2)) / scale**2, rtol=1e-5)
+    for field in (transport.output_to_velocity, transport.output_to_score):
+        assert paddle.isfinite(field(x1, x0, t)).all()
+
+
+def test_x1_ends_in_the_data_that_the_network_sees():
+    """In the last step before t = 1, where the step is longer than the clamp, Euler lands on them."""
+    data, z = paddle.randn([2, 3]), paddle.randn([2, 3])
+    sampler = Sampler(create_transport(prediction="x1", t_eps=0.05))
+    for method in ("euler", "heun2_euler"):
+        out = sampler.sample_ode(sampling_method=method, num_steps=11)(z, lambda x, t: data)[-1]
+        np.testing.assert_allclose(out, data, atol=1e-5)
+    out = sampler.sample_sde(last_step="Tweedie", num_steps=20)(z, lambda x, t: data)[-1]
+    np.testing.assert_array_equal(out, data)  # though the score is clamped at the last step's 0.96
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
@@ -663,6 +735,8 @@ def test_cosine_loss_adds_the_angle_between_velocities():
         ("GVP", "noise", {}, (1e-3, 1e-3)),
         ("Linear", "noise", {"train_eps": 0.02}, (0.02, 1e-3)),
         ("GVP", "velocity", {"train_eps": 0.02, "sample_eps": 0.03}, (0, 0)),  # none is needed
+        ("Linear", "x1", {"train_eps": 0.02, "sample_eps": 0.03}, (0, 0)),
+        ("VP", "x1", {}, (1e-5, 1e-3)),
     ],
 )
 def test_eps_rules(path, prediction, given, expected):
@@ -701,7 +775,7 @@ def test_attributes_have_the_official_names():
     ("arguments", "message"),
     [
         ({"path_type": "linear"}, "unknown path_type 'linear'; accepted: 'Linear', 'GVP', 'VP'"),
-        ({"prediction": "v"}, "unknown prediction 'v'; accepted: 'velocity', 'noise', 'score'"),
+        ({"prediction": "v"}, "unknown prediction 'v'; accepted: 'velocity', 'noise', 'score', 'x1'"),
         ({"loss_weight": "snr"}, "unknown loss_weight 'snr'; accepted: None, 'velocity', 'likelihood'"),
         ({"train_eps": -0.1}, "train_eps=-0.1: expected None or a number, at least 0 and below 0.5"),
         ({"sample_eps": "0"}, "sample_eps='0': expected None or a number"),
@@ -709,7 +783,10 @@ def test_attributes_have_the_official_names():
         ({"logit_std": 0}, "logit_std=0: expected a positive number"),
         ({"logit_mean": math.inf}, "logit_mean=inf: expected a finite number"),
         ({"cosine_loss": 1}, "cosine_loss=1: expected True or False"),
-        ({"cosine_loss": True, "prediction": "noise"}, "it needs prediction='velocity'"),
+        ({"cosine_loss": True, "prediction": "noise"}, "it needs prediction='velocity' or 'x1'"),
+        ({"t_eps": 0}, "t_eps=0: expected a number above 0 and below 1"),
+        ({"t_eps": True}, "t_eps=True: expected a number above 0"),
+        ({"timestep_shift": -1.0}, "timestep_shift=-1.0: expected a number, at least 0; 0 for none"),
     ],
 )
 def test_wrong_transport(arguments, message):

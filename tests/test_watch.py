@@ -93,7 +93,8 @@ def test_a_run_stops_with_a_dump(spoiled, tmp_path, run_loop, monkeypatch, capsy
     monkeypatch.setattr(
         DiffusionObjective, "draw", lambda self, *rest: drawn.append(draw(self, *rest)) or dict(drawn[-1])
     )
-    config = write_config(tmp_path / "Tiny.json", on_nonfinite="skip", weight_decay=0.1)
+    routing = {"blocks": [2, 2]} if loop == "notrainer" else None
+    config = write_config(tmp_path / "Tiny.json", on_nonfinite="skip", weight_decay=0.1, routing=routing)
     out = tmp_path / "out"
     arguments = loop_arguments(
         loop, config=config, features=features, output=out, steps=STEPS, save_every=LAST_GOOD, accumulation=accumulation
@@ -118,8 +119,9 @@ def test_a_run_stops_with_a_dump(spoiled, tmp_path, run_loop, monkeypatch, capsy
         or (accumulation == 1 and not batch["micro_step"].any())
     )
     first = (BAD - 1) * accumulation  # what the run itself drew in that step
+    assert ("routing" in batch) == (routing is not None)
     for name, values in batch.items():
-        if name in ("t", "noise", "force_drop_ids"):
+        if name in ("t", "noise", "force_drop_ids", "routing"):
             own = np.concatenate([one[name].numpy() for one in drawn[first : first + accumulation]])
             np.testing.assert_array_equal(values, own)
 

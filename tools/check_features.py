@@ -57,6 +57,8 @@ def print_report(report):
         if "latents" in facts:
             numbers = "mean {mean:.4f}, standard deviation {std:.4f}".format(**facts["latents"])
             print(f"latents: {numbers}; {counted(facts['duplicates'], 'duplicate')}")
+        if "encoder" in facts:
+            print("encoder features: {tokens} tokens of width {width}, {dtype}".format(**facts["encoder"]))
         if facts["files_with_checksum"] is not None:
             print(f"{counted(facts['files_with_checksum'], 'file')} compared with the checksums")
         for note in report.notes:

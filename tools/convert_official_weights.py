@@ -13,6 +13,9 @@ weights are written as float32.
 With --reverse, --model_path is a .pdparams or a training checkpoint folder (its averages unless --key says model), and
 --output a .pt that torch.load reads. There and back gives the same bits. Where --output ends in .safetensors, that is
 what is written, marked as Paddle's layout ("pd") or PyTorch's ("pt").
+
+What regularizers learned in training is left out: a second final layer (officially final_layer_xr), REPA's projector
+(projectors.0). --keep_internal_guidance keeps the former, which internal guidance samples by.
 """
 
 import _root  # noqa: F401 (the project's root, on sys.path)
@@ -46,6 +49,9 @@ def main(argv=None):
     )
     parser.add_argument("--key", help="which weights of a checkpoint: model, ema or another of its keys [ema]")
     parser.add_argument("--reverse", action="store_true", help="from Paddle to the official PyTorch layout")
+    parser.add_argument(
+        "--keep_internal_guidance", action="store_true", help="keep the second final layer of internal guidance"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
     check_output(args.output, args.overwrite, torch=args.reverse)
@@ -59,19 +65,31 @@ def main(argv=None):
     model = config["model"]
 
     configure_runtime()
-    from models.state import check_finite, check_state, expected_shapes, turn_linear
+    from models.state import (
+        REGULARIZERS,
+        check_finite,
+        check_state,
+        expected_shapes,
+        for_sampling,
+        official_names,
+        turn_linear,
+    )
     from weights.files import save_safetensors, save_torch
     from weights.rope_tables import with_rope_tables
-    from weights.source import find_shards, read_weights
+    from weights.source import find_shards, leave_out, read_weights
 
     print(f"reading {args.model_path}", flush=True)
     # safetensors say themselves which layout they are in.
     layout = "auto" if is_safetensors(args.model_path) else "paddle" if args.reverse else "torch"
     tables = {}  # of rotary positions, which go along so that they come back the same
-    state, source = read_weights(args.model_path, key=args.key, layout=layout, model=model, tables=tables)
+    how = {"key": args.key, "layout": layout, "model": model, "tables": tables, "kept": [REGULARIZERS]}
+    state, source = read_weights(args.model_path, **how)
+    state, note = leave_out(state, source, args.keep_internal_guidance)
     check_finite(state, source=source)
-    check_state(state, expected_shapes(model), source=source)
+    fitting, _ = for_sampling(model, state, block=1)  # shapes do not depend on the block
+    check_state(state, expected_shapes(fitting), source=source)
     if args.reverse:
+        state = official_names(state)
         for name, value in state.items():  # in place, so that no second set of weights is held
             state[name] = turn_linear(name, value)
         official = with_rope_tables(state, model, tables)
@@ -82,6 +100,8 @@ def main(argv=None):
                 save_torch(official, path)
     else:
         save_paddle({**state, **tables}, args.output)
+    if note:
+        print(f"note: {note}")
     print(f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers: {source} -> {args.output}")
     if not args.reverse and model.get("qk_norm") and len(find_shards(args.model_path, args.key)) > 1:
         print(

@@ -43,7 +43,8 @@ REPORT = "outputs/report.json"
 TOLD = (
     *("labels", "seed", "scheduler", "sampler", "method", "diffusion_form", "num_inference_steps"),
     *("guidance_scale", "guidance_channels", "guidance_interval", "guidance_sigma_interval", "guidance_schedule"),
-    *("guidance_rescale", "cfg_zero_star", "guide_scale", "timestep_shift", "zero_init_steps", "rounding", "dtype"),
+    *("guidance_rescale", "cfg_zero_star", "guide_scale", "internal_scale", "internal_interval", "timestep_shift"),
+    *("zero_init_steps", "rounding", "dtype"),
 )
 
 

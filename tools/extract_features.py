@@ -32,8 +32,9 @@ from config.flags import CommandParser, add_device_flag, check_paths, check_vae
 from config.options import DEFAULT_VAE, INT_FROM_0, POSITIVE_INT
 from config.schema import SCALING_KEYS
 from features.autoencoder import LatentEncoder, load_vae
-from features.extraction import GOES_ON, Extraction, check_earlier, make_settings
-from features.image_source import find_archives
+from features.encoders import find_encoder
+from features.extraction import GOES_ON, Extraction, check_earlier, check_settings, make_settings, set_classes
+from features.image_source import find_archives, open_source
 from features.images import (
     BACKGROUND,
     ON_ERROR,
@@ -49,9 +50,13 @@ from features.layout import Layout
 from runtime.console import say_next
 from runtime.process import configure_runtime, counted, launched_rank, resolve_device, run_cli
 from runtime.untrusted import read_json_object
+from sampling.flags import note_unused
 from sampling.pipelines.converter import latent_shape
 
 configure_runtime()  # before Paddle is imported
+
+PIXELS_A_TOKEN = 16  # of a side: latents 8 times smaller in patches of 2, or 16 times smaller in patches of 1
+OF_THE_ENCODER = ("encoder_size", "encoder_batch", "token_grid", "replace_encoder")
 
 
 def holds_images(folder):
@@ -60,17 +65,20 @@ def holds_images(folder):
     return any(os.path.splitext(path)[1].lower() in endings for path in walk_files(folder, []))
 
 
-def extract(args) -> None:
-    # What can be said before the slow imports.
-    background = parse_background(args.background)
-    check_vae(args.vae)
+def check_arguments(args, layout, adds) -> None:
+    """Says what can be said before the slow imports; `adds`: the set is complete, and gets encoder features."""
     check_paths(args, "data_path", "list")
-    if os.path.exists(args.feature_path) and not os.path.isdir(args.feature_path):
-        raise ValueError(f"--feature_path {args.feature_path}: is a file; expected a folder")
-    if args.name is not None and (os.sep in args.name or not args.name):
-        raise ValueError(f"--name {args.name}: expected the beginning of files' names, without {os.sep}")
-    if args.image_size % (factor := latent_shape(args.vae)["downsampling"]) and os.path.isdir(args.vae):
-        raise ValueError(f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}")
+    if args.encoder:
+        find_encoder(args.encoder)
+    if adds:
+        check_settings(layout.manifest, args.given)
+    else:
+        check_vae(args.vae)
+        factor = latent_shape(args.vae)["downsampling"]
+        if args.image_size % factor and os.path.isdir(args.vae):
+            raise ValueError(
+                f"--image_size {args.image_size}: expected a multiple of {factor}, the factor of {args.vae}"
+            )
     if args.data_path:
         archives, _ = find_archives(args.data_path)
         for path in archives:
@@ -84,16 +92,26 @@ def extract(args) -> None:
         inside, outside = os.path.realpath(args.feature_path), os.path.realpath(args.data_path)
         if not args.list and os.path.isdir(outside) and os.path.commonpath([inside, outside]) == outside:
             raise ValueError(f"--feature_path {args.feature_path}: lies in {args.data_path}, where the images are")
-    layout = Layout(args.feature_path, args.name or f"imagenet{args.image_size}")
-    rank, world = launched_rank()
-    options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
-    options["background"] = background
-    if rank == 0:
+    if launched_rank()[0] == 0 and not adds:
         known = {"vae": {"name": encodable(args.vae)}, "encoding": {"batch_size": args.batch_size}}
         if os.path.isdir(args.vae):
             vae = read_json_object(os.path.join(args.vae, "config.json"))
             known |= {key: vae[key] for key in SCALING_KEYS if key in vae}
-        check_earlier(layout, {**options, **known})
+        check_earlier(layout, {**args.options, **known})
+
+
+def extract(args) -> None:
+    if os.path.exists(args.feature_path) and not os.path.isdir(args.feature_path):
+        raise ValueError(f"--feature_path {args.feature_path}: is a file; expected a folder")
+    if args.name is not None and (os.sep in args.name or not args.name):
+        raise ValueError(f"--name {args.name}: expected the beginning of files' names, without {os.sep}")
+    layout = Layout(args.feature_path, args.name or f"imagenet{args.image_size}")
+    adds = args.encoder is not None and os.path.exists(layout.manifest)
+    if adds:
+        take_from_manifest(args, layout)
+    elif not args.data_path and not args.list:
+        raise ValueError("give --data_path, --list, or both")
+    check_arguments(args, layout, adds)
 
     import paddle
 
@@ -106,43 +124,121 @@ def extract(args) -> None:
     if device != "cpu":
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})  # after a restart too
     precision = resolve_precision(args.dtype, "O1", device=device)
-    vae = load_vae(args.vae)
-    encoding = {"device": device.split(":")[0], "dtype": precision.dtype, "batch_size": args.batch_size}
-    extraction = Extraction(layout, make_settings(vae, args.vae, layout.name, encoding, options), rank, world)
-    is_new = extraction.open(args.data_path, args.list)
-    if rank == 0:
-        complete = None if is_new else f"{layout.manifest}: complete since an earlier start, nothing to do"
-        for sentence in filter(None, [precision.note, *extraction.source.notes, complete]):
-            print(sentence, flush=True)
-    if not is_new:
-        return
-    encoder = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
+    if launched_rank()[0] == 0 and precision.note:
+        print(precision.note, flush=True)
+    encoder = open_encoder_extraction(args, layout, precision) if args.encoder else None
     try:
-        manifest = extraction.run(encoder, num_workers=args.num_workers, skip=args.on_error == "skip")
-        if rank == 0:
-            if lost := manifest["unreadable"]:
-                print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
-            places = [layout.packed] if args.format == "packed" else [layout.features, layout.labels]
-            classes = counted(manifest["num_classes"], "class", "classes")
-            print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
-            print(*places, layout.classes, layout.manifest, sep=", ")
-            place = ["--feature_path", args.feature_path]
-            config = os.path.join(args.feature_path, "config.json")
-            say_next(
-                ["tools/check_features.py", *place, "--image_size", args.image_size, "--vae", args.vae],
-                ["tools/make_config.py", *place, "--image_size", args.image_size, "--output", config],
-            )
+        source = None if adds else extract_latents(args, layout, precision, encoder)
+        if encoder is not None:
+            extract_encoder(args, layout, encoder, source)
     except FileNotFoundError:
         # A rank that came when all was done, and its state gone.
-        if rank == 0 or not os.path.exists(layout.manifest):
+        if launched_rank()[0] == 0 or not os.path.exists(layout.manifest):
             raise
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; {GOES_ON}", error.filename or layout.features_path) from None
+
+
+def take_from_manifest(args, layout) -> None:
+    """Takes over what a complete set's manifest tells: the size of its images, and where they are."""
+    manifest = read_json_object(layout.manifest)
+    source = manifest.get("source") if isinstance(manifest.get("source"), dict) else {}
+    args.image_size, args.flip = manifest.get("image_size"), bool(manifest.get("flip"))
+    args.num_images = manifest.get("num_samples")
+    if not isinstance(args.image_size, int) or not isinstance(args.num_images, int):
+        raise ValueError(f"{layout.manifest}: does not tell which images the set was made of")
+    if not args.data_path and not args.list:
+        if source.get("kind") == "list" or not os.path.exists(source.get("path") or ""):
+            raise ValueError(f"{layout.manifest}: its images are not where it says; give --data_path, --list, or both")
+        args.data_path = source["path"]
+
+
+def open_encoder_extraction(args, layout, precision):
+    """Loads the encoder of `--encoder`; returns its `EncoderExtraction`."""
+    import paddle
+
+    from features.encoder_extraction import EncoderExtraction
+    from features.encoders import PatchEncoder
+
+    rank, world = launched_rank()
+    grid = args.token_grid or max(1, args.image_size // PIXELS_A_TOKEN)
+    sizes = {"size": args.encoder_size, "image_size": args.image_size, "token_grid": grid}
+    encoder = PatchEncoder(args.encoder, precision=precision, **sizes)
+    if rank == 0:
+        for note in encoder.notes:
+            print(f"note: {note}", flush=True)
+    encoding = {"device": paddle.get_device().split(":")[0], "dtype": precision.dtype, "batch_size": args.encoder_batch}
+    return EncoderExtraction(layout, encoder, encoding, rank=rank, world=world, replace=args.replace_encoder)
+
+
+def announce_size(args, encoder, num_images) -> None:
+    """Prints how large the features of an `EncoderExtraction` are to be."""
+    from features.encoder_extraction import size_sentence
+
+    is_begun = encoder.is_begun()
+    print(size_sentence(num_images, encoder.settings, args.flip, args.feature_path, check=not is_begun), flush=True)
+
+
+def extract_latents(args, layout, precision, encoder):
+    """Extracts latents and labels; returns their `ImageSource`, on rank 0 and while there is work."""
+    import paddle
+
+    rank, world = launched_rank()
+    vae = load_vae(args.vae)
+    device = paddle.get_device().split(":")[0]
+    encoding = {"device": device, "dtype": precision.dtype, "batch_size": args.batch_size}
+    extraction = Extraction(layout, make_settings(vae, args.vae, layout.name, encoding, args.options), rank, world)
+    announce = encoder and (lambda num_images: announce_size(args, encoder, num_images))
+    is_new = extraction.open(args.data_path, args.list, announce)
+    if rank == 0:
+        complete = None if is_new else f"{layout.manifest}: complete since an earlier start, nothing to do"
+        for sentence in filter(None, [*extraction.source.notes, complete]):
+            print(sentence, flush=True)
+    if not is_new:
+        return getattr(extraction, "source", None)
+    latents = LatentEncoder(vae, precision, seed=args.seed, moments=args.moments)
+    try:
+        manifest = extraction.run(latents, num_workers=args.num_workers, skip=args.on_error == "skip")
+        if rank == 0:
+            say_finished(args, layout, manifest)
     finally:
         if extraction.source.dim:
             print(dim_note(extraction.source.dim), flush=True)
         if extraction.source.see_through:
             print(see_through_note(extraction.source.see_through), flush=True)
+    return extraction.source
+
+
+def say_finished(args, layout, manifest) -> None:
+    """Prints what was written, and the commands that come next."""
+    if lost := manifest["unreadable"]:
+        print(unreadable_list([(entry["image"], entry["reason"]) for entry in lost], layout.manifest))
+    places = [layout.packed] if args.format == "packed" else [layout.features, layout.labels]
+    classes = counted(manifest["num_classes"], "class", "classes")
+    print(f"{counted(manifest['num_samples'], 'image')} of {classes}: ", end="")
+    print(*places, layout.classes, layout.manifest, sep=", ", flush=True)
+    place = ["--feature_path", args.feature_path]
+    config = os.path.join(args.feature_path, "config.json")
+    say_next(
+        ["tools/check_features.py", *place, "--image_size", args.image_size, "--vae", args.vae],
+        ["tools/make_config.py", *place, "--image_size", args.image_size, "--output", config],
+    )
+
+
+def extract_encoder(args, layout, extraction, source) -> None:
+    """Adds encoder features to a set that is complete, or soon will be by another rank's work."""
+    if extraction.rank == 0 and source is None:
+        source = open_source(args.data_path, args.list, set_classes(layout))
+        announce_size(args, extraction, args.num_images)
+    if not extraction.open(source, args.data_path, args.list):
+        if extraction.rank == 0:
+            print(f"{layout.manifest}: its encoder features are complete since an earlier start, nothing to do")
+        return
+    extraction.run(num_workers=args.num_workers)
+    if extraction.rank == 0:
+        tokens, width = extraction.settings["token_grid"] ** 2, extraction.settings["width"]
+        place = layout.packed if os.path.isdir(layout.packed) else layout.encoder
+        print(f"encoder features, {tokens} tokens of width {width} an image: {place}, {layout.manifest}")
 
 
 def main(argv: list | None = None) -> None:
@@ -177,6 +273,25 @@ def main(argv: list | None = None) -> None:
         help="store the posterior's mean and std, 2C channels, so that training draws a fresh sample at each visit, "
         "instead of one sample",
     )
+    parser.add_argument(
+        "--encoder",
+        metavar="PATH",
+        help="also store an encoder's features: a program of Paddle Inference, or a folder of a CLIPVisionModel",
+    )
+    parser.add_argument(
+        "--encoder_size",
+        check=POSITIVE_INT,
+        metavar="PIXELS",
+        help="side of the images that it gets [its preprocessor_config.json's or config's, else --image_size]",
+    )
+    parser.add_argument("--encoder_batch", check=POSITIVE_INT, default=32, help="images that it gets at once")
+    parser.add_argument(
+        "--token_grid",
+        check=POSITIVE_INT,
+        metavar="N",
+        help=f"tokens a side, the model's sample_size / patch_size [a token each {PIXELS_A_TOKEN} pixels]",
+    )
+    parser.add_argument("--replace_encoder", action="store_true", help="delete those of another encoder that are there")
     parser.add_argument("--background", **BACKGROUND)
     parser.add_argument("--on_error", **ON_ERROR)
     parser.add_argument("--batch_size", check=POSITIVE_INT, default=32, help="images encoded at once")
@@ -195,8 +310,14 @@ def main(argv: list | None = None) -> None:
     if len(asked) > 1:
         parser.error("--dtype, --bf16 and --fp16 are one setting: give one")
     args.dtype = asked.pop() if asked else "float32"
-    if not args.data_path and not args.list:
+    if not args.data_path and not args.list and not args.encoder:
         parser.error("give --data_path, --list, or both")
+    if not args.encoder:
+        note_unused([name for name in OF_THE_ENCODER if getattr(args, name) != parser.get_default(name)], "--encoder")
+    args.options = {key: getattr(args, key) for key in ("format", "moments", "flip", "image_size", "seed")}
+    args.given = {key: value for key, value in args.options.items() if value != parser.get_default(key)}
+    args.options["background"] = parse_background(args.background)
+    args.given |= {"background": args.options["background"]} if args.background else {}
     try:
         extract(args)
     except KeyboardInterrupt:

@@ -64,6 +64,11 @@ def main(argv=None):
     )
     parser.add_argument("--save_ema", action="store_true", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights written")
+    parser.add_argument(
+        "--keep_internal_guidance",
+        action="store_true",
+        help="keep the second final layer of internal guidance [what regularizers learned is left out]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
     if None not in (args.key, args.save_ema) and args.save_ema != (args.key == "ema"):
@@ -73,12 +78,12 @@ def main(argv=None):
     check_paths(args, "model_path")
 
     configure_runtime()
-    from models.state import check_finite
+    from models.state import REGULARIZERS, check_finite, own_names
     from weights.files import is_averages, pick_weights, safe_load, safetensors_layout
-    from weights.source import read_weights
+    from weights.source import leave_out, read_weights
 
     if os.path.isdir(args.model_path):
-        state, source = read_weights(args.model_path, key="ema" if averages else "model")
+        state, source = read_weights(args.model_path, key="ema" if averages else "model", kept=[REGULARIZERS])
     else:
         source = args.model_path
         if is_safetensors(source) and safetensors_layout(source) != "paddle":
@@ -86,6 +91,9 @@ def main(argv=None):
         state, key = pick_weights(safe_load(source, tolerant=True), source, "auto", averages=averages)
         if key is None or not is_averages(key):
             state = pick(state, averages, source)
+    state, note = leave_out(own_names(state), source, args.keep_internal_guidance)
+    if note:
+        print(f"note: {note}")
     check_finite(state, source=source)
     save_paddle(state, args.output, args.dtype)
     print(f"{len(state)} tensors of {source} -> {args.output} ({args.dtype})")

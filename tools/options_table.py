@@ -25,6 +25,7 @@ differ, the Trainer stands first. [training.md](training.md#configs) explains ho
 by `python tools/options_table.py --write`.
 
 """
+ROUTING = "Keys of `routing`:"
 REGULARIZERS = "Each entry of `regularizers` has a `type` and the keys of that type; see [recipes](recipes.md)."
 FEATURES = "A run fills this section in from the files of its set, for the tools that get a checkpoint; leave it out."
 OTHERS = "Accepted by every command that has the flag, and not shown by `--help`."
@@ -74,7 +75,8 @@ def page():
     parts += [f"## `objective` of type {kind}\n\n{table(keys)}\n" for kind, keys in options.OBJECTIVE_KEYS.items()]
     parts += [f"{REGULARIZERS}\n"]
     parts += [f"Keys of `{kind}`:\n\n{table(keys)}\n" for kind, keys in options.REGULARIZER_KEYS.items()]
-    parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n## `data`\n\n{table(options.DATA_KEYS)}\n"]
+    parts += [f"## `training`\n\n{table(options.TRAINING_KEYS)}\n{ROUTING}\n\n{table(options.ROUTING_KEYS)}\n"]
+    parts += [f"## `data`\n\n{table(options.DATA_KEYS)}\n"]
     parts += [f"## `features`\n\n{FEATURES}\n\n{table(options.FEATURES_KEYS)}\n"]
     parts += [f"Keys of `vae`:\n\n{table(options.VAE_KEYS)}\n"]
     parts += [f"Keys of `latent_normalization`:\n\n{table(options.NORMALIZATION_KEYS)}\n"]

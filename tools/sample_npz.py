@@ -181,7 +181,8 @@ def describe(settings):
     else:
         sampler = f"{settings['sampler']} {settings['method']}"
     scales = [f"guidance {settings['guidance_scale']:g}"] if settings["guidance_channels"] else []
-    scales += [f"autoguidance {settings['guide_scale']:g}"] if "guide_scale" in settings else []
+    for name, words in (("guide_scale", "autoguidance"), ("internal_scale", "internal guidance")):
+        scales += [f"{words} {settings[name]:g}"] if name in settings else []
     guidance = " and ".join(scales) or "no guidance"
     return (
         f"{counted(settings['num_images'], 'image')} of {width}x{height}, {settings['labels']} labels of "

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from config.options import DEFAULT_VAE, SIT_VAE
-from config.schema import MODEL_TYPES
+from config.schema import MODEL_TYPES, internal_guidance_block
 from evaluation.networks import load_features
 from evaluation.run import cautions, compute_metrics, extract, gather, load_reference
 from features.autoencoder import open_vae
@@ -20,7 +20,7 @@ from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.files import sha256_of_file
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
-from sampling.guidance_settings import configured_guidance
+from sampling.guidance_settings import INTERNAL, configured_guidance
 from sampling.many import choose_labels, choose_tile, draw_images
 from sampling.schedulers import sampler_in_training
 from training.averages import ema_weights
@@ -57,7 +57,8 @@ class Evaluation:
         self.steps, self.metrics, self.batch_size = settings["steps"], settings["metrics"], settings["batch_size"]
         self.sampling = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
         guidance, is_guided = configured_guidance(config), settings["guidance_scale"] != 1
-        self.sampling |= {name: value for name, value in guidance.items() if is_guided or name == "timestep_shift"}
+        always = ("timestep_shift", *INTERNAL)
+        self.sampling |= {name: value for name, value in guidance.items() if is_guided or name in always}
         sampler = sampler_in_training(objective, config, settings["num_inference_steps"])
         self.network = load_features(settings["features"], weights=settings["inception_weights"])
         default = DEFAULT_VAE if MODEL_TYPES[model["type"]].pipeline == "DiTPipeline" else SIT_VAE
@@ -65,6 +66,7 @@ class Evaluation:
         wanted["normalization"] = config["features"]["latent_normalization"]
         vae, notes = open_vae(vae, config["features"]["vae"], **wanted)
         keywords = latent_sizes(model) | ({"guided_channels": None} if is_diffusion else {})
+        keywords["has_second"] = internal_guidance_block(config) is not None
         self.generator = Generator(None, sampler, vae=vae, **keywords)
         classes = config["data"]["classes"] or model["num_classes"]
         self.labels = choose_labels(settings["labels"], settings["num_samples"], classes, self.SEED)
@@ -142,9 +144,9 @@ class Evaluation:
         first = count * share // shares
         indices = np.arange(first, count * (share + 1) // shares)
 
-        def network(x, t, y):
+        def network(x, t, y, **hooks):
             with session.precision.autocast():
-                return model(x, t, y).astype("float32")
+                return model(x, t, y, **hooks).astype("float32")
 
         generator = dataclasses.replace(self.generator, network=network)
         settings = {"seed": self.SEED, "batch_size": self.batch_size, **self.sampling}

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 
 from config.options import DEFAULT_VAE, GENTLE_GUIDANCE_SCALE
+from config.schema import internal_guidance_block
 from features.autoencoder import LatentDecoder, NotFiniteError, open_vae
 from runtime.process import one_line, say
 from sampling.generator import Generator, latent_sizes
@@ -57,7 +58,7 @@ class Preview:
             for note in notes:
                 say(f"note: {note}")
             self.decoder = LatentDecoder(vae)
-        self.sizes = latent_sizes(model)
+        self.known = {**latent_sizes(model), "has_second": internal_guidance_block(config) is not None}
         scale = guidance_scale if model["class_dropout_prob"] > 0 else 1.0
         self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
         self.settings |= configured_guidance(config)
@@ -67,7 +68,7 @@ class Preview:
 
     def sample(self, model):
         """Returns latents `(N, C, H, W)`, by a model in evaluation mode."""
-        generator, noise = Generator(model, self.sampler, **self.sizes), paddle.to_tensor(self.noise)
+        generator, noise = Generator(model, self.sampler, **self.known), paddle.to_tensor(self.noise)
         # A network that is trained leaves little memory: few images at once.
         how = {"seed": None, "batch_size": self.BATCH_SIZE, "output": "latents", **self.settings}
         return generator.sample(self.labels, noise=noise, **how)

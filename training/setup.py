@@ -91,7 +91,10 @@ def open_data(config, feature_path, resolution=None, *, rank=0, world_size=1):
 
 
 def build_dataset(config, feature_path, resolution):
-    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`."""
+    """Opens `(training samples, held-out samples or None)`, `FeatureDataset`s, and fills in the config's `features`.
+
+    A regularizer that takes encoder features gets their width too.
+    """
     model, data = config["model"], config["data"]
     note = compare_classes(feature_path, resolution, model["num_classes"], data["classes"])
     dataset = FeatureDataset(
@@ -104,9 +107,14 @@ def build_dataset(config, feature_path, resolution):
         seed=config["training"]["seed"],
         latent_normalization=data["latent_normalization"],
         latent_multiplier=data["latent_multiplier"],
+        encoder_features=encoder_shape(config),
     )
+    if dataset.encoder is not None:
+        _alignment(config)["width"] = dataset.encoder.row_shape[1]
     features, notes = describe_features(feature_path, resolution, model["num_classes"])
     features["latent_normalization"] = dataset.normalization
+    if dataset.encoder is None:
+        features["encoder"] = None
     dataset.notes += [*filter(None, [note]), *notes]
     changes = features_changes(config["features"], features) if any(config["features"].values()) else ""
     if not any(features.values()) and any(config["features"].values()):
@@ -122,6 +130,22 @@ def build_dataset(config, feature_path, resolution):
     if data["validation_samples"]:
         dataset, held_out = dataset.split(data["validation_samples"])
     return dataset.in_memory() if data["in_memory"] else dataset, held_out
+
+
+def encoder_shape(config):
+    """Returns the shape `(T, E)` of the encoder features that a config takes; None if it takes none.
+
+    E is None where the set's own width is to be taken.
+    """
+    entry = _alignment(config)
+    model = config["model"]
+    return None if entry is None else ((model["sample_size"] // model["patch_size"]) ** 2, entry["width"])
+
+
+def _alignment(config):
+    """Returns the regularizer of a config that takes encoder features, or None."""
+    kind = "representation_alignment"
+    return next((entry for entry in config["objective"]["regularizers"] if entry["type"] == kind), None)
 
 
 def describe_features(feature_path, resolution, num_classes):
@@ -171,6 +195,10 @@ def features_changes(theirs, ours):
     changes = vae_differences(theirs["vae"], ours["vae"])
     normalized = normalization_differences(theirs, ours)
     changes += [(what, shortened(there, 60), shortened(here, 60)) for what, there, here in normalized]
+    encoders = [features["encoder"] for features in (theirs, ours) if features["encoder"]]
+    if len({encoder["weights_sha256"] for encoder in encoders} - {None}) == 2:
+        shown = [f"{shortened(each['name'])} (sha256 {shortened(each['weights_sha256'], 12)})" for each in encoders]
+        changes.append(("encoder", *shown))
     names, classes = ours["class_names"] or {}, theirs["class_names"] or {}
     renamed = [label for label in classes if names.get(label, classes[label]) != classes[label]]
     changes += [(f"class {label} is", shortened(classes[label]), shortened(names[label])) for label in renamed[:1]]

@@ -3,7 +3,7 @@
 from paddlenlp.trainer import PrinterCallback, Trainer, TrainerCallback
 
 from features.loader import FeatureLoader
-from objectives import Batch, Rows
+from objectives import Rows, make_batch
 from runtime.patching import replaced
 from runtime.process import seed_step
 from training.parallel.stage3 import stage3_wrapper
@@ -63,14 +63,14 @@ class LatentDiffusionTrainer(Trainer):
         self.state.global_step = self.session.first_step
 
     def training_step(self, model, inputs, step_control=0):
-        """Does forward and backward of a micro-batch, latents `(n, C, h, w)` and labels `(n,)`; returns its loss."""
+        """Does forward and backward of a micro-batch, the tensors of a `FeatureLoader`; returns its loss."""
         model.train()
         session, accumulation_steps = self.session, self.args.gradient_accumulation_steps
         rows = Rows(*session.sampler.rows(self._micro_step % accumulation_steps))
         self._micro_step += 1
         seed_step(session.config["training"]["seed"], self.state.global_step + 1)
         with self.autocast_smart_context_manager():
-            losses = session.objective.training_losses(model, Batch(*inputs), rows)
+            losses = session.objective.training_losses(model, make_batch(inputs), rows)
             loss = losses["loss"].mean()
         scaled = loss / accumulation_steps
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()

@@ -4,7 +4,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from objectives import Batch
+from objectives import make_batch
 from training.averages import ema_weights
 
 
@@ -37,12 +37,12 @@ class Validation:
         for first in range(self.rank * self.batch_size, -(-count // stride) * stride, stride):
             mine = np.arange(first, min(first + self.batch_size, count))
             indices = mine if len(mine) else np.zeros(1, "int64")
-            x, y = self.dataset.read(indices)
+            batch = make_batch(map(paddle.to_tensor, self.dataset.read(indices)))
             rngs = [np.random.default_rng([self.SEED, index]) for index in indices]
-            noise = np.stack([rng.standard_normal(x.shape[1:], "float32") for rng in rngs])
-            x, y, place, noise = (paddle.to_tensor(array) for array in (x, y, self._places[indices], noise))
+            noise = np.stack([rng.standard_normal(batch.x.shape[1:], "float32") for rng in rngs])
+            place, noise = paddle.to_tensor(self._places[indices]), paddle.to_tensor(noise)
             with precision.autocast():
-                losses = self.objective.validation_losses(model, Batch(x, y), place, noise)
+                losses = self.objective.validation_losses(model, batch, place, noise)
             total = losses[: len(mine)].astype("float32").sum()
             totals = totals + paddle.stack([total, paddle.full_like(total, len(mine))])
         if dist.get_world_size() > 1:

@@ -25,22 +25,30 @@ def create_transport(
     logit_mean=0.0,
     logit_std=1.0,
     cosine_loss=False,
+    t_eps=0.05,
+    timestep_shift=0.0,
 ):
     """Returns a `Transport` from plain settings; the first five arguments and their defaults are the official SiT's.
 
     Args:
         path_type: `Linear`, `GVP` or `VP`.
-        prediction: what the model predicts: `velocity`, `noise` or `score`.
-        loss_weight: None, `velocity` or `likelihood`; of no effect on velocity prediction, as in the official code.
+        prediction: what the model predicts: `velocity`, `noise`, `score`, or beyond the official code `x1`, the data
+            (Li and He 2025, JiT, arXiv:2511.13720), which is trained by the error of the velocity it amounts to.
+        loss_weight: None, `velocity` or `likelihood`; of no effect on velocity and x1, as in the official code.
         train_eps, sample_eps: how far training and sampling stay from t = 0 and 1 where a coefficient is infinite.
-            None: 1e-5 and 1e-3 on VP, 1e-3 and 1e-3 for noise and score on Linear and GVP. Velocity on Linear and GVP
-            needs none: there both are 0 whatever is given, as in the official code. Each is read by itself: in the
+            None: 1e-5 and 1e-3 on VP, 1e-3 and 1e-3 for noise and score on Linear and GVP. Velocity and x1 there
+            need none: there both are 0 whatever is given, as in the official code. Each is read by itself: in the
             official code `sample_eps` becomes None if only `train_eps` is given, and is ignored if `train_eps` isn't.
         timestep_sampling: distribution of t in training: `uniform`, or `logit-normal` (Esser et al. 2024, SD3; Yao et
             al. 2025, LightningDiT): `sigmoid(logit_mean + logit_std * N(0, 1))`, larger is closer to the data.
         logit_mean, logit_std: of `logit-normal`.
-        cosine_loss: velocity prediction only: add `1 - cos(pred, ut)` over the channels, averaged over positions, to
+        cosine_loss: of velocity and x1: add `1 - cos(pred, ut)` over the channels, averaged over positions, to
             each sample's loss (LightningDiT).
+        t_eps: of x1: the velocity `(x1_hat - x_t) / (1 - t)` of its output is divided by `t_eps` at least, in training
+            and sampling, and so is the target; it cuts off no times. On GVP and VP, and in scores, it is sigma_t by
+            which they are divided that is `t_eps` at least.
+        timestep_shift: moves the drawn t by `shift_time`: below 1 towards the noise, above 1 towards the data; 0 leaves
+            them. It is done before they are fitted into the interval that the eps leave.
 
     Raises:
         ValueError: a value that is not accepted; the message names those that are. (The official code takes any
@@ -57,9 +65,12 @@ def create_transport(
     check_number("logit_std", logit_std, "a positive number", lambda std: 0 < std < math.inf)
     if not isinstance(cosine_loss, bool):
         raise ValueError(f"cosine_loss={cosine_loss!r}: expected True or False")
-    if cosine_loss and prediction != "velocity":
-        raise ValueError("cosine_loss compares velocities: it needs prediction='velocity'")
-    if path_type != "VP" and prediction == "velocity":
+    has_velocity = prediction in ("velocity", "x1")
+    if cosine_loss and not has_velocity:
+        raise ValueError("cosine_loss compares velocities: it needs prediction='velocity' or 'x1'")
+    check_number("t_eps", t_eps, "a number above 0 and below 1", lambda eps: 0 < eps < 1)
+    check_number("timestep_shift", timestep_shift, "a number, at least 0; 0 for none", lambda s: 0 <= s < math.inf)
+    if path_type != "VP" and has_velocity:
         train_eps = sample_eps = 0
     else:
         train_eps = {"VP": 1e-5}.get(path_type, 1e-3) if train_eps is None else train_eps
@@ -74,4 +85,6 @@ def create_transport(
         logit_mean=logit_mean,
         logit_std=logit_std,
         cosine_loss=cosine_loss,
+        t_eps=t_eps,
+        timestep_shift=timestep_shift,
     )

@@ -63,11 +63,12 @@ def _advance(state, slopes, weights, h):
     return tuple(out)
 
 
-def fixed_step_ode(drift, state, grid, method):
-    """Makes one step of a method of `FIXED_STEP` between consecutive times of `grid`."""
-    c, a, b = FIXED_STEP[method]
+def fixed_step_ode(drift, state, grid, method, last_method=None):
+    """Makes one step of a method of `FIXED_STEP` between consecutive times of `grid`; `last_method` makes the last."""
+    steps = [method] * (len(grid) - 2) + [last_method or method]
     yield state
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next, name in zip(grid[:-1], grid[1:], steps, strict=True):
+        c, a, b = FIXED_STEP[name]
         h = t_next - t
         slopes = []
         for node, row in zip(c, a, strict=True):

@@ -27,6 +27,10 @@ DIFFUSION_FORMS = {
 }
 
 
+def _at_least(value, smallest):
+    return paddle.maximum(value, paddle.full_like(value, smallest))
+
+
 class ICPlan:
     """The linear path: `alpha_t = t`, `sigma_t = 1 - t`. The other paths override its coefficients."""
 
@@ -92,6 +96,28 @@ class ICPlan:
         return score * var - mean
 
     @full_precision
+    def get_velocity_from_data(self, data, x, t, min_sigma):
+        """Returns the velocity `(N, ...)` at `x` `(N, ...)` of a path that ends at `data` `(N, ...)`.
+
+        It is `((alpha'_t sigma_t - alpha_t sigma'_t) data + sigma'_t x) / sigma_t`, divided by `min_sigma` at least: on
+        the linear path `(data - x) / (1 - t)`.
+        """
+        of_data, of_x = self._coefficients_of_data(expand_t_like_x(t, x), min_sigma)
+        return data * of_data + x * of_x
+
+    def _coefficients_of_data(self, t, min_sigma):
+        (alpha_t, d_alpha_t), (sigma_t, d_sigma_t) = self.compute_alpha_t(t), self.compute_sigma_t(t)
+        divisor = _at_least(sigma_t, min_sigma)
+        return (d_alpha_t * sigma_t - alpha_t * d_sigma_t) / divisor, d_sigma_t / divisor
+
+    @full_precision
+    def get_score_from_data(self, data, x, t, min_sigma):
+        """Returns the score `(alpha_t data - x) / sigma_t^2` `(N, ...)`, divided by `min_sigma^2` at least."""
+        t = expand_t_like_x(t, x)
+        sigma_t = _at_least(self.compute_sigma_t(t)[0], min_sigma)
+        return (data * self.compute_alpha_t(t)[0] - x) / paddle.square(sigma_t)
+
+    @full_precision
     def compute_mu_t(self, t, x0, x1):
         """Returns `alpha_t x1 + sigma_t x0`, of `x1`'s shape."""
         t = expand_t_like_x(t, x1)
@@ -142,6 +168,11 @@ class VPCPlan(ICPlan):
         alpha_squared = paddle.exp(2 * self.log_mean_coeff(t))
         sigma_t = paddle.sqrt(1 - alpha_squared)
         return sigma_t, -alpha_squared * self.d_log_mean_coeff(t) / sigma_t
+
+    def _coefficients_of_data(self, t, min_sigma):
+        alpha_t, d_alpha_t = self.compute_alpha_t(t)
+        of_data = d_alpha_t / paddle.square(_at_least(self.compute_sigma_t(t)[0], min_sigma))
+        return of_data, -alpha_t * of_data  # the general ones, with no derivative of sigma
 
     def compute_d_alpha_alpha_ratio_t(self, t):
         return self.d_log_mean_coeff(t)

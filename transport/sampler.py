@@ -18,9 +18,9 @@ import paddle
 from . import integrators
 from .path import DIFFUSION_FORMS
 from .transport import ModelType, PathType, Transport, call_model
-from .utils import at_least_float32, check_choice, check_number, expand_t_like_x, full_precision, shift_time, sum_flat
+from .utils import at_least_float32, check_choice, check_number, full_precision, shift_time, sum_flat
 
-ODE_METHODS = (*integrators.FIXED_STEP, "ab2", "dopri5")
+ODE_METHODS = (*integrators.FIXED_STEP, "heun2_euler", "ab2", "dopri5")
 SDE_METHODS = ("Euler", "Heun")
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
@@ -66,8 +66,9 @@ class Sampler:
         """Returns a function that integrates the probability flow ODE.
 
         Args:
-            sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule), `ab2` (order 2 as `heun2`, by
-                one evaluation a step: Adams-Bashforth) or `dopri5` (adaptive).
+            sampling_method: `euler`, `midpoint`, `heun2`, `heun3`, `rk4` (the 3/8 rule), `heun2_euler` (`heun2` whose
+                last step is Euler's, as in EDM and JiT: it asks no model at the end), `ab2` (order 2 as `heun2`, by one
+                evaluation a step: Adams-Bashforth) or `dopri5` (adaptive).
             num_steps: points of the time grid, both ends included, as in the official code: a fixed-step method
                 makes `num_steps - 1` steps; `dopri5` chooses its own and reports at these points.
             atol, rtol: absolute and relative tolerance of `dopri5`, for the batch as a whole.
@@ -269,9 +270,7 @@ class _ReverseSDE:
         times = _times(t, x)
         if last_step == "Euler":
             return x + self.transport.output_to_velocity(output, x, times) * size
-        path, expanded = self.transport.path_sampler, expand_t_like_x(times, x)
-        alpha_t, sigma_t = path.compute_alpha_t(expanded)[0], path.compute_sigma_t(expanded)[0]
-        return (x + self.transport.output_to_score(output, x, times) * paddle.square(sigma_t)) / alpha_t
+        return self.transport.output_to_data(output, x, times)
 
 
 def _ode_solver(method, num_steps, atol, rtol):
@@ -284,6 +283,8 @@ def _ode_solver(method, num_steps, atol, rtol):
         return partial(integrators.dopri5, atol=atol, rtol=rtol)
     if method == "ab2":
         return integrators.adams_bashforth_ode
+    if method == "heun2_euler":
+        return partial(integrators.fixed_step_ode, method="heun2", last_method="euler")
     return partial(integrators.fixed_step_ode, method=method)
 
 
@@ -295,7 +296,7 @@ def _check_zero_init_steps(count, method, num_steps):
 
 
 def _check_eps(transport):
-    regular = (ModelType.VELOCITY, ModelType.SCORE) if transport.path_type == PathType.VP else (ModelType.VELOCITY,)
+    regular = (ModelType.VELOCITY, ModelType.X1, *([ModelType.SCORE] if transport.path_type == PathType.VP else []))
     if transport.model_type not in regular and transport.sample_eps == 0:
         raise ValueError(
             f"sample_eps=0: sampling with {transport.model_type.value} prediction divides by 0 at an end of the"

@@ -16,7 +16,7 @@ import paddle
 from paddle.nn import functional as F
 
 from .path import GVPCPlan, ICPlan, VPCPlan
-from .utils import at_least_float32, expand_t_like_x, full_precision, mean_flat, sum_flat
+from .utils import at_least_float32, expand_t_like_x, full_precision, mean_flat, shift_time, sum_flat
 
 
 class ModelType(enum.Enum):
@@ -25,6 +25,7 @@ class ModelType(enum.Enum):
     VELOCITY = "velocity"  # E[alpha' x1 + sigma' x0 | x_t]
     NOISE = "noise"  # E[x0 | x_t]
     SCORE = "score"  # the gradient of log p_t at x_t
+    X1 = "x1"  # the data, E[x1 | x_t]
 
 
 class PathType(enum.Enum):
@@ -43,6 +44,8 @@ class WeightType(enum.Enum):
     LIKELIHOOD = "likelihood"  # bounds the likelihood
 
 
+# Trained by the error of the velocity, and finite at both ends of the linear path.
+_VELOCITY_LOSS = (ModelType.VELOCITY, ModelType.X1)
 PATHS = {PathType.LINEAR: ICPlan, PathType.GVP: GVPCPlan, PathType.VP: VPCPlan}
 
 
@@ -62,6 +65,8 @@ class Transport:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     cosine_loss: bool = False
+    t_eps: float = 0.05
+    timestep_shift: float = 0.0
 
     def __post_init__(self):
         self.path_sampler = PATHS[self.path_type]()
@@ -85,7 +90,7 @@ class Transport:
         eps = sample_eps if eval else train_eps
         end = 1.0 - (last_step_size if sde and last_step_size != 0 else eps)
         t0, t1 = 0.0, 1.0
-        predicts_velocity = self.model_type == ModelType.VELOCITY
+        predicts_velocity = self.model_type in _VELOCITY_LOSS
         if self.path_type == PathType.VP:
             t1 = end
         elif sde or not predicts_velocity:
@@ -103,6 +108,8 @@ class Transport:
             u = F.sigmoid(paddle.randn((batch_size,)) * self.logit_std + self.logit_mean)
         else:
             u = paddle.rand((batch_size,))
+        if self.timestep_shift > 0:
+            u = shift_time(u, self.timestep_shift)  # within [0, 1], so that what is cut off stays cut off
         t0, t1 = self.check_interval(self.train_eps, self.sample_eps)
         return u * (t1 - t0) + t0
 
@@ -131,28 +138,34 @@ class Transport:
             if list(value.shape) != list(expected):
                 raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} for x1's")
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
-        return self._losses(call_model(model, xt, t, model_kwargs), ut, x0, t)
+        pred = call_model(model, xt, t, model_kwargs)
+        if self.model_type == ModelType.X1:
+            ut = self.output_to_velocity(x1, xt, t)  # clamped as the network's
+        return self._losses(pred, xt, ut, x0, t)
 
     def compare(self, output, x1, x0, t):
         """Returns `(prediction, target)`, of x1's shape: what a loss at noise x0 and times t `(N,)` compares.
 
         A score's are times sigma; of a network that predicts the data they are velocities.
         """
-        x0, x1 = at_least_float32(x0), at_least_float32(x1)
+        output, x0, x1 = map(at_least_float32, (output, x0, x1))
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
         if self.model_type == ModelType.VELOCITY:
             return output, ut
+        if self.model_type == ModelType.X1:
+            return self.output_to_velocity(output, xt, t), self.output_to_velocity(x1, xt, t)
         if self.model_type == ModelType.NOISE:
             return output, x0
         return output * self.path_sampler.compute_sigma_t(expand_t_like_x(t, x0))[0], -x0
 
     @full_precision
-    def _losses(self, pred, ut, x0, t):
+    def _losses(self, pred, xt, ut, x0, t):
         terms = {"pred": pred}
-        if self.model_type == ModelType.VELOCITY:
-            terms["loss"] = mean_flat(paddle.square(pred - ut))
+        if self.model_type in _VELOCITY_LOSS:
+            velocity = self.output_to_velocity(pred, xt, t)
+            terms["loss"] = mean_flat(paddle.square(velocity - ut))
             if self.cosine_loss:
-                terms["cos_loss"] = mean_flat(1 - F.cosine_similarity(pred, ut, axis=1))  # over channels
+                terms["cos_loss"] = mean_flat(1 - F.cosine_similarity(velocity, ut, axis=1))  # over channels
                 terms["loss"] = terms["loss"] + terms["cos_loss"]
             return terms
         t = expand_t_like_x(t, x0)
@@ -176,6 +189,8 @@ class Transport:
         """Returns the velocity, the probability flow ODE's drift, of a network's output at `x`, `t` `(N,)`."""
         if self.model_type == ModelType.VELOCITY:
             return output
+        if self.model_type == ModelType.X1:
+            return self.path_sampler.get_velocity_from_data(output, x, t, self.t_eps)
         return self.path_sampler.get_velocity_from_score(self.output_to_score(output, x, t), x, t)
 
     @full_precision
@@ -185,7 +200,18 @@ class Transport:
             return output
         if self.model_type == ModelType.NOISE:
             return output / -self.path_sampler.compute_sigma_t(expand_t_like_x(t, x))[0]
+        if self.model_type == ModelType.X1:
+            return self.path_sampler.get_score_from_data(output, x, t, self.t_eps)
         return self.path_sampler.get_score_from_velocity(output, x, t)
+
+    @full_precision
+    def output_to_data(self, output, x, t):
+        """Returns the expected data E[x1 | x_t] of a network's output at `x`, `t` `(N,)`; Tweedie's formula."""
+        if self.model_type == ModelType.X1:
+            return output
+        score, t = self.output_to_score(output, x, t), expand_t_like_x(t, x)
+        alpha_t, sigma_t = self.path_sampler.compute_alpha_t(t)[0], self.path_sampler.compute_sigma_t(t)[0]
+        return (x + score * paddle.square(sigma_t)) / alpha_t
 
     def get_drift(self):
         """Returns the probability flow ODE's drift, `drift(x, t, model, **model_kwargs)` of `x`'s shape."""

@@ -21,10 +21,10 @@ def regularized(kind, precision=FLOAT32):
     arrays, model = load_golden("regularized_sit"), official_network("SiT", single_backward=True)
     precision.decorate(model)
     objective = with_regularizer(kind, REGULARIZED[kind], layers=3)
-    tokens, outside = Tap([0, 1, 2]), model
+    tokens = Tap([0, 1, 2])
 
     def tapped(*args, hooks=(), **options):
-        return outside(*args, hooks=(*hooks, tokens), **options)
+        return model(*args, hooks=(*hooks, tokens), **options)
 
     x, x0, t, y = tensors(arrays, "x1", "x0", "u", "y")
     with precision.autocast():
@@ -58,7 +58,7 @@ def internal_guidance(precision=FLOAT32):
     outputs = []
 
     def observed(*args, hooks, **options):
-        outputs.extend([model(*args, hooks=hooks, **options), hooks[0].output])
+        outputs.extend(model(*args, hooks=hooks, **options))
         return outputs[0]
 
     x, x0, t, y = tensors(arrays, "x1", "x0", "t", "y")

@@ -7,7 +7,7 @@ import contextlib
 from functools import partial
 
 from runtime.paddle_private import full_float32
-from verification import official, official_regularizers
+from verification import official, official_regularizers, official_targets
 from verification.vectors import NETWORKS, judged
 from verification.verdicts import Check
 
@@ -78,6 +78,12 @@ def lightning_ode(quick):
     return {what: pair for run in runs for what, pair in official.lightning_ode(run).items()}
 
 
+def x1_ode(quick):
+    """A network that predicts the data, to t = 1 too; with `quick` the run without."""
+    runs = [*official_targets.X1_RUNS][: 1 if quick else None]
+    return {what: pair for run in runs for what, pair in official_targets.x1_ode(run).items()}
+
+
 # Each is called with `quick` and returns `{what: Pair}`.
 CASES = {
     **{kind: once(network, kind) for kind in NETWORKS},
@@ -98,6 +104,8 @@ CASES = {
     "internal_guidance": once(official_regularizers.internal_guidance),
     "ODE": ode,
     "LightningDiT ODE": lightning_ode,
+    "x1 gradients": once(official_targets.x1_gradients),
+    "x1 ODE": x1_ode,
     "SDE": once(official.sde),
     "averages": once(official.averages),
 }

@@ -219,7 +219,7 @@ def training_step(config, batch, folder):
     """Returns a function that does a step of the hand-written loop on latents that stay, and waits for the device."""
     import paddle
 
-    from objectives import Batch, Rows
+    from objectives import Rows, make_batch
     from runtime.process import seed_step
     from training import setup
     from training.session import Outputs, build_session
@@ -232,7 +232,7 @@ def training_step(config, batch, folder):
     precision = setup.setup_precision(training, paddle.get_device())
     outputs = Outputs(log_every=10**6, show_bar=False)
     session = build_session(config, data, tempfile.mkdtemp(dir=folder), precision=precision, outputs=outputs).start()
-    latents = Batch(*map(paddle.to_tensor, data.dataset.read(range(batch))))
+    latents = make_batch(map(paddle.to_tensor, data.dataset.read(range(batch))))
     numbers = iter(range(1, 10**6))
 
     def step():

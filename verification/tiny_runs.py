@@ -33,14 +33,22 @@ TINY_MODELS = {
 }
 
 
-def write_features(folder, count=40, shape=(4, 8, 8), num_classes=10, name="imagenet64"):
-    """Writes a feature folder in PaddleMIX's layout, one `.npy` pair a sample, with random latents."""
+def write_features(folder, count=40, shape=(4, 8, 8), num_classes=10, name="imagenet64", encoder_shape=None):
+    """Writes a feature folder in PaddleMIX's layout, one `.npy` pair a sample, with random latents.
+
+    With `encoder_shape`, `(tokens, width)`, there are random encoder features too.
+    """
     rng = np.random.default_rng(0)
     for kind in ("features", "labels"):
         os.makedirs(folder / f"{name}_{kind}", exist_ok=True)
     for index in range(count):
         np.save(folder / f"{name}_features" / f"{index}.npy", rng.standard_normal((1, *shape)).astype("float32"))
         np.save(folder / f"{name}_labels" / f"{index}.npy", np.array([index % num_classes]))
+    if encoder_shape is not None:
+        os.makedirs(folder / f"{name}_encoder", exist_ok=True)
+        for index in range(count):
+            features = rng.standard_normal(encoder_shape).astype("float16")
+            np.save(folder / f"{name}_encoder" / f"{index}.npy", features)
     return folder
 
 

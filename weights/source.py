@@ -3,7 +3,14 @@
 import os
 import re
 
-from models.state import own_names, turn_linear, without_regularizers
+from models.state import (
+    INTERNAL_GUIDANCE,
+    has_second_layer,
+    kinds_of,
+    own_names,
+    turn_linear,
+    without_regularizers,
+)
 from runtime.untrusted import inside
 from weights.files import load_weights, safetensors_layout
 from weights.rope_tables import split_rope_tables
@@ -65,6 +72,27 @@ def read_weights(path, *, key=None, layout="auto", model=None, tables=None, kept
         value = turn_linear(name, value) if layout == "torch" else value
         weights[name] = value.astype("float32", copy=False)
     return weights, path
+
+
+def leave_out(state, source, keep_second=None):
+    """Returns `(state, note)` for an exporter: the weights without what regularizers have learned, a sentence or None.
+
+    Args:
+        keep_second: the second final layer of internal guidance stays, ValueError if there is none; None for an
+            exporter that can't keep it, whose sentence names no flag.
+    """
+    if keep_second and not has_second_layer(state):
+        raise ValueError(
+            f"{source}: has no second final layer of internal guidance ({INTERNAL_GUIDANCE}*); leave out "
+            "--keep_internal_guidance"
+        )
+    rest = without_regularizers(state, [INTERNAL_GUIDANCE] if keep_second else [])
+    if len(rest) == len(state):
+        return rest, None
+    hint = "; --keep_internal_guidance keeps what internal guidance needs"
+    kinds = ", ".join(kinds_of(state.keys() - rest.keys()))
+    shown = hint if keep_second is False and has_second_layer(state) else ""
+    return rest, f"left out what regularizers learned, which plain sampling does not need: {kinds}{shown}"
 
 
 def find_shards(path, key=None):

@@ -5,12 +5,13 @@ import os
 
 from config.flags import CommandParser, check_paths, check_vae
 from config.options import DEFAULT_VAE, DEFAULT_VAE_SHAPE, INT_FROM_0, POSITIVE_INT, SIT_VAE, first_images_flags
-from config.schema import MODEL_TYPES, differences, load_config, weights_config
+from config.schema import MODEL_TYPES, differences, internal_guidance_block, load_config, weights_config
 from features.autoencoder import choose_vae, open_vae
 from runtime.console import say_next
 from runtime.process import configure_runtime
 from runtime.untrusted import read_json_object
 from sampling.flags import add_statistics_flags, add_vae_flag
+from sampling.guidance_settings import no_second_layer
 from sampling.labels import ROOT, find_labels
 from sampling.model_path import check_normalization, stated_features
 from sampling.pipelines.folder import check_id2label, check_output, complete_features
@@ -114,6 +115,11 @@ def make_parser(kind, description):
         help="how the file stores Linear weights; auto goes by its ending, or what a .safetensors says",
     )
     parser.add_argument(
+        "--keep_internal_guidance",
+        action="store_true",
+        help="keep the second final layer of internal guidance [what regularizers learned is left out]",
+    )
+    parser.add_argument(
         "--safe_serialization", action="store_true", help="write the weights as .safetensors, not .pdparams"
     )
     parser.add_argument(
@@ -143,6 +149,10 @@ def convert(args, check, export, loader):
     labels, note = find_labels(args.id2label, config)
     # What can be refused is refused before anything is loaded or downloaded, and Paddle is imported after it.
     check(config)
+    if args.keep_internal_guidance and loader.endswith("DiTPipeline"):
+        raise ValueError("--keep_internal_guidance: a DiTPipeline has no place for it; a SiTPipeline folder has")
+    if args.keep_internal_guidance and internal_guidance_block(config) is None:
+        raise ValueError(f"--keep_internal_guidance: {no_second_layer(args.model_path)}")
     stated = (config, args.model_path, args.latents_stats, args.latent_multiplier)
     if args.save:
         check_normalization(*stated)
@@ -154,15 +164,19 @@ def convert(args, check, export, loader):
         check_output(args.output, args.overwrite)
 
     configure_runtime()
-    from models.state import check_finite, check_state, expected_shapes
+    from models.state import REGULARIZERS, check_finite, check_state, expected_shapes, for_sampling
     from sampling.pipelines.model_card import write_model_card
-    from weights.source import read_weights
+    from weights.source import leave_out, read_weights
 
     print(f"reading {args.model_path}", flush=True)
-    state, source = read_weights(args.model_path, key=args.key, layout=args.weights_layout, model=config["model"])
+    how = {"key": args.key, "layout": args.weights_layout, "model": config["model"], "kept": [REGULARIZERS]}
+    state, source = read_weights(args.model_path, **how)
+    keeps = None if loader.endswith("DiTPipeline") else args.keep_internal_guidance
+    state, left_out = leave_out(state, source, keeps)
     check_finite(state, source=source)
     if not args.save:
-        check_state(state, expected_shapes(config["model"]), source=source)
+        fitting, _ = for_sampling(config["model"], state, internal_guidance_block(config))
+        check_state(state, expected_shapes(fitting), source=source)
         print(f"{source} fits; --save False: nothing was written")
         return
     wanted = {"default": args.default_vae, "flag": "--vae", "channels": channels}
@@ -173,7 +187,7 @@ def convert(args, check, export, loader):
     notes = export(config, state, vae, args.output, **options)
     card = {"weights": args.model_path, "vae": vae, "vae_name": vae_name, "notes": notes}
     no_picture = write_model_card(args.output, config, **card, samples=args.card_samples)
-    for text in filter(None, [note, *vae_notes, *notes, no_picture]):
+    for text in filter(None, [note, left_out, *vae_notes, *notes, no_picture]):
         print(f"note: {text}")
     print(f"{source} -> {args.output} ({loader}.from_pretrained)")
     demo = MODEL_TYPES[config["model"]["type"]].demo if loader.endswith("SiTPipeline") else "infer_demo_dit.py"

@@ -61,7 +61,12 @@ def transformer_config(model):
 
 
 def shared_settings(model):
-    """Returns the keywords of both stock transformers; ValueError for more classes than DiTPipeline can guide."""
+    """Returns the keywords of both stock transformers; ValueError for what neither of them has."""
+    if model["sprint_blocks"]:
+        raise ValueError(
+            f"sprint_blocks {model['sprint_blocks']}: ppdiffusers' transformers have no second path; such a model "
+            "can't be a DiTPipeline, sample it from its checkpoint"
+        )
     if model["num_classes"] > NULL_CLASS:
         raise ValueError(
             f"num_classes {model['num_classes']}: DiTPipeline takes class {NULL_CLASS} for the null class, so at most "

@@ -21,6 +21,8 @@ TREE = (
 )
 SAFE_TREE = tuple(name.replace(WEIGHTS, SAFE_WEIGHTS) for name in TREE)
 FEATURES_KEY = "_features"  # of model_index.json: that section of a config; ppdiffusers reads no key with a leading "_"
+# Of a SiTPipeline's transformer/config.json: the block, from 1, before internal guidance's second final layer.
+SECOND_BLOCK = "internal_guidance_block"
 CODE = "transformer/large_dit_transformer.py"  # of a Large-DiT's folder only, see `sampling.pipelines.export_large_dit`
 CARD, SAMPLES = "README.md", "samples.png"  # what `sampling.pipelines.model_card` writes
 CARD_MARK = "<!-- written by the exporter of this folder, which --overwrite replaces -->"

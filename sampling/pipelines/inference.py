@@ -73,7 +73,7 @@ class Decoder(nn.Layer):
 def own_large_dit(transformer):
     """Returns a pipeline's Large-DiT as this project's own network, which can be traced: it has no complex numbers."""
     settings = {**transformer.config, "num_kv_heads": transformer.config.n_kv_heads}
-    network = LargeDiT(**{name: settings[name] for name in LARGE_DIT_KEYS})
+    network = LargeDiT(**{name: settings[name] for name in LARGE_DIT_KEYS if name in settings})
     network.set_state_dict(transformer.state_dict())
     network.eval()
     return network

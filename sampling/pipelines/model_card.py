@@ -139,6 +139,8 @@ def _usage(name, folder, described, model):
         lines.append("The network has no null class: `guidance_scale` must be 1.\n")
     else:
         lines.append("`guidance_scale` 1 is no guidance; larger values give clearer images that are more alike.\n")
+    if described.has_second:
+        lines.append("`internal_scale` above 1 is internal guidance, in the same passes.\n")
     if model["type"] == "LightningDiT":
         lines.append(
             f"The published figures of LightningDiT-XL/1 are those of `num_inference_steps={LIGHTNING.num_steps}, "

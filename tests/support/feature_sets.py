@@ -33,6 +33,17 @@ def write_set(folder, count=40, *, flip=False, moments=False, dtype="float32", n
     return rows[0, :, 0], rows[1, :, 0]
 
 
+def add_encoder(folder, *, shape=(4, 6), flip=False, name="imagenet64"):
+    """Writes encoder features beside the pairs of `write_set`; returns `(features, of the mirrored images)`."""
+    files = sorted(os.listdir(folder / f"{name}_features"), key=lambda file: int(file[:-4]))
+    rows = np.random.default_rng(3).standard_normal((2, len(files), *shape)).astype("float16")
+    for kind, arrays in zip(("encoder", "encoder_flip")[: 1 + flip], rows, strict=False):
+        os.makedirs(folder / f"{name}_{kind}", exist_ok=True)
+        for file, row in zip(files, arrays, strict=True):
+            np.save(folder / f"{name}_{kind}" / file, row)
+    return rows[0], rows[1]
+
+
 def dataset(folder, **options):
     return FeatureDataset(folder, resolution=64, sample_shape=SHAPE, num_classes=10, **options)
 
@@ -61,7 +72,7 @@ def sampler(data, *, batch=8, steps=9, accumulation=1, rank=0, world=1, seed=0):
 def load(data, num_workers=0, **run):
     """Returns all micro-batches of a run, as arrays."""
     loader = FeatureLoader(data, sampler(data, **run), num_workers=num_workers)
-    return [(x.numpy(), y.numpy()) for x, y in loader]
+    return [tuple(tensor.numpy() for tensor in batch) for batch in loader]
 
 
 def write_lightning(folder, counts=(5, 3), *, shape=(4, 4, 4), flip=True, dtype="float32", statistics=True, scale=3.0):

@@ -188,7 +188,7 @@ def _check_start(path, config):
     sizes = ("sample_size",) if MODEL_TYPES[config["model"]["type"]].family == "LargeDiT" else ()
     if listed := differences(own["model"], config["model"], ignored=(*_FREE_AT_THE_START, *sizes)):
         raise ValueError(f"{path}: holds another run's model: {listed}")
-    latents = {**own["features"], "class_names": None}
+    latents = {**own["features"], "class_names": None, "encoder": None}
     notes = {
         "they were trained for another objective": sampling_differences(own["objective"], config["objective"]),
         f"{path} was trained on other latents": features_changes(latents, config["features"]),

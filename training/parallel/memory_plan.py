@@ -95,9 +95,15 @@ class Sizes:
         self.tokens = (model["sample_size"] // self.patch) ** 2
         self.out_channels = self.channels * (2 if model["learn_sigma"] else 1)
         self.labels = model["num_classes"] + (model["class_dropout_prob"] > 0)
-        self.transport = config["objective"]["type"] == "transport"
+        self.transport, self.sprint = config["objective"]["type"] == "transport", model["sprint_blocks"] is not None
         self.cosine_loss = config["objective"].get("cosine_loss", False)
         self.regularizers = config["objective"].get("regularizers", [])
+        self.predicts_data = config["objective"].get("prediction") == "x1"
+        self.block_tokens = [self.tokens] * self.layers  # of a sample, in each block
+        if routing := config["training"]["routing"]:
+            first, last = routing["blocks"] or model["sprint_blocks"]
+            kept = self.tokens - int(self.tokens * routing["share"])
+            self.block_tokens[first - 1 : last] = [kept] * (last + 1 - first)
 
     @functools.cached_property
     def parameters(self):
@@ -151,6 +157,9 @@ class Sizes:
             layer(f"{name}.adaLN_modulation.1", self.condition, 2 * hidden)
 
         final_layer("final_layer")
+        if self.sprint:
+            add("sprint.mask_token", hidden)
+            layer("sprint.fusion", 2 * hidden, hidden)
         for entry in self.regularizers:
             name, widths = f"regularizers.{entry['type']}", []
             if entry["type"] == "internal_guidance":
@@ -283,10 +292,10 @@ KEPT, SCORE, CAST, GRADIENT, LOSS = np.eye(len(KINDS))
 
 
 def activations(sizes, setting):
-    """Returns what a micro-batch holds on one device beside the states: `(kept, per_block, peak)`, bytes over KINDS.
+    """Returns what a micro-batch holds on one device beside the states: `(kept, of_blocks, peak)`, bytes over KINDS.
 
-    Those are at the end of the forward pass; the part of it that each block adds; and when most is held, which is when
-    the loss is computed or early in the backward pass.
+    Those are at the end of the forward pass; the parts of it that the blocks add, a list; and when most is held, which
+    is when the loss is computed or early in the backward pass, in a block that all tokens run through.
     """
     mode, degree, block = setting.mode, setting.tensor_parallel, sizes.block
     item = (4, 2, 2)[mode]  # bytes of an element of what the matrix products read
@@ -308,15 +317,21 @@ def activations(sizes, setting):
         if len(p.shape) > 1 and p.trainable and "embedding" not in p.name and p.block in (None, 0):
             casts[p.block == 0] += item * p.numel(degree)
     attention = (block.split[mode] + qk_norm) * sizes.hidden + (block.kv_heads[mode] + qk_norm) * sizes.kv_width
-    block_keeps = SCORE * SCORES[mode] * scores + CAST * casts[1]
-    block_keeps += KEPT * (whole * width + rows * attention / degree + block.mlp[mode] * mlp)
-    block_keeps += KEPT * (block.rows * rows + head_rows * heads + conditioning)
-    per_block = KEPT * block.residual[mode] * width if setting.recompute else block_keeps
+    block_keeps = KEPT * (whole * width + rows * attention / degree + block.mlp[mode] * mlp)
+    block_keeps += KEPT * (block.rows * rows + head_rows * heads)
+    score_keeps, fixed = SCORE * SCORES[mode] * scores, CAST * casts[1] + KEPT * conditioning
+    residual = KEPT * block.residual[mode] * width
+    shares = [tokens / sizes.tokens for tokens in sizes.block_tokens]
+    of_blocks = [residual * s if setting.recompute else block_keeps * s + score_keeps * s * s + fixed for s in shares]
+    block_keeps += score_keeps + fixed
     loss_keeps, loss_passing = LOSS_MAPS[sizes.out_channels > sizes.channels and not sizes.transport]
+    if sizes.predicts_data:
+        loss_keeps += 1  # the prediction, which is turned into a velocity
     if sizes.cosine_loss:
         cosine = COSINE_MAPS[0] + COSINE_MAPS[1] / sizes.channels
         loss_keeps, loss_passing = loss_keeps + cosine, loss_passing - cosine
-    kept = sizes.layers * per_block + KEPT * (block.head[mode] * width + conditioning) + CAST * casts[0]
+    kept = sum(of_blocks) + KEPT * (block.head[mode] * width + conditioning) + CAST * casts[0]
+    kept += KEPT * 2 * item * width * sizes.sprint  # both paths, side by side
     kept += LOSS * (loss_keeps + 2) * maps  # and the latents, clean and noisy
 
     # The moments that may hold most, by what they hold beyond `kept`.
@@ -333,7 +348,7 @@ def activations(sizes, setting):
         in_block + GRADIENT * item * block.mlp_gradients * mlp - KEPT * item * width,
         in_block + GRADIENT * SCORE_GRADIENTS[mode] * scores - before_attention,
     ]
-    return kept, per_block, kept + max(moments, key=np.sum)
+    return kept, of_blocks, kept + max(moments, key=np.sum)
 
 
 class Plan:
@@ -358,14 +373,14 @@ class Plan:
         # DataParallel makes them all at the start of the backward pass.
         drops = setting.sharding in ("", "stage3") and setting.accumulation == 1 and setting.reducer != "buckets"
         passing = self.states.pop("gradients") if drops else 0
-        kept, per_block, peak = activations(self.sizes, setting)
+        kept, of_blocks, peak = activations(self.sizes, setting)
         self.kept = _by_kind(kept)
-        self.phases = self._phases(passing, peak, per_block)
+        self.phases = self._phases(passing, peak, of_blocks)
         needs = {phase: sum(kinds.values()) for phase, kinds in self.phases.items()}
         self.peak_phase = max(needs, key=needs.get)
         self.peak = sum(self.states.values()) + needs[self.peak_phase]
 
-    def _phases(self, passing, peak, per_block):
+    def _phases(self, passing, peak, of_blocks):
         sizes, setting, held = self.sizes, self.setting, self.states
         trained = [p for p in sizes.parameters if p.trainable]
         numels = [p.numel(setting.tensor_parallel) for p in trained]
@@ -378,7 +393,7 @@ class Plan:
             # In the first block's backward pass the activations of the others are gone, and their gradients are there.
             last = max(index for index, p in enumerate(trained) if p.block == 0)
             gradients = round(passing * sum(numels[last + 1 :]) / sum(numels))
-            kinds = _by_kind(peak - (sizes.layers - 1) * per_block)
+            kinds = _by_kind(peak - sum(of_blocks[1:]))
             phases["end of the backward pass"] = {**kinds, **gathered, "gradients": gradients}
         if setting.reducer == "fused":
             phases["averaging the gradients"] = {"gradients": passing, "fused gradients": passing or held["gradients"]}

@@ -18,10 +18,11 @@ def step_flops(planned):
     weighted values of attention. Recompute adds another forward pass of the blocks.
     """
     sizes, setting = planned.sizes, planned.setting
-    blocks, rest = sizes.layers * 4 * sizes.tokens**2 * sizes.hidden / setting.tensor_parallel, 0
+    blocks, rest = sum(4 * tokens**2 * sizes.hidden for tokens in sizes.block_tokens) / setting.tensor_parallel, 0
     for p in sizes.parameters:
         if len(p.shape) > 1 and p.trainable and "embedding_table" not in p.name:
-            work = 2 * p.numel() * (1 if "adaLN" in p.name or "t_embedder" in p.name else sizes.tokens)
+            tokens = sizes.tokens if p.block is None else sizes.block_tokens[p.block]
+            work = 2 * p.numel() * (1 if "adaLN" in p.name or "t_embedder" in p.name else tokens)
             if p.block is None:
                 rest += work
             else:
@@ -47,7 +48,7 @@ def traffic(planned):
     rows, part, times = {}, size, 1  # part: what the data-parallel ranks average, so many times
     if tensor > 1:
         item, residual = (4, 2, 2)[setting.mode], sizes.block.residual[setting.mode]
-        tokens = setting.batch * sizes.tokens * sizes.hidden
+        tokens = setting.batch * sum(sizes.block_tokens) / sizes.layers * sizes.hidden
         forward = 2 * ring_all_reduce(item * tokens, tensor)
         forward += ring_gather(sizes.modulations * item * setting.batch * sizes.hidden, tensor)
         backward = 2 * ring_all_reduce(residual * tokens, tensor)

@@ -1,13 +1,15 @@
 """Does a dumped step again (`training.supervision.step_dump`) in one process, and finds what is not finite in it."""
 
 import functools
+import math
 import os
 
 import numpy as np
 import paddle
 
 from config.schema import read_json, resolve_config
-from objectives import Batch, build_objective
+from objectives import build_objective, make_batch
+from objectives.base import EXTRAS
 from runtime.progress import tqdm
 from runtime.untrusted import inside
 from training import setup
@@ -18,6 +20,7 @@ from weights.runs import damage
 
 # What the dump of another version, or of somebody else, must hold.
 _ARRAYS = {*"x y t noise loss rank micro_step".split()}
+_DRAWN = "t weights noise force_drop_ids routing path_drop".split()
 _KEYS = {*"step kind loss grad_norm learning_rate data_ranks micro_batch precision device sources".split()}
 
 
@@ -32,19 +35,23 @@ def read_dump(folder):
     config = resolve_config(read_json(path), source=path)
     config["training"]["recompute"] = False
     batch, state = safe_load(inside(folder, BATCH)), read_json(inside(folder, STATE))
-    if not _fits(batch, state, config["model"]):
+    if not _fits(batch, state, config):
         raise ValueError(f"{folder}: {BATCH} and {STATE} are not those of a step of {CONFIG}")
     return config, batch, state
 
 
-def _fits(batch, state, model):
+def _fits(batch, state, config):
     if not (isinstance(batch, dict) and isinstance(state, dict) and _ARRAYS <= {*batch} and _KEYS <= {*state}):
         return False
     sources, precision, size = (state[key] for key in ("sources", "precision", "micro_batch"))
     if not (isinstance(sources, list) and isinstance(precision, dict) and "dtype" in precision and type(size) is int):
         return False
-    rows = (len(sources),)
+    rows, model, encoder_shape = (len(sources),), config["model"], setup.encoder_shape(config)
     shapes = dict.fromkeys(batch, rows)
+    if "routing" in batch:
+        shapes["routing"] = (*rows, (model["sample_size"] // model["patch_size"]) ** 2)
+    if encoder_shape is not None:
+        shapes["features"] = (*rows, *encoder_shape)
     shapes["x"] = shapes["noise"] = (*rows, model["in_channels"], model["sample_size"], model["sample_size"])
     arrays = all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in batch.values())
     return arrays and {name: array.shape for name, array in batch.items()} == shapes and min(len(sources), size) > 0
@@ -65,12 +72,13 @@ def replay(folder, config, batch, state):
     precision.decorate(model)
     model.eval()  # changes label dropout alone, whose labels are in the batch
     objective = build_objective(config)
-    drawn_names = [name for name in ("t", "weights", "noise", "force_drop_ids") if name in batch]
+    read_names = ["x", "y", *(name for name in EXTRAS if name in batch)]
+    drawn_names = [name for name in _DRAWN if name in batch]
 
     def losses_of(rows):
         drawn = {name: paddle.to_tensor(batch[name][rows]) for name in drawn_names}
         with precision.autocast():
-            micro_batch = Batch(*(paddle.to_tensor(batch[name][rows]) for name in "xy"))
+            micro_batch = make_batch(paddle.to_tensor(batch[name][rows]) for name in read_names)
             return objective.training_losses(model, micro_batch, drawn=drawn)["loss"]
 
     count, size = len(batch["y"]), state["micro_batch"]
@@ -84,7 +92,9 @@ def replay(folder, config, batch, state):
     gradients = {name: float(paddle.linalg.norm(gradient.astype("float32"))) for name, gradient in made.items()}
     layer, bad = None, np.flatnonzero(~np.isfinite(losses))
     if len(bad) and np.isfinite(batch["x"][bad[0]]).all():
-        found = _first_bad_layer(model, lambda: losses_of(slice(bad[0], bad[0] + 1)))
+        group = math.lcm(*(entry.get("group", 1) for entry in config["objective"]["regularizers"]))
+        first = bad[0] // group * group  # some regularizers compare the samples of a group
+        found = _first_bad_layer(model, lambda: losses_of(slice(first, first + group)))
         layer = f"sample {bad[0]}: {found}"
     return losses, gradients, layer
 

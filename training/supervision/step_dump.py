@@ -2,8 +2,9 @@
 
     config.json       the resolved config
     weights.pdparams  the weights that the step met, float32, official names, whole tensors
-    batch.pdparams    a row for each sample of the global batch, in its order: latents `x` and labels `y` as read; `t`,
-                      `noise`, `force_drop_ids` as drawn; `loss`, computed once more; `row`, `index` in the set,
+    batch.pdparams    a row for each sample of the global batch, in its order: latents `x`, labels `y` and, where they
+                      are trained on, an encoder's `features` as read; `t`, `noise`, `force_drop_ids`, `routing`,
+                      `path_drop` as drawn, where they are; `loss`, computed once more; `row`, `index` in the set,
                       `position` in the stream, `micro_step`, `rank`
     state.json        step, loss and norm of the run, learning rate, seed, precision, ranks, the samples' files
     manifest.json     sizes and checksums
@@ -18,7 +19,7 @@ import os
 import numpy as np
 import paddle
 
-from objectives import Batch, Rows
+from objectives import Rows, make_batch
 from runtime.collective import run_on_every_rank, run_on_rank_0
 from runtime.process import counted, seed_step
 from training.checkpoints.background import write_folder
@@ -37,7 +38,7 @@ def dump_step(bad, session):
     collective: `ValueError` or `OSError` on every rank if one can't read a sample any more or write the dump.
     """
     session.saver.wait()  # because a checkpoint under way must be whole before any rank ends
-    sampler, read = session.sampler, []  # latents and labels of this rank's micro-batches
+    sampler, read = session.sampler, []  # the arrays of this rank's micro-batches
     micro_steps = range(sampler.accumulation_steps)
     run_on_every_rank(lambda: read.extend(session.dataset.read(*sampler.batch(bad.step, i)) for i in micro_steps))
     if bad.objective:
@@ -82,15 +83,16 @@ def find_cause(batch, sources):
 
 def _compute(step, micro_step, data, session):
     """Draws and computes a micro-batch, `data` as read, once more; returns its rows of `BATCH`."""
-    sampler, (x, y) = session.sampler, data
+    sampler, read = session.sampler, make_batch(data)
     index, position = sampler.batch(step, micro_step)
-    rows, batch = Rows(*sampler.rows(micro_step)), Batch(paddle.to_tensor(x), paddle.to_tensor(y))
+    rows, batch = Rows(*sampler.rows(micro_step)), make_batch(map(paddle.to_tensor, data))
     seed_step(session.config["training"]["seed"], step)
     with session.precision.autocast():
         drawn = session.objective.draw(batch, rows)
         loss = session.objective.training_losses(session.model, batch, drawn=drawn)["loss"]
-    whose = {"micro_step": np.full(len(y), micro_step), "rank": np.full(len(y), sampler.rank)}
-    read = {"x": x, "y": y, "row": np.arange(rows.start, rows.stop), "index": index, "position": position, **whose}
+    whose = {"micro_step": np.full(len(index), micro_step), "rank": np.full(len(index), sampler.rank)}
+    whose |= {"row": np.arange(rows.start, rows.stop), "index": index, "position": position}
+    read = {"x": read.x, "y": read.y, **read.extras, **whose}
     return {**read, **{name: value.numpy() for name, value in drawn.items()}, "loss": loss.astype("float32").numpy()}
 
 

@@ -23,10 +23,28 @@ def prepare(data):
 
     prepare_digits.main(["--output", str(data / "digits")])
     if not (data / "ready").exists():
-        words = {"data_path": data / "digits/train", "feature_path": data / "features", "vae": VAE, "image_size": 32}
-        words |= {"batch_size": 50, "seed": 0, "device": "cpu"}
-        extract_features.main([f"--{name}={value}" for name, value in words.items()])
+        extract_features.main(extraction(data))
         (data / "ready").touch()
+
+
+def extraction(data):
+    """Returns the flags with which the features of digits are extracted."""
+    words = {"data_path": data / "digits/train", "feature_path": data / "features", "vae": VAE, "image_size": 32}
+    words |= {"batch_size": 50, "seed": 0, "device": "cpu"}
+    return [f"--{name}={value}" for name, value in words.items()]
+
+
+def add_encoder(data):
+    """Adds the features of an encoder that knows digits to those of `prepare`, 4 x 4 tokens each."""
+    from tools import extract_features, train_digits_classifier
+
+    if not (data / "encoder_ready").exists():
+        words = {"data_path": data / "digits/train", "heldout": data / "digits/heldout", "output": data / "encoder"}
+        train_digits_classifier.main(
+            ["--as_encoder", "--overwrite", *(f"--{key}={word}" for key, word in words.items())]
+        )
+        extract_features.main([*extraction(data), f"--encoder={data / 'encoder'}", "--token_grid=4"])
+        (data / "encoder_ready").touch()
 
 
 def open_judge(data, num_samples, metrics, seed):

@@ -14,28 +14,21 @@ docs/quality.md and the figures into docs/images/.
 
 import argparse
 import functools
-import hashlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import _root  # noqa: F401 (the project's root, on sys.path)
 
+from benchmarks.digits import ROOT, VAE, check_settings, measure, open_judge, prepare, train
 from benchmarks.quality_page import draw_figures, show, write_page
 from runtime.files import write_json
 from runtime.process import configure_runtime, run_cli, say
-from runtime.untrusted import read_json
 from sampling.flags import METHODS
 from sampling.step_counts import SCHEDULERS
 
-ROOT = Path(__file__).resolve().parent.parent
-VAE = str(ROOT / "assets" / "digits_vae")
 METRICS = ["fid", "mind", "recall", "precision"]
-TILE = 250  # images that the network computes at once
 TRAINING = {
     "global_batch_size": 64,
     "learning_rate": 1e-3,
@@ -133,26 +126,18 @@ class Runs:
             name, schedule = MODELS[model]
             config = json.loads((ROOT / "config" / name).read_text())
             config["model"] |= SMALL if model == "small" else {}
-            os.makedirs(output, exist_ok=True)
-            write_json(output / "config.json", config)
-            flags = {
+            train(
+                config,
+                self.data,
+                output,
                 **TRAINING,
-                "config_file": output / "config.json",
-                "feature_path": self.data / "features",
-                "image_size": 32,
-                "output": output,
-                "resume": "auto",
-                "seed": self.seed,
-                "device": "cpu",
-                "num_workers": 0,
-                "lr_scheduler_type": schedule,
-                "max_steps": steps,
-                "ema_snapshot_steps": max(1, steps // 30),
-                "save_steps": max(1, steps // 2),
-                "logging_steps": max(1, steps // 10),
-            }
-            words = [f"--{name}={value}" for name, value in flags.items()]
-            command([ROOT / "train_image_generation_notrainer.py", *words], output / "log.txt")
+                seed=self.seed,
+                lr_scheduler_type=schedule,
+                max_steps=steps,
+                ema_snapshot_steps=max(1, steps // 30),
+                save_steps=max(1, steps // 2),
+                logging_steps=max(1, steps // 10),
+            )
         (path,) = output.glob(snapshot)
         return path.parent.parent.parent
 
@@ -184,39 +169,6 @@ class Runs:
         return generator.guided_by(guide) if guide else generator
 
 
-def command(words, log):
-    """Runs a command of the project in a process of its own, with its output in a file."""
-    say(f"training, see {log}")
-    with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise ValueError(f"{Path(words[0]).name}: exit code {done.returncode}, see {log}")
-
-
-def prepare(data):
-    """Makes the digits and their features in a folder, unless they are there."""
-    from tools import extract_features, prepare_digits
-
-    prepare_digits.main(["--output", str(data / "digits")])
-    if not (data / "ready").exists():
-        words = {"data_path": data / "digits/train", "feature_path": data / "features", "vae": VAE, "image_size": 32}
-        words |= {"batch_size": 50, "seed": 0, "device": "cpu"}
-        extract_features.main([f"--{name}={value}" for name, value in words.items()])
-        (data / "ready").touch()
-
-
-def measure(runs, judge, setting, folder):
-    """Returns the row of a setting, of its file in a folder if that is there, which is written else."""
-    name = hashlib.sha256(json.dumps([setting, runs.seed], sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
-    if not path.exists():
-        start = time.perf_counter()
-        numbers = judge.measure(runs.sampler(setting), **setting["sampling"])
-        row = {"seed": runs.seed, "setting": setting, **numbers, "seconds": round(time.perf_counter() - start, 1)}
-        write_json(path, row)
-    return read_json(path)
-
-
 def summary(found, parts, seeds):
     """Returns `{part: [{"curve", "x", metric: (mean, deviation)}]}` of `{(part, place): [row of each seed]}`."""
     table = {}
@@ -228,16 +180,6 @@ def summary(found, parts, seeds):
             means = {name: (statistics.fmean(all_), spread[name]) for name, all_ in numbers.items()}
             table.setdefault(part, []).append({"curve": curve, "x": x, **means})
     return table
-
-
-def check_settings(output, settings):
-    """Raises ValueError for a folder of other settings, whose numbers can't be compared."""
-    path = output / "settings.json"
-    if path.exists() and (theirs := read_json(path)) != settings:
-        changed = [name for name in settings if theirs.get(name) != settings[name]]
-        raise ValueError(f"{output}: holds numbers of another {', '.join(changed)}; give another --output")
-    os.makedirs(output, exist_ok=True)
-    write_json(path, settings)
 
 
 def main(argv=None):
@@ -260,19 +202,14 @@ def main(argv=None):
         raise ValueError("--write: not with --quick, and all parts are written")
     check_settings(output, settings)
     configure_runtime()
-    from evaluation.networks import load_features
-    from evaluation.sweep import Judge
-    from sampling.many import choose_labels
-
     prepare(output)
-    network, start = load_features("digits"), time.perf_counter()
-    labels = choose_labels("balanced", settings["num_samples"], 10, 0)
+    start = time.perf_counter()
     parts = {part: listed for part, listed in points(args.quick).items() if part in args.parts}
     found, points_folder = {}, output / "points"
     points_folder.mkdir(exist_ok=True)
     for seed in args.seeds:
         runs = Runs(output / f"seed{seed}", output, seed, settings["max_steps"])
-        judge = Judge(str(output / "digits/train"), network, labels, metrics=METRICS, seed=seed, tile=TILE)
+        judge = open_judge(output, settings["num_samples"], METRICS, seed)
         for part, listed in parts.items():
             say(f"seed {seed}, {part}: {len(listed)} points, {time.perf_counter() - start:.0f} s so far")
             for place, (_, _, setting) in enumerate(listed):

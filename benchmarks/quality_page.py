@@ -14,7 +14,6 @@ AXES = {  # what x is, and which axes are logarithmic
     "sampler": ("steps", "xy"),
     "transport": ("network evaluations", "xy"),
 }
-MARKED = re.compile(r"(<!-- (\w+), written by benchmarks/quality.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def table(part, rows, metrics):
@@ -42,12 +41,15 @@ def show(results, metrics):
 
 def write_page(path, results, metrics):
     """Puts the tables between the marks of a page."""
+    put_tables(path, "quality.py", {part: table(part, rows, metrics) for part, rows in results.items()})
+
+
+def put_tables(path, script, tables):
+    """Puts tables, `{name: lines}`, between the marks of a page that say that a script has written them."""
+    marked = re.compile(rf"(<!-- (\w+), written by benchmarks/{script} -->\n).*?(<!-- end -->\n)", re.DOTALL)
     text = path.read_text(encoding="utf-8")
-
-    def put(found):
-        return found[1] + "\n".join(table(found[2], results[found[2]], metrics)) + "\n" + found[3]
-
-    path.write_text(MARKED.sub(put, text), encoding="utf-8")
+    text = marked.sub(lambda found: found[1] + "\n".join(tables[found[2]]) + "\n" + found[3], text)
+    path.write_text(text, encoding="utf-8")
 
 
 def draw_figures(results, folder):

@@ -90,13 +90,13 @@ def width_panels(rows):
     ]
 
 
-def plot(path, panels, *, columns=3):
+def plot(path, panels, *, columns=3, width=3.4):
     """Writes a PNG of curves.
 
     Args:
         panels: a dict each: `x` and `y`, what the axes show; `curves`, {label: (xs, ys)} or (xs, ys, deviations), which
             become error bars; xs are numbers, or words, which are no curve; `log`, "x", "y" or "xy"; `lines`,
-            {label: y}, for comparison.
+            {label: y}, for comparison. width: of a panel, in inches.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system is asked
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
@@ -104,7 +104,7 @@ def plot(path, panels, *, columns=3):
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width * columns, 2.7 * rows), dpi=110, layout="constrained")
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
         for label, (xs, ys, *deviations) in panel["curves"].items():

@@ -90,11 +90,12 @@ class Objective:
             return output
 
         losses = self.losses(observed, batch.x, drawn, model_kwargs)
-        for regularizer, hook in zip(self.regularizers, hooks, strict=True):
-            seen = Pass(batch, hook, output, lambda output: self.compare(output, batch.x, drawn))
-            part = regularizer.loss(seen)
-            losses[regularizer.name] = part
-            losses["loss"] = losses["loss"] + regularizer.sign * regularizer.weight * part
+        with paddle.amp.auto_cast(enable=False):  # O2 would add the losses in half precision
+            for regularizer, hook in zip(self.regularizers, hooks, strict=True):
+                seen = Pass(batch, hook, output, lambda output: self.compare(output, batch.x, drawn))
+                part = regularizer.loss(seen)
+                losses[regularizer.name] = part
+                losses["loss"] = losses["loss"] + regularizer.sign * regularizer.weight * part
         return losses
 
     def end_step(self):

@@ -67,8 +67,9 @@ def add_regularizers(network, entries):
     if layers:
         network.regularizers = nn.LayerDict(layers)
         ops.use(network.regularizers, network.ops)
-        for parameter in network.regularizers.parameters():
-            parameter.own_steps = True  # because a run may begin with them later: see `paddle_private.make_adamw`
+    for kind, layer in layers.items():
+        for parameter in layer.parameters():
+            parameter.own_steps = kind  # because a run may begin with it later: see `paddle_private.make_adamw`
 
 
 def second_index(network):

@@ -228,20 +228,20 @@ def make_adamw(apply_rate, **options):
             return apply_rate(super()._create_param_lr(param_and_grad))
 
         # One operator updates all float32 parameters, to the bits of one operator for each. On a GPU it takes the
-        # number of steps from the first of them; regularizers, which may begin later, have a number of their own.
+        # number of steps from the first of them; regularizers, which may begin later, have numbers of their own.
 
         def _create_optimization_pass(self, *args, **options):
-            self._waiting = [], []
+            self._waiting = {}  # by whose number of steps it is
             return super()._create_optimization_pass(*args, **options)
 
         def _append_optimize_op(self, block, param_and_grad):
             if all(tensor.dtype == paddle.float32 for tensor in param_and_grad):
-                self._waiting[hasattr(param_and_grad[0], "own_steps")].append(param_and_grad)
+                self._waiting.setdefault(getattr(param_and_grad[0], "own_steps", None), []).append(param_and_grad)
             else:
                 super()._append_optimize_op(block, param_and_grad)
 
         def _finish_update(self, block, parameters_and_grads):
-            for waiting in filter(None, self._waiting):
+            for waiting in self._waiting.values():
                 parameters, gradients = map(list, zip(*waiting, strict=True))
                 moment1, moment2, power1, power2 = (
                     [self._get_accumulator_master(name, parameter) for parameter in parameters]
@@ -255,7 +255,7 @@ def make_adamw(apply_rate, **options):
                     *(power1, power2, masters, skip, self._beta1, self._beta2, self._epsilon, chunk_size),
                     *(self._weight_decay, use_adamw, multi_precision, one_power_for_all, *amsgrad),
                 )
-            self._waiting = [], []
+            self._waiting = {}
 
     return AdamW(**options)
 

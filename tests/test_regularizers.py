@@ -105,6 +105,8 @@ def test_each_is_added_by_its_weight_and_leaves_the_rest_alone(network):
     learned = {name for name, _ in model.named_parameters()} - theirs.keys()
     assert {name.split(".")[1] for name in learned} == {*LEARNED}
     assert all(name.startswith("regularizers.") for name in learned)
+    # Each may begin later than another, so that the optimizer's one operator is not for two of them.
+    assert {getattr(value, "own_steps", None) for value in model.parameters()} == {None, *LEARNED}
     for name, parameter in model.named_parameters():
         if name in theirs:
             np.testing.assert_array_equal(parameter, theirs[name])

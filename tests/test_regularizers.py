@@ -10,6 +10,7 @@ from config.schema import resolve_config
 from models import build_model
 from objectives import Batch, build_objective
 from objectives import regularizers as losses
+from training.checkpoints.state import fit_regularizers
 from training.supervision.replay import read_dump, replay
 from verification import official_regularizers as official
 from verification.vectors import load_golden
@@ -213,6 +214,25 @@ def test_a_resume_with_other_regularizers_says_what_becomes_of_them(features, tm
     start = ["--pretrained_model_path", again]
     run("notrainer", config(), features, tmp_path / "fourth", 1, *start)
     assert "regularizers: internal_guidance, latent_alignment are dropped" in capsys.readouterr().out
+
+
+@pytest.mark.paddle26
+def test_what_was_learned_in_other_sizes_starts_anew_as_a_whole():
+    """Layers that happen to fit would be out of step with those that are new."""
+
+    def network(width):
+        entry = {"type": "representation_alignment", "block": 1, "width": width, "inner_width": 8}
+        return build_model({"model": TINY_MODELS["SiT"], "objective": {"regularizers": [entry]}})
+
+    model, wider = network(6), network(7)
+    state = {name: value.numpy() for name, value in wider.named_parameters()}
+    note, new = fit_regularizers(state, model)
+    assert note == "regularizers: representation_alignment start anew"
+    own = {name: value for name, value in model.named_parameters() if name.startswith("regularizers.")}
+    assert new == [*own] and state.keys() == dict(model.named_parameters()).keys()
+    for name, value in own.items():
+        np.testing.assert_array_equal(state[name], value)
+    assert fit_regularizers(state, model) == (None, [])
 
 
 @pytest.mark.parametrize("loop", LOOPS)

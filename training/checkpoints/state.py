@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from models.parallel import rank_part
-from models.state import REGULARIZERS, check_state, kinds_of
+from models.state import REGULARIZERS, check_state
 from runtime.paddle_private import master_weights
 from training.optimizer import ACCUMULATORS, optimizer_state, set_optimizer_state
 from training.parallel.shares import LocalShard, local_tensor, optimizer_key
@@ -81,19 +81,32 @@ def restore_model(checkpoint, model, averages=()):
 def fit_regularizers(state, model):
     """Makes the regularizers' part of a state `{name: array}` that of a model, which is not wrapped.
 
-    What the model has not, or in another shape, is dropped; what it has in addition gets the model's own values.
-    Returns `(note, names)`: a sentence on it or None, and the names of what is new.
+    What one of them has learned is kept if it is all there in the model's shapes. Else it is dropped, and the model's
+    own values take its place. Returns `(note, names)`: a sentence on it or None, and the names of what is new.
     """
-    own = {name: value for name, value in model.named_parameters() if name.startswith(REGULARIZERS)}
-    theirs = [name for name in state if name.startswith(REGULARIZERS)]
-    dropped = [name for name in theirs if name not in own or list(state[name].shape) != list(own[name].shape)]
-    for name in dropped:
-        del state[name]
-    new = [name for name in own if name not in state]
-    state.update({name: own[name].numpy() for name in new})
-    changes = {"start anew": new, "are dropped": [name for name in dropped if name not in new]}
-    told = [f"{', '.join(kinds_of(names))} {what}" for what, names in changes.items() if names]
-    return (f"regularizers: {'; '.join(told)}" if told else None), new
+    own, theirs = _by_regularizer(dict(model.named_parameters())), _by_regularizer(state)
+    kept = {kind for kind in own if _shapes(own[kind]) == _shapes(theirs.get(kind, {}))}
+    for kind in theirs.keys() - kept:
+        for name in theirs[kind]:
+            del state[name]
+    new = {name: value for kind in sorted(own.keys() - kept) for name, value in own[kind].items()}
+    state.update({name: value.numpy() for name, value in new.items()})
+    changes = {"start anew": own.keys() - kept, "are dropped": theirs.keys() - own.keys()}
+    told = [f"{', '.join(sorted(kinds))} {what}" for what, kinds in changes.items() if kinds]
+    return (f"regularizers: {'; '.join(told)}" if told else None), [*new]
+
+
+def _by_regularizer(state):
+    """Returns what regularizers have learned in a state, `{type: {name: value}}`."""
+    found = {}
+    for name, value in state.items():
+        if name.startswith(REGULARIZERS):
+            found.setdefault(name.split(".")[1], {})[name] = value
+    return found
+
+
+def _shapes(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def load_weights_into(model, state, source):

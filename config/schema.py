@@ -6,6 +6,7 @@ A run prints the resolved config once and saves it in every checkpoint: command 
 
 import copy
 import json
+import math
 import os
 import re
 from typing import NamedTuple
@@ -180,6 +181,11 @@ def _regularizer_conflicts(model, regularizers):
             yield f"{where}: block and target_block are the same block, {entry['block']}"
         if entry["type"] in [other["type"] for other in regularizers[:index]]:
             yield f"{where}: a regularizer of the type {entry['type']} stands there already"
+
+
+def group_size(config):
+    """Returns the number of consecutive samples that all regularizers can be computed on; 1 without any."""
+    return math.lcm(*(entry.get("group", 1) for entry in config["objective"]["regularizers"]))
 
 
 def check_groups(config, micro_batch):

@@ -1,5 +1,7 @@
 """Regularizers: their numbers, what they learn, and that ranks, accumulation and a resume change nothing."""
 
+import json
+
 import numpy as np
 import paddle
 import pytest
@@ -10,7 +12,9 @@ from config.schema import resolve_config
 from models import build_model
 from objectives import Batch, build_objective
 from objectives import regularizers as losses
+from tools import plan_memory
 from training.checkpoints.state import fit_regularizers
+from training.parallel.memory_plan import Sizes
 from training.supervision.replay import read_dump, replay
 from verification import official_regularizers as official
 from verification.vectors import load_golden
@@ -256,3 +260,30 @@ def test_a_bad_step_is_kept_and_done_again_with_them(features, tmp_path):
     found, gradients, layer = replay(str(dump), resolved, arrays, state)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(arrays["loss"]))
     assert "regularizers.internal_guidance.linear.weight" in gradients
+
+
+# -- In the plan ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["SiT", "LargeDiT", "LightningDiT"])
+def test_the_plan_counts_what_they_learn_in_the_networks_order(network):
+    config = config_of(network, *ENTRIES)
+    built = [(name, tuple(p.shape)) for name, p in build_model(config).named_parameters()]
+    assert [(p.name, p.shape) for p in Sizes(config).parameters] == built
+
+
+def test_plans_are_of_micro_batches_of_whole_groups(tmp_path):
+    def plan(entry, *flags):
+        path = write_config(tmp_path / "Tiny.json", "SiT", {"type": "transport", "regularizers": [entry]})
+        plan_memory.main(
+            ["--config_file", path, "--gpu_memory=80", "--json", str(tmp_path / "plan.json"), "--overwrite", *flags]
+        )
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    groups = {"type": "dispersive", "group": 32}
+    found = plan(groups, "--world_size=4")
+    assert found["fitting"] and all(way["setting"]["batch"] % 32 == 0 for way in found["fitting"])
+    with pytest.raises(ValueError, match=r"dispersive compares .* group of 32; .* got 16 samples a rank$"):
+        plan(groups, "--world_size=16")
+    with pytest.raises(ValueError, match="^objective: regularizers: representation_alignment: width is missing, "):
+        plan({"type": "representation_alignment", "block": 1})

@@ -19,6 +19,7 @@ import _root  # noqa: F401 (the project's root, on sys.path)
 
 from config.flags import Parser, resolve_training
 from config.options import ABOVE_0, FROM_0, POSITIVE_INT
+from config.schema import check_groups
 from runtime.files import check_output, write_json
 from runtime.process import counted, run_cli
 from training.parallel.degrees import resolve_degrees
@@ -77,6 +78,7 @@ def setting_of(args, config):
                 f"global batch size {training['global_batch_size']} is not divisible by {ranks} data-parallel ranks x "
                 f"{setting.accumulation} gradient accumulation steps; give --per_device_train_batch_size"
             )
+    check_groups(config, batch)
     return dataclasses.replace(setting, batch=batch)
 
 

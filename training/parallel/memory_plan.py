@@ -167,6 +167,11 @@ class Sizes:
             elif entry["type"] == "latent_alignment":
                 widths = [*[hidden] * 5, self.patch**2 * self.channels]
             elif entry["type"] == "representation_alignment":
+                if entry["width"] is None:
+                    raise ValueError(
+                        "objective: regularizers: representation_alignment: width is missing, that of the encoder's "
+                        "features; a training takes the set's, a plan has none"
+                    )
                 widths = [hidden, entry["inner_width"], entry["inner_width"], entry["width"]]
             for index, pair in enumerate(itertools.pairwise(widths)):
                 layer(f"{name}.{2 * index}", *pair)

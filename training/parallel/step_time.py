@@ -6,6 +6,7 @@ It orders settings; it does not promise seconds. docs/memory.md has the formulas
 import dataclasses
 import itertools
 
+from config.schema import group_size
 from models.sizes import check_tensor_parallel
 from training.parallel.degrees import STAGES
 from training.parallel.memory_plan import Plan
@@ -121,6 +122,8 @@ def fitting(config, setting, memory, machine, *, fixed=()):
             continue
         samples = setting.global_batch // way.data_ranks
         for batch in reversed(_divisors(samples)):
+            if batch % group_size(config):
+                continue
             tried = dataclasses.replace(way, batch=batch, accumulation=samples // batch)
             if any(getattr(tried, name) != getattr(setting, name) for name in fixed):
                 continue

@@ -1,13 +1,12 @@
 """Does a dumped step again (`training.supervision.step_dump`) in one process, and finds what is not finite in it."""
 
 import functools
-import math
 import os
 
 import numpy as np
 import paddle
 
-from config.schema import read_json, resolve_config
+from config.schema import group_size, read_json, resolve_config
 from objectives import build_objective, make_batch
 from objectives.base import EXTRAS
 from runtime.progress import tqdm
@@ -92,7 +91,7 @@ def replay(folder, config, batch, state):
     gradients = {name: float(paddle.linalg.norm(gradient.astype("float32"))) for name, gradient in made.items()}
     layer, bad = None, np.flatnonzero(~np.isfinite(losses))
     if len(bad) and np.isfinite(batch["x"][bad[0]]).all():
-        group = math.lcm(*(entry.get("group", 1) for entry in config["objective"]["regularizers"]))
+        group = group_size(config)
         first = bad[0] // group * group  # some regularizers compare the samples of a group
         found = _first_bad_layer(model, lambda: losses_of(slice(first, first + group)))
         layer = f"sample {bad[0]}: {found}"

@@ -139,7 +139,8 @@ def _check_times(flag, given, largest):
     is_right = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= largest
     if not is_right or (largest != 1 and not holds_timestep(interval)):
         words = " ".join(f"{time:g}" for time in given)
-        expected = "two times in [0, 1], the lower first, or the lower alone"
+        expected = "two times in [0, 1], the lower first"
+        expected += ", or the lower alone" if flag == "--guidance_interval" else ""
         if largest != 1:
             expected = f"two timesteps in [0, {largest:g}], the lower first" if largest < math.inf else "two timesteps"
         raise ValueError(f"{flag} {words}: expected {expected}")

@@ -163,9 +163,7 @@ class Generator:
             options: of the objective's `sample`: `method`, `draw_noise`; a transport's `sampler` and what it takes.
 
         A number of steps in which an exported network is not exact is a warning, once, unless `describe` has told it.
-
-        Raises:
-            ValueError: one line: what is not accepted, or images of numbers that are not finite, a `NotFiniteError`.
+        ValueError, one line, for what is not accepted; `NotFiniteError`, which is one, for images that are not finite.
         """
         from ppdiffusers.utils.paddle_utils import get_rng_state_tracker, randn_tensor
 
@@ -187,9 +185,7 @@ class Generator:
         random = tracker.manual_seed(seed) if is_seeded else seed
         steps_random = random if options.get("sampler") == "sde" else None  # its steps go on where the noise ended
         settings = {"num_steps": num_inference_steps, "callback": callback, **options}
-        steps = num_inference_steps, options.get("method")
-        if steps not in self.noted and (note := self._note(*steps)):
-            warnings.warn(note, stacklevel=3)
+        self._warn_once(num_inference_steps, options.get("method"))
         latents, size = [], batch_size or len(ids)
         try:
             for start in range(0, len(ids), size):
@@ -207,6 +203,11 @@ class Generator:
                 tracker.remove(random)
         latents = paddle.concat(latents)
         return latents if output == "latents" else self.decode(latents, "diffusers")
+
+    def _warn_once(self, *steps):
+        """Warns the caller of `sample` of a number of steps and a method that are odd, once."""
+        if steps not in self.noted and (note := self._note(*steps)):
+            warnings.warn(note, stacklevel=4)
 
     def _guidance(self, guidance_channels, guide_scale, **settings):
         """Returns the keywords of `guided`, checked."""

@@ -288,12 +288,7 @@ class SiTPipeline(DiffusionPipeline):
             ValueError: what is not accepted, or images that are not finite, a `features.autoencoder.NotFiniteError`.
         """
         y = self._class_ids(class_labels)
-        if not _is_number(guidance_scale):
-            raise ValueError(f"guidance_scale {guidance_scale!r}: expected a number, 1 for none")
-        if guide is not None and not isinstance(guide, SiTPipeline):
-            raise ValueError(f"guide: is a {type(guide).__name__}, expected a SiTPipeline")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        _check_call(guidance_scale, guide, output_type)
         generator = _one_or_each(generator, len(y), sampler)
         sde = {"diffusion_form": diffusion_form, "diffusion_norm": diffusion_norm, "last_step": last_step}
         sde["last_step_size"] = last_step_size
@@ -343,8 +338,13 @@ class SiTPipeline(DiffusionPipeline):
         return [operator.index(label) for label in labels]
 
 
-def _is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _check_call(guidance_scale, guide, output_type):
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale {guidance_scale!r}: expected a number, 1 for none")
+    if guide is not None and not isinstance(guide, SiTPipeline):
+        raise ValueError(f"guide: is a {type(guide).__name__}, expected a SiTPipeline")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
 
 
 def _one_or_each(generator, count, sampler):

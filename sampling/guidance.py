@@ -2,7 +2,8 @@
 
 - Classifier-free guidance (Ho and Salimans 2022): away from the network without the class.
 - Autoguidance (Karras et al. 2024, arXiv:2406.02507): away from a worse network, the guide.
-- Internal guidance: away from what the network's second final layer says of its tokens halfway, in the same pass.
+- Internal guidance (Zhou et al. 2025, arXiv:2512.24176): away from what the network's second final
+  layer says of its tokens halfway, in the same pass.
 - CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), guidance rescale (Lin et al. 2023, arXiv:2305.08891), a guidance
   interval (Kynkaanniemi et al. 2024, arXiv:2404.07724) and schedules of the scale (Wang et al. 2024, arXiv:2404.13040).
 

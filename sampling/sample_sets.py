@@ -48,7 +48,9 @@ def shard_bounds(num_images, tile):
 def differences(old, new):
     """Lists sentences on how the decisive settings of two runs differ."""
     old, new = (dict(_flat(settings)) for settings in (old, new))
-    pairs = [(name, old.get(name), new.get(name)) for name in {**new, **old}]
+    # A version that did not know a setting of the objective had its default.
+    unknown = {name for name in old.keys() ^ new.keys() if name.startswith(_WORDS["objective"])}
+    pairs = [(name, old.get(name), new.get(name)) for name in {**new, **old} if name not in unknown]
     return [
         f"{name} was {shortened(json.dumps(theirs))}, now it is {shortened(json.dumps(ours))}"
         for name, theirs, ours in pairs

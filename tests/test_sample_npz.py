@@ -197,6 +197,16 @@ class TestSets:
             with pytest.raises(ValueError, match=r"another run is at work in .*\.set\.npz\.parts"):
                 self.make(tmp_path)
 
+    def test_a_set_of_an_earlier_version_is_the_same(self, tmp_path):
+        """Its objective lacks keys that there were not yet, and has one that is gone."""
+        known = {"prediction": "velocity", "path_type": "Linear"}
+        self.make(tmp_path, objective={**known, "auxiliary": []})
+        now = {**self.SETTINGS, "objective": {**known, "regularizers": [], "t_eps": 0.05}}
+        assert SampleSet(tmp_path / "set.npz", now).check()
+        now["objective"]["prediction"] = "x1"
+        with pytest.raises(ValueError, match="the model's prediction was"):
+            SampleSet(tmp_path / "set.npz", now).check()
+
     def test_what_is_there_already_is_kept(self, tmp_path):
         self.make(tmp_path)
         overwriting = SampleSet(tmp_path / "set.npz", {**self.SETTINGS, "seed": 1})

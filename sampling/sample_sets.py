@@ -15,7 +15,6 @@ import zipfile
 
 import numpy as np
 
-from config.options import OBJECTIVE_KEYS
 from runtime.files import check_output, delete_folder, whole_file, write_json
 from runtime.progress import tqdm
 from runtime.run_lock import RunLock, check_idle
@@ -64,15 +63,7 @@ def _flat(settings):
         if key not in NOT_DECISIVE:
             name = _WORDS.get(key, f"--{key}")
             inner = value if isinstance(value, dict) else {"": value}
-            inner = _objective(inner) if key == "objective" else inner
             yield from ((f"{name} {part}".rstrip(), one) for part, one in inner.items())
-
-
-def _objective(settings):
-    """Returns a model's objective in today's keys: where an earlier version lacked one, its default was in force."""
-    known = OBJECTIVE_KEYS.get(str(settings.get("type")), {})  # none of a pipeline's scheduler
-    written = {name: value for name, value in settings.items() if name != "auxiliary"}  # which was always empty
-    return {**{name: option.default for name, option in known.items()}, **written}
 
 
 def report_path(output):

@@ -13,16 +13,15 @@ import pytest
 from PIL import Image
 from support.kills import kill_at_operation
 from support.pipelines import DIGITS_VAE, make_config, make_model, make_pipeline, state_of, write_checkpoint
-from support.runs import TINY_MODELS, launch, run_script
+from support.runs import launch, run_script
 
-from config.schema import resolve_config
 from features.autoencoder import LatentDecoder, NotFiniteError, load_vae
 from runtime.process import EXIT_BAD_STEP
 from runtime.run_lock import LOCK
 from sampling.generator import from_weights
 from sampling.many import choose_labels, draw_images, image_noise
 from sampling.png_folder import PngFolder
-from sampling.sample_sets import MAX_SHARDS, SampleSet, differences, shard_bounds
+from sampling.sample_sets import MAX_SHARDS, SampleSet, shard_bounds
 from tools import sample_npz
 
 DIT = {"sample_size": 4}  # for the digits' autoencoder
@@ -363,11 +362,3 @@ class TestCommand:
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / "4.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
         assert not list(tmp_path.glob(".*"))
-
-
-def test_a_set_from_before_an_objective_had_a_key_has_its_default():
-    earlier = {"type": "transport", "path_type": "Linear", "prediction": "velocity", "auxiliary": []}
-    today = resolve_config({"model": TINY_MODELS["SiT"]})["objective"]
-    assert differences({"objective": earlier}, {"objective": today}) == []
-    changed = differences({"objective": earlier}, {"objective": {**today, "t_eps": 0.1}})
-    assert changed == ["the model's t_eps was 0.05, now it is 0.1"]

@@ -105,7 +105,6 @@ DEVICE = Check(lambda v: re.fullmatch(r"auto|cpu|gpu(:\d+)?", v) is not None, "a
 NUMBER = Check(_is_number, "a number", float, "X")
 ABOVE_0 = Check(lambda v: _is_number(v) and v > 0, "a number above 0", float, "X")
 FROM_0 = Check(lambda v: _is_number(v) and v >= 0, "a number of 0 or more", float, "X")
-BETWEEN_0_AND_1 = Check(lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1", float, "X")
 BELOW_1 = Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1", float, "X")
 BELOW_HALF = Check(lambda v: _is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5", float, "X")
 FACTOR = Check(lambda v: _is_number(v) and (v == 0 or v > 1), "0 for off, or a number above 1", float, "X")

@@ -11,7 +11,6 @@ from config.checks import (
     ABOVE_0,
     BELOW_1,
     BELOW_HALF,
-    BETWEEN_0_AND_1,
     BLOCK,
     BLOCKS,
     BOOL,
@@ -199,9 +198,7 @@ OBJECTIVE_KEYS = {
             None, _EPS, "training's distance to the ends of time, if VP, noise or score", True, "by path"
         ),
         "sample_eps": Option(None, _EPS, "the same in sampling", True, "by path"),
-        "t_eps": Option(
-            0.05, BETWEEN_0_AND_1, "of x1: the velocity's denominator 1 - t is this at least, in sampling too", True
-        ),
+        "t_eps": Option(0.05, SHARE, "of x1: the velocity's denominator 1 - t is this at least, in sampling too", True),
         # Beyond the official code: SD3's and LightningDiT's timesteps, LightningDiT's direction loss.
         "timestep_sampling": Option(
             "uniform", one_of("uniform", "logit-normal"), "how training draws times", training_only=True

@@ -38,8 +38,7 @@ def build_model(config, **overrides):
     """Builds the network of a config, or its `model` section alone, with the official initialisation.
 
     A whole config's has the layers of its regularizers too, see `models.regularizers`. `overrides` are constructor
-    keywords that win. Raises ValueError for an unknown type or keyword, or a size that
-    can't be.
+    keywords that win. Raises ValueError for an unknown type or keyword, or a size that can't be.
     """
     from models import MODELS
 

@@ -83,7 +83,10 @@ def representation_alignment_loss(projected, features):
 
 @full_precision
 def auxiliary_loss(prediction, target):
-    """Returns the mean squares, `(N,)`, of a second output against the target, both `(N, C, H, W)`."""
+    """Returns the mean squares, `(N,)`, of a second output against the target, both `(N, C, H, W)`.
+
+    It is Internal Guidance's (Zhou et al. 2025, arXiv:2512.24176).
+    """
     return mean_flat(paddle.square(prediction - target))
 
 

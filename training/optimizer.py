@@ -146,9 +146,8 @@ def optimizer_state(optimizer, model):
 def set_optimizer_state(optimizer, model, state, weights=None, new=()):
     """Gives an optimizer the state that `optimizer_state` returned, made whole (arrays or tensors).
 
-    `weights` by name, float32, are the master weights that the state of a float32 run lacks. The parameters
-    `new`, by name, begin without a state. Raises ValueError for a
-    parameter or accumulator that is missing or has another shape.
+    `weights` by name, float32, are the master weights that the state of a float32 run lacks. The parameters `new`, by
+    name, begin without a state. Raises ValueError for a parameter or accumulator that is missing or has another shape.
     """
     shard = LocalShard(model, optimizer)
     shapes = shard.whole_shapes()

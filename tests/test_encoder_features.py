@@ -303,6 +303,10 @@ def test_mistakes_write_nothing(images, programs, extracted, tmp_path, monkeypat
     refused("7 images x 4 tokens x 6 x 2 bytes = 336 bytes; 100 bytes are free in .*; nothing was", "--token_grid", 2)
     path = tmp_path / "nothing"
     refused("--encoder .*nothing: expected a program of Paddle Inference, a folder with model.json")
+    with pytest.raises(
+        ValueError, match="imagenet256_manifest.json: is not there, .* name one by --image_size or --name"
+    ):
+        main(["--feature_path", str(extracted), "--encoder", str(path)])  # 256 pixels, if nothing is said
     assert not (tmp_path / "new").exists() and files_of(extracted) == before
 
 

@@ -113,7 +113,10 @@ def extract(args) -> None:
     if adds:
         take_from_manifest(args, layout)
     elif not args.data_path and not args.list:
-        raise ValueError("give --data_path, --list, or both")
+        raise ValueError(
+            f"{layout.manifest}: is not there, so there is no set to add encoder features to; name one by --image_size "
+            "or --name, or give --data_path, --list, or both, of which one is made"
+        )
     check_arguments(args, layout, adds)
 
     import paddle

@@ -93,9 +93,10 @@ def test_parts_of_the_loss_are_logged_by_name(tmp_path):
 def test_parts_reach_the_watch_under_their_names(features, tmp_path, monkeypatch):
     session = make_session(features, tmp_path / "out").start()
     got = []
-    session.objective.regularizers = [SimpleNamespace(name="dispersive")]
+    session.objective.regularizers = [SimpleNamespace(name="contrastive", sign=-1, weight=0.5)]
     monkeypatch.setattr(session.numbers, "add", lambda *values: got.append(values))
-    losses = {"loss": paddle.to_tensor([1.0, 3.0]), "dispersive": paddle.to_tensor([0.5, 1.5])}
+    losses = {"loss": paddle.to_tensor([1.0, 3.0]), "contrastive": paddle.to_tensor([0.5, 1.5])}
     session.add_losses(losses["loss"].mean(), losses)
     ((loss, parts),) = got
-    assert float(loss) == 2.0 and float(parts["dispersive"]) == 1.0
+    assert float(loss) == 2.0 and list(map(float, parts.values())) == [2.5, 1.0]
+    assert list(parts) == ["objective", "contrastive"]

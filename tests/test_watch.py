@@ -338,6 +338,18 @@ def test_a_report_is_the_mean_of_the_steps_that_were_not_skipped():
     assert toy.watch.take() == {"loss": None, "parts": {}, "skipped_steps": 1, "first_skipped": 5}
 
 
+def test_a_spike_is_one_of_the_loss_without_regularizers():
+    """The sum is below 0 here, and so is its mean, times any factor."""
+    toy = Toy(loss_spike_factor=2.0)
+    toy.optimizer.set_lr(0.0)
+    for own in [1.0] * (training.supervision.number_watch.SPIKE_WARMUP + 2) + [3.0]:
+        assert toy.watch.take()["skipped_steps"] == 0
+        toy.step(-1.0, parts={"objective": paddle.to_tensor(own), "align": paddle.to_tensor(-2.0)})
+    why = r"step 23: the loss is -[0-9.]+, without regularizers 3, more than 2 times its running mean 1\."
+    with pytest.raises(BadStepError, match=why):
+        toy.watch.check()
+
+
 def test_ranks_agree_on_a_stop_in_the_all_reduce(monkeypatch):
     """Another rank, played here, is asked to stop in step 3: the host hears of it in a report, or after step 10."""
 

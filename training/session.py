@@ -47,7 +47,7 @@ from training.optimizer import build_lr_scheduler, build_optimizer, optimizer_st
 from training.parallel.degrees import Degrees
 from training.parallel.shares import LocalShard
 from training.preview import Preview
-from training.supervision.number_watch import NumberWatch
+from training.supervision.number_watch import OWN, NumberWatch
 from training.supervision.step_dump import dump_step
 from training.supervision.stopping import Stopping
 from training.validation import Validation
@@ -291,9 +291,16 @@ class Session:
     # A step, in the order of these calls. Only reports, validation, evaluation, previews and saves wait for the device.
 
     def add_losses(self, loss, losses):
-        """Keeps a micro-batch's mean loss `()` for watch and report, and of `losses` (N,) each regularizer's part."""
-        parts = {part.name: losses[part.name].mean().detach() for part in self.objective.regularizers}
-        self.numbers.add(loss.detach(), parts)
+        """Keeps a micro-batch's mean loss `()` for watch and report.
+
+        Of `losses` (N,) each regularizer's is kept too, and then what the loss is without them.
+        """
+        loss, regularizers = loss.detach(), self.objective.regularizers
+        parts = {part.name: losses[part.name].mean().detach() for part in regularizers}
+        if parts:
+            added = [part.sign * part.weight * parts[part.name] for part in regularizers]
+            parts = {OWN: loss - sum(added), **parts}
+        self.numbers.add(loss, parts)
 
     def begin_update(self, step):
         """Tells the watch that the optimizer's step `step` comes; see `training.supervision.number_watch`."""

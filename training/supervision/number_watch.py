@@ -6,7 +6,8 @@ weights stay bit for bit what they were and the moments decay. The host hears of
 
 - With `on_nonfinite` "stop" no later step changes a weight either, and the run ends with a dump of the bad step.
 - With "skip" the run goes on, until `MAX_CONSECUTIVE_BAD_STEPS` steps one after another were bad.
-- With `loss_spike_factor` F above 0 a loss of more than F times the running mean before it is bad too.
+- With `loss_spike_factor` F above 0 a loss of more than F times the running mean before it is bad too. Regularizers are
+  left out of it: with some of them the sum goes below 0, where such a factor means nothing.
 - With float16, gradients that overflow the loss scaler's scale are no bad step, as the optimizer leaves it out, unless
   the loss itself is not finite or the scale has gone down to 1.
 """
@@ -22,6 +23,7 @@ from runtime.process import EXIT_BAD_STEP, one_line
 from training.supervision.stopping import AGREE_EVERY
 
 MAX_CONSECUTIVE_BAD_STEPS = 100  # a run that skips bad steps ends after so many in a row
+OWN = "objective"  # the part of the loss that is the objective's own, where there are regularizers
 SPIKE_WINDOW, SPIKE_WARMUP = 100, 20  # the loss's running mean is over about so many steps, and of use after the first
 
 # The step that ended a run. `kind` is "nonfinite" or "spike"; `loss` is the mean over all ranks; `objective` is the
@@ -54,8 +56,9 @@ class NumberWatch:
         self._consecutive = paddle.zeros([1], "int64")
         self._mean, self._mean_steps = paddle.zeros([1]), paddle.zeros([1])
         self._stop_asked = paddle.zeros([1])  # how many ranks were asked to stop, as of the last step
-        # Step, whether not finite, loss, squared norm and running mean before it, of the step that ended the run.
-        self._bad = paddle.zeros([5], "float64")
+        # Of the step that ended the run: step, whether not finite, loss, squared norm, and of the loss without
+        # regularizers the running mean before it, and it.
+        self._bad = paddle.zeros([6], "float64")
         self._start_report()
 
     def _start_report(self):
@@ -68,7 +71,7 @@ class NumberWatch:
     def add(self, loss, parts=None):
         """Adds a micro-batch's mean loss, and further means to report, `{name: tensor}`; all detached.
 
-        The names are the same in every step, on every rank.
+        The names are the same in every step, on every rank; `OWN` is the first, if it is there.
         """
         parts = parts or {}
         self._names = tuple(parts)
@@ -122,13 +125,14 @@ class NumberWatch:
             dist.all_reduce(sums)
             means, infinite, self._stop_asked = sums[:-2], sums[-2:-1] > 0, sums[-1:]
         loss, bad = means[:1], infinite
+        own = means[1:2] if self._names[:1] == (OWN,) else loss
         if self.spike_factor > 0:
-            bad = infinite | ((self._mean_steps >= SPIKE_WARMUP) & (loss > self.spike_factor * self._mean))
+            bad = infinite | ((self._mean_steps >= SPIKE_WARMUP) & (own > self.spike_factor * self._mean))
         step, ended = paddle.full([1], self._step, "int64"), self._bad[:1] > 0
 
         self._consecutive = paddle.where(bad, self._consecutive + 1, paddle.zeros_like(self._consecutive))
         self._new = (self._consecutive >= self._max_consecutive) & ~ended
-        record = paddle.concat([value.astype("float64") for value in (step, infinite, loss, square, self._mean)])
+        record = paddle.concat([value.astype("float64") for value in (step, infinite, loss, square, self._mean, own)])
         self._bad = paddle.where(self._new, record, self._bad)
         self._ok = ~(bad | ended | self._new)
 
@@ -137,7 +141,7 @@ class NumberWatch:
         self._sums = paddle.where(self._ok, self._sums + paddle.concat([paddle.ones([1]), means]), self._sums)
         if self.spike_factor > 0:
             steps = paddle.clip(self._mean_steps + 1, max=float(SPIKE_WINDOW))
-            self._mean = paddle.where(self._ok, self._mean + (loss - self._mean) / steps, self._mean)
+            self._mean = paddle.where(self._ok, self._mean + (own - self._mean) / steps, self._mean)
             self._mean_steps = paddle.where(self._ok, steps, self._mean_steps)
 
     # What the host reads.
@@ -167,13 +171,14 @@ class NumberWatch:
         return {"loss": loss, "parts": parts, "skipped_steps": int(skipped), "first_skipped": first}
 
     def _end(self):
-        step, infinite, loss, square, mean = self._bad.tolist()
+        step, infinite, loss, square, mean, own = self._bad.tolist()
         step, kind, norm = int(step), "nonfinite" if infinite else "spike", square**0.5
         bad = BadStep(step, kind, loss, norm, self._rates.get(step), self._objective)
         reason = f"the loss is {loss:.6g}"
         if infinite and math.isfinite(loss):
             reason = f"the gradients are not finite (norm {norm:.3g}; {reason})"
         elif not infinite:
+            reason += f", without regularizers {own:.6g}" if own != loss else ""
             reason += f", more than {self.spike_factor:g} times its running mean {mean:.6g}"
         if self.skips:
             reason += f"; so were {self._max_consecutive} steps one after another"

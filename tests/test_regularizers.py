@@ -200,7 +200,8 @@ def test_a_resume_with_other_regularizers_says_what_becomes_of_them(features, tm
     capsys.readouterr()
     resume = ["--resume", begun]
     after = run("notrainer", config("contrastive", kinds[1]), features, tmp_path / "second", 4, *resume)
-    assert "regularizers: internal_guidance start anew; latent_alignment are dropped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what regularizers learned, begun anew: internal_guidance; dropped: latent_alignment" in said
     state, optimizer = (safe_load(after / name) for name in ("model_state.pdparams", "optimizer.pdopt"))
     learned = {name for name in state if name.startswith("regularizers.")}
     assert {name.split(".")[1] for name in learned} == {kinds[1]}
@@ -214,10 +215,10 @@ def test_a_resume_with_other_regularizers_says_what_becomes_of_them(features, tm
         "trainer", config("dispersive", *kinds), features, tmp_path / "third", 5, f"--resume_from_checkpoint={after}"
     )
     said = capsys.readouterr().out
-    assert "regularizers: latent_alignment start anew\n" in said.replace("note: ", "")
+    assert "note: what regularizers learned, begun anew: latent_alignment\n" in said
     start = ["--pretrained_model_path", again]
     run("notrainer", config(), features, tmp_path / "fourth", 1, *start)
-    assert "regularizers: internal_guidance, latent_alignment are dropped" in capsys.readouterr().out
+    assert "what regularizers learned, dropped: internal_guidance, latent_alignment" in capsys.readouterr().out
 
 
 @pytest.mark.paddle26
@@ -231,7 +232,7 @@ def test_what_was_learned_in_other_sizes_starts_anew_as_a_whole():
     model, wider = network(6), network(7)
     state = {name: value.numpy() for name, value in wider.named_parameters()}
     note, new = fit_regularizers(state, model)
-    assert note == "regularizers: representation_alignment start anew"
+    assert note == "what regularizers learned, begun anew: representation_alignment"
     own = {name: value for name, value in model.named_parameters() if name.startswith("regularizers.")}
     assert new == [*own] and state.keys() == dict(model.named_parameters()).keys()
     for name, value in own.items():

@@ -91,9 +91,9 @@ def fit_regularizers(state, model):
             del state[name]
     new = {name: value for kind in sorted(own.keys() - kept) for name, value in own[kind].items()}
     state.update({name: value.numpy() for name, value in new.items()})
-    changes = {"start anew": own.keys() - kept, "are dropped": theirs.keys() - own.keys()}
-    told = [f"{', '.join(sorted(kinds))} {what}" for what, kinds in changes.items() if kinds]
-    return (f"regularizers: {'; '.join(told)}" if told else None), [*new]
+    changes = {"begun anew": own.keys() - kept, "dropped": theirs.keys() - own.keys()}
+    told = [f"{what}: {', '.join(sorted(kinds))}" for what, kinds in changes.items() if kinds]
+    return (f"what regularizers learned, {'; '.join(told)}" if told else None), [*new]
 
 
 def _by_regularizer(state):

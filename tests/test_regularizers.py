@@ -210,7 +210,12 @@ def test_a_resume_with_other_regularizers_says_what_becomes_of_them(features, tm
     powers = {name: float(entry["beta1_pow_acc"][0]) for name, entry in optimizer.items()}
     assert powers.keys() == state.keys() - {"pos_embed"}
     assert all(np.isclose(power, 0.9 ** (2 if name in learned else 5)) for name, power in powers.items())
-    # Back again, and in the other loop; weights alone are a start too.
+    # A second final layer that moves goes on there. Back again, and in the other loop; weights alone are a start too.
+    moved = {"type": "transport", "regularizers": [{**entries(kinds[1])[0], "block": 2}]}
+    config_file = write_config(tmp_path / "Tiny.json", "SiT", moved)
+    run("notrainer", config_file, features, tmp_path / "moved", 5, "--resume", after)
+    said = "regularizers go on with other settings: internal_guidance block 1 there, 2 here\n"
+    assert said in capsys.readouterr().out
     again = run(
         "trainer", config("dispersive", *kinds), features, tmp_path / "third", 5, f"--resume_from_checkpoint={after}"
     )

@@ -153,6 +153,7 @@ class Session:
         self.averages = setup.build_averages(training, self.model, on_host=degrees.sharding > 1)
         if checkpoint is not None:
             self.notes.append(restore_model(checkpoint, self.model, self.averages))
+            self.notes.append(setup.describe_regularizer_changes(checkpoint, config))
             self.notes.append(setup.describe_data_changes(checkpoint, config, self.dataset))
 
         # What watches and shows the training.

@@ -11,7 +11,7 @@ from collections import namedtuple
 import numpy as np
 
 from config.options import POSITIVE_INT
-from config.schema import check_groups
+from config.schema import check_groups, differences
 from features.autoencoder import vae_differences
 from features.dataset import FeatureDataset
 from features.normalization import normalization_differences
@@ -225,3 +225,14 @@ def describe_data_changes(checkpoint, config, dataset):
     held_out = {"classes", "validation_samples"} & {*changed}
     trained_on = "; held-out samples may have been trained on before" if held_out else ""
     return f"{'; '.join(changes)}: other data, or in another order, from here{trained_on}" if changes else None
+
+
+def describe_regularizer_changes(checkpoint, config):
+    """Returns a sentence to print if regularizers that a resumed run had too have other settings, else None."""
+    ours, theirs = (
+        {entry["type"]: entry for entry in each["objective"]["regularizers"]}
+        for each in (config, checkpoint.config or config)
+    )
+    changes = {kind: differences(theirs[kind], entry) for kind, entry in ours.items() if kind in theirs}
+    told = [f"{kind} {listed}" for kind, listed in changes.items() if listed]
+    return f"regularizers go on with other settings: {'; '.join(told)}" if told else None

@@ -5,16 +5,17 @@
 Every recipe of `RECIPES` is one training of one network for each seed, all else alike: weights at the start, order of
 the digits, times and noise. Samples of a seed have one noise, whatever the recipe.
 
-Two trainings of one thread each run side by side (--jobs). Speeds are measured afterwards, because they need a quiet
-machine: a recipe's process and one of the plain training take turns. "Equal time" is that in which the plain training
-makes two of its three thirds; the metrics of another recipe at the step that it reaches until then are interpolated
-between its checkpoints, both axes logarithmic.
+Two trainings of one thread each run side by side (--jobs). Speeds are measured afterwards, by the processor's time of
+one thread: a recipe and the plain training take turns, step by step, in one process. "Equal time" is that in which the
+plain training makes two of its three thirds; the metrics of another recipe at the step that it reaches until then are
+interpolated between its checkpoints, both axes logarithmic.
 
 Everything is kept in --output: the same command goes on where it was stopped, and `--only NAME` does a part of it. A
 recipe that has changed is refused until its folder under runs/ is deleted.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -44,7 +45,7 @@ ODE = {"sampler": "ode", "method": "ab2", "num_inference_steps": 11, "guidance_s
 SAMPLING = {"SiT": ODE, "DiT": {"method": "dpm", "num_inference_steps": 20, "guidance_scale": 1.0}}
 THIRDS = 3  # checkpoints of a training
 STEPS, SAMPLES = 900, 1000
-TURNS, STEPS_A_TURN = 10, 10
+WARM_UP, ROUNDS = 5, 100  # steps of which speeds are measured
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ INTERNAL_GUIDANCE = {"type": "internal_guidance", "weight": 0.5, "block": 2}
 DISPERSIVE = {"type": "dispersive", "weight": 0.25, "temperature": 1.0, "block": -1, "group": 32}
 CONTRASTIVE = {"type": "contrastive", "weight": 0.05}
 REPRESENTATION = {"type": "representation_alignment", "weight": 0.5, "block": 2}
+NARROW = {
+    **REPRESENTATION,
+    "inner_width": 128,
+}  # twice the network's width; the official one, 2048, is of large networks
+JIT_TIMES = {"timestep_sampling": "logit-normal", "logit_mean": -0.8, "logit_std": 0.8}  # with which x1 was proposed
+SHIFT, TREAD = {"timestep_shift": 0.5}, {"training": {"routing": {"share": 0.5, "blocks": [3, 6]}}}
 RECIPES = {
     "plain SiT": Recipe(),
     "layer_sync": with_terms(LAYER_SYNC),
@@ -89,10 +96,15 @@ RECIPES = {
     "dispersive": with_terms(DISPERSIVE),
     "contrastive": with_terms(CONTRASTIVE),
     "representation_alignment": with_terms(REPRESENTATION),
+    "representation_alignment, narrow": with_terms(NARROW),
     "x1": Recipe(changes={"objective": {"prediction": "x1"}}),
-    "timestep_shift": Recipe(changes={"objective": {"timestep_shift": 0.5}}),
-    "TREAD": Recipe(changes={"training": {"routing": {"share": 0.5, "blocks": [3, 6]}}}),
+    "logit-normal times": Recipe(changes={"objective": JIT_TIMES}),
+    "x1, logit-normal times": Recipe(changes={"objective": {"prediction": "x1", **JIT_TIMES}}),
+    "timestep_shift": Recipe(changes={"objective": SHIFT}),
+    "TREAD": Recipe(changes=TREAD),
     "SPRINT": Recipe(changes={"model": {"sprint_blocks": [3, 6]}, "training": {"routing": {"share": 0.75}}}),
+    "contrastive, shift": Recipe(changes={"objective": {"regularizers": [CONTRASTIVE], **SHIFT}}),
+    "contrastive, shift, TREAD": Recipe(changes={"objective": {"regularizers": [CONTRASTIVE], **SHIFT}, **TREAD}),
     "plain DiT": Recipe("DiT"),
     "min_snr_gamma": Recipe("DiT", changes={"objective": {"min_snr_gamma": 5.0}}),
 }
@@ -160,7 +172,6 @@ def measure_worker(output, name, seed, settings):
 
 def measure_all(output, names, seeds, settings, jobs):
     """Trains and measures recipes, `jobs` at once, each in a process of its own with one thread."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     missing = [(name, seed) for name in names for seed in seeds if not Runs(output, name, seed, settings).rows()]
     # What samples the weights of another recipe comes after it: one training is not to run twice at once.
     for last in (False, True):
@@ -176,7 +187,7 @@ def measure_all(output, names, seeds, settings, jobs):
 
 
 class Steps:
-    """The steps of a recipe's training, as the hand-written loop makes them, in this process.
+    """Makes steps of a recipe's training, as the hand-written loop does, in this process.
 
     Args:
         data: the folder of `prepare`. folder: for the run.
@@ -215,69 +226,81 @@ class Steps:
         session.after_step(self.step)
 
 
-def serve_steps(case):
-    """Answers a number of steps with their median of seconds, and what memory the process has taken at most."""
+def speed_worker(names, data):
+    """Answers the seconds of the processor of steps of recipes, which take turns in this process."""
+    configure_runtime()
+    with contextlib.ExitStack() as stack:
+        runs = [Steps(name, Path(data), stack.enter_context(tempfile.TemporaryDirectory())) for name in names]
+        seconds = []
+        for _ in range(WARM_UP + ROUNDS):
+            starts = []
+            for run in runs:
+                starts.append(time.process_time())
+                run()
+            seconds.append(np.diff([*starts, time.process_time()]).tolist())
+    turns.answer(seconds[WARM_UP:])
+
+
+def memory_worker(name, data):
+    """Answers the bytes that a process which makes steps of a recipe has taken at most, and those of the allocator."""
     configure_runtime()
     from paddle.base import core
 
     with tempfile.TemporaryDirectory() as folder:
-        step = Steps(case["name"], Path(case["data"]), folder)
-        for _ in range(3):
+        step = Steps(name, Path(data), folder)
+        for _ in range(WARM_UP):
             step()
-
-        def turn(count):
-            seconds = []
-            for _ in range(count):
-                start = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - start)
-            allocated = core.host_memory_stat_peak_value("Allocated", 0)
-            return {"seconds": statistics.median(seconds), "peak": turns.memory("VmHWM"), "allocated": allocated}
-
-        turns.serve(turn)
+    allocated = core.host_memory_stat_peak_value("Allocated", 0)
+    turns.answer({"peak": turns.memory("VmHWM"), "allocated": allocated})
 
 
-def measure_speed(output, name, quick):
-    """Returns the speed of a recipe's steps beside those of the plain training, of its file if that is there."""
-    name = RECIPES[name].weights_of or name
+def measure_speed(output, name):
+    """Returns speed and memory of a recipe's training, of its file if that is there.
+
+    `speed` is the median, over turns, of a plain step's seconds over those of the recipe's.
+    """
+    name, plain = RECIPES[name].weights_of or name, RECIPES[name].plain
     path = output / "speed" / f"{name.replace(' ', '_')}.json"
     if not path.exists():
         say(f"{name}: steps beside those of the plain training")
-        cases = [{"name": part, "data": str(output), "threads": 1} for part in (RECIPES[name].plain, name)]
-        workers = [turns.Worker(sys.executable, __file__, "steps", case) for case in cases]
-        try:
-            asked = [[worker.ask(1 if quick else STEPS_A_TURN) for worker in workers] for _ in range(TURNS)]
-        finally:
-            for worker in workers:
-                worker.close()
-        plain, own = ([turn[place]["seconds"] for turn in asked] for place in (0, 1))
-        speed = {"plain_s": statistics.median(plain), "step_s": statistics.median(own)}
-        speed["speed"] = statistics.median(a / b for a, b in zip(plain, own, strict=True))
+        seconds = turns.ask(__file__, "speed", json.dumps([[plain, name], str(output)]))
+        ratios, plain_s = [a / b for a, b in seconds], statistics.median(a for a, _ in seconds)
+        speed = {"speed": statistics.median(ratios), "plain_s": plain_s}
+        speed |= turns.ask(__file__, "memory", json.dumps([name, str(output)]))
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {**speed, **{key: asked[-1][1][key] for key in ("peak", "allocated")}, "turns": asked})
+        write_json(path, {**speed, "seconds": seconds})
     return read_json(path)
 
 
 def at_step(rows, steps, step, metric):
-    """Returns a metric at a step between checkpoints, both axes logarithmic; beyond them, that of the nearest one."""
+    """Returns a metric at a step between checkpoints, both axes logarithmic; beyond the last one, that of the last."""
     return float(np.exp(np.interp(np.log(step), np.log(steps), np.log([row[metric] for row in rows]))))
 
 
-def summary(output, names, seeds, settings, quick):
-    """Lists a row for each recipe: its speed and memory, and `(mean, deviation)` of its metrics."""
+def summary(output, names, seeds, settings):
+    """Lists a row for each recipe: speed, memory, and `(mean, deviation)` of its metrics.
+
+    `better` counts the seeds in which its FID is below that of the plain training, at equal steps and at equal time.
+    What is slower than the first checkpoint has nothing to show at equal time.
+    """
     found = []
-    rows = {name: [Runs(output, name, seed, settings).rows() for seed in seeds] for name in names}
     steps = Runs(output, names[0], 0, settings).steps
+    rows = {name: [Runs(output, name, seed, settings).rows() for seed in seeds] for name in names}
     for name in names:
-        speed, plain = measure_speed(output, name, quick), RECIPES[name].plain
-        own, base = speed["speed"] if name != plain else 1.0, measure_speed(output, plain, quick)
+        speed, plain = measure_speed(output, name), RECIPES[name].plain
+        own, base = speed["speed"] if name != plain else 1.0, measure_speed(output, plain)
         reached = steps[-2] * own  # in the time of the plain training's
-        last = {metric: [of_seed[-1][metric] for of_seed in rows[name]] for metric in METRICS}
-        then = {metric: [at_step(of_seed, steps, reached, metric) for of_seed in rows[name]] for metric in TIMED}
-        row = {"recipe": name, "equal_steps": spread(last), "equal_time": spread(then), "step": round(reached)}
-        if plain in rows and name != plain:
-            pairs = list(zip(last["fid"], (of_seed[-1]["fid"] for of_seed in rows[plain]), strict=True))
-            row["better"] = sum(mine < theirs for mine, theirs in pairs)
+        numbers = {"equal_steps": {metric: [of_seed[-1][metric] for of_seed in rows[name]] for metric in METRICS}}
+        if reached >= steps[0]:
+            numbers["equal_time"] = {
+                metric: [at_step(of_seed, steps, reached, metric) for of_seed in rows[name]] for metric in TIMED
+            }
+        row = {"recipe": name, "step": round(reached), "better": {}}
+        for when, place in (("equal_steps", -1), ("equal_time", -2)):
+            if when in numbers and name != plain and plain in rows:
+                theirs = [of_seed[place]["fid"] for of_seed in rows[plain]]
+                row["better"][when] = sum(a < b for a, b in zip(numbers[when]["fid"], theirs, strict=True))
+        row |= {when: spread(values) for when, values in numbers.items()}
         row |= {"speed": own, "samples_per_s": TRAINING["global_batch_size"] / base["plain_s"] * own}
         found.append({**row, "peak": speed["peak"], "allocated": speed["allocated"]})
     return found
@@ -298,14 +321,14 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, of one thread each [%(default)s]")
     parser.add_argument("--list", action="store_true", help="print what each recipe changes in a config, and stop")
-    parser.add_argument("--train_only", action="store_true", help="no speeds, no tables: they need a quiet machine")
+    parser.add_argument("--train_only", action="store_true", help="neither speeds nor tables")
     parser.add_argument("--quick", action="store_true", help="few samples and steps: does it run?")
     parser.add_argument("--write", action="store_true", help="write the tables of docs/recipes.md, and its figure")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         part, case = args.worker[0], json.loads(args.worker[1])
-        serve_steps(case) if part == "steps" else measure_worker(*case)
+        {"measure": measure_worker, "speed": speed_worker, "memory": memory_worker}[part](*case)
         return
     names = [name for name in RECIPES if not args.only or name in args.only]
     for name in names:
@@ -321,13 +344,17 @@ def main(argv=None):
     check_settings(output, settings)
     (output / "points").mkdir(exist_ok=True)
     configure_runtime()
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # of the processes that are started
     prepare(output)
-    if any(REPRESENTATION in terms_of(name) for name in names):
+    if any(term["type"] == REPRESENTATION["type"] for name in names for term in terms_of(name)):
         add_encoder(output)
     measure_all(output, names, args.seeds, settings, args.jobs)
     if args.train_only:
         return
-    results = summary(output, names, args.seeds, settings, args.quick)
+    with ThreadPoolExecutor(args.jobs) as pool:  # each of them has a core to itself: a pair of processes takes turns
+        trained = {RECIPES[name].weights_of or name for name in names} | {RECIPES[name].plain for name in names}
+        list(pool.map(lambda name: measure_speed(output, name), sorted(trained)))
+    results = summary(output, names, args.seeds, settings)
     write_json(output / "results.json", {**settings, "seeds": args.seeds, "results": results})
     show(results, len(args.seeds))
     figure = draw_figure(results, ROOT / "docs/images" if args.write else output)

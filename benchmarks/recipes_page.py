@@ -5,18 +5,19 @@ import os
 from benchmarks.quality_page import put_tables
 from evaluation.run import METRIC_NAMES
 
-QUALITY = ("recipe", "FID", "MIND", "recall", "FID better in", "step at equal time", "FID then", "MIND then")
+QUALITY = ("recipe", "FID", "MIND", "recall", "better in", "step at equal time", "FID then", "MIND then", "better in")
 COSTS = ("recipe", "samples/s", "of the plain speed", "peak memory", "of it by Paddle's allocator")
+WHEN = ("equal_steps", "equal_time")
 
 
 def tables(results, seeds):
     """Returns `{name: lines}`, tables in Markdown."""
     quality, costs = [], []
     for row in results:
-        metrics = [shown(row["equal_steps"], metric) for metric in row["equal_steps"]]
-        better = f"{row['better']} of {seeds}" if "better" in row else "-"
-        then = [shown(row["equal_time"], metric) for metric in row["equal_time"]]
-        quality.append([row["recipe"], *metrics, better, f"{row['step']}", *then])
+        better = [f"{row['better'][when]} of {seeds}" if when in row["better"] else "-" for when in WHEN]
+        metrics = [shown(row["equal_steps"], metric) for metric in ("fid", "mind", "recall")]
+        then = [shown(row["equal_time"], metric) if "equal_time" in row else "-" for metric in ("fid", "mind")]
+        quality.append([row["recipe"], *metrics, better[0], f"{row['step']}", *then, better[1]])
         sizes = [f"{row[key] / 2**20:.{digits}f} MiB" for key, digits in (("peak", 0), ("allocated", 1))]
         costs.append([row["recipe"], f"{row['samples_per_s']:.0f}", f"{row['speed']:.2f}", *sizes])
     return {"quality": markdown(QUALITY, quality), "costs": markdown(COSTS, costs)}
@@ -51,13 +52,11 @@ def draw_figure(results, folder):
 
     panels = []
     for metric in ("fid", "mind"):
-        curves = {
-            when.replace("_", " "): (
-                [row["recipe"] for row in results],
-                *([row[when][metric][place] for row in results] for place in (0, 1)),
-            )
-            for when in ("equal_steps", "equal_time")
-        }
+        curves = {}
+        for when in WHEN:
+            shown_rows = [row for row in results if when in row]
+            numbers = ([row[when][metric][place] for row in shown_rows] for place in (0, 1))
+            curves[when.replace("_", " ")] = [row["recipe"] for row in shown_rows], *numbers
         panels.append({"x": "", "y": METRIC_NAMES[metric], "curves": curves, "log": "y"})
     path = os.path.join(folder, "recipes.png")
     plot(path, panels, columns=1, width=9)

@@ -124,7 +124,8 @@ def plot(path, panels, *, columns=3, width=3.4):
         axes.set_ylabel(panel["y"], fontsize=8)
         axes.tick_params(which="both", labelsize=7)
         if any(isinstance(xs[0], str) for xs, *_ in panel["curves"].values()):
-            axes.tick_params(axis="x", rotation=30)
+            for word in axes.get_xticklabels():
+                word.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
         axes.grid(alpha=0.3)
         if any([*panel["curves"], *panel.get("lines", {})]):
             axes.legend(fontsize=6)

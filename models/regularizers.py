@@ -35,7 +35,6 @@ def _second_final_layer(network, entry):
     for part in (layer.linear, layer.adaLN_modulation[1]):
         zeros(part.weight)
         zeros(part.bias)
-    layer.index = block_index(entry["block"], network.num_layers)  # of the block whose tokens it takes
     return layer
 
 
@@ -63,13 +62,17 @@ def add_regularizers(network, entries):
 
     Its own weights are drawn before, so that they are the same with and without.
     """
-    layers = {entry["type"]: LAYERS[entry["type"]](network, entry) for entry in entries if entry["type"] in LAYERS}
+    layers = {}
+    for entry in entries:
+        if (kind := entry["type"]) not in LAYERS:
+            continue
+        layers[kind] = layer = LAYERS[kind](network, entry)
+        layer.index = block_index(entry["block"], network.num_layers)  # of the block whose tokens it takes
+        for parameter in layer.parameters():
+            parameter.own_steps = kind  # because a run may begin with it later: see `paddle_private.make_adamw`
     if layers:
         network.regularizers = nn.LayerDict(layers)
         ops.use(network.regularizers, network.ops)
-    for kind, layer in layers.items():
-        for parameter in layer.parameters():
-            parameter.own_steps = kind  # because a run may begin with it later: see `paddle_private.make_adamw`
 
 
 def second_index(network):
@@ -81,13 +84,11 @@ def second_index(network):
 class RegularizerHook(Hook):
     """Keeps as `output` what the layer of a regularizer makes of the tokens `(N, T, D)` behind a block.
 
-    Args:
-        kind: type of the regularizer.
-        index: of the block, from 0.
+    `kind` is the regularizer's type. The network's layer knows the block.
     """
 
-    def __init__(self, kind, index):
-        self.kind, self.index = kind, index
+    def __init__(self, kind):
+        self.kind = kind
 
     def begin(self, network):
         layers = getattr(network, "regularizers", {})
@@ -96,9 +97,13 @@ class RegularizerHook(Hook):
         self.network, self.layer = network, layers[self.kind]
 
     def after(self, index, tokens):
-        if index == self.index:
-            self.output = self.layer(tokens)
+        if index == self.layer.index:
+            self.output = self.read(tokens)
         return tokens
+
+    def read(self, tokens):
+        """Returns what the layer makes of the tokens."""
+        return self.layer(tokens)
 
 
 class InternalGuidanceHook(RegularizerHook):
@@ -108,17 +113,11 @@ class InternalGuidanceHook(RegularizerHook):
     """
 
     def __init__(self):
-        super().__init__(INTERNAL_GUIDANCE, None)
-
-    def begin(self, network):
-        super().begin(network)
-        self.index = self.layer.index
+        super().__init__(INTERNAL_GUIDANCE)
 
     def before(self, index, tokens, conditions):
         self.condition = conditions[0]
         return tokens, conditions
 
-    def after(self, index, tokens):
-        if index == self.index:
-            self.output = self.network.read_out(self.layer, tokens, self.condition)
-        return tokens
+    def read(self, tokens):
+        return self.network.read_out(self.layer, tokens, self.condition)

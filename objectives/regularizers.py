@@ -114,18 +114,20 @@ class Regularizer:
     """Base of the regularizers.
 
     Args:
-        weight: factor of its loss in the sum.
         layers: blocks of the network.
+        weight: factor of its loss in the sum.
+        block: behind which it looks at the tokens, as configs count it; None for one that does not.
 
     Attributes:
         name: under which its loss is logged; no other loss has it.
         sign: -1 for a loss that is to grow.
+        index: of the block, from 0.
     """
 
     name, sign = None, 1
 
-    def __init__(self, layers, *, weight):
-        self.layers, self.weight = layers, weight
+    def __init__(self, layers, *, weight, block=None):
+        self.weight, self.index = weight, None if block is None else block_index(block, layers)
 
     def hook(self):
         """Returns a hook for one forward pass, or None."""
@@ -141,8 +143,8 @@ class LayerSync(Regularizer):
     name = "layer_sync"
 
     def __init__(self, layers, *, weight, block, target_block):
-        super().__init__(layers, weight=weight)
-        self.index, self.target = block_index(block, layers), block_index(target_block, layers)
+        super().__init__(layers, weight=weight, block=block)
+        self.target = block_index(target_block, layers)
 
     def hook(self):
         return Tap([self.index, self.target])
@@ -156,12 +158,8 @@ class LatentAlignment(Regularizer):
 
     name = "latent_alignment"
 
-    def __init__(self, layers, *, weight, block):
-        super().__init__(layers, weight=weight)
-        self.index = block_index(block, layers)
-
     def hook(self):
-        return RegularizerHook(self.name, self.index)
+        return RegularizerHook(self.name)
 
     def loss(self, seen):
         projected = seen.hook.output
@@ -173,12 +171,11 @@ class RepresentationAlignment(Regularizer):
 
     name = "representation_alignment"
 
-    def __init__(self, layers, *, weight, block, width, inner_width):
-        super().__init__(layers, weight=weight)
-        self.index = block_index(block, layers)
+    def __init__(self, layers, *, weight, block, width, inner_width):  # the widths are those of the network's layer
+        super().__init__(layers, weight=weight, block=block)
 
     def hook(self):
-        return RegularizerHook(self.name, self.index)
+        return RegularizerHook(self.name)
 
     def loss(self, seen):
         return representation_alignment_loss(seen.hook.output, seen.batch.extras["features"])
@@ -191,9 +188,6 @@ class InternalGuidance(Regularizer):
     """
 
     name = INTERNAL_GUIDANCE
-
-    def __init__(self, layers, *, weight, block):  # the network's layer knows its block
-        super().__init__(layers, weight=weight)
 
     def hook(self):
         return InternalGuidanceHook()
@@ -208,8 +202,8 @@ class _OfGroups(Regularizer):
     Micro-batches begin at multiples of their size, so that ranks and accumulation change nothing.
     """
 
-    def __init__(self, layers, *, weight, group):
-        super().__init__(layers, weight=weight)
+    def __init__(self, layers, *, group, **keywords):
+        super().__init__(layers, **keywords)
         self.group = group
 
     def grouped(self, x):
@@ -227,9 +221,9 @@ class Dispersive(_OfGroups):
 
     name = "dispersive"
 
-    def __init__(self, layers, *, weight, block, temperature, group):
-        super().__init__(layers, weight=weight, group=group)
-        self.index, self.temperature = block_index(block, layers), temperature
+    def __init__(self, layers, *, temperature, **keywords):
+        super().__init__(layers, **keywords)
+        self.temperature = temperature
 
     def hook(self):
         return Tap([self.index])

@@ -138,46 +138,44 @@ class Transport:
             if list(value.shape) != list(expected):
                 raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(expected)} for x1's")
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
-        pred = call_model(model, xt, t, model_kwargs)
-        if self.model_type == ModelType.X1:
-            ut = self.output_to_velocity(x1, xt, t)  # clamped as the network's
-        return self._losses(pred, xt, ut, x0, t)
+        return self._losses(call_model(model, xt, t, model_kwargs), xt, ut, x0, x1, t)
 
     def compare(self, output, x1, x0, t):
         """Returns `(prediction, target)`, of x1's shape: what a loss at noise x0 and times t `(N,)` compares.
 
         A score's are times sigma; of a network that predicts the data they are velocities.
         """
-        output, x0, x1 = map(at_least_float32, (output, x0, x1))
+        x0, x1 = map(at_least_float32, (x0, x1))
         t, xt, ut = self.path_sampler.plan(t.astype(x1.dtype), x0, x1)
+        return self._compared(output, xt, ut, x0, x1, t)
+
+    @full_precision
+    def _compared(self, output, xt, ut, x0, x1, t):
         if self.model_type == ModelType.VELOCITY:
             return output, ut
         if self.model_type == ModelType.X1:
-            return self.output_to_velocity(output, xt, t), self.output_to_velocity(x1, xt, t)
+            return self.output_to_velocity(output, xt, t), self.output_to_velocity(x1, xt, t)  # both clamped
         if self.model_type == ModelType.NOISE:
             return output, x0
         return output * self.path_sampler.compute_sigma_t(expand_t_like_x(t, x0))[0], -x0
 
     @full_precision
-    def _losses(self, pred, xt, ut, x0, t):
-        terms = {"pred": pred}
+    def _losses(self, pred, xt, ut, x0, x1, t):
+        terms, (prediction, target) = {"pred": pred}, self._compared(pred, xt, ut, x0, x1, t)
+        error = paddle.square(prediction - target)
         if self.model_type in _VELOCITY_LOSS:
-            velocity = self.output_to_velocity(pred, xt, t)
-            terms["loss"] = mean_flat(paddle.square(velocity - ut))
+            terms["loss"] = mean_flat(error)
             if self.cosine_loss:
-                terms["cos_loss"] = mean_flat(1 - F.cosine_similarity(velocity, ut, axis=1))  # over channels
+                terms["cos_loss"] = mean_flat(1 - F.cosine_similarity(prediction, target, axis=1))  # over channels
                 terms["loss"] = terms["loss"] + terms["cos_loss"]
             return terms
-        t = expand_t_like_x(t, x0)
-        sigma_t = self.path_sampler.compute_sigma_t(t)[0]
-        error = pred - x0 if self.model_type == ModelType.NOISE else pred * sigma_t + x0
-        terms["loss"] = mean_flat(paddle.square(error) * self._weight(t, sigma_t))
+        terms["loss"] = mean_flat(error * self._weight(expand_t_like_x(t, x0)))
         return terms
 
-    def _weight(self, t, sigma_t):
+    def _weight(self, t):
         if self.loss_type == WeightType.NONE:
             return paddle.ones_like(t)
-        drift_var = self.path_sampler.compute_drift_var(t)
+        drift_var, sigma_t = self.path_sampler.compute_drift_var(t), self.path_sampler.compute_sigma_t(t)[0]
         if self.loss_type == WeightType.VELOCITY:
             return paddle.square(drift_var / sigma_t)
         return drift_var / paddle.square(sigma_t)

@@ -10,11 +10,10 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 
 from features.encoders import PatchEncoder
-from features.extraction import Journal, encode_ahead
+from features.extraction import Journal, encode_ahead, remove_state, wait_for_rank_0
 from features.image_source import ImageSource, source_root
 from features.layout import Layout
 from features.originals import image_numbers
@@ -22,7 +21,7 @@ from features.packed import ENCODER_FILES
 from features.store import open_store
 from features.writers import ENCODER_WRITERS, write_checksums
 from runtime.files import write_json
-from runtime.process import counted, say
+from runtime.process import counted
 from runtime.progress import tqdm
 from runtime.untrusted import read_json, read_json_object
 
@@ -128,7 +127,7 @@ class EncoderExtraction:
                 f"{difference}; repeat its command to go on, or give --replace_encoder, which deletes them"
             )
         if entry is not None:
-            self._remove_state()
+            remove_state(self.layout.encoder_state)
             return False
         if not os.path.exists(self._settings_file):
             files = [layout.encoder, *(os.path.join(layout.packed, "shard-00000", name) for name in ENCODER_FILES)]
@@ -143,25 +142,12 @@ class EncoderExtraction:
 
     def _join(self, root):
         """Waits until rank 0 has begun these very features; returns what `open` does."""
-        began = time.monotonic()
-        while not self.is_begun():
-            if time.monotonic() - began > 60:
-                say(f"waiting for rank 0 to begin in {self.layout.encoder_state}, which all ranks must see", sys.stderr)
-                began = math.inf  # said once
-            time.sleep(0.1)
+        wait_for_rank_0(self.is_begun, f"begin in {self.layout.encoder_state}")
         try:
             self.source = ImageSource.load(self._images_file, root)
         except FileNotFoundError:  # the state goes when the manifest tells of the features
             return False
         return True
-
-    def _remove_state(self):
-        """Ends the work state, at once for a rank that comes late."""
-        done = self.layout.encoder_state + ".done"
-        shutil.rmtree(done, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.layout.encoder_state, done)
-        shutil.rmtree(done, ignore_errors=True)
 
     def run(self, *, num_workers):
         """Encodes and writes this rank's parts; rank 0 then waits for the others' and adds the entry to the manifest.
@@ -221,4 +207,4 @@ class EncoderExtraction:
         checksums = write_checksums(layout.encoder_checksums, files())
         manifest = read_json_object(layout.manifest)
         write_json(layout.manifest, {**manifest, "encoder": {**self.settings, "checksums": checksums}})
-        self._remove_state()
+        remove_state(self.layout.encoder_state)

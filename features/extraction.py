@@ -124,6 +124,25 @@ def set_classes(layout):
         return [*map(str, read_json(layout.classes)["id2label"].values())]
 
 
+def remove_state(folder):
+    """Ends the work state in a folder, at once for a rank that comes late."""
+    done = folder + ".done"
+    shutil.rmtree(done, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, done)
+    shutil.rmtree(done, ignore_errors=True)
+
+
+def wait_for_rank_0(has_begun, doing):
+    """Returns once `has_begun()`; says after a minute what it waits for rank 0 to do, `doing`."""
+    began = time.monotonic()
+    while not has_begun():
+        if time.monotonic() - began > 60:
+            say(f"waiting for rank 0 to {doing}, which all ranks must see", sys.stderr)
+            began = math.inf  # said once
+        time.sleep(0.1)
+
+
 class Journal:
     """The list of the parts that are on the disk, which all ranks write, each into a file of its own.
 
@@ -247,7 +266,7 @@ class Extraction:
             folder = layout.packed if self.settings["format"] == "packed" else layout.features
             if not os.path.isdir(folder):
                 raise ValueError(f"{saved}: speaks of {folder}, which is not there; delete it to start anew")
-            self._remove_state()
+            remove_state(self.layout.state)
             return False
         if saved is None:
             os.makedirs(layout.state, exist_ok=True)
@@ -258,12 +277,9 @@ class Extraction:
 
     def _join(self, root):
         """Waits until rank 0 has begun; returns what `open` does."""
-        layout, began = self.layout, time.monotonic()
-        while not os.path.exists(layout.settings) and not os.path.exists(layout.manifest):
-            if time.monotonic() - began > 60:
-                say(f"waiting for rank 0 to list the images in {layout.state}, which all ranks must see", sys.stderr)
-                began = math.inf  # said once
-            time.sleep(0.1)
+        layout = self.layout
+        signs = (layout.settings, layout.manifest)
+        wait_for_rank_0(lambda: any(map(os.path.exists, signs)), f"list the images in {layout.state}")
         try:
             self._take(ImageSource.load(layout.images, root), layout.settings)
         except FileNotFoundError:  # the state goes when the manifest is there
@@ -283,14 +299,6 @@ class Extraction:
         }
         if saved is not None:
             check_settings(saved, self.settings)
-
-    def _remove_state(self):
-        """Ends the work state, at once for a rank that comes late."""
-        done = self.layout.state + ".done"
-        shutil.rmtree(done, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.layout.state, done)
-        shutil.rmtree(done, ignore_errors=True)
 
     # The work.
 
@@ -393,5 +401,5 @@ class Extraction:
             "checksums": write_checksums(layout.checksums, files()),
         }
         write_json(layout.manifest, manifest)
-        self._remove_state()
+        remove_state(self.layout.state)
         return manifest

@@ -81,10 +81,7 @@ INTERNAL_GUIDANCE = {"type": "internal_guidance", "weight": 0.5, "block": 2}
 DISPERSIVE = {"type": "dispersive", "weight": 0.25, "temperature": 1.0, "block": -1, "group": 32}
 CONTRASTIVE = {"type": "contrastive", "weight": 0.05}
 REPRESENTATION = {"type": "representation_alignment", "weight": 0.5, "block": 2}
-NARROW = {
-    **REPRESENTATION,
-    "inner_width": 128,
-}  # twice the network's width; the official one, 2048, is of large networks
+NARROW = {**REPRESENTATION, "inner_width": 128}  # twice the network's; the official one, 2048, is of large networks
 JIT_TIMES = {"timestep_sampling": "logit-normal", "logit_mean": -0.8, "logit_std": 0.8}  # with which x1 was proposed
 SHIFT, TREAD = {"timestep_shift": 0.5}, {"training": {"routing": {"share": 0.5, "blocks": [3, 6]}}}
 RECIPES = {
@@ -351,7 +348,7 @@ def main(argv=None):
     measure_all(output, names, args.seeds, settings, args.jobs)
     if args.train_only:
         return
-    with ThreadPoolExecutor(args.jobs) as pool:  # each of them has a core to itself: a pair of processes takes turns
+    with ThreadPoolExecutor(args.jobs) as pool:  # each of them has a core to itself
         trained = {RECIPES[name].weights_of or name for name in names} | {RECIPES[name].plain for name in names}
         list(pool.map(lambda name: measure_speed(output, name), sorted(trained)))
     results = summary(output, names, args.seeds, settings)

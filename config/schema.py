@@ -173,14 +173,20 @@ def _regularizer_conflicts(model, regularizers):
     layers = model["num_layers"]
     for index, entry in enumerate(regularizers):
         where = f"objective: regularizers[{index}]"
-        for key in ("block", "target_block"):
-            if key in entry and abs(entry[key]) > layers:
+        blocks = _blocks_of(entry, layers)
+        for key, block in blocks.items():
+            if not 1 <= block <= layers:
                 yield f"{where}: {key} must be 1 to {layers}, or -1 to -{layers} from the end, got {entry[key]}"
-        blocks = {(entry[key] - (entry[key] > 0)) % layers for key in ("block", "target_block") if key in entry}
-        if "target_block" in entry and len(blocks) == 1:
+        if "target_block" in blocks and blocks["block"] == blocks["target_block"]:
             yield f"{where}: block and target_block are the same block, {entry['block']}"
         if entry["type"] in [other["type"] for other in regularizers[:index]]:
             yield f"{where}: a regularizer of the type {entry['type']} stands there already"
+
+
+def _blocks_of(entry, layers):
+    """Returns the blocks of a regularizer's entry by their keys, all of them counted from 1 on."""
+    blocks = {key: entry[key] for key in ("block", "target_block") if key in entry}
+    return {key: block if block > 0 else layers + 1 + block for key, block in blocks.items()}
 
 
 def group_size(config):
@@ -216,8 +222,8 @@ def _routing_conflicts(model, regularizers, routing):
         yield f"{where} {what}, got {routing['path_drop_prob']:g}"
     first, last = blocks or sprint
     for index, entry in enumerate(regularizers):
-        for key in ("block", "target_block"):
-            if key in entry and first <= (entry[key] if entry[key] > 0 else layers + 1 + entry[key]) < last:
+        for key, block in _blocks_of(entry, layers).items():
+            if first <= block < last:
                 what = f"behind block {entry[key]} there are only the tokens that are routed through {first}..{last}"
                 yield f"objective: regularizers[{index}]: {key} must not be within training: routing, {what}"
 

@@ -22,7 +22,9 @@ class DiffusionObjective(Objective):
         name = self._settings.pop("timestep_sampler")
         self.diffusion = create_diffusion("", **self._settings)
         # Runs with other weights, or none, can be compared by their held-out loss.
-        self._unweighted = create_diffusion("", **{**self._settings, "min_snr_gamma": None})
+        is_weighted = self._settings.get("min_snr_gamma") is not None
+        unweighted = {**self._settings, "min_snr_gamma": None}
+        self._unweighted = create_diffusion("", **unweighted) if is_weighted else self.diffusion
         self.timestep_sampler = create_named_schedule_sampler(name, self.diffusion, ranks_per_batch=ranks_per_batch)
         self._learns = bool(self.timestep_sampler.state_dict())
         self._seen = []

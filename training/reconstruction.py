@@ -257,8 +257,9 @@ def _find_config(run):
 
 def _check_networks(snapshots, config, source):
     """Returns the `shapes` of a `Plan`; ValueError unless every snapshot is of the network of `config`, in `source`."""
-    model, shapes = config["model"], expected_shapes(config["model"])
-    second = {name: s for name, s in expected_shapes(config).items() if name.startswith(INTERNAL_GUIDANCE)}
+    model, known = config["model"], expected_shapes(config)
+    shapes = without_regularizers(known)
+    second = {name: shape for name, shape in known.items() if name.startswith(INTERNAL_GUIDANCE)}
     for snapshot in snapshots:
         path = os.path.join(snapshot.folder, SNAPSHOT)
         theirs = read_json(path).get("model") or {}
